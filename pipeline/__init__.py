@@ -1,0 +1,1 @@
+"""Neural style transfer at print size."""

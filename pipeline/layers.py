@@ -1,0 +1,81 @@
+"""The layer table of the VGG-19 topology: the one place that knows its convolutions, strides and halo.
+
+    conv1_1 conv1_2 pool1 conv2_1 conv2_2 pool2 conv3_1 … conv3_4 pool3 conv4_1 … conv4_4 pool4 conv5_1
+    stride  1             2                     4                       8                       16
+
+Channel widths are not here: they come with the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One row of the table: a 3×3 convolution with its ReLU, or a 2×2 pooling.
+
+    `stride` is the distance in canvas pixels between two neighbouring positions of the layer's *output*.
+    `torchvision_index` is N of `features.N.weight` in torchvision's VGG-19.
+    """
+
+    name: str
+    kind: Literal["conv", "pool"]
+    stride: int
+    torchvision_index: int
+
+
+_CONVS_PER_BLOCK = (2, 2, 4, 4, 1)
+
+
+def _make_layers() -> tuple[Layer, ...]:
+    layers: list[Layer] = []
+    index = 0
+    for block, convs in enumerate(_CONVS_PER_BLOCK, start=1):
+        stride = 2 ** (block - 1)
+        for number in range(1, convs + 1):
+            layers.append(Layer(f"conv{block}_{number}", "conv", stride, index))
+            index += 2  # the convolution and its ReLU
+        if block < len(_CONVS_PER_BLOCK):
+            layers.append(Layer(f"pool{block}", "pool", stride * 2, index))
+            index += 1
+    return tuple(layers)
+
+
+LAYERS = _make_layers()
+CONV_NAMES = tuple(layer.name for layer in LAYERS if layer.kind == "conv")
+LAYER_BY_NAME = {layer.name: layer for layer in LAYERS}
+# Widths of VGG-19 itself: 64·2^(X−1) up to 512.
+VGG19_WIDTHS: Mapping[str, int] = {name: min(64 * LAYER_BY_NAME[name].stride, 512) for name in CONV_NAMES}
+# Every tile and chunk edge is a multiple of this, so that no pooling window straddles one (eq. 11).
+ALIGN_PX = max(layer.stride for layer in LAYERS)
+
+
+def ceil_to(value: int, multiple: int) -> int:
+    """`value` rounded up to a multiple of `multiple`."""
+    return -(-value // multiple) * multiple
+
+
+def needed_layers(names: Iterable[str]) -> tuple[Layer, ...]:
+    """The rows of the table from the input to the deepest of `names`."""
+    depth = max(CONV_NAMES.index(name) for name in names)
+    last = LAYERS.index(LAYER_BY_NAME[CONV_NAMES[depth]])
+    return LAYERS[: last + 1]
+
+
+def halo_px(names: Iterable[str]) -> int:
+    """Pixels a tile must be read beyond its inner rectangle to know the layers `names` there (eqs. 12, 13).
+
+    The sum of 1 px per 3×3 convolution at its stride, rounded up to ALIGN_PX so that every pooling
+    window starts where the whole image's does. Forward and backward halo are this same number.
+    """
+    radius = sum(layer.stride for layer in needed_layers(names) if layer.kind == "conv")
+    return ceil_to(radius, ALIGN_PX)
+
+
+def min_side_px(names: Iterable[str], padding: str) -> int:
+    """Smallest image side, in px, at which the deepest of `names` still has the positions `padding` needs."""
+    positions = 2 if padding == "reflect" else 1  # reflect mirrors about the border, so it needs a second position
+    return positions * needed_layers(names)[-1].stride

@@ -1,0 +1,219 @@
+"""The feature network: VGG-19's topology, built from the layer table and the weights' own widths.
+
+Axes in names: 1 batch, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.errors import ConfigError, InputError
+from pipeline.layers import CONV_NAMES, Layer, needed_layers
+from pipeline.tiling import Rect
+from pipeline.weights import WeightsSource, check_shapes, conv_key
+
+# What torchvision's weights expect: RGB in [0, 1], shifted and scaled per channel.
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+_DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Everything needed to build a network anywhere; picklable, and the key of the per-process cache."""
+
+    source: WeightsSource
+    padding: str
+    pooling: str
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """Features of one layer after ReLU, (1, C, H, W), and the positions of the layer that they cover."""
+
+    layer: Layer
+    features_1CHW: Tensor
+    region: Rect
+
+
+class Network:
+    """Runs an image, or a tile cut from one, through the layers of the table."""
+
+    def __init__(self, state: Mapping[str, Tensor], *, padding: str, pooling: str, dtype: torch.dtype, device: str):
+        """Take the convolutions of `state` (our names or torchvision's; see weights.conv_key)."""
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._pad = PADDINGS[padding]
+        self._pool = F.max_pool2d if pooling == "max" else F.avg_pool2d
+        self._input = self._on_device(*_input_convolution(state))
+        self._convs = {
+            name: self._on_device(state[f"{key}.weight"], state[f"{key}.bias"])
+            for name in CONV_NAMES
+            if (key := conv_key(name, set(state))) is not None
+        }
+
+    def _on_device(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        weight = weight.to(self.device, self.dtype, memory_format=torch.channels_last)
+        return weight, bias.to(self.device, self.dtype)
+
+    def features(
+        self, pixels_1CHW: Tensor, outer: Rect, size: tuple[int, int], names: set[str], required: Rect
+    ) -> Iterator[FeatureMap]:
+        """Yield the feature maps of the layers `names`, shallowest first, computed from one tile.
+
+        `pixels_1CHW`: RGB 0..255 of the pixel rectangle `outer` of an image of `size` (height, width).
+        A side of `outer` on the border of the image is padded, any other is a cut and shrinks (see tiling.py).
+        `required`: the pixels whose positions the caller needs; layers without a position there are left out.
+        """
+        height, width = size
+        cut = (outer.y0 > 0, outer.y1 < height, outer.x0 > 0, outer.x1 < width)
+        region = outer
+        x = F.conv2d(pixels_1CHW, *self._input)
+        for layer in needed_layers(names):
+            if required.positions(layer).area == 0:
+                return
+            if layer.kind == "conv":
+                x, region = self._conv(layer, x, region, cut)
+                if layer.name in names:
+                    yield FeatureMap(layer, x, region)
+            else:
+                x, region = self._pooled(x, region, cut)
+
+    def _conv(self, layer: Layer, x: Tensor, region: Rect, cut: tuple[bool, ...]) -> tuple[Tensor, Rect]:
+        weight, bias = self._convs[layer.name]
+        top, bottom, left, right = cut
+        x = F.relu_(F.conv2d(self._pad(x, cut), weight, bias))
+        return x, Rect(region.y0 + top, region.y1 - bottom, region.x0 + left, region.x1 - right)
+
+    def _pooled(self, x: Tensor, region: Rect, cut: tuple[bool, ...]) -> tuple[Tensor, Rect]:
+        """Pool 2×2, after dropping what a cut left of a window that starts or ends outside the region."""
+        top, bottom, left, right = cut
+        whole = Rect(
+            region.y0 + (top and region.y0 % 2),
+            region.y1 - (bottom and region.y1 % 2),
+            region.x0 + (left and region.x0 % 2),
+            region.x1 - (right and region.x1 % 2),
+        )
+        rows, columns = whole.within(region)
+        return self._pool(x[:, :, rows, columns], 2), Rect(*(edge // 2 for edge in whole))
+
+
+def _input_convolution(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The 1×1 convolution from RGB 0..255 to what conv1_1 expects."""
+    if "input.weight" in state:
+        return state["input.weight"].double() / 255, state["input.bias"].double()
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (_IMAGENET_MEAN, _IMAGENET_STD))
+    return torch.diag(1 / (255 * std))[:, :, None, None], -mean / std
+
+
+def _pad_zeros(x: Tensor, cut: tuple[bool, ...]) -> Tensor:
+    top, bottom, left, right = (int(not side) for side in cut)
+    return F.pad(x, (left, right, top, bottom))
+
+
+def _pad_copied(x: Tensor, cut: tuple[bool, ...], offset: int) -> Tensor:
+    """Pad with the row or column `offset` positions inside the border: 0 is replicate, 1 is reflect.
+
+    torch's own replicate and reflect padding have no deterministic backward on CUDA; concatenation has.
+    """
+    for axis, (first_cut, last_cut) in ((2, cut[:2]), (3, cut[2:])):
+        size = x.shape[axis]
+        parts = [
+            *([] if first_cut else [x.narrow(axis, offset, 1)]),
+            x,
+            *([] if last_cut else [x.narrow(axis, size - 1 - offset, 1)]),
+        ]
+        x = torch.cat(parts, axis) if len(parts) > 1 else x
+    return x
+
+
+def _pad_replicate(x: Tensor, cut: tuple[bool, ...]) -> Tensor:
+    return _pad_copied(x, cut, 0)
+
+
+def _pad_reflect(x: Tensor, cut: tuple[bool, ...]) -> Tensor:
+    return _pad_copied(x, cut, 1)
+
+
+PADDINGS: Mapping[str, Callable[[Tensor, tuple[bool, ...]], Tensor]] = {
+    "replicate": _pad_replicate,
+    "zeros": _pad_zeros,
+    "reflect": _pad_reflect,
+}
+
+_cache: dict[NetworkSpec, Network] = {}
+_cache_lock = threading.Lock()
+
+
+def get_network(spec: NetworkSpec) -> Network:
+    """The network of `spec`, built once per process.
+
+    Raises InputError for unusable weights, ConfigError for a dtype that the device has not.
+    """
+    with _cache_lock:
+        if spec not in _cache:
+            _set_precision(spec)
+            state = random_state(spec.source) if spec.source.path is None else load_state(spec.source.path)
+            _cache[spec] = Network(
+                state, padding=spec.padding, pooling=spec.pooling, dtype=_DTYPES[spec.dtype], device=spec.device
+            )
+        return _cache[spec]
+
+
+def _set_precision(spec: NetworkSpec) -> None:
+    """Make CUDA compute in the precision asked for, by the same algorithm every time (exact resume needs both)."""
+    on_cuda = torch.device(spec.device).type == "cuda"
+    if spec.dtype == "tf32" and not (on_cuda and torch.cuda.get_device_capability(spec.device) >= (8, 0)):
+        raise ConfigError(
+            f"compute.dtype: tf32 needs a CUDA device of the Ampere generation or later, not {spec.device}."
+        )
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = spec.dtype == "tf32"
+    torch.backends.cudnn.deterministic = True
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file.
+
+    Raises InputError if it cannot be read, or is a pickle of anything but tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            # mmap: torchvision's file is 0.5 GB, of which the classifier (most of it) is never touched
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise InputError(f"weights file {path}: not found. Correct network.weights.") from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError, SafetensorError) as error:
+        raise InputError(f"weights file {path}: cannot be read as weights ({str(error).splitlines()[0]}).") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(
+            f"weights file {path}: holds no state dict of tensors. Save model.state_dict(), not the model."
+        )
+    check_shapes({key: tuple(value.shape) for key, value in state.items()}, path)
+    return state
+
+
+def random_state(source: WeightsSource) -> dict[str, Tensor]:
+    """Seeded He-normal weights of the widths of `source`: features without meaning, for tests."""
+    generator = torch.Generator().manual_seed(source.seed)
+    state: dict[str, Tensor] = {}
+    channels = 3
+    for name, width in source.widths.items():
+        scale = (2 / (9 * channels)) ** 0.5
+        state[f"{name}.weight"] = torch.randn(width, channels, 3, 3, generator=generator) * scale
+        state[f"{name}.bias"] = torch.zeros(width)
+        channels = width
+    return state

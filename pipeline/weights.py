@@ -1,0 +1,152 @@
+"""Finding the weights of a network, and what can be known of them without torch.
+
+Kept apart from network.py so that `plan` and `status` start without importing torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from pipeline.errors import InputError
+from pipeline.layers import CONV_NAMES, LAYER_BY_NAME, VGG19_WIDTHS
+
+VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+VGG19_SHA256_PREFIX = "dcbb9e9d"
+# Narrow, because random features are for tests: a sixteenth of VGG-19's arithmetic.
+RANDOM_WIDTHS: Mapping[str, int] = {name: VGG19_WIDTHS[name] // 4 for name in CONV_NAMES}
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """Where a network's weights come from: a file, or a seed when `path` is None.
+
+    `widths` gives the output channels of every convolution, `sha256` names the content for the manifest.
+    """
+
+    path: Path | None
+    seed: int
+    widths: Mapping[str, int]
+    sha256: str
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.sha256))
+
+
+def find_weights(name: str, path: Path | None, seed: int) -> WeightsSource:
+    """Locate the weights of network `name`; download VGG-19's if no path is given.
+
+    Raises InputError if the file is missing, is not a weights file, or cannot be downloaded.
+    """
+    if path is None and name == "random":
+        return WeightsSource(None, seed, RANDOM_WIDTHS, f"random-{seed}")
+    path = download_vgg19() if path is None else path
+    if not path.is_file():
+        raise InputError(
+            f"weights file {path}: not found. Correct network.weights, or leave it out to use {name}'s own."
+        )
+    return WeightsSource(path, seed, read_widths(path), sha256_of(path))
+
+
+def widths_for_plan(name: str, path: Path | None) -> Mapping[str, int]:
+    """Channel widths of the network that `find_weights` would give, without downloading anything."""
+    if path is not None:
+        return read_widths(path)
+    return RANDOM_WIDTHS if name == "random" else VGG19_WIDTHS
+
+
+def conv_key(name: str, names: set[str]) -> str | None:
+    """The stem under which a state dict with the keys `names` holds convolution `name`: ours or torchvision's."""
+    for stem in (name, f"features.{LAYER_BY_NAME[name].torchvision_index}"):
+        if f"{stem}.weight" in names and f"{stem}.bias" in names:
+            return stem
+    return None
+
+
+@cache
+def read_widths(path: Path) -> Mapping[str, int]:
+    """Output channels of every convolution in a weights file.
+
+    Raises InputError if it is no weights file, or not of a VGG-19-shaped network.
+    """
+    shapes = _safetensors_shapes(path) if path.suffix == ".safetensors" else _pickle_shapes(path)
+    return check_shapes(shapes, path)
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, int]:
+    """Check that tensors of these shapes chain up to a VGG-19 topology; gives each convolution's output channels."""
+    widths: dict[str, int] = {}
+    channels = 3
+    for name in CONV_NAMES:
+        key = conv_key(name, set(shapes))
+        if key is None:
+            if widths:
+                break  # a network cut off after some layer still serves the layers it has
+            raise InputError(
+                f"weights file {path}: has no {name}.weight or features.0.weight, so it is not a VGG-19-shaped "
+                f"network (first keys: {', '.join(list(shapes)[:3]) or 'none'}). Give torchvision's VGG-19 or one "
+                "with its layer names in network.weights."
+            )
+        weight, bias = shapes[f"{key}.weight"], shapes[f"{key}.bias"]
+        if len(weight) != 4 or weight[1:] != (channels, 3, 3) or bias != weight[:1]:
+            raise InputError(
+                f"weights file {path}: {key}.weight is {weight} with bias {bias}, but {name} needs "
+                f"(channels, {channels}, 3, 3) with as many biases: these are another network's weights."
+            )
+        widths[name] = channels = weight[0]
+    if "input.weight" in shapes and shapes["input.weight"] != (3, 3, 1, 1):
+        raise InputError(f"weights file {path}: input.weight is {shapes['input.weight']}, not (3, 3, 1, 1).")
+    return widths
+
+
+def _safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(length))
+        return {key: tuple(value["shape"]) for key, value in header.items() if key != "__metadata__"}
+    except FileNotFoundError as error:
+        raise InputError(f"weights file {path}: not found. Correct network.weights.") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise InputError(f"weights file {path}: not a readable .safetensors file ({error}).") from error
+
+
+def _pickle_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    from pipeline.network import load_state  # noqa: PLC0415 - torch is needed to open a .pth, and only for that
+
+    return {key: tuple(value.shape) for key, value in load_state(path).items()}
+
+
+def download_vgg19() -> Path:
+    """Torchvision's VGG-19 file in torch's hub folder, downloaded and hash-checked the first time.
+
+    Raises InputError, saying what to do, when there is no network or the file is not what it should be.
+    """
+    import torch  # noqa: PLC0415 - only to know and fill the hub folder
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG19_URL).name
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(VGG19_URL, str(path), hash_prefix=VGG19_SHA256_PREFIX, progress=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"VGG-19's weights could not be downloaded from {VGG19_URL} ({error}). Download that file elsewhere and "
+            f"put it at {path}, or name a weights file in network.weights."
+        ) from error
+    return path
+
+
+@cache
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
