@@ -1,0 +1,377 @@
+"""The config of a run: frozen models, read from YAML, with every problem told at once and where it is.
+
+The models are the only place that knows keys, defaults, limits and what a changed value does to a resume: error
+messages, the `pipeline init` template and the resume check are all made from them. Lengths are in px, sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    Strict,
+    ValidationInfo,
+    model_validator,
+)
+
+from pipeline._explain import Conflict, ConflictsError, Wanted, allowed, placeholders, validate, wanted
+from pipeline._yaml import CommandLineText, Key, dotted, read, shown
+from pipeline.errors import ConfigError
+from pipeline.layers import ALIGN_PX, CONV_NAMES
+
+NetworkName = Literal["vgg19", "random"]
+OUTPUT_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".dz", ".zarr")
+_EIGHT_BIT_SUFFIXES = (".jpg", ".jpeg", ".dz")
+_BYTE_UNITS = {"B": 1} | {
+    f"{prefix}{unit}": base ** (power + 1)
+    for unit, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT")
+}
+# Both are left out of `result_fields`; the second kind decides the picture through the file's content, not its name.
+HARMLESS: dict[str, Any] = {"resume": "harmless"}
+COMPARED_BY_CONTENT: dict[str, Any] = {"resume": "compared by content hash"}
+
+
+def _absolute(value: object, info: ValidationInfo) -> object:
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value)
+    if not text or "\0" in text:
+        raise ValueError("an empty path" if not text else "a path cannot contain a NUL character")
+    base = Path.cwd() if isinstance(value, CommandLineText) or not info.context else info.context["base"]
+    try:
+        return base / Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"the home folder of {shown(text)!r} is not known; write the path out") from error
+
+
+def _known_layer(name: str) -> str:
+    if name not in CONV_NAMES:
+        raise ValueError(f"unknown layer; {allowed(name, CONV_NAMES)}")
+    return name
+
+
+def _output_suffix(path: Path) -> Path:
+    if path.suffix.lower() not in OUTPUT_SUFFIXES:
+        ending = f"the ending {shown(path.suffix)!r}" if path.suffix else "no ending"
+        raise ValueError(f"has {ending}, which says the format; {allowed(path.suffix, OUTPUT_SUFFIXES)}")
+    return path
+
+
+def _bytes_from(value: object) -> object:
+    """`value` in bytes where it is text such as 4GiB; anything else is left for the type check to refuse."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)", value) if isinstance(value, str) else None
+    factors = {unit.lower(): factor for unit, factor in _BYTE_UNITS.items()}
+    if match is None or match[2].lower() not in factors:
+        return value
+    return int(float(match[1]) * factors[match[2].lower()])
+
+
+def _bytes_text(size_bytes: int) -> str | int:
+    """The shortest exact spelling of a size, for the template."""
+    unit, factor = max(_BYTE_UNITS.items(), key=lambda item: (size_bytes % item[1] == 0, item[1]))
+    return f"{size_bytes // factor}{unit}"
+
+
+Int = Annotated[int, Strict()]
+Float = Annotated[float, Strict()]
+Bool = Annotated[bool, Strict()]
+File = Annotated[Path, BeforeValidator(_absolute), Wanted("a path")]
+Output = Annotated[File, AfterValidator(_output_suffix)]
+Weight = Annotated[Float, Field(gt=0)]
+Layers = dict[Annotated[str, AfterValidator(_known_layer)], Weight]
+Bytes = Annotated[
+    Int,
+    BeforeValidator(_bytes_from),
+    PlainSerializer(_bytes_text),
+    Wanted("a size such as 4GiB or 2000MB or a number of bytes"),
+]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"), Wanted("one of auto, cpu, cuda, cuda:N")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class StyleConfig(_Section):
+    """A style image and its share; shares are relative to their sum."""
+
+    image: File = Field(description="style image", json_schema_extra=COMPARED_BY_CONTENT)
+    weight: Float = Field(1.0, ge=0, description="share among the styles")
+
+
+class NetworkConfig(_Section):
+    """The feature network, and which of its layers the losses look at."""
+
+    name: NetworkName = Field("vgg19", description="feature network; random is for tests")
+    weights: File | None = Field(
+        None, description="weights file; null takes the network's own", json_schema_extra=COMPARED_BY_CONTENT
+    )
+    padding: Literal["replicate", "zeros", "reflect"] = Field("replicate", description="padding at the image border")
+    pooling: Literal["max", "average"] = Field("max", description="pooling of the network; average draws cleaner lines")
+    content_layers: Layers = Field({"conv4_2": 1.0}, description="layers that keep the content")
+    style_layers: Layers = Field(
+        {f"conv{block}_1": 0.2 for block in range(1, 6)}, description="layers whose statistics make the style"
+    )
+
+
+class LossConfig(_Section):
+    """Family of losses and the weights between content and style."""
+
+    kind: Literal["normalized", "gatys"] = Field("normalized", description="how layer losses are scaled")
+    content_weight: Float = Field(0.05, ge=0, description="how much the content is kept")
+    style_weight: Float = Field(1.0, ge=0, description="how strongly the style is applied")
+
+
+def _default_stop(data: dict[str, Any]) -> float:
+    return 0.1 if data.get("schedule") == "constant" else 0.0
+
+
+class OptimizerConfig(_Section):
+    """Adam and its schedule, the same at every stage."""
+
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="step size over a stage's iterations")
+    max_iterations: Int = Field(60, ge=1, description="iterations of each stage")
+    target_pixel_change: Float = Field(12.8, gt=0, description="largest change of a pixel by the first step, of 255")
+    stop_condition: Float = Field(
+        default_factory=_default_stop, ge=0, description="ends a stage when mean|u| falls below; with constant 0.1"
+    )
+    beta1: Float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
+    beta2: Float = Field(0.99, ge=0, lt=1, description="decay of Adam's second moment")
+    epsilon: Float = Field(1e-6, gt=0, description="added to the second moment, under the root")
+    clip: Bool = Field(True, description="keep the canvas within 0..255 after each step")
+
+
+class ComputeConfig(_Section):
+    """Where and in what numbers to compute."""
+
+    device: Device = Field("auto", description="where to compute", json_schema_extra=HARMLESS)
+    dtype: Literal["float32", "float64", "tf32", "bfloat16"] = Field("float32", description="number format")
+    tile_px: Annotated[Int, Field(gt=0)] | Literal["auto"] = Field(
+        "auto", description="side of a tile in px, a multiple of store.chunk_px", json_schema_extra=HARMLESS
+    )
+
+
+class MemoryConfig(_Section):
+    """What the run may take of the host's memory."""
+
+    limit: Bytes = Field(4 * 2**30, gt=0, description="most host memory the run may take")
+
+    @property
+    def limit_bytes(self) -> int:
+        """The limit in bytes."""
+        return self.limit
+
+
+class StoreConfig(_Section):
+    """How the state lies on disk; fixed for the life of a run."""
+
+    chunk_px: Int = Field(512, ge=ALIGN_PX, multiple_of=ALIGN_PX, description="side of a chunk on disk in px")
+    codec: Literal["none", "zstd", "lz4"] = Field("none", description="compression of the state; for slow disks")
+
+
+class ExportConfig(_Section):
+    """How the finished picture is written."""
+
+    bits: Literal[8, 16] = Field(8, description="bits per channel")
+    compression: Literal["deflate", "zstd", "jpeg", "none"] = Field("deflate", description="compression of a TIFF")
+    quality: Int = Field(95, ge=1, le=100, description="JPEG quality")
+
+
+def _default_work_dir(data: dict[str, Any]) -> Path:
+    # `output` is absent when it was refused; the run is refused then, and this value with it.
+    output: Path = data.get("output", Path("refused"))
+    return output.with_name(f"{output.stem}.run")
+
+
+class Config(_Section):
+    """One run: what to paint, in which style, how, and with how much of the machine. All paths are absolute."""
+
+    content: File = Field(description="image to paint", examples=["content.jpg"], json_schema_extra=COMPARED_BY_CONTENT)
+    styles: tuple[StyleConfig, ...] = Field(
+        min_length=1, description="style images", examples=[[{"image": "style.jpg"}]]
+    )
+    output: Output = Field(
+        description=f"finished picture, {' '.join(OUTPUT_SUFFIXES)}",
+        examples=["result.tif"],
+        json_schema_extra=HARMLESS,
+    )
+    work_dir: File = Field(
+        default_factory=_default_work_dir,
+        description="folder of the run's state; beside the output",
+        json_schema_extra=HARMLESS,
+    )
+    size: Annotated[Int, Field(ge=16)] | None = Field(
+        None, description="long side of the result in px; null takes the content's own"
+    )
+    initial_size: Int = Field(512, ge=16, description="long side of the coarsest stage in px")
+    network: NetworkConfig = Field(NetworkConfig(), description="feature network")
+    loss: LossConfig = Field(LossConfig(), description="what is optimised")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how it is optimised")
+    init: Literal["content", "noise"] = Field("content", description="what the coarsest stage starts from")
+    compute: ComputeConfig = Field(ComputeConfig(), description="where it is computed")
+    memory: MemoryConfig = Field(MemoryConfig(), description="host memory", json_schema_extra=HARMLESS)
+    store: StoreConfig = Field(StoreConfig(), description="state on disk")
+    export: ExportConfig = Field(ExportConfig(), description="file format of the output", json_schema_extra=HARMLESS)
+    seed: Int = Field(0, ge=0, lt=2**63, description="seed of the noise and of the random network")
+
+    @model_validator(mode="after")
+    def _refuse_conflicts(self) -> Config:
+        checks = (self._loss_conflicts, self._grid_conflicts, self._format_conflicts, self._path_conflicts)
+        found = [conflict for check in checks for conflict in check()]
+        if found:
+            raise ConflictsError(found)
+        return self
+
+    def _loss_conflicts(self) -> Iterator[Conflict]:
+        total = sum(style.weight for style in self.styles)
+        if not 0 < total < math.inf:
+            yield Conflict((("styles",),), f"the weights sum to {total}, so no style can be given its share")
+        weights = self.loss.content_weight, self.loss.style_weight
+        layers = self.network.content_layers, self.network.style_layers
+        keys = (("loss", "style_weight"), ("loss", "content_weight"))
+        layer_keys = (("network", "style_layers"), ("network", "content_layers"))
+        nothing = "so there would be nothing to optimise"
+        if not any(weights):
+            yield Conflict(keys, f"0 here and in loss.content_weight, {nothing}")
+        elif not any(layers):
+            yield Conflict(layer_keys, f"no layer here nor in network.content_layers, {nothing}")
+        elif not any(weight and names for weight, names in zip(weights, layers, strict=True)):
+            yield Conflict(
+                (*keys, *layer_keys), f"the only weight above 0 belongs to an empty list of layers, {nothing}"
+            )
+        if self.network.name == "random" and self.network.weights is not None:
+            text = "network random makes its weights from the seed and would ignore this file; set it to null"
+            yield Conflict((("network", "weights"), ("network", "name")), text)
+
+    def _grid_conflicts(self) -> Iterator[Conflict]:
+        tile_px, chunk_px = self.compute.tile_px, self.store.chunk_px
+        if tile_px != "auto" and tile_px % chunk_px:
+            text = f"{tile_px} is no multiple of store.chunk_px = {chunk_px}; a tile is written as whole chunks"
+            yield Conflict((("compute", "tile_px"), ("store", "chunk_px")), text)
+
+    def _format_conflicts(self) -> Iterator[Conflict]:
+        suffix = self.output.suffix.lower()
+        bits, compression = ("export", "bits"), ("export", "compression")
+        if self.export.bits == 16 and suffix in _EIGHT_BIT_SUFFIXES:
+            text = f"{suffix} pictures have 8 bits; choose 8, or a .tif, .png or .zarr output"
+            yield Conflict((bits, ("output",)), text)
+        if self.export.bits == 16 and self.export.compression == "jpeg" and suffix in (".tif", ".tiff"):
+            yield Conflict(
+                (compression, bits, ("output",)), "jpeg stores 8 bits only; choose another, or export.bits 8"
+            )
+
+    def _path_conflicts(self) -> Iterator[Conflict]:
+        inputs: dict[Key, Path | None] = {("content",): self.content, ("network", "weights"): self.network.weights}
+        inputs |= {("styles", index, "image"): style.image for index, style in enumerate(self.styles)}
+        output_key, work_dir_key = ("output",), ("work_dir",)
+        for key, path in inputs.items():
+            if path is not None and _same(path, self.output):
+                yield Conflict((output_key, key), f"the same file as {dotted(key)}, which would be overwritten")
+            if path is not None and _same(path, self.work_dir):
+                text = f"the same path as {dotted(key)}; the run needs a folder of its own"
+                yield Conflict((work_dir_key, key, output_key), text)
+        output, work_dir = _real(self.output), _real(self.work_dir)
+        if output == work_dir or output in work_dir.parents:
+            text = "at or inside the output, which is replaced as a whole at the end; choose another folder"
+            yield Conflict((work_dir_key, output_key), text)
+
+
+def _same(one: Path, other: Path) -> bool:
+    if _real(one) == _real(other):
+        return True
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them cannot be looked at, or is not there, which is for whoever opens it to say
+        return False
+
+
+def _real(path: Path) -> Path:
+    """`path` with links followed, as far as they lead anywhere."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        return path
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in the YAML file `path`, with `key.inner=value` overrides applied; all its paths made absolute.
+
+    Paths in the file are relative to its folder, paths in overrides to the current one. Raises `ConfigError` with every
+    problem, one per line, as `file:line:column: key: what` (`--set key=value: key: what` for an override).
+    """
+    file = Path(path)
+    document = read(file)
+    for number, setting in enumerate(overrides):
+        document.override(number, setting)
+    config = None
+    if document.readable:
+        config = validate(Config, document, Path.cwd() / file.parent)
+    if config is None or document.problems:
+        raise ConfigError("\n".join(str(problem) for problem in sorted(set(document.problems))))
+    return config
+
+
+def result_fields(config: Config) -> dict[str, object]:
+    """Dotted key to JSON-able value of all that decides the picture; where it differs, a resume would mix two pictures.
+
+    Left out are fields marked `HARMLESS`, and files, which are compared by their content elsewhere.
+    """
+    return dict(_flat(config, ""))
+
+
+def _flat(value: object, key: str) -> Iterator[tuple[str, object]]:
+    start = f"{key}." if key else ""
+    if isinstance(value, BaseModel):
+        for name, field in type(value).model_fields.items():
+            marks = field.json_schema_extra
+            if not (isinstance(marks, dict) and "resume" in marks):
+                yield from _flat(getattr(value, name), start + name)
+    elif isinstance(value, tuple):
+        for index, entry in enumerate(value):
+            yield from _flat(entry, f"{start}{index}")
+    elif isinstance(value, dict):
+        for name, entry in value.items():
+            yield from _flat(entry, start + name)
+    else:
+        yield key, value
+
+
+def template() -> str:
+    """A config file with every key, its default and what it is for; files are placeholders to be replaced."""
+    config = Config.model_validate(placeholders(Config), context={"base": Path()})
+    head = (
+        "# Every setting with its default; one behind # takes its default from others. Paths are relative to this file."
+    )
+    return "\n".join([head, *_template_lines(config)]) + "\n"
+
+
+def _template_lines(section: BaseModel) -> Iterator[str]:
+    plain = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield f"{name}:  # {field.description}"
+            yield from (f"  {line}" for line in _template_lines(value))
+        elif isinstance(value, tuple):
+            yield f"{name}:  # {field.description}; {wanted(field.annotation)}"
+            for entry in value:
+                first, *others = _template_lines(entry)
+                yield from (f"  - {first}", *(f"    {line}" for line in others))
+        else:
+            # A default that follows from another key is only shown: written down, it would no longer follow.
+            follows = "# " if field.default_factory_takes_validated_data else ""
+            flow = yaml.safe_dump([plain[name]], default_flow_style=True, width=math.inf, sort_keys=False).strip()[1:-1]
+            takes = wanted(field.annotation, field.metadata)
+            yield f"{follows}{name}: {flow}  # {field.description}; {takes}"
