@@ -1,1 +1,11 @@
-"""Neural style transfer at print size."""
+"""Neural style transfer at print size: exact tiles, disk-backed state, bounded memory, exact resume.
+
+The public surface, beside the CLI, the config schema and the layout on disk.
+"""
+
+from pipeline.config import Config, load_config
+from pipeline.run import run
+from pipeline.status import export, status
+from pipeline.survey import plan
+
+__all__ = ["Config", "export", "load_config", "plan", "run", "status"]

@@ -20,23 +20,12 @@ from torch import Tensor
 from pipeline.errors import ConfigError, InputError
 from pipeline.layers import CONV_NAMES, Layer, needed_layers
 from pipeline.tiling import Rect
-from pipeline.weights import WeightsSource, check_shapes, conv_key
+from pipeline.weights import NetworkSpec, WeightsSource, check_shapes, conv_key
 
 # What torchvision's weights expect: RGB in [0, 1], shifted and scaled per channel.
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class NetworkSpec:
-    """Everything needed to build a network anywhere; picklable, and the key of the per-process cache."""
-
-    source: WeightsSource
-    padding: str
-    pooling: str
-    dtype: str
-    device: str
 
 
 @dataclass(frozen=True)
@@ -53,34 +42,35 @@ class Network:
 
     def __init__(self, state: Mapping[str, Tensor], *, padding: str, pooling: str, dtype: torch.dtype, device: str):
         """Take the convolutions of `state` (our names or torchvision's; see weights.conv_key)."""
-        self.dtype = dtype
-        self.device = torch.device(device)
+        self._dtype = dtype
+        self._device = torch.device(device)
         self._pad = PADDINGS[padding]
         self._pool = F.max_pool2d if pooling == "max" else F.avg_pool2d
-        self._input = self._on_device(*_input_convolution(state))
+        # pixels 0..255 do not fit the 8 bits of a bfloat16 mantissa: they are scaled before they are narrowed
+        self._input = self._on_device(*_input_convolution(state), torch.promote_types(dtype, torch.float32))
         self._convs = {
-            name: self._on_device(state[f"{key}.weight"], state[f"{key}.bias"])
+            name: self._on_device(state[f"{key}.weight"], state[f"{key}.bias"], dtype)
             for name in CONV_NAMES
             if (key := conv_key(name, set(state))) is not None
         }
 
-    def _on_device(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        weight = weight.to(self.device, self.dtype, memory_format=torch.channels_last)
-        return weight, bias.to(self.device, self.dtype)
+    def _on_device(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        weight = weight.to(self._device, dtype, memory_format=torch.channels_last)
+        return weight, bias.to(self._device, dtype)
 
     def features(
         self, pixels_1CHW: Tensor, outer: Rect, size: tuple[int, int], names: set[str], required: Rect
     ) -> Iterator[FeatureMap]:
-        """Yield the feature maps of the layers `names`, shallowest first, computed from one tile.
+        """Yield the feature maps of the layers `names` of one tile, shallowest first.
 
-        `pixels_1CHW`: RGB 0..255 of the pixel rectangle `outer` of an image of `size` (height, width).
+        `pixels_1CHW`: RGB 0..255, float32 or (for a float64 network) float64, of the pixel rectangle `outer` of an image of `size` (height, width).
         A side of `outer` on the border of the image is padded, any other is a cut and shrinks (see tiling.py).
         `required`: the pixels whose positions the caller needs; layers without a position there are left out.
         """
         height, width = size
         cut = (outer.y0 > 0, outer.y1 < height, outer.x0 > 0, outer.x1 < width)
         region = outer
-        x = F.conv2d(pixels_1CHW, *self._input)
+        x = F.conv2d(pixels_1CHW, *self._input).to(self._dtype)
         for layer in needed_layers(names):
             if required.positions(layer).area == 0:
                 return

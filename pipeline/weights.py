@@ -38,6 +38,17 @@ class WeightsSource:
         return hash((self.path, self.sha256))
 
 
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Everything needed to build a network anywhere; picklable, and the key of the per-process cache."""
+
+    source: WeightsSource
+    padding: str
+    pooling: str
+    dtype: str
+    device: str
+
+
 def find_weights(name: str, path: Path | None, seed: int) -> WeightsSource:
     """Locate the weights of network `name`; download VGG-19's if no path is given.
 

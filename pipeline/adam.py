@@ -1,0 +1,66 @@
+"""Adam as algorithm.md writes it (ε under the root, adaptive α, clipping), in place on numpy arrays."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """One step: the constants of the moments, and `size` = α·c_j·b, which multiplies u."""
+
+    beta1: float
+    beta2: float
+    epsilon: float
+    size: float
+    clip: bool
+
+
+def bias_correction(beta1: float, beta2: float, iteration: int) -> float:
+    """Give b of iteration j = 0, 1, …: sqrt(1 − β2^(j+1)) / (1 − β1^(j+1))."""
+    step = iteration + 1
+    return float(math.sqrt(1 - beta2**step) / (1 - beta1**step))
+
+
+def schedule_factor(schedule: str, iteration: int, max_iterations: int) -> float:
+    """c_j: 1 for the paper's constant schedule, falling from 1 towards 0.05 for cosine."""
+    if schedule == "constant":
+        return 1.0
+    return 0.05 + 0.95 * (1 + math.cos(math.pi * iteration / max_iterations)) / 2
+
+
+def first_max_update(beta1: float, beta2: float, epsilon: float, max_abs_gradient: float) -> float:
+    """max|u| of a stage's first iteration, from max|g| alone.
+
+    There m = (1−β1)·g and v = (1−β2)·g², so |u| grows with |g| and the largest gradient has the largest u.
+    """
+    return (1 - beta1) * max_abs_gradient / math.sqrt((1 - beta2) * max_abs_gradient**2 + epsilon)
+
+
+def update(gradient: Array, canvas: Array, m: Array, v: Array, scratch: Array, step: AdamStep) -> Array:
+    """Advance `canvas`, `m` and `v` by one step, in place, and give |u|.
+
+    All five arrays have one shape and dtype; `gradient` and `scratch` are overwritten, and |u| is `scratch`.
+    """
+    m *= step.beta1
+    np.multiply(gradient, 1 - step.beta1, out=scratch)
+    m += scratch
+    v *= step.beta2
+    np.multiply(gradient, gradient, out=gradient)
+    gradient *= 1 - step.beta2
+    v += gradient
+    np.add(v, step.epsilon, out=scratch)
+    np.sqrt(scratch, out=scratch)
+    np.divide(m, scratch, out=scratch)
+    np.multiply(scratch, step.size, out=gradient)
+    canvas -= gradient
+    if step.clip:
+        np.clip(canvas, 0, 255, out=canvas)
+    return np.abs(scratch, out=scratch)

@@ -1,0 +1,211 @@
+"""The command line: arguments to calls, exceptions to exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar, cast
+
+import click
+
+import pipeline
+from pipeline import config as config_module
+from pipeline import report
+from pipeline.errors import ConfigError, PipelineError, SpaceError, Stopped
+from pipeline.sinks import make_sink
+from pipeline.store import space_error
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_EXIT_CODES = """\b
+Exit codes: 0 done, 1 a bug of ours, 2 wrong usage, 3 wrong config or input,
+4 another run works there, 5 no space, 6 damaged state, 75 stopped (the same
+command goes on), 130/143 aborted by a second Ctrl-C/SIGTERM."""
+
+
+def main() -> NoReturn:
+    """Entry point: run a command and exit with its code (see errors.py)."""
+    try:
+        cli.main(standalone_mode=False)
+        code = 0
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    except PipelineError as error:
+        code = _tell(error)
+    except OSError as error:
+        place = Path(error.filename) if isinstance(error.filename, str) else Path()
+        full = space_error(place, error)
+        code = _tell(full) if isinstance(full, SpaceError) else _tell_bug()
+    except Exception:  # the last place where a bug can be told from a user's mistake
+        code = _tell_bug()
+    sys.exit(code)
+
+
+def _tell(error: PipelineError) -> int:
+    word = "stopped" if isinstance(error, Stopped) else "error"
+    click.echo(f"pipeline: {word}: {error}", err=True)
+    return error.exit_code
+
+
+def _tell_bug() -> int:
+    traceback.print_exc()
+    click.echo("pipeline: this is a bug of ours. Your run is safe: the same command goes on.", err=True)
+    return 1
+
+
+def with_config(required: bool) -> Callable[[F], F]:
+    """The options that name a config and change its values."""
+
+    def add(command: F) -> F:
+        command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value.")(
+            command
+        )
+        path = click.Path(path_type=Path)
+        return click.option("-c", "--config", "config_path", type=path, required=required)(command)
+
+    return add
+
+
+def with_run(command: F) -> F:
+    """The options that name a run: its config, or its folder."""
+    path = click.Path(path_type=Path, file_okay=False)
+    command = click.option("--run", "run_dir", type=path, help="The run's work_dir, instead of its config.")(command)
+    return with_config(required=False)(command)
+
+
+def _work_dir(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None) -> Path:
+    if (config_path is None) == (run_dir is None):
+        raise click.UsageError("give either --config or --run")
+    return run_dir if run_dir is not None else pipeline.load_config(cast(Path, config_path), overrides).work_dir
+
+
+@click.group(epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pipeline")
+def cli() -> None:
+    """Neural style transfer at print size: exact tiles, resumable, in bounded memory."""
+
+
+@cli.command(epilog=_EXIT_CODES)
+@with_config(required=True)
+@click.option("--force", is_flag=True, help="Overwrite an output that this run did not make.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["auto", "live", "plain", "json"]),
+    default="auto",
+    show_default=True,
+    help="How progress is shown on stderr; auto is live on a terminal, else plain.",
+)
+def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: str) -> None:
+    """Render the picture of a config, or go on where it stopped."""
+    config = pipeline.load_config(config_path, overrides)
+    stop = stop_on_signals()
+    with make_sink(log_format) as sink:
+        pipeline.run(config, force=force, sink=sink, stop=stop)
+
+
+@cli.command()
+@with_config(required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show stages, tiles, memory, disk and work of a run, without rendering."""
+    config = pipeline.load_config(config_path, overrides)
+    planned = pipeline.plan(config)
+    if as_json:
+        click.echo(json.dumps(planned.as_dict(), indent=2))
+    else:
+        report.print_plan(config, planned)
+
+
+@cli.command()
+@with_run
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None, as_json: bool) -> None:
+    """Show where a run stands; works while it runs and after."""
+    found = pipeline.status(_work_dir(config_path, overrides, run_dir))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        report.print_status(found)
+
+
+@cli.command()
+@with_run
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The picture to write.")
+@click.option("--stage", type=int, help="Which stage; default the newest.")
+@click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True)
+@click.option(
+    "--compression", type=click.Choice(["deflate", "zstd", "jpeg", "none"]), default="deflate", show_default=True
+)
+@click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG.")
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+def export(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    output: Path,
+    stage: int | None,
+    force: bool,
+    **options: Any,
+) -> None:
+    """Write the canvas of any stage as a picture, at any time."""
+    export_config = config_module.ExportConfig.model_validate({**options, "bits": int(options["bits"])})
+    work_dir = _work_dir(config_path, overrides, run_dir)
+    stop = stop_on_signals()
+    with make_sink("auto") as sink:
+        path = pipeline.export(
+            work_dir, output.absolute(), stage=stage, options=export_config, force=force, sink=sink, stop=stop
+        )
+    click.echo(path)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path), default="pipeline.yaml")
+def init(path: Path) -> None:
+    """Write a commented config to PATH (default pipeline.yaml; - for stdout)."""
+    if str(path) == "-":
+        click.echo(config_module.template(), nl=False)
+        return
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(config_module.template())
+    except FileExistsError as error:
+        raise ConfigError(f"{path}: exists, and would be lost. Choose another name.") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}). Choose another place.") from error
+    click.echo(f"{path}: now set content, styles and output in it, then: pipeline run --config {path}")
+
+
+@cli.command()
+def doctor() -> None:
+    """Show versions, devices, memory and disk."""
+    report.print_doctor()
+
+
+def stop_on_signals() -> threading.Event:
+    """The event that Ctrl-C or SIGTERM sets: stop between two tasks. A second signal ends the process at once.
+
+    Ending at once is safe: what is committed is on the disk, and the system releases the lock.
+    """
+    stop = threading.Event()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+        click.echo("pipeline: stopping after the tiles in flight; once more to abort", err=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return stop

@@ -1,0 +1,88 @@
+"""Mapping tasks over specs, in this process, on Dask's threaded scheduler. The only importer of dask.
+
+Tasks are pure functions of one picklable spec and may run twice. Results are combined in the order of the specs,
+whatever the order of arrival, so that every sum has the same bits on every run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+from dask.base import compute
+from dask.delayed import delayed
+
+from pipeline.errors import Stopped
+
+S = TypeVar("S")
+R = TypeVar("R")
+A = TypeVar("A")
+
+
+class Engine:
+    """A pool of worker threads, and the flag that stops it between two tasks."""
+
+    def __init__(self, workers: int, stop: threading.Event | None = None):
+        self.stop = stop or threading.Event()
+        self._workers = workers
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="task")
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, task: Callable[[S], R], specs: Sequence[S], on_done: Callable[[], None] = lambda: None) -> list[R]:
+        """`task` of every spec, results in the order of `specs`; `on_done` is called after each, on any thread.
+
+        Raises Stopped when the stop flag is set, else what a task raised.
+        """
+        nodes = [self._node(task, spec, on_done) for spec in specs]
+        return list(self._compute(nodes))
+
+    def fold(
+        self,
+        task: Callable[[S], R],
+        specs: Sequence[S],
+        combine: Callable[[A, R], A],
+        initial: A,
+        on_done: Callable[[], None] = lambda: None,
+    ) -> A:
+        """Combine the results of `task` one by one, in the order of `specs`, keeping only a few in memory."""
+        total: Any = delayed(initial, traverse=False)
+        for spec in specs:
+            total = delayed(combine, pure=False)(total, self._node(task, spec, on_done))
+        result: A = self._compute([total])[0]
+        return result
+
+    def raise_if_stopped(self) -> None:
+        """Raise Stopped if the run was asked to stop."""
+        if self.stop.is_set():
+            raise Stopped("stopped as asked; the same command goes on from here.")
+
+    def checked(self, items: Iterable[S]) -> Iterable[S]:
+        """`items`, ending in Stopped once the run is asked to stop."""
+        for item in items:
+            self.raise_if_stopped()
+            yield item
+
+    def _node(self, task: Callable[[S], R], spec: S, on_done: Callable[[], None]) -> Any:
+        # a partial without arguments: dask would otherwise look for tasks inside the spec
+        return delayed(partial(self._run_task, task, spec, on_done), pure=False)()
+
+    def _run_task(self, task: Callable[[S], R], spec: S, on_done: Callable[[], None]) -> R:
+        self.raise_if_stopped()
+        result = task(spec)
+        on_done()
+        return result
+
+    def _compute(self, nodes: list[Any]) -> tuple[Any, ...]:
+        return tuple(
+            compute(  # type: ignore[no-untyped-call]
+                *nodes, scheduler="threads", pool=self._pool, num_workers=self._workers, optimize_graph=False
+            )
+        )

@@ -1,0 +1,76 @@
+"""The objective and its seeds, as pure functions of whole-image numbers (algorithm.md, "The objective").
+
+Axes in names: C channels, n positions. Grams are float64 numpy arrays: they are tiny, and they are what the
+exactness of the tiles rests on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.errors import ConfigError
+
+Gram = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StyleTerm:
+    """One style layer at one canvas: its share of Ls, and the matrix whose product with the features is the seed."""
+
+    loss: float
+    seed_CC: Gram
+
+
+def gram_sum(features_CHW: Tensor) -> Gram:
+    """Sum over positions of the outer product of the features (eq. 14), (C, C), accumulated in at least float32."""
+    features_Cn = features_CHW.flatten(1)
+    if features_Cn.dtype == torch.bfloat16:
+        features_Cn = features_Cn.float()
+    return (features_Cn @ features_Cn.T).cpu().numpy().astype(np.float64)
+
+
+def mean_gram(grams: list[Gram], weights: list[float]) -> Gram:
+    """The weighted mean of several styles' Grams: the target of a style layer."""
+    return np.average(np.stack(grams), axis=0, weights=weights)
+
+
+def style_term(kind: str, gram: Gram, target: Gram, positions: int, weight: float, factor: float) -> StyleTerm:
+    """Loss and seed matrix of one style layer.
+
+    `gram`, `target`: mean Grams G_l(p), G_l(s). `positions`: n_l. `weight`: λ_l. `factor`: N·w_s.
+    The seed is d(N·w_s·Ls)/dφ = seed_CC · φ, exact on any subset of positions.
+    Raises ConfigError if the target has no energy to normalise by.
+    """
+    difference = gram - target
+    scale = weight / (4 * len(gram) ** 2) if kind == "gatys" else weight / _energy(float(np.sum(target**2)), "style")
+    return StyleTerm(scale * float(np.sum(difference**2)), factor * scale * 4 / positions * difference)
+
+
+def content_scale(kind: str, energy: float, channels: int, positions: int, weight: float) -> float:
+    """What ‖φ_l(p) − φ_l(o)‖² is multiplied by in Lc; the seed is N·w_c·2·scale·(φ_l(p) − φ_l(o)).
+
+    `energy`: ‖φ_l(o)‖² over the whole image. Raises ConfigError if it is zero and the family normalises by it.
+    """
+    if kind == "gatys":
+        return weight * 0.5 / (channels * positions)
+    return weight / _energy(energy, "content")
+
+
+def _energy(energy: float, which: str) -> float:
+    if not energy > 0:
+        raise ConfigError(
+            f"loss.kind: normalized divides by the energy of the {which} features, which is {energy:g}: the "
+            f"{which} image says nothing to this network at one of its layers. Use another image, other layers, or "
+            "loss.kind: gatys."
+        )
+    return energy
+
+
+def objective(pixels: int, content_weight: float, content_loss: float, style_weight: float, style_loss: float) -> float:
+    """J = N·(w_c·Lc + w_s·Ls)."""
+    return pixels * (content_weight * content_loss + style_weight * style_loss)

@@ -1,0 +1,253 @@
+"""The tasks: Gram, content, gradient and update pass. Each reads a tile or chunks, computes, writes whole chunks.
+
+Every task is a pure function of its spec: it may run twice, and writes the same bytes. Axes in names: 1 batch,
+C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline import adam, losses
+from pipeline.errors import ConfigError
+from pipeline.layers import halo_px
+from pipeline.losses import Gram
+from pipeline.network import FeatureMap, get_network
+from pipeline.store import StageArray, open_array
+from pipeline.tiling import Rect, Tile
+from pipeline.weights import NetworkSpec
+
+# One tile computes at a time: its neighbours in flight read and write. Memory is planned for one.
+_COMPUTE = threading.Semaphore(1)
+
+
+@dataclass(frozen=True)
+class TileSpec:
+    """A tile of one array of a stage, and the network that sees it."""
+
+    stage_dir: Path
+    array: str
+    tile: Tile
+    network: NetworkSpec
+
+
+@dataclass(frozen=True)
+class GramSpec(TileSpec):
+    """Sum the Grams of `layers` over the tile's inner rectangle."""
+
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ContentSpec(TileSpec):
+    """Store the features of `layers` of the content image, and measure their energy."""
+
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GradientSpec(TileSpec):
+    """The gradient of the tile's inner rectangle.
+
+    `style_seeds_CC`: per style layer, the matrix that turns features into the seed. `content_factors`: per content
+    layer, what turns φ(p) − φ(o) into the seed.
+    """
+
+    style_seeds_CC: Mapping[str, Gram]
+    content_factors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class GradientResult:
+    """Per content layer Σ(φ(p) − φ(o))² over the inner rectangle, and the largest |g| there."""
+
+    content_squares: Mapping[str, float]
+    max_abs_gradient: float
+
+
+@dataclass(frozen=True)
+class UpdateSpec:
+    """One Adam step of a few chunks, from slot `slot` into the other."""
+
+    stage_dir: Path
+    chunks: tuple[tuple[int, int], ...]
+    slot: int
+    step: adam.AdamStep
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """Σ|u| of every chunk, and max|u| over them all."""
+
+    sums_abs_u: tuple[float, ...]
+    max_abs_u: float
+
+
+def content_features_name(layer: str) -> str:
+    """The array that keeps the content's features of `layer`."""
+    return f"features_{layer}"
+
+
+def gram_task(spec: GramSpec) -> dict[str, Gram]:
+    """gram_sum of every layer over the positions of the tile's inner rectangle (eqs. 14, 15)."""
+    outer = spec.tile.outer(halo_px(spec.layers))
+    pixels = open_array(spec.stage_dir, spec.array).read_window(outer)
+    sums: dict[str, Gram] = {}
+    with _COMPUTE, torch.no_grad():
+        for found in _features(spec, pixels, outer, set(spec.layers), spec.tile.inner):
+            sums[found.layer.name] = losses.gram_sum(_inner_features(found, spec.tile))
+    return sums
+
+
+def add_grams(total: dict[str, Gram], tile: dict[str, Gram]) -> dict[str, Gram]:
+    """`total` with one more tile: the combine step of the fold, called in tile order."""
+    return {**total, **{layer: total[layer] + gram if layer in total else gram for layer, gram in tile.items()}}
+
+
+def content_task(spec: ContentSpec) -> dict[str, float]:
+    """Write the content's features over the inner rectangle; gives each layer's energy ‖φ_l(o)‖² there."""
+    outer = spec.tile.outer(halo_px(spec.layers))
+    pixels = open_array(spec.stage_dir, spec.array).read_window(outer)
+    energies: dict[str, float] = {}
+    with _COMPUTE, torch.no_grad():
+        computed = {
+            found.layer.name: (found.layer, _to_host(_inner_features(found, spec.tile)))
+            for found in _features(spec, pixels, outer, set(spec.layers), spec.tile.inner)
+        }
+    for name, (layer, features_HWC) in computed.items():
+        array = open_array(spec.stage_dir, content_features_name(name))
+        array.write_window(spec.tile.inner.positions(layer), features_HWC.astype(array.dtype, copy=False))
+        energies[name] = float(np.sum(np.square(features_HWC, dtype=np.float64)))
+    return energies
+
+
+def gradient_task(spec: GradientSpec) -> GradientResult:
+    """Write dJ/dp of the tile's inner rectangle (eq. 21), from local seeds and whole-image totals.
+
+    Raises ConfigError if the gradient is not finite.
+    """
+    names = {*spec.style_seeds_CC, *spec.content_factors}
+    halo = halo_px(names)
+    outer = spec.tile.outer(2 * halo)
+    pixels = open_array(spec.stage_dir, spec.array).read_window(outer)
+    with _COMPUTE:
+        gradient_HWC, content_squares = _gradient(spec, pixels, outer, names, halo)
+    max_abs = float(np.abs(gradient_HWC).max())
+    if not np.isfinite(max_abs):
+        raise ConfigError(
+            f"the gradient of tile {spec.tile.index} of {spec.stage_dir.name} is not finite: compute.dtype "
+            f"{spec.network.dtype} overflows with these weights and losses. Use float32 or smaller weights."
+        )
+    open_array(spec.stage_dir, "gradient").write_window(spec.tile.inner, gradient_HWC)
+    return GradientResult(content_squares, max_abs)
+
+
+def _gradient(
+    spec: GradientSpec, pixels: NDArray[Any], outer: Rect, names: set[str], halo: int
+) -> tuple[NDArray[Any], dict[str, float]]:
+    """(gradient of the inner rectangle, Σ(φ(p) − φ(o))² there per content layer)."""
+    tile = spec.tile
+    canvas_1CHW = _to_device(pixels, spec.network).requires_grad_()
+    needed = tile.inner.grown(halo, tile.height, tile.width)
+    outputs: list[Tensor] = []
+    seeds: list[Tensor] = []
+    squares: dict[str, float] = {}
+    network = get_network(spec.network)
+    for found in network.features(canvas_1CHW, outer, (tile.height, tile.width), names, needed):
+        with torch.no_grad():
+            seed, square = _seed(spec, found)
+        outputs.append(found.features_1CHW)
+        seeds.append(seed)
+        if square is not None:
+            squares[found.layer.name] = square
+    (gradient_1CHW,) = torch.autograd.grad(outputs, canvas_1CHW, seeds)
+    rows, columns = tile.inner.within(outer)
+    return _to_host(gradient_1CHW[0, :, rows, columns]), squares
+
+
+def _seed(spec: GradientSpec, found: FeatureMap) -> tuple[Tensor, float | None]:
+    """dJ/dφ of one layer on all its positions, and Σ(φ(p) − φ(o))² over the inner ones if it is a content layer."""
+    name, features_1CHW = found.layer.name, found.features_1CHW
+    seed = torch.zeros_like(features_1CHW)
+    square = None
+    if name in spec.style_seeds_CC:
+        matrix_CC = torch.from_numpy(spec.style_seeds_CC[name]).to(seed)
+        seed = torch.einsum("cd,bdhw->bchw", matrix_CC, features_1CHW)
+    if name in spec.content_factors:
+        content = open_array(spec.stage_dir, content_features_name(name)).read_window(found.region)
+        # subtract in the precision of the store: bfloat16 would lose what is left of nearly equal numbers
+        difference = features_1CHW - _to_device(content, spec.network)
+        seed = seed + (spec.content_factors[name] * difference).to(seed)
+        inner = spec.tile.inner.positions(found.layer)
+        rows, columns = inner.within(found.region)
+        square = float(difference[0, :, rows, columns].double().square().sum())
+    return seed, square
+
+
+def update_task(spec: UpdateSpec) -> UpdateResult:
+    """Read gradient, canvas, m, v of each chunk, step, and write canvas, m, v into the other slot."""
+    arrays = {name: open_array(spec.stage_dir, name) for name in ("gradient", *_slot_names(spec.slot))}
+    targets = [open_array(spec.stage_dir, name) for name in _slot_names(1 - spec.slot)]
+    gradient = arrays["gradient"]
+    buffers = {name: np.empty(gradient.chunk_shape, gradient.dtype) for name in arrays}
+    scratch = np.empty(gradient.chunk_shape, gradient.dtype)
+    sums: list[float] = []
+    largest = 0.0
+    for cy, cx in spec.chunks:
+        for name, array in arrays.items():
+            array.read_chunk(cy, cx, buffers[name])
+        canvas, m, v = state = [buffers[name] for name in _slot_names(spec.slot)]
+        abs_u = adam.update(buffers["gradient"], canvas, m, v, scratch, spec.step)
+        for target, data in zip(targets, state, strict=True):
+            target.write_chunk(cy, cx, data)
+        inside = abs_u[gradient.valid_part(cy, cx)]
+        sums.append(float(inside.sum(dtype=np.float64)))
+        largest = max(largest, float(inside.max()))
+    return UpdateResult(tuple(sums), largest)
+
+
+def _slot_names(slot: int) -> tuple[str, str, str]:
+    return f"canvas_{slot}", f"m_{slot}", f"v_{slot}"
+
+
+def _features(
+    spec: TileSpec, pixels: NDArray[Any], outer: Rect, layers: set[str], required: Rect
+) -> Iterator[FeatureMap]:
+    network = get_network(spec.network)
+    size = (spec.tile.height, spec.tile.width)
+    return network.features(_to_device(pixels, spec.network), outer, size, layers, required)
+
+
+def _inner_features(found: FeatureMap, tile: Tile) -> Tensor:
+    """(C, H, W) of the positions that belong to the tile's inner rectangle."""
+    rows, columns = tile.inner.positions(found.layer).within(found.region)
+    return found.features_1CHW[0, :, rows, columns]
+
+
+def _to_device(array_HWC: NDArray[Any], network: NetworkSpec) -> Tensor:
+    """(1, C, H, W) in at least float32 on the network's device; the store's layout is channels-last already."""
+    dtype = torch.float64 if network.dtype == "float64" else torch.float32
+    return torch.from_numpy(array_HWC).to(network.device, dtype).permute(2, 0, 1)[None]
+
+
+def _to_host(tensor_CHW: Tensor) -> NDArray[Any]:
+    """(H, W, C) contiguous numpy, float32 or float64."""
+    if tensor_CHW.dtype == torch.bfloat16:
+        tensor_CHW = tensor_CHW.float()
+    return np.ascontiguousarray(tensor_CHW.permute(1, 2, 0).cpu().numpy())
+
+
+def initial_noise(seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:
+    """Uniform noise 0..255 of one chunk; the same for the same seed, whatever is drawn before or beside it."""
+    rows, columns = array.valid_part(cy, cx)
+    generator = np.random.default_rng([seed, cy, cx])
+    return generator.uniform(0, 255, (rows.stop, columns.stop, 3)).astype(array.dtype)

@@ -1,0 +1,100 @@
+"""Text for people: the plan, the status and the doctor's findings, on stdout."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import Config
+from pipeline.device import resolve_device
+from pipeline.plan import Plan
+from pipeline.sinks import duration
+
+_PACKAGES = ("pipeline", "torch", "zarr", "numcodecs", "dask", "numpy", "pyvips", "pydantic")
+
+
+def gib(size_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{size_bytes / 2**30:.2f} GiB"
+
+
+def print_plan(config: Config, planned: Plan) -> None:
+    """Stages, tiles, memory, disk and work of a run."""
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("stage", "size px", "tiles", "halo", "store", "TFLOP/it"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage in planned.stages:
+        table.add_row(
+            str(stage.index + 1),
+            f"{stage.size[1]}×{stage.size[0]}",
+            f"{stage.tiles:,}",
+            f"×{stage.halo_overhead:.2f}",
+            gib(stage.store_bytes),
+            f"{stage.flop_per_iteration / 1e12:.2f}",
+        )
+    console.print(table)
+    limit = gib(planned.memory_limit_bytes)
+    phases = ", ".join(f"{phase} {gib(size)}" for phase, size in planned.host_bytes.items())
+    tile = f"tiles of {planned.tile_px} px, chunks of {planned.chunk_px} px, halo {planned.halo_px} px"
+    lines = [
+        f"device   {planned.device}; {tile}",
+        f"memory   {gib(planned.projected_mem_bytes)} of {limit} (memory.limit); {phases}",
+        *([] if planned.device == "cpu" else [f"on {planned.device}  {gib(planned.device_bytes)}"]),
+        f"disk     {gib(planned.disk_bytes)} in {config.work_dir}",
+        f"picture  up to {gib(planned.output_bytes)} for {config.output}",
+        f"work     {planned.flop / 1e12:,.0f} TFLOP for {config.optimizer.max_iterations} iterations of every stage",
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=False)
+
+
+def print_status(found: dict[str, Any]) -> None:
+    """Where a run stands."""
+    console = Console(highlight=False)
+    process = f" (process {found['pid']})" if found["pid"] else ""
+    console.print(f"{found['work_dir']}: {found['state']}{process}, {duration(found['seconds'])} of computing")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("stage", "size px", "state", "iterations", "ended by", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage in found["stages"]:
+        table.add_row(
+            str(stage["stage"] + 1),
+            f"{stage['width_px']}×{stage['height_px']}",
+            stage["state"],
+            f"{stage['iterations']}/{found['max_iterations']}",
+            stage["reason"] or "",
+            duration(stage["seconds"]),
+        )
+    console.print(table)
+    if found["last"]:
+        last = found["last"]
+        console.print(
+            f"last: content {last['content_loss']:.4g}, style {last['style_loss']:.4g}, mean|u| {last['mean_abs_u']:.3f}"
+        )
+    for output in found["exported"]:
+        console.print(f"picture: {output}")
+
+
+def print_doctor() -> None:
+    """Versions, devices, memory and disk of this machine."""
+    console = Console(highlight=False)
+    console.print(f"python     {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in _PACKAGES:
+        console.print(f"{package:<10} {version(package)}")
+    import pyvips  # noqa: PLC0415
+
+    console.print(f"libvips    {'.'.join(str(pyvips.version(part)) for part in range(3))}")
+    device = resolve_device("auto")
+    console.print(f"device     {device.name}: {device.label}, {gib(device.memory_bytes)}")
+    memory = psutil.virtual_memory()
+    console.print(f"memory     {gib(memory.total)}, {gib(memory.available)} available")
+    console.print(f"disk       {gib(shutil.disk_usage(Path.cwd()).free)} free in {os.getcwd()}")  # noqa: PTH109

@@ -1,0 +1,255 @@
+"""The coarse-to-fine loop and its resume. No maths here: stage.py and the passes below it do the work."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline import store, transfer
+from pipeline.config import Config, OptimizerConfig, result_fields
+from pipeline.device import Device, resolve_device
+from pipeline.engine import Engine
+from pipeline.errors import ConfigError
+from pipeline.journal import FORMAT, Journal, Position, Record, RunLock, position_of, read_manifest, write_manifest
+from pipeline.plan import WORKERS, Plan, StagePlan, model_of
+from pipeline.progress import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
+from pipeline.survey import check_space, make_work_dir, plan_on
+from pipeline.weights import NetworkSpec, WeightsSource, find_weights, sha256_of
+
+
+def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threading.Event | None = None) -> Path:
+    """Render the picture of `config`, or go on where an earlier run of the same config stopped; gives its path.
+
+    `force`: overwrite an output that this run did not make. `stop`: set it from anywhere to stop between two tasks.
+    Raises the errors of errors.py; after Stopped, or any crash, the same call goes on.
+    """
+    started = time.monotonic()
+    device = resolve_device(config.compute.device)
+    planned = plan_on(config, device)
+    with Engine(WORKERS, stop) as engine:
+        make_work_dir(config.work_dir)
+        with RunLock(config.work_dir):
+            weights = find_weights(config.network.name, config.network.weights, config.seed)
+            journal = _open_run(config, planned, weights)
+            rendering = _Rendering(config, planned, device, weights, engine, sink, journal)
+            rendering.refuse_foreign_output(force)
+            check_space(config, planned)
+            rendering.render()
+            rendering.export()
+    sink(RunDone(str(config.output), time.monotonic() - started))
+    return config.output
+
+
+def store_path(work_dir: Path) -> Path:
+    """The Zarr group of a run."""
+    return work_dir / "store.zarr"
+
+
+def stage_path(work_dir: Path, stage: int) -> Path:
+    """The Zarr group of one stage."""
+    return store_path(work_dir) / f"stage_{stage}"
+
+
+def newest_canvas(work_dir: Path, position: Position, stage: int) -> store.StageArray:
+    """The canvas of `stage` after its last committed iteration."""
+    return store.open_array(stage_path(work_dir, stage), f"canvas_{position.slots[stage]}")
+
+
+def _open_run(config: Config, planned: Plan, weights: WeightsSource) -> Journal:
+    """The journal of the run directory; begins a run there, or checks that it is the run of this config.
+
+    Raises ConfigError listing every field whose change would change the picture.
+    """
+    journal = Journal(config.work_dir / "journal.jsonl")
+    path = config.work_dir / "manifest.json"
+    wanted: dict[str, dict[str, Any]] = {
+        "result_fields": result_fields(config),
+        "inputs": {
+            "content": sha256_of(config.content),
+            **{f"styles.{index}.image": sha256_of(style.image) for index, style in enumerate(config.styles)},
+            "network.weights": weights.sha256,
+        },
+    }
+    if path.exists():
+        _refuse_changes(config, read_manifest(path), wanted)
+        journal.repair_tail()
+        return journal
+    stages = [{"size": stage.size, "style_sizes": stage.style_sizes} for stage in planned.stages]
+    header = {"format": FORMAT, "created": _now(), "config": config.model_dump(mode="json"), "stages": stages}
+    store.create_store(store_path(config.work_dir))
+    write_manifest(path, {**header, **wanted})
+    return journal
+
+
+def _refuse_changes(config: Config, manifest: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]) -> None:
+    changes: list[str] = []
+    for section, what in (("result_fields", "value"), ("inputs", "content of the file")):
+        old, new = manifest[section], wanted[section]
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                was = f" was {old.get(key)}, is {new.get(key)}" if what == "value" else f" the {what} has changed"
+                changes.append(f"  {key}:{was}")
+    if changes:
+        raise ConfigError(
+            f"{config.work_dir} holds a run of another config, and going on would mix two pictures. Changed:\n"
+            + "\n".join(changes)
+            + "\nPut these back, or give the new config its own work_dir, or delete the old one."
+        )
+
+
+@dataclass
+class _Rendering:
+    """One process's share of a run: everything it holds, and the position it has reached."""
+
+    config: Config
+    plan: Plan
+    device: Device
+    weights: WeightsSource
+    engine: Engine
+    sink: Sink
+    journal: Journal
+    position: Position = field(init=False)
+    _speed: _Speed = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.position = position_of(self.journal.read())
+        self._speed = _Speed()
+
+    def refuse_foreign_output(self, force: bool) -> None:
+        """Raise ConfigError if the output exists and this run did not make it."""
+        output = self.config.output
+        if output.exists() and str(output) not in self.position.exported and not force:
+            raise ConfigError(
+                f"output {output}: exists, and this run did not make it; it would be lost. "
+                "Move it away, choose another output, or give --force."
+            )
+
+    def render(self) -> None:
+        """Every stage that is not done yet."""
+        if self.position.prepared:
+            self.sink(Note(f"going on at stage {self.position.stage}, iteration {self.position.iteration}"))
+        for stage_plan in self.plan.stages[self.position.stage :]:
+            if self.position.stage_done and self.position.stage == stage_plan.index:
+                self._free_arrays(stage_plan.index)
+                continue
+            self._render_stage(stage_plan)
+
+    def _render_stage(self, stage_plan: StagePlan) -> None:
+        from pipeline.stage import Stage  # noqa: PLC0415 - brings torch, which export and status do without
+
+        index, settings = stage_plan.index, self.config.optimizer
+        network = NetworkSpec(
+            self.weights,
+            self.config.network.padding,
+            self.config.network.pooling,
+            self.config.compute.dtype,
+            self.device.name,
+        )
+        stage = Stage(
+            config=self.config,
+            plan=stage_plan,
+            model=model_of(self.config, self.weights.widths),
+            network=network,
+            stage_dir=stage_path(self.config.work_dir, index),
+            engine=self.engine,
+            sink=self.sink,
+            tile_px=self.plan.tile_px,
+        )
+        iteration = self.position.iteration if self.position.stage == index else 0
+        stages, (height, width) = len(self.plan.stages), stage_plan.size
+        self.sink(StageStarted(index, stages, height, width, stage_plan.tiles, iteration, settings.max_iterations))
+        if not (self.position.prepared and self.position.stage == index):
+            previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
+            energies = stage.prepare(previous)
+            self._commit({"type": "stage_prepared", "stage": index, "content_energies": energies})
+        while (reason := _end_reason(self.position, settings)) is None:
+            self.engine.raise_if_stopped()
+            self._iterate(stage, stage_plan)
+        self._commit({"type": "stage_done", "stage": index, "iterations": self.position.iteration, "reason": reason})
+        self._free_arrays(index)
+        self.sink(StageDone(index, self.position.iteration, reason))
+
+    def _iterate(self, stage: Any, stage_plan: StagePlan) -> None:
+        iteration = self.position.iteration
+        result = stage.iterate(iteration, self.position.alpha, self.position.content_energies)
+        self._commit({"type": "iteration", "stage": stage_plan.index, "iteration": iteration, **vars(result)})
+        self._speed.add(stage_plan.flop_per_iteration, sum(result.seconds.values()))
+        self.sink(
+            IterationDone(
+                stage=stage_plan.index,
+                iteration=iteration,
+                max_iterations=self.config.optimizer.max_iterations,
+                objective=result.objective,
+                content_loss=result.content_loss,
+                style_loss=result.style_loss,
+                mean_abs_u=result.mean_abs_u,
+                max_abs_u=result.max_abs_u,
+                alpha=result.alpha,
+                seconds=result.seconds,
+                eta_s=self._speed.seconds_for(self._remaining_flop(stage_plan.index)),
+            )
+        )
+
+    def _remaining_flop(self, index: int) -> int:
+        """Work to the end if no stage stops early."""
+        full = self.config.optimizer.max_iterations
+        here = self.plan.stages[index].flop_per_iteration * (full - self.position.iteration)
+        return here + sum(stage.flop_per_iteration * full for stage in self.plan.stages[index + 1 :])
+
+    def export(self) -> None:
+        """The last stage's canvas, as the picture asked for; not again if it stands there already."""
+        output = self.config.output
+        if str(output) in self.position.exported and output.exists():
+            self.sink(Note(f"{output} is already there"))
+            return
+        last = self.plan.stages[-1].index
+        canvas = newest_canvas(self.config.work_dir, self.position, last)
+        transfer.export_canvas(
+            canvas,
+            output,
+            self.config.export,
+            self.engine.raise_if_stopped,
+            lambda done, total: self.sink(WorkDone(last, "export", done, total)),
+        )
+        self._commit({"type": "exported", "output": str(output)})
+
+    def _free_arrays(self, stage: int) -> None:
+        keep = {f"canvas_{self.position.slots[stage]}"}
+        store.delete_arrays(stage_path(self.config.work_dir, stage), keep)
+
+    def _commit(self, record: Record) -> None:
+        self.journal.append({**record, "time": _now()})
+        self.position = self.position.after(record)
+
+
+def _end_reason(position: Position, settings: OptimizerConfig) -> str | None:
+    """Why the stage ends at this position, or None if it goes on."""
+    if position.max_abs_u == 0:
+        return "converged"
+    if position.mean_abs_u is not None and position.mean_abs_u < settings.stop_condition:
+        return "stop_condition"
+    return "max_iterations" if position.iteration >= settings.max_iterations else None
+
+
+class _Speed:
+    """Seconds per floating-point operation, as measured so far in this process."""
+
+    def __init__(self) -> None:
+        self._flop = 0.0
+        self._seconds = 0.0
+
+    def add(self, flop: int, seconds: float) -> None:
+        # older iterations count less: they were of smaller stages, where overheads weigh more
+        self._flop, self._seconds = self._flop * 0.8 + flop, self._seconds * 0.8 + seconds
+
+    def seconds_for(self, flop: int) -> float | None:
+        return flop * self._seconds / self._flop if self._flop else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,277 @@
+"""One stage: preparing its arrays, and one iteration of its three passes. No decisions about the run are made here."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline import adam, losses, passes, store, transfer
+from pipeline.config import Config
+from pipeline.engine import Engine
+from pipeline.layers import LAYER_BY_NAME
+from pipeline.losses import Gram
+from pipeline.plan import Model, StagePlan
+from pipeline.progress import Event, Sink, WorkDone
+from pipeline.tiling import Tile, grid
+from pipeline.weights import NetworkSpec
+
+# Chunks per update task: enough to make the scheduler's cost per chunk small, few enough to keep workers busy.
+_CHUNKS_PER_TASK = 8
+
+
+@dataclass(frozen=True)
+class IterationResult:
+    """What one iteration measured. Losses belong to the canvas it read; `alpha` is the stage's step size.
+
+    `max_abs_u` is zero where there is nothing to optimise; then `stepped` is False if no step was made.
+    """
+
+    objective: float
+    content_loss: float
+    style_loss: float
+    layer_losses: Mapping[str, float]
+    mean_abs_u: float
+    max_abs_u: float
+    alpha: float
+    seconds: Mapping[str, float]
+    stepped: bool
+
+
+@dataclass
+class Stage:
+    """A stage of a run: its plan, its folder in the store, and what its passes need."""
+
+    config: Config
+    plan: StagePlan
+    model: Model
+    network: NetworkSpec
+    stage_dir: Path
+    engine: Engine
+    sink: Sink
+    tile_px: int
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def partial_dir(self) -> Path:
+        """Where the stage is prepared, before it is whole."""
+        return self.stage_dir.with_name(self.stage_dir.name + ".partial")
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """The tiles of the canvas."""
+        return grid(*self.plan.size, self.tile_px)
+
+    # --- preparation -------------------------------------------------------------------------------------------
+
+    def prepare(self, previous_canvas: store.StageArray | None) -> dict[str, float]:
+        """Make all arrays of the stage, fill its inputs and slot 0, and give each content layer's energy ‖φ_l(o)‖².
+
+        `previous_canvas`: the result of the stage before, or None for the first. May be repeated from the start.
+        """
+        folder = self.partial_dir
+        store.create_stage(folder)
+        self._create_arrays(folder)
+        transfer.ingest(self.config.content, store.open_array(folder, "content"), self.engine, self._told("content"))
+        self._store_style_targets(folder)
+        self._start_canvas(folder, previous_canvas)
+        energies = self._content_pass(folder)
+        store.commit_stage(folder, self.stage_dir)
+        return energies
+
+    def _create_arrays(self, folder: Path) -> None:
+        height, width = self.plan.size
+        chunk_px, codec = self.config.store.chunk_px, self.config.store.codec
+        state = f"float{8 * self.model.itemsize}"
+        store.create_array(folder, "content", (height, width, 3), chunk_px, "uint8", codec)
+        for name in ("canvas_0", "canvas_1", "gradient", "m_0", "m_1", "v_0", "v_1"):
+            store.create_array(folder, name, (height, width, 3), chunk_px, state, codec)
+        for layer in self.model.content_layers:
+            stride = LAYER_BY_NAME[layer].stride
+            shape = (height // stride, width // stride, self.model.widths[layer])
+            name = passes.content_features_name(layer)
+            store.create_array(folder, name, shape, chunk_px // stride, state, codec)
+
+    def _store_style_targets(self, folder: Path) -> None:
+        if not self.model.style_layers:
+            return
+        grams: list[dict[str, Gram]] = []
+        for style, size in zip(self.config.styles, self.plan.style_sizes, strict=True):
+            store.create_array(
+                folder, "style", (*size, 3), self.config.store.chunk_px, "uint8", self.config.store.codec
+            )
+            transfer.ingest(style.image, store.open_array(folder, "style"), self.engine, self._told("style"))
+            grams.append(self._mean_grams(folder, "style", grid(*size, self.tile_px), "style Gram"))
+            store.delete_array(folder, "style")
+        weights = [style.weight for style in self.config.styles]
+        for layer in self.model.style_layers:
+            store.write_gram(folder, layer, losses.mean_gram([gram[layer] for gram in grams], weights))
+
+    def _start_canvas(self, folder: Path, previous_canvas: store.StageArray | None) -> None:
+        canvas = store.open_array(folder, "canvas_0")
+        if previous_canvas is None and self.config.init == "noise":
+            for cy, cx in self.engine.checked(canvas.chunk_indices()):
+                canvas.write_chunk(cy, cx, passes.initial_noise(self.config.seed, canvas, cy, cx))
+            return
+        source = previous_canvas or store.open_array(folder, "content")
+        transfer.fill_canvas(source, canvas, self.engine, self._told("canvas"))
+
+    def _content_pass(self, folder: Path) -> dict[str, float]:
+        layers = self.model.content_layers
+        if not layers:
+            return {}
+        specs = [passes.ContentSpec(folder, "content", tile, self.network, layers) for tile in self.tiles]
+        energies = self.engine.map(passes.content_task, specs, self._counter("content features", len(specs)))
+        return {layer: math.fsum(energy.get(layer, 0.0) for energy in energies) for layer in layers}
+
+    # --- one iteration -----------------------------------------------------------------------------------------
+
+    def iterate(self, iteration: int, alpha: float | None, content_energies: Mapping[str, float]) -> IterationResult:
+        """Read slot `iteration % 2`, write the other: Gram, gradient and update pass. May be repeated.
+
+        `alpha`: the stage's step size, None in its first iteration, which sets it from its own max|u|.
+        """
+        slot = iteration % 2
+        self._seconds = {}
+        with self._timed("gram"):
+            terms = self._style_terms(f"canvas_{slot}")
+        with self._timed("gradient"):
+            squares, max_abs_gradient = self._gradient_pass(f"canvas_{slot}", terms, content_energies)
+        settings = self.config.optimizer
+        bias = adam.bias_correction(settings.beta1, settings.beta2, iteration)
+        if alpha is None:
+            max_u = adam.first_max_update(settings.beta1, settings.beta2, settings.epsilon, max_abs_gradient)
+            alpha = settings.target_pixel_change / (bias * max_u) if max_u > 0 else None
+        mean_u = max_u = 0.0
+        if alpha is not None:
+            factor = adam.schedule_factor(settings.schedule, iteration, settings.max_iterations)
+            with self._timed("update"):
+                mean_u, max_u = self._update_pass(slot, alpha * factor * bias)
+        return self._result(terms, squares, content_energies, alpha, mean_u, max_u)
+
+    def _style_terms(self, canvas: str) -> dict[str, losses.StyleTerm]:
+        if not self.model.style_layers:
+            return {}
+        grams = self._mean_grams(self.stage_dir, canvas, self.tiles, "Gram pass")
+        factor = self.plan.pixels * self.config.loss.style_weight
+        return {
+            layer: losses.style_term(
+                self.config.loss.kind,
+                gram,
+                store.read_gram(self.stage_dir, layer),
+                _positions(self.plan.size, layer),
+                self.config.network.style_layers[layer],
+                factor,
+            )
+            for layer, gram in grams.items()
+        }
+
+    def _mean_grams(self, folder: Path, array: str, tiles: tuple[Tile, ...], what: str) -> dict[str, Gram]:
+        """Gram pass over one image: the mean Gram of every style layer, summed in tile order."""
+        layers = self.model.style_layers
+        specs = [passes.GramSpec(folder, array, tile, self.network, layers) for tile in tiles]
+        told = self._counter(what, len(specs))
+        sums = self.engine.fold(passes.gram_task, specs, passes.add_grams, dict[str, Gram](), told)
+        size = (tiles[0].height, tiles[0].width)
+        return {layer: sums[layer] / _positions(size, layer) for layer in layers}
+
+    def _content_scales(self, energies: Mapping[str, float]) -> dict[str, float]:
+        return {
+            layer: losses.content_scale(
+                self.config.loss.kind,
+                energies[layer],
+                self.model.widths[layer],
+                _positions(self.plan.size, layer),
+                self.config.network.content_layers[layer],
+            )
+            for layer in self.model.content_layers
+        }
+
+    def _gradient_pass(
+        self, canvas: str, terms: Mapping[str, losses.StyleTerm], energies: Mapping[str, float]
+    ) -> tuple[dict[str, float], float]:
+        """(Σ(φ_l(p) − φ_l(o))² per content layer, max|g|)."""
+        factor = 2 * self.plan.pixels * self.config.loss.content_weight
+        seeds = {layer: term.seed_CC for layer, term in terms.items()}
+        factors = {layer: factor * scale for layer, scale in self._content_scales(energies).items()}
+        make = partial(passes.GradientSpec, self.stage_dir, canvas)
+        specs = [make(tile, self.network, seeds, factors) for tile in self.tiles]
+        results = self.engine.map(passes.gradient_task, specs, self._counter("gradient pass", len(specs)))
+        squares = {
+            layer: math.fsum(result.content_squares.get(layer, 0.0) for result in results)
+            for layer in self.model.content_layers
+        }
+        return squares, max(result.max_abs_gradient for result in results)
+
+    def _update_pass(self, slot: int, size: float) -> tuple[float, float]:
+        """(mean|u|, max|u|) over the canvas."""
+        settings = self.config.optimizer
+        step = adam.AdamStep(settings.beta1, settings.beta2, settings.epsilon, size, settings.clip)
+        indices = store.open_array(self.stage_dir, "gradient").chunk_indices()
+        specs = [
+            passes.UpdateSpec(self.stage_dir, tuple(indices[first : first + _CHUNKS_PER_TASK]), slot, step)
+            for first in range(0, len(indices), _CHUNKS_PER_TASK)
+        ]
+        results = self.engine.map(passes.update_task, specs, self._counter("update pass", len(specs)))
+        total = math.fsum(value for result in results for value in result.sums_abs_u)
+        return total / (3 * self.plan.pixels), max(result.max_abs_u for result in results)
+
+    def _result(
+        self,
+        terms: Mapping[str, losses.StyleTerm],
+        squares: Mapping[str, float],
+        energies: Mapping[str, float],
+        alpha: float | None,
+        mean_u: float,
+        max_u: float,
+    ) -> IterationResult:
+        content = {layer: scale * squares[layer] for layer, scale in self._content_scales(energies).items()}
+        style = {layer: term.loss for layer, term in terms.items()}
+        content_loss, style_loss = math.fsum(content.values()), math.fsum(style.values())
+        loss = self.config.loss
+        return IterationResult(
+            objective=losses.objective(
+                self.plan.pixels, loss.content_weight, content_loss, loss.style_weight, style_loss
+            ),
+            content_loss=content_loss,
+            style_loss=style_loss,
+            layer_losses={
+                **{f"content.{layer}": value for layer, value in content.items()},
+                **{f"style.{layer}": value for layer, value in style.items()},
+            },
+            mean_abs_u=mean_u,
+            max_abs_u=max_u,
+            alpha=alpha or 0.0,
+            seconds=dict(self._seconds),
+            stepped=alpha is not None,
+        )
+
+    # --- telling -----------------------------------------------------------------------------------------------
+
+    def _told(self, what: str) -> Callable[[int, int], None]:
+        return lambda done, total: self._tell(WorkDone(self.plan.index, what, done, total))
+
+    def _counter(self, what: str, total: int) -> Callable[[], None]:
+        counter = itertools.count(1)
+        return lambda: self._tell(WorkDone(self.plan.index, what, next(counter), total))
+
+    def _tell(self, event: Event) -> None:
+        self.sink(event)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[Any]:
+        start = time.perf_counter()
+        yield
+        self._seconds[what] = time.perf_counter() - start
+
+
+def _positions(size: tuple[int, int], layer: str) -> int:
+    """n_l: positions of a layer on an image of this (height, width)."""
+    stride = LAYER_BY_NAME[layer].stride
+    return (size[0] // stride) * (size[1] // stride)

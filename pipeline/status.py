@@ -1,0 +1,126 @@
+"""Looking at a run, and taking pictures out of it, without disturbing it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from pipeline import transfer
+from pipeline.config import ExportConfig
+from pipeline.errors import ConfigError, Stopped
+from pipeline.image_export import check_output
+from pipeline.journal import Journal, Position, position_of, read_manifest, running_owner
+from pipeline.progress import Sink, WorkDone, ignore
+from pipeline.run import newest_canvas
+
+
+def status(work_dir: Path) -> dict[str, Any]:
+    """Where the run in `work_dir` stands, as JSON-able data; works while it runs and after.
+
+    Raises ConfigError if there is no run, DamagedStateError if its records cannot be trusted.
+    """
+    manifest = _manifest_of(work_dir)
+    records = Journal(work_dir / "journal.jsonl").read()
+    position = position_of(records)
+    iterations = [record for record in records if record["type"] == "iteration"]
+    owner = running_owner(work_dir)
+    finished = position.stage_done and position.stage == len(manifest["stages"]) - 1
+    return {
+        "work_dir": str(work_dir),
+        "state": "running" if owner else "done" if finished and position.exported else "stopped",
+        "pid": owner,
+        "stage": position.stage,
+        "stages": [
+            {
+                "stage": index,
+                "height_px": stage["size"][0],
+                "width_px": stage["size"][1],
+                **_stage_state(index, records),
+            }
+            for index, stage in enumerate(manifest["stages"])
+        ],
+        "iteration": position.iteration,
+        "max_iterations": manifest["config"]["optimizer"]["max_iterations"],
+        "last": iterations[-1] if iterations else None,
+        "seconds": round(sum(sum(record["seconds"].values()) for record in iterations), 3),
+        "output": manifest["config"]["output"],
+        "exported": sorted(position.exported),
+    }
+
+
+def _stage_state(stage: int, records: list[dict[str, Any]]) -> dict[str, Any]:
+    own = [record for record in records if record.get("stage") == stage]
+    done = next((record for record in own if record["type"] == "stage_done"), None)
+    iterations = [record for record in own if record["type"] == "iteration"]
+    return {
+        "state": "done" if done else "prepared" if own else "waiting",
+        "iterations": len(iterations),
+        "reason": done["reason"] if done else None,
+        "seconds": round(sum(sum(record["seconds"].values()) for record in iterations), 3),
+    }
+
+
+def export(
+    work_dir: Path,
+    output: Path,
+    *,
+    stage: int | None = None,
+    options: ExportConfig | None = None,
+    force: bool = False,
+    sink: Sink = ignore,
+    stop: threading.Event | None = None,
+) -> Path:
+    """Write the canvas of any stage (default: the newest) as a picture, at any time; gives its path.
+
+    Raises ConfigError if there is no such stage, the format cannot hold it, or `output` exists without `force`.
+    """
+    options = options or ExportConfig()
+    if output.exists() and not force:
+        raise ConfigError(f"output {output}: exists and would be lost. Choose another name, or give --force.")
+    _manifest_of(work_dir)
+    journal = Journal(work_dir / "journal.jsonl")
+    position = position_of(journal.read())
+    chosen = _choose_stage(work_dir, position, stage)
+    canvas = newest_canvas(work_dir, position, chosen)
+    height, width, _channels = canvas.shape
+    check_output(output, width, height, options.bits, options.compression)
+
+    def check() -> None:
+        if stop is not None and stop.is_set():
+            raise Stopped(f"export of {output} stopped as asked; nothing was written.")
+        if not finished_stage(position, chosen):
+            _refuse_overtaken(work_dir, position, position_of(journal.read()))
+
+    transfer.export_canvas(
+        canvas, output, options, check, lambda done, total: sink(WorkDone(chosen, "export", done, total))
+    )
+    return output
+
+
+def finished_stage(position: Position, stage: int) -> bool:
+    """Whether no iteration will write to the stage's canvas any more."""
+    return stage < position.stage or position.stage_done
+
+
+def _refuse_overtaken(work_dir: Path, before: Position, now: Position) -> None:
+    """The slot that was newest is the next iteration's target: what is read of it later is another canvas."""
+    if (now.stage, now.iteration) != (before.stage, before.iteration):
+        raise ConfigError(
+            f"{work_dir}: the run finished an iteration while its canvas was being read, and the picture would mix "
+            "two of them. Export a finished stage with --stage, or stop the run first."
+        )
+
+
+def _choose_stage(work_dir: Path, position: Position, stage: int | None) -> int:
+    chosen = position.stage if stage is None else stage
+    if chosen not in position.slots:
+        ready = ", ".join(str(index) for index in sorted(position.slots)) or "none yet"
+        raise ConfigError(f"{work_dir}: stage {chosen} has no canvas; stages with one: {ready}.")
+    return chosen
+
+
+def _manifest_of(work_dir: Path) -> dict[str, Any]:
+    if not (work_dir / "manifest.json").is_file():
+        raise ConfigError(f"{work_dir}: there is no run here. Give the work_dir of one, or the config that began it.")
+    return read_manifest(work_dir / "manifest.json")

@@ -1,0 +1,146 @@
+"""Pixels between image files and the store: reading inputs, enlarging a canvas for the next stage, export."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import image_export, images, store
+from pipeline.config import ExportConfig
+from pipeline.engine import Engine
+from pipeline.store import StageArray
+from pipeline.tiling import Rect, chunks_of
+
+OnProgress = Callable[[int, int], None]
+
+
+def ingest(source: Path, array: StageArray, engine: Engine, on_progress: OnProgress) -> None:
+    """Stream an image file, resized to the array's size, into a u1 array. Raises InputError for a broken file."""
+    height, width, _ = array.shape
+    for y0, rows in engine.checked(images.stream_rgb(source, width, height, array.chunk_px)):
+        array.write_window(Rect(y0, y0 + len(rows), 0, width), rows)
+        on_progress(y0 + len(rows), height)
+
+
+@dataclass(frozen=True)
+class CopySpec:
+    """Fill one chunk row of `target` from `source`, which has the same size, or is to be enlarged."""
+
+    source: StageArray
+    target: StageArray
+    rect: Rect
+
+
+def copy_task(spec: CopySpec) -> None:
+    """Fill chunks with the source's own pixels, converted to the target's dtype."""
+    for _, _, part in chunks_of(spec.rect, spec.target.chunk_px):
+        spec.target.write_window(part, spec.source.read_window(part).astype(spec.target.dtype))
+
+
+def enlarge_task(spec: CopySpec) -> None:
+    """Fill chunks by centred bicubic enlargement, clipped to 0..255; the same as enlarging the whole image."""
+    source_size, target_size = spec.source.shape[:2], spec.target.shape[:2]
+    for _, _, part in chunks_of(spec.rect, spec.target.chunk_px):
+        window = Rect(*images.source_window(part, source_size, target_size))
+        pixels = spec.source.read_window(window)
+        resized = images.resize_window(pixels, window, source_size, target_size, part)
+        spec.target.write_window(part, np.clip(resized, 0, 255))
+
+
+def fill_canvas(source: StageArray, target: StageArray, engine: Engine, on_progress: OnProgress) -> None:
+    """Start a canvas from the content (same size) or from the last stage's canvas, chunk row by chunk row."""
+    height, width, _ = target.shape
+    task = copy_task if source.shape == target.shape else enlarge_task
+    rows = range(0, height, target.chunk_px)
+    specs = [CopySpec(source, target, Rect(y0, min(y0 + target.chunk_px, height), 0, width)) for y0 in rows]
+    done = iter(range(1, len(specs) + 1))
+    engine.map(task, specs, lambda: on_progress(next(done), len(specs)))
+
+
+def canvas_rows(canvas: StageArray, bits: int) -> Callable[[int, int], NDArray[Any]]:
+    """A reader of canvas rows as exported: (y0, y1) to (rows, W, 3) uint8 or uint16, rounded to the nearest level."""
+    levels, dtype = (255, np.uint8) if bits == 8 else (65535, np.uint16)
+    width = canvas.shape[1]
+
+    def read_rows(y0: int, y1: int) -> NDArray[Any]:
+        out = np.empty((y1 - y0, width, 3), dtype)
+        for x0 in range(0, width, canvas.chunk_px):  # chunk by chunk: float rows of the whole width would be large
+            x1 = min(x0 + canvas.chunk_px, width)
+            pixels = canvas.read_window(Rect(y0, y1, x0, x1))
+            out[:, x0:x1] = np.rint(np.clip(pixels, 0, 255) * (levels / 255))
+        return out
+
+    return read_rows
+
+
+def export_canvas(
+    canvas: StageArray, output: Path, options: ExportConfig, check: Callable[[], None], on_progress: OnProgress
+) -> None:
+    """Write a canvas as the picture `output`, in the format of its suffix; it has its name only when it is whole.
+
+    `check` is called after every read and may raise to give up, leaving nothing behind.
+    Raises SpaceError, ConfigError (format limits), or what `check` raises.
+    """
+    height, width, _ = canvas.shape
+    read = canvas_rows(canvas, options.bits)
+
+    def read_rows(y0: int, y1: int) -> NDArray[Any]:
+        rows = read(y0, y1)
+        check()
+        return rows
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".zarr":
+        _export_ome_zarr(output, (height, width), options.bits, read_rows, on_progress)
+        return
+    image_export.write_image(
+        output,
+        width,
+        height,
+        read_rows,
+        bits=options.bits,
+        compression=options.compression,
+        quality=options.quality,
+        on_progress=lambda share: on_progress(math.floor(share * 100), 100),
+    )
+
+
+def _export_ome_zarr(
+    output: Path,
+    size: tuple[int, int],
+    bits: int,
+    read_rows: Callable[[int, int], NDArray[Any]],
+    on_progress: OnProgress,
+) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+
+    def counted_rows(y0: int, y1: int) -> NDArray[Any]:
+        on_progress(y1, size[0])
+        return read_rows(y0, y1)
+
+    try:
+        group = aside / output.name
+        store.write_ome_zarr(group, size, bits, counted_rows)
+        replace_folder(group, output)
+    except OSError as error:
+        raise store.space_error(output, error) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Give a finished folder its name; an older one of that name is removed only when the new one stands."""
+    if target.exists():
+        old = new.with_name(new.name + ".old")
+        target.replace(old)
+    new.replace(target)
+    os.sync()
