@@ -34,6 +34,7 @@ class Position:
     `prepared`: stage `stage` has its arrays. `iteration`: the next one; it reads slot `iteration % 2`.
     `alpha`, `mean_abs_u`, `max_abs_u`: of the stage's last iteration, None before its first.
     `stage_done`: the stage ended. `slots`: where the newest canvas of every stage is. `exported`: pictures made.
+    `claimed`: their names, from before the first byte is written.
     """
 
     stage: int = 0
@@ -46,12 +47,15 @@ class Position:
     stage_done: bool = False
     slots: Mapping[int, int] = field(default_factory=dict)
     exported: frozenset[str] = frozenset()
+    claimed: frozenset[str] = frozenset()
 
     def after(self, record: Record) -> Position:
         """The position once `record` is committed."""
         kind = record["type"]
+        if kind == "exporting":
+            return replace(self, claimed=self.claimed | {record["output"]})
         if kind == "exported":
-            return replace(self, exported=self.exported | {record["output"]})
+            return replace(self, exported=self.exported | {record["output"]}, claimed=self.claimed | {record["output"]})
         if kind == "stage_done":
             return replace(self, stage_done=True)
         if kind == "stage_prepared":
@@ -61,6 +65,7 @@ class Position:
                 content_energies=record["content_energies"],
                 slots={**self.slots, record["stage"]: 0},
                 exported=self.exported,
+                claimed=self.claimed,
             )
         iteration = record["iteration"] + record["stepped"]
         return replace(

@@ -14,7 +14,7 @@ from pipeline import store, transfer
 from pipeline.config import Config, OptimizerConfig, result_fields
 from pipeline.device import Device, resolve_device
 from pipeline.engine import Engine
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DamagedStateError
 from pipeline.journal import FORMAT, Journal, Position, Record, RunLock, position_of, read_manifest, write_manifest
 from pipeline.plan import WORKERS, Plan, StagePlan, model_of
 from pipeline.progress import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
@@ -75,14 +75,22 @@ def _open_run(config: Config, planned: Plan, weights: WeightsSource) -> Journal:
             "network.weights": weights.sha256,
         },
     }
-    if path.exists():
+    if journal.read():
         _refuse_changes(config, read_manifest(path), wanted)
         journal.repair_tail()
         return journal
+    if stage_path(config.work_dir, 1).exists():
+        raise DamagedStateError(
+            f"{journal.path}: holds nothing, but {store_path(config.work_dir)} holds finished stages, which would be "
+            "rendered again. Restore the journal from a copy, or delete the run directory to begin again."
+        )
+    # Nothing is prepared yet, so a config or an image that was corrected after an error is no change. The manifest
+    # comes before the store: a folder that holds anything without one is taken for somebody else's.
+    journal.repair_tail()
     stages = [{"size": stage.size, "style_sizes": stage.style_sizes} for stage in planned.stages]
     header = {"format": FORMAT, "created": _now(), "config": config.model_dump(mode="json"), "stages": stages}
-    store.create_store(store_path(config.work_dir))
     write_manifest(path, {**header, **wanted})
+    store.create_store(store_path(config.work_dir))
     return journal
 
 
@@ -123,7 +131,7 @@ class _Rendering:
     def refuse_foreign_output(self, force: bool) -> None:
         """Raise ConfigError if the output exists and this run did not make it."""
         output = self.config.output
-        if output.exists() and str(output) not in self.position.exported and not force:
+        if output.exists() and str(output) not in self.position.claimed and not force:
             raise ConfigError(
                 f"output {output}: exists, and this run did not make it; it would be lost. "
                 "Move it away, choose another output, or give --force."
@@ -207,6 +215,9 @@ class _Rendering:
         if str(output) in self.position.exported and output.exists():
             self.sink(Note(f"{output} is already there"))
             return
+        if str(output) not in self.position.claimed:
+            # Before the picture gets its name: a crash between that and the record would leave one that nobody made.
+            self._commit({"type": "exporting", "output": str(output)})
         last = self.plan.stages[-1].index
         canvas = newest_canvas(self.config.work_dir, self.position, last)
         transfer.export_canvas(
