@@ -63,7 +63,8 @@ class Network:
     ) -> Iterator[FeatureMap]:
         """Yield the feature maps of the layers `names` of one tile, shallowest first.
 
-        `pixels_1CHW`: RGB 0..255, float32 or (for a float64 network) float64, of the pixel rectangle `outer` of an image of `size` (height, width).
+        `pixels_1CHW`: RGB 0..255 of the pixel rectangle `outer` of an image of `size` (height, width); float64 for a
+        float64 network, else float32.
         A side of `outer` on the border of the image is padded, any other is a cut and shrinks (see tiling.py).
         `required`: the pixels whose positions the caller needs; layers without a position there are left out.
         """

@@ -35,6 +35,10 @@ class ImageSize(Protocol):
         """Rows as shown."""
 
     @property
+    def bits(self) -> int:
+        """Bits per channel in the file."""
+
+    @property
     def decode_bytes(self) -> int:
         """Host memory that decoding takes beyond streaming: the whole image for a progressive JPEG."""
 
@@ -322,15 +326,31 @@ def _host_bytes(
     )
     chunk = config.store.chunk_px**2 * 3 * model.itemsize
     width = max(size[1] for size in canvases)
-    band = width * config.store.chunk_px * 3
     grams = sum(model.widths[name] ** 2 * 8 for name in model.style_layers)
+    styles = [[style_sizes[index] for _, style_sizes in sizes] for index in range(len(images) - 1)]
+    ingest = (
+        _ingest_bytes(image, max(size[1] for size in targets), config.store.chunk_px)
+        for image, targets in zip(images, [canvases, *styles], strict=True)
+    )
     return {
-        "ingest": base + max(image.decode_bytes for image in images) + 4 * band + 64 * MIB,
-        "upsample": base + WORKERS * 6 * chunk + 64 * MIB,
+        "ingest": base + max(ingest),
+        "upsample": base + WORKERS * 6 * chunk,
         "tiles": base + compute + WORKERS * (2 * window + features + chunk + grams) + 2 * grams,
         "update": base + WORKERS * 5 * chunk,
-        "export": base + width * 512 * 3 * (2 + model.itemsize) + 192 * MIB,
+        "export": base + _export_bytes(width, config.export.bits),
     }
+
+
+def _ingest_bytes(image: ImageSize, width_px: int, band_px: int) -> int:
+    """Decoding, resizing and handing over one image: upper bounds fitted to measurements (docs/log.md)."""
+    rows = 9_000 * image.width_px * image.bits // 8 + (4_000 * width_px if width_px > image.width_px else 0)
+    return 40 * MIB + image.decode_bytes + rows + 3 * band_px * width_px * 3
+
+
+def _export_bytes(width_px: int, bits: int) -> int:
+    """Two bands of rows, what the encoders hold, and the reader's own rows; fitted to measurements (docs/log.md)."""
+    band = min(64 * MIB, 512 * width_px * 3 * bits // 8)
+    return 40 * MIB + 3 * band + 8_000 * width_px * bits // 8
 
 
 def _choose_tile(

@@ -34,7 +34,7 @@ def print_plan(config: Config, planned: Plan) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for stage in planned.stages:
         table.add_row(
-            str(stage.index + 1),
+            str(stage.index),
             f"{stage.size[1]}×{stage.size[0]}",
             f"{stage.tiles:,}",
             f"×{stage.halo_overhead:.2f}",
@@ -67,7 +67,7 @@ def print_status(found: dict[str, Any]) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for stage in found["stages"]:
         table.add_row(
-            str(stage["stage"] + 1),
+            str(stage["stage"]),
             f"{stage['width_px']}×{stage['height_px']}",
             stage["state"],
             f"{stage['iterations']}/{found['max_iterations']}",
@@ -77,9 +77,8 @@ def print_status(found: dict[str, Any]) -> None:
     console.print(table)
     if found["last"]:
         last = found["last"]
-        console.print(
-            f"last: content {last['content_loss']:.4g}, style {last['style_loss']:.4g}, mean|u| {last['mean_abs_u']:.3f}"
-        )
+        losses = f"content {last['content_loss']:.4g}, style {last['style_loss']:.4g}"
+        console.print(f"last: {losses}, mean|u| {last['mean_abs_u']:.3f}")
     for output in found["exported"]:
         console.print(f"picture: {output}")
 

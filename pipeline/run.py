@@ -253,8 +253,12 @@ class _Speed:
     def __init__(self) -> None:
         self._flop = 0.0
         self._seconds = 0.0
+        self._warm = False
 
     def add(self, flop: int, seconds: float) -> None:
+        if not self._warm:  # the first iteration loads weights and compiles kernels
+            self._warm = True
+            return
         # older iterations count less: they were of smaller stages, where overheads weigh more
         self._flop, self._seconds = self._flop * 0.8 + flop, self._seconds * 0.8 + seconds
 

@@ -31,6 +31,7 @@ class PlainSink:
         pass
 
     def __call__(self, event: Event) -> None:
+        """Print the event's line, if it has one."""
         if (line := line_of(event)) is not None:
             print(line, file=sys.stderr, flush=True)
 
@@ -42,6 +43,7 @@ class JsonSink(PlainSink):
         self._lock = threading.Lock()
 
     def __call__(self, event: Event) -> None:
+        """Print the event as JSON; events come from several threads."""
         with self._lock:
             print(json.dumps(event.as_dict()), file=sys.stderr, flush=True)
 
@@ -64,6 +66,7 @@ class LiveSink:
         self._progress.stop()
 
     def __call__(self, event: Event) -> None:
+        """Move a bar, or print a line above the bars."""
         if isinstance(event, WorkDone):
             self._show_work(event)
         elif isinstance(event, IterationDone):
@@ -96,7 +99,7 @@ def line_of(event: Event) -> str | None:
             return event.message
         case StageStarted():
             size, tiles = f"{event.width_px}×{event.height_px} px", count(event.tiles, "tile")
-            return f"stage {event.stage + 1} of {event.stages}: {size}, {tiles}"
+            return f"stage {event.stage} (0 to {event.stages - 1}): {size}, {tiles}"
         case IterationDone():
             seconds = " ".join(f"{name} {value:.1f}s" for name, value in event.seconds.items())
             eta = f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
@@ -105,7 +108,7 @@ def line_of(event: Event) -> str | None:
                 f"style {event.style_loss:.4g}, mean|u| {event.mean_abs_u:.3f}; {seconds}{eta}"
             )
         case StageDone():
-            return f"  stage {event.stage + 1} ended after {count(event.iterations, 'iteration')}: {event.reason}"
+            return f"  stage {event.stage} ended after {count(event.iterations, 'iteration')}: {event.reason}"
         case RunDone():
             return f"done in {duration(event.seconds)}: {event.output}"
     return None

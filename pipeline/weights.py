@@ -18,6 +18,8 @@ from pipeline.layers import CONV_NAMES, LAYER_BY_NAME, VGG19_WIDTHS
 
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 VGG19_SHA256_PREFIX = "dcbb9e9d"
+# Networks whose weights come with the package: docs/networks.md tells how each was made.
+PACKAGED: Mapping[str, Path] = {"vgg19-lite": Path(__file__).parent / "assets" / "vgg19-lite.safetensors"}
 # Narrow, because random features are for tests: a sixteenth of VGG-19's arithmetic.
 RANDOM_WIDTHS: Mapping[str, int] = {name: VGG19_WIDTHS[name] // 4 for name in CONV_NAMES}
 
@@ -50,13 +52,13 @@ class NetworkSpec:
 
 
 def find_weights(name: str, path: Path | None, seed: int) -> WeightsSource:
-    """Locate the weights of network `name`; download VGG-19's if no path is given.
+    """Locate the weights of network `name`; without a path, its own: packaged, seeded, or (VGG-19's) downloaded.
 
     Raises InputError if the file is missing, is not a weights file, or cannot be downloaded.
     """
     if path is None and name == "random":
         return WeightsSource(None, seed, RANDOM_WIDTHS, f"random-{seed}")
-    path = download_vgg19() if path is None else path
+    path = path or PACKAGED.get(name) or download_vgg19()
     if not path.is_file():
         raise InputError(
             f"weights file {path}: not found. Correct network.weights, or leave it out to use {name}'s own."
@@ -66,6 +68,7 @@ def find_weights(name: str, path: Path | None, seed: int) -> WeightsSource:
 
 def widths_for_plan(name: str, path: Path | None) -> Mapping[str, int]:
     """Channel widths of the network that `find_weights` would give, without downloading anything."""
+    path = path or PACKAGED.get(name)
     if path is not None:
         return read_widths(path)
     return RANDOM_WIDTHS if name == "random" else VGG19_WIDTHS
