@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TOPOLOGY = (
-    "conv1_1 conv1_2 pool conv2_1 conv2_2 pool conv3_1 conv3_2 conv3_3 conv3_4 pool "
-    "conv4_1 conv4_2 conv4_3 conv4_4 pool conv5_1"
-).split()
+TOPOLOGY = [
+    *["conv1_1", "conv1_2", "pool"],
+    *["conv2_1", "conv2_2", "pool"],
+    *["conv3_1", "conv3_2", "conv3_3", "conv3_4", "pool"],
+    *["conv4_1", "conv4_2", "conv4_3", "conv4_4", "pool"],
+    "conv5_1",
+]
 CONVS = [name for name in TOPOLOGY if name != "pool"]
 # features.N of torchvision.models.vgg19, N of each convolution
 TORCHVISION_INDICES = [0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28]
@@ -102,15 +105,12 @@ class Problem:
     def target_grams(self) -> dict[str, Tensor]:
         if "grams" not in self._cache:
             with torch.no_grad():
-                each = [self.features(torch.from_numpy(image)) for image, _ in self.styles]
                 total = sum(weight for _, weight in self.styles)
-                self._cache["grams"] = {
-                    layer: sum(
-                        weight / total * gram(found[layer])
-                        for found, (_, weight) in zip(each, self.styles, strict=True)
-                    )
-                    for layer in self.style_layers
-                }
+                grams = dict.fromkeys(self.style_layers, 0.0)
+                for image, weight in self.styles:
+                    found = self.features(torch.from_numpy(image))
+                    grams = {layer: grams[layer] + weight / total * gram(found[layer]) for layer in grams}
+                self._cache["grams"] = grams
         return self._cache["grams"]
 
     def losses(self, canvas: Tensor) -> tuple[Tensor, Tensor]:

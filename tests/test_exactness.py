@@ -1,0 +1,433 @@
+"""The promise itself: whatever the tiles, the picture is the whole image's.
+
+A real stage, prepared from files into a real store, in float64, against autograd of the whole-image formula in
+reference.py. "Relative" is the largest error over the largest value.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import write_config, write_image
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import pipeline
+from pipeline import passes
+from pipeline.config import Config, load_config
+from pipeline.engine import Engine
+from pipeline.journal import Journal, position_of
+from pipeline.layers import halo_px
+from pipeline.passes import GradientSpec, GramSpec
+from pipeline.plan import model_of
+from pipeline.progress import ignore
+from pipeline.run import newest_canvas
+from pipeline.stage import Stage
+from pipeline.store import open_array, read_gram
+from pipeline.survey import plan
+from pipeline.tiling import Rect
+from pipeline.weights import NetworkSpec, find_weights
+
+EXACT = 1e-10
+DEFAULT_STYLE = {f"conv{block}_1": 0.2 for block in range(1, 6)}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A stage whose canvas is noise, and the same problem for the reference."""
+
+    stage: Stage
+    energies: dict[str, float]
+    problem: reference.Problem
+    canvas: np.ndarray
+
+    @property
+    def tiles(self) -> list[Rect]:
+        return [tile.inner for tile in self.stage.tiles]
+
+    def read(self, name: str) -> np.ndarray:
+        return read_whole(open_array(self.stage.stage_dir, name))
+
+
+def read_whole(array) -> np.ndarray:
+    return array.read_window(Rect(0, array.shape[0], 0, array.shape[1]))
+
+
+@contextmanager
+def prepared(
+    folder: Path,
+    weights: Path,
+    size: tuple[int, int],
+    tile_px: int,
+    *,
+    style_sizes=((50, 67),),
+    style_weights=(1.0,),
+    chunk_px: int | None = None,
+    network=None,
+    loss=None,
+):
+    """Write the images and prepare the only stage of a run at `size`, from noise, in tiles of `tile_px`."""
+    content = write_image(folder / "content.png", *size, seed=1).astype(np.float64)
+    styles = []
+    for index, style_size in enumerate(style_sizes):
+        styles.append(write_image(folder / f"style{index}.png", *style_size, seed=2 + index).astype(np.float64))
+    shares = zip(range(len(styles)), style_weights, strict=True)
+    path = write_config(
+        folder,
+        styles=[{"image": f"style{index}.png", "weight": share} for index, share in shares],
+        initial_size=max(*size, *itertools.chain(*style_sizes)),
+        init="noise",
+        network={"weights": str(weights), **(network or {})},
+        loss=loss or {},
+        compute={"dtype": "float64", "device": "cpu", "tile_px": tile_px},
+        # few files: on some disks each costs milliseconds
+        store={"chunk_px": chunk_px or (tile_px // 2 if tile_px % 32 == 0 else tile_px)},
+    )
+    config = load_config(path)
+    planned = plan(config)
+    assert [stage.size for stage in planned.stages] == [size]
+    with Engine(2) as engine:
+        stage = make_stage(config, planned, engine)
+        energies = stage.prepare(None)
+        canvas = read_whole(open_array(stage.stage_dir, "canvas_0"))
+        assert canvas.dtype == np.float64
+        yield Prepared(stage, energies, make_problem(config, content, styles, load_file(weights)), canvas)
+
+
+def make_stage(config: Config, planned, engine: Engine) -> Stage:
+    source = find_weights(config.network.name, config.network.weights, config.seed)
+    return Stage(
+        config=config,
+        plan=planned.stages[0],
+        model=model_of(config, source.widths),
+        network=NetworkSpec(source, config.network.padding, config.network.pooling, "float64", "cpu"),
+        stage_dir=config.work_dir / "store.zarr" / "stage_0",
+        engine=engine,
+        sink=ignore,
+        tile_px=planned.tile_px,
+    )
+
+
+def make_problem(config: Config, content: np.ndarray, styles: list[np.ndarray], state) -> reference.Problem:
+    return reference.Problem(
+        state=state,
+        content=content,
+        styles=[(image, style.weight) for image, style in zip(styles, config.styles, strict=True)],
+        content_layers=config.network.content_layers if config.loss.content_weight else {},
+        style_layers=config.network.style_layers if config.loss.style_weight else {},
+        kind=config.loss.kind,
+        padding=config.network.padding,
+        pooling=config.network.pooling,
+        content_weight=config.loss.content_weight,
+        style_weight=config.loss.style_weight,
+    )
+
+
+def relative(found, wanted) -> float:
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    assert found.shape == wanted.shape
+    assert np.abs(wanted).max() > 0
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def assert_exact(case: Prepared) -> None:
+    """Energies, target Grams, canvas Grams, losses and gradient of one iteration, all against the reference."""
+    problem, stage = case.problem, case.stage
+    content, grams = problem.content_features(), problem.target_grams()
+    for layer in problem.content_layers:
+        assert relative(case.energies[layer], content[layer].square().sum()) < EXACT
+        assert relative(case.read(f"features_{layer}"), content[layer].permute(1, 2, 0)) < EXACT
+    for layer in problem.style_layers:
+        assert relative(read_gram(stage.stage_dir, layer), grams[layer]) < EXACT
+    result = stage.iterate(0, None, case.energies)
+    canvas = torch.from_numpy(case.canvas)
+    content_loss, style_loss = problem.losses(canvas)
+    for found, wanted in (
+        (result.content_loss, content_loss),
+        (result.style_loss, style_loss),
+        (result.objective, problem.objective(canvas)),
+    ):
+        assert found == pytest.approx(float(wanted), rel=EXACT, abs=0)
+    assert relative(case.read("gradient"), problem.gradient(case.canvas)) < EXACT
+
+
+# --- partitions ---
+
+# (size, tile_px, rows × columns of tiles). Strips are long enough that tiles at the default layers have real cuts
+# (a gradient tile reads 160 px around), squares are not, but have corners.
+PARTITIONS = [
+    ((64, 96), 96, (1, 1)),
+    ((96, 128), 64, (2, 2)),
+    ((96, 160), 64, (2, 3)),
+    ((65, 129), 64, (2, 3)),  # last row and last column of one pixel
+    ((83, 131), 48, (2, 3)),
+    ((33, 449), 96, (1, 5)),
+    ((417, 47), 128, (4, 1)),
+]
+
+
+@pytest.mark.parametrize(("size", "tile_px", "shape"), PARTITIONS)
+def test_any_partition_gives_the_whole_images_gradient(tmp_path, narrow_weights, size, tile_px, shape):
+    """Tiles that change the gradient change the picture: seams, or a style that differs from tile to tile."""
+    with prepared(tmp_path, narrow_weights, size, tile_px) as case:
+        assert (len({t.y0 for t in case.tiles}), len({t.x0 for t in case.tiles})) == shape
+        assert_exact(case)
+
+
+SHALLOW = {"content_layers": {"conv4_1": 1.0}, "style_layers": {"conv2_1": 0.7, "conv4_1": 1.3}}
+
+
+@pytest.mark.parametrize(
+    ("size", "tile_px", "network", "halo"), [((217, 225), 48, SHALLOW, 32), ((513, 517), 176, {}, 80)]
+)
+def test_a_tile_with_cuts_on_all_sides_is_exact(tmp_path, narrow_weights, size, tile_px, network, halo):
+    """Only such a tile shows that the corners of the halo are right; in a large picture nearly all are like that."""
+    with prepared(tmp_path, narrow_weights, size, tile_px, network=network) as case:
+        outers = [tile.outer(2 * halo) for tile in case.stage.tiles]
+        assert any(o.y0 > 0 and o.x0 > 0 and o.y1 < size[0] and o.x1 < size[1] for o in outers)
+        assert_exact(case)
+
+
+# --- every setting of the objective ---
+
+COMBINATIONS = list(itertools.product(["replicate", "zeros", "reflect"], ["max", "average"], ["normalized", "gatys"]))
+
+
+@pytest.mark.parametrize(("padding", "pooling", "kind"), COMBINATIONS)
+def test_every_padding_pooling_and_loss_is_exact(tmp_path, narrow_weights, padding, pooling, kind):
+    """A padding that leaks into a cut, or a seed of the other loss, draws borders around every tile."""
+    network = {
+        "padding": padding,
+        "pooling": pooling,
+        "content_layers": {"conv3_2": 1.0},
+        "style_layers": {"conv1_1": 0.5, "conv3_1": 0.5},
+    }
+    with prepared(tmp_path, narrow_weights, (113, 97), 48, network=network, loss={"kind": kind}) as case:
+        assert_exact(case)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+def test_the_deepest_layer_is_exact_with_other_paddings(tmp_path, narrow_weights, padding):
+    """conv5_1 sees 70 px far, over the border and a cut at once."""
+    with prepared(tmp_path, narrow_weights, (35, 433), 96, network={"padding": padding}) as case:
+        assert_exact(case)
+
+
+@pytest.mark.parametrize("kind", ["normalized", "gatys"])
+def test_layer_weights_and_layers_that_are_both_content_and_style(tmp_path, narrow_weights, kind):
+    """Artists mix layers; a layer in both lists gets both seeds, a weight belongs to its own layer."""
+    layers = {
+        "content_layers": {"conv2_2": 0.3, "conv3_4": 2.0, "conv1_1": 0.01},
+        "style_layers": {"conv2_2": 1.7, "conv1_1": 0.4, "conv3_4": 0.05},
+    }
+    loss = {"kind": kind, "content_weight": 0.7, "style_weight": 3.0}
+    with prepared(tmp_path, narrow_weights, (81, 145), 48, network=layers, loss=loss) as case:
+        assert_exact(case)
+
+
+@pytest.mark.parametrize("off", ["content_weight", "style_weight"])
+def test_content_alone_and_style_alone_are_exact(tmp_path, narrow_weights, off):
+    """A weight of 0 leaves its pass out; what is left must not change."""
+    with prepared(tmp_path, narrow_weights, (49, 81), 32, loss={off: 0.0}) as case:
+        result = case.stage.iterate(0, None, case.energies)
+        assert relative(case.read("gradient"), case.problem.gradient(case.canvas)) < EXACT
+        assert getattr(result, off.replace("weight", "loss")) == 0
+
+
+def test_several_styles_are_mixed_by_their_weights(tmp_path, narrow_weights):
+    """Two styles at 3 : 1 must look like 3 : 1, whatever their sizes."""
+    sizes, shares = ((40, 70), (96, 33), (64, 64)), (3.0, 1.0, 0.0)
+    with prepared(tmp_path, narrow_weights, (64, 80), 48, style_sizes=sizes, style_weights=shares) as case:
+        assert_exact(case)
+
+
+def test_image_of_the_least_size(tmp_path, narrow_weights):
+    """The smallest image the plan lets through has one position at conv5_1: it must still be right."""
+    with prepared(tmp_path, narrow_weights, (16, 31), 16, style_sizes=((31, 16),)) as case:
+        assert_exact(case)
+
+
+def test_a_network_with_an_input_convolution(tmp_path):
+    """The packaged network has its own 1×1 input convolution instead of ImageNet's mean and deviation."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(5)
+    extra = {
+        "input.weight": torch.randn(3, 3, 1, 1, generator=generator),
+        "input.bias": torch.randn(3, generator=generator),
+    }
+    save_file(reference.narrow_state((3, 5, 4, 6, 7), seed=9) | extra, tmp_path / "own.safetensors")
+    with prepared(tmp_path, tmp_path / "own.safetensors", (65, 97), 64, network={"padding": "zeros"}) as case:
+        assert_exact(case)
+
+
+# --- the check can fail ---
+
+
+@pytest.mark.parametrize(("layer", "size", "tile_px"), [("conv5_1", (33, 449), 96), ("conv4_1", (112, 144), 32)])
+def test_a_gradient_halo_16_px_smaller_is_seen(tmp_path, narrow_weights, monkeypatch, layer, size, tile_px):
+    """If this error went unseen, the tests above would prove nothing."""
+    network = {"content_layers": {layer: 1.0}}
+    with prepared(tmp_path, narrow_weights, size, tile_px, network=network, loss={"style_weight": 0.0}) as case:
+        wanted = case.problem.gradient(case.canvas)
+        case.stage.iterate(0, None, case.energies)
+        assert relative(case.read("gradient"), wanted) < EXACT
+        monkeypatch.setattr(passes, "halo_px", lambda names: halo_px(names) - 16)
+        case.stage.iterate(0, None, case.energies)
+        assert relative(case.read("gradient"), wanted) > 1e-6
+
+
+@pytest.mark.parametrize("layer", ["conv4_1", "conv5_1"])
+def test_a_gram_halo_16_px_smaller_is_seen(tmp_path, narrow_weights, monkeypatch, layer):
+    """As above, for the Gram pass: its tiles would miss positions at their cuts."""
+    with prepared(tmp_path, narrow_weights, (48, 225), 96) as case:
+        with torch.no_grad():
+            found = case.problem.features(torch.from_numpy(case.canvas))[layer].flatten(1)
+        wanted = (found @ found.T).numpy()
+        specs = [
+            GramSpec(case.stage.stage_dir, "canvas_0", tile, case.stage.network, (layer,)) for tile in case.stage.tiles
+        ]
+        assert relative(sum(passes.gram_task(spec)[layer] for spec in specs), wanted) < EXACT
+        monkeypatch.setattr(passes, "halo_px", lambda names: halo_px(names) - 16)
+        assert relative(sum(passes.gram_task(spec)[layer] for spec in specs), wanted) > 1e-6
+
+
+def test_tasks_give_the_same_bits_when_run_twice(tmp_path, narrow_weights):
+    """A task that is repeated after a kill must not change the picture."""
+    with prepared(tmp_path, narrow_weights, (65, 113), 48) as case:
+        gram = GramSpec(case.stage.stage_dir, "canvas_0", case.stage.tiles[1], case.stage.network, ("conv3_1",))
+        assert np.array_equal(passes.gram_task(gram)["conv3_1"], passes.gram_task(gram)["conv3_1"])
+        first = case.stage.iterate(0, None, case.energies)
+        before = {name: case.read(name) for name in ("gradient", "canvas_1", "m_1", "v_1")}
+        second = case.stage.iterate(0, None, case.energies)
+        assert first.objective == second.objective and first.mean_abs_u == second.mean_abs_u
+        for name, values in before.items():
+            assert np.array_equal(case.read(name), values), name
+
+
+def test_a_gradient_that_is_not_finite_is_refused(tmp_path, narrow_weights):
+    """A single NaN would spread over the picture in a few iterations, and a day of work with it."""
+    with prepared(tmp_path, narrow_weights, (32, 48), 16) as case:
+        spec = GradientSpec(
+            case.stage.stage_dir, "canvas_0", case.stage.tiles[0], case.stage.network, {}, {"conv4_2": np.inf}
+        )
+        before = case.read("gradient")
+        with pytest.raises(pipeline.errors.ConfigError, match="not finite"):
+            passes.gradient_task(spec)
+        assert np.array_equal(case.read("gradient"), before)
+
+
+# --- whole runs ---
+
+
+def final_canvas(folder: Path, weights: Path, tile_px: int, **values) -> tuple[np.ndarray, list[dict]]:
+    """Run two stages in float64 and give the last canvas and the journal."""
+    folder.mkdir()
+    write_image(folder / "content.png", 83, 131, seed=1)
+    write_image(folder / "style.png", 70, 50, seed=2)
+    config = load_config(
+        write_config(
+            folder,
+            initial_size=66,
+            network={"weights": str(weights), **values.pop("network", {})},
+            compute={"dtype": "float64", "device": "cpu", "tile_px": tile_px},
+            optimizer={"max_iterations": 4, **values.pop("optimizer", {})},
+            store={"chunk_px": 48},
+            **values,
+        )
+    )
+    pipeline.run(config)
+    records = Journal(config.work_dir / "journal.jsonl").read()
+    canvas = newest_canvas(config.work_dir, position_of(records), 1)
+    assert canvas.shape == (83, 131, 3)
+    return read_whole(canvas), records
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"init": "noise", "network": {"padding": "reflect", "pooling": "average"}, "loss": {"kind": "gatys"}},
+        {"optimizer": {"schedule": "constant", "stop_condition": 0, "clip": False}},
+    ],
+    ids=["defaults", "noise", "paper"],
+)
+def test_a_whole_run_gives_the_same_picture_with_one_tile_and_with_many(tmp_path, narrow_weights, values):
+    """The picture must not depend on how much memory the machine had."""
+    whole, records = final_canvas(tmp_path / "one", narrow_weights, 144, **values)
+    parts, parts_records = final_canvas(tmp_path / "many", narrow_weights, 48, **values)
+    assert np.abs(whole - parts).max() <= 1e-6
+    assert np.ptp(whole) > 50  # a picture, not a grey area
+    keys = ("objective", "content_loss", "style_loss", "mean_abs_u", "max_abs_u", "alpha")
+    for one, many in zip(records, parts_records, strict=True):
+        assert one["type"] == many["type"]
+        if one["type"] == "iteration":
+            assert [one[key] for key in keys] == pytest.approx([many[key] for key in keys], rel=1e-8)
+
+
+def test_a_run_lowers_the_objective(tmp_path, narrow_weights):
+    """An exact gradient with the wrong sign would be exact too."""
+    _, records = final_canvas(tmp_path / "one", narrow_weights, 144, optimizer={"max_iterations": 10})
+    for stage in (0, 1):
+        losses = [
+            record["objective"] for record in records if record["type"] == "iteration" and record["stage"] == stage
+        ]
+        assert len(losses) == 10
+        assert losses[-1] < 0.9 * losses[0]
+
+
+# --- what no one thought of ---
+
+
+@st.composite
+def cases(draw):
+    """Sizes, tiles and layers at random; at most about a dozen tiles."""
+    style = draw(st.sets(st.sampled_from(reference.CONVS), max_size=3))
+    content = draw(st.sets(st.sampled_from(reference.CONVS), max_size=2, min_size=0 if style else 1))
+    padding = draw(st.sampled_from(["replicate", "zeros", "reflect"]))
+    least = max(reference.STRIDES[name] for name in style | content) * (2 if padding == "reflect" else 1)
+    side = st.integers(max(16, least), 150)
+    size = draw(st.tuples(side, side))
+    tile_px = draw(st.sampled_from([px for px in (16, 32, 48, 64, 96, 160) if size[0] * size[1] <= 14 * px * px]))
+    return {
+        "size": size,
+        "tile_px": tile_px,
+        "chunk_px": draw(st.sampled_from([px for px in (tile_px, tile_px // 2) if px % 16 == 0])),
+        "style_sizes": (draw(st.tuples(side, side)),),
+        "network": {
+            "padding": padding,
+            "pooling": draw(st.sampled_from(["max", "average"])),
+            "style_layers": {name: draw(st.sampled_from([0.1, 1.0])) for name in sorted(style)},
+            "content_layers": {name: draw(st.sampled_from([0.1, 1.0])) for name in sorted(content)},
+        },
+        "loss": {
+            "kind": draw(st.sampled_from(["normalized", "gatys"])),
+            "content_weight": 1.0 if content else 0.0,
+            "style_weight": 0.5 if style else 0.0,
+        },
+    }
+
+
+@given(cases())
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+def test_random_sizes_tiles_and_layers_are_exact(narrow_weights, case):
+    """What no one thought of: sizes, tiles and layers together."""
+    with tempfile.TemporaryDirectory() as folder, prepared(Path(folder), narrow_weights, **case) as made:
+        target = float(made.problem.objective(torch.from_numpy(made.canvas)))
+        if not math.isfinite(target):  # a layer whose features are all zero: nothing to divide by
+            with pytest.raises(pipeline.errors.ConfigError, match="energy"):
+                made.stage.iterate(0, None, made.energies)
+        elif target > 0:
+            result = made.stage.iterate(0, None, made.energies)
+            assert result.objective == pytest.approx(target, rel=EXACT)
+            assert relative(made.read("gradient"), made.problem.gradient(made.canvas)) < EXACT
