@@ -100,8 +100,7 @@ def write_image(
     """
     check_output(path, width_px, height_px, bits, compression)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    partial = path.with_name(f"{_partial_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    partial = new_partial(path)
     source = _RowSource(width_px, height_px, bits)
     save = functools.partial(_save, source, partial, path, compression, quality)
     try:
@@ -272,17 +271,14 @@ def _replace(partial: Path, path: Path) -> None:
     _remove(old)
 
 
-def _partial_prefix(path: Path) -> str:
-    return f".{path.stem}.partial-{os.uname().nodename}-"
-
-
-def _sweep(path: Path) -> None:
-    """Remove what exports of this machine left beside the output when they were killed."""
-    prefix = _partial_prefix(path)
+def new_partial(path: Path) -> Path:
+    """A free name beside `path` for what is not whole yet; what exports of this machine left when killed is removed."""
+    prefix = f".{path.stem}.partial-{os.uname().nodename}-"
     for entry in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
         pid = entry.name.removeprefix(prefix).partition("-")[0]
         if entry.suffix == path.suffix and pid.isdigit() and not psutil.pid_exists(int(pid)):
             _remove(entry)
+    return path.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
 
 
 def _remove(partial: Path) -> None:

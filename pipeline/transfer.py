@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,13 +120,14 @@ def _export_ome_zarr(
     read_rows: Callable[[int, int], NDArray[Any]],
     on_progress: OnProgress,
 ) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    aside = image_export.new_partial(output)
 
     def counted_rows(y0: int, y1: int) -> NDArray[Any]:
         on_progress(y1, size[0])
         return read_rows(y0, y1)
 
     try:
+        aside.mkdir()
         group = aside / output.name
         store.write_ome_zarr(group, size, bits, counted_rows)
         replace_folder(group, output)
