@@ -113,8 +113,12 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str,
                 f"(channels, {channels}, 3, 3) with as many biases: these are another network's weights."
             )
         widths[name] = channels = weight[0]
-    if "input.weight" in shapes and shapes["input.weight"] != (3, 3, 1, 1):
-        raise InputError(f"weights file {path}: input.weight is {shapes['input.weight']}, not (3, 3, 1, 1).")
+    first = shapes.get("input.weight"), shapes.get("input.bias")
+    if first not in ((None, None), ((3, 3, 1, 1), (3,))):
+        raise InputError(
+            f"weights file {path}: input.weight is {first[0]} with bias {first[1]}, but an input convolution is "
+            "(3, 3, 1, 1) with 3 biases: these are another network's weights."
+        )
     return widths
 
 
@@ -125,10 +129,14 @@ def _safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             if length > path.stat().st_size:
                 raise ValueError("the header is longer than the file")
             header = json.loads(file.read(length))
-        return {key: tuple(value["shape"]) for key, value in header.items() if key != "__metadata__"}
+            header.pop("__metadata__", None)
+            needed = file.tell() + max((value["data_offsets"][1] for value in header.values()), default=0)
+        if (size := path.stat().st_size) < needed:
+            raise ValueError(f"it has {size} of {needed} bytes")
+        return {key: tuple(value["shape"]) for key, value in header.items()}
     except FileNotFoundError as error:
         raise InputError(f"weights file {path}: not found. Correct network.weights.") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise InputError(f"weights file {path}: not a readable .safetensors file ({error}).") from error
 
 
@@ -148,8 +156,8 @@ def download_vgg19() -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG19_URL).name
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(VGG19_URL, str(path), hash_prefix=VGG19_SHA256_PREFIX, progress=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
