@@ -104,15 +104,14 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Commit one record: when this returns, it is on the disk. Raises SpaceError."""
-        text = json.dumps(record, allow_nan=False)
-        line = json.dumps({"crc": f"{zlib.crc32(text.encode()):08x}", "record": record}, allow_nan=False) + "\n"
+        line = memoryview(_line_of(record))
         created = not self.path.exists()
         try:
-            with self.path.open("ab") as file:
+            with self.path.open("ab", buffering=0) as file:  # a buffer would be written again by closing the file
                 start = file.tell()
                 try:
-                    file.write(line.encode())
-                    file.flush()
+                    while line:
+                        line = line[file.write(line) :]
                     os.fsync(file.fileno())
                 except OSError:
                     os.ftruncate(file.fileno(), start)
@@ -129,23 +128,32 @@ class Journal:
         good_bytes = 0
         lines = self.path.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
-            try:
-                entry = json.loads(line)
-                whole = (
-                    line.endswith(b"\n") and entry["crc"] == f"{zlib.crc32(json.dumps(entry['record']).encode()):08x}"
-                )
-            except (ValueError, KeyError, TypeError):
-                whole = False
-            if not whole and number == len(lines) and not line.endswith(b"\n"):
+            record = _record_of(line)
+            # a line that is whole but for its last byte was committed: it is its newline that was changed
+            if number == len(lines) and not line.endswith(b"\n") and _record_of(line[:-1] + b"\n") is None:
                 break
-            if not whole:
+            if record is None:
                 raise DamagedStateError(
                     f"{self.path}:{number}: this line was changed after it was written, so the state it describes "
                     "cannot be trusted. Restore the run directory from a copy, or delete it to render again."
                 )
-            records.append(entry["record"])
+            records.append(record)
             good_bytes += len(line)
         return records, good_bytes
+
+
+def _line_of(record: Record) -> bytes:
+    text = json.dumps(record, allow_nan=False)
+    return f'{{"crc": "{zlib.crc32(text.encode()):08x}", "record": {text}}}\n'.encode()
+
+
+def _record_of(line: bytes) -> Record | None:
+    """The record of a whole line, or None. Whole is what was written, byte for byte: JSON overlooks a changed space."""
+    try:
+        record: Record = json.loads(line)["record"]
+        return record if _line_of(record) == line else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
