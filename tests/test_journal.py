@@ -1,0 +1,355 @@
+"""The record of a run: what was committed is read back, what was damaged is not believed, one process at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import DamagedStateError, LockedError, SpaceError
+from pipeline.journal import (
+    FORMAT,
+    Journal,
+    Position,
+    RunLock,
+    position_of,
+    read_manifest,
+    running_owner,
+    write_manifest,
+)
+
+SAME_FOLDER = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+records = st.dictionaries(
+    st.text(), st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+)
+RECORDS = [
+    {"type": "stage_prepared", "stage": 0, "content_energies": {"conv4_2": 12.25}},
+    {"type": "iteration", "stage": 0, "iteration": 0, "alpha": 1e-05, "stepped": True, "note": "harbour é 港\n"},
+    {"type": "stage_done", "stage": 0, "iterations": 1, "reason": "converged"},
+]
+
+
+def iteration(number: int, **values) -> dict:
+    base = {"alpha": 0.5, "mean_abs_u": 0.2, "max_abs_u": 0.9, "stepped": True}
+    return {"type": "iteration", "iteration": number, **base, **values}
+
+
+def prepared(stage: int) -> dict:
+    return {"type": "stage_prepared", "stage": stage, "content_energies": {"conv4_2": 1.5 + stage}}
+
+
+def written(path: Path, some=RECORDS) -> Journal:
+    path.unlink(missing_ok=True)
+    journal = Journal(path)
+    for record in some:
+        journal.append(record)
+    return journal
+
+
+# --- reading what was written ---
+
+
+def test_no_journal_is_an_empty_one(tmp_path):
+    """A run killed before its first record starts from the beginning."""
+    journal = Journal(tmp_path / "journal.jsonl")
+    assert journal.read() == []
+    journal.repair_tail()
+    assert not (tmp_path / "journal.jsonl").exists()
+
+
+@given(st.lists(records, max_size=4))
+@settings(SAME_FOLDER, max_examples=50)
+def test_records_are_read_back_as_written(tmp_path, some):
+    """Losses, step sizes and slots decide how the run goes on; floats must come back to the last bit."""
+    assert written(tmp_path / "journal.jsonl", some).read() == some
+
+
+def test_values_that_json_has_not_are_refused_and_leave_the_journal_whole(tmp_path):
+    """A NaN loss would make a journal that other JSON readers cannot read."""
+    journal = written(tmp_path / "journal.jsonl")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        journal.append({"loss": float("nan")})
+    assert journal.read() == RECORDS
+
+
+def test_lines_are_plain_json(tmp_path):
+    """Users read the journal with their own tools."""
+    journal = written(tmp_path / "journal.jsonl")
+    lines = journal.path.read_text().splitlines()
+    assert [json.loads(line)["record"] for line in lines] == RECORDS
+
+
+# --- torn and damaged lines ---
+
+
+@given(st.data())
+@SAME_FOLDER
+def test_a_torn_last_line_is_dropped_and_repaired(tmp_path, data):
+    """A kill in the middle of a commit costs that iteration, not the run."""
+    path = tmp_path / "journal.jsonl"
+    journal = written(path)
+    whole = path.read_bytes()
+    last = whole.rstrip(b"\n").rindex(b"\n") + 1
+    path.write_bytes(whole[: data.draw(st.integers(last, len(whole) - 1), label="cut after")])
+    assert journal.read() == RECORDS[:-1]
+    assert path.stat().st_size >= last  # reading repairs nothing: `status` reads while a run appends
+    journal.repair_tail()
+    assert path.read_bytes() == whole[:last]
+    journal.append(RECORDS[-1])
+    assert path.read_bytes() == whole
+
+
+def test_a_tail_of_zeros_is_dropped(tmp_path):
+    """Some file systems leave zeros where the last line was, after a power cut."""
+    journal = written(tmp_path / "journal.jsonl")
+    with journal.path.open("ab") as file:
+        file.write(bytes(200))
+    assert journal.read() == RECORDS
+    journal.repair_tail()
+    journal.append(RECORDS[0])
+    assert journal.read() == [*RECORDS, RECORDS[0]]
+
+
+@given(st.data())
+@settings(SAME_FOLDER, max_examples=200)
+def test_a_changed_byte_in_a_committed_line_is_damage(tmp_path, data):
+    """A record that is wrong, or silently gone, resumes from the wrong slot: a wrong picture without a word."""
+    path = tmp_path / "journal.jsonl"
+    journal = written(path)
+    whole = bytearray(path.read_bytes())
+    position = data.draw(st.integers(0, len(whole) - 1), label="position")
+    value = data.draw(st.integers(0, 255).filter(lambda value: value != whole[position]), label="value")
+    whole[position] = value
+    path.write_bytes(whole)
+    with pytest.raises(DamagedStateError, match=r"journal\.jsonl:\d+: .*Restore"):
+        journal.read()
+    with pytest.raises(DamagedStateError):
+        journal.repair_tail()
+    assert path.read_bytes() == whole
+
+
+def test_every_newline_and_space_is_guarded(tmp_path):
+    """The same, for the bytes that JSON itself does not mind."""
+    path = tmp_path / "journal.jsonl"
+    journal = written(path)
+    whole = path.read_bytes()
+    for position, byte in enumerate(whole):
+        if byte in b" \n":
+            for other in b" \n\t\rx":
+                if other != byte:
+                    path.write_bytes(whole[:position] + bytes([other]) + whole[position + 1 :])
+                    with pytest.raises(DamagedStateError):
+                        journal.read()
+
+
+@pytest.mark.parametrize("lines", [[0, 2], [1, 0, 2], [0, 1, 1, 2]])
+def test_whole_lines_missing_or_moved_are_outside_the_checksum(tmp_path, lines):
+    """Known limit, written down: a line guards itself, not its neighbours."""
+    path = tmp_path / "journal.jsonl"
+    journal = written(path)
+    all_lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(all_lines[index] for index in lines))
+    assert journal.read() == [RECORDS[index] for index in lines]
+
+
+def test_an_append_that_fails_leaves_no_half_line(tmp_path):
+    """A full disk must not make the journal unreadable: the same command goes on once there is room."""
+    journal = written(tmp_path / "journal.jsonl")
+    before = journal.path.read_bytes()
+    code = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from pipeline.errors import SpaceError\n"
+        "from pipeline.journal import Journal\n"
+        "path = Path(sys.argv[1])\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20,) * 2)\n"
+        "try:\n"
+        "    Journal(path).append({'type': 'iteration', 'text': 'x' * 100})\n"
+        "except SpaceError as error:\n"
+        "    print('refused', error)\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(journal.path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert out.stdout.startswith("refused") and str(journal.path) in out.stdout
+    assert journal.path.read_bytes() == before
+
+
+def test_a_journal_that_cannot_be_written_says_so(tmp_path):
+    """No room and no permission look alike to a user: a sentence, not a traceback."""
+    with pytest.raises(SpaceError, match=r"journal\.jsonl"):
+        Journal(tmp_path / "gone" / "journal.jsonl").append({"type": "exported", "output": "x"})
+
+
+# --- the position that records describe ---
+
+
+def test_an_empty_journal_is_the_start():
+    """Nothing committed: everything is to be done."""
+    assert position_of([]) == Position()
+    assert (Position().stage, Position().prepared, Position().iteration) == (0, False, 0)
+
+
+def test_a_prepared_stage_starts_at_slot_0():
+    """The first iteration reads slot 0, where the preparation wrote the canvas."""
+    position = position_of([prepared(0)])
+    assert position.prepared and position.iteration == 0 and not position.stage_done
+    assert position.slots == {0: 0}
+    assert position.content_energies == {"conv4_2": 1.5}
+    assert position.alpha is position.mean_abs_u is None
+
+
+@given(st.integers(1, 9))
+def test_slots_alternate_with_the_iterations(count):
+    """Reading the wrong slot is going on from an older, or a half-written, canvas."""
+    some = [prepared(0), *(iteration(number, alpha=0.25, mean_abs_u=1 / (number + 1)) for number in range(count))]
+    position = position_of(some)
+    assert position.iteration == count
+    assert position.slots == {0: count % 2}
+    assert position.alpha == 0.25 and position.mean_abs_u == 1 / count
+
+
+def test_an_iteration_that_made_no_step_leaves_the_slot():
+    """Where there was nothing to optimise, the other slot was never written: it still holds zeros."""
+    position = position_of([prepared(0), iteration(0, stepped=False, max_abs_u=0.0, mean_abs_u=0.0, alpha=0.0)])
+    assert position.slots == {0: 0} and position.iteration == 0 and position.max_abs_u == 0
+
+
+def test_the_next_stage_forgets_step_size_and_moments_but_not_canvases():
+    """α is set anew at every stage, and the canvas of the stage before is still needed."""
+    some = [prepared(0), iteration(0), {"type": "stage_done", "stage": 0, "iterations": 1, "reason": "converged"}]
+    ended = position_of(some)
+    assert ended.stage_done and ended.slots == {0: 1}
+    following = position_of([*some, prepared(1)])
+    assert (following.stage, following.iteration, following.alpha, following.stage_done) == (1, 0, None, False)
+    assert following.max_abs_u is None and following.mean_abs_u is None
+    assert following.slots == {0: 1, 1: 0}
+    assert following.content_energies == {"conv4_2": 2.5}
+
+
+def test_exported_pictures_are_remembered_across_stages():
+    """A finished run must not render its picture again, nor overwrite one that it does not own."""
+    some = [
+        prepared(0),
+        {"type": "exported", "output": "/a.png"},
+        prepared(1),
+        {"type": "exported", "output": "/b.tif"},
+    ]
+    assert position_of(some).exported == {"/a.png", "/b.tif"}
+
+
+# --- the manifest ---
+
+
+def test_the_manifest_is_read_back_and_leaves_nothing_beside_it(tmp_path):
+    """Resume compares the config with it."""
+    manifest = {"format": FORMAT, "config": {"size": 3, "name": "é"}}
+    write_manifest(tmp_path / "manifest.json", manifest)
+    assert read_manifest(tmp_path / "manifest.json") == manifest
+    write_manifest(tmp_path / "manifest.json", manifest | {"more": 1})
+    assert read_manifest(tmp_path / "manifest.json")["more"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"config": {}}'])
+def test_a_broken_manifest_is_damage(tmp_path, content):
+    """Without it nobody knows which config the state belongs to."""
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(DamagedStateError, match=r"manifest\.json"):
+        read_manifest(tmp_path / "manifest.json")
+
+
+def test_a_missing_manifest_is_damage(tmp_path):
+    """The same, when it is gone."""
+    with pytest.raises(DamagedStateError, match=r"manifest\.json"):
+        read_manifest(tmp_path / "manifest.json")
+
+
+def test_a_manifest_of_another_format_is_refused_by_number(tmp_path):
+    """A newer version must not misread an old run, nor an old version a new one."""
+    write_manifest(tmp_path / "manifest.json", {"format": FORMAT + 1})
+    with pytest.raises(DamagedStateError, match=f"format {FORMAT + 1}.*format {FORMAT}"):
+        read_manifest(tmp_path / "manifest.json")
+
+
+# --- the lock ---
+
+HOLD = """
+import sys
+from pathlib import Path
+from pipeline.journal import RunLock
+with RunLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of tmp_path until its stdin ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate(timeout=30)
+
+
+def test_a_second_run_in_another_process_is_kept_out(tmp_path, holder):
+    """Two runs in one folder would write into each other's slots and destroy both."""
+    with pytest.raises(LockedError, match=f"process {holder.pid}") as caught, RunLock(tmp_path):
+        pass
+    assert str(tmp_path) in str(caught.value)
+    assert running_owner(tmp_path) == holder.pid  # being refused leaves the owner's mark alone
+
+
+def test_a_second_lock_in_the_same_process_is_kept_out(tmp_path):
+    """The library may be called twice at once from one program."""
+    with RunLock(tmp_path):
+        with pytest.raises(LockedError), RunLock(tmp_path):
+            pass
+        assert running_owner(tmp_path) == os.getpid()
+    assert running_owner(tmp_path) is None
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_lock_is_free_after_its_owner_ends(tmp_path, holder):
+    """The next run must not wait for one that is over."""
+    holder.communicate("", timeout=30)
+    assert running_owner(tmp_path) is None
+    with RunLock(tmp_path):
+        assert running_owner(tmp_path) == os.getpid()
+
+
+def test_a_lock_is_free_after_its_owner_was_killed(tmp_path, holder):
+    """After kill -9 the same command goes on; nobody has to delete a stale lock."""
+    holder.send_signal(signal.SIGKILL)
+    holder.wait(timeout=30)
+    assert (tmp_path / "lock.owner").exists()
+    assert running_owner(tmp_path) is None
+    with RunLock(tmp_path):
+        assert running_owner(tmp_path) == os.getpid()
+
+
+def test_a_reused_process_id_is_not_the_owner(tmp_path):
+    """Process ids come round: a stranger with the old number is not our run."""
+    (tmp_path / "lock.owner").write_text(json.dumps({"pid": os.getpid(), "started": 1.0}))
+    assert running_owner(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x"}', '{"pid": 1}', '{"pid": -1, "started": 0}', "null"])
+def test_a_broken_owner_file_is_nobody(tmp_path, text):
+    """`status` must work whatever a crash left there."""
+    (tmp_path / "lock.owner").write_text(text)
+    assert running_owner(tmp_path) is None
