@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,19 @@ def gib(size_bytes: float) -> str:
     return f"{size_bytes / 2**30:.2f} GiB"
 
 
+def _console(width: int | None = None) -> Console:
+    """Text as it is: a path may hold what rich takes for markup, and only a terminal needs lines to be broken."""
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty(), width=width)
+
+
+def _print_table(table: Table) -> None:
+    """Every cell whole: in a narrow window a line that the terminal breaks says more than a number cut short."""
+    _console(width=1000).print(table)
+
+
 def print_plan(config: Config, planned: Plan) -> None:
     """Stages, tiles, memory, disk and work of a run."""
-    console = Console(highlight=False)
+    console = _console()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("stage", "size px", "tiles", "halo", "store", "TFLOP/it"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -41,7 +52,7 @@ def print_plan(config: Config, planned: Plan) -> None:
             gib(stage.store_bytes),
             f"{stage.flop_per_iteration / 1e12:.2f}",
         )
-    console.print(table)
+    _print_table(table)
     limit = gib(planned.memory_limit_bytes)
     phases = ", ".join(f"{phase} {gib(size)}" for phase, size in planned.host_bytes.items())
     tile = f"tiles of {planned.tile_px} px, chunks of {planned.chunk_px} px, halo {planned.halo_px} px"
@@ -54,12 +65,12 @@ def print_plan(config: Config, planned: Plan) -> None:
         f"work     {planned.flop / 1e12:,.0f} TFLOP for {config.optimizer.max_iterations} iterations of every stage",
     ]
     for line in lines:
-        console.print(line, soft_wrap=False)
+        console.print(line)
 
 
 def print_status(found: dict[str, Any]) -> None:
     """Where a run stands."""
-    console = Console(highlight=False)
+    console = _console()
     process = f" (process {found['pid']})" if found["pid"] else ""
     console.print(f"{found['work_dir']}: {found['state']}{process}, {duration(found['seconds'])} of computing")
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -74,7 +85,7 @@ def print_status(found: dict[str, Any]) -> None:
             stage["reason"] or "",
             duration(stage["seconds"]),
         )
-    console.print(table)
+    _print_table(table)
     if found["last"]:
         last = found["last"]
         losses = f"content {last['content_loss']:.4g}, style {last['style_loss']:.4g}"
@@ -85,7 +96,7 @@ def print_status(found: dict[str, Any]) -> None:
 
 def print_doctor() -> None:
     """Versions, devices, memory and disk of this machine."""
-    console = Console(highlight=False)
+    console = _console()
     console.print(f"python     {platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in _PACKAGES:
         console.print(f"{package:<10} {version(package)}")

@@ -52,8 +52,8 @@ class LiveSink:
     """Two live lines under the log: the stage's iterations, and the pass that is being computed."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
-        columns = [TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()]
+        console = Console(stderr=True, markup=False, emoji=False)  # a path may hold what rich takes for markup
+        columns = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn()]
         self._progress = Progress(*columns, console=console, expand=True, transient=True)
         self._iterations: TaskID | None = None
         self._work: TaskID | None = None
