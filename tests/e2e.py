@@ -1,0 +1,284 @@
+"""Running the program as its users do: small inputs, the command line in this process or in others, its files.
+
+`Nursery` starts `pipeline` commands as processes of their own without paying for Python's and torch's start each time:
+they are forked from a server that has imported both, and computed nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing as mp
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+PIPELINE = Path(sys.executable).with_name("pipeline")
+# Half a second of work each; the limit is for a machine that does other things too.
+TIMEOUT_S = 120
+
+
+def write_picture(path: Path, width: int, height: int, seed: int = 0, **options: Any) -> Path:
+    """A picture of waves and noise, in the format of the suffix."""
+    import pyvips
+
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [127 + 90 * np.sin(x / (5 + c) + seed) * np.cos(y / (7 + c)) for c in range(3)]
+    pixels = np.clip(np.stack(waves, -1) + rng.normal(0, 20, (height, width, 3)), 0, 255).astype(np.uint8)
+    pyvips.Image.new_from_array(pixels, interpretation="srgb").write_to_file(str(path), **options)
+    return path
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """(H, W, C) of the first page."""
+    import pyvips
+
+    return np.asarray(pyvips.Image.new_from_file(str(path)).numpy())
+
+
+# The defaults of every run here: a few hundred milliseconds, on the CPU, of a network that needs no file.
+SMALL: dict[str, Any] = {
+    "content": "content.png",
+    "styles": [{"image": "style.png"}],
+    "output": "out.png",
+    "work_dir": "run",
+    "initial_size": 48,
+    "network": {"name": "random"},
+    "optimizer": {"max_iterations": 2},
+    "compute": {"device": "cpu", "tile_px": 64},
+    "store": {"chunk_px": 32},
+}
+
+
+def write_run(
+    folder: Path, content: tuple[int, int] = (70, 52), style: tuple[int, int] = (60, 50), **keys: Any
+) -> Path:
+    """Content and style of these (width, height) and a config in `folder`; `keys` replace those of SMALL."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_picture(folder / "content.png", *content, seed=1)
+    write_picture(folder / "style.png", *style, seed=2)
+    return write_config(folder, **keys)
+
+
+def write_config(folder: Path, name: str = "config.yaml", **keys: Any) -> Path:
+    """SMALL with `keys` changed: sections are merged, all else is replaced, None takes a key out."""
+    merged = {**SMALL}
+    for key, value in keys.items():
+        merged[key] = {**SMALL[key], **value} if isinstance(SMALL.get(key), dict) else value
+    path = folder / name
+    path.write_text(yaml.safe_dump({key: value for key, value in merged.items() if value is not None}))
+    return path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_pipeline(*argv: object, **environment: str) -> Outcome:
+    """The installed command, as a process of its own from start to end."""
+    done = subprocess.run(
+        [PIPELINE, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def make_call(capfd: Any, monkeypatch: Any) -> Callable[..., Outcome]:
+    """The command line in this process: `call("plan", "-c", path)`."""
+    from pipeline import cli
+
+    def call(*argv: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["pipeline", *map(str, argv)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        capfd.readouterr()
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return Outcome(int(stop.code or 0), *capfd.readouterr())
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        raise AssertionError("cli.main returned")
+
+    return call
+
+
+def journal(work_dir: Path) -> list[dict[str, Any]]:
+    """The whole records of a run's journal, read as a user would; a torn last line is left out."""
+    path = work_dir / "journal.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line)["record"] for line in lines if line.endswith("\n")]
+
+
+def results(work_dir: Path) -> list[dict[str, Any]]:
+    """What the journal says of the work done, without what may differ between two runs: times, and intents."""
+    kept = [record for record in journal(work_dir) if record["type"] in ("stage_prepared", "iteration", "stage_done")]
+    return [{key: value for key, value in record.items() if key not in ("time", "seconds")} for record in kept]
+
+
+def canvases(work_dir: Path) -> dict[str, bytes]:
+    """Every file of the store by its path: a finished run keeps one canvas of each stage.
+
+    Without the few bytes that a kill keeps from getting a chunk's name: nothing reads them.
+    """
+    store = work_dir / "store.zarr"
+    files = [path for path in sorted(store.rglob("*")) if path.is_file() and path.suffix != ".partial"]
+    return {str(path.relative_to(store)): path.read_bytes() for path in files}
+
+
+def leftovers(output: Path) -> list[str]:
+    """Names beside `output` that begin like it or like its half-written self."""
+    return sorted(path.name for path in output.parent.iterdir() if path.name.startswith(f".{output.stem}"))
+
+
+Event = dict[str, Any]
+
+
+class Nursery:
+    """Starts `pipeline` commands by forking a server process, and stops what is left of them at the end."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(["pytest", "pipeline.cli", "pipeline.stage", "pyvips"])
+        self._children: list[Child] = []
+
+    def start(self, *argv: object, kill_before: int = 0) -> Child:
+        """Start a command; `kill_before` n: it kills itself before its nth commit (see `_commit_of`)."""
+        log = self._folder / f"log_{len(self._children)}"
+        log.touch()
+        arguments = ([str(argument) for argument in argv], str(log), kill_before)
+        process = self._context.Process(target=_child, args=arguments)
+        # One thread: starting torch's pool would be most of what such a small run does.
+        with _environment(OMP_NUM_THREADS="1"):
+            process.start()
+        self._children.append(Child(process, log))
+        return self._children[-1]
+
+    def run(self, *argv: object) -> Child:
+        """Start a command and wait for its end."""
+        child = self.start(*argv)
+        child.wait()
+        return child
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        for child in self._children:
+            child.kill()
+
+
+class Child:
+    """A command that runs, or ran, in a process of its own."""
+
+    def __init__(self, process: Any, log: Path):
+        self.process = process
+        self.pid: int = process.pid
+        self._log = log
+
+    @property
+    def err(self) -> str:
+        """What it printed so far, on stdout or stderr."""
+        return self._log.read_text()
+
+    def events(self) -> list[Event]:
+        """The events of --log-format json so far."""
+        whole, _, _ = self.err.rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
+
+    def wait(self) -> int:
+        """Its exit code, negative for the signal that killed it."""
+        self.process.join(TIMEOUT_S)
+        assert self.process.exitcode is not None, f"still running:\n{self.err}"
+        return int(self.process.exitcode)
+
+    def wait_until(self, reached: Callable[[list[Event]], bool]) -> bool:
+        """Wait for its events to fulfil `reached`; False if it ended before."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not reached(self.events()):
+            if not self.process.is_alive():
+                return reached(self.events())
+            assert time.monotonic() < deadline, f"not reached:\n{self.err}"
+            time.sleep(0.002)
+        return True
+
+    def signal(self, number: int) -> None:
+        """Send it a signal; nothing happens if it has ended."""
+        if self.process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> int:
+        """kill -9; gives its exit code."""
+        self.signal(signal.SIGKILL)
+        return self.wait()
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    old = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in old.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def _child(argv: list[str], log: str, kill_before: int) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["pipeline", *argv]
+    if kill_before:
+        _kill_before_commit(kill_before)
+    from pipeline import cli
+
+    cli.main()
+
+
+def _kill_before_commit(number: int) -> None:
+    """Kill this process (as power loss would) just before its nth step that others could see afterwards."""
+    count = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        if _commit_of(event, args) is not None:
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def _commit_of(event: str, args: tuple[Any, ...]) -> str | None:
+    """The path that a Python audit event is about to make or change for good: all but the arrays' own files."""
+    if event == "os.rename":
+        path = Path(os.fsdecode(args[1]))
+    elif event == "os.mkdir" or (event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
+        path = Path(os.fsdecode(args[0])) if isinstance(args[0], str | bytes | os.PathLike) else Path()
+    else:
+        return None
+    inside_array = any(part.startswith("stage_") for part in path.parent.parts)
+    return None if inside_array or path.name in ("lock", "null") or path == Path() else str(path)
