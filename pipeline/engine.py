@@ -41,7 +41,10 @@ class Engine:
 
         Raises Stopped when the stop flag is set, else what a task raised.
         """
-        nodes = [self._node(task, spec, on_done) for spec in specs]
+        # dask takes independent tasks by name, last first; its own names are random, and so would be the way over the
+        # canvas, where neighbouring tiles share the rows of their halos
+        names = (f"task-{number:09}" for number in range(len(specs), 0, -1))
+        nodes = [self._node(task, spec, on_done, name) for spec, name in zip(specs, names, strict=True)]
         return list(self._compute(nodes))
 
     def fold(
@@ -70,9 +73,9 @@ class Engine:
             self.raise_if_stopped()
             yield item
 
-    def _node(self, task: Callable[[S], R], spec: S, on_done: Callable[[], None]) -> Any:
+    def _node(self, task: Callable[[S], R], spec: S, on_done: Callable[[], None], name: str | None = None) -> Any:
         # a partial without arguments: dask would otherwise look for tasks inside the spec
-        return delayed(partial(self._run_task, task, spec, on_done), pure=False)()
+        return delayed(partial(self._run_task, task, spec, on_done), pure=False)(dask_key_name=name)
 
     def _run_task(self, task: Callable[[S], R], spec: S, on_done: Callable[[], None]) -> R:
         self.raise_if_stopped()
