@@ -1,0 +1,182 @@
+"""Who may import whom. Read from the source, so that an import inside a function counts like any other."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_config, write_image
+
+PACKAGE = Path(__file__).parents[1] / "pipeline"
+
+# The one place that says how high each file stands (architecture.md, decision 7). An import goes strictly downward.
+# Between the layers of the table stand the parts that were cut from one file of it: _explain from config, transfer
+# and stage from run and passes, sinks and report from cli.
+HEIGHT = {
+    "errors": 0,
+    "layers": 0,
+    "allocator": 1,
+    "progress": 1,
+    "tiling": 1,
+    "_yaml": 1,
+    "_explain": 2,
+    "config": 3,
+    "weights": 3,
+    "device": 3,
+    "plan": 4,
+    "journal": 4,
+    "losses": 4,
+    "adam": 4,
+    "store": 5,
+    "images": 5,
+    "image_export": 5,
+    "network": 5,
+    "engine": 5,
+    "survey": 6,
+    "transfer": 6,
+    "passes": 6,
+    "stage": 7,
+    "run": 8,
+    "status": 9,
+    "__init__": 10,
+    "sinks": 10,
+    "report": 11,
+    "cli": 12,
+}
+# Lazy imports that go upward: opening a .pth takes torch, and only network may have it.
+LAZY_UPWARD = {("weights", "network")}
+# Third-party modules that only these files may import, wherever in the file.
+ONLY = {
+    "zarr": {"store"},
+    "dask": {"engine"},
+    "distributed": {"engine"},
+    "pyvips": {"images", "image_export", "report"},  # report: doctor's line with libvips' version
+    "safetensors": {"network"},
+    "torch": {"network", "losses", "passes", "device", "weights"},
+    "click": {"cli"},
+    "rich": {"sinks", "report"},
+    "yaml": {"_yaml", "config"},
+}
+TORCH_AT_THE_TOP = {"network", "losses", "passes"}  # all others start without it
+FILES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def imports(stem: str) -> set[tuple[str, bool]]:
+    """(module, at the top of the file), for every import in a file of the package, absolute or relative."""
+    tree = ast.parse((PACKAGE / f"{stem}.py").read_text(encoding="utf-8"))
+    inside = {
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    found: set[tuple[str, bool]] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, node not in inside) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, ("pipeline" if node.level else "", node.module)))
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == "pipeline" else [module]
+            found |= {(name, node not in inside) for name in names}
+    return found
+
+
+def own_imports(stem: str) -> set[tuple[str, bool]]:
+    """Files of the package that a file imports; a name taken from the package itself is its __init__."""
+    found = set()
+    for module, at_top in imports(stem):
+        package, _, name = module.partition(".")
+        if package == "pipeline":
+            inner = name.partition(".")[0]
+            found.add((inner if inner in FILES else "__init__", at_top))
+    return found
+
+
+def test_every_file_has_its_height():
+    """A new file without a place in the order could import anything."""
+    assert set(FILES) == set(HEIGHT)
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_imports_go_strictly_downward(stem):
+    """Circles make a change here break something there; `plan` without torch would be over with the first."""
+    for name, _at_top in own_imports(stem):
+        if (stem, name) not in LAZY_UPWARD:
+            assert HEIGHT[name] < HEIGHT[stem], f"{stem} ({HEIGHT[stem]}) imports {name} ({HEIGHT[name]})"
+
+
+def test_lazy_upward_imports_are_lazy_and_still_there():
+    """An exception that nobody needs is a hole."""
+    for stem, name in LAZY_UPWARD:
+        assert (name, False) in own_imports(stem) and (name, True) not in own_imports(stem)
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_third_party_modules_have_one_door(stem):
+    """Replacing zarr, dask or pyvips must stay a change of one file."""
+    for module, _at_top in imports(stem):
+        package = module.partition(".")[0]
+        assert stem in ONLY.get(package, {stem}), f"{stem} imports {module}; only {sorted(ONLY[package])} may"
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_only_the_maths_imports_torch_at_the_top(stem):
+    """Torch takes seconds and hundreds of MB: `plan`, `status` and `export` do without."""
+    at_top = {module.partition(".")[0] for module, top in imports(stem) if top}
+    if stem not in TORCH_AT_THE_TOP:
+        assert not at_top & {"torch", "safetensors"}
+
+
+def loaded_after(code: str, *arguments: str) -> set[str]:
+    """Modules that a fresh interpreter has loaded after running `code`."""
+    out = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+    return set(json.loads(out.stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_does_not_load_torch():
+    """Every command would start seconds later."""
+    modules = loaded_after("import pipeline, pipeline.cli")
+    assert "pipeline.run" in modules
+    assert not {"torch", "distributed"} & modules
+
+
+COMMAND = """
+import sys
+from pipeline.cli import cli
+cli.main(sys.argv[1:], standalone_mode=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, narrow_weights) -> Path:
+    """The config of a run that has ended."""
+    import pipeline
+
+    folder = tmp_path_factory.mktemp("finished")
+    write_image(folder / "content.png", 32, 32)
+    write_image(folder / "style.png", 32, 32)
+    path = write_config(
+        folder, network={"weights": str(narrow_weights)}, compute={"device": "cpu"}, optimizer={"max_iterations": 1}
+    )
+    pipeline.run(pipeline.load_config(path))
+    return path
+
+
+@pytest.mark.parametrize("command", ["plan", "plan --json", "status", "export -o {}/again.tif"])
+def test_commands_that_compute_nothing_do_not_load_torch(finished_run, command):
+    """They answer at once, and on a machine that has not torch's memory to spare."""
+    name, *options = command.format(finished_run.parent).split()
+    modules = loaded_after(COMMAND, name, *options, "--config", str(finished_run))
+    assert "pipeline.plan" in modules
+    assert not {"torch", "pipeline.network", "pipeline.passes", "distributed"} & modules
