@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import store, transfer
+from pipeline.allocator import return_freed_memory
 from pipeline.config import Config, OptimizerConfig, result_fields
 from pipeline.device import Device, resolve_device
 from pipeline.engine import Engine
@@ -29,6 +30,7 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
     Raises the errors of errors.py; after Stopped, or any crash, the same call goes on.
     """
     started = time.monotonic()
+    return_freed_memory()
     device = resolve_device(config.compute.device)
     planned = plan_on(config, device)
     with Engine(WORKERS, stop) as engine:

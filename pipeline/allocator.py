@@ -1,0 +1,26 @@
+"""Making the C library give freed memory back.
+
+glibc raises its mmap threshold to the size of the largest block freed so far (up to 32 MiB), after which feature maps
+come from per-thread heaps that fragment and never shrink: a run over 16 tiles peaked at 2.2 GiB instead of 0.8 GiB
+(docs/log.md). With a fixed threshold every feature map is mapped, and unmapped when it is freed; huge pages take back
+half of the time that mapping costs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_M_MMAP_THRESHOLD = -3  # from malloc.h
+_THRESHOLD_BYTES = 2**20
+
+
+def return_freed_memory() -> None:
+    """Fix glibc's mmap threshold for this process; does nothing under another C library.
+
+    To be called before torch allocates: it reads its setting for huge pages once.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
