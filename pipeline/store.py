@@ -231,7 +231,7 @@ def open_array(stage_dir: Path, name: str) -> StageArray:
     path = stage_dir / name
     try:
         return _open_array(path, (path / "zarr.json").stat().st_mtime_ns)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedStateError(
             f"array {path}: cannot be opened ({error}). The run's state is damaged: restore the run directory from a "
             "copy, or delete it to render again from the start."
@@ -251,7 +251,14 @@ def _open_array(path: Path, _modified_ns: int) -> StageArray:
 
 def write_gram(stage_dir: Path, layer: str, gram_CC: NDArray[np.float64]) -> None:
     """Store the style target of one layer, (C, C) float64."""
-    array = zarr.create_array(stage_dir / f"gram_{layer}", shape=gram_CC.shape, dtype="float64", compressors=None)
+    array = zarr.create_array(
+        stage_dir / f"gram_{layer}",
+        shape=gram_CC.shape,
+        chunks=gram_CC.shape,  # one file, which is there or not
+        dtype="float64",
+        compressors=None,
+        config={"write_empty_chunks": True},
+    )
     array[...] = gram_CC
 
 
@@ -263,7 +270,7 @@ def read_gram(stage_dir: Path, layer: str) -> NDArray[np.float64]:
         if not (path / "c" / "0" / "0").is_file():
             raise FileNotFoundError(f"{path / 'c/0/0'} is missing")
         return np.asarray(array[...], np.float64)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedStateError(
             f"style target {path}: cannot be read ({error}). Delete the run directory to start again."
         ) from error
