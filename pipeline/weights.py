@@ -57,7 +57,7 @@ def find_weights(name: str, path: Path | None, seed: int) -> WeightsSource:
     Raises InputError if the file is missing, is not a weights file, or cannot be downloaded.
     """
     if path is None and name == "random":
-        return WeightsSource(None, seed, RANDOM_WIDTHS, f"random-{seed}")
+        return WeightsSource(None, seed, RANDOM_WIDTHS, "random")
     path = path or PACKAGED.get(name) or download_vgg19()
     if not path.is_file():
         raise InputError(
@@ -82,12 +82,16 @@ def conv_key(name: str, names: set[str]) -> str | None:
     return None
 
 
-@cache
 def read_widths(path: Path) -> Mapping[str, int]:
     """Output channels of every convolution in a weights file.
 
     Raises InputError if it is no weights file, or not of a VGG-19-shaped network.
     """
+    return _read_widths(path, path.stat().st_mtime_ns if path.is_file() else 0)
+
+
+@cache
+def _read_widths(path: Path, _modified_ns: int) -> Mapping[str, int]:
     shapes = _safetensors_shapes(path) if path.suffix == ".safetensors" else _pickle_shapes(path)
     return check_shapes(shapes, path)
 
@@ -151,6 +155,8 @@ def download_vgg19() -> Path:
 
     Raises InputError, saying what to do, when there is no network or the file is not what it should be.
     """
+    from http.client import HTTPException  # noqa: PLC0415 - with torch, for this function only
+
     import torch  # noqa: PLC0415 - only to know and fill the hub folder
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG19_URL).name
@@ -159,7 +165,7 @@ def download_vgg19() -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(VGG19_URL, str(path), hash_prefix=VGG19_SHA256_PREFIX, progress=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException) as error:
         raise InputError(
             f"VGG-19's weights could not be downloaded from {VGG19_URL} ({error}). Download that file elsewhere and "
             f"put it at {path}, or name a weights file in network.weights."
@@ -167,7 +173,6 @@ def download_vgg19() -> Path:
     return path
 
 
-@cache
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
