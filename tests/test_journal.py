@@ -249,13 +249,14 @@ def test_exported_pictures_are_remembered_across_stages():
 
 # --- the manifest ---
 
+MANIFEST = {"format": FORMAT, "config": {"size": 3, "name": "é"}, "stages": [], "result_fields": {}, "inputs": {}}
+
 
 def test_the_manifest_is_read_back_and_leaves_nothing_beside_it(tmp_path):
     """Resume compares the config with it."""
-    manifest = {"format": FORMAT, "config": {"size": 3, "name": "é"}}
-    write_manifest(tmp_path / "manifest.json", manifest)
-    assert read_manifest(tmp_path / "manifest.json") == manifest
-    write_manifest(tmp_path / "manifest.json", manifest | {"more": 1})
+    write_manifest(tmp_path / "manifest.json", MANIFEST)
+    assert read_manifest(tmp_path / "manifest.json") == MANIFEST
+    write_manifest(tmp_path / "manifest.json", MANIFEST | {"more": 1})
     assert read_manifest(tmp_path / "manifest.json")["more"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
