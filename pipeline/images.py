@@ -12,6 +12,7 @@ import errno
 import functools
 import os
 import queue
+import stat
 import threading
 import weakref
 from collections.abc import Iterator
@@ -258,8 +259,10 @@ class _File:
     """
 
     def __init__(self, path: Path) -> None:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a directory, not an image file")
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for somebody to write into it
+            what = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
+            raise OSError(errno.EINVAL, f"it is {what}, not an image file")
         descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, descriptor)
         self._descriptor = descriptor

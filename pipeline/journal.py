@@ -206,7 +206,12 @@ class RunLock:
                 + ". Two would destroy each other's state: wait for it, stop it, or choose another work_dir."
             ) from error
         process = psutil.Process()
-        self._owner.write_text(json.dumps({"pid": process.pid, "started": process.create_time()}), encoding="utf-8")
+        owner_text = json.dumps({"pid": process.pid, "started": process.create_time()})
+        try:
+            self._owner.write_text(owner_text, encoding="utf-8")
+        except OSError as error:
+            self.__exit__()
+            raise _no_space(self._owner, error) from error
         return self
 
     def __exit__(self, *_: object) -> None:

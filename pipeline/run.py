@@ -92,7 +92,10 @@ def _open_run(config: Config, planned: Plan, weights: WeightsSource) -> Journal:
     stages = [{"size": stage.size, "style_sizes": stage.style_sizes} for stage in planned.stages]
     header = {"format": FORMAT, "created": _now(), "config": config.model_dump(mode="json"), "stages": stages}
     write_manifest(path, {**header, **wanted})
-    store.create_store(store_path(config.work_dir))
+    try:
+        store.create_store(store_path(config.work_dir))
+    except OSError as error:
+        raise store.space_error(config.work_dir, error) from error
     return journal
 
 

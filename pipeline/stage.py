@@ -14,10 +14,12 @@ from typing import Any
 
 from pipeline import adam, losses, passes, store, transfer
 from pipeline.config import Config
+from pipeline.cost import Model
 from pipeline.engine import Engine
+from pipeline.errors import ConfigError
 from pipeline.layers import LAYER_BY_NAME
 from pipeline.losses import Gram
-from pipeline.plan import Model, StagePlan
+from pipeline.plan import StagePlan
 from pipeline.progress import Event, Sink, WorkDone
 from pipeline.tiling import Tile, grid
 from pipeline.weights import NetworkSpec
@@ -74,8 +76,16 @@ class Stage:
         """Make all arrays of the stage, fill its inputs and slot 0, and give each content layer's energy ‖φ_l(o)‖².
 
         `previous_canvas`: the result of the stage before, or None for the first. May be repeated from the start.
+        Raises SpaceError, InputError for a broken image, ConfigError for features that are not numbers.
         """
-        folder = self.partial_dir
+        try:
+            return self._prepare(self.partial_dir, previous_canvas)
+        except OSError as error:
+            if (told := store.space_error(self.partial_dir, error)) is error:
+                raise
+            raise told from error
+
+    def _prepare(self, folder: Path, previous_canvas: store.StageArray | None) -> dict[str, float]:
         store.create_stage(folder)
         self._create_arrays(folder)
         transfer.ingest(self.config.content, store.open_array(folder, "content"), self.engine, self._told("content"))
@@ -111,7 +121,9 @@ class Stage:
             store.delete_array(folder, "style")
         weights = [style.weight for style in self.config.styles]
         for layer in self.model.style_layers:
-            store.write_gram(folder, layer, losses.mean_gram([gram[layer] for gram in grams], weights))
+            target = losses.mean_gram([gram[layer] for gram in grams], weights)
+            self._check_finite(float(target.sum()), "style", layer)
+            store.write_gram(folder, layer, target)
 
     def _start_canvas(self, folder: Path, previous_canvas: store.StageArray | None) -> None:
         canvas = store.open_array(folder, "canvas_0")
@@ -128,7 +140,17 @@ class Stage:
             return {}
         specs = [passes.ContentSpec(folder, "content", tile, self.network, layers) for tile in self.tiles]
         energies = self.engine.map(passes.content_task, specs, self._counter("content features", len(specs)))
-        return {layer: math.fsum(energy.get(layer, 0.0) for energy in energies) for layer in layers}
+        sums = {layer: math.fsum(energy.get(layer, 0.0) for energy in energies) for layer in layers}
+        for layer, energy in sums.items():
+            self._check_finite(energy, "content", layer)
+        return sums
+
+    def _check_finite(self, total: float, which: str, layer: str) -> None:
+        if not math.isfinite(total):
+            raise ConfigError(
+                f"the {which} image's features at {layer} are not finite: the network's weights are not, or "
+                f"compute.dtype {self.network.dtype} overflows with them. Use other weights, or float32."
+            )
 
     # --- one iteration -----------------------------------------------------------------------------------------
 
