@@ -33,7 +33,8 @@ class Position:
 
     `prepared`: stage `stage` has its arrays. `iteration`: the next one; it reads slot `iteration % 2`.
     `alpha`, `mean_abs_u`, `max_abs_u`: of the stage's last iteration, None before its first.
-    `stage_done`: the stage ended. `slots`: where the newest canvas of every stage is. `exported`: pictures made.
+    `stage_done`: the stage ended. `slots`: where the newest canvas of every stage is. `exported`: pictures made, with
+    their export options.
     `claimed`: their names, from before the first byte is written.
     """
 
@@ -46,7 +47,7 @@ class Position:
     content_energies: Mapping[str, float] = field(default_factory=dict)
     stage_done: bool = False
     slots: Mapping[int, int] = field(default_factory=dict)
-    exported: frozenset[str] = frozenset()
+    exported: Mapping[str, Any] = field(default_factory=dict)
     claimed: frozenset[str] = frozenset()
 
     def after(self, record: Record) -> Position:
@@ -55,7 +56,11 @@ class Position:
         if kind == "exporting":
             return replace(self, claimed=self.claimed | {record["output"]})
         if kind == "exported":
-            return replace(self, exported=self.exported | {record["output"]}, claimed=self.claimed | {record["output"]})
+            return replace(
+                self,
+                exported={**self.exported, record["output"]: record.get("options")},
+                claimed=self.claimed | {record["output"]},
+            )
         if kind == "stage_done":
             return replace(self, stage_done=True)
         if kind == "stage_prepared":

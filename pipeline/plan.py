@@ -7,40 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.config import Config
+from pipeline.cost import ImageSize, Model, Size, Workload, model_of
 from pipeline.errors import ConfigError, InputError
-from pipeline.layers import LAYER_BY_NAME, Layer, ceil_to, halo_px, min_side_px, needed_layers
+from pipeline.layers import LAYER_BY_NAME, ceil_to, halo_px, min_side_px
 from pipeline.tiling import Tile, grid
-
-MIB = 2**20
-# Tasks in flight: one reads the next tile, one computes, one writes the last.
-WORKERS = 3
-# Resident memory of the program before it touches a picture: interpreter, torch, dask, zarr, libvips.
-BASE_BYTES = {"cpu": 420 * MIB, "gpu": 1600 * MIB}
-# What the kernels and the allocator take beyond the feature maps: measured by tools/bench_memory.py.
-ACTIVATION_OVERHEAD = 1.25
-
-
-class ImageSize(Protocol):
-    """What the plan needs of an image's header."""
-
-    @property
-    def width_px(self) -> int:
-        """Columns as shown, after EXIF orientation."""
-
-    @property
-    def height_px(self) -> int:
-        """Rows as shown."""
-
-    @property
-    def bits(self) -> int:
-        """Bits per channel in the file."""
-
-    @property
-    def decode_bytes(self) -> int:
-        """Host memory that decoding takes beyond streaming: the whole image for a progressive JPEG."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +21,8 @@ class StagePlan:
     """One stage: sizes in px (height, width), tiles, pixels computed per iteration, and bytes of its arrays."""
 
     index: int
-    size: tuple[int, int]
-    style_sizes: tuple[tuple[int, int], ...]
+    size: Size
+    style_sizes: tuple[Size, ...]
     tiles: int
     gram_px: int
     gradient_px: int
@@ -93,70 +66,7 @@ class Plan:
         return {**asdict(self), "projected_mem_bytes": self.projected_mem_bytes}
 
 
-@dataclass(frozen=True)
-class Model:
-    """The network as the plan sees it: widths and the layers that the losses use."""
-
-    widths: Mapping[str, int]
-    style_layers: tuple[str, ...]
-    content_layers: tuple[str, ...]
-    itemsize: int
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All layers in use."""
-        return self.style_layers + self.content_layers
-
-    def channels(self) -> list[tuple[Layer, int, int]]:
-        """(layer, channels in, channels out) of every row of the table that runs."""
-        rows, channels = [], 3
-        for layer in needed_layers(self.names):
-            out = self.widths.get(layer.name, channels)
-            rows.append((layer, channels, out))
-            channels = out
-        return rows
-
-    def flop_per_px(self) -> int:
-        """Forward floating-point operations per canvas pixel: 2·9·C_in·C_out per position."""
-        return sum(
-            18 * c_in * c_out // layer.stride**2 for layer, c_in, c_out in self.channels() if layer.kind == "conv"
-        )
-
-    def gradient_bytes_per_px(self) -> int:
-        """Device bytes per outer pixel of the gradient pass: feature maps, pooling indices, seeds, gradients."""
-        maps = 4 * 3 * self.itemsize  # the tile, its scaled copy and their gradients
-        largest = 0
-        for layer, c_in, c_out in self.channels():
-            positions = 1 / layer.stride**2
-            maps += int(c_out * positions * self.itemsize)
-            if layer.kind == "pool":
-                maps += int(c_out * positions * 8)  # int64 indices of the maxima
-            if layer.name in self.names:
-                maps += int(c_out * positions * self.itemsize)  # its seed
-            largest = max(largest, int((c_in + c_out) * positions * self.itemsize))
-        return maps + largest
-
-    def forward_bytes_per_px(self) -> int:
-        """Device bytes per outer pixel of a pass without gradient: its two largest neighbouring maps."""
-        pairs = (c_in * (4 if layer.kind == "pool" else 1) + 2 * c_out for layer, c_in, c_out in self.channels())
-        strides = (layer.stride**2 for layer, _, _ in self.channels())
-        return max(int(pair * self.itemsize / area) for pair, area in zip(pairs, strides, strict=True))
-
-
-def model_of(config: Config, widths: Mapping[str, int]) -> Model:
-    """The layers that carry weight in `config`. Raises InputError if the weights file lacks one of them."""
-    style = tuple(config.network.style_layers) if config.loss.style_weight > 0 else ()
-    content = tuple(config.network.content_layers) if config.loss.content_weight > 0 else ()
-    missing = [name for name in style + content if name not in widths]
-    if missing:
-        raise InputError(
-            f"{config.network.weights}: has no layer {', '.join(missing)}, which network.style_layers or "
-            f"content_layers asks for. It has {', '.join(widths)}."
-        )
-    return Model(widths, style, content, 8 if config.compute.dtype == "float64" else 4)
-
-
-def fit(size: tuple[int, int], long_px: int) -> tuple[int, int]:
+def fit(size: Size, long_px: int) -> Size:
     """(height, width) of `size` scaled so that its long side is exactly `long_px`."""
     height, width = size
     scale = long_px / max(size)
@@ -164,8 +74,8 @@ def fit(size: tuple[int, int], long_px: int) -> tuple[int, int]:
 
 
 def stage_sizes(
-    content: tuple[int, int], styles: Sequence[tuple[int, int]], initial_px: int, target_px: int | None
-) -> list[tuple[tuple[int, int], tuple[tuple[int, int], ...]]]:
+    content: Size, styles: Sequence[Size], initial_px: int, target_px: int | None
+) -> Sequence[tuple[Size, tuple[Size, ...]]]:
     """(canvas size, style sizes) of every stage, sizes as (height, width); algorithm.md, "Stages".
 
     K + 1 stages, K the least with r0·2^K at least the long side of the result and of every style.
@@ -186,12 +96,14 @@ def make_plan(
     content: ImageSize,
     styles: Sequence[ImageSize],
     widths: Mapping[str, int],
+    weights_bytes: int,
     device: str,
     device_memory_bytes: int,
 ) -> Plan:
     """Plan the run of `config`.
 
-    `device_memory_bytes`: what a GPU has free; not looked at for the CPU, where memory.limit rules.
+    `device_memory_bytes`: what a GPU has free; not looked at for the CPU, where memory.limit rules. The rest is as in
+    cost.Workload.
     Raises ConfigError if it cannot fit in memory, InputError if an image or the weights cannot serve.
     """
     model = model_of(config, widths)
@@ -202,7 +114,8 @@ def make_plan(
         config.size,
     )
     _check_sizes(config, model, sizes)
-    tile_px = _choose_tile(config, model, sizes, (content, *styles), device, device_memory_bytes)
+    work = Workload(config, model, sizes, (content, *styles), weights_bytes, device)
+    tile_px = _choose_tile(work, device_memory_bytes)
     stages = tuple(_plan_stage(config, model, index, size, tile_px) for index, size in enumerate(sizes))
     finished = [canvas_bytes(stage.size, config) for stage in stages]
     disk = max(stage.store_bytes + sum(finished[: stage.index]) for stage in stages)
@@ -213,8 +126,8 @@ def make_plan(
         chunk_px=config.store.chunk_px,
         halo_px=halo_px(model.names),
         device=device,
-        host_bytes=_host_bytes(config, model, sizes, (content, *styles), tile_px, device),
-        device_bytes=_device_bytes(config, model, sizes, tile_px),
+        host_bytes=work.host_bytes(tile_px),
+        device_bytes=work.device_bytes(tile_px),
         disk_bytes=disk,
         output_bytes=int(last.pixels * 3 * config.export.bits / 8 * 4 / 3),  # a pyramid adds a third
         flop=sum(stage.flop_per_iteration * config.optimizer.max_iterations for stage in stages),
@@ -222,9 +135,7 @@ def make_plan(
     )
 
 
-def _check_sizes(
-    config: Config, model: Model, sizes: list[tuple[tuple[int, int], tuple[tuple[int, int], ...]]]
-) -> None:
+def _check_sizes(config: Config, model: Model, sizes: Sequence[tuple[Size, tuple[Size, ...]]]) -> None:
     """Refuse images too small for the network at some stage."""
     canvas, styles = sizes[0]
     named = [("content", config.content, canvas, model.names)]
@@ -242,7 +153,7 @@ def _check_sizes(
 
 
 def _plan_stage(
-    config: Config, model: Model, index: int, sizes: tuple[tuple[int, int], tuple[tuple[int, int], ...]], tile_px: int
+    config: Config, model: Model, index: int, sizes: tuple[Size, tuple[Size, ...]], tile_px: int
 ) -> StagePlan:
     size, style_sizes = sizes
     tiles = grid(*size, tile_px)
@@ -266,17 +177,17 @@ def computed_px(tiles: Sequence[Tile], halo: int) -> int:
     return sum(tile.outer(halo).area for tile in tiles)
 
 
-def _array_bytes(size: tuple[int, int], channels: int, chunk_px: int, itemsize: int) -> int:
+def _array_bytes(size: Size, channels: int, chunk_px: int, itemsize: int) -> int:
     """Bytes of an uncompressed array; chunks at the far border are stored whole."""
     return ceil_to(size[0], chunk_px) * ceil_to(size[1], chunk_px) * channels * itemsize
 
 
-def canvas_bytes(size: tuple[int, int], config: Config) -> int:
+def canvas_bytes(size: Size, config: Config) -> int:
     """Bytes of one float canvas: what a finished stage keeps."""
     return _array_bytes(size, 3, config.store.chunk_px, 8 if config.compute.dtype == "float64" else 4)
 
 
-def store_bytes(size: tuple[int, int], style_sizes: Sequence[tuple[int, int]], model: Model, config: Config) -> int:
+def store_bytes(size: Size, style_sizes: Sequence[Size], model: Model, config: Config) -> int:
     """Bytes of all arrays of one stage: content u1, canvas, m, v twice, gradient, content features, styles u1."""
     chunk_px = config.store.chunk_px
     features = 0
@@ -288,99 +199,28 @@ def store_bytes(size: tuple[int, int], style_sizes: Sequence[tuple[int, int]], m
     return _array_bytes(size, 3, chunk_px, 1) + 7 * canvas_bytes(size, config) + features + styles
 
 
-def _largest_outer_px(sizes: Sequence[tuple[int, int]], tile_px: int, halo: int) -> int:
-    return max(min(height, tile_px + 2 * halo) * min(width, tile_px + 2 * halo) for height, width in sizes)
-
-
-def _device_bytes(
-    config: Config, model: Model, sizes: list[tuple[tuple[int, int], tuple[tuple[int, int], ...]]], tile_px: int
-) -> int:
-    """Peak bytes of feature maps and their companions, wherever the network runs."""
-    canvases = [canvas for canvas, _ in sizes]
-    styles = [style for _, row in sizes for style in row]
-    gradient = _largest_outer_px(canvases, tile_px, 2 * halo_px(model.names)) * model.gradient_bytes_per_px()
-    forward = _largest_outer_px([*canvases, *styles], tile_px, halo_px(model.names)) * model.forward_bytes_per_px()
-    weights = sum(9 * c_in * c_out * model.itemsize for layer, c_in, c_out in model.channels() if layer.kind == "conv")
-    return int(max(gradient, forward) * ACTIVATION_OVERHEAD) + 2 * weights
-
-
-def _host_bytes(
-    config: Config,
-    model: Model,
-    sizes: list[tuple[tuple[int, int], tuple[tuple[int, int], ...]]],
-    images: Sequence[ImageSize],
-    tile_px: int,
-    device: str,
-) -> dict[str, int]:
-    """Projected resident bytes of every phase of the run."""
-    base = BASE_BYTES["cpu" if device == "cpu" else "gpu"]
-    compute = _device_bytes(config, model, sizes, tile_px) if device == "cpu" else 0
-    canvases = [canvas for canvas, _ in sizes]
-    window = _largest_outer_px(canvases, tile_px, 2 * halo_px(model.names)) * 3 * model.itemsize
-    features = sum(
-        _largest_outer_px(canvases, tile_px, 2 * halo_px(model.names))
-        // LAYER_BY_NAME[name].stride ** 2
-        * model.widths[name]
-        * model.itemsize
-        for name in model.content_layers
-    )
-    chunk = config.store.chunk_px**2 * 3 * model.itemsize
-    width = max(size[1] for size in canvases)
-    grams = sum(model.widths[name] ** 2 * 8 for name in model.style_layers)
-    styles = [[style_sizes[index] for _, style_sizes in sizes] for index in range(len(images) - 1)]
-    ingest = (
-        _ingest_bytes(image, max(size[1] for size in targets), config.store.chunk_px)
-        for image, targets in zip(images, [canvases, *styles], strict=True)
-    )
-    return {
-        "ingest": base + max(ingest),
-        "upsample": base + WORKERS * 6 * chunk,
-        "tiles": base + compute + WORKERS * (2 * window + features + chunk + grams) + 2 * grams,
-        "update": base + WORKERS * 5 * chunk,
-        "export": base + _export_bytes(width, config.export.bits),
-    }
-
-
-def _ingest_bytes(image: ImageSize, width_px: int, band_px: int) -> int:
-    """Decoding, resizing and handing over one image: upper bounds fitted to measurements (docs/log.md)."""
-    rows = 9_000 * image.width_px * image.bits // 8 + (4_000 * width_px if width_px > image.width_px else 0)
-    return 40 * MIB + image.decode_bytes + rows + 3 * band_px * width_px * 3
-
-
-def _export_bytes(width_px: int, bits: int) -> int:
-    """Two bands of rows, what the encoders hold, and the reader's own rows; fitted to measurements (docs/log.md)."""
-    band = min(64 * MIB, 512 * width_px * 3 * bits // 8)
-    return 40 * MIB + 3 * band + 8_000 * width_px * bits // 8
-
-
-def _choose_tile(
-    config: Config,
-    model: Model,
-    sizes: list[tuple[tuple[int, int], tuple[tuple[int, int], ...]]],
-    images: Sequence[ImageSize],
-    device: str,
-    device_memory_bytes: int,
-) -> int:
+def _choose_tile(work: Workload, device_memory_bytes: int) -> int:
     """The largest tile that fits the limits, or the one asked for. Raises ConfigError if none does."""
-    chunk_px = config.store.chunk_px
-    largest = ceil_to(max(max(canvas) for canvas, _ in sizes), chunk_px)
-    asked = config.compute.tile_px
+    chunk_px, limit = work.config.store.chunk_px, work.config.memory.limit_bytes
+    largest = ceil_to(max(max(canvas) for canvas in work.canvases), chunk_px)
+    asked = work.config.compute.tile_px
     candidates = range(largest, 0, -chunk_px) if asked == "auto" else [int(asked)]
-    host = on_device = 0
+    host, on_device = {"tiles": 0}, 0
     for tile_px in candidates:
-        host = max(_host_bytes(config, model, sizes, images, tile_px, device).values())
-        on_device = 0 if device == "cpu" else _device_bytes(config, model, sizes, tile_px)
-        if host <= config.memory.limit_bytes and on_device <= device_memory_bytes:
+        host = work.host_bytes(tile_px)
+        on_device = 0 if work.device == "cpu" else work.device_bytes(tile_px)
+        if max(host.values()) <= limit and on_device <= device_memory_bytes:
             return tile_px
-    what, need, have, where = (
-        ("host memory", host, config.memory.limit_bytes, "memory.limit")
-        if host > config.memory.limit_bytes
-        else ("memory of " + device, on_device, device_memory_bytes, "the memory of another device")
+    phase = max(host, key=lambda name: host[name])
+    what, need, have, remedy = (
+        (f"host memory (phase: {phase})", host[phase], limit, "raise memory.limit")
+        if host[phase] > limit
+        else (f"memory of {work.device}", on_device, device_memory_bytes, "use a device with more memory")
     )
     raise ConfigError(
         f"compute.tile_px: {asked} needs {need / 2**30:.2f} GiB of {what}, but {have / 2**30:.2f} GiB is the limit"
         + (f", even with the smallest tile ({chunk_px} px, one chunk)" if asked == "auto" else "")
-        + f". Raise {where}, or use "
+        + f". To go on, {remedy}, or use "
         + ("a smaller store.chunk_px" if asked == "auto" else "compute.tile_px: auto")
         + " or a narrower network."
     )

@@ -13,11 +13,12 @@ from typing import Any
 from pipeline import store, transfer
 from pipeline.allocator import return_freed_memory
 from pipeline.config import Config, OptimizerConfig, result_fields
+from pipeline.cost import WORKERS, model_of
 from pipeline.device import Device, resolve_device
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedStateError
 from pipeline.journal import FORMAT, Journal, Position, Record, RunLock, position_of, read_manifest, write_manifest
-from pipeline.plan import WORKERS, Plan, StagePlan, model_of
+from pipeline.plan import Plan, StagePlan
 from pipeline.progress import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
 from pipeline.survey import check_space, make_work_dir, plan_on
 from pipeline.weights import NetworkSpec, WeightsSource, find_weights, sha256_of
@@ -216,8 +217,8 @@ class _Rendering:
 
     def export(self) -> None:
         """The last stage's canvas, as the picture asked for; not again if it stands there already."""
-        output = self.config.output
-        if str(output) in self.position.exported and output.exists():
+        output, options = self.config.output, self.config.export.model_dump(mode="json")
+        if self.position.exported.get(str(output)) == options and output.exists():
             self.sink(Note(f"{output} is already there"))
             return
         if str(output) not in self.position.claimed:
@@ -232,7 +233,7 @@ class _Rendering:
             self.engine.raise_if_stopped,
             lambda done, total: self.sink(WorkDone(last, "export", done, total)),
         )
-        self._commit({"type": "exported", "output": str(output)})
+        self._commit({"type": "exported", "output": str(output), "options": options})
 
     def _free_arrays(self, stage: int) -> None:
         keep = {f"canvas_{self.position.slots[stage]}"}

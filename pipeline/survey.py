@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError, SpaceError
 from pipeline.image_export import check_output
 from pipeline.images import read_header
 from pipeline.plan import Plan, make_plan
-from pipeline.weights import widths_for_plan
+from pipeline.weights import weights_bytes, widths_for_plan
 
 
 def plan(config: Config) -> Plan:
@@ -29,7 +29,8 @@ def plan_on(config: Config, device: Device) -> Plan:
     content = read_header(config.content)
     styles = [read_header(style.image) for style in config.styles]
     widths = widths_for_plan(config.network.name, config.network.weights)
-    planned = make_plan(config, content, styles, widths, device.name, device.memory_bytes)
+    weights = weights_bytes(config.network.name, config.network.weights)
+    planned = make_plan(config, content, styles, widths, weights, device.name, device.memory_bytes)
     height, width = planned.stages[-1].size
     check_output(config.output, width, height, config.export.bits, config.export.compression)
     return planned

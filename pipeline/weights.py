@@ -18,6 +18,7 @@ from pipeline.layers import CONV_NAMES, LAYER_BY_NAME, VGG19_WIDTHS
 
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 VGG19_SHA256_PREFIX = "dcbb9e9d"
+VGG19_FILE_BYTES = 574_673_361
 # Networks whose weights come with the package: docs/networks.md tells how each was made.
 PACKAGED: Mapping[str, Path] = {"vgg19-lite": Path(__file__).parent / "assets" / "vgg19-lite.safetensors"}
 # Narrow, because random features are for tests: a sixteenth of VGG-19's arithmetic.
@@ -72,6 +73,14 @@ def widths_for_plan(name: str, path: Path | None) -> Mapping[str, int]:
     if path is not None:
         return read_widths(path)
     return RANDOM_WIDTHS if name == "random" else VGG19_WIDTHS
+
+
+def weights_bytes(name: str, path: Path | None) -> int:
+    """Size of the weights file that `find_weights` would give, without downloading anything."""
+    path = path or PACKAGED.get(name)
+    if path is not None:
+        return path.stat().st_size
+    return 0 if name == "random" else VGG19_FILE_BYTES
 
 
 def conv_key(name: str, names: set[str]) -> str | None:

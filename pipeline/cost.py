@@ -1,0 +1,187 @@
+"""What a run costs: arithmetic per pixel, and bytes of memory in every phase, as pure sums.
+
+The figures are upper bounds: a test holds measured memory to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline.config import Config
+from pipeline.errors import InputError
+from pipeline.layers import LAYER_BY_NAME, Layer, halo_px, needed_layers
+
+Size = tuple[int, int]  # (height, width) in px
+
+MIB = 2**20
+# Tasks in flight: one reads the next tile, one computes, one writes the last.
+WORKERS = 3
+# Resident memory of the program before it touches a picture: interpreter, torch, dask, zarr, libvips.
+BASE_BYTES = {"cpu": 420 * MIB, "gpu": 1600 * MIB}
+# What the kernels and the allocator take beyond the feature maps: measured by tools/bench_memory.py.
+ACTIVATION_OVERHEAD = 1.25
+
+
+class ImageSize(Protocol):
+    """What the plan needs of an image's header."""
+
+    @property
+    def width_px(self) -> int:
+        """Columns as shown, after EXIF orientation."""
+
+    @property
+    def height_px(self) -> int:
+        """Rows as shown."""
+
+    @property
+    def bits(self) -> int:
+        """Bits per channel in the file."""
+
+    @property
+    def decode_bytes(self) -> int:
+        """Host memory that decoding takes beyond streaming: the whole image for a progressive JPEG."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network as the plan sees it: widths and the layers that the losses use."""
+
+    widths: Mapping[str, int]
+    style_layers: tuple[str, ...]
+    content_layers: tuple[str, ...]
+    itemsize: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All layers in use."""
+        return self.style_layers + self.content_layers
+
+    def channels(self) -> list[tuple[Layer, int, int]]:
+        """(layer, channels in, channels out) of every row of the table that runs."""
+        rows, channels = [], 3
+        for layer in needed_layers(self.names):
+            out = self.widths.get(layer.name, channels)
+            rows.append((layer, channels, out))
+            channels = out
+        return rows
+
+    def flop_per_px(self) -> int:
+        """Forward floating-point operations per canvas pixel: 2·9·C_in·C_out per position."""
+        return sum(
+            18 * c_in * c_out // layer.stride**2 for layer, c_in, c_out in self.channels() if layer.kind == "conv"
+        )
+
+    def gradient_bytes_per_px(self) -> int:
+        """Device bytes per outer pixel of the gradient pass: feature maps, pooling indices, seeds, gradients."""
+        maps = 4 * 3 * self.itemsize  # the tile, its scaled copy and their gradients
+        largest = 0
+        for layer, c_in, c_out in self.channels():
+            positions = 1 / layer.stride**2
+            maps += int(c_out * positions * self.itemsize)
+            if layer.kind == "pool":
+                maps += int(c_out * positions * 8)  # int64 indices of the maxima
+            if layer.name in self.names:
+                maps += int(c_out * positions * self.itemsize)  # its seed
+            largest = max(largest, int((c_in + c_out) * positions * self.itemsize))
+        return maps + largest
+
+    def forward_bytes_per_px(self) -> int:
+        """Device bytes per outer pixel of a pass without gradient: its two largest neighbouring maps."""
+        pairs = (c_in * (4 if layer.kind == "pool" else 1) + 2 * c_out for layer, c_in, c_out in self.channels())
+        strides = (layer.stride**2 for layer, _, _ in self.channels())
+        return max(int(pair * self.itemsize / area) for pair, area in zip(pairs, strides, strict=True))
+
+
+def model_of(config: Config, widths: Mapping[str, int]) -> Model:
+    """The layers that carry weight in `config`. Raises InputError if the weights file lacks one of them."""
+    style = tuple(config.network.style_layers) if config.loss.style_weight > 0 else ()
+    content = tuple(config.network.content_layers) if config.loss.content_weight > 0 else ()
+    missing = [name for name in style + content if name not in widths]
+    if missing:
+        raise InputError(
+            f"{config.network.weights}: has no layer {', '.join(missing)}, which network.style_layers or "
+            f"content_layers asks for. It has {', '.join(widths)}."
+        )
+    return Model(widths, style, content, 8 if config.compute.dtype == "float64" else 4)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Everything memory depends on, but for the tile size.
+
+    `sizes`: (canvas size, style sizes) of every stage. `images`: content, then the styles. `weights_bytes`: size of
+    the weights file, which is in memory for a moment while it is read. `device`: as torch names it.
+    """
+
+    config: Config
+    model: Model
+    sizes: Sequence[tuple[Size, tuple[Size, ...]]]
+    images: Sequence[ImageSize]
+    weights_bytes: int
+    device: str
+
+    @property
+    def canvases(self) -> list[Size]:
+        """The canvas size of every stage."""
+        return [canvas for canvas, _ in self.sizes]
+
+    def device_bytes(self, tile_px: int) -> int:
+        """Peak bytes of feature maps and their companions, wherever the network runs."""
+        model, halo = self.model, halo_px(self.model.names)
+        styles = [style for _, row in self.sizes for style in row]
+        gradient = _largest_outer_px(self.canvases, tile_px, 2 * halo) * model.gradient_bytes_per_px()
+        forward = _largest_outer_px([*self.canvases, *styles], tile_px, halo) * model.forward_bytes_per_px()
+        parameters = sum(9 * c_in * c_out for layer, c_in, c_out in model.channels() if layer.kind == "conv")
+        return int(max(gradient, forward) * ACTIVATION_OVERHEAD) + 2 * parameters * model.itemsize
+
+    def host_bytes(self, tile_px: int) -> dict[str, int]:
+        """Projected resident bytes of every phase of the run, page cache not counted."""
+        base = BASE_BYTES["cpu" if self.device == "cpu" else "gpu"]
+        chunk = self.config.store.chunk_px**2 * 3 * self.model.itemsize
+        width = max(size[1] for size in self.canvases)
+        return {
+            "weights": base + self.weights_bytes,
+            "ingest": base + self._ingest_bytes(),
+            "upsample": base + WORKERS * 6 * chunk,
+            "tiles": base + self._tiles_bytes(tile_px, chunk),
+            "update": base + WORKERS * 5 * chunk,
+            "export": base + _export_bytes(width, self.config.export.bits),
+        }
+
+    def _tiles_bytes(self, tile_px: int, chunk_bytes: int) -> int:
+        """One tile that computes, and the windows, features and Grams of those in flight."""
+        model = self.model
+        outer_px = _largest_outer_px(self.canvases, tile_px, 2 * halo_px(model.names))
+        window = outer_px * 3 * model.itemsize
+        features = sum(
+            outer_px // LAYER_BY_NAME[name].stride ** 2 * model.widths[name] * model.itemsize
+            for name in model.content_layers
+        )
+        grams = sum(model.widths[name] ** 2 * 8 for name in model.style_layers)
+        compute = self.device_bytes(tile_px) if self.device == "cpu" else 0
+        return compute + WORKERS * (2 * window + features + chunk_bytes + grams) + 2 * grams
+
+    def _ingest_bytes(self) -> int:
+        styles = [[row[index] for _, row in self.sizes] for index in range(len(self.images) - 1)]
+        return max(
+            _ingest_bytes(image, max(size[1] for size in targets), self.config.store.chunk_px)
+            for image, targets in zip(self.images, [self.canvases, *styles], strict=True)
+        )
+
+
+def _largest_outer_px(sizes: Sequence[Size], tile_px: int, halo: int) -> int:
+    return max(min(height, tile_px + 2 * halo) * min(width, tile_px + 2 * halo) for height, width in sizes)
+
+
+def _ingest_bytes(image: ImageSize, width_px: int, band_px: int) -> int:
+    """Decoding, resizing and handing over one image: upper bounds fitted to measurements (docs/log.md)."""
+    rows = 9_000 * image.width_px * image.bits // 8 + (4_000 * width_px if width_px > image.width_px else 0)
+    return 40 * MIB + image.decode_bytes + rows + 3 * band_px * width_px * 3
+
+
+def _export_bytes(width_px: int, bits: int) -> int:
+    """Two bands of rows, what the encoders hold, and the reader's own rows; fitted to measurements (docs/log.md)."""
+    band = min(64 * MIB, 512 * width_px * 3 * bits // 8)
+    return 40 * MIB + 3 * band + 8_000 * width_px * bits // 8
