@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 import pipeline
 from pipeline import passes
 from pipeline.config import Config, load_config
+from pipeline.cost import model_of
 from pipeline.engine import Engine
 from pipeline.journal import Journal, position_of
 from pipeline.layers import halo_px
 from pipeline.passes import GradientSpec, GramSpec
-from pipeline.plan import model_of
 from pipeline.progress import ignore
 from pipeline.run import newest_canvas
 from pipeline.stage import Stage

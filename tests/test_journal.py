@@ -244,7 +244,13 @@ def test_exported_pictures_are_remembered_across_stages():
         prepared(1),
         {"type": "exported", "output": "/b.tif"},
     ]
-    assert position_of(some).exported == {"/a.png", "/b.tif"}
+    assert set(position_of(some).exported) == position_of(some).claimed == {"/a.png", "/b.tif"}
+
+
+def test_a_picture_is_claimed_before_it_is_made():
+    """A kill in the middle of an export leaves a file that the next start may overwrite, and no one else's."""
+    position = position_of([prepared(0), {"type": "exporting", "output": "/a.png"}])
+    assert position.claimed == {"/a.png"} and not position.exported
 
 
 # --- the manifest ---
