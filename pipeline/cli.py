@@ -19,6 +19,7 @@ import pipeline
 from pipeline import config as config_module
 from pipeline import report
 from pipeline.errors import ConfigError, PipelineError, SpaceError, Stopped
+from pipeline.progress import Note, Sink
 from pipeline.sinks import make_sink
 from pipeline.store import space_error
 
@@ -110,9 +111,8 @@ def cli() -> None:
 def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: str) -> None:
     """Render the picture of a config, or go on where it stopped."""
     config = pipeline.load_config(config_path, overrides)
-    stop = stop_on_signals()
     with make_sink(log_format) as sink:
-        pipeline.run(config, force=force, sink=sink, stop=stop)
+        pipeline.run(config, force=force, sink=sink, stop=stop_on_signals(sink))
 
 
 @cli.command()
@@ -162,10 +162,15 @@ def export(
     """Write the canvas of any stage as a picture, at any time."""
     export_config = config_module.ExportConfig.model_validate({**options, "bits": int(options["bits"])})
     work_dir = _work_dir(config_path, overrides, run_dir)
-    stop = stop_on_signals()
     with make_sink("auto") as sink:
         path = pipeline.export(
-            work_dir, output.absolute(), stage=stage, options=export_config, force=force, sink=sink, stop=stop
+            work_dir,
+            output.absolute(),
+            stage=stage,
+            options=export_config,
+            force=force,
+            sink=sink,
+            stop=stop_on_signals(sink),
         )
     click.echo(path)
 
@@ -193,7 +198,7 @@ def doctor() -> None:
     report.print_doctor()
 
 
-def stop_on_signals() -> threading.Event:
+def stop_on_signals(sink: Sink) -> threading.Event:
     """The event that Ctrl-C or SIGTERM sets: stop between two tasks. A second signal ends the process at once.
 
     Ending at once is safe: what is committed is on the disk, and the system releases the lock.
@@ -204,7 +209,9 @@ def stop_on_signals() -> threading.Event:
         if stop.is_set():
             os._exit(128 + number)
         stop.set()
-        click.echo("pipeline: stopping after the tiles in flight; once more to abort", err=True)
+        # on a thread of its own: the signal may have come while this one holds the sink's lock
+        note = Note("stopping after the tiles in flight; once more to abort")
+        threading.Thread(target=sink, args=(note,), daemon=True).start()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
