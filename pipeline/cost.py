@@ -21,7 +21,7 @@ WORKERS = 3
 # Resident memory of the program before it touches a picture: interpreter, torch, dask, zarr, libvips.
 BASE_BYTES = {"cpu": 420 * MIB, "gpu": 1600 * MIB}
 # What the kernels and the allocator take beyond the feature maps: measured by tools/bench_memory.py.
-ACTIVATION_OVERHEAD = 1.25
+ACTIVATION_OVERHEAD = 1.12
 
 
 class ImageSize(Protocol):
@@ -84,14 +84,20 @@ class Model:
                 maps += int(c_out * positions * 8)  # int64 indices of the maxima
             if layer.name in self.names:
                 maps += int(c_out * positions * self.itemsize)  # its seed
-            largest = max(largest, int((c_in + c_out) * positions * self.itemsize))
+            largest = max(largest, int((c_in + c_out) * positions * self.itemsize), self._columns_bytes(layer, c_in))
         return maps + largest
+
+    def _columns_bytes(self, layer: Layer, c_in: int) -> int:
+        """The unfolded input of a float64 convolution on the CPU, which has no direct kernel."""
+        return 9 * c_in * self.itemsize // layer.stride**2 if self.itemsize == 8 and layer.kind == "conv" else 0
 
     def forward_bytes_per_px(self) -> int:
         """Device bytes per outer pixel of a pass without gradient: its two largest neighbouring maps."""
-        pairs = (c_in * (4 if layer.kind == "pool" else 1) + 2 * c_out for layer, c_in, c_out in self.channels())
-        strides = (layer.stride**2 for layer, _, _ in self.channels())
-        return max(int(pair * self.itemsize / area) for pair, area in zip(pairs, strides, strict=True))
+        return max(
+            (c_in * (4 if layer.kind == "pool" else 1) + 2 * c_out) * self.itemsize // layer.stride**2
+            + self._columns_bytes(layer, c_in)
+            for layer, c_in, c_out in self.channels()
+        )
 
 
 def model_of(config: Config, widths: Mapping[str, int]) -> Model:
@@ -172,7 +178,13 @@ class Workload:
 
 
 def _largest_outer_px(sizes: Sequence[Size], tile_px: int, halo: int) -> int:
-    return max(min(height, tile_px + 2 * halo) * min(width, tile_px + 2 * halo) for height, width in sizes)
+    return max(_longest(height, tile_px, halo) * _longest(width, tile_px, halo) for height, width in sizes)
+
+
+def _longest(side_px: int, tile_px: int, halo: int) -> int:
+    """The longest side of an outer rectangle along a canvas side: an inner tile's, if there is one."""
+    starts = range(0, min(side_px, 3 * tile_px), tile_px)
+    return max(min(side_px, start + tile_px + halo) - max(0, start - halo) for start in starts)
 
 
 def _ingest_bytes(image: ImageSize, width_px: int, band_px: int) -> int:
