@@ -30,7 +30,7 @@ from pipeline._yaml import CommandLineText, Key, dotted, read, shown
 from pipeline.errors import ConfigError
 from pipeline.layers import ALIGN_PX, CONV_NAMES
 
-NetworkName = Literal["vgg19", "random"]
+NetworkName = Literal["vgg19", "vgg19-lite", "random"]
 OUTPUT_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".dz", ".zarr")
 _EIGHT_BIT_SUFFIXES = (".jpg", ".jpeg", ".dz")
 _BYTE_UNITS = {"B": 1} | {
@@ -114,7 +114,7 @@ class StyleConfig(_Section):
 class NetworkConfig(_Section):
     """The feature network, and which of its layers the losses look at."""
 
-    name: NetworkName = Field("vgg19", description="feature network; random is for tests")
+    name: NetworkName = Field("vgg19", description="feature network; vgg19-lite needs no download, random is for tests")
     weights: File | None = Field(
         None, description="weights file; null takes the network's own", json_schema_extra=COMPARED_BY_CONTENT
     )

@@ -5,7 +5,8 @@
 
 How it trains is told in distillation.py, what it got in docs/networks.md. The checkpoint beside the output holds
 student, maps and optimiser; the batch of a step follows from the seed and the step's number, so there is no other
-state, and the same command goes on where a killed one stopped.
+state, and the same command goes on where a killed one stopped. Only --steps may be changed then: the learning rate
+falls to its end by that step.
 """
 
 from __future__ import annotations
@@ -64,11 +65,13 @@ def save_checkpoint(path: Path, settings: Settings, training: Training) -> None:
 
 
 def load_checkpoint(path: Path, task: Distillation) -> Training:
-    """The training as it stood. Raises UsageError if it was made under other settings."""
+    """The training as it stood. Raises UsageError if it was made under settings that differ in more than `steps`."""
     content = torch.load(path, map_location=task.device, weights_only=True)
     old, new = json.loads(content["settings"]), json.loads(json.dumps(asdict(task.settings)))
-    if old != new:
-        changed = ", ".join(f"{key} {old.get(key)} → {new[key]}" for key in new if old.get(key) != new[key])
+    changed = ", ".join(
+        f"{key} {old.get(key)} → {new[key]}" for key in new if key != "steps" and old.get(key) != new[key]
+    )
+    if changed:
         raise click.UsageError(f"{path} was made under other settings ({changed}). Repeat those, or delete it.")
     training = task.training(content["step"], content["student"], content["maps"])
     training.optimizer.load_state_dict(content["optimizer"])
@@ -169,12 +172,12 @@ def parse_widths(_context: click.Context, _option: click.Parameter, value: str) 
 @click.option("--teacher", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
 @click.option("--images", type=click.Path(exists=True, file_okay=False), required=True, multiple=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="A .safetensors file.")
-@click.option("--widths", default="12,24,48,80,96", callback=parse_widths, show_default=True, help="Per block.")
+@click.option("--widths", default="16,32,48,80,96", callback=parse_widths, show_default=True, help="Per block.")
 @click.option("--steps", default=4000, type=click.IntRange(1), show_default=True)
 @click.option("--batch", default=4, type=click.IntRange(1), show_default=True, help="Images per step.")
 @click.option("--crop-px", default=256, type=click.IntRange(32), show_default=True, help="Side of a training image.")
 @click.option("--generated", default=0.3, type=click.FloatRange(0, 1), show_default=True, help="Share of made images.")
-@click.option("--learning-rate", default=0.01, show_default=True, help="Per step, in parts of a tensor's own size.")
+@click.option("--learning-rate", default=0.0005, show_default=True, help="Per step, in parts of a tensor's own size.")
 @click.option("--gram-weight", default=0.5, show_default=True, help="Of the Gram matrices beside the features.")
 @click.option("--teacher-padding", default="zeros", type=click.Choice(list(PADDINGS)), show_default=True)
 @click.option("--padding", "paddings", default=("replicate", "zeros"), type=click.Choice(list(PADDINGS)),

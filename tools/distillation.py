@@ -130,18 +130,21 @@ class Distillation:
     def tap_loss(self, tap: str, map_CC: Tensor, found_BCHW: Tensor, wanted_BCHW: Tensor) -> Tensor:
         """Unexplained part of the teacher's variance, plus the squared relative error of the mean Gram matrices.
 
-        Both follow from three small matrices, mean ssᵀ, tsᵀ and ttᵀ over the positions, without the mapped features:
-        mean ‖Ms − t‖² = tr(M·ssᵀ·Mᵀ) − 2·tr(M·(tsᵀ)ᵀ) + tr(ttᵀ).
+        Half of the first is of all channels together, half the mean over the channels of each one's own: colours live
+        in faint channels. Both terms follow from three small matrices, mean ssᵀ, tsᵀ and ttᵀ over the positions:
+        mean (Ms − t)² of channel k is (M·ssᵀ·Mᵀ)ₖₖ − 2·(M·(tsᵀ)ᵀ)ₖₖ + (ttᵀ)ₖₖ.
         """
         energy_CC, mean_C = self.energy[tap]
-        variance = energy_CC.trace() - mean_C.square().sum()
+        variance_C = (energy_CC.diagonal() - mean_C.square()).clamp_min(0)
+        floor = 0.1 * variance_C.mean()  # channels that never say anything weigh nothing
+        weight_C = (1 / variance_C.sum() + 1 / ((variance_C + floor) * len(variance_C))) / 2
         gram_BCC, wanted_BCC = map_CC @ grams(found_BCHW) @ map_CC.T, grams(wanted_BCHW)
         cross_BCC = wanted_BCHW.flatten(2) @ found_BCHW.flatten(2).transpose(1, 2) / found_BCHW[0, 0].numel()
-        traces = torch.einsum("bii->b", gram_BCC + wanted_BCC) - 2 * torch.einsum("ij,bij->b", map_CC, cross_BCC)
+        errors_BC = (gram_BCC + wanted_BCC).diagonal(dim1=1, dim2=2) - 2 * (map_CC * cross_BCC).sum(2)
         # a tenth of the usual energy keeps flat images, whose matrices are nearly zero, from ruling
         scale = wanted_BCC.square().sum((1, 2)) + 0.1 * energy_CC.square().sum()
         gram_error = (gram_BCC - wanted_BCC).square().sum((1, 2)) / scale
-        return (traces / variance + self.settings.gram_weight * gram_error).mean()
+        return (errors_BC @ weight_C + self.settings.gram_weight * gram_error).mean()
 
     def scores(self, student: Mapping[str, Tensor], maps: State, padding: str) -> dict[str, float]:
         """Explained variance at every tap on the held-out images, each seen whole."""
