@@ -61,12 +61,12 @@ SMALL: dict[str, Any] = {
 
 
 def write_run(
-    folder: Path, content: tuple[int, int] = (70, 52), style: tuple[int, int] = (60, 50), **keys: Any
+    folder: Path, content_px: tuple[int, int] = (70, 52), style_px: tuple[int, int] = (60, 50), **keys: Any
 ) -> Path:
     """Content and style of these (width, height) and a config in `folder`; `keys` replace those of SMALL."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_picture(folder / "content.png", *content, seed=1)
-    write_picture(folder / "style.png", *style, seed=2)
+    write_picture(folder / "content.png", *content_px, seed=1)
+    write_picture(folder / "style.png", *style_px, seed=2)
     return write_config(folder, **keys)
 
 

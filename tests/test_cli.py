@@ -370,9 +370,9 @@ def test_plain_and_live_logs_show_the_way(tmp_path, call):
 # --- settings that change the picture --------------------------------------------------------------------------------
 
 
-def render(call, folder: Path, content=(70, 52), style=(60, 50), **keys: Any) -> np.ndarray:
+def render(call, folder: Path, content_px=(70, 52), style_px=(60, 50), **keys: Any) -> np.ndarray:
     """The picture of a small run in a folder of its own; it ended well and has only numbers."""
-    config = write_run(folder, content, style, **keys)
+    config = write_run(folder, content_px, style_px, **keys)
     outcome = call("run", "-c", config)
     assert outcome.code == 0, outcome.err
     for record in iterations(folder / "run"):

@@ -1,0 +1,92 @@
+"""Measured memory stays below what the plan promises, and the promise is not so large that it says nothing.
+
+Every run is a process of its own. Its peak is the kernel's (VmHWM), read anew for every kind of work.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e import TIMEOUT_S, write_picture, write_run
+
+MIB = 2**20
+
+# Prints {what was done: the peak of resident bytes meanwhile}.
+MEASURED_RUN = """
+import json, sys
+from pathlib import Path
+import pipeline
+
+peaks = {}
+
+def note(what):
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    peaks[what] = max(peaks.get(what, 0), peak)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+
+def sink(event):
+    note(f"{event.stage} {event.what}" if hasattr(event, "what") else type(event).__name__)
+
+pipeline.run(pipeline.load_config(sys.argv[1]), sink=sink)
+note("end")
+print(json.dumps(peaks))
+"""
+
+
+def one_tile(folder: Path) -> Path:
+    keys = {"initial_size": 512, "compute": {"tile_px": "auto"}, "store": {"chunk_px": 512}}
+    return write_run(folder, (512, 512), (512, 400), optimizer={"max_iterations": 2}, **keys)
+
+
+def many_tiles(folder: Path) -> Path:
+    keys = {"initial_size": 512, "compute": {"tile_px": 256}, "store": {"chunk_px": 256}}
+    return write_run(folder, (1024, 900), (512, 400), optimizer={"max_iterations": 1}, output="out.tif", **keys)
+
+
+def compressed(folder: Path) -> Path:
+    keys = {"initial_size": 400, "compute": {"tile_px": 256}, "store": {"codec": "zstd", "chunk_px": 128}}
+    return write_run(folder, (400, 300), (300, 400), optimizer={"max_iterations": 2}, **keys)
+
+
+def float64(folder: Path) -> Path:
+    keys = {"initial_size": 256, "compute": {"tile_px": 128, "dtype": "float64"}}
+    return write_run(folder, (256, 200), (100, 90), optimizer={"max_iterations": 1}, **keys)
+
+
+def large_input(folder: Path) -> Path:
+    """Reading needs more than all else: a progressive JPEG is decoded whole."""
+    write_picture(folder / "progressive.jpg", 5000, 4000, interlace=True)
+    return write_run(folder, content="progressive.jpg", size=96, initial_size=96, optimizer={"max_iterations": 1})
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    "make", [one_tile, many_tiles, compressed, float64, large_input], ids=lambda make: make.__name__
+)
+def test_measured_memory_is_what_was_planned(tmp_path, make):
+    """A run would be killed for memory after a day, on a machine that the plan said was large enough."""
+    import pipeline
+
+    config = make(tmp_path)
+    planned = pipeline.plan(pipeline.load_config(config))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED_RUN, config], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    peaks = json.loads(done.stdout)
+    told = report(peaks, planned)
+    assert max(peaks.values()) <= planned.projected_mem_bytes, told
+    assert planned.projected_mem_bytes <= 3 * max(peaks.values()), told
+    print(told)
+
+
+def report(peaks: dict[str, int], planned: Any) -> str:
+    measured = ", ".join(f"{what} {peak // MIB}" for what, peak in peaks.items())
+    promised = ", ".join(f"{what} {size // MIB}" for what, size in planned.host_bytes.items())
+    return f"MiB measured: {max(peaks.values()) // MIB} ({measured}); planned: {promised}"
