@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-_M_MMAP_THRESHOLD = -3  # from malloc.h
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # from malloc.h
 _THRESHOLD_BYTES = 2**20
 
 
@@ -24,3 +24,4 @@ def return_freed_memory() -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):
         library.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
+        library.mallopt(_M_ARENA_MAX, 1)  # one heap for what is smaller: every thread's own would keep its largest size
