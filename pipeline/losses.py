@@ -6,6 +6,7 @@ exactness of the tiles rests on.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +17,17 @@ from torch import Tensor
 from pipeline.errors import ConfigError
 
 Gram = NDArray[np.float64]
+# Relative differences that are rounding and no difference, by compute.dtype: a canvas and its target are summed in
+# other orders where their tiles are cut otherwise. Measured: 3 to 7 units of the last place, in bfloat16 none.
+ROUNDING = {"float64": 1e-14, "float32": 4e-6, "tf32": 1e-3, "bfloat16": 4e-3}
 
 
 @dataclass(frozen=True)
 class StyleTerm:
-    """One style layer at one canvas: its share of Ls, and the matrix whose product with the features is the seed."""
+    """One style layer at one canvas: its share of Ls, ‖G(p) − G(s)‖/‖G(s)‖, and what turns features into the seed."""
 
     loss: float
+    relative_error: float
     seed_CC: Gram
 
 
@@ -47,8 +52,14 @@ def style_term(kind: str, gram: Gram, target: Gram, positions: int, weight: floa
     Raises ConfigError if the target has no energy to normalise by.
     """
     difference = gram - target
-    scale = weight / (4 * len(gram) ** 2) if kind == "gatys" else weight / _energy(float(np.sum(target**2)), "style")
-    return StyleTerm(scale * float(np.sum(difference**2)), factor * scale * 4 / positions * difference)
+    squares, energy = float(np.sum(difference**2)), float(np.sum(target**2))
+    scale = weight / (4 * len(gram) ** 2) if kind == "gatys" else weight / _energy(energy, "style")
+    return StyleTerm(scale * squares, relative_error(squares, energy), factor * scale * 4 / positions * difference)
+
+
+def relative_error(squares: float, energy: float) -> float:
+    """‖a − b‖/‖b‖ from their squares; 0 where both are nothing."""
+    return math.sqrt(squares / energy) if energy > 0 else math.inf if squares > 0 else 0.0
 
 
 def content_scale(kind: str, energy: float, channels: int, positions: int, weight: float) -> float:

@@ -167,7 +167,7 @@ class Stage:
             squares, max_abs_gradient = self._gradient_pass(f"canvas_{slot}", terms, content_energies)
         settings = self.config.optimizer
         bias = adam.bias_correction(settings.beta1, settings.beta2, iteration)
-        if alpha is None:
+        if alpha is None and not self._is_rounding(terms, squares, content_energies):
             max_u = adam.first_max_update(settings.beta1, settings.beta2, settings.epsilon, max_abs_gradient)
             alpha = settings.target_pixel_change / (bias * max_u) if max_u > 0 else None
         mean_u = max_u = 0.0
@@ -176,6 +176,14 @@ class Stage:
             with self._timed("update"):
                 mean_u, max_u = self._update_pass(slot, alpha * factor * bias)
         return self._result(terms, squares, content_energies, alpha, mean_u, max_u)
+
+    def _is_rounding(
+        self, terms: Mapping[str, losses.StyleTerm], squares: Mapping[str, float], energies: Mapping[str, float]
+    ) -> bool:
+        """Whether nothing but rounding is left to optimise: the first step, of fixed size, would make noise of it."""
+        errors = [term.relative_error for term in terms.values()]
+        errors += [losses.relative_error(squares[layer], energies[layer]) for layer in self.model.content_layers]
+        return max(errors) <= losses.ROUNDING[self.config.compute.dtype]
 
     def _style_terms(self, canvas: str) -> dict[str, losses.StyleTerm]:
         if not self.model.style_layers:
