@@ -375,6 +375,108 @@ def test_a_whole_run_gives_the_same_picture_with_one_tile_and_with_many(tmp_path
             assert [one[key] for key in keys] == pytest.approx([many[key] for key in keys], rel=1e-8)
 
 
+def literal_stage(problem: reference.Problem, canvas: np.ndarray, optimizer) -> tuple[np.ndarray, list[dict]]:
+    """algorithm.md, "Stages", the inner loop on the whole image; gives the canvas and what each iteration measured."""
+    p, m, v, alpha, measured = canvas.copy(), 0.0, 0.0, None, []
+    beta1, beta2, total = optimizer.beta1, optimizer.beta2, optimizer.max_iterations
+    for j in range(total):
+        objective = float(problem.objective(torch.from_numpy(p)))
+        g = problem.gradient(p)
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        u = m / np.sqrt(v + optimizer.epsilon)
+        b = math.sqrt(1 - beta2 ** (j + 1)) / (1 - beta1 ** (j + 1))
+        alpha = alpha or optimizer.target_pixel_change / (b * np.abs(u).max())
+        c = 1 if optimizer.schedule == "constant" else 0.05 + 0.95 * (1 + math.cos(math.pi * j / total)) / 2
+        p = p - alpha * c * b * u
+        if optimizer.clip:
+            p = np.clip(p, 0, 255)
+        mean_u, max_u = np.abs(u).mean(), np.abs(u).max()
+        measured.append({"objective": objective, "alpha": alpha, "mean_abs_u": mean_u, "max_abs_u": max_u})
+        if mean_u < optimizer.stop_condition:
+            break
+    return p, measured
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "iterations"),
+    [
+        ({"schedule": "cosine", "max_iterations": 6}, 6),
+        ({"schedule": "constant", "max_iterations": 6, "stop_condition": 0, "clip": False, "beta1": 0.8}, 6),
+        ({"schedule": "constant", "max_iterations": 30, "stop_condition": 0.35}, None),
+    ],
+    ids=["cosine", "constant", "stopped early"],
+)
+def test_a_run_of_two_stages_is_the_algorithm(tmp_path, narrow_weights, optimizer, iterations):
+    """Everything at once: step size, bias correction, schedule, clipping, early stop, and a fresh start per stage.
+
+    The style is larger than the content, so the second stage has the canvas of the first and nothing is resized.
+    """
+    content = write_image(tmp_path / "content.png", 48, 61, seed=1).astype(np.float64)
+    style = write_image(tmp_path / "style.png", 93, 100, seed=2).astype(np.float64)
+    config = load_config(
+        write_config(
+            tmp_path,
+            initial_size=64,
+            network={"weights": str(narrow_weights)},
+            compute={"dtype": "float64", "device": "cpu", "tile_px": 32},
+            optimizer=optimizer,
+            store={"chunk_px": 32},
+        )
+    )
+    pipeline.run(config)
+    records = Journal(config.work_dir / "journal.jsonl").read()
+    position = position_of(records)
+    first, second = (read_whole(newest_canvas(config.work_dir, position, stage)) for stage in (0, 1))
+    problem = make_problem(config, content, [style], load_file(narrow_weights))
+    wanted, measured = literal_stage(problem, first, config.optimizer)
+    made = [record for record in records if record["type"] == "iteration" and record["stage"] == 1]
+    assert len(made) == len(measured) == (iterations or len(measured))
+    assert iterations or 1 < len(measured) < config.optimizer.max_iterations
+    for found, expected in zip(made, measured, strict=True):
+        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-8)
+    assert np.abs(second - wanted).max() < 1e-6
+    assert np.abs(second - first).max() > 1
+
+
+def run_in_own_style(folder: Path, weights: Path, **values) -> tuple[np.ndarray, np.ndarray, list[dict]]:
+    """Run a picture in the style of its own file; gives the content, the final canvas and the journal."""
+    content = write_image(folder / "content.png", 97, 130, seed=1)
+    path = write_config(
+        folder,
+        styles=[{"image": "content.png"}],
+        network={"weights": str(weights)},
+        optimizer={"max_iterations": 2},
+        store={"chunk_px": 64},
+        **values,
+    )
+    config = load_config(path)
+    pipeline.run(config)
+    records = Journal(config.work_dir / "journal.jsonl").read()
+    return content, read_whole(newest_canvas(config.work_dir, position_of(records), 0)), records
+
+
+@pytest.mark.parametrize("kind", ["normalized", "gatys"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("tile_px", [64, 192])
+def test_a_picture_in_its_own_style_is_left_as_it_is(tmp_path, narrow_weights, dtype, tile_px, kind):
+    """Nothing to optimise: the run ends with the content. The first step has a fixed size: it would turn the rounding
+    between one tile and another into a picture of noise, and 0/0 into NaN."""
+    compute = {"dtype": dtype, "device": "cpu", "tile_px": tile_px}
+    content, canvas, records = run_in_own_style(tmp_path, narrow_weights, compute=compute, loss={"kind": kind})
+    assert [record.get("reason") for record in records if record["type"] == "stage_done"] == ["converged"]
+    assert np.array_equal(canvas, content)
+
+
+@pytest.mark.parametrize("weight", [1e-12, 1e12])
+def test_tiny_and_huge_loss_weights_are_no_reason_to_end(tmp_path, narrow_weights, weight):
+    """What counts as nothing to optimise is the difference, not the number a user gave it."""
+    _, records = final_canvas(
+        tmp_path / "run", narrow_weights, 144, loss={"kind": "gatys", "content_weight": weight, "style_weight": weight}
+    )
+    assert [record["reason"] for record in records if record["type"] == "stage_done"] == ["max_iterations"] * 2
+
+
 def test_a_run_lowers_the_objective(tmp_path, narrow_weights):
     """An exact gradient with the wrong sign would be exact too."""
     _, records = final_canvas(tmp_path / "one", narrow_weights, 144, optimizer={"max_iterations": 10})

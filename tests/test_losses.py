@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.losses import content_scale, gram_sum, mean_gram, objective, style_term
+from pipeline.losses import ROUNDING, content_scale, gram_sum, mean_gram, objective, relative_error, style_term
 
 KINDS = ["normalized", "gatys"]
 
@@ -46,7 +46,7 @@ def test_content_scale_gives_the_formula_and_its_derivative(kind):
     loss = weight * squares / energy if kind == "normalized" else weight * squares / 2 / (5 * 6 * 7)
     (wanted,) = torch.autograd.grad(factor * loss, phi)
     scale = content_scale(kind, float(energy), 5, 6 * 7, weight)
-    assert scale * float(squares) == pytest.approx(loss.item(), rel=1e-13)
+    assert scale * squares.item() == pytest.approx(loss.item(), rel=1e-13)
     seed = factor * 2 * scale * (phi - target).detach()
     assert (seed - wanted).abs().max() < 1e-13 * wanted.abs().max()
 
@@ -96,8 +96,25 @@ def test_the_target_itself_has_no_loss_and_no_seed(kind):
     """A canvas that has the style already must be left alone."""
     target = mean(features(5, 9, 4, 2)).numpy()
     term = style_term(kind, target, target, 36, 1.0, 1e9)
-    assert term.loss == 0
+    assert term.loss == term.relative_error == 0
     assert not term.seed_CC.any()
+
+
+def test_relative_errors_are_those_of_norms_and_need_no_energy():
+    """They tell rounding from a difference, whatever the family of losses and its weights."""
+    term = style_term("gatys", np.full((2, 2), 1.1), np.ones((2, 2)), 10, 1e-9, 1e-9)
+    assert term.relative_error == pytest.approx(0.1)
+    assert relative_error(0.04, 4.0) == pytest.approx(0.1)
+    assert relative_error(0.0, 0.0) == 0
+    assert relative_error(1e-300, 0.0) == np.inf
+
+
+def test_rounding_is_told_from_differences_for_every_dtype():
+    """Above it the last place of the dtype, below it what a change of a level would make."""
+    units = {"float64": 2**-52, "float32": 2**-23, "tf32": 2**-10, "bfloat16": 2**-8}
+    assert ROUNDING.keys() == units.keys()
+    for dtype, unit in units.items():
+        assert unit <= ROUNDING[dtype] * 1.03 and ROUNDING[dtype] <= 50 * unit
 
 
 def test_objective_grows_with_the_pixels():
