@@ -41,7 +41,8 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
             journal = _open_run(config, planned, weights)
             rendering = _Rendering(config, planned, device, weights, engine, sink, journal)
             rendering.refuse_foreign_output(force)
-            check_space(config, planned)
+            if not rendering.rendered:
+                check_space(config, planned)
             rendering.render()
             rendering.export()
     sink(RunDone(str(config.output), time.monotonic() - started))
@@ -133,6 +134,11 @@ class _Rendering:
     def __post_init__(self) -> None:
         self.position = position_of(self.journal.read())
         self._speed = _Speed()
+
+    @property
+    def rendered(self) -> bool:
+        """Whether every stage is done, so that nothing more goes into the store."""
+        return self.position.stage_done and self.position.stage == self.plan.stages[-1].index
 
     def refuse_foreign_output(self, force: bool) -> None:
         """Raise ConfigError if the output exists and this run did not make it."""
