@@ -396,6 +396,18 @@ def test_disk_that_fills_up_while_rendering(tmp_path, nursery, small_disk, codec
 
 
 @NEEDS_ROOT
+def test_finished_run_needs_no_room(tmp_path, call, small_disk):
+    """A finished run, started again or with another output, would ask for the room that its stages gave back."""
+    config = write_run(tmp_path, (200, 200), work_dir="disk/run", initial_size=200, optimizer={"max_iterations": 1})
+    assert call("run", "-c", config).code == 0
+    fill(small_disk, leave_bytes=8192)
+    assert call("run", "-c", config).code == 0
+    outcome = call("run", "-c", config, "--set", f"output={small_disk / 'out.tif'}")
+    assert_one_sentence(outcome, 5, small_disk)
+    assert leftovers(small_disk / "out.tif") == []
+
+
+@NEEDS_ROOT
 @pytest.mark.parametrize("suffix", [".tif", ".png", ".jpg", ".dz", ".zarr"])
 def test_disk_full_at_export(tmp_path, call, small_disk, suffix):
     """Half a picture would stand under the output's name and be sent to the printer."""

@@ -131,6 +131,15 @@ def test_lost_picture_is_exported_again_without_computing(finished, call):
     assert len(iterations(finished / "run")) == count
 
 
+def test_changed_export_settings_make_the_picture_anew(finished, call):
+    """Asked for 16 bits, the user would be told that the picture of 8 bits is already there."""
+    config, count = finished / "config.yaml", len(iterations(finished / "run"))
+    assert call("run", "-c", config).code == 0
+    assert call("run", "-c", config, "--set", "export.bits=16").code == 0
+    assert read_picture(finished / "out.png").dtype == np.uint16
+    assert len(iterations(finished / "run")) == count
+
+
 @pytest.mark.parametrize("suffix", [".tif", ".png", ".jpg", ".dz", ".zarr"])
 def test_export_of_every_stage_in_every_format(finished, call, suffix):
     """A stage could not be looked at, or not in the format that a printer or a viewer wants."""
