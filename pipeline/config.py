@@ -51,7 +51,9 @@ def _absolute(value: object, info: ValidationInfo) -> object:
         raise ValueError("an empty path" if not text else "a path cannot contain a NUL character")
     base = Path.cwd() if isinstance(value, CommandLineText) or not info.context else info.context["base"]
     try:
-        return base / Path(text).expanduser()
+        path = base / Path(text).expanduser()
+        # without `..`, and with the name as given: a link's own name says the format, its target's may not
+        return path.parent.resolve() / path.name if path.is_absolute() else path
     except RuntimeError as error:
         raise ValueError(f"the home folder of {shown(text)!r} is not known; write the path out") from error
 
