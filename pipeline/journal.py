@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from pipeline.errors import DamagedStateError, LockedError, SpaceError
 
 FORMAT = 1
+MANIFEST_KEYS = {"format", "created", "config", "stages", "result_fields", "inputs"}
 Record = dict[str, Any]
 
 
@@ -180,6 +181,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = manifest["format"]
+        if found == FORMAT and (missing := MANIFEST_KEYS - manifest.keys()):
+            raise KeyError(f"without {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedStateError(
             f"{path}: cannot be read as a run's manifest ({error}). Restore it from a copy, or delete the "
@@ -229,7 +232,8 @@ def running_owner(work_dir: Path) -> int | None:
     try:
         owner = json.loads((work_dir / "lock.owner").read_text(encoding="utf-8"))
         process = psutil.Process(owner["pid"])
-        return int(owner["pid"]) if abs(process.create_time() - owner["started"]) < 1 else None
+        alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner["started"]) < 1
+        return int(owner["pid"]) if alive else None
     except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return None
 

@@ -255,7 +255,14 @@ def test_a_picture_is_claimed_before_it_is_made():
 
 # --- the manifest ---
 
-MANIFEST = {"format": FORMAT, "config": {"size": 3, "name": "é"}, "stages": [], "result_fields": {}, "inputs": {}}
+MANIFEST = {
+    "format": FORMAT,
+    "created": "now",
+    "config": {"size": 3, "name": "é"},
+    "stages": [],
+    "result_fields": {},
+    "inputs": {},
+}
 
 
 def test_the_manifest_is_read_back_and_leaves_nothing_beside_it(tmp_path):
@@ -360,3 +367,11 @@ def test_a_broken_owner_file_is_nobody(tmp_path, text):
     """`status` must work whatever a crash left there."""
     (tmp_path / "lock.owner").write_text(text)
     assert running_owner(tmp_path) is None
+
+
+def test_a_manifest_with_parts_missing_is_damage(tmp_path):
+    """A traceback tells nobody that a file of the run was emptied."""
+    for key in MANIFEST.keys() - {"format"}:
+        write_manifest(tmp_path / "manifest.json", {name: value for name, value in MANIFEST.items() if name != key})
+        with pytest.raises(DamagedStateError, match=key):
+            read_manifest(tmp_path / "manifest.json")
