@@ -71,7 +71,8 @@ class LiveSink:
             self._show_work(event)
         elif isinstance(event, IterationDone):
             eta = f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
-            text = f"stage {event.stage}: mean|u| {event.mean_abs_u:.3f}, style {event.style_loss:.2e}{eta}"
+            losses = f"content {event.content_loss:.3g} style {event.style_loss:.3g}"
+            text = f"stage {event.stage}: {losses} mean|u| {event.mean_abs_u:.3f}{eta}"
             if self._iterations is not None:
                 self._progress.update(self._iterations, completed=event.iteration + 1, description=text)
         else:
