@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,24 @@ from pipeline.weights import NetworkSpec
 
 # One tile computes at a time: its neighbours in flight read and write. Memory is planned for one.
 _COMPUTE = threading.Semaphore(1)
+
+
+@contextmanager
+def _computing(spec: TileSpec) -> Iterator[None]:
+    """The device, for one tile alone. Raises ConfigError where its memory does not suffice."""
+    try:
+        with _COMPUTE:
+            yield
+    except (RuntimeError, MemoryError) as error:
+        # on the CPU, torch's out-of-memory error has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        inner = spec.tile.inner
+        raise ConfigError(
+            f"{spec.network.device} has no memory for tile {spec.tile.index} of {spec.stage_dir.name}, "
+            f"{inner.width}×{inner.height} px and its halo: something else uses it, or the plan is wrong. Nothing is "
+            "lost: the same command goes on, with a smaller compute.tile_px if need be."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -102,7 +121,7 @@ def gram_task(spec: GramSpec) -> dict[str, Gram]:
     outer = spec.tile.outer(halo_px(spec.layers))
     pixels = open_array(spec.stage_dir, spec.array).read_window(outer)
     sums: dict[str, Gram] = {}
-    with _COMPUTE, torch.no_grad():
+    with _computing(spec), torch.no_grad():
         for found in _features(spec, pixels, outer, set(spec.layers), spec.tile.inner):
             sums[found.layer.name] = losses.gram_sum(_inner_features(found, spec.tile))
     return sums
@@ -118,7 +137,7 @@ def content_task(spec: ContentSpec) -> dict[str, float]:
     outer = spec.tile.outer(halo_px(spec.layers))
     pixels = open_array(spec.stage_dir, spec.array).read_window(outer)
     energies: dict[str, float] = {}
-    with _COMPUTE, torch.no_grad():
+    with _computing(spec), torch.no_grad():
         computed = {
             found.layer.name: (found.layer, _to_host(_inner_features(found, spec.tile)))
             for found in _features(spec, pixels, outer, set(spec.layers), spec.tile.inner)
@@ -139,7 +158,7 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
     halo = halo_px(names)
     outer = spec.tile.outer(2 * halo)
     pixels = open_array(spec.stage_dir, spec.array).read_window(outer)
-    with _COMPUTE:
+    with _computing(spec):
         gradient_HWC, content_squares = _gradient(spec, pixels, outer, names, halo)
     max_abs = float(np.abs(gradient_HWC).max())
     if not np.isfinite(max_abs):

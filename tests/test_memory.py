@@ -90,3 +90,34 @@ def report(peaks: dict[str, int], planned: Any) -> str:
     measured = ", ".join(f"{what} {peak // MIB}" for what, peak in peaks.items())
     promised = ", ".join(f"{what} {size // MIB}" for what, size in planned.host_bytes.items())
     return f"MiB measured: {max(peaks.values()) // MIB} ({measured}); planned: {promised}"
+
+
+LARGE_TILE = {"compute": {"tile_px": 768}, "store": {"chunk_px": 256}}
+SHORT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+import pipeline.passes
+from pipeline.cli import main
+
+status = Path("/proc/self/status").read_text()
+now = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (now + 250 * 2**20, resource.RLIM_INFINITY))
+sys.argv = ["pipeline", "run", "--config", sys.argv[1]]
+main()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc and RLIMIT_DATA")
+def test_memory_that_is_not_there_stops_the_run_and_loses_nothing(tmp_path):
+    """Another program may take what the plan counted on; the run must say so and go on with a smaller tile."""
+    import pipeline
+
+    config = write_run(
+        tmp_path, (768, 768), (512, 400), optimizer={"max_iterations": 1}, initial_size=768, **LARGE_TILE
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY, config], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 3, done.stderr
+    assert "compute.tile_px" in done.stderr and "Traceback" not in done.stderr
+    assert pipeline.run(pipeline.load_config(config, ["compute.tile_px=256"])).is_file()
