@@ -56,7 +56,8 @@ def main() -> NoReturn:
 
 def _tell(error: PipelineError) -> int:
     word = "stopped" if isinstance(error, Stopped) else "error"
-    click.echo(f"pipeline: {word}: {error}", err=True)
+    gap = "\n" if "\n" in str(error) else " "  # several problems, each on a line of its own
+    click.echo(f"pipeline: {word}:{gap}{error}", err=True)
     return error.exit_code
 
 
