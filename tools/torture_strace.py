@@ -90,26 +90,29 @@ def kill_and_resume(parent: Path, call: str, count: int, wanted: str) -> tuple[b
     return killed, problem
 
 
-def torture(parent: Path, call: str, wanted: str) -> Outcome:
+def torture(parent: Path, call: str, every: int, wanted: str) -> Outcome:
     failures: list[str] = []
-    for count in range(1, MOST_CALLS):
+    kills = 0
+    for count in range(1, MOST_CALLS, every):
         killed, problem = kill_and_resume(parent, call, count, wanted)
         failures += [problem] if problem else []
         if not killed:
             break
-    return Outcome(call, count - 1, tuple(failures))
+        kills += 1
+    return Outcome(call, kills, tuple(failures))
 
 
 @click.command()
 @click.option("--jobs", default=2, show_default=True, help="Runs at the same time.")
+@click.option("--every", default=1, show_default=True, help="Kill only at every so many calls.")
 @click.option("--call", "calls", multiple=True, default=CALLS, help="Only these system calls.")
-def main(jobs: int, calls: tuple[str, ...]) -> None:
+def main(jobs: int, every: int, calls: tuple[str, ...]) -> None:
     """Kill at every file operation; exit 1 if a run did not recover."""
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
         parent = Path(name)
         whole = new_folder(parent, "whole")
         run(whole).check_returncode()
-        outcomes = list(pool.map(lambda call: torture(parent, call, digest(whole)), calls))
+        outcomes = list(pool.map(lambda call: torture(parent, call, every, digest(whole)), calls))
     table = Table()
     for column in ("system call", "kills", "recovered"):
         table.add_column(column, justify="right")
