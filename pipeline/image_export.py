@@ -105,8 +105,7 @@ def write_image(
     save = functools.partial(_save, source, partial, path, compression, quality)
     try:
         _feed(source, save, path, read_rows, on_progress)
-        _sync(partial)
-        _replace(partial, path)
+        put_in_place(partial, path)
     except OSError as error:
         if error.errno == errno.ENOSPC and not isinstance(error, SpaceError):
             raise _no_space(path) from error
@@ -252,8 +251,12 @@ def _sync(partial: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _replace(partial: Path, path: Path) -> None:
-    """Give the new picture its name. A folder cannot be replaced at once: the old one steps aside until then."""
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a finished picture, file or folder, its name, once it is on the disk.
+
+    A folder cannot be replaced at once: the old one steps aside until then.
+    """
+    _sync(partial)
     old = partial.with_name(f"{partial.name}.old")
     if partial.is_dir() and path.exists():
         path.rename(old)

@@ -196,20 +196,21 @@ def _gradient(
 def _seed(spec: GradientSpec, found: FeatureMap) -> tuple[Tensor, float | None]:
     """dJ/dφ of one layer on all its positions, and Σ(φ(p) − φ(o))² over the inner ones if it is a content layer."""
     name, features_1CHW = found.layer.name, found.features_1CHW
-    seed = torch.zeros_like(features_1CHW)
+    parts: list[Tensor] = []
     square = None
     if name in spec.style_seeds_CC:
-        matrix_CC = torch.from_numpy(spec.style_seeds_CC[name]).to(seed)
-        seed = torch.einsum("cd,bdhw->bchw", matrix_CC, features_1CHW)
+        matrix_CC = torch.from_numpy(spec.style_seeds_CC[name]).to(features_1CHW)
+        parts.append(torch.einsum("cd,bdhw->bchw", matrix_CC, features_1CHW))
     if name in spec.content_factors:
         content = open_array(spec.stage_dir, content_features_name(name)).read_window(found.region)
         # subtract in the precision of the store: bfloat16 would lose what is left of nearly equal numbers
         difference = features_1CHW - _to_device(content, spec.network)
-        seed = seed + (spec.content_factors[name] * difference).to(seed)
+        parts.append((spec.content_factors[name] * difference).to(features_1CHW))
         inner = spec.tile.inner.positions(found.layer)
         rows, columns = inner.within(found.region)
         square = float(difference[0, :, rows, columns].double().square().sum())
-    return seed, square
+    seed, *rest = parts
+    return (seed + rest[0] if rest else seed), square
 
 
 def update_task(spec: UpdateSpec) -> UpdateResult:

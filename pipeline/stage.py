@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.layers import LAYER_BY_NAME
 from pipeline.losses import Gram
 from pipeline.plan import StagePlan
-from pipeline.progress import Event, Sink, WorkDone
+from pipeline.progress import Sink, WorkDone
 from pipeline.tiling import Tile, grid
 from pipeline.weights import NetworkSpec
 
@@ -230,8 +229,7 @@ class Stage:
         factor = 2 * self.plan.pixels * self.config.loss.content_weight
         seeds = {layer: term.seed_CC for layer, term in terms.items()}
         factors = {layer: factor * scale for layer, scale in self._content_scales(energies).items()}
-        make = partial(passes.GradientSpec, self.stage_dir, canvas)
-        specs = [make(tile, self.network, seeds, factors) for tile in self.tiles]
+        specs = [passes.GradientSpec(self.stage_dir, canvas, tile, self.network, seeds, factors) for tile in self.tiles]
         results = self.engine.map(passes.gradient_task, specs, self._counter("gradient pass", len(specs)))
         squares = {
             layer: math.fsum(result.content_squares.get(layer, 0.0) for result in results)
@@ -285,14 +283,11 @@ class Stage:
     # --- telling -----------------------------------------------------------------------------------------------
 
     def _told(self, what: str) -> Callable[[int, int], None]:
-        return lambda done, total: self._tell(WorkDone(self.plan.index, what, done, total))
+        return lambda done, total: self.sink(WorkDone(self.plan.index, what, done, total))
 
     def _counter(self, what: str, total: int) -> Callable[[], None]:
         counter = itertools.count(1)
-        return lambda: self._tell(WorkDone(self.plan.index, what, next(counter), total))
-
-    def _tell(self, event: Event) -> None:
-        self.sink(event)
+        return lambda: self.sink(WorkDone(self.plan.index, what, next(counter), total))
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,7 +97,7 @@ def export_canvas(
         return rows
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".zarr":
+    if output.suffix.lower() == ".zarr":
         _export_ome_zarr(output, (height, width), options.bits, read_rows, on_progress)
         return
     image_export.write_image(
@@ -130,17 +129,8 @@ def _export_ome_zarr(
         aside.mkdir()
         group = aside / output.name
         store.write_ome_zarr(group, size, bits, counted_rows)
-        replace_folder(group, output)
+        image_export.put_in_place(group, output)
     except OSError as error:
         raise store.space_error(output, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Give a finished folder its name; an older one of that name is removed only when the new one stands."""
-    if target.exists():
-        old = new.with_name(new.name + ".old")
-        target.replace(old)
-    new.replace(target)
-    os.sync()
