@@ -160,6 +160,13 @@ def test_export_of_every_stage_in_every_format(finished, call, suffix):
         assert call("export", "--run", finished / "run", "--stage", stage, "-o", output, "--force").code == 0
 
 
+def test_a_suffix_in_capitals_is_the_same_format(finished, call):
+    """The check before the run took .ZARR, and the writer after it did not: a day's render without its picture."""
+    output = finished / "exports" / "capitals.ZARR"
+    assert call("export", "--run", finished / "run", "--stage", 0, "-o", output).code == 0
+    assert (output / "0" / "zarr.json").is_file()
+
+
 def exported_pixels(output: Path) -> np.ndarray:
     """A picture of any format as (H, W, 3); of a DeepZoom its largest level, which must be one tile."""
     if output.suffix == ".zarr":
