@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
 
 import click
@@ -18,39 +14,40 @@ import click
 import pipeline
 from pipeline import config as config_module
 from pipeline import report
-from pipeline.errors import ConfigError, PipelineError, SpaceError, Stopped
-from pipeline.progress import Note, Sink
+from pipeline.errors import ConfigError, PipelineError, Stopped, StorageError, storage_error
+from pipeline.interrupts import drop_unwritable_stdout, steadfast_stderr, stop_on_signals
 from pipeline.sinks import make_sink
-from pipeline.store import space_error
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _EXIT_CODES = """\b
 Exit codes: 0 done, 1 a bug of ours, 2 wrong usage, 3 wrong config or input,
-4 another run works there, 5 no space, 6 damaged state, 75 stopped (the same
-command goes on), 130/143 aborted by a second Ctrl-C/SIGTERM."""
+4 another run works there, 5 a disk that is full, read-only or failing,
+6 damaged state, 75 stopped by Ctrl-C, TERM or HUP (the same command goes on),
+130/143/129 aborted by a second one."""
 
 
 def main() -> NoReturn:
     """Entry point: run a command and exit with its code (see errors.py)."""
-    try:
-        cli.main(standalone_mode=False)
-        code = 0
-    except click.exceptions.Exit as stop:
-        code = stop.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        code = 130
-    except PipelineError as error:
-        code = _tell(error)
-    except OSError as error:
-        place = Path(error.filename) if isinstance(error.filename, str) else Path()
-        full = space_error(place, error)
-        code = _tell(full) if isinstance(full, SpaceError) else _tell_bug()
-    except Exception:  # the last place where a bug can be told from a user's mistake
-        code = _tell_bug()
+    with steadfast_stderr():
+        try:
+            cli.main(standalone_mode=False)
+            code = 0
+        except click.exceptions.Exit as stop:
+            code = stop.exit_code
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            code = 130
+        except PipelineError as error:
+            code = _tell(error)
+        except OSError as error:
+            told = storage_error("standard output", error)
+            code = _tell(told) if isinstance(told, StorageError) else _tell_bug()
+        except Exception:  # the last place where a bug can be told from a user's mistake
+            code = _tell_bug()
+        drop_unwritable_stdout()
     sys.exit(code)
 
 
@@ -112,8 +109,8 @@ def cli() -> None:
 def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: str) -> None:
     """Render the picture of a config, or go on where it stopped."""
     config = pipeline.load_config(config_path, overrides)
-    with make_sink(log_format) as sink:
-        pipeline.run(config, force=force, sink=sink, stop=stop_on_signals(sink))
+    with make_sink(log_format) as sink, stop_on_signals(sink) as stop:
+        pipeline.run(config, force=force, sink=sink, stop=stop)
 
 
 @cli.command()
@@ -163,15 +160,9 @@ def export(
     """Write the canvas of any stage as a picture, at any time."""
     export_config = config_module.ExportConfig.model_validate({**options, "bits": int(options["bits"])})
     work_dir = _work_dir(config_path, overrides, run_dir)
-    with make_sink("auto") as sink:
+    with make_sink("auto") as sink, stop_on_signals(sink) as stop:
         path = pipeline.export(
-            work_dir,
-            output.absolute(),
-            stage=stage,
-            options=export_config,
-            force=force,
-            sink=sink,
-            stop=stop_on_signals(sink),
+            work_dir, output.absolute(), stage=stage, options=export_config, force=force, sink=sink, stop=stop
         )
     click.echo(path)
 
@@ -197,23 +188,3 @@ def init(path: Path) -> None:
 def doctor() -> None:
     """Show versions, devices, memory and disk."""
     report.print_doctor()
-
-
-def stop_on_signals(sink: Sink) -> threading.Event:
-    """The event that Ctrl-C or SIGTERM sets: stop between two tasks. A second signal ends the process at once.
-
-    Ending at once is safe: what is committed is on the disk, and the system releases the lock.
-    """
-    stop = threading.Event()
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-        # on a thread of its own: the signal may have come while this one holds the sink's lock
-        note = Note("stopping after the tiles in flight; once more to abort")
-        threading.Thread(target=sink, args=(note,), daemon=True).start()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return stop

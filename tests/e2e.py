@@ -108,15 +108,11 @@ def make_call(capfd: Any, monkeypatch: Any) -> Callable[..., Outcome]:
 
     def call(*argv: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["pipeline", *map(str, argv)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         capfd.readouterr()
         try:
             cli.main()
         except SystemExit as stop:
             return Outcome(int(stop.code or 0), *capfd.readouterr())
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         raise AssertionError("cli.main returned")
 
     return call

@@ -45,6 +45,7 @@ HEIGHT = {
     "status": 9,
     "__init__": 10,
     "sinks": 10,
+    "interrupts": 10,
     "report": 11,
     "cli": 12,
 }
