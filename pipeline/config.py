@@ -181,6 +181,11 @@ class StoreConfig(_Section):
 
     chunk_px: Int = Field(512, ge=ALIGN_PX, multiple_of=ALIGN_PX, description="side of a chunk on disk in px")
     codec: Literal["none", "zstd", "lz4"] = Field("none", description="compression of the state; for slow disks")
+    durability: Literal["process", "power"] = Field(
+        "process",
+        description="what a run survives: process, any crash; power, also a power cut",
+        json_schema_extra=HARMLESS,
+    )
 
 
 class ExportConfig(_Section):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
+from dask import threaded  # as an object: its name would make dask import distributed, and that torch
 from dask.base import compute
 from dask.delayed import delayed
 
@@ -86,6 +87,6 @@ class Engine:
     def _compute(self, nodes: list[Any]) -> tuple[Any, ...]:
         return tuple(
             compute(  # type: ignore[no-untyped-call]
-                *nodes, scheduler="threads", pool=self._pool, num_workers=self._workers, optimize_graph=False
+                *nodes, scheduler=threaded.get, pool=self._pool, num_workers=self._workers, optimize_graph=False
             )
         )

@@ -1,17 +1,18 @@
 """The record of a run: a manifest written once, a journal appended to, the resume point, and the lock.
 
-The journal, not the presence of files, says where a run stands. One line per record, JSON with a CRC-32, fsynced:
+The journal, not the presence of files, says where a run stands. One line per record, JSON with a CRC-32C, fsynced:
 
     {"crc": "89abcdef", "record": {"type": "iteration", "stage": 1, "iteration": 17, ...}}
 
-A last line that was cut short by a crash was never committed, and is dropped. Any other bad line is damage.
+Every line's CRC goes on from that of the line before, so that a line that was taken out is seen too. A last line that
+was cut short by a crash was never committed, and is dropped. Any other bad line is damage. The first record holds the
+manifest once more. Records of prepared stages and of iterations carry the checksum of every chunk they stand for.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -21,9 +22,10 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
+from pipeline.checksums import checksum
 from pipeline.errors import DamagedStateError, LockedError, SpaceError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_KEYS = {"format", "created", "config", "stages", "result_fields", "inputs"}
 Record = dict[str, Any]
 
@@ -37,6 +39,8 @@ class Position:
     `stage_done`: the stage ended. `slots`: where the newest canvas of every stage is. `exported`: pictures made, with
     their export options.
     `claimed`: their names, from before the first byte is written.
+    `checksums`: per stage, of the chunks of its arrays (the newest slot's) and of its metadata files, as checksums.py
+    packs them.
     """
 
     stage: int = 0
@@ -50,10 +54,18 @@ class Position:
     slots: Mapping[int, int] = field(default_factory=dict)
     exported: Mapping[str, Any] = field(default_factory=dict)
     claimed: frozenset[str] = frozenset()
+    checksums: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def newest_slot(self) -> int:
+        """The slot of the current stage that holds its newest canvas, m and v."""
+        return self.slots[self.stage]
 
     def after(self, record: Record) -> Position:
         """The position once `record` is committed."""
         kind = record["type"]
+        if kind == "begun":
+            return self
         if kind == "exporting":
             return replace(self, claimed=self.claimed | {record["output"]})
         if kind == "exported":
@@ -63,7 +75,9 @@ class Position:
                 claimed=self.claimed | {record["output"]},
             )
         if kind == "stage_done":
-            return replace(self, stage_done=True)
+            kept = (f"canvas_{self.newest_slot}", f"canvas_{self.newest_slot}/zarr.json", "zarr.json")
+            left = {name: self.checksums[self.stage][name] for name in kept}
+            return replace(self, stage_done=True, checksums={**self.checksums, self.stage: left})
         if kind == "stage_prepared":
             return Position(
                 stage=record["stage"],
@@ -72,6 +86,7 @@ class Position:
                 slots={**self.slots, record["stage"]: 0},
                 exported=self.exported,
                 claimed=self.claimed,
+                checksums={**self.checksums, record["stage"]: record["checksums"]},
             )
         iteration = record["iteration"] + record["stepped"]
         return replace(
@@ -81,7 +96,20 @@ class Position:
             mean_abs_u=record["mean_abs_u"],
             max_abs_u=record["max_abs_u"],
             slots={**self.slots, self.stage: iteration % 2},
+            checksums={**self.checksums, self.stage: {**self.checksums[self.stage], **record["checksums"]}},
         )
+
+
+def effective(records: Iterable[Record]) -> list[Record]:
+    """The records without those that a repair took back; a picture's claim is never taken back."""
+    kept: list[Record] = []
+    for record in records:
+        if record.get("type") == "rolled_back":
+            taken = kept[record["records"] :]
+            kept = kept[: record["records"]] + [one for one in taken if one.get("type") in ("exporting", "exported")]
+        else:
+            kept.append(record)
+    return kept
 
 
 def position_of(records: Iterable[Record]) -> Position:
@@ -94,23 +122,31 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
+        self._crc: int | None = None
 
     def read(self) -> list[Record]:
-        """All committed records. Raises DamagedStateError for a line that is neither whole nor the torn last one."""
-        records, _ = self._parse()
-        return records
+        """All committed records that hold. Raises DamagedStateError for a damaged line."""
+        return effective(self._parse().records)
+
+    def whole_lines(self) -> tuple[list[Record], int]:
+        """(records that hold, bytes) of the lines before the first damaged one: what a repair can build on."""
+        found = self._parse(to_damage=True)
+        return effective(found.records), found.good_bytes
 
     def repair_tail(self) -> None:
         """Cut off a last line that a crash left half-written, so that appending starts on a fresh line."""
-        _, good_bytes = self._parse()
-        if self.path.exists() and self.path.stat().st_size > good_bytes:
+        found = self._parse()
+        if self.path.exists() and self.path.stat().st_size > found.good_bytes:
             with self.path.open("r+b") as file:
-                file.truncate(good_bytes)
+                file.truncate(found.good_bytes)
                 os.fsync(file.fileno())
+        self._crc = found.crc
 
     def append(self, record: Record) -> None:
         """Commit one record: when this returns, it is on the disk. Raises SpaceError."""
-        line = memoryview(_line_of(record))
+        crc = self._parse().crc if self._crc is None else self._crc
+        data = _line_of(record, crc)
+        line = memoryview(data)
         created = not self.path.exists()
         try:
             with self.path.open("ab", buffering=0) as file:  # a buffer would be written again by closing the file
@@ -126,38 +162,54 @@ class Journal:
                 _sync_folder(self.path.parent)
         except OSError as error:
             raise _no_space(self.path, error) from error
+        self._crc = _crc_of(data)
 
-    def _parse(self) -> tuple[list[Record], int]:
-        if not self.path.exists():
-            return [], 0
+    def _parse(self, to_damage: bool = False) -> _Lines:
         records: list[Record] = []
-        good_bytes = 0
-        lines = self.path.read_bytes().splitlines(keepends=True)
+        good_bytes = crc = 0
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         for number, line in enumerate(lines, start=1):
-            record = _record_of(line)
+            record = _record_of(line, crc)
             # a line that is whole but for its last byte was committed: it is its newline that was changed
-            if number == len(lines) and not line.endswith(b"\n") and _record_of(line[:-1] + b"\n") is None:
+            torn = number == len(lines) and not line.endswith(b"\n") and _record_of(line[:-1] + b"\n", crc) is None
+            if torn or (record is None and to_damage):
                 break
             if record is None:
                 raise DamagedStateError(
-                    f"{self.path}:{number}: this line was changed after it was written, so the state it describes "
-                    "cannot be trusted. Restore the run directory from a copy, or delete it to render again."
+                    f"{self.path}:{number}: this line or the one before it was changed after it was written, so the "
+                    "state it describes cannot be trusted. `pipeline verify --repair` goes back to what can be."
                 )
             records.append(record)
-            good_bytes += len(line)
-        return records, good_bytes
+            good_bytes, crc = good_bytes + len(line), _crc_of(line)
+        return _Lines(records, good_bytes, crc)
 
 
-def _line_of(record: Record) -> bytes:
+@dataclass(frozen=True)
+class _Lines:
+    """Whole lines from the start of a journal, their bytes, and what the next one's CRC goes on from."""
+
+    records: list[Record]
+    good_bytes: int
+    crc: int
+
+
+_CRC = slice(len('{"crc": "'), len('{"crc": "89abcdef'))
+
+
+def _line_of(record: Record, previous_crc: int) -> bytes:
     text = json.dumps(record, allow_nan=False)
-    return f'{{"crc": "{zlib.crc32(text.encode()):08x}", "record": {text}}}\n'.encode()
+    return f'{{"crc": "{checksum(text.encode(), previous_crc):08x}", "record": {text}}}\n'.encode()
 
 
-def _record_of(line: bytes) -> Record | None:
+def _crc_of(line: bytes) -> int:
+    return int(line[_CRC], 16)
+
+
+def _record_of(line: bytes, previous_crc: int) -> Record | None:
     """The record of a whole line, or None. Whole is what was written, byte for byte: JSON overlooks a changed space."""
     try:
         record: Record = json.loads(line)["record"]
-        return record if _line_of(record) == line else None
+        return record if _line_of(record, previous_crc) == line else None
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -166,8 +218,8 @@ def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest aside, sync it, and give it its name. Raises SpaceError."""
     aside = path.with_name(path.name + ".partial")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=2)
+        with aside.open("wb") as file:
+            file.write(_manifest_text(manifest))
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -176,24 +228,34 @@ def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
         raise _no_space(path, error) from error
 
 
+def _manifest_text(manifest: Mapping[str, Any]) -> bytes:
+    crc = checksum(json.dumps(manifest).encode())
+    return json.dumps({**manifest, "crc": f"{crc:08x}"}, indent=2).encode()
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest. Raises DamagedStateError if it is unreadable or of another format."""
+    """The manifest. Raises DamagedStateError if it is unreadable, was changed, or is of another format."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        manifest: dict[str, Any] = json.loads(data)
         found = manifest["format"]
-        if found == FORMAT and (missing := MANIFEST_KEYS - manifest.keys()):
-            raise KeyError(f"without {', '.join(sorted(missing))}")
+        if found == FORMAT:
+            if missing := MANIFEST_KEYS - manifest.keys():
+                raise KeyError(f"without {', '.join(sorted(missing))}")
+            manifest.pop("crc", None)
+            if _manifest_text(manifest) != data:
+                raise ValueError("it was changed after it was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedStateError(
-            f"{path}: cannot be read as a run's manifest ({error}). Restore it from a copy, or delete the "
-            "run directory."
+            f"{path}: cannot be read as a run's manifest ({error}). `pipeline verify --repair` can restore it from the "
+            "journal."
         ) from error
     if found != FORMAT:
         raise DamagedStateError(
             f"{path}: written in format {found}, but this version of pipeline reads format {FORMAT}. "
             "Finish the run with the version that began it, or delete the run directory."
         )
-    return dict(manifest)
+    return manifest
 
 
 class RunLock:

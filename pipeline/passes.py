@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import adam, losses
+from pipeline.checksums import ChunkSums
 from pipeline.errors import ConfigError
 from pipeline.layers import halo_px
 from pipeline.losses import Gram
@@ -51,12 +52,20 @@ def _computing(spec: TileSpec) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TileSpec:
-    """A tile of one array of a stage, and the network that sees it."""
+    """A tile of one array of a stage, and the network that sees it.
+
+    `checksums`: of the arrays that the task reads, by name; those without are not checked.
+    """
 
     stage_dir: Path
     array: str
     tile: Tile
     network: NetworkSpec
+    checksums: Mapping[str, str]
+
+    def open(self, name: str) -> StageArray:
+        """An array to read, which checks itself."""
+        return open_array(self.stage_dir, name, self.checksums.get(name))
 
 
 @dataclass(frozen=True)
@@ -86,29 +95,40 @@ class GradientSpec(TileSpec):
 
 
 @dataclass(frozen=True)
+class ContentResult:
+    """Per content layer ‖φ_l(o)‖² over the inner rectangle, and the checksums of the chunks of its features."""
+
+    energies: Mapping[str, float]
+    sums: Mapping[str, ChunkSums]
+
+
+@dataclass(frozen=True)
 class GradientResult:
-    """Per content layer Σ(φ(p) − φ(o))² over the inner rectangle, and the largest |g| there."""
+    """Per content layer Σ(φ(p) − φ(o))² over the inner rectangle, the largest |g| there, and its chunks' checksums."""
 
     content_squares: Mapping[str, float]
     max_abs_gradient: float
+    sums: ChunkSums
 
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """One Adam step of a few chunks, from slot `slot` into the other."""
+    """One Adam step of a few chunks, from slot `slot` into the other. `checksums`: of all arrays that are read."""
 
     stage_dir: Path
     chunks: tuple[tuple[int, int], ...]
     slot: int
     step: adam.AdamStep
+    checksums: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """Σ|u| of every chunk, and max|u| over them all."""
+    """Σ|u| of every chunk, max|u| over them all, and the checksums of what was written, by array."""
 
     sums_abs_u: tuple[float, ...]
     max_abs_u: float
+    sums: Mapping[str, ChunkSums]
 
 
 def content_features_name(layer: str) -> str:
@@ -119,7 +139,7 @@ def content_features_name(layer: str) -> str:
 def gram_task(spec: GramSpec) -> dict[str, Gram]:
     """gram_sum of every layer over the positions of the tile's inner rectangle (eqs. 14, 15)."""
     outer = spec.tile.outer(halo_px(spec.layers))
-    pixels = open_array(spec.stage_dir, spec.array).read_window(outer)
+    pixels = spec.open(spec.array).read_window(outer)
     sums: dict[str, Gram] = {}
     with _computing(spec), torch.no_grad():
         for found in _features(spec, pixels, outer, set(spec.layers), spec.tile.inner):
@@ -132,11 +152,12 @@ def add_grams(total: dict[str, Gram], tile: dict[str, Gram]) -> dict[str, Gram]:
     return {**total, **{layer: total[layer] + gram if layer in total else gram for layer, gram in tile.items()}}
 
 
-def content_task(spec: ContentSpec) -> dict[str, float]:
-    """Write the content's features over the inner rectangle; gives each layer's energy ‖φ_l(o)‖² there."""
+def content_task(spec: ContentSpec) -> ContentResult:
+    """Write the content's features over the inner rectangle."""
     outer = spec.tile.outer(halo_px(spec.layers))
-    pixels = open_array(spec.stage_dir, spec.array).read_window(outer)
+    pixels = spec.open(spec.array).read_window(outer)
     energies: dict[str, float] = {}
+    sums: dict[str, ChunkSums] = {}
     with _computing(spec), torch.no_grad():
         computed = {
             found.layer.name: (found.layer, _to_host(_inner_features(found, spec.tile)))
@@ -144,9 +165,9 @@ def content_task(spec: ContentSpec) -> dict[str, float]:
         }
     for name, (layer, features_HWC) in computed.items():
         array = open_array(spec.stage_dir, content_features_name(name))
-        array.write_window(spec.tile.inner.positions(layer), features_HWC.astype(array.dtype, copy=False))
+        sums[name] = array.write_window(spec.tile.inner.positions(layer), features_HWC.astype(array.dtype, copy=False))
         energies[name] = float(np.sum(np.square(features_HWC, dtype=np.float64)))
-    return energies
+    return ContentResult(energies, sums)
 
 
 def gradient_task(spec: GradientSpec) -> GradientResult:
@@ -157,7 +178,7 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
     names = {*spec.style_seeds_CC, *spec.content_factors}
     halo = halo_px(names)
     outer = spec.tile.outer(2 * halo)
-    pixels = open_array(spec.stage_dir, spec.array).read_window(outer)
+    pixels = spec.open(spec.array).read_window(outer)
     with _computing(spec):
         gradient_HWC, content_squares = _gradient(spec, pixels, outer, names, halo)
     max_abs = float(np.abs(gradient_HWC).max())
@@ -166,8 +187,8 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
             f"the gradient of tile {spec.tile.index} of {spec.stage_dir.name} is not finite: compute.dtype "
             f"{spec.network.dtype} overflows with these weights and losses. Use float32 or smaller weights."
         )
-    open_array(spec.stage_dir, "gradient").write_window(spec.tile.inner, gradient_HWC)
-    return GradientResult(content_squares, max_abs)
+    sums = open_array(spec.stage_dir, "gradient").write_window(spec.tile.inner, gradient_HWC)
+    return GradientResult(content_squares, max_abs, sums)
 
 
 def _gradient(
@@ -202,7 +223,7 @@ def _seed(spec: GradientSpec, found: FeatureMap) -> tuple[Tensor, float | None]:
         matrix_CC = torch.from_numpy(spec.style_seeds_CC[name]).to(features_1CHW)
         parts.append(torch.einsum("cd,bdhw->bchw", matrix_CC, features_1CHW))
     if name in spec.content_factors:
-        content = open_array(spec.stage_dir, content_features_name(name)).read_window(found.region)
+        content = spec.open(content_features_name(name)).read_window(found.region)
         # subtract in the precision of the store: bfloat16 would lose what is left of nearly equal numbers
         difference = features_1CHW - _to_device(content, spec.network)
         parts.append((spec.content_factors[name] * difference).to(features_1CHW))
@@ -215,8 +236,11 @@ def _seed(spec: GradientSpec, found: FeatureMap) -> tuple[Tensor, float | None]:
 
 def update_task(spec: UpdateSpec) -> UpdateResult:
     """Read gradient, canvas, m, v of each chunk, step, and write canvas, m, v into the other slot."""
-    arrays = {name: open_array(spec.stage_dir, name) for name in ("gradient", *_slot_names(spec.slot))}
-    targets = [open_array(spec.stage_dir, name) for name in _slot_names(1 - spec.slot)]
+    arrays = {
+        name: open_array(spec.stage_dir, name, spec.checksums[name]) for name in ("gradient", *slot_names(spec.slot))
+    }
+    targets = [open_array(spec.stage_dir, name) for name in slot_names(1 - spec.slot)]
+    written: dict[str, ChunkSums] = {name: {} for name in slot_names(1 - spec.slot)}
     gradient = arrays["gradient"]
     buffers = {name: np.empty(gradient.chunk_shape, gradient.dtype) for name in arrays}
     scratch = np.empty(gradient.chunk_shape, gradient.dtype)
@@ -225,17 +249,18 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
     for cy, cx in spec.chunks:
         for name, array in arrays.items():
             array.read_chunk(cy, cx, buffers[name])
-        canvas, m, v = state = [buffers[name] for name in _slot_names(spec.slot)]
+        canvas, m, v = state = [buffers[name] for name in slot_names(spec.slot)]
         abs_u = adam.update(buffers["gradient"], canvas, m, v, scratch, spec.step)
         for target, data in zip(targets, state, strict=True):
-            target.write_chunk(cy, cx, data)
+            written[target.path.name][cy, cx] = target.write_chunk(cy, cx, data)
         inside = abs_u[gradient.valid_part(cy, cx)]
         sums.append(float(inside.sum(dtype=np.float64)))
         largest = max(largest, float(inside.max()))
-    return UpdateResult(tuple(sums), largest)
+    return UpdateResult(tuple(sums), largest, written)
 
 
-def _slot_names(slot: int) -> tuple[str, str, str]:
+def slot_names(slot: int) -> tuple[str, str, str]:
+    """The arrays that iteration j reads from slot j % 2, and writes to the other."""
     return f"canvas_{slot}", f"m_{slot}", f"v_{slot}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import store, transfer
+from pipeline import integrity, store, transfer
 from pipeline.allocator import return_freed_memory
 from pipeline.config import Config, OptimizerConfig, result_fields
 from pipeline.cost import WORKERS, model_of
@@ -60,8 +61,9 @@ def stage_path(work_dir: Path, stage: int) -> Path:
 
 
 def newest_canvas(work_dir: Path, position: Position, stage: int) -> store.StageArray:
-    """The canvas of `stage` after its last committed iteration."""
-    return store.open_array(stage_path(work_dir, stage), f"canvas_{position.slots[stage]}")
+    """The canvas of `stage` after its last committed iteration; it checks itself."""
+    name = f"canvas_{position.slots[stage]}"
+    return store.open_array(stage_path(work_dir, stage), name, position.checksums[stage][name])
 
 
 def _open_run(config: Config, planned: Plan, weights: WeightsSource) -> Journal:
@@ -79,26 +81,44 @@ def _open_run(config: Config, planned: Plan, weights: WeightsSource) -> Journal:
             "network.weights": weights.sha256,
         },
     }
-    if journal.read():
+    records = journal.read()
+    if position_of(records).slots:
         _refuse_changes(config, read_manifest(path), wanted)
         journal.repair_tail()
         return journal
     if stage_path(config.work_dir, 1).exists():
         raise DamagedStateError(
-            f"{journal.path}: holds nothing, but {store_path(config.work_dir)} holds finished stages, which would be "
+            f"{journal.path}: holds no stage, but {store_path(config.work_dir)} holds finished ones, which would be "
             "rendered again. Restore the journal from a copy, or delete the run directory to begin again."
         )
     # Nothing is prepared yet, so a config or an image that was corrected after an error is no change. The manifest
     # comes before the store: a folder that holds anything without one is taken for somebody else's.
     journal.repair_tail()
     stages = [{"size": stage.size, "style_sizes": stage.style_sizes} for stage in planned.stages]
-    header = {"format": FORMAT, "created": _now(), "config": config.model_dump(mode="json"), "stages": stages}
-    write_manifest(path, {**header, **wanted})
+    manifest = {
+        "format": FORMAT,
+        "created": _now(),
+        "config": config.model_dump(mode="json"),
+        "stages": stages,
+        **wanted,
+    }
+    if not records or not _same_manifest(path, manifest):
+        write_manifest(path, manifest)
+        journal.append({"type": "begun", "manifest": manifest})
     try:
         store.create_store(store_path(config.work_dir))
     except OSError as error:
         raise store.space_error(config.work_dir, error) from error
     return journal
+
+
+def _same_manifest(path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the file holds this manifest, but for the time."""
+    try:
+        found = read_manifest(path)
+    except DamagedStateError:
+        return False
+    return found == {**json.loads(json.dumps(manifest)), "created": found["created"]}
 
 
 def _refuse_changes(config: Config, manifest: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]) -> None:
@@ -185,8 +205,9 @@ class _Rendering:
         self.sink(StageStarted(index, stages, height, width, stage_plan.tiles, iteration, settings.max_iterations))
         if not (self.position.prepared and self.position.stage == index):
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
-            energies = stage.prepare(previous)
-            self._commit({"type": "stage_prepared", "stage": index, "content_energies": energies})
+            self._commit({"type": "stage_prepared", "stage": index, **vars(stage.prepare(previous))})
+        elif not self.position.stage_done:
+            stage.check(self.position.newest_slot, self.position.checksums[index])
         while (reason := _end_reason(self.position, settings)) is None:
             self.engine.raise_if_stopped()
             self._iterate(stage, stage_plan)
@@ -196,7 +217,9 @@ class _Rendering:
 
     def _iterate(self, stage: Any, stage_plan: StagePlan) -> None:
         iteration = self.position.iteration
-        result = stage.iterate(iteration, self.position.alpha, self.position.content_energies)
+        position = self.position
+        checksums = position.checksums[position.stage]
+        result = stage.iterate(iteration, position.alpha, position.content_energies, checksums)
         self._commit({"type": "iteration", "stage": stage_plan.index, "iteration": iteration, **vars(result)})
         self._speed.add(stage_plan.flop_per_iteration, sum(result.seconds.values()))
         self.sink(
@@ -232,6 +255,9 @@ class _Rendering:
             self._commit({"type": "exporting", "output": str(output)})
         last = self.plan.stages[-1].index
         canvas = newest_canvas(self.config.work_dir, self.position, last)
+        integrity.require_intact(
+            [canvas], self.engine, lambda done, total: self.sink(WorkDone(last, "check", done, total))
+        )
         transfer.export_canvas(
             canvas,
             output,
@@ -246,6 +272,8 @@ class _Rendering:
         store.delete_arrays(stage_path(self.config.work_dir, stage), keep)
 
     def _commit(self, record: Record) -> None:
+        if "checksums" in record and self.config.store.durability == "power":
+            store.sync(store_path(self.config.work_dir))
         self.journal.append({**record, "time": _now()})
         self.position = self.position.after(record)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import transfer
+from pipeline import integrity, transfer
 from pipeline.config import ExportConfig
+from pipeline.cost import WORKERS
+from pipeline.engine import Engine
 from pipeline.errors import ConfigError, Stopped
 from pipeline.image_export import check_output
-from pipeline.journal import Journal, Position, position_of, read_manifest, running_owner
+from pipeline.journal import Journal, Position, Record, position_of, read_manifest, running_owner
 from pipeline.progress import Sink, WorkDone, ignore
 from pipeline.run import newest_canvas
+from pipeline.store import ChunkError
 
 
 def status(work_dir: Path) -> dict[str, Any]:
@@ -42,11 +46,15 @@ def status(work_dir: Path) -> dict[str, Any]:
         ],
         "iteration": position.iteration,
         "max_iterations": manifest["config"]["optimizer"]["max_iterations"],
-        "last": iterations[-1] if iterations else None,
+        "last": _without_checksums(iterations[-1]) if iterations else None,
         "seconds": round(sum(sum(record["seconds"].values()) for record in iterations), 3),
         "output": manifest["config"]["output"],
         "exported": sorted(position.exported),
     }
+
+
+def _without_checksums(record: Record) -> Record:
+    return {key: value for key, value in record.items() if key != "checksums"}
 
 
 def _stage_state(stage: int, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -92,9 +100,16 @@ def export(
         if not finished_stage(position, chosen):
             _refuse_overtaken(work_dir, position, position_of(journal.read()))
 
-    transfer.export_canvas(
-        canvas, output, options, check, lambda done, total: sink(WorkDone(chosen, "export", done, total))
-    )
+    def told(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: sink(WorkDone(chosen, what, done, total))
+
+    try:
+        with Engine(WORKERS, stop) as engine:
+            integrity.require_intact([canvas], engine, told("check"))
+        transfer.export_canvas(canvas, output, options, check, told("export"))
+    except ChunkError:
+        check()  # a run that has gone on is no damage
+        raise
     return output
 
 

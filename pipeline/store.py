@@ -3,18 +3,21 @@
     store.zarr/stage_2/  content u1, canvas_0 canvas_1 f4, gradient f4, m_0 m_1 v_0 v_1 f4, features_<layer> f4,
                          gram_<layer> f8
 
-Zarr is the format. Uncompressed arrays are preallocated; windows are copied out of mapped chunk files, chunks are
-written in place. Compressed arrays go through the Zarr API behind the same functions. The only importer of zarr.
+Zarr is the format. Uncompressed arrays are preallocated; chunk files are read and written in place, by rows. Compressed
+arrays go through the Zarr API behind the same functions. Writing gives checksums, and an array that was opened with
+them checks what it reads.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
-import mmap
+import math
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,24 +27,45 @@ import zarr
 import zarr.codecs
 from numpy.typing import NDArray
 
+from pipeline.checksums import ChunkSums, checksum, grid_of, packed, unpacked
 from pipeline.errors import DamagedStateError, SpaceError
 from pipeline.tiling import Rect, chunks_of
 
 zarr.config.set({"async.concurrency": 1})  # measured best under our own threads
 
+METADATA = "zarr.json"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+class ChunkError(DamagedStateError):
+    """A file of the store is not what was written there. `kind`: missing, truncated or changed."""
+
+    def __init__(self, path: Path, kind: str, what: str):
+        super().__init__(
+            f"{path}: {what}. The run's state is damaged, and going on would give a wrong picture. `pipeline verify` "
+            "finds all damage, and with --repair recomputes what can be recomputed."
+        )
+        self.path, self.kind, self.what = path, kind, what
+
+    def __reduce__(self) -> tuple[type[ChunkError], tuple[Path, str, str]]:
+        return ChunkError, (self.path, self.kind, self.what)
 
 
 @dataclass(frozen=True)
 class StageArray:
-    """One (H, W, C) array of a stage. Cheap to make, safe to use from any thread."""
+    """One (H, W, C) array of a stage. Cheap to make, safe to use from any thread.
+
+    `raw`: a chunk's file is its memory. `checksums`: what its chunks have to be, (chunk rows, chunk columns); None
+    while they are being written, or are nobody's.
+    """
 
     path: Path
     shape: tuple[int, int, int]
     chunk_px: int
     dtype: np.dtype[Any]
-    mapped: bool
+    raw: bool
     chunk_keys: str
+    checksums: NDArray[np.uint32] | None = field(default=None, compare=False)
 
     @property
     def chunk_shape(self) -> tuple[int, int, int]:
@@ -49,65 +73,83 @@ class StageArray:
         return self.chunk_px, self.chunk_px, self.shape[2]
 
     def read_window(self, rect: Rect) -> NDArray[Any]:
-        """A copy of the rectangle, (rows, columns, channels). Raises DamagedStateError for a missing or short chunk."""
+        """A copy of the rectangle, (rows, columns, channels). Raises ChunkError, SpaceError.
+
+        Of every chunk that the rectangle reaches into, only the rows in question are read. Where those are all its
+        rows, the chunk is checked.
+        """
         out = np.empty((rect.height, rect.width, self.shape[2]), self.dtype)
+        scratch = np.empty(self.chunk_shape, self.dtype)
         for cy, cx, part in chunks_of(rect, self.chunk_px):
             chunk = Rect(cy * self.chunk_px, (cy + 1) * self.chunk_px, cx * self.chunk_px, (cx + 1) * self.chunk_px)
-            self._copy_part(cy, cx, part.within(chunk), out[part.within(rect)])
+            rows, columns = part.within(chunk)
+            out[part.within(rect)] = self._read_rows(cy, cx, rows, scratch)[:, columns]
         return out
 
-    def _copy_part(self, cy: int, cx: int, part: tuple[slice, slice], out: NDArray[Any]) -> None:
-        if not self.mapped:
-            out[...] = self._decoded_chunk(cy, cx)[part]
-            return
-        path = self.chunk_path(cy, cx)
-        with self._open_chunk(path, os.O_RDONLY) as file:
-            row_bytes = self.chunk_px * self.shape[2] * self.dtype.itemsize
-            first = part[0].start * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            try:
-                mapped.madvise(mmap.MADV_WILLNEED, first, part[0].stop * row_bytes - first)
-                chunk = np.frombuffer(mapped, self.dtype).reshape(self.chunk_shape)
-                out[...] = chunk[part]
-                del chunk  # the map cannot be closed while an array looks into it
-            finally:
-                mapped.close()
+    def _read_rows(self, cy: int, cx: int, rows: slice, scratch: NDArray[Any]) -> NDArray[Any]:
+        """Rows of a chunk, as a part of `scratch`; the whole chunk is read where that allows to check it."""
+        whole = self.checksums is not None and rows == self.valid_part(cy, cx)[0]
+        if whole or not self.raw:
+            self.read_chunk(cy, cx, scratch)
+            return scratch[rows]
+        part = scratch[: rows.stop - rows.start]
+        self._read(cy, cx, part, rows.start * self.chunk_px * self.shape[2] * self.dtype.itemsize)
+        return part
 
     def read_chunk(self, cy: int, cx: int, out: NDArray[Any]) -> None:
-        """Read one whole chunk, border padding included, into the contiguous array `out`."""
-        if not self.mapped:
-            out[...] = self._decoded_chunk(cy, cx)
-            return
-        view = out.data.cast("B")
-        with self._open_chunk(self.chunk_path(cy, cx), os.O_RDONLY) as file:
-            read = os.preadv(file.fileno(), [view], 0)
-        if read != len(view):
-            raise self._damaged(self.chunk_path(cy, cx), f"gave {read} of {len(view)} bytes")
+        """Read one whole chunk, border padding included, into the contiguous array `out`, and check it.
 
-    def write_chunk(self, cy: int, cx: int, data: NDArray[Any]) -> None:
+        Raises ChunkError for a missing, short or changed one, SpaceError if the disk refuses.
+        """
+        if self.raw:
+            self._read(cy, cx, out, 0)
+        else:
+            out[...] = self._decoded_chunk(cy, cx)
+        if self.checksums is not None and checksum(out) != self.checksums[cy, cx]:
+            raise ChunkError(self.chunk_path(cy, cx), "changed", "is not what was written there")
+
+    def _read(self, cy: int, cx: int, out: NDArray[Any], offset: int) -> None:
+        path, view = self.chunk_path(cy, cx), out.data.cast("B")
+        done = 0
+        try:
+            with self._opened_chunk(path, os.O_RDONLY) as descriptor:
+                while done < len(view):
+                    read = os.preadv(descriptor, [view[done:]], offset + done)
+                    if read == 0:
+                        raise ChunkError(path, "truncated", f"ends after {offset + done} bytes")
+                    done += read
+        except OSError as error:
+            raise space_error(path, error) from error
+
+    def write_chunk(self, cy: int, cx: int, data: NDArray[Any]) -> int:
         """Write one whole chunk; `data` smaller than a chunk (at the far border) is padded with zeros.
 
-        Raises SpaceError if the disk refuses, DamagedStateError if the preallocated chunk is gone.
+        Gives the checksum of what was written, padding included. Raises SpaceError if the disk refuses, ChunkError
+        if the preallocated chunk is gone.
         """
         assert data.dtype == self.dtype, (data.dtype, self.dtype)  # zarr would cast in silence
         if data.shape != self.chunk_shape:
             padded = np.zeros(self.chunk_shape, self.dtype)
             padded[: data.shape[0], : data.shape[1]] = data
             data = padded
+        data = np.ascontiguousarray(data)
         path = self.chunk_path(cy, cx)
         try:
-            if self.mapped:
-                with self._open_chunk(path, os.O_WRONLY) as file:
-                    _write_all(file.fileno(), np.ascontiguousarray(data).data.cast("B"))
+            if self.raw:
+                with self._opened_chunk(path, os.O_WRONLY) as descriptor:
+                    _write_all(descriptor, data.data.cast("B"))
             else:
                 _open_zarr(self.path).set_block_selection((cy, cx, 0), data)
         except OSError as error:
             raise space_error(path, error) from error
+        return checksum(data)
 
-    def write_window(self, rect: Rect, data: NDArray[Any]) -> None:
-        """Write a rectangle that consists of whole chunks (or ends at the array's border)."""
-        for cy, cx, part in chunks_of(rect, self.chunk_px):
-            self.write_chunk(cy, cx, data[part.within(rect)])
+    def write_window(self, rect: Rect, data: NDArray[Any]) -> ChunkSums:
+        """Write a rectangle that consists of whole chunks (or ends at the array's border); gives their checksums."""
+        return {
+            (cy, cx): self.write_chunk(cy, cx, data[part.within(rect)])
+            for cy, cx, part in chunks_of(rect, self.chunk_px)
+        }
 
     def valid_part(self, cy: int, cx: int) -> tuple[slice, slice]:
         """The slices of a chunk that lie inside the array: its border padding is nobody's pixels."""
@@ -124,34 +166,39 @@ class StageArray:
         """The file of one chunk."""
         return self.path / self.chunk_keys.format(cy=cy, cx=cx)
 
-    def _open_chunk(self, path: Path, flags: int) -> Any:
+    @contextmanager
+    def _opened_chunk(self, path: Path, flags: int) -> Iterator[int]:
         try:
-            file = os.fdopen(os.open(path, flags | os.O_CLOEXEC), "rb" if flags == os.O_RDONLY else "wb", 0)
+            descriptor = os.open(path, flags | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise self._damaged(path, "is missing") from error
-        expected = self.chunk_px**2 * self.shape[2] * self.dtype.itemsize
-        if (size := os.fstat(file.fileno()).st_size) != expected:
-            file.close()
-            raise self._damaged(path, f"has {size} bytes instead of {expected}")
-        return file
+            raise ChunkError(path, "missing", "is missing") from error
+        try:
+            expected = self.chunk_px**2 * self.shape[2] * self.dtype.itemsize
+            if (size := os.fstat(descriptor).st_size) != expected:
+                raise ChunkError(path, "truncated", f"has {size} bytes instead of {expected}")
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _decoded_chunk(self, cy: int, cx: int) -> NDArray[Any]:
         path = self.chunk_path(cy, cx)
         if not path.is_file():
-            raise self._damaged(path, "is missing")
+            raise ChunkError(path, "missing", "is missing")
         full = np.zeros(self.chunk_shape, self.dtype)
         try:
             block = np.asarray(_open_zarr(self.path).get_block_selection((cy, cx, 0)))
         except (RuntimeError, ValueError) as error:
-            raise self._damaged(path, f"cannot be decoded ({error})") from error
+            raise ChunkError(path, "changed", f"cannot be decoded ({error})") from error
         full[: block.shape[0], : block.shape[1]] = block
         return full
 
-    def _damaged(self, path: Path, what: str) -> DamagedStateError:
-        return DamagedStateError(
-            f"chunk {path} {what}: the run's state is damaged and would give a wrong picture. "
-            "Restore the run directory from a copy, or delete it to render again from the start."
-        )
+    def packed(self, sums: ChunkSums) -> str:
+        """The checksums of all chunks, as a journal keeps them."""
+        return packed(sums[index] for index in self.chunk_indices())
+
+    def packed_zeros(self) -> str:
+        """The checksums of an array that was just created."""
+        return packed([checksum(np.zeros(self.chunk_shape, self.dtype))] * len(self.chunk_indices()))
 
 
 def _write_all(descriptor: int, view: memoryview) -> None:
@@ -226,16 +273,18 @@ def _open_zarr(path: Path) -> Any:
     return zarr.open_array(path, mode="r+").with_config({"write_empty_chunks": True})
 
 
-def open_array(stage_dir: Path, name: str) -> StageArray:
-    """Open an array of a stage. Raises DamagedStateError if it is not there."""
+def open_array(stage_dir: Path, name: str, checksums: str | None = None) -> StageArray:
+    """Open an array of a stage. Raises ChunkError if it is not there or is not what `checksums` are of."""
     path = stage_dir / name
     try:
-        return _open_array(path, (path / "zarr.json").stat().st_mtime_ns)
+        array = _open_array(path, (path / METADATA).stat().st_mtime_ns)
+        if checksums is None:
+            return array
+        return replace(array, checksums=grid_of(checksums, [-(-side // array.chunk_px) for side in array.shape[:2]]))
+    except FileNotFoundError as error:
+        raise ChunkError(path / METADATA, "missing", "is missing") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DamagedStateError(
-            f"array {path}: cannot be opened ({error}). The run's state is damaged: restore the run directory from a "
-            "copy, or delete it to render again from the start."
-        ) from error
+        raise ChunkError(path / METADATA, "changed", f"cannot be read ({error})") from error
 
 
 @lru_cache(maxsize=256)
@@ -245,14 +294,38 @@ def _open_array(path: Path, _modified_ns: int) -> StageArray:
     metadata: Any = array.metadata
     key = metadata.encode_chunk_key((987654321, 123456789, 0))
     pattern = key.replace("987654321", "{cy}").replace("123456789", "{cx}")
-    mapped = len(metadata.codecs) == 1  # only the bytes codec: a chunk file is the chunk's memory
-    return StageArray(path, (height, width, channels), array.chunks[0], np.dtype(array.dtype), mapped, pattern)
+    raw = len(metadata.codecs) == 1  # only the bytes codec
+    return StageArray(path, (height, width, channels), array.chunks[0], np.dtype(array.dtype), raw, pattern)
 
 
-def write_gram(stage_dir: Path, layer: str, gram_CC: NDArray[np.float64]) -> None:
-    """Store the style target of one layer, (C, C) float64."""
+def metadata_checksums(stage_dir: Path) -> dict[str, str]:
+    """The checksum of every metadata file of a stage, under its path within the stage."""
+    paths = sorted(stage_dir.glob(METADATA)) + sorted(stage_dir.glob(f"*/{METADATA}"))
+    return {str(path.relative_to(stage_dir)): packed([checksum(path.read_bytes())]) for path in paths}
+
+
+def check_metadata(stage_dir: Path, name: str, checksums: str) -> None:
+    """Raise ChunkError if a metadata file is not what was written."""
+    path = stage_dir / name
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ChunkError(path, "missing", "is missing") from error
+    except OSError as error:
+        raise space_error(path, error) from error
+    if checksum(data) != unpacked(checksums)[0]:
+        raise ChunkError(path, "changed", "is not what was written there")
+
+
+def gram_name(layer: str) -> str:
+    """The array that keeps the style target of `layer`."""
+    return f"gram_{layer}"
+
+
+def write_gram(stage_dir: Path, layer: str, gram_CC: NDArray[np.float64]) -> str:
+    """Store the style target of one layer, (C, C) float64; gives its packed checksum."""
     array = zarr.create_array(
-        stage_dir / f"gram_{layer}",
+        stage_dir / gram_name(layer),
         shape=gram_CC.shape,
         chunks=gram_CC.shape,  # one file, which is there or not
         dtype="float64",
@@ -260,20 +333,22 @@ def write_gram(stage_dir: Path, layer: str, gram_CC: NDArray[np.float64]) -> Non
         config={"write_empty_chunks": True},
     )
     array[...] = gram_CC
+    return packed([checksum(np.ascontiguousarray(gram_CC))])
 
 
-def read_gram(stage_dir: Path, layer: str) -> NDArray[np.float64]:
-    """The style target of one layer. Raises DamagedStateError if it is not there."""
-    path = stage_dir / f"gram_{layer}"
+def read_gram(stage_dir: Path, layer: str, checksums: str) -> NDArray[np.float64]:
+    """The style target of one layer. Raises ChunkError if it is not there or not what was written."""
+    path = stage_dir / gram_name(layer) / "c" / "0" / "0"
     try:
-        array = zarr.open_array(path, mode="r")
-        if not (path / "c" / "0" / "0").is_file():
-            raise FileNotFoundError(f"{path / 'c/0/0'} is missing")
-        return np.asarray(array[...], np.float64)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DamagedStateError(
-            f"style target {path}: cannot be read ({error}). Delete the run directory to start again."
-        ) from error
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ChunkError(path, "missing", "is missing") from error
+    except OSError as error:
+        raise space_error(path, error) from error
+    if checksum(data) != unpacked(checksums)[0]:
+        raise ChunkError(path, "changed", "is not what was written there")
+    side = math.isqrt(len(data) // 8)
+    return np.frombuffer(data, "<f8").reshape(side, side)
 
 
 def create_stage(stage_dir: Path) -> None:
@@ -288,6 +363,21 @@ def commit_stage(partial_dir: Path, stage_dir: Path) -> None:
     partial_dir.replace(stage_dir)
 
 
+def sync(path: Path) -> None:
+    """Bring everything written to the file system of `path` onto its disk. Raises SpaceError if the disk refuses."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "syncfs"):  # Linux alone can sync one file system
+        os.sync()
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if libc.syncfs(descriptor) != 0:
+            number = ctypes.get_errno()
+            raise space_error(path, OSError(number, os.strerror(number)))
+    finally:
+        os.close(descriptor)
+
+
 def delete_array(stage_dir: Path, name: str) -> None:
     """Free the disk of one array."""
     shutil.rmtree(stage_dir / name)
@@ -298,71 +388,3 @@ def delete_arrays(stage_dir: Path, keep: set[str]) -> None:
     for path in stage_dir.iterdir():
         if path.is_dir() and path.name not in keep:
             shutil.rmtree(path)
-
-
-def write_ome_zarr(
-    path: Path, size: tuple[int, int], bits: int, read_rows: Callable[[int, int], NDArray[Any]], chunk_px: int = 512
-) -> None:
-    """Write an OME-Zarr 0.5 image pyramid, axes (c, y, x), each level the 2×2 means of the one before.
-
-    `size`: (H, W). `read_rows(y0, y1)` gives (rows, W, 3) of uint8 or uint16, as `bits` says. At most one band of
-    chunk rows is in memory.
-    """
-    height, width = size
-    group = zarr.create_group(path, overwrite=True)
-    level = _create_level(path / "0", (height, width), bits, chunk_px)
-    for y0 in range(0, height, chunk_px):
-        y1 = min(y0 + chunk_px, height)
-        level[:, y0:y1, :] = np.moveaxis(read_rows(y0, y1), 2, 0)
-    levels = 1
-    while max(height, width) > chunk_px:
-        height, width = max(1, height // 2), max(1, width // 2)
-        level = _halve(level, _create_level(path / str(levels), (height, width), bits, chunk_px))
-        levels += 1
-    group.attrs["ome"] = _ome_metadata(path.stem, levels)
-
-
-def _create_level(path: Path, size: tuple[int, int], bits: int, chunk_px: int) -> Any:
-    return zarr.create_array(
-        path,
-        shape=(3, *size),
-        chunks=(3, chunk_px, chunk_px),
-        dtype=f"uint{bits}",
-        dimension_names=("c", "y", "x"),
-        config={"write_empty_chunks": True},
-    )
-
-
-def _halve(fine: Any, coarse: Any) -> Any:
-    """Fill `coarse`, chunk by chunk, with the means of 2×2 squares of `fine` (a last odd row or column is dropped)."""
-    _, height, width = coarse.shape
-    for cy, cx, part in chunks_of(Rect(0, height, 0, width), coarse.chunks[1]):
-        block = np.asarray(fine[:, 2 * part.y0 : 2 * part.y1, 2 * part.x0 : 2 * part.x1], np.uint32)
-        missing = (2 * part.height - block.shape[1], 2 * part.width - block.shape[2])  # a fine side of 1 px has no pair
-        block = np.pad(block, ((0, 0), (0, missing[0]), (0, missing[1])), mode="edge")
-        summed = block[:, 0::2, 0::2] + block[:, 0::2, 1::2] + block[:, 1::2, 0::2] + block[:, 1::2, 1::2]
-        coarse.set_block_selection((0, cy, cx), ((summed + 2) // 4).astype(coarse.dtype))
-    return coarse
-
-
-def _ome_metadata(name: str, levels: int) -> dict[str, Any]:
-    return {
-        "version": "0.5",
-        "multiscales": [
-            {
-                "name": name,
-                "axes": [
-                    {"name": "c", "type": "channel"},
-                    {"name": "y", "type": "space"},
-                    {"name": "x", "type": "space"},
-                ],
-                "datasets": [
-                    {
-                        "path": str(level),
-                        "coordinateTransformations": [{"type": "scale", "scale": [1.0, 2.0**level, 2.0**level]}],
-                    }
-                    for level in range(levels)
-                ],
-            }
-        ],
-    }

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import image_export, images, store
+from pipeline import image_export, images, ome_zarr, store
+from pipeline.checksums import ChunkSums
 from pipeline.config import ExportConfig
 from pipeline.engine import Engine
 from pipeline.store import StageArray
@@ -21,12 +22,17 @@ from pipeline.tiling import Rect, chunks_of
 OnProgress = Callable[[int, int], None]
 
 
-def ingest(source: Path, array: StageArray, engine: Engine, on_progress: OnProgress) -> None:
-    """Stream an image file, resized to the array's size, into a u1 array. Raises InputError for a broken file."""
+def ingest(source: Path, array: StageArray, engine: Engine, on_progress: OnProgress) -> str:
+    """Stream an image file, resized to the array's size, into a u1 array; gives the packed checksums.
+
+    Raises InputError for a broken file.
+    """
     height, width, _ = array.shape
+    sums: ChunkSums = {}
     for y0, rows in engine.checked(images.stream_rgb(source, width, height, array.chunk_px)):
-        array.write_window(Rect(y0, y0 + len(rows), 0, width), rows)
+        sums |= array.write_window(Rect(y0, y0 + len(rows), 0, width), rows)
         on_progress(y0 + len(rows), height)
+    return array.packed(sums)
 
 
 @dataclass(frozen=True)
@@ -38,30 +44,37 @@ class CopySpec:
     rect: Rect
 
 
-def copy_task(spec: CopySpec) -> None:
+def copy_task(spec: CopySpec) -> ChunkSums:
     """Fill chunks with the source's own pixels, converted to the target's dtype."""
+    sums: ChunkSums = {}
     for _, _, part in chunks_of(spec.rect, spec.target.chunk_px):
-        spec.target.write_window(part, spec.source.read_window(part).astype(spec.target.dtype))
+        sums |= spec.target.write_window(part, spec.source.read_window(part).astype(spec.target.dtype))
+    return sums
 
 
-def enlarge_task(spec: CopySpec) -> None:
+def enlarge_task(spec: CopySpec) -> ChunkSums:
     """Fill chunks by centred bicubic enlargement, clipped to 0..255; the same as enlarging the whole image."""
     source_size, target_size = spec.source.shape[:2], spec.target.shape[:2]
+    sums: ChunkSums = {}
     for _, _, part in chunks_of(spec.rect, spec.target.chunk_px):
         window = Rect(*images.source_window(part, source_size, target_size))
         pixels = spec.source.read_window(window)
         resized = images.resize_window(pixels, window, source_size, target_size, part)
-        spec.target.write_window(part, np.clip(resized, 0, 255))
+        sums |= spec.target.write_window(part, np.clip(resized, 0, 255))
+    return sums
 
 
-def fill_canvas(source: StageArray, target: StageArray, engine: Engine, on_progress: OnProgress) -> None:
-    """Start a canvas from the content (same size) or from the last stage's canvas, chunk row by chunk row."""
+def fill_canvas(source: StageArray, target: StageArray, engine: Engine, on_progress: OnProgress) -> str:
+    """Start a canvas from the content (same size) or from the last stage's canvas; gives the packed checksums."""
     height, width, _ = target.shape
     task = copy_task if source.shape == target.shape else enlarge_task
     rows = range(0, height, target.chunk_px)
     specs = [CopySpec(source, target, Rect(y0, min(y0 + target.chunk_px, height), 0, width)) for y0 in rows]
     done = iter(range(1, len(specs) + 1))
-    engine.map(task, specs, lambda: on_progress(next(done), len(specs)))
+    sums: ChunkSums = {}
+    for written in engine.map(task, specs, lambda: on_progress(next(done), len(specs))):
+        sums |= written
+    return target.packed(sums)
 
 
 def canvas_rows(canvas: StageArray, bits: int) -> Callable[[int, int], NDArray[Any]]:
@@ -128,7 +141,7 @@ def _export_ome_zarr(
     try:
         aside.mkdir()
         group = aside / output.name
-        store.write_ome_zarr(group, size, bits, counted_rows)
+        ome_zarr.write_ome_zarr(group, size, bits, counted_rows)
         image_export.put_in_place(group, output)
     except OSError as error:
         raise store.space_error(output, error) from error

@@ -32,8 +32,8 @@ from pipeline.layers import halo_px
 from pipeline.passes import GradientSpec, GramSpec
 from pipeline.progress import ignore
 from pipeline.run import newest_canvas
-from pipeline.stage import Stage
-from pipeline.store import open_array, read_gram
+from pipeline.stage import IterationResult, Prepared, Stage
+from pipeline.store import gram_name, open_array, read_gram
 from pipeline.survey import plan
 from pipeline.tiling import Rect
 from pipeline.weights import NetworkSpec, find_weights
@@ -43,11 +43,11 @@ DEFAULT_STYLE = {f"conv{block}_1": 0.2 for block in range(1, 6)}
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Case:
     """A stage whose canvas is noise, and the same problem for the reference."""
 
     stage: Stage
-    energies: dict[str, float]
+    started: Prepared
     problem: reference.Problem
     canvas: np.ndarray
 
@@ -57,6 +57,10 @@ class Prepared:
 
     def read(self, name: str) -> np.ndarray:
         return read_whole(open_array(self.stage.stage_dir, name))
+
+    def iterate(self) -> IterationResult:
+        """The stage's first iteration."""
+        return self.stage.iterate(0, None, self.started.content_energies, self.started.checksums)
 
 
 def read_whole(array) -> np.ndarray:
@@ -98,10 +102,10 @@ def prepared(
     assert [stage.size for stage in planned.stages] == [size]
     with Engine(2) as engine:
         stage = make_stage(config, planned, engine)
-        energies = stage.prepare(None)
+        started = stage.prepare(None)
         canvas = read_whole(open_array(stage.stage_dir, "canvas_0"))
         assert canvas.dtype == np.float64
-        yield Prepared(stage, energies, make_problem(config, content, styles, load_file(weights)), canvas)
+        yield Case(stage, started, make_problem(config, content, styles, load_file(weights)), canvas)
 
 
 def make_stage(config: Config, planned, engine: Engine) -> Stage:
@@ -140,16 +144,18 @@ def relative(found, wanted) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
-def assert_exact(case: Prepared) -> None:
+def assert_exact(case: Case) -> None:
     """Energies, target Grams, canvas Grams, losses and gradient of one iteration, all against the reference."""
     problem, stage = case.problem, case.stage
     content, grams = problem.content_features(), problem.target_grams()
     for layer in problem.content_layers:
-        assert relative(case.energies[layer], content[layer].square().sum()) < EXACT
+        assert relative(case.started.content_energies[layer], content[layer].square().sum()) < EXACT
         assert relative(case.read(f"features_{layer}"), content[layer].permute(1, 2, 0)) < EXACT
     for layer in problem.style_layers:
-        assert relative(read_gram(stage.stage_dir, layer), grams[layer]) < EXACT
-    result = stage.iterate(0, None, case.energies)
+        assert (
+            relative(read_gram(stage.stage_dir, layer, case.started.checksums[gram_name(layer)]), grams[layer]) < EXACT
+        )
+    result = case.iterate()
     canvas = torch.from_numpy(case.canvas)
     content_loss, style_loss = problem.losses(canvas)
     for found, wanted in (
@@ -239,7 +245,7 @@ def test_layer_weights_and_layers_that_are_both_content_and_style(tmp_path, narr
 def test_content_alone_and_style_alone_are_exact(tmp_path, narrow_weights, off):
     """A weight of 0 leaves its pass out; what is left must not change."""
     with prepared(tmp_path, narrow_weights, (49, 81), 32, loss={off: 0.0}) as case:
-        result = case.stage.iterate(0, None, case.energies)
+        result = case.iterate()
         assert relative(case.read("gradient"), case.problem.gradient(case.canvas)) < EXACT
         assert getattr(result, off.replace("weight", "loss")) == 0
 
@@ -280,10 +286,10 @@ def test_a_gradient_halo_16_px_smaller_is_seen(tmp_path, narrow_weights, monkeyp
     network = {"content_layers": {layer: 1.0}}
     with prepared(tmp_path, narrow_weights, size, tile_px, network=network, loss={"style_weight": 0.0}) as case:
         wanted = case.problem.gradient(case.canvas)
-        case.stage.iterate(0, None, case.energies)
+        case.iterate()
         assert relative(case.read("gradient"), wanted) < EXACT
         monkeypatch.setattr(passes, "halo_px", lambda names: halo_px(names) - 16)
-        case.stage.iterate(0, None, case.energies)
+        case.iterate()
         assert relative(case.read("gradient"), wanted) > 1e-6
 
 
@@ -295,7 +301,8 @@ def test_a_gram_halo_16_px_smaller_is_seen(tmp_path, narrow_weights, monkeypatch
             found = case.problem.features(torch.from_numpy(case.canvas))[layer].flatten(1)
         wanted = (found @ found.T).numpy()
         specs = [
-            GramSpec(case.stage.stage_dir, "canvas_0", tile, case.stage.network, (layer,)) for tile in case.stage.tiles
+            GramSpec(case.stage.stage_dir, "canvas_0", tile, case.stage.network, {}, (layer,))
+            for tile in case.stage.tiles
         ]
         assert relative(sum(passes.gram_task(spec)[layer] for spec in specs), wanted) < EXACT
         monkeypatch.setattr(passes, "halo_px", lambda names: halo_px(names) - 16)
@@ -305,11 +312,11 @@ def test_a_gram_halo_16_px_smaller_is_seen(tmp_path, narrow_weights, monkeypatch
 def test_tasks_give_the_same_bits_when_run_twice(tmp_path, narrow_weights):
     """A task that is repeated after a kill must not change the picture."""
     with prepared(tmp_path, narrow_weights, (65, 113), 48) as case:
-        gram = GramSpec(case.stage.stage_dir, "canvas_0", case.stage.tiles[1], case.stage.network, ("conv3_1",))
+        gram = GramSpec(case.stage.stage_dir, "canvas_0", case.stage.tiles[1], case.stage.network, {}, ("conv3_1",))
         assert np.array_equal(passes.gram_task(gram)["conv3_1"], passes.gram_task(gram)["conv3_1"])
-        first = case.stage.iterate(0, None, case.energies)
+        first = case.iterate()
         before = {name: case.read(name) for name in ("gradient", "canvas_1", "m_1", "v_1")}
-        second = case.stage.iterate(0, None, case.energies)
+        second = case.iterate()
         assert first.objective == second.objective and first.mean_abs_u == second.mean_abs_u
         for name, values in before.items():
             assert np.array_equal(case.read(name), values), name
@@ -319,7 +326,7 @@ def test_a_gradient_that_is_not_finite_is_refused(tmp_path, narrow_weights):
     """A single NaN would spread over the picture in a few iterations, and a day of work with it."""
     with prepared(tmp_path, narrow_weights, (32, 48), 16) as case:
         spec = GradientSpec(
-            case.stage.stage_dir, "canvas_0", case.stage.tiles[0], case.stage.network, {}, {"conv4_2": np.inf}
+            case.stage.stage_dir, "canvas_0", case.stage.tiles[0], case.stage.network, {}, {}, {"conv4_2": np.inf}
         )
         before = case.read("gradient")
         with pytest.raises(pipeline.errors.ConfigError, match="not finite"):
@@ -528,8 +535,8 @@ def test_random_sizes_tiles_and_layers_are_exact(narrow_weights, case):
         target = float(made.problem.objective(torch.from_numpy(made.canvas)))
         if not math.isfinite(target):  # a layer whose features are all zero: nothing to divide by
             with pytest.raises(pipeline.errors.ConfigError, match="energy"):
-                made.stage.iterate(0, None, made.energies)
+                made.iterate()
         elif target > 0:
-            result = made.stage.iterate(0, None, made.energies)
+            result = made.iterate()
             assert result.objective == pytest.approx(target, rel=EXACT)
             assert relative(made.read("gradient"), made.problem.gradient(made.canvas)) < EXACT

@@ -20,6 +20,7 @@ HEIGHT = {
     "errors": 0,
     "layers": 0,
     "allocator": 1,
+    "checksums": 1,
     "progress": 1,
     "tiling": 1,
     "_yaml": 1,
@@ -33,11 +34,13 @@ HEIGHT = {
     "losses": 4,
     "adam": 4,
     "store": 5,
+    "ome_zarr": 5,
     "images": 5,
     "image_export": 5,
     "network": 5,
     "engine": 5,
     "survey": 6,
+    "integrity": 6,
     "transfer": 6,
     "passes": 6,
     "stage": 7,
@@ -53,7 +56,8 @@ HEIGHT = {
 LAZY_UPWARD = {("weights", "network")}
 # Third-party modules that only these files may import, wherever in the file.
 ONLY = {
-    "zarr": {"store"},
+    "zarr": {"store", "ome_zarr"},
+    "crc32c": {"checksums"},
     "dask": {"engine"},
     "distributed": {"engine"},
     "pyvips": {"images", "image_export", "report"},  # report: doctor's line with libvips' version

@@ -18,7 +18,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import store
+from pipeline import ome_zarr, store
 from pipeline.errors import DamagedStateError, SpaceError
 from pipeline.tiling import Rect
 
@@ -207,7 +207,7 @@ def test_a_missing_chunk_is_damage_and_is_named(stage, codec):
     path = array.chunk_path(1, 2)
     path.unlink()
     for read in reads(array, 1, 2):
-        with pytest.raises(DamagedStateError, match=f"{path} is missing.*Restore"):
+        with pytest.raises(DamagedStateError, match=f"{path}: is missing.*verify.*--repair"):
             read()
     assert array.read_window(Rect(0, 16, 0, 16)).any()  # the others are still there
     assert not path.exists()
@@ -224,7 +224,7 @@ def test_a_missing_chunk_is_not_written_either(stage):
 @codecs
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
 def test_a_truncated_chunk_is_damage_and_is_named(stage, codec, share):
-    """A mapped file that is too short kills the process (SIGBUS); a decoder may give half a chunk."""
+    """A short read would leave old bytes in the window; a decoder may give half a chunk."""
     array = create(stage, codec)
     array.write_window(whole(array), noise(array.shape))
     path = array.chunk_path(2, 1)
@@ -245,6 +245,41 @@ def test_a_chunk_that_grew_is_damage(stage):
             read()
 
 
+@codecs
+def test_whatever_is_written_is_checked_when_it_is_read(stage, codec):
+    """A flipped bit on the disk is found before it gets into the picture, wherever in the chunk it is."""
+    array = create(stage, codec)
+    sums = array.packed(array.write_window(whole(array), noise(array.shape)))
+    checked = store.open_array(stage, "a", sums)
+    for read in reads(checked, 1, 1):
+        read()
+    other = create(stage, codec, name="b")
+    other.write_window(whole(other), noise(other.shape, seed=1))
+    array.chunk_path(1, 1).write_bytes(other.chunk_path(1, 1).read_bytes())  # whole, and of the right size
+    _, window, chunk = reads(checked, 1, 1)
+    for read in (window, chunk):
+        with pytest.raises(store.ChunkError, match="is not what was written there") as found:
+            read()
+        assert found.value.path == array.chunk_path(1, 1) and found.value.kind == "changed"
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_single_flipped_bit_is_seen(tmp_path_factory, data):
+    """Every bit counts, in the border padding too: it was written, so it can rot."""
+    stage = tmp_path_factory.mktemp("flip") / "stage_0"
+    store.create_stage(stage)
+    array = create(stage)
+    sums = array.packed(array.write_window(whole(array), noise(array.shape)))
+    cy, cx = data.draw(st.sampled_from(array.chunk_indices()))
+    content = bytearray(array.chunk_path(cy, cx).read_bytes())
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[bit // 8] ^= 1 << bit % 8
+    array.chunk_path(cy, cx).write_bytes(content)
+    with pytest.raises(store.ChunkError):
+        store.open_array(stage, "a", sums).read_window(whole(array))
+
+
 @pytest.mark.parametrize("codec", ["zstd", "lz4"])
 def test_garbage_in_a_compressed_chunk_is_damage(stage, codec):
     """A decoder's own error must come out as ours, with the file's name."""
@@ -262,7 +297,7 @@ def test_a_missing_or_broken_description_is_damage(stage, text):
     create(stage)
     path = stage / "a" / "zarr.json"
     path.unlink() if text is None else path.write_text(text)
-    with pytest.raises(DamagedStateError, match=f"{stage / 'a'}.*Restore|{stage / 'a'}.*restore"):
+    with pytest.raises(DamagedStateError, match=f"{path}.*--repair"):
         store.open_array(stage, "a")
 
 
@@ -272,37 +307,37 @@ def test_a_missing_or_broken_description_is_damage(stage, text):
 def test_style_targets_are_kept_to_the_last_bit(stage):
     """The loss after a resume must be the loss before it."""
     gram = noise((5, 5), "float64") / 3
-    store.write_gram(stage, "conv1_1", gram)
-    assert np.array_equal(store.read_gram(stage, "conv1_1"), gram)
-    zero = np.zeros((5, 5))
-    store.write_gram(stage, "conv2_1", zero)
-    assert np.array_equal(store.read_gram(stage, "conv2_1"), zero)
+    for layer, target in (("conv1_1", gram), ("conv2_1", np.zeros((5, 5)))):
+        sums = store.write_gram(stage, layer, target)
+        assert np.array_equal(store.read_gram(stage, layer, sums), target)
+        assert np.array_equal(zarr.open_array(stage / f"gram_{layer}", mode="r")[...], target)
 
 
 def test_a_large_style_target_is_one_file(stage):
     """VGG-19's are 512 × 512; cut into chunks, a missing one would read as zeros."""
     gram = noise((512, 512), "float64")
-    store.write_gram(stage, "conv5_1", gram)
-    assert np.array_equal(store.read_gram(stage, "conv5_1"), gram)
+    sums = store.write_gram(stage, "conv5_1", gram)
+    assert np.array_equal(store.read_gram(stage, "conv5_1", sums), gram)
     (path,) = (path for path in (stage / "gram_conv5_1" / "c").rglob("*") if path.is_file())
     assert path.stat().st_size == 512 * 512 * 8
 
 
-@pytest.mark.parametrize("damage", ["missing", "no chunk", "short", "{}", "[]", "{"])
+@pytest.mark.parametrize("damage", ["missing", "no chunk", "short", "flipped"])
 def test_a_damaged_style_target_is_named(stage, damage):
     """Zeros as a target would take the style out of the picture without a word."""
-    store.write_gram(stage, "conv1_1", noise((5, 5), "float64"))
+    sums = store.write_gram(stage, "conv1_1", noise((5, 5), "float64"))
     path = stage / "gram_conv1_1"
+    chunk = path / "c" / "0" / "0"
     if damage == "missing":
         store.delete_array(stage, "gram_conv1_1")
     elif damage == "no chunk":
-        (path / "c" / "0" / "0").unlink()
+        chunk.unlink()
     elif damage == "short":
-        os.truncate(path / "c" / "0" / "0", 40)
+        os.truncate(chunk, 40)
     else:
-        (path / "zarr.json").write_text(damage)
+        chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
     with pytest.raises(DamagedStateError, match=str(path)):
-        store.read_gram(stage, "conv1_1")
+        store.read_gram(stage, "conv1_1", sums)
 
 
 def test_a_prepared_stage_takes_its_name_at_once(stage):
@@ -395,7 +430,7 @@ def pyramid(path: Path, pixels: np.ndarray, chunk_px: int) -> list[np.ndarray]:
         return pixels[y0:y1]
 
     height, width, _ = pixels.shape
-    store.write_ome_zarr(path, (height, width), pixels.dtype.itemsize * 8, read_rows, chunk_px)
+    ome_zarr.write_ome_zarr(path, (height, width), pixels.dtype.itemsize * 8, read_rows, chunk_px)
     assert asked == [(y, min(y + chunk_px, height)) for y in range(0, height, chunk_px)]  # one band at a time, once
     group = zarr.open_group(path, mode="r")
     datasets = group.attrs["ome"]["multiscales"][0]["datasets"]

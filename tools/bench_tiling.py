@@ -67,14 +67,14 @@ class Bench:
             store.create_array(self.folder, f"features_{layer}", shape, chunk // stride, "float32", "none")
 
     def gram_pass(self, engine: Engine, tiles: tuple[Tile, ...]) -> dict[str, losses.Gram]:
-        specs = [passes.GramSpec(self.folder, "canvas_0", tile, self.network, STYLE) for tile in tiles]
+        specs = [passes.GramSpec(self.folder, "canvas_0", tile, self.network, {}, STYLE) for tile in tiles]
         return engine.fold(passes.gram_task, specs, passes.add_grams, dict[str, losses.Gram]())
 
     def gradient_pass(self, engine: Engine, tiles: tuple[Tile, ...], seeds: dict[str, losses.Gram]) -> None:
         factors = dict.fromkeys(CONTENT, 1.0)
         engine.map(
             passes.gradient_task,
-            [passes.GradientSpec(self.folder, "canvas_0", tile, self.network, seeds, factors) for tile in tiles],
+            [passes.GradientSpec(self.folder, "canvas_0", tile, self.network, {}, seeds, factors) for tile in tiles],
         )
 
     def autograd(self) -> None:
