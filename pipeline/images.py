@@ -10,12 +10,7 @@ from __future__ import annotations
 
 import errno
 import functools
-import os
-import queue
-import stat
-import threading
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +19,8 @@ import numpy as np
 import pyvips
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, storage_error
+from pipeline.streams import BandPump, FileSource, reason
 
 MAX_PIXELS = 200_000_000_000
 MAX_SIDE_PX = 1_000_000
@@ -39,6 +35,9 @@ _LAB = {"lab": 32, "labs": 16}
 
 # Formats that are decoded whole: bytes per px of 8 bits, the decoder's own planes included (measured 4.1, 8.1, 16.5).
 _WHOLE_BYTES_PER_PX = {"gifload": 5, "webpload": 9, "heifload": 18}
+
+# Why a file cannot be opened where the user named the wrong one.
+_NOT_THE_DISK = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 # The window of `resize_window` reaches this far beyond the outermost sample: 2 px feed the bicubic, 2 px are slack.
 _MARGIN_PX = 4
@@ -76,27 +75,33 @@ def read_header(path: Path) -> ImageHeader:
     return _header_of(path, _open(path, "sequential"))
 
 
-def stream_rgb(path: Path, width_px: int, height_px: int, band_px: int) -> Iterator[tuple[int, Rows]]:
+def stream_rgb(
+    path: Path, width_px: int, height_px: int, band_px: int, check: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, Rows]]:
     """Decode, convert to sRGB and resize a picture; yield its rows in bands of a fixed height.
 
     Yields ``(y0, rows)`` from the top, rows of shape (band_px, width_px, 3), the last band what is left. At most
     three bands are in memory at once. Downward the kernel is Lanczos-3, upward centred bicubic, axis by axis.
+    `check` is called several times a second while a band is waited for, and may raise to give up.
 
-    Raises InputError at the call where the header is bad, and while iterating where the pixels are.
+    Raises InputError at the call where the header is bad, and while iterating where the pixels are; StorageError where
+    the disk fails.
     """
     if min(width_px, height_px, band_px) < 1:
         raise ValueError(f"size and band must be at least 1 px, not {width_px}×{height_px} in bands of {band_px}")
-    image = _open(path, "sequential")
+    file = _open_file(path)
+    image = _decode(path, file, "sequential")
     _header_of(path, image)
     try:
         if _needs_random_access(image):
-            image = _open(path, "random")
+            file = _open_file(path)
+            image = _decode(path, file, "random")
         image = _to_srgb(image.autorot())
         image = _to_8_bit(_resize(image, width_px, height_px), deep=image.format == "ushort")
     except pyvips.Error as error:
-        raise InputError(f"{path}: cannot be converted to sRGB: {_reason(error)}. Convert it to RGB first.") from error
+        raise InputError(f"{path}: cannot be converted to sRGB: {reason(error)}. Convert it to RGB first.") from error
     assert (image.width, image.height, image.bands, image.format) == (width_px, height_px, 3, "uchar")
-    return _BandPump(path, image, band_px).bands()
+    return BandPump(file, image, band_px).bands(check)
 
 
 def source_window(target: Box, source_size: tuple[int, int], target_size: tuple[int, int]) -> Box:
@@ -127,20 +132,30 @@ def resize_window(
 
 def _open(path: Path, access: str) -> Any:
     """The file as a lazy libvips image; every pixel error in it is fatal."""
+    return _decode(path, _open_file(path), access)
+
+
+def _open_file(path: Path) -> FileSource:
     try:
-        file = _File(path)
+        return FileSource(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file.") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
+        if error.errno in _NOT_THE_DISK:
+            raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise storage_error(path, error) from error
+
+
+def _decode(path: Path, file: FileSource, access: str) -> Any:
     source = pyvips.SourceCustom()
     source.on_read(file.read)
     source.on_seek(file.seek)
     try:
         return pyvips.Image.new_from_source(source, "", access=access, fail_on="error")
     except pyvips.Error as error:
+        file.raise_failure()
         formats = ", ".join(_FORMATS)
-        raise InputError(f"{path}: is not an intact image of a known format ({formats}): {_reason(error)}.") from error
+        raise InputError(f"{path}: is not an intact image of a known format ({formats}): {reason(error)}.") from error
 
 
 def _header_of(path: Path, image: Any) -> ImageHeader:
@@ -251,112 +266,6 @@ def _to_8_bit(image: Any, deep: bool) -> Any:
     return image if image.format == "uchar" else image.linear(1 / 257 if deep else 1, 0.5, uchar=True)
 
 
-class _File:
-    """A file as libvips' custom source reads it.
-
-    Not libvips' own: that one maps the file, so that all of it counts as our memory, and a file cut while it is
-    read kills the process (SIGBUS); nor by name: a name may carry loader options in brackets.
-    """
-
-    def __init__(self, path: Path) -> None:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # opening a pipe would wait for somebody to write into it
-            what = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
-            raise OSError(errno.EINVAL, f"it is {what}, not an image file")
-        descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, descriptor)
-        self._descriptor = descriptor
-        self._size = os.fstat(descriptor).st_size
-        self._position = 0
-
-    def read(self, count: int) -> bytes | None:
-        """The next bytes; None, the end, where the disk fails: the decoder then calls the file cut off."""
-        try:
-            data = os.pread(self._descriptor, count, self._position)
-        except OSError:
-            return None
-        self._position += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int) -> int:
-        """Move as io.seek does, and say where to."""
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        return self._position
-
-
-class _BandPump:
-    """Runs a libvips pipeline in a thread and hands its pixels over, band by band."""
-
-    def __init__(self, path: Path, image: Any, band_px: int) -> None:
-        self._path = path
-        self._image = image
-        self._band_px = band_px
-        self._written = 0  # bytes of the picture that libvips has delivered
-        self._band: Rows | None = None
-        # One band waits here, one is being filled, one is with the caller.
-        self._queue: queue.Queue[tuple[int, Rows] | Exception | None] = queue.Queue(maxsize=1)
-        self._stop = threading.Event()
-
-    def bands(self) -> Iterator[tuple[int, Rows]]:
-        """Yield ``(y0, rows)``; leaving the iteration early ends the thread."""
-        thread = threading.Thread(target=self._run, name=f"decode {self._path.name}", daemon=True)
-        thread.start()
-        try:
-            while (item := self._queue.get()) is not None:
-                if isinstance(item, pyvips.Error):
-                    raise InputError(
-                        f"{self._path}: is damaged or cut off: {_reason(item)}. Give an intact copy."
-                    ) from item
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-                del item  # else this frame keeps the band through the next wait
-        finally:
-            self._stop.set()
-            thread.join()
-
-    def _run(self) -> None:
-        target = pyvips.TargetCustom()
-        target.on_write(self._write)
-        try:
-            self._image.rawsave_target(target)
-        except Exception as error:  # handed to the caller's thread
-            self._put(error)
-        else:
-            self._put(None)
-
-    def _write(self, data: Any) -> int:
-        """Take bytes from libvips; -1 tells it to stop."""
-        pixels = np.frombuffer(data, np.uint8)
-        width_px, height_px = self._image.width, self._image.height
-        row_bytes = 3 * width_px
-        taken = 0
-        while taken < pixels.size:
-            y0 = self._written // (self._band_px * row_bytes) * self._band_px
-            if self._band is None:
-                self._band = np.empty((min(self._band_px, height_px - y0), width_px, 3), np.uint8)
-            start = self._written - y0 * row_bytes
-            count = min(self._band.size - start, pixels.size - taken)
-            self._band.reshape(-1)[start : start + count] = pixels[taken : taken + count]
-            taken += count
-            self._written += count
-            if start + count == self._band.size:
-                band, self._band = self._band, None
-                if not self._put((y0, band)):
-                    return -1
-        return taken
-
-    def _put(self, item: tuple[int, Rows] | Exception | None) -> bool:
-        """Wait for room in the queue; False when nobody will take the item any more."""
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-
 def _source_range(t0: int, t1: int, source: int, target: int) -> tuple[int, int]:
     """Source pixels under the target pixels [t0, t1), with the margin, clipped to the image."""
     first, last = (((2 * t + 1) * source - target) // (2 * target) for t in (t0, t1 - 1))
@@ -382,9 +291,3 @@ def _weighted(values: NDArray[FloatT], axis: int, taps: NDArray[np.int64], weigh
     for tap, weight in zip(taps[1:], weights[1:], strict=True):
         total += np.take(values, tap, axis) * weight
     return total
-
-
-def _reason(error: Exception) -> str:
-    """The first line that libvips wrote about an error, without its full stop."""
-    detail = str(getattr(error, "detail", error)).strip()
-    return (detail.splitlines() or [str(error)])[0].strip().rstrip(".")

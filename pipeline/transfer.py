@@ -29,7 +29,8 @@ def ingest(source: Path, array: StageArray, engine: Engine, on_progress: OnProgr
     """
     height, width, _ = array.shape
     sums: ChunkSums = {}
-    for y0, rows in engine.checked(images.stream_rgb(source, width, height, array.chunk_px)):
+    for y0, rows in images.stream_rgb(source, width, height, array.chunk_px, engine.raise_if_stopped):
+        engine.raise_if_stopped()
         sums |= array.write_window(Rect(y0, y0 + len(rows), 0, width), rows)
         on_progress(y0 + len(rows), height)
     return array.packed(sums)
@@ -122,6 +123,7 @@ def export_canvas(
         compression=options.compression,
         quality=options.quality,
         on_progress=lambda share: on_progress(math.floor(share * 100), 100),
+        check=check,
     )
 
 

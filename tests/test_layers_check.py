@@ -37,6 +37,7 @@ HEIGHT = {
     "ome_zarr": 5,
     "images": 5,
     "image_export": 5,
+    "streams": 4,
     "network": 5,
     "engine": 5,
     "survey": 6,
@@ -60,7 +61,7 @@ ONLY = {
     "crc32c": {"checksums"},
     "dask": {"engine"},
     "distributed": {"engine"},
-    "pyvips": {"images", "image_export", "report"},  # report: doctor's line with libvips' version
+    "pyvips": {"images", "image_export", "streams", "report"},  # report: doctor's line with libvips' version
     "safetensors": {"network"},
     "torch": {"network", "losses", "passes", "device", "weights"},
     "click": {"cli"},
