@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+from annotated_types import MaxLen
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -60,19 +61,20 @@ def wanted(annotation: Any, metadata: Sequence[object] = ()) -> str:
         if isinstance(mark, Wanted):
             return mark.text
     if get_origin(annotation):
-        return _wanted_generic(get_origin(annotation), get_args(annotation))
+        return _wanted_generic(get_origin(annotation), get_args(annotation), metadata)
     if issubclass(annotation, BaseModel):
         return f"a section with {', '.join(annotation.model_fields)}"
     return " ".join([_PLAIN[annotation], ", ".join(_limits(metadata))]).strip()
 
 
-def _wanted_generic(origin: Any, inner: Sequence[Any]) -> str:
+def _wanted_generic(origin: Any, inner: Sequence[Any], metadata: Sequence[object]) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(wanted(member) for member in inner)
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}" if len(inner) > 1 else str(inner[0])
     if origin is tuple:
-        return "a list with at least one entry"
+        most = next((mark.max_length for mark in metadata if isinstance(mark, MaxLen)), None)
+        return "a list with at least one entry" + (f" and at most {most}" if most else "")
     assert origin is dict, origin
     return f"a mapping of each name to {wanted(inner[1])}"
 
@@ -82,7 +84,11 @@ def _limits(metadata: Sequence[object]) -> Iterator[str]:
         if isinstance(mark, FieldInfo):
             yield from _limits(mark.metadata)
         else:
-            yield from (words.format(getattr(mark, name)) for name, words in _LIMITS.items() if hasattr(mark, name))
+            limits = {name: getattr(mark, name) for name in _LIMITS if hasattr(mark, name)}
+            yield from (
+                _LIMITS[name].format(limit if isinstance(limit, int) else f"{limit:g}")
+                for name, limit in limits.items()
+            )
 
 
 def found(value: object) -> str:

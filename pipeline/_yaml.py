@@ -60,9 +60,9 @@ class CommandLineText(str):
     __slots__ = ()
 
 
-def shown(text: str) -> str:
-    """`text` shortened and on one line, so that one problem stays one line whatever the user wrote."""
-    short = text if len(text) <= 80 else f"{text[:77]}..."
+def shown(text: str, max_chars: int = 80) -> str:
+    """`text` shortened and on one line, so that one problem stays one line whatever the user, or a file, says."""
+    short = text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
     return short if short.isprintable() else repr(short)[1:-1]
 
 

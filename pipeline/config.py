@@ -7,99 +7,41 @@ messages, the `pipeline init` template and the resume check are all made from th
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    Strict,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline._explain import Conflict, ConflictsError, Wanted, allowed, placeholders, validate, wanted
-from pipeline._yaml import CommandLineText, Key, dotted, read, shown
+from pipeline._explain import Conflict, ConflictsError, placeholders, validate, wanted
+from pipeline._fields import (
+    MAX_CHUNK_PX,
+    MAX_ITERATIONS,
+    MAX_SIDE_PX,
+    MAX_STYLES,
+    OUTPUT_SUFFIXES,
+    Bool,
+    Bytes,
+    Device,
+    File,
+    Float,
+    Int,
+    Layers,
+    Output,
+    Pixels,
+    Share,
+    SidePx,
+)
+from pipeline._yaml import Key, dotted, read
 from pipeline.errors import ConfigError
-from pipeline.layers import ALIGN_PX, CONV_NAMES
+from pipeline.layers import ALIGN_PX
 
 NetworkName = Literal["vgg19", "vgg19-lite", "random"]
-OUTPUT_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".dz", ".zarr")
 _EIGHT_BIT_SUFFIXES = (".jpg", ".jpeg", ".dz")
-_BYTE_UNITS = {"B": 1} | {
-    f"{prefix}{unit}": base ** (power + 1)
-    for unit, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT")
-}
 # Both are left out of `result_fields`; the second kind decides the picture through the file's content, not its name.
 HARMLESS: dict[str, Any] = {"resume": "harmless"}
 COMPARED_BY_CONTENT: dict[str, Any] = {"resume": "compared by content hash"}
-
-
-def _absolute(value: object, info: ValidationInfo) -> object:
-    if not isinstance(value, str | Path):
-        return value
-    text = str(value)
-    if not text or "\0" in text:
-        raise ValueError("an empty path" if not text else "a path cannot contain a NUL character")
-    base = Path.cwd() if isinstance(value, CommandLineText) or not info.context else info.context["base"]
-    try:
-        path = base / Path(text).expanduser()
-        # without `..`, and with the name as given: a link's own name says the format, its target's may not
-        return path.parent.resolve() / path.name if path.is_absolute() else path
-    except RuntimeError as error:
-        raise ValueError(f"the home folder of {shown(text)!r} is not known; write the path out") from error
-
-
-def _known_layer(name: str) -> str:
-    if name not in CONV_NAMES:
-        raise ValueError(f"unknown layer; {allowed(name, CONV_NAMES)}")
-    return name
-
-
-def _output_suffix(path: Path) -> Path:
-    if path.suffix.lower() not in OUTPUT_SUFFIXES:
-        ending = f"the ending {shown(path.suffix)!r}" if path.suffix else "no ending"
-        raise ValueError(f"has {ending}, which says the format; {allowed(path.suffix, OUTPUT_SUFFIXES)}")
-    return path
-
-
-def _bytes_from(value: object) -> object:
-    """`value` in bytes where it is text such as 4GiB; anything else is left for the type check to refuse."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)", value) if isinstance(value, str) else None
-    factors = {unit.lower(): factor for unit, factor in _BYTE_UNITS.items()}
-    if match is None or match[2].lower() not in factors:
-        return value
-    return int(float(match[1]) * factors[match[2].lower()])
-
-
-def _bytes_text(size_bytes: int) -> str | int:
-    """The shortest exact spelling of a size, for the template."""
-    unit, factor = max(_BYTE_UNITS.items(), key=lambda item: (size_bytes % item[1] == 0, item[1]))
-    return f"{size_bytes // factor}{unit}"
-
-
-Int = Annotated[int, Strict()]
-Float = Annotated[float, Strict()]
-Bool = Annotated[bool, Strict()]
-File = Annotated[Path, BeforeValidator(_absolute), Wanted("a path")]
-Output = Annotated[File, AfterValidator(_output_suffix)]
-Weight = Annotated[Float, Field(gt=0)]
-Layers = dict[Annotated[str, AfterValidator(_known_layer)], Weight]
-Bytes = Annotated[
-    Int,
-    BeforeValidator(_bytes_from),
-    PlainSerializer(_bytes_text),
-    Wanted("a size such as 4GiB or 2000MB or a number of bytes"),
-]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"), Wanted("one of auto, cpu, cuda, cuda:N")]
 
 
 class _Section(BaseModel):
@@ -110,7 +52,7 @@ class StyleConfig(_Section):
     """A style image and its share; shares are relative to their sum."""
 
     image: File = Field(description="style image", json_schema_extra=COMPARED_BY_CONTENT)
-    weight: Float = Field(1.0, ge=0, description="share among the styles")
+    weight: Share = Field(1.0, description="share among the styles")
 
 
 class NetworkConfig(_Section):
@@ -132,8 +74,8 @@ class LossConfig(_Section):
     """Family of losses and the weights between content and style."""
 
     kind: Literal["normalized", "gatys"] = Field("normalized", description="how layer losses are scaled")
-    content_weight: Float = Field(0.05, ge=0, description="how much the content is kept")
-    style_weight: Float = Field(1.0, ge=0, description="how strongly the style is applied")
+    content_weight: Share = Field(0.05, description="how much the content is kept")
+    style_weight: Share = Field(1.0, description="how strongly the style is applied")
 
 
 def _default_stop(data: dict[str, Any]) -> float:
@@ -144,14 +86,16 @@ class OptimizerConfig(_Section):
     """Adam and its schedule, the same at every stage."""
 
     schedule: Literal["cosine", "constant"] = Field("cosine", description="step size over a stage's iterations")
-    max_iterations: Int = Field(60, ge=1, description="iterations of each stage")
-    target_pixel_change: Float = Field(12.8, gt=0, description="largest change of a pixel by the first step, of 255")
+    max_iterations: Int = Field(60, ge=1, le=MAX_ITERATIONS, description="iterations of each stage")
+    target_pixel_change: Float = Field(
+        12.8, gt=0, le=255, description="largest change of a pixel by the first step, of 255"
+    )
     stop_condition: Float = Field(
         default_factory=_default_stop, ge=0, description="ends a stage when mean|u| falls below; with constant 0.1"
     )
     beta1: Float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
     beta2: Float = Field(0.99, ge=0, lt=1, description="decay of Adam's second moment")
-    epsilon: Float = Field(1e-6, gt=0, description="added to the second moment, under the root")
+    epsilon: Float = Field(1e-6, gt=0, le=1e6, description="added to the second moment, under the root")
     clip: Bool = Field(True, description="keep the canvas within 0..255 after each step")
 
 
@@ -160,7 +104,7 @@ class ComputeConfig(_Section):
 
     device: Device = Field("auto", description="where to compute", json_schema_extra=HARMLESS)
     dtype: Literal["float32", "float64", "tf32", "bfloat16"] = Field("float32", description="number format")
-    tile_px: Annotated[Int, Field(gt=0)] | Literal["auto"] = Field(
+    tile_px: Annotated[Int, Field(gt=0, le=2 * MAX_SIDE_PX)] | Literal["auto"] = Field(
         "auto", description="side of a tile in px, a multiple of store.chunk_px", json_schema_extra=HARMLESS
     )
 
@@ -168,7 +112,7 @@ class ComputeConfig(_Section):
 class MemoryConfig(_Section):
     """What the run may take of the host's memory."""
 
-    limit: Bytes = Field(4 * 2**30, gt=0, description="most host memory the run may take")
+    limit: Bytes = Field(4 * 2**30, description="most host memory the run may take")
 
     @property
     def limit_bytes(self) -> int:
@@ -179,13 +123,32 @@ class MemoryConfig(_Section):
 class StoreConfig(_Section):
     """How the state lies on disk; fixed for the life of a run."""
 
-    chunk_px: Int = Field(512, ge=ALIGN_PX, multiple_of=ALIGN_PX, description="side of a chunk on disk in px")
+    chunk_px: Int = Field(
+        512, ge=ALIGN_PX, le=MAX_CHUNK_PX, multiple_of=ALIGN_PX, description="side of a chunk on disk in px"
+    )
     codec: Literal["none", "zstd", "lz4"] = Field("none", description="compression of the state; for slow disks")
     durability: Literal["process", "power"] = Field(
         "process",
         description="what a run survives: process, any crash; power, also a power cut",
         json_schema_extra=HARMLESS,
     )
+
+
+class LimitsConfig(_Section):
+    """What is refused before it costs anything: files may come from a stranger, and numbers be mistyped.
+
+    Inputs are judged by their size and their header, before a pixel or a weight of them is decoded.
+    """
+
+    max_pixels: Pixels = Field(10**10, description="largest input image in px; 10000000000 is 100,000×100,000")
+    # 100,000×100,000 px of 16-bit RGB are 56 GiB
+    max_file_bytes: Bytes = Field(64 * 2**30, description="largest file of an input image")
+    max_decode_bytes: Bytes = Field(
+        2 * 2**30, description="most memory to decode an input that cannot be streamed, such as a progressive JPEG"
+    )
+    # VGG-19 with its classifier is 0.54 GiB, in float64 twice that
+    max_weights_bytes: Bytes = Field(2 * 2**30, description="largest weights file")
+    max_result_pixels: Pixels = Field(10**10, description="largest result in px")
 
 
 class ExportConfig(_Section):
@@ -207,7 +170,7 @@ class Config(_Section):
 
     content: File = Field(description="image to paint", examples=["content.jpg"], json_schema_extra=COMPARED_BY_CONTENT)
     styles: tuple[StyleConfig, ...] = Field(
-        min_length=1, description="style images", examples=[[{"image": "style.jpg"}]]
+        min_length=1, max_length=MAX_STYLES, description="style images", examples=[[{"image": "style.jpg"}]]
     )
     output: Output = Field(
         description=f"finished picture, {' '.join(OUTPUT_SUFFIXES)}",
@@ -219,10 +182,8 @@ class Config(_Section):
         description="folder of the run's state; beside the output",
         json_schema_extra=HARMLESS,
     )
-    size: Annotated[Int, Field(ge=16)] | None = Field(
-        None, description="long side of the result in px; null takes the content's own"
-    )
-    initial_size: Int = Field(512, ge=16, description="long side of the coarsest stage in px")
+    size: SidePx | None = Field(None, description="long side of the result in px; null takes the content's own")
+    initial_size: SidePx = Field(512, description="long side of the coarsest stage in px")
     network: NetworkConfig = Field(NetworkConfig(), description="feature network")
     loss: LossConfig = Field(LossConfig(), description="what is optimised")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how it is optimised")
@@ -230,6 +191,9 @@ class Config(_Section):
     compute: ComputeConfig = Field(ComputeConfig(), description="where it is computed")
     memory: MemoryConfig = Field(MemoryConfig(), description="host memory", json_schema_extra=HARMLESS)
     store: StoreConfig = Field(StoreConfig(), description="state on disk")
+    limits: LimitsConfig = Field(
+        LimitsConfig(), description="what is refused before it costs anything", json_schema_extra=HARMLESS
+    )
     export: ExportConfig = Field(ExportConfig(), description="file format of the output", json_schema_extra=HARMLESS)
     seed: Int = Field(0, ge=0, lt=2**63, description="seed of the noise and of the random network")
 
@@ -372,7 +336,7 @@ def _template_lines(section: BaseModel) -> Iterator[str]:
             yield f"{name}:  # {field.description}"
             yield from (f"  {line}" for line in _template_lines(value))
         elif isinstance(value, tuple):
-            yield f"{name}:  # {field.description}; {wanted(field.annotation)}"
+            yield f"{name}:  # {field.description}; {wanted(field.annotation, field.metadata)}"
             for entry in value:
                 first, *others = _template_lines(entry)
                 yield from (f"  - {first}", *(f"    {line}" for line in others))

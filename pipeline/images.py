@@ -1,17 +1,15 @@
-"""Source pictures: header checks, streaming decode, streaming resize.
+"""Source pictures: streaming decode, streaming resize.
 
 Axes in names: H rows, W columns, C channels. Rectangles are ``(y0, y1, x0, x1)`` in px, half-open; sizes ``(H, W)``.
 
 The picture is never whole in memory: libvips decodes and resizes strip by strip in a thread of its own, and the
-caller receives bands of rows. The few formats that cannot be decoded in strips say so in `ImageHeader.decode_bytes`.
+caller receives bands of rows. The few files that cannot be decoded in strips say so in `ImageHeader.decode_bytes`.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,25 +17,9 @@ import numpy as np
 import pyvips
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError, storage_error
-from pipeline.streams import BandPump, FileSource, reason
-
-MAX_PIXELS = 200_000_000_000
-MAX_SIDE_PX = 1_000_000
-
-# Loaders that read pixels and nothing else; blocking libvips' untrusted ones alone still lets Matlab files through.
-_FORMATS = ("JPEG", "PNG", "TIFF", "WebP", "HEIF", "GIF")
-LOADERS = {f"{name.lower()}load" for name in _FORMATS}
-
-# Bits of one channel, by libvips' name of the pixel format. Others have no agreed white, unless they are CIELAB.
-_BITS = {"uchar": 8, "ushort": 16}
-_LAB = {"lab": 32, "labs": 16}
-
-# Formats that are decoded whole: bytes per px of 8 bits, the decoder's own planes included (measured 4.1, 8.1, 16.5).
-_WHOLE_BYTES_PER_PX = {"gifload": 5, "webpload": 9, "heifload": 18}
-
-# Why a file cannot be opened where the user named the wrong one.
-_NOT_THE_DISK = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+from pipeline.errors import InputError
+from pipeline.image_header import describe, needs_random_access, open_file, open_image
+from pipeline.streams import BandPump, reason
 
 # The window of `resize_window` reaches this far beyond the outermost sample: 2 px feed the bicubic, 2 px are slack.
 _MARGIN_PX = 4
@@ -48,31 +30,8 @@ FloatT = TypeVar("FloatT", np.float32, np.float64)
 
 # A cached operation would keep decoders, and with them whole bands, alive after their last use.
 pyvips.cache_set_max(0)
-pyvips.block_untrusted_set(True)
 # Every thread has strips of its own: 16 take 1.7 GB to enlarge to 40,000 px where 4 take 0.45, and are not faster.
 pyvips.concurrency_set(min(pyvips.concurrency_get(), 4))
-
-
-@dataclass(frozen=True)
-class ImageHeader:
-    """What the first page of an image file says about itself, before any pixel is decoded."""
-
-    path: Path
-    width_px: int  # upright, that is after the EXIF orientation
-    height_px: int
-    bands: int
-    bits: int  # per channel
-    loader: str  # one of LOADERS
-    interlaced: bool
-    decode_bytes: int  # host memory a decoder needs beyond streaming; 0 where it works strip by strip
-
-
-def read_header(path: Path) -> ImageHeader:
-    """Size and kind of an image file, without decoding it.
-
-    Raises InputError where the file is missing, unreadable, not a picture of an allowed format, or too large.
-    """
-    return _header_of(path, _open(path, "sequential"))
 
 
 def stream_rgb(
@@ -89,13 +48,13 @@ def stream_rgb(
     """
     if min(width_px, height_px, band_px) < 1:
         raise ValueError(f"size and band must be at least 1 px, not {width_px}×{height_px} in bands of {band_px}")
-    file = _open_file(path)
-    image = _decode(path, file, "sequential")
-    _header_of(path, image)
+    file = open_file(path)
+    image = open_image(file, "sequential")
+    describe(file, image)
     try:
-        if _needs_random_access(image):
-            file = _open_file(path)
-            image = _decode(path, file, "random")
+        if needs_random_access(image):
+            file = open_file(path)
+            image = open_image(file, "random")
         image = _to_srgb(image.autorot())
         image = _to_8_bit(_resize(image, width_px, height_px), deep=image.format == "ushort")
     except pyvips.Error as error:
@@ -128,87 +87,6 @@ def resize_window(
     dtype = window_HWC.dtype
     rows = _weighted(window_HWC, 0, taps_y - window[0], weights_y.astype(dtype)[:, :, None, None])
     return _weighted(rows, 1, taps_x - window[2], weights_x.astype(dtype)[:, None, :, None])
-
-
-def _open(path: Path, access: str) -> Any:
-    """The file as a lazy libvips image; every pixel error in it is fatal."""
-    return _decode(path, _open_file(path), access)
-
-
-def _open_file(path: Path) -> FileSource:
-    try:
-        return FileSource(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file.") from None
-    except OSError as error:
-        if error.errno in _NOT_THE_DISK:
-            raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
-        raise storage_error(path, error) from error
-
-
-def _decode(path: Path, file: FileSource, access: str) -> Any:
-    source = pyvips.SourceCustom()
-    source.on_read(file.read)
-    source.on_seek(file.seek)
-    try:
-        return pyvips.Image.new_from_source(source, "", access=access, fail_on="error")
-    except pyvips.Error as error:
-        file.raise_failure()
-        formats = ", ".join(_FORMATS)
-        raise InputError(f"{path}: is not an intact image of a known format ({formats}): {reason(error)}.") from error
-
-
-def _header_of(path: Path, image: Any) -> ImageHeader:
-    """Check an opened image and describe it."""
-    loader = str(image.get("vips-loader")).removesuffix("_source")
-    if loader not in LOADERS:
-        raise InputError(f"{path}: is read by {loader}, which is not allowed; give one of {', '.join(_FORMATS)}.")
-    width_px, height_px = image.width, image.height
-    if min(width_px, height_px) < 1:
-        raise InputError(f"{path}: has no pixels ({width_px}×{height_px}).")
-    if max(width_px, height_px) > MAX_SIDE_PX or width_px * height_px > MAX_PIXELS:
-        raise InputError(
-            f"{path}: claims {width_px}×{height_px} px, beyond {MAX_SIDE_PX:,} px a side or {MAX_PIXELS:,} px in all: "
-            "a damaged header, or a picture too large to use."
-        )
-    bits = _BITS.get(image.format) or _LAB.get(image.interpretation)
-    if bits is None:
-        raise InputError(f"{path}: has pixels of the kind {image.format}; convert it to 8 or 16 bits a channel.")
-    if _orientation(image) >= 5:
-        width_px, height_px = height_px, width_px
-    interlaced = bool(image.get_typeof("interlaced") and image.get("interlaced"))
-    decode_bytes = _decode_bytes(image, loader, interlaced, image.bands * bits // 8)
-    return ImageHeader(path, width_px, height_px, image.bands, bits, loader, interlaced, decode_bytes)
-
-
-def _decode_bytes(image: Any, loader: str, interlaced: bool, pixel_bytes: int) -> int:
-    """Host bytes of a decoder that holds more than strips: measured bytes per px, rounded up.
-
-    Not seen from the header, so not counted: a TIFF whose JPEG-compressed strip is the whole picture (6 bytes per px).
-    """
-    pixels = image.width * image.height
-    needed = 0
-    if loader == "jpegload" and interlaced:
-        # Two bytes per coefficient; libvips says 4:2:0 of 4:2:2 too, which has 2 + 1 + 1.
-        subsampled = image.get_typeof("jpeg-chroma-subsample") and image.get("jpeg-chroma-subsample") == "4:2:0"
-        needed = pixels * (4 if subsampled and image.bands == 3 else 2 * image.bands)
-    elif loader == "pngload" and interlaced:
-        needed = pixels * pixel_bytes
-    elif loader == "tiffload" and image.get_typeof("tile-height"):
-        needed = 3 * image.width * image.get("tile-height") * pixel_bytes  # rows of tiles: two waiting, one decoded
-    elif loader in _WHOLE_BYTES_PER_PX:
-        needed = pixels * _WHOLE_BYTES_PER_PX[loader] * (1 if image.format == "uchar" else 2)
-    return needed + (pixels * pixel_bytes if _needs_random_access(image) else 0)
-
-
-def _needs_random_access(image: Any) -> bool:
-    """Whether turning the picture upright reads rows in another order than the file has them (2 mirrors a row)."""
-    return _orientation(image) >= 3
-
-
-def _orientation(image: Any) -> int:
-    """EXIF orientation, 1 to 8; 1 where the file says none."""
-    return int(image.get("orientation")) if image.get_typeof("orientation") else 1
 
 
 def _to_srgb(image: Any) -> Any:

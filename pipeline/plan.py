@@ -13,7 +13,12 @@ from pipeline.config import Config
 from pipeline.cost import ImageSize, Model, Size, Workload, model_of
 from pipeline.errors import ConfigError, InputError
 from pipeline.layers import LAYER_BY_NAME, ceil_to, halo_px, min_side_px
-from pipeline.tiling import Tile, grid
+from pipeline.tiling import grid
+
+# Chunks of an array, each a file, and so the most tiles of a pass: at 512 px that is 520,000×520,000 px.
+MAX_CHUNKS = 2**20
+# With 160 px of halo on each side a larger tile would save less than 4 % of the work.
+MAX_AUTO_TILE_PX = 2**14
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ def make_plan(
         config.initial_size,
         config.size,
     )
+    _check_counts(config, sizes)
     _check_sizes(config, model, sizes)
     work = Workload(config, model, sizes, (content, *styles), weights_bytes, device)
     tile_px = _choose_tile(work, device_memory_bytes)
@@ -133,6 +139,23 @@ def make_plan(
         flop=sum(stage.flop_per_iteration * config.optimizer.max_iterations for stage in stages),
         memory_limit_bytes=config.memory.limit_bytes,
     )
+
+
+def _check_counts(config: Config, sizes: Sequence[tuple[Size, tuple[Size, ...]]]) -> None:
+    """Refuse a result, or a number of chunks, that nobody can have meant."""
+    (height, width), _ = sizes[-1]
+    if (pixels := height * width) > config.limits.max_result_pixels:
+        raise ConfigError(
+            f"size: the result would be {width}×{height} px, which is {pixels:,} and beyond limits.max_result_pixels "
+            f"({config.limits.max_result_pixels:,}). Choose a smaller size, or raise that limit."
+        )
+    chunk_px = config.store.chunk_px
+    largest = max((size for canvas, styles in sizes for size in (canvas, *styles)), key=lambda size: size[0] * size[1])
+    if (chunks := ceil_to(largest[0], chunk_px) * ceil_to(largest[1], chunk_px) // chunk_px**2) > MAX_CHUNKS:
+        raise ConfigError(
+            f"store.chunk_px: {largest[1]}×{largest[0]} px in chunks of {chunk_px} px are {chunks:,} files for every "
+            f"array, more than the {MAX_CHUNKS:,} that are handled. Use larger chunks, or a smaller size."
+        )
 
 
 def _check_sizes(config: Config, model: Model, sizes: Sequence[tuple[Size, tuple[Size, ...]]]) -> None:
@@ -156,14 +179,13 @@ def _plan_stage(
     config: Config, model: Model, index: int, sizes: tuple[Size, tuple[Size, ...]], tile_px: int
 ) -> StagePlan:
     size, style_sizes = sizes
-    tiles = grid(*size, tile_px)
-    gram_px = computed_px(tiles, halo_px(model.style_layers)) if model.style_layers else 0
-    gradient_px = computed_px(tiles, 2 * halo_px(model.names))
+    gram_px = computed_px(size, tile_px, halo_px(model.style_layers)) if model.style_layers else 0
+    gradient_px = computed_px(size, tile_px, 2 * halo_px(model.names))
     return StagePlan(
         index=index,
         size=size,
         style_sizes=style_sizes,
-        tiles=len(tiles),
+        tiles=ceil_to(size[0], tile_px) * ceil_to(size[1], tile_px) // tile_px**2,
         gram_px=gram_px,
         gradient_px=gradient_px,
         store_bytes=store_bytes(size, style_sizes, model, config),
@@ -172,9 +194,11 @@ def _plan_stage(
     )
 
 
-def computed_px(tiles: Sequence[Tile], halo: int) -> int:
-    """Pixels that a pass over `tiles` computes, halo included."""
-    return sum(tile.outer(halo).area for tile in tiles)
+def computed_px(size: Size, tile_px: int, halo: int) -> int:
+    """Pixels that a pass over the tiles of a canvas computes, halo included: the sum over a grid is one of products."""
+    height, width = size
+    rows = sum(tile.outer(halo).height for tile in grid(height, 1, tile_px))
+    return rows * sum(tile.outer(halo).width for tile in grid(1, width, tile_px))
 
 
 def _array_bytes(size: Size, channels: int, chunk_px: int, itemsize: int) -> int:
@@ -202,7 +226,7 @@ def store_bytes(size: Size, style_sizes: Sequence[Size], model: Model, config: C
 def _choose_tile(work: Workload, device_memory_bytes: int) -> int:
     """The largest tile that fits the limits, or the one asked for. Raises ConfigError if none does."""
     chunk_px, limit = work.config.store.chunk_px, work.config.memory.limit_bytes
-    largest = ceil_to(max(max(canvas) for canvas in work.canvases), chunk_px)
+    largest = ceil_to(min(max(max(canvas) for canvas in work.canvases), MAX_AUTO_TILE_PX), chunk_px)
     asked = work.config.compute.tile_px
     candidates = range(largest, 0, -chunk_px) if asked == "auto" else [int(asked)]
     host, on_device = {"tiles": 0}, 0

@@ -23,6 +23,7 @@ import numpy as np
 import pyvips
 from numpy.typing import NDArray
 
+from pipeline._yaml import shown
 from pipeline.errors import InputError, storage_error
 
 Rows = NDArray[np.uint8] | NDArray[np.uint16]
@@ -53,8 +54,15 @@ class FileSource:
         descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, descriptor)
         self._descriptor = descriptor
-        self._size = os.fstat(descriptor).st_size
+        self.size_bytes = os.fstat(descriptor).st_size
         self._position = 0
+
+    def read_at(self, offset: int, count: int) -> bytes:
+        """At most `count` bytes from `offset` on; none where the disk fails or no file can be so long."""
+        try:
+            return os.pread(self._descriptor, count, offset)
+        except (OSError, OverflowError):
+            return b""
 
     def read(self, count: int) -> bytes | None:
         """The next bytes; None, the end, where the disk fails or nobody wants more: the decoder then gives up."""
@@ -79,7 +87,7 @@ class FileSource:
 
     def seek(self, offset: int, whence: int) -> int:
         """Move as io.seek does, and say where to."""
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size_bytes}[whence]
         return self._position
 
 
@@ -105,7 +113,10 @@ class BandPump:
             while (item := self._next(check)) is not None:
                 if isinstance(item, pyvips.Error):
                     self._file.raise_failure()
-                    raise InputError(f"{path}: is damaged or cut off: {reason(item)}. Give an intact copy.") from item
+                    raise InputError(
+                        f"{path}: cannot be decoded; it is damaged or cut off, or cut into too large strips: "
+                        f"{reason(item)}. Give an intact copy, saved anew."
+                    ) from item
                 if isinstance(item, Exception):
                     raise item
                 yield item
@@ -169,7 +180,7 @@ class BandPump:
 def reason(error: Exception) -> str:
     """The first line that libvips wrote about an error, without its full stop."""
     detail = str(getattr(error, "detail", error)).strip()
-    return (detail.splitlines() or [str(error)])[0].strip().rstrip(".")
+    return shown((detail.splitlines() or [str(error)])[0].strip().rstrip("."), 200)
 
 
 class RowSource:

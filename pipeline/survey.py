@@ -10,7 +10,7 @@ from pipeline.config import Config
 from pipeline.device import Device, resolve_device
 from pipeline.errors import ConfigError, SpaceError
 from pipeline.image_export import check_output
-from pipeline.images import read_header
+from pipeline.image_header import read_header
 from pipeline.plan import Plan, make_plan
 from pipeline.weights import weights_bytes, widths_for_plan
 
@@ -26,8 +26,8 @@ def plan(config: Config) -> Plan:
 
 def plan_on(config: Config, device: Device) -> Plan:
     """`plan` for a device that is already known."""
-    content = read_header(config.content)
-    styles = [read_header(style.image) for style in config.styles]
+    content = read_header(config.content, config.limits)
+    styles = [read_header(style.image, config.limits) for style in config.styles]
     widths = widths_for_plan(config.network.name, config.network.weights)
     weights = weights_bytes(config.network.name, config.network.weights)
     planned = make_plan(config, content, styles, widths, weights, device.name, device.memory_bytes)

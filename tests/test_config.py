@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from pipeline._explain import wanted
-from pipeline.config import OUTPUT_SUFFIXES, Config, load_config, result_fields, template
+from pipeline._fields import OUTPUT_SUFFIXES
+from pipeline.config import Config, load_config, result_fields, template
 from pipeline.errors import ConfigError
 
 LINE = re.compile(r"(.+\.yaml:[1-9]\d*:[1-9]\d*|--set .*?): \S.*")
@@ -183,7 +184,7 @@ def test_everything_at_once(write):
         "did you mean 'size'?",
         "compute.tile_px: 1000 is no multiple of store.chunk_px = 512; a tile is written as whole chunks",
         "store.codec: one of none, zstd, lz4 is wanted, found the text 'zst'; did you mean 'zstd'?",
-        "optimizer.max_iterations: a whole number >= 1 is wanted, found the text 'many'",
+        "optimizer.max_iterations: a whole number >= 1, <= 100000 is wanted, found the text 'many'",
     ):
         assert said in text
 
@@ -191,7 +192,7 @@ def test_everything_at_once(write):
 def test_no_second_complaint_about_a_value_already_refused(write):
     """A wrong chunk size must not also be blamed on the tile: the user would mend the wrong key."""
     line = only(write(SMALL + "store: {chunk_px: 1000}\ncompute: {tile_px: 2000}\n"))
-    assert "store.chunk_px: a whole number >= 16, a multiple of 16 is wanted, found 1000" in line
+    assert "store.chunk_px: a whole number >= 16, <= 16384, a multiple of 16 is wanted, found 1000" in line
 
 
 def test_missing_keys_are_named(write):
@@ -205,7 +206,7 @@ def test_missing_keys_are_named(write):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("size=true", "a whole number >= 16 or null is wanted, found true"),
+        ("size=true", "a whole number >= 16, <= 1000000 or null is wanted, found true"),
         ("size=15", "found 15"),
         ("size=512.0", "found 512.0"),
         ("size='512'", "found the text '512'"),
@@ -213,18 +214,18 @@ def test_missing_keys_are_named(write):
         ("loss.content_weight=.nan", "found nan"),
         ("loss.content_weight=.inf", "found inf"),
         ("loss.content_weight=1e999", "found inf"),
-        ("loss.content_weight=-1", "a number >= 0 is wanted, found -1"),
+        ("loss.content_weight=-1", "a number >= 0, <= 1e+12 is wanted, found -1"),
         ("optimizer.beta1=1", "a number >= 0, < 1 is wanted"),
-        ("optimizer.epsilon=0", "a number > 0 is wanted"),
+        ("optimizer.epsilon=0", "a number > 0, <= 1e+06 is wanted"),
         ("optimizer.clip=1", "true or false is wanted, found 1"),
         ("optimizer.clip=yes", "found the text 'yes'"),
-        ("network.style_layers={conv1_1: 0}", "network.style_layers.conv1_1: a number > 0 is wanted"),
+        ("network.style_layers={conv1_1: 0}", "network.style_layers.conv1_1: a number > 0, <= 1e+12 is wanted"),
         ("network.style_layers={conv9_1: 1}", "unknown layer; allowed: conv1_1"),
         ("network.style_layers={conv1_1: true}", "found true"),
         ("network=3", "a section with name, weights"),
         ("network.name=vgg", "did you mean 'vgg19'?"),
-        ("styles=[]", "a list with at least one entry is wanted, found a list of 0"),
-        ("styles=s.jpg", "a list with at least one entry is wanted"),
+        ("styles=[]", "a list with at least one entry and at most 100 is wanted, found a list of 0"),
+        ("styles=s.jpg", "a list with at least one entry and at most 100 is wanted"),
         ("styles.0.weight=-1", "styles.0.weight: a number >= 0"),
         ("styles.0.weight=0", "the weights sum to 0.0"),
         ("memory.limit=4Gi", "a size such as 4GiB"),
@@ -240,6 +241,22 @@ def test_missing_keys_are_named(write):
         ("output=~nobody_at_all/r.tif", "home folder"),
         ("seed=99999999999999999999999999", "a whole number >= 0"),
         ("seed=" + "9" * 5000, "a whole number >= 0"),
+        ("size=1000001", "<= 1000000"),
+        ("initial_size=1000001", "<= 1000000"),
+        ("compute.tile_px=2000016", "<= 2000000"),
+        ("store.chunk_px=16400", "<= 16384"),
+        ("optimizer.max_iterations=100001", "<= 100000"),
+        ("optimizer.target_pixel_change=256", "<= 255"),
+        ("loss.style_weight=1e13", "<= 1e+12"),
+        ("network.style_layers={conv1_1: 1e13}", "<= 1e+12"),
+        ("styles.0.weight=1e13", "<= 1e+12"),
+        ("memory.limit=999999999999TiB", "up to 1048576TiB"),
+        ("limits.max_pixels=1000000000001", "<= 1000000000000"),
+        ("limits.max_result_pixels=0", ">= 1"),
+        ("limits.max_file_bytes=9999999TiB", "up to 1048576TiB"),
+        ("styles=[" + "{image: s.jpg}, " * 101 + "]", "at most 100 is wanted, found a list of 101"),
+        ('content="a\\nb.tif"', "line break"),
+        ('output="\\e[2Jr.tif"', "control character"),
         ("loss={content_weight: 0, style_weight: 0}", "0 here and in loss.content_weight"),
         ("network={content_layers: {}, style_layers: {}}", "no layer here nor in network.content_layers"),
         ("network={name: random, weights: w.pth}", "would ignore this file"),
@@ -465,6 +482,7 @@ def _refuse_or_load(path: Path, overrides: list[str]) -> None:
 # --- what a resume compares ---
 
 HARMLESS = {"compute.device", "compute.tile_px", "memory.limit", "export.bits", "export.compression", "export.quality"}
+HARMLESS |= {key for key in LEAVES if key.startswith("limits.")}
 
 
 def test_harmless_changes_let_a_run_go_on(write):
@@ -474,6 +492,7 @@ def test_harmless_changes_let_a_run_go_on(write):
         "compute.device=cpu",
         "compute.tile_px=1024",
         "memory.limit=1GiB",
+        "limits.max_pixels=7",
         "export.bits=16",
         "export.quality=1",
     ]

@@ -19,7 +19,8 @@ import pyvips
 
 from pipeline.errors import ConfigError, InputError, SpaceError
 from pipeline.image_export import check_output, write_image
-from pipeline.images import read_header, resize_window, source_window, stream_rgb
+from pipeline.image_header import read_header
+from pipeline.images import resize_window, source_window, stream_rgb
 
 
 def picture(height_px: int, width_px: int, seed: int = 0, bits: int = 8) -> np.ndarray:
@@ -343,7 +344,8 @@ def test_bad_files_are_refused_by_their_header(tmp_path: Path, name: str, capfd:
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError):
-        stream_rgb(path, 10, 10, 10)
+        for _ in stream_rgb(path, 10, 10, 10):
+            pass
     assert capfd.readouterr() == ("", "")
 
 

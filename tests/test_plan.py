@@ -131,8 +131,8 @@ def test_computed_pixels_are_those_of_the_tiles_outer_rectangles():
             rows = min(200, min(y + 64, 200) + 32) - max(0, y - 32)
             columns = min(300, min(x + 64, 300) + 32) - max(0, x - 32)
             by_hand += rows * columns
-    assert computed_px(tiles, 32) == by_hand
-    assert computed_px(grid(200, 300, 304), 160) == 200 * 300
+    assert computed_px((200, 300), 64, 32) == by_hand == sum(tile.outer(32).area for tile in tiles)
+    assert computed_px((200, 300), 304, 160) == 200 * 300
 
 
 def test_at_1024_px_tiles_at_most_1_75_pixels_are_computed_for_one_kept():
@@ -141,8 +141,8 @@ def test_at_1024_px_tiles_at_most_1_75_pixels_are_computed_for_one_kept():
         stage = planned(size, memory={"limit": "64GiB"}, compute={"tile_px": 1024, "device": "cpu"}).stages[-1]
         assert stage.size == size
         assert 1.0 < stage.halo_overhead <= 1.75
-        assert stage.gradient_px == computed_px(grid(*size, 1024), 160)
-        assert stage.gram_px == computed_px(grid(*size, 1024), 80)
+        assert stage.gradient_px == computed_px(size, 1024, 160)
+        assert stage.gram_px == computed_px(size, 1024, 80)
         assert stage.tiles == ceil(size[0] / 1024) * ceil(size[1] / 1024)
 
 
@@ -266,6 +266,22 @@ def test_a_limit_that_is_too_small_is_refused_by_its_name():
     text = refusal(memory={"limit": "300MiB"})
     assert "memory.limit" in text and "0.29 GiB is the limit" in text and "even with the smallest tile" in text
     assert "store.chunk_px" in text
+
+
+def test_a_result_beyond_the_limit_is_refused_by_its_name():
+    """A zero too many in `size` would plan for minutes, and fill the disk for days."""
+    assert "limits.max_result_pixels (10,000,000,000)" in refusal(content=(1000, 1000), size=100_001)
+    planned(content=(1000, 1000), size=100_000)
+    text = refusal(content=(1000, 1000), size=5000, limits={"max_result_pixels": 24_999_999})
+    assert "5000×5000 px" in text and "limits.max_result_pixels" in text
+
+
+def test_more_chunks_than_files_can_be_is_refused_by_its_name():
+    """A thousand million files of 3 KB: every listing of them would take hours, and no disk has the inodes."""
+    assert "store.chunk_px" in refusal(content=(40_000, 40_000), store={"chunk_px": 16})
+    large = {"limits": {"max_result_pixels": 10**12}, "size": 600_000}
+    assert "store.chunk_px" in refusal(content=(1000, 1000), **large)
+    assert "store.chunk_px" in refusal(styles=((60_000, 60_000),), store={"chunk_px": 16})
 
 
 def test_a_tile_that_does_not_fit_is_refused_by_its_name():

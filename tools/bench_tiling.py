@@ -111,7 +111,8 @@ def measure(bench: Bench, tile_px: int, repeats: int) -> list[Row]:
     """The three comparisons."""
     side = ceil_to(bench.size, ALIGN_PX)
     tiles, whole = grid(bench.size, bench.size, tile_px), grid(bench.size, bench.size, side)
-    gram_px, gradient_px = (computed_px(tiles, halo) / bench.size**2 for halo in (halo_px(STYLE), 2 * HALO_PX))
+    size = (bench.size, bench.size)
+    gram_px, gradient_px = (computed_px(size, tile_px, halo) / bench.size**2 for halo in (halo_px(STYLE), 2 * HALO_PX))
     with Engine(WORKERS) as engine:
         seeds = bench.gram_pass(engine, whole)
 
@@ -165,8 +166,7 @@ def main(
         figures = (row.tiled_s, row.whole_s, row.seconds_ratio, row.pixels_ratio, row.seconds_ratio / row.pixels_ratio)
         table.add_row(row.name, *(f"{figure:.2f}" for figure in figures))
     Console().print(table)
-    large = grid(30_000, 30_000, tile_px)
-    kept = computed_px(large, 2 * HALO_PX) / 30_000**2
+    kept = computed_px((30_000, 30_000), tile_px, 2 * HALO_PX) / 30_000**2
     print(f"pixels computed per pixel kept, gradient pass, tiles of {tile_px} px on 30,000²: {kept:.3f}")
     if json_path:
         json_path.write_text(
