@@ -28,7 +28,7 @@ def plan_on(config: Config, device: Device) -> Plan:
     """`plan` for a device that is already known."""
     content = read_header(config.content, config.limits)
     styles = [read_header(style.image, config.limits) for style in config.styles]
-    widths = widths_for_plan(config.network.name, config.network.weights)
+    widths = widths_for_plan(config.network.name, config.network.weights, config.limits.max_weights_bytes)
     weights = weights_bytes(config.network.name, config.network.weights)
     planned = make_plan(config, content, styles, widths, weights, device.name, device.memory_bytes)
     height, width = planned.stages[-1].size

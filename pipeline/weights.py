@@ -6,15 +6,16 @@ Kept apart from network.py so that `plan` and `status` start without importing t
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from pipeline._fields import MAX_BYTES
+from pipeline._yaml import shown
 from pipeline.errors import InputError
 from pipeline.layers import CONV_NAMES, LAYER_BY_NAME, VGG19_WIDTHS
+from pipeline.weights_file import check_file, safetensors_shapes
 
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 VGG19_SHA256_PREFIX = "dcbb9e9d"
@@ -60,17 +61,17 @@ def find_weights(name: str, path: Path | None, seed: int) -> WeightsSource:
     if path is None and name == "random":
         return WeightsSource(None, seed, RANDOM_WIDTHS, "random")
     path = path or PACKAGED.get(name) or download_vgg19()
-    if not path.is_file():
-        raise InputError(
-            f"weights file {path}: not found. Correct network.weights, or leave it out to use {name}'s own."
-        )
     return WeightsSource(path, seed, read_widths(path), sha256_of(path))
 
 
-def widths_for_plan(name: str, path: Path | None) -> Mapping[str, int]:
-    """Channel widths of the network that `find_weights` would give, without downloading anything."""
+def widths_for_plan(name: str, path: Path | None, max_bytes: int = MAX_BYTES) -> Mapping[str, int]:
+    """Channel widths of the network that `find_weights` would give, without downloading anything.
+
+    Raises InputError for a file that cannot be used, or has more than `max_bytes`.
+    """
     path = path or PACKAGED.get(name)
     if path is not None:
+        check_file(path, max_bytes)
         return read_widths(path)
     return RANDOM_WIDTHS if name == "random" else VGG19_WIDTHS
 
@@ -96,12 +97,13 @@ def read_widths(path: Path) -> Mapping[str, int]:
 
     Raises InputError if it is no weights file, or not of a VGG-19-shaped network.
     """
-    return _read_widths(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    check_file(path, MAX_BYTES)
+    return _read_widths(path, path.stat().st_mtime_ns)
 
 
 @cache
 def _read_widths(path: Path, _modified_ns: int) -> Mapping[str, int]:
-    shapes = _safetensors_shapes(path) if path.suffix == ".safetensors" else _pickle_shapes(path)
+    shapes = safetensors_shapes(path) if path.suffix == ".safetensors" else _pickle_shapes(path)
     return check_shapes(shapes, path)
 
 
@@ -116,8 +118,8 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str,
                 break  # a network cut off after some layer still serves the layers it has
             raise InputError(
                 f"weights file {path}: has no {name}.weight or features.0.weight, so it is not a VGG-19-shaped "
-                f"network (first keys: {', '.join(list(shapes)[:3]) or 'none'}). Give torchvision's VGG-19 or one "
-                "with its layer names in network.weights."
+                f"network (first keys: {shown(', '.join(list(shapes)[:3])) or 'none'}). Give torchvision's VGG-19 or "
+                "one with its layer names in network.weights."
             )
         weight, bias = shapes[f"{key}.weight"], shapes[f"{key}.bias"]
         if len(weight) != 4 or weight[1:] != (channels, 3, 3) or bias != weight[:1]:
@@ -133,24 +135,6 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str,
             "(3, 3, 1, 1) with 3 biases: these are another network's weights."
         )
     return widths
-
-
-def _safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            needed = file.tell() + max((value["data_offsets"][1] for value in header.values()), default=0)
-        if (size := path.stat().st_size) < needed:
-            raise ValueError(f"it has {size} of {needed} bytes")
-        return {key: tuple(value["shape"]) for key, value in header.items()}
-    except FileNotFoundError as error:
-        raise InputError(f"weights file {path}: not found. Correct network.weights.") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise InputError(f"weights file {path}: not a readable .safetensors file ({error}).") from error
 
 
 def _pickle_shapes(path: Path) -> dict[str, tuple[int, ...]]:
