@@ -7,7 +7,7 @@ aliases and tags are refused, so that a config is only ever what it looks like. 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,12 @@ from typing import Any
 import yaml
 
 Key = tuple[str | int, ...]
-MAX_FILE_BYTES = 2**20
+# The template has 4 KB and 80 values. A file within these limits is read in a second, whatever is in it.
+MAX_FILE_BYTES = 2**16
 MAX_DEPTH = 20
+MAX_VALUES = 5000
+# As many as a terminal shows at once.
+MAX_PROBLEMS = 40
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _WORDS: dict[str, object] = {
@@ -52,6 +56,14 @@ class Problem:
 
     def __str__(self) -> str:
         return ": ".join(part for part in (str(self.place), self.key, self.text) if part)
+
+
+def told(problems: Iterable[Problem]) -> str:
+    """The problems in the order of their places, one a line; the last line stands for those that are too many."""
+    lines = sorted(set(problems))
+    if (more := len(lines) - MAX_PROBLEMS) > 0:
+        lines[MAX_PROBLEMS:] = [Problem(lines[MAX_PROBLEMS].place, "", f"{more} more problems from here on")]
+    return "\n".join(map(str, lines))
 
 
 class CommandLineText(str):
@@ -239,16 +251,20 @@ def _split(key: str) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes, takes anchors, aliases and tags out, and stops before Python's own recursion limit would."""
+    """Composes nodes and takes anchors, aliases and tags out; stops where no config is so long or so deep."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.refused: list[tuple[Any, str]] = []
         self._depth = 0
+        self._values = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         mark = event.start_mark
+        self._values += 1
+        if self._values > MAX_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"more than {MAX_VALUES} values", problem_mark=mark)
         if self.check_event(yaml.AliasEvent):
             self.get_event()  # type: ignore[no-untyped-call]
             self.refused.append((mark, f"aliases are not read; write the value in place of *{shown(event.anchor)}"))

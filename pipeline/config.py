@@ -33,7 +33,7 @@ from pipeline._fields import (
     Share,
     SidePx,
 )
-from pipeline._yaml import Key, dotted, read
+from pipeline._yaml import Key, dotted, read, told
 from pipeline.errors import ConfigError
 from pipeline.layers import ALIGN_PX
 
@@ -290,7 +290,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if document.readable:
         config = validate(Config, document, Path.cwd() / file.parent)
     if config is None or document.problems:
-        raise ConfigError("\n".join(str(problem) for problem in sorted(set(document.problems))))
+        raise ConfigError(told(document.problems))
     return config
 
 

@@ -3,6 +3,7 @@
 import re
 import types
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -316,7 +317,12 @@ def test_paths_that_cannot_be_looked_at(write, tmp_path):
         (b"seed: 1\n---\nseed: 2\n", "2:1", "second document"),
         (b"seed: \x00\n", "1:7", "not allowed in YAML"),
         (b'seed: "\\U99999999"\n', "1:", "not valid YAML"),
-        (b"seed: " + b"[" * 100_000, "1:", "levels deep"),
+        (b"seed: " + b"[" * 60_000, "1:", "levels deep"),
+        (b"seed: " + b"{a: " * 10_000, "1:", "levels deep"),
+        (b"? " * 30_000, "1:", "levels deep"),
+        (b"seed: [" + b"1," * 30_000 + b"]", "1:", "more than 5000 values"),
+        (b"seed: &a 1\nsize: [" + b"*a, " * 15_000 + b"]", "2:", "more than 5000 values"),
+        (b"a: 1\n" * 10_000, "2500:", "more than 5000 values"),
         (b"a: 1\n" * 300_000, "1:1", "larger than"),
     ],
 )
@@ -343,6 +349,21 @@ def test_anchors_aliases_and_tags_are_refused(write):
     text = "\n".join(problems(path))
     for place, said in (("4:7", "anchors"), ("5:7", "aliases"), ("6:15", "tags")):
         assert f"{path}:{place}: {said} are not read" in text
+
+
+def test_billion_laughs_are_not_laughed(write):
+    """Ten lines of aliases that stand for 10^9 values fill any memory, where aliases are followed at all."""
+    lines = [f"{after}: &{after} [{f'*{before}, ' * 9}]" for before, after in pairwise("abcdefghij")]
+    found = problems(write(SMALL + "a: &a [lol]\n" + "\n".join(lines)))
+    assert sum("anchors are not read" in line or "aliases are not read" in line for line in found) > 30
+
+
+def test_more_problems_than_anyone_reads_are_counted(write):
+    """A file of another kind that happens to be YAML would fill the terminal, and the log, with megabytes."""
+    found = problems(write(SMALL + "".join(f"key{number}: 1\n" for number in range(1000))))
+    assert len(found) == 41
+    assert "key0: unknown key" in found[0] and "key39: unknown key" in found[39]
+    assert found[40].endswith("960 more problems from here on")
 
 
 @pytest.mark.parametrize(
@@ -482,7 +503,7 @@ def _refuse_or_load(path: Path, overrides: list[str]) -> None:
 # --- what a resume compares ---
 
 HARMLESS = {"compute.device", "compute.tile_px", "memory.limit", "export.bits", "export.compression", "export.quality"}
-HARMLESS |= {key for key in LEAVES if key.startswith("limits.")}
+HARMLESS |= {"store.durability", *(key for key in LEAVES if key.startswith("limits."))}
 
 
 def test_harmless_changes_let_a_run_go_on(write):
