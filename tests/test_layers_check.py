@@ -65,7 +65,8 @@ ONLY = {
     "crc32c": {"checksums"},
     "dask": {"engine"},
     "distributed": {"engine"},
-    "pyvips": {"image_header", "images", "image_export", "streams", "report"},  # report: doctor's line with libvips' version
+    # report: doctor's line with libvips' version
+    "pyvips": {"image_header", "images", "image_export", "streams", "report"},
     "safetensors": {"network"},
     "torch": {"network", "losses", "passes", "device", "weights"},
     "click": {"cli"},
