@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -30,11 +30,13 @@ class Engine:
         self.stop = stop or threading.Event()
         self._workers = workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="task")
+        self._side = ThreadPoolExecutor(1, thread_name_prefix="beside")
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._side.shutdown(wait=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map(self, task: Callable[[S], R], specs: Sequence[S], on_done: Callable[[], None] = lambda: None) -> list[R]:
@@ -55,13 +57,25 @@ class Engine:
         combine: Callable[[A, R], A],
         initial: A,
         on_done: Callable[[], None] = lambda: None,
+        before: Callable[[S], None] = lambda spec: None,
     ) -> A:
-        """Combine the results of `task` one by one, in the order of `specs`, keeping only a few in memory."""
+        """Combine the results of `task` one by one, in the order of `specs`, keeping only a few in memory.
+
+        `before` is called before each task, on its thread, and may wait.
+        """
         total: Any = delayed(initial, traverse=False)
         for spec in specs:
-            total = delayed(combine, pure=False)(total, self._node(task, spec, on_done))
+            total = delayed(combine, pure=False)(total, self._node(task, spec, on_done, before=before))
         result: A = self._compute([total])[0]
         return result
+
+    def beside(self, work: Callable[[Engine], R]) -> Future[R]:
+        """Start `work` with an engine of its own, on a thread of its own, beside what this one does."""
+        return self._side.submit(self._run_beside, work)
+
+    def _run_beside(self, work: Callable[[Engine], R]) -> R:
+        with Engine(self._workers, self.stop) as engine:
+            return work(engine)
 
     def raise_if_stopped(self) -> None:
         """Raise Stopped if the run was asked to stop."""
@@ -74,12 +88,20 @@ class Engine:
             self.raise_if_stopped()
             yield item
 
-    def _node(self, task: Callable[[S], R], spec: S, on_done: Callable[[], None], name: str | None = None) -> Any:
+    def _node(
+        self,
+        task: Callable[[S], R],
+        spec: S,
+        on_done: Callable[[], None],
+        name: str | None = None,
+        before: Callable[[S], None] = lambda spec: None,
+    ) -> Any:
         # a partial without arguments: dask would otherwise look for tasks inside the spec
-        return delayed(partial(self._run_task, task, spec, on_done), pure=False)(dask_key_name=name)
+        return delayed(partial(self._run_task, task, spec, on_done, before), pure=False)(dask_key_name=name)
 
-    def _run_task(self, task: Callable[[S], R], spec: S, on_done: Callable[[], None]) -> R:
+    def _run_task(self, task: Callable[[S], R], spec: S, on_done: Callable[[], None], before: Callable[[S], None]) -> R:
         self.raise_if_stopped()
+        before(spec)
         result = task(spec)
         on_done()
         return result

@@ -44,17 +44,30 @@ def mean_gram(grams: list[Gram], weights: list[float]) -> Gram:
     return np.average(np.stack(grams), axis=0, weights=weights)
 
 
-def style_term(kind: str, gram: Gram, target: Gram, positions: int, weight: float, factor: float) -> StyleTerm:
-    """Loss and seed matrix of one style layer.
+@dataclass(frozen=True)
+class StyleTarget:
+    """What one style layer is compared with, and how its difference counts.
 
-    `gram`, `target`: mean Grams G_l(p), G_l(s). `positions`: n_l. `weight`: λ_l. `factor`: N·w_s.
-    The seed is d(N·w_s·Ls)/dφ = seed_CC · φ, exact on any subset of positions.
-    Raises ConfigError if the target has no energy to normalise by.
+    `target_CC`: G_l(s). `positions`: n_l. `weight`: λ_l. `factor`: N·w_s.
     """
-    difference = gram - target
-    squares, energy = float(np.sum(difference**2)), float(np.sum(target**2))
-    scale = weight / (4 * len(gram) ** 2) if kind == "gatys" else weight / _energy(energy, "style")
-    return StyleTerm(scale * squares, relative_error(squares, energy), factor * scale * 4 / positions * difference)
+
+    kind: str
+    target_CC: Gram
+    positions: int
+    weight: float
+    factor: float
+
+    def term(self, sum_CC: Gram) -> StyleTerm:
+        """Loss and seed matrix of a canvas whose gram_sum over the whole image is `sum_CC`.
+
+        The seed is d(N·w_s·Ls)/dφ = seed_CC · φ, exact on any subset of positions.
+        Raises ConfigError if the target has no energy to normalise by.
+        """
+        difference = sum_CC / self.positions - self.target_CC
+        squares, energy = float(np.sum(difference**2)), float(np.sum(self.target_CC**2))
+        scale = self.weight / (4 * len(sum_CC) ** 2 if self.kind == "gatys" else _energy(energy, "style"))
+        seed_CC = self.factor * scale * 4 / self.positions * difference
+        return StyleTerm(scale * squares, relative_error(squares, energy), seed_CC)
 
 
 def relative_error(squares: float, energy: float) -> float:

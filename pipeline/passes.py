@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import adam, losses
+from pipeline import adam, losses, timeline
 from pipeline.checksums import ChunkSums
 from pipeline.errors import ConfigError
-from pipeline.layers import halo_px
+from pipeline.layers import LAYER_BY_NAME, halo_px
 from pipeline.losses import Gram
 from pipeline.network import FeatureMap, get_network
 from pipeline.store import StageArray, open_array
@@ -36,8 +36,13 @@ _COMPUTE = threading.Semaphore(1)
 def _computing(spec: TileSpec) -> Iterator[None]:
     """The device, for one tile alone. Raises ConfigError where its memory does not suffice."""
     try:
-        with _COMPUTE:
-            yield
+        with timeline.span("wait"):
+            _COMPUTE.acquire()
+        try:
+            with timeline.span("compute", tile=spec.tile.index, array=spec.array):
+                yield
+        finally:
+            _COMPUTE.release()
     except (RuntimeError, MemoryError) as error:
         # on the CPU, torch's out-of-memory error has no class of its own
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
@@ -67,6 +72,12 @@ class TileSpec:
         """An array to read, which checks itself."""
         return open_array(self.stage_dir, name, self.checksums.get(name))
 
+    def read_outer(self, halo: int) -> tuple[NDArray[Any], Rect]:
+        """The tile's pixels with their halo, and the rectangle that they cover."""
+        outer = self.tile.outer(halo)
+        with timeline.span("read", tile=self.tile.index, array=self.array):
+            return self.open(self.array).read_window(outer), outer
+
 
 @dataclass(frozen=True)
 class GramSpec(TileSpec):
@@ -83,15 +94,33 @@ class ContentSpec(TileSpec):
 
 
 @dataclass(frozen=True)
-class GradientSpec(TileSpec):
-    """The gradient of the tile's inner rectangle.
+class SeedSpec(TileSpec):
+    """A tile whose gradient is asked for. `content_factors`: per layer, what turns φ(p) − φ(o) into the seed."""
 
-    `style_seeds_CC`: per style layer, the matrix that turns features into the seed. `content_factors`: per content
-    layer, what turns φ(p) − φ(o) into the seed.
-    """
+    content_factors: Mapping[str, float]
+
+    def read_content(self, outer: Rect) -> dict[str, tuple[NDArray[Any], Rect]]:
+        """The content's features at every position of `outer`, per layer, and what positions these are."""
+        found = {}
+        for name in self.content_factors:
+            region = outer.positions(LAYER_BY_NAME[name])
+            with timeline.span("read", tile=self.tile.index, array=content_features_name(name)):
+                found[name] = self.open(content_features_name(name)).read_window(region), region
+        return found
+
+
+@dataclass(frozen=True)
+class GradientSpec(SeedSpec):
+    """The gradient of the tile's inner rectangle. `style_seeds_CC`: per layer, what turns features into the seed."""
 
     style_seeds_CC: Mapping[str, Gram]
-    content_factors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class WholeSpec(SeedSpec):
+    """The gradient of a canvas that is one tile: its own Grams are those of the whole, and one forward is enough."""
+
+    style_targets: Mapping[str, losses.StyleTarget]
 
 
 @dataclass(frozen=True)
@@ -109,6 +138,14 @@ class GradientResult:
     content_squares: Mapping[str, float]
     max_abs_gradient: float
     sums: ChunkSums
+
+
+@dataclass(frozen=True)
+class WholeResult:
+    """What the Gram and the gradient pass give, of one task."""
+
+    terms: Mapping[str, losses.StyleTerm]
+    gradient: GradientResult
 
 
 @dataclass(frozen=True)
@@ -138,11 +175,10 @@ def content_features_name(layer: str) -> str:
 
 def gram_task(spec: GramSpec) -> dict[str, Gram]:
     """gram_sum of every layer over the positions of the tile's inner rectangle (eqs. 14, 15)."""
-    outer = spec.tile.outer(halo_px(spec.layers))
-    pixels = spec.open(spec.array).read_window(outer)
+    pixels, outer = spec.read_outer(halo_px(spec.layers))
     sums: dict[str, Gram] = {}
     with _computing(spec), torch.no_grad():
-        for found in _features(spec, pixels, outer, set(spec.layers), spec.tile.inner):
+        for found in _features(spec, _to_device(pixels, spec.network), outer, set(spec.layers), spec.tile.inner):
             sums[found.layer.name] = losses.gram_sum(_inner_features(found, spec.tile))
     return sums
 
@@ -154,18 +190,18 @@ def add_grams(total: dict[str, Gram], tile: dict[str, Gram]) -> dict[str, Gram]:
 
 def content_task(spec: ContentSpec) -> ContentResult:
     """Write the content's features over the inner rectangle."""
-    outer = spec.tile.outer(halo_px(spec.layers))
-    pixels = spec.open(spec.array).read_window(outer)
+    pixels, outer = spec.read_outer(halo_px(spec.layers))
     energies: dict[str, float] = {}
     sums: dict[str, ChunkSums] = {}
     with _computing(spec), torch.no_grad():
         computed = {
             found.layer.name: (found.layer, _to_host(_inner_features(found, spec.tile)))
-            for found in _features(spec, pixels, outer, set(spec.layers), spec.tile.inner)
+            for found in _features(spec, _to_device(pixels, spec.network), outer, set(spec.layers), spec.tile.inner)
         }
     for name, (layer, features_HWC) in computed.items():
         array = open_array(spec.stage_dir, content_features_name(name))
-        sums[name] = array.write_window(spec.tile.inner.positions(layer), features_HWC.astype(array.dtype, copy=False))
+        with timeline.span("write", tile=spec.tile.index, array=array.path.name):
+            sums[name] = array.write_window(spec.tile.inner.positions(layer), features_HWC.astype(array.dtype))
         energies[name] = float(np.sum(np.square(features_HWC, dtype=np.float64)))
     return ContentResult(energies, sums)
 
@@ -177,61 +213,80 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
     """
     names = {*spec.style_seeds_CC, *spec.content_factors}
     halo = halo_px(names)
-    outer = spec.tile.outer(2 * halo)
-    pixels = spec.open(spec.array).read_window(outer)
+    pixels, outer = spec.read_outer(2 * halo)
+    content = spec.read_content(outer)
     with _computing(spec):
-        gradient_HWC, content_squares = _gradient(spec, pixels, outer, names, halo)
+        canvas_1CHW = _to_device(pixels, spec.network).requires_grad_()
+        needed = spec.tile.inner.grown(halo, spec.tile.height, spec.tile.width)
+        found = list(_features(spec, canvas_1CHW, outer, names, needed))
+        seeds, squares = _seeds(spec, found, spec.style_seeds_CC, content)
+        gradient_HWC = _gradient(spec, canvas_1CHW, outer, found, seeds)
+    return _written(spec, gradient_HWC, squares)
+
+
+def whole_task(spec: WholeSpec) -> WholeResult:
+    """Gram and gradient pass of a canvas that is one tile, by one forward. Raises ConfigError like gradient_task."""
+    pixels, outer = spec.read_outer(0)
+    content = spec.read_content(outer)
+    names = {*spec.style_targets, *spec.content_factors}
+    with _computing(spec):
+        canvas_1CHW = _to_device(pixels, spec.network).requires_grad_()
+        found = list(_features(spec, canvas_1CHW, outer, names, outer))
+        terms: dict[str, losses.StyleTerm] = {}
+        for one in found:
+            if (target := spec.style_targets.get(one.layer.name)) is not None:
+                terms[one.layer.name] = target.term(losses.gram_sum(one.features_1CHW[0].detach()))
+        seeds, squares = _seeds(spec, found, {name: term.seed_CC for name, term in terms.items()}, content)
+        gradient_HWC = _gradient(spec, canvas_1CHW, outer, found, seeds)
+    return WholeResult(terms, _written(spec, gradient_HWC, squares))
+
+
+def _seeds(
+    spec: SeedSpec,
+    found: list[FeatureMap],
+    style_seeds_CC: Mapping[str, Gram],
+    content: Mapping[str, tuple[NDArray[Any], Rect]],
+) -> tuple[list[Tensor], dict[str, float]]:
+    """(dJ/dφ of every layer on all its positions, Σ(φ(p) − φ(o))² over the inner ones per content layer)."""
+    seeds: list[Tensor] = []
+    squares: dict[str, float] = {}
+    for one in found:
+        name, features_1CHW, parts = one.layer.name, one.features_1CHW.detach(), []
+        if name in style_seeds_CC:
+            matrix_CC = torch.from_numpy(style_seeds_CC[name]).to(features_1CHW)
+            parts.append(torch.einsum("cd,bdhw->bchw", matrix_CC, features_1CHW))
+        if name in content:
+            features_HWC, region = content[name]
+            target = _to_device(features_HWC[one.region.within(region)], spec.network)
+            # subtract in the precision of the store: bfloat16 would lose what is left of nearly equal numbers
+            difference = features_1CHW - target
+            parts.append((spec.content_factors[name] * difference).to(features_1CHW))
+            rows, columns = spec.tile.inner.positions(one.layer).within(one.region)
+            squares[name] = float(difference[0, :, rows, columns].double().square().sum())
+        seed, *rest = parts
+        seeds.append(seed + rest[0] if rest else seed)
+    return seeds, squares
+
+
+def _gradient(
+    spec: SeedSpec, canvas_1CHW: Tensor, outer: Rect, found: list[FeatureMap], seeds: list[Tensor]
+) -> NDArray[Any]:
+    """The gradient of the inner rectangle."""
+    (gradient_1CHW,) = torch.autograd.grad([one.features_1CHW for one in found], canvas_1CHW, seeds)
+    rows, columns = spec.tile.inner.within(outer)
+    return _to_host(gradient_1CHW[0, :, rows, columns])
+
+
+def _written(spec: TileSpec, gradient_HWC: NDArray[Any], squares: dict[str, float]) -> GradientResult:
     max_abs = float(np.abs(gradient_HWC).max())
     if not np.isfinite(max_abs):
         raise ConfigError(
             f"the gradient of tile {spec.tile.index} of {spec.stage_dir.name} is not finite: compute.dtype "
             f"{spec.network.dtype} overflows with these weights and losses. Use float32 or smaller weights."
         )
-    sums = open_array(spec.stage_dir, "gradient").write_window(spec.tile.inner, gradient_HWC)
-    return GradientResult(content_squares, max_abs, sums)
-
-
-def _gradient(
-    spec: GradientSpec, pixels: NDArray[Any], outer: Rect, names: set[str], halo: int
-) -> tuple[NDArray[Any], dict[str, float]]:
-    """(gradient of the inner rectangle, Σ(φ(p) − φ(o))² there per content layer)."""
-    tile = spec.tile
-    canvas_1CHW = _to_device(pixels, spec.network).requires_grad_()
-    needed = tile.inner.grown(halo, tile.height, tile.width)
-    outputs: list[Tensor] = []
-    seeds: list[Tensor] = []
-    squares: dict[str, float] = {}
-    network = get_network(spec.network)
-    for found in network.features(canvas_1CHW, outer, (tile.height, tile.width), names, needed):
-        with torch.no_grad():
-            seed, square = _seed(spec, found)
-        outputs.append(found.features_1CHW)
-        seeds.append(seed)
-        if square is not None:
-            squares[found.layer.name] = square
-    (gradient_1CHW,) = torch.autograd.grad(outputs, canvas_1CHW, seeds)
-    rows, columns = tile.inner.within(outer)
-    return _to_host(gradient_1CHW[0, :, rows, columns]), squares
-
-
-def _seed(spec: GradientSpec, found: FeatureMap) -> tuple[Tensor, float | None]:
-    """dJ/dφ of one layer on all its positions, and Σ(φ(p) − φ(o))² over the inner ones if it is a content layer."""
-    name, features_1CHW = found.layer.name, found.features_1CHW
-    parts: list[Tensor] = []
-    square = None
-    if name in spec.style_seeds_CC:
-        matrix_CC = torch.from_numpy(spec.style_seeds_CC[name]).to(features_1CHW)
-        parts.append(torch.einsum("cd,bdhw->bchw", matrix_CC, features_1CHW))
-    if name in spec.content_factors:
-        content = spec.open(content_features_name(name)).read_window(found.region)
-        # subtract in the precision of the store: bfloat16 would lose what is left of nearly equal numbers
-        difference = features_1CHW - _to_device(content, spec.network)
-        parts.append((spec.content_factors[name] * difference).to(features_1CHW))
-        inner = spec.tile.inner.positions(found.layer)
-        rows, columns = inner.within(found.region)
-        square = float(difference[0, :, rows, columns].double().square().sum())
-    seed, *rest = parts
-    return (seed + rest[0] if rest else seed), square
+    with timeline.span("write", tile=spec.tile.index, array="gradient"):
+        sums = open_array(spec.stage_dir, "gradient").write_window(spec.tile.inner, gradient_HWC)
+    return GradientResult(squares, max_abs, sums)
 
 
 def update_task(spec: UpdateSpec) -> UpdateResult:
@@ -247,12 +302,15 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
     sums: list[float] = []
     largest = 0.0
     for cy, cx in spec.chunks:
-        for name, array in arrays.items():
-            array.read_chunk(cy, cx, buffers[name])
+        with timeline.span("read", chunk=(cy, cx)):
+            for name, array in arrays.items():
+                array.read_chunk(cy, cx, buffers[name])
         canvas, m, v = state = [buffers[name] for name in slot_names(spec.slot)]
-        abs_u = adam.update(buffers["gradient"], canvas, m, v, scratch, spec.step)
-        for target, data in zip(targets, state, strict=True):
-            written[target.path.name][cy, cx] = target.write_chunk(cy, cx, data)
+        with timeline.span("update", chunk=(cy, cx)):
+            abs_u = adam.update(buffers["gradient"], canvas, m, v, scratch, spec.step)
+        with timeline.span("write", chunk=(cy, cx)):
+            for target, data in zip(targets, state, strict=True):
+                written[target.path.name][cy, cx] = target.write_chunk(cy, cx, data)
         inside = abs_u[gradient.valid_part(cy, cx)]
         sums.append(float(inside.sum(dtype=np.float64)))
         largest = max(largest, float(inside.max()))
@@ -265,11 +323,10 @@ def slot_names(slot: int) -> tuple[str, str, str]:
 
 
 def _features(
-    spec: TileSpec, pixels: NDArray[Any], outer: Rect, layers: set[str], required: Rect
+    spec: TileSpec, pixels_1CHW: Tensor, outer: Rect, layers: set[str], required: Rect
 ) -> Iterator[FeatureMap]:
-    network = get_network(spec.network)
     size = (spec.tile.height, spec.tile.width)
-    return network.features(_to_device(pixels, spec.network), outer, size, layers, required)
+    return get_network(spec.network).features(pixels_1CHW, outer, size, layers, required)
 
 
 def _inner_features(found: FeatureMap, tile: Tile) -> Tensor:

@@ -8,8 +8,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import integrity, store, transfer
 from pipeline.allocator import return_freed_memory
@@ -23,6 +24,9 @@ from pipeline.plan import Plan, StagePlan
 from pipeline.progress import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
 from pipeline.survey import check_space, make_work_dir, plan_on
 from pipeline.weights import NetworkSpec, WeightsSource, find_weights, sha256_of
+
+if TYPE_CHECKING:
+    from pipeline.iteration import IterationResult
 
 
 def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threading.Event | None = None) -> Path:
@@ -180,7 +184,10 @@ class _Rendering:
             self._render_stage(stage_plan)
 
     def _render_stage(self, stage_plan: StagePlan) -> None:
-        from pipeline.stage import Stage  # noqa: PLC0415 - brings torch, which export and status do without
+        # these bring torch, which export and status do without
+        from pipeline.iteration import Iterations  # noqa: PLC0415
+        from pipeline.preparation import prepare  # noqa: PLC0415
+        from pipeline.stage import Stage  # noqa: PLC0415
 
         index, settings = stage_plan.index, self.config.optimizer
         network = NetworkSpec(
@@ -205,21 +212,20 @@ class _Rendering:
         self.sink(StageStarted(index, stages, height, width, stage_plan.tiles, iteration, settings.max_iterations))
         if not (self.position.prepared and self.position.stage == index):
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
-            self._commit({"type": "stage_prepared", "stage": index, **vars(stage.prepare(previous))})
+            self._commit({"type": "stage_prepared", "stage": index, **vars(prepare(stage, previous))})
         elif not self.position.stage_done:
             stage.check(self.position.newest_slot, self.position.checksums[index])
+        iterations = Iterations(stage, self.position.content_energies)
         while (reason := _end_reason(self.position, settings)) is None:
             self.engine.raise_if_stopped()
-            self._iterate(stage, stage_plan)
+            commit = partial(self._commit_iteration, stage_plan, self.position.iteration)
+            iterations.iterate(self.position.iteration, self.position.alpha, self.position.checksums[index], commit)
         self._commit({"type": "stage_done", "stage": index, "iterations": self.position.iteration, "reason": reason})
         self._free_arrays(index)
         self.sink(StageDone(index, self.position.iteration, reason))
 
-    def _iterate(self, stage: Any, stage_plan: StagePlan) -> None:
-        iteration = self.position.iteration
-        position = self.position
-        checksums = position.checksums[position.stage]
-        result = stage.iterate(iteration, position.alpha, position.content_energies, checksums)
+    def _commit_iteration(self, stage_plan: StagePlan, iteration: int, result: IterationResult) -> bool:
+        """Gives whether another iteration follows."""
         self._commit({"type": "iteration", "stage": stage_plan.index, "iteration": iteration, **vars(result)})
         self._speed.add(stage_plan.flop_per_iteration, sum(result.seconds.values()))
         self.sink(
@@ -237,6 +243,7 @@ class _Rendering:
                 eta_s=self._speed.seconds_for(self._remaining_flop(stage_plan.index)),
             )
         )
+        return _end_reason(self.position, self.config.optimizer) is None
 
     def _remaining_flop(self, index: int) -> int:
         """Work to the end if no stage stops early."""

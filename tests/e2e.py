@@ -126,9 +126,9 @@ def journal(work_dir: Path) -> list[dict[str, Any]]:
 
 
 def results(work_dir: Path) -> list[dict[str, Any]]:
-    """What the journal says of the work done, without what may differ between two runs: times, and intents."""
+    """What the journal says of the work done, without what may differ between two runs: times and intents."""
     kept = [record for record in journal(work_dir) if record["type"] in ("stage_prepared", "iteration", "stage_done")]
-    return [{key: value for key, value in record.items() if key not in ("time", "seconds")} for record in kept]
+    return [{key: value for key, value in record.items() if key not in ("time", "seconds", "busy")} for record in kept]
 
 
 def canvases(work_dir: Path) -> dict[str, bytes]:

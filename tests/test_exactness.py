@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import pipeline
-from pipeline import passes
+from pipeline import iteration, passes
 from pipeline.config import Config, load_config
 from pipeline.cost import model_of
 from pipeline.engine import Engine
+from pipeline.iteration import IterationResult, Iterations
 from pipeline.journal import Journal, position_of
 from pipeline.layers import halo_px
+from pipeline.network import Network
 from pipeline.passes import GradientSpec, GramSpec
+from pipeline.preparation import Prepared, prepare
 from pipeline.progress import ignore
 from pipeline.run import newest_canvas
-from pipeline.stage import IterationResult, Prepared, Stage
+from pipeline.stage import Stage
 from pipeline.store import gram_name, open_array, read_gram
 from pipeline.survey import plan
 from pipeline.tiling import Rect
@@ -60,7 +64,10 @@ class Case:
 
     def iterate(self) -> IterationResult:
         """The stage's first iteration."""
-        return self.stage.iterate(0, None, self.started.content_energies, self.started.checksums)
+        results: list[IterationResult] = []
+        iterations = Iterations(self.stage, self.started.content_energies)
+        iterations.iterate(0, None, self.started.checksums, results.append)
+        return results[0]
 
 
 def read_whole(array) -> np.ndarray:
@@ -102,7 +109,7 @@ def prepared(
     assert [stage.size for stage in planned.stages] == [size]
     with Engine(2) as engine:
         stage = make_stage(config, planned, engine)
-        started = stage.prepare(None)
+        started = prepare(stage, None)
         canvas = read_whole(open_array(stage.stage_dir, "canvas_0"))
         assert canvas.dtype == np.float64
         yield Case(stage, started, make_problem(config, content, styles, load_file(weights)), canvas)
@@ -326,7 +333,7 @@ def test_a_gradient_that_is_not_finite_is_refused(tmp_path, narrow_weights):
     """A single NaN would spread over the picture in a few iterations, and a day of work with it."""
     with prepared(tmp_path, narrow_weights, (32, 48), 16) as case:
         spec = GradientSpec(
-            case.stage.stage_dir, "canvas_0", case.stage.tiles[0], case.stage.network, {}, {}, {"conv4_2": np.inf}
+            case.stage.stage_dir, "canvas_0", case.stage.tiles[0], case.stage.network, {}, {"conv4_2": np.inf}, {}
         )
         before = case.read("gradient")
         with pytest.raises(pipeline.errors.ConfigError, match="not finite"):
@@ -540,3 +547,47 @@ def test_random_sizes_tiles_and_layers_are_exact(narrow_weights, case):
             result = made.iterate()
             assert result.objective == pytest.approx(target, rel=EXACT)
             assert relative(made.read("gradient"), made.problem.gradient(made.canvas)) < EXACT
+
+
+# --- what runs side by side ---
+
+
+def test_the_next_gram_pass_beside_an_update_reads_only_what_is_written(tmp_path, narrow_weights, monkeypatch):
+    """A tile that is read a moment too early mixes two iterations into one picture, and no error would tell."""
+    update_task, rng = passes.update_task, np.random.default_rng(0)
+    delays = iter(rng.uniform(0, 0.02, 10_000))
+
+    def slow_update(spec):
+        time.sleep(next(delays))
+        return update_task(spec)
+
+    monkeypatch.setattr(passes, "update_task", slow_update)
+    monkeypatch.setattr(iteration, "_CHUNKS_PER_TASK", 1)
+    seen = {}
+    for beside in (True, False):
+        (folder := tmp_path / str(beside)).mkdir()
+        with prepared(folder, narrow_weights, (80, 112), 32) as case:
+            checksums, results = dict(case.started.checksums), []
+
+            def commit(result, results=results, checksums=checksums, beside=beside):
+                results.append(result)
+                checksums.update(result.checksums)
+                return beside
+
+            iterations = Iterations(case.stage, case.started.content_energies)
+            for number in range(4):
+                iterations.iterate(number, results[0].alpha if results else None, checksums, commit)
+            assert ("gram" in results[3].seconds) and len(results) == 4
+            seen[beside] = [result.objective for result in results], checksums
+    assert seen[True] == seen[False]
+
+
+def test_a_single_tile_has_one_forward(tmp_path, narrow_weights, monkeypatch):
+    """Small stages would take a third longer for features that the gradient pass computes anyway."""
+    calls = []
+    features = Network.features
+    monkeypatch.setattr(Network, "features", lambda *args: calls.append(1) or features(*args))
+    with prepared(tmp_path, narrow_weights, (48, 64), 64) as case:
+        calls.clear()
+        case.iterate()
+        assert len(calls) == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.losses import ROUNDING, content_scale, gram_sum, mean_gram, objective, relative_error, style_term
+from pipeline.losses import ROUNDING, StyleTarget, content_scale, gram_sum, mean_gram, objective, relative_error
 
 KINDS = ["normalized", "gatys"]
 
@@ -30,8 +30,7 @@ def test_style_loss_and_seed_are_the_formula_and_its_derivative(kind):
     squares = (mean(phi) - target).square().sum()
     loss = weight * squares / (target.square().sum() if kind == "normalized" else 4 * 5**2)
     (wanted,) = torch.autograd.grad(factor * loss, phi)
-    gram = gram_sum(phi.detach()) / (6 * 7)
-    term = style_term(kind, gram, target.numpy(), 6 * 7, weight, factor)
+    term = StyleTarget(kind, target.numpy(), 6 * 7, weight, factor).term(gram_sum(phi.detach()))
     assert term.loss == pytest.approx(loss.item(), rel=1e-13)
     seed = torch.from_numpy(term.seed_CC) @ phi.detach().flatten(1)
     assert (seed.reshape(wanted.shape) - wanted).abs().max() < 1e-13 * wanted.abs().max()
@@ -82,27 +81,27 @@ def test_targets_without_energy_are_refused(energy):
     with pytest.raises(ConfigError, match=r"loss\.kind.*content.*gatys"):
         content_scale("normalized", energy, 4, 10, 1.0)
     with pytest.raises(ConfigError, match=r"loss\.kind.*style.*gatys"):
-        style_term("normalized", np.ones((2, 2)), np.full((2, 2), energy), 10, 1.0, 1.0)
+        StyleTarget("normalized", np.full((2, 2), energy), 10, 1.0, 1.0).term(np.full((2, 2), 10.0))
 
 
 def test_gatys_losses_need_no_energy():
     """What the refusal recommends must work."""
     assert content_scale("gatys", 0.0, 4, 10, 1.0) == 0.5 / 40
-    assert style_term("gatys", np.ones((2, 2)), np.zeros((2, 2)), 10, 1.0, 1.0).loss == 4 / 16
+    assert StyleTarget("gatys", np.zeros((2, 2)), 10, 1.0, 1.0).term(np.full((2, 2), 10.0)).loss == 4 / 16
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_target_itself_has_no_loss_and_no_seed(kind):
     """A canvas that has the style already must be left alone."""
-    target = mean(features(5, 9, 4, 2)).numpy()
-    term = style_term(kind, target, target, 36, 1.0, 1e9)
+    target = mean(features(5, 8, 4, 2)).numpy()
+    term = StyleTarget(kind, target, 32, 1.0, 1e9).term(32 * target)  # a power of two, which loses nothing
     assert term.loss == term.relative_error == 0
     assert not term.seed_CC.any()
 
 
 def test_relative_errors_are_those_of_norms_and_need_no_energy():
     """They tell rounding from a difference, whatever the family of losses and its weights."""
-    term = style_term("gatys", np.full((2, 2), 1.1), np.ones((2, 2)), 10, 1e-9, 1e-9)
+    term = StyleTarget("gatys", np.ones((2, 2)), 10, 1e-9, 1e-9).term(np.full((2, 2), 11.0))
     assert term.relative_error == pytest.approx(0.1)
     assert relative_error(0.04, 4.0) == pytest.approx(0.1)
     assert relative_error(0.0, 0.0) == 0

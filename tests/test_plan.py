@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.layers import VGG19_WIDTHS, halo_px
 from pipeline.passes import content_features_name
 from pipeline.plan import Plan, computed_px, fit, make_plan, stage_sizes
+from pipeline.preparation import prepare
 from pipeline.stage import Stage
 from pipeline.survey import folder_bytes
 from pipeline.tiling import grid
@@ -220,7 +221,7 @@ def test_planned_disk_is_what_a_stage_allocates(make_config, narrow_weights, mon
     with Engine(2) as engine:
         model = model_of(config, source.widths)
         stage = Stage(config, stage_plan, model, spec, stage_dir, engine, watch, plan.tile_px)
-        stage.prepare(None)
+        prepare(stage, None)
     style_bytes = ceil(70 / config.store.chunk_px) * ceil(50 / config.store.chunk_px) * config.store.chunk_px**2 * 3
     assert peak == chunk_bytes(stage_dir) + style_bytes  # the style is deleted once its Grams are known
     assert stage_plan.store_bytes == peak

@@ -74,7 +74,7 @@ class Bench:
         factors = dict.fromkeys(CONTENT, 1.0)
         engine.map(
             passes.gradient_task,
-            [passes.GradientSpec(self.folder, "canvas_0", tile, self.network, {}, seeds, factors) for tile in tiles],
+            [passes.GradientSpec(self.folder, "canvas_0", tile, self.network, {}, factors, seeds) for tile in tiles],
         )
 
     def autograd(self) -> None:

@@ -1,0 +1,313 @@
+"""The iterations of a stage: Gram, gradient and update pass, what they measured, and what of them runs side by side."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+from pipeline import adam, losses, passes, store, timeline
+from pipeline.engine import Engine
+from pipeline.layers import halo_px
+from pipeline.losses import Gram
+from pipeline.stage import Stage, merged, positions
+from pipeline.tiling import chunks_of
+
+# Chunks per update task: enough to make the scheduler's cost per chunk small, few enough to keep workers busy.
+_CHUNKS_PER_TASK = 8
+
+
+@dataclass(frozen=True)
+class IterationResult:
+    """What one iteration measured. Losses belong to the canvas it read; `alpha` is the stage's step size.
+
+    `seconds`: of each pass. `busy`: thread seconds by kind of work (timeline.py). `checksums`: of the arrays it wrote
+    for the next one to read.
+    `max_abs_u` is zero where there is nothing to optimise; then `stepped` is False if no step was made.
+    """
+
+    objective: float
+    content_loss: float
+    style_loss: float
+    layer_losses: Mapping[str, float]
+    mean_abs_u: float
+    max_abs_u: float
+    alpha: float
+    seconds: Mapping[str, float]
+    busy: Mapping[str, float]
+    stepped: bool
+    checksums: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """The gradient pass: Σ(φ_l(p) − φ_l(o))² per content layer, max|g|, and the gradient's packed checksums."""
+
+    squares: Mapping[str, float]
+    max_abs_gradient: float
+    checksums: str
+
+
+@dataclass(frozen=True)
+class _Updated:
+    """The update pass: mean|u| and max|u| over the canvas, and the packed checksums of what it wrote."""
+
+    mean_abs_u: float
+    max_abs_u: float
+    checksums: Mapping[str, str]
+
+
+class _NotNeeded(Exception):  # noqa: N818 - an outcome, not an error
+    """The next iteration's Gram pass waits for chunks that nobody will write."""
+
+
+class Written:
+    """The chunks of the next canvas that are written; the tiles of the next Gram pass wait for theirs."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._chunks: set[tuple[int, int]] = set()
+        self._closed = False
+
+    def add(self, chunks: Iterable[tuple[int, int]]) -> None:
+        """These may be read now."""
+        with self._condition:
+            self._chunks.update(chunks)
+            self._condition.notify_all()
+
+    def close(self) -> None:
+        """Nothing more will be written, or is wanted: whoever waits gives up."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+
+    def wait_for(self, chunk_px: int, spec: passes.GramSpec) -> None:
+        """Return once every chunk that the tile reads is written. Raises _NotNeeded if that will not be."""
+        needed = {(cy, cx) for cy, cx, _ in chunks_of(spec.tile.outer(halo_px(spec.layers)), chunk_px)}
+        with timeline.span("wait", tile=spec.tile.index), self._condition:
+            self._condition.wait_for(lambda: self._closed or needed <= self._chunks)
+            if self._closed:
+                raise _NotNeeded
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An iteration up to its update: what the first two passes found, and the step to make (None: nothing to do)."""
+
+    iteration: int
+    terms: Mapping[str, losses.StyleTerm]
+    gradient: _Gradient
+    alpha: float | None
+    checksums: Mapping[str, str]
+
+
+@dataclass
+class Iterations:
+    """The iterations of one stage, one after another.
+
+    The Gram pass of the next iteration runs beside the update, tile by tile as their chunks are written; `_ahead` keeps
+    what it found, and `_seconds` the time that it took longer than the update.
+    """
+
+    stage: Stage
+    content_energies: Mapping[str, float]
+    _ahead: dict[int, dict[str, Gram]] = field(default_factory=dict)
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    def iterate(
+        self,
+        iteration: int,
+        alpha: float | None,
+        checksums: Mapping[str, str],
+        commit: Callable[[IterationResult], bool],
+    ) -> None:
+        """Read slot `iteration % 2`, write the other: Gram, gradient and update pass. May be repeated.
+
+        `alpha`: the stage's step size, None in its first iteration, which sets it from its own max|u|. `checksums`: of
+        all that is read; raises ChunkError where they do not fit. `commit` gets what was measured once everything is
+        written, maybe on another thread, and says whether one more iteration follows.
+        """
+        settings = self.stage.config.optimizer
+        terms, gradient = self._gradient(iteration, checksums)
+        if alpha is None and not self._is_rounding(terms, gradient.squares):
+            bias = adam.bias_correction(settings.beta1, settings.beta2, iteration)
+            max_u = adam.first_max_update(settings.beta1, settings.beta2, settings.epsilon, gradient.max_abs_gradient)
+            alpha = settings.target_pixel_change / (bias * max_u) if max_u > 0 else None
+        step = _Step(iteration, terms, gradient, alpha, checksums)
+        one_more = iteration + 1 < settings.max_iterations and alpha is not None
+        if one_more and self.stage.model.style_layers and len(self.stage.tiles) > 1:
+            self._finish_beside_next_gram(step, commit)
+        else:
+            self._finish(step, commit, Written(), self.stage.engine)
+
+    def _finish(
+        self, step: _Step, commit: Callable[[IterationResult], bool], written: Written, engine: Engine
+    ) -> float:
+        """Update and commit; gives the time of the update's end."""
+        try:
+            updated = _Updated(0.0, 0.0, {})
+            if step.alpha is not None:
+                with self._timed("update"):
+                    updated = self._update_pass(step, written, engine)
+            ended = time.perf_counter()
+            if not commit(self._result(step, updated)):
+                written.close()
+        except BaseException:
+            written.close()
+            raise
+        return ended
+
+    def _finish_beside_next_gram(self, step: _Step, commit: Callable[[IterationResult], bool]) -> None:
+        written, stage = Written(), self.stage
+        canvas = f"canvas_{1 - step.iteration % 2}"
+        before = partial(written.wait_for, store.open_array(stage.stage_dir, canvas).chunk_px)
+        finishing = stage.engine.beside(partial(self._finish, step, commit, written))
+        try:
+            # not checked here: the next update reads every chunk whole, and checks it
+            sums = stage.gram_sums(stage.stage_dir, canvas, stage.tiles, "Gram pass", {}, before)
+            self._ahead = {step.iteration + 1: sums}
+        except _NotNeeded:
+            pass
+        finally:
+            wait([finishing])
+        self._seconds["gram"] = max(0.0, time.perf_counter() - finishing.result())
+
+    def _gradient(self, iteration: int, checksums: Mapping[str, str]) -> tuple[dict[str, losses.StyleTerm], _Gradient]:
+        """Gram and gradient pass; of a canvas that is one tile, both in one."""
+        stage, canvas = self.stage, f"canvas_{iteration % 2}"
+        targets = _style_targets(stage, checksums)
+        factor = 2 * stage.plan.pixels * stage.config.loss.content_weight
+        factors = {layer: factor * scale for layer, scale in _content_scales(stage, self.content_energies).items()}
+        if len(stage.tiles) == 1:
+            spec = passes.WholeSpec(stage.stage_dir, canvas, stage.tiles[0], stage.network, checksums, factors, targets)
+            with self._timed("gradient"):
+                (found,) = stage.engine.map(passes.whole_task, [spec], stage.counter("gradient pass", 1))
+            return dict(found.terms), _gathered(stage, [found.gradient])
+        terms = {}
+        if targets:
+            sums = self._ahead.pop(iteration, None)
+            if sums is None:
+                with self._timed("gram"):
+                    sums = stage.gram_sums(stage.stage_dir, canvas, stage.tiles, "Gram pass", checksums)
+            terms = {layer: target.term(sums[layer]) for layer, target in targets.items()}
+        seeds = {layer: term.seed_CC for layer, term in terms.items()}
+        specs = [
+            passes.GradientSpec(stage.stage_dir, canvas, tile, stage.network, checksums, factors, seeds)
+            for tile in stage.tiles
+        ]
+        with self._timed("gradient"):
+            results = stage.engine.map(passes.gradient_task, specs, stage.counter("gradient pass", len(specs)))
+        return terms, _gathered(stage, results)
+
+    def _is_rounding(self, terms: Mapping[str, losses.StyleTerm], squares: Mapping[str, float]) -> bool:
+        """Whether nothing but rounding is left to optimise: the first step, of fixed size, would make noise of it."""
+        errors = [term.relative_error for term in terms.values()]
+        errors += [losses.relative_error(squares[layer], energy) for layer, energy in self.content_energies.items()]
+        return max(errors) <= losses.ROUNDING[self.stage.config.compute.dtype]
+
+    def _update_pass(self, step: _Step, written: Written, engine: Engine) -> _Updated:
+        stage, settings = self.stage, self.stage.config.optimizer
+        slot = step.iteration % 2
+        bias = adam.bias_correction(settings.beta1, settings.beta2, step.iteration)
+        factor = adam.schedule_factor(settings.schedule, step.iteration, settings.max_iterations)
+        assert step.alpha is not None
+        adam_step = adam.AdamStep(
+            settings.beta1, settings.beta2, settings.epsilon, step.alpha * factor * bias, settings.clip
+        )
+        checksums = {**step.checksums, "gradient": step.gradient.checksums}
+        gradient = store.open_array(stage.stage_dir, "gradient")
+        indices = gradient.chunk_indices()
+        specs = [
+            passes.UpdateSpec(
+                stage.stage_dir, tuple(indices[first : first + _CHUNKS_PER_TASK]), slot, adam_step, checksums
+            )
+            for first in range(0, len(indices), _CHUNKS_PER_TASK)
+        ]
+        task = partial(_update_and_tell, written)
+        results = engine.map(task, specs, stage.counter("update pass", len(specs)))
+        total = math.fsum(value for result in results for value in result.sums_abs_u)
+        packed = {
+            name: gradient.packed(merged(result.sums[name] for result in results))
+            for name in passes.slot_names(1 - slot)
+        }
+        return _Updated(total / (3 * stage.plan.pixels), max(result.max_abs_u for result in results), packed)
+
+    def _result(self, step: _Step, updated: _Updated) -> IterationResult:
+        stage, squares = self.stage, step.gradient.squares
+        scales = _content_scales(stage, self.content_energies)
+        content = {layer: scale * squares[layer] for layer, scale in scales.items()}
+        style = {layer: term.loss for layer, term in step.terms.items()}
+        content_loss, style_loss = math.fsum(content.values()), math.fsum(style.values())
+        loss = stage.config.loss
+        seconds, self._seconds = self._seconds, {}
+        return IterationResult(
+            objective=losses.objective(
+                stage.plan.pixels, loss.content_weight, content_loss, loss.style_weight, style_loss
+            ),
+            content_loss=content_loss,
+            style_loss=style_loss,
+            layer_losses={
+                **{f"content.{layer}": value for layer, value in content.items()},
+                **{f"style.{layer}": value for layer, value in style.items()},
+            },
+            mean_abs_u=updated.mean_abs_u,
+            max_abs_u=updated.max_abs_u,
+            alpha=step.alpha or 0.0,
+            seconds=seconds,
+            busy=timeline.take(),
+            stepped=step.alpha is not None,
+            checksums=updated.checksums,
+        )
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[what] = time.perf_counter() - start
+
+
+def _update_and_tell(written: Written, spec: passes.UpdateSpec) -> passes.UpdateResult:
+    result = passes.update_task(spec)
+    written.add(spec.chunks)
+    return result
+
+
+def _style_targets(stage: Stage, checksums: Mapping[str, str]) -> dict[str, losses.StyleTarget]:
+    factor = stage.plan.pixels * stage.config.loss.style_weight
+    return {
+        layer: losses.StyleTarget(
+            stage.config.loss.kind,
+            store.read_gram(stage.stage_dir, layer, checksums[store.gram_name(layer)]),
+            positions(stage.plan.size, layer),
+            stage.config.network.style_layers[layer],
+            factor,
+        )
+        for layer in stage.model.style_layers
+    }
+
+
+def _content_scales(stage: Stage, energies: Mapping[str, float]) -> dict[str, float]:
+    return {
+        layer: losses.content_scale(
+            stage.config.loss.kind,
+            energies[layer],
+            stage.model.widths[layer],
+            positions(stage.plan.size, layer),
+            stage.config.network.content_layers[layer],
+        )
+        for layer in stage.model.content_layers
+    }
+
+
+def _gathered(stage: Stage, results: Sequence[passes.GradientResult]) -> _Gradient:
+    squares = {
+        layer: math.fsum(result.content_squares.get(layer, 0.0) for result in results)
+        for layer in stage.model.content_layers
+    }
+    sums = store.open_array(stage.stage_dir, "gradient").packed(merged(result.sums for result in results))
+    return _Gradient(squares, max(result.max_abs_gradient for result in results), sums)

@@ -1,0 +1,129 @@
+"""Preparing a stage: its arrays on disk, its inputs, the style targets, and the canvas it starts from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import integrity, losses, passes, store, transfer
+from pipeline.errors import ConfigError
+from pipeline.layers import LAYER_BY_NAME
+from pipeline.losses import Gram
+from pipeline.stage import Stage, merged, positions
+from pipeline.tiling import grid
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a stage starts from: each content layer's energy ‖φ_l(o)‖², and the checksums of all that was written."""
+
+    content_energies: Mapping[str, float]
+    checksums: Mapping[str, str]
+
+
+def prepare(stage: Stage, previous_canvas: store.StageArray | None) -> Prepared:
+    """Make all arrays of the stage, and fill its inputs and slot 0.
+
+    `previous_canvas`: the result of the stage before, or None for the first. May be repeated from the start.
+    Raises SpaceError, InputError for a broken image, ConfigError for features that are not numbers, ChunkError if
+    the previous canvas is damaged.
+    """
+    try:
+        return _prepare(stage, stage.partial_dir, previous_canvas)
+    except OSError as error:
+        if (told := store.space_error(stage.partial_dir, error)) is error:
+            raise
+        raise told from error
+
+
+def _prepare(stage: Stage, folder: Path, previous_canvas: store.StageArray | None) -> Prepared:
+    if previous_canvas is not None:
+        integrity.require_intact([previous_canvas], stage.engine, stage.told("check"))
+    store.create_stage(folder)
+    _create_arrays(stage, folder)
+    content = store.open_array(folder, "content")
+    sums = {"content": transfer.ingest(stage.config.content, content, stage.engine, stage.told("content"))}
+    sums |= _store_style_targets(stage, folder)
+    sums["canvas_0"] = _start_canvas(stage, folder, previous_canvas, sums)
+    sums |= {name: store.open_array(folder, name).packed_zeros() for name in ("m_0", "v_0")}
+    energies, feature_sums = _content_pass(stage, folder, sums)
+    sums |= feature_sums | store.metadata_checksums(folder)
+    store.commit_stage(folder, stage.stage_dir)
+    return Prepared(energies, sums)
+
+
+def _create_arrays(stage: Stage, folder: Path) -> None:
+    height, width = stage.plan.size
+    chunk_px, codec = stage.config.store.chunk_px, stage.config.store.codec
+    state = f"float{8 * stage.model.itemsize}"
+    store.create_array(folder, "content", (height, width, 3), chunk_px, "uint8", codec)
+    for name in ("canvas_0", "canvas_1", "gradient", "m_0", "m_1", "v_0", "v_1"):
+        store.create_array(folder, name, (height, width, 3), chunk_px, state, codec)
+    for layer in stage.model.content_layers:
+        stride = LAYER_BY_NAME[layer].stride
+        shape = (height // stride, width // stride, stage.model.widths[layer])
+        name = passes.content_features_name(layer)
+        store.create_array(folder, name, shape, chunk_px // stride, state, codec)
+
+
+def _store_style_targets(stage: Stage, folder: Path) -> dict[str, str]:
+    """Writes the mean Gram of all styles for every layer; gives the checksums."""
+    if not stage.model.style_layers:
+        return {}
+    grams: list[dict[str, Gram]] = []
+    for style, size in zip(stage.config.styles, stage.plan.style_sizes, strict=True):
+        store.create_array(folder, "style", (*size, 3), stage.config.store.chunk_px, "uint8", stage.config.store.codec)
+        array = store.open_array(folder, "style")
+        sums = {"style": transfer.ingest(style.image, array, stage.engine, stage.told("style"))}
+        totals = stage.gram_sums(folder, "style", grid(*size, stage.tile_px), "style Gram", sums)
+        grams.append({layer: total / positions(size, layer) for layer, total in totals.items()})
+        store.delete_array(folder, "style")
+    weights = [style.weight for style in stage.config.styles]
+    written: dict[str, str] = {}
+    for layer in stage.model.style_layers:
+        target = losses.mean_gram([gram[layer] for gram in grams], weights)
+        _check_finite(stage, float(target.sum()), "style", layer)
+        written[store.gram_name(layer)] = store.write_gram(folder, layer, target)
+    return written
+
+
+def _start_canvas(
+    stage: Stage, folder: Path, previous_canvas: store.StageArray | None, checksums: Mapping[str, str]
+) -> str:
+    canvas = store.open_array(folder, "canvas_0")
+    if previous_canvas is None and stage.config.init == "noise":
+        return canvas.packed(
+            {
+                (cy, cx): canvas.write_chunk(cy, cx, passes.initial_noise(stage.config.seed, canvas, cy, cx))
+                for cy, cx in stage.engine.checked(canvas.chunk_indices())
+            }
+        )
+    source = previous_canvas or store.open_array(folder, "content", checksums["content"])
+    return transfer.fill_canvas(source, canvas, stage.engine, stage.told("canvas"))
+
+
+def _content_pass(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> tuple[dict[str, float], dict[str, str]]:
+    """(‖φ_l(o)‖² of each content layer, checksums of its features)."""
+    layers = stage.model.content_layers
+    if not layers:
+        return {}, {}
+    specs = [passes.ContentSpec(folder, "content", tile, stage.network, checksums, layers) for tile in stage.tiles]
+    results = stage.engine.map(passes.content_task, specs, stage.counter("content features", len(specs)))
+    energies, packed = {}, {}
+    for layer in layers:
+        energies[layer] = math.fsum(result.energies.get(layer, 0.0) for result in results)
+        _check_finite(stage, energies[layer], "content", layer)
+        name = passes.content_features_name(layer)
+        sums = merged(result.sums.get(layer, {}) for result in results)
+        packed[name] = store.open_array(folder, name).packed(sums)
+    return energies, packed
+
+
+def _check_finite(stage: Stage, total: float, which: str, layer: str) -> None:
+    if not math.isfinite(total):
+        raise ConfigError(
+            f"the {which} image's features at {layer} are not finite: the network's weights are not, or "
+            f"compute.dtype {stage.network.dtype} overflows with them. Use other weights, or float32."
+        )
