@@ -295,13 +295,14 @@ def test_refused_before_the_start_what_cannot_end(tmp_path, call):
     config = write_run(tmp_path)
     for settings, words in [
         (["memory.limit=100MiB"], ["memory.limit", "GiB"]),
-        (["size=70000", "output=wide.jpg", "compute.tile_px=auto"], ["65,500"]),
+        (["size=70000", "output=wide.jpg", "compute.tile_px=auto", "store.chunk_px=512"], ["65,500"]),
     ]:
         for command in ("plan", "run"):
             outcome = call(command, "-c", config, *(f"--set={setting}" for setting in settings))
             assert (outcome.code, outcome.out) == (3, ""), outcome.err
             assert all(word in outcome.err for word in words), outcome.err
-    outcome = call("run", "-c", config, "--set=size=300000", "--set=store.chunk_px=512", "--set=compute.tile_px=auto")
+    large = ["size=300000", "store.chunk_px=512", "compute.tile_px=auto", "limits.max_result_pixels=100000000000"]
+    outcome = call("run", "-c", config, *(f"--set={setting}" for setting in large))
     assert outcome.code == 5 and "GiB are free" in outcome.err, outcome.err
     assert not (tmp_path / "out.png").exists()
 
