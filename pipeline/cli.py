@@ -13,10 +13,10 @@ import click
 
 import pipeline
 from pipeline import config as config_module
-from pipeline import report
+from pipeline import report, timeline
 from pipeline.errors import ConfigError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.interrupts import drop_unwritable_stdout, steadfast_stderr, stop_on_signals
-from pipeline.sinks import make_sink
+from pipeline.sinks import make_sink, with_profile
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -106,11 +106,16 @@ def cli() -> None:
     show_default=True,
     help="How progress is shown on stderr; auto is live on a terminal, else plain.",
 )
-def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: str) -> None:
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    help="Write a timeline of all threads there (Chrome trace), and tell how busy they were.",
+)
+def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: str, profile: Path | None) -> None:
     """Render the picture of a config, or go on where it stopped."""
     config = pipeline.load_config(config_path, overrides)
-    with make_sink(log_format) as sink, stop_on_signals(sink) as stop:
-        pipeline.run(config, force=force, sink=sink, stop=stop)
+    with make_sink(log_format) as sink, stop_on_signals(sink) as stop, timeline.recording(profile):
+        pipeline.run(config, force=force, sink=with_profile(sink) if profile else sink, stop=stop)
 
 
 @cli.command()

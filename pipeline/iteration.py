@@ -26,8 +26,8 @@ _CHUNKS_PER_TASK = 8
 class IterationResult:
     """What one iteration measured. Losses belong to the canvas it read; `alpha` is the stage's step size.
 
-    `seconds`: of each pass. `busy`: thread seconds by kind of work (timeline.py). `checksums`: of the arrays it wrote
-    for the next one to read.
+    `seconds`: of each pass. `busy`: thread seconds by kind of work (timeline.py) since the last commit, and as `wall`
+    the seconds themselves. `checksums`: of the arrays it wrote for the next one to read.
     `max_abs_u` is zero where there is nothing to optimise; then `stepped` is False if no step was made.
     """
 
@@ -118,6 +118,10 @@ class Iterations:
     content_energies: Mapping[str, float]
     _ahead: dict[int, dict[str, Gram]] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        timeline.take()  # what was done before
 
     def iterate(
         self,
@@ -245,6 +249,7 @@ class Iterations:
         content_loss, style_loss = math.fsum(content.values()), math.fsum(style.values())
         loss = stage.config.loss
         seconds, self._seconds = self._seconds, {}
+        wall, self._since = time.perf_counter() - self._since, time.perf_counter()
         return IterationResult(
             objective=losses.objective(
                 stage.plan.pixels, loss.content_weight, content_loss, loss.style_weight, style_loss
@@ -259,7 +264,7 @@ class Iterations:
             max_abs_u=updated.max_abs_u,
             alpha=step.alpha or 0.0,
             seconds=seconds,
-            busy=timeline.take(),
+            busy={**timeline.take(), "wall": wall},
             stepped=step.alpha is not None,
             checksums=updated.checksums,
         )

@@ -48,7 +48,10 @@ class WorkDone(Event):
 
 @dataclass(frozen=True)
 class IterationDone(Event):
-    """An iteration is committed. Losses are those of the canvas before its update."""
+    """An iteration is committed. Losses are those of the canvas before its update.
+
+    `seconds`: of each pass. `busy`: thread seconds by kind of work since the last commit, and as `wall` all of them.
+    """
 
     stage: int
     iteration: int
@@ -60,6 +63,7 @@ class IterationDone(Event):
     max_abs_u: float
     alpha: float
     seconds: Mapping[str, float]
+    busy: Mapping[str, float]
     eta_s: float | None
 
 

@@ -240,6 +240,7 @@ class _Rendering:
                 max_abs_u=result.max_abs_u,
                 alpha=result.alpha,
                 seconds=result.seconds,
+                busy=result.busy,
                 eta_s=self._speed.seconds_for(self._remaining_flop(stage_plan.index)),
             )
         )

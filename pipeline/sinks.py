@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 from rich.console import Console
@@ -113,6 +114,25 @@ def line_of(event: Event) -> str | None:
         case RunDone():
             return f"done in {duration(event.seconds)}: {event.output}"
     return None
+
+
+def with_profile(sink: Sink) -> Sink:
+    """`sink`, told after every iteration how busy the threads were."""
+
+    def told(event: Event) -> None:
+        sink(event)
+        if isinstance(event, IterationDone):
+            sink(Note(f"  busy: {busy_line(event.busy)}"))
+
+    return told
+
+
+def busy_line(busy: Mapping[str, float]) -> str:
+    """Thread seconds by kind of work, and how much of the time the device computed."""
+    wall = busy["wall"]
+    kinds = ", ".join(f"{kind} {busy.get(kind, 0.0):.1f}s" for kind in ("read", "write", "update", "wait"))
+    computing = busy.get("compute", 0.0)
+    return f"computing {computing:.1f}s of {wall:.1f}s ({computing / wall:.0%}); on other threads {kinds}"
 
 
 def count(number: int, noun: str) -> str:

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from pipeline.errors import ConfigError
+
 _lock = threading.Lock()
 _seconds: defaultdict[str, float] = defaultdict(float)
 _trace: TextIO | None = None
@@ -58,16 +60,16 @@ def take() -> dict[str, float]:
 
 @contextmanager
 def recording(path: Path | None) -> Iterator[None]:
-    """Write every span of the block to `path`, as Chrome trace events; None writes nothing.
+    """Append every span of the block to the Chrome trace `path`; None writes nothing.
 
-    The list's end is missing while it is written, and after a crash: viewers take it all the same.
+    The list of events is never closed, so that the same command can go on with it; viewers take it as it is.
+    Raises ConfigError if `path` cannot be written, or is something else.
     """
     global _trace  # noqa: PLW0603 - one process, one timeline
     if path is None:
         yield
         return
-    with path.open("w", encoding="utf-8") as file:
-        file.write("[\n")
+    with _opened(path) as file:
         with _lock:
             _trace = file
         try:
@@ -75,4 +77,18 @@ def recording(path: Path | None) -> Iterator[None]:
         finally:
             with _lock:
                 _trace = None
-            file.write(json.dumps({"name": "end", "ph": "i", "ts": time.perf_counter_ns() / 1000, "pid": 0}) + "\n]\n")
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        file = path.open("a+", encoding="utf-8", errors="replace")
+        file.seek(0)
+        start = file.read(2)
+        if not start:
+            file.write("[\n")
+    except OSError as error:
+        raise ConfigError(f"--profile {path}: cannot be written ({error.strerror}). Choose another place.") from error
+    if start not in ("", "[\n"):
+        file.close()
+        raise ConfigError(f"--profile {path}: exists and is no timeline; it would be spoilt. Choose another name.")
+    return file
