@@ -72,11 +72,13 @@ class Stage:
         return self.engine.fold(passes.gram_task, specs, passes.add_grams, dict[str, Gram](), told, before)
 
     def told(self, what: str) -> Callable[[int, int], None]:
-        """Tells the sink (done, total) of `what`."""
+        """Tells the sink (done, total) of `what`, and that it begins."""
+        self.sink(WorkDone(self.plan.index, what, 0, 1))
         return lambda done, total: self.sink(WorkDone(self.plan.index, what, done, total))
 
     def counter(self, what: str, total: int) -> Callable[[], None]:
-        """Tells the sink, at every call, that one more of `total` is done."""
+        """Tells the sink, at every call, that one more of `total` is done, and that none is yet."""
+        self.sink(WorkDone(self.plan.index, what, 0, total))
         counter = itertools.count(1)
         return lambda: self.sink(WorkDone(self.plan.index, what, next(counter), total))
 
