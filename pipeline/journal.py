@@ -170,8 +170,7 @@ class Journal:
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         for number, line in enumerate(lines, start=1):
             record = _record_of(line, crc)
-            # a line that is whole but for its last byte was committed: it is its newline that was changed
-            torn = number == len(lines) and not line.endswith(b"\n") and _record_of(line[:-1] + b"\n", crc) is None
+            torn = record is None and number == len(lines) and _is_torn(line, good_bytes, crc)
             if torn or (record is None and to_damage):
                 break
             if record is None:
@@ -193,6 +192,7 @@ class _Lines:
     crc: int
 
 
+_SECTOR_BYTES = 512
 _CRC = slice(len('{"crc": "'), len('{"crc": "89abcdef'))
 
 
@@ -212,6 +212,19 @@ def _record_of(line: bytes, previous_crc: int) -> Record | None:
         return record if _line_of(record, previous_crc) == line else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _is_torn(line: bytes, offset: int, previous_crc: int) -> bool:
+    """Whether the last line, at this offset of the file, was still being written when the process or the power went.
+
+    It ends early then, or a whole sector of it is zeros: a disk writes sectors in any order. Of a single changed bit
+    neither comes: a line that is whole but for its last byte was committed.
+    """
+    first = -offset % _SECTOR_BYTES
+    sectors = [line[:first], *(line[start : start + _SECTOR_BYTES] for start in range(first, len(line), _SECTOR_BYTES))]
+    if any(sector and not sector.strip(b"\0") for sector in sectors):
+        return True
+    return not line.endswith(b"\n") and _record_of(line[:-1] + b"\n", previous_crc) is None
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:

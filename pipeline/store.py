@@ -218,8 +218,8 @@ def space_error(path: Path, error: OSError) -> OSError:
 
 
 def create_store(path: Path) -> None:
-    """Make the run's Zarr group if it is not there."""
-    zarr.open_group(path, mode="a")
+    """Make the run's Zarr group, replacing what an interrupted start left there."""
+    zarr.create_group(path, overwrite=True)  # an older one may be empty: power was lost before it was on the disk
 
 
 def create_array(
@@ -384,7 +384,7 @@ def delete_array(stage_dir: Path, name: str) -> None:
 
 
 def delete_arrays(stage_dir: Path, keep: set[str]) -> None:
-    """Free the disk of a stage's arrays, all but those named in `keep`."""
-    for path in stage_dir.iterdir():
+    """Free the disk of a stage's arrays, all but those named in `keep`; one that is gone has none."""
+    for path in stage_dir.iterdir() if stage_dir.exists() else ():
         if path.is_dir() and path.name not in keep:
             shutil.rmtree(path)

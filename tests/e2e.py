@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from syscalls import Watch, be_watched
 
 PIPELINE = Path(sys.executable).with_name("pipeline")
 # Half a second of work each; the limit is for a machine that does other things too.
@@ -158,11 +159,14 @@ class Nursery:
         self._context.set_forkserver_preload(["pytest", "pipeline.cli", "pipeline.stage", "pyvips"])
         self._children: list[Child] = []
 
-    def start(self, *argv: object, kill_before: int = 0) -> Child:
-        """Start a command; `kill_before` n: it kills itself before its nth commit (see `_commit_of`)."""
+    def start(self, *argv: object, kill_before: int = 0, watch: Watch | None = None) -> Child:
+        """Start a command; `kill_before` n: it kills itself before its nth commit (see `_commit_of`).
+
+        `watch` sees every call by which it changes files.
+        """
         log = self._folder / f"log_{len(self._children)}"
         log.touch()
-        arguments = ([str(argument) for argument in argv], str(log), kill_before)
+        arguments = ([str(argument) for argument in argv], str(log), kill_before, watch and watch.address)
         process = self._context.Process(target=_child, args=arguments)
         # One thread: starting torch's pool would be most of what such a small run does.
         with _environment(OMP_NUM_THREADS="1"):
@@ -242,13 +246,15 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def _child(argv: list[str], log: str, kill_before: int) -> None:
+def _child(argv: list[str], log: str, kill_before: int, watch: str | None) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = ["pipeline", *argv]
     if kill_before:
         _kill_before_commit(kill_before)
+    if watch:
+        be_watched(watch)
     from pipeline import cli
 
     cli.main()

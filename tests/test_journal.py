@@ -128,6 +128,28 @@ def test_a_tail_of_zeros_is_dropped(tmp_path):
 
 
 @given(st.data())
+@SAME_FOLDER
+def test_a_last_line_without_some_of_its_sectors_is_dropped(tmp_path, data):
+    """A disk writes sectors in any order: power lost in the middle of a long record would be called damage."""
+    path = tmp_path / "journal.jsonl"
+    long = {"type": "iteration", "checksums": {"m_0": "A" * data.draw(st.integers(0, 3000), label="length")}}
+    last = len(written(path).path.read_bytes())
+    whole = written(path, [*RECORDS, long]).path.read_bytes()
+    sectors = range(last // 512, -(-len(whole) // 512))
+    lost = data.draw(st.sets(st.sampled_from(sectors), min_size=1), label="lost")
+    torn = bytearray(whole)
+    for sector in lost:
+        for position in range(max(last, sector * 512), min(len(whole), sector * 512 + 512)):
+            torn[position] = 0
+    path.write_bytes(torn)
+    journal = Journal(path)
+    assert journal.read() == RECORDS
+    journal.repair_tail()
+    journal.append(long)
+    assert path.read_bytes() == whole
+
+
+@given(st.data())
 @settings(SAME_FOLDER, max_examples=200)
 def test_a_changed_byte_in_a_committed_line_is_damage(tmp_path, data):
     """A record that is wrong, or silently gone, resumes from the wrong slot: a wrong picture without a word."""
