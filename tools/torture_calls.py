@@ -45,7 +45,9 @@ class Torture:
         config = write_variant(self.folder / f"{self.variant}_{seed}", self.variant)
         again = random.Random(seed).randrange(1, len(self.unbroken.calls)) if self.twice else 0
         score = kill_at(nursery, config, target, self.unbroken, again)
-        if not score.problems:
+        if score.problems:
+            print(f"{config.parent}: {target}: {'; '.join(score.problems)}", file=sys.stderr, flush=True)
+        else:
             shutil.rmtree(config.parent)
         return score
 
