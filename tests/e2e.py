@@ -150,6 +150,26 @@ def leftovers(output: Path) -> list[str]:
 Event = dict[str, Any]
 
 
+def keys_of(events: list[Event]) -> list[tuple[Any, ...]]:
+    """What identifies an event in every run of one config, whatever came before it in its process."""
+    keys: list[tuple[Any, ...]] = []
+    iteration = 0
+    for event in events:
+        if event["event"] == "StageStarted":
+            iteration = event["iteration"]
+        elif event["event"] == "IterationDone":
+            keys.append((event["stage"], iteration, "iteration"))
+            iteration += 1
+        elif event["event"] == "WorkDone":
+            keys.append((event["stage"], 0 if event["what"] == "export" else iteration, event["what"], event["done"]))
+    return keys
+
+
+def gradient_tiles(events: list[Event]) -> int:
+    """How many tiles' gradients were computed."""
+    return sum(event.get("what") == "gradient pass" and event["done"] > 0 for event in events)
+
+
 class Nursery:
     """Starts `pipeline` commands by forking a server process, and stops what is left of them at the end."""
 

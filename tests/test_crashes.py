@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import pytest
 from e2e import Nursery
 from syscalls import Call, Verdict, supported
-from torture import VARIANTS, Target, Unbroken, kill_at, targets_of, write_variant
+from torture import PHASES, VARIANTS, Target, Unbroken, kill_at, kill_at_random, targets_of, write_variant
 
 pytestmark = pytest.mark.skipif(not supported(), reason="needs Linux on x86-64 with seccomp's user notification")
 
@@ -52,3 +53,13 @@ def test_killed_in_the_middle_of_a_record_it_ends_with_the_same_bits(nursery, va
     target = Target(Call("write", "run/journal.jsonl"), 4, Verdict.HALF)
     score = kill_at(nursery, config, target, unbroken)
     assert (score.problems, len(score.kills)) == ([], 1)
+
+
+def test_killed_at_random_moments_of_every_phase_it_ends_with_the_same_bits(nursery, variant, unbroken, tmp_path):
+    """The OOM killer waits for no convenient moment: an input, an enlargement or the picture would be half done."""
+    rng, phases = random.Random(variant), set(unbroken.moments().values())
+    assert phases == set(PHASES)
+    for number in range(2):
+        config = write_variant(tmp_path / str(number), variant)
+        score = kill_at_random(nursery, config, unbroken, 3, rng)
+        assert score.problems == []

@@ -20,10 +20,11 @@ from e2e import (
     PIPELINE,
     TIMEOUT_S,
     Child,
-    Event,
     Nursery,
     canvases,
+    gradient_tiles,
     journal,
+    keys_of,
     leftovers,
     make_call,
     read_picture,
@@ -68,25 +69,6 @@ class Unbroken:
         assert (folder / "out.tif").read_bytes() == self.picture
         assert canvases(folder / "run") == self.canvases
         assert leftovers(folder / "out.tif") == []
-
-
-def keys_of(events: list[Event]) -> list[tuple[Any, ...]]:
-    """What identifies an event in every run of one config, whatever came before it in its process."""
-    keys: list[tuple[Any, ...]] = []
-    iteration = 0
-    for event in events:
-        if event["event"] == "StageStarted":
-            iteration = event["iteration"]
-        elif event["event"] == "IterationDone":
-            keys.append((event["stage"], iteration, "iteration"))
-            iteration += 1
-        elif event["event"] == "WorkDone":
-            keys.append((event["stage"], 0 if event["what"] == "export" else iteration, event["what"], event["done"]))
-    return keys
-
-
-def gradient_tiles(events: list[Event]) -> int:
-    return sum(event.get("what") == "gradient pass" for event in events)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import random
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from e2e import Child, Event, Nursery, canvases, journal, leftovers, results, write_run
+from e2e import Child, Event, Nursery, canvases, gradient_tiles, journal, keys_of, leftovers, results, write_run
 from syscalls import HALVED, Call, Verdict, Watch
 
 KILLED = -signal.SIGKILL
@@ -98,7 +100,7 @@ class Score:
     def add(self, child: Child) -> None:
         """An attempt that has ended; any end but a kill and success is a problem."""
         self.code, events = child.wait(), child.events()
-        self.tiles += sum(event.get("what") == "gradient pass" for event in events)
+        self.tiles += gradient_tiles(events)
         if self.code == KILLED:
             self.kills.append(phase_of(events))
         elif self.code:
@@ -141,27 +143,33 @@ def start(nursery: Nursery, config: Path, **options: Any) -> Child:
 
 @dataclass(frozen=True)
 class Unbroken:
-    """A small run that was left alone: how it ended, the calls by which it changed files, and its gradient tiles."""
+    """A small run that was left alone: how it ended, the calls by which it changed files, its events."""
 
     ending: Ending
     calls: list[Call]
-    tiles: int
+    events: list[Event]
 
     @staticmethod
     def of(nursery: Nursery, folder: Path, variant: str) -> Unbroken:
         """Run it in `folder`."""
         config = write_variant(folder, variant)
         watch, score = Watch(config.parent, lambda _call: Verdict.GO), Score()
-        score.add(start(nursery, config, watch=watch))
+        child = start(nursery, config, watch=watch)
+        score.add(child)
         assert not score.problems, score.problems
-        return Unbroken(Ending.of(config), watch.wait(), score.tiles)
+        return Unbroken(Ending.of(config), watch.wait(), child.events())
 
     def compare(self, config: Path, score: Score) -> None:
         """Add to a score whatever a run that is done now has otherwise."""
         score.problems += self.ending.differences(Ending.of(config)) + damage(places(config)[0])
         # a kill costs at most the iteration that it hit: four tiles in the second stage, one in the first
-        if score.tiles > self.tiles + 4 * len(score.kills):
-            score.problems.append(f"{score.tiles} tiles instead of {self.tiles}")
+        if score.tiles > (tiles := gradient_tiles(self.events)) + 4 * len(score.kills):
+            score.problems.append(f"{score.tiles} tiles instead of {tiles}")
+
+    def moments(self) -> dict[tuple[Any, ...], str]:
+        """The keys of all events in their order, and the phase that the run is in after each."""
+        phases = [phase_of(self.events[: number + 1]) for number, event in enumerate(self.events) if keys_of([event])]
+        return dict(zip(keys_of(self.events), phases, strict=True))
 
 
 @dataclass(frozen=True)
@@ -225,3 +233,29 @@ def attempt(nursery: Nursery, config: Path, score: Score, judge: Callable[[Call]
     score.add(start(nursery, config, watch=watch))
     watch.wait()
     score.problems += damage(places(config)[0])
+
+
+def kill_at_random(nursery: Nursery, config: Path, unbroken: Unbroken, kills: int, rng: random.Random) -> Score:
+    """Kill a run up to so many times, in phases taken at random, each later than the last; let it end, and compare."""
+    score, passed = Score(), -1
+    moments = unbroken.moments()
+    rank = {key: number for number, key in enumerate(moments)}
+    for _ in range(kills):
+        ahead = {key: phase for key, phase in moments.items() if rank[key] > passed}
+        if not ahead:
+            break
+        phase = rng.choice(sorted(set(ahead.values())))
+        aim = rank[rng.choice([key for key, one in ahead.items() if one == phase])]
+        child = start(nursery, config)
+        if rng.random() < 0.1:  # before the first event, most likely: while it starts, or goes on
+            time.sleep(rng.uniform(0, 0.3))
+        else:
+            child.wait_until(lambda events, aim=aim: any(rank.get(key, -1) >= aim for key in keys_of(events)))
+            time.sleep(rng.choice((0, rng.uniform(0, 0.01), rng.uniform(0, 0.1))))
+        child.kill()
+        passed = max([passed, *(rank[key] for key in keys_of(child.events()) if key in rank)])
+        score.add(child)
+        score.problems += damage(places(config)[0])
+    score.add(start(nursery, config))
+    unbroken.compare(config, score)
+    return score
