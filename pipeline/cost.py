@@ -58,6 +58,11 @@ class Model:
         """All layers in use."""
         return self.style_layers + self.content_layers
 
+    @property
+    def content_widths(self) -> dict[str, int]:
+        """Channels of each content layer."""
+        return {layer: self.widths[layer] for layer in self.content_layers}
+
     def channels(self) -> list[tuple[Layer, int, int]]:
         """(layer, channels in, channels out) of every row of the table that runs."""
         rows, channels = [], 3

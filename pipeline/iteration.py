@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from pipeline import adam, losses, passes, store, timeline
+from pipeline.arrays import gram_name, slot_names
 from pipeline.engine import Engine
 from pipeline.layers import halo_px
 from pipeline.losses import Gram
@@ -236,8 +237,7 @@ class Iterations:
         results = engine.map(task, specs, stage.counter("update pass", len(specs)))
         total = math.fsum(value for result in results for value in result.sums_abs_u)
         packed = {
-            name: gradient.packed(merged(result.sums[name] for result in results))
-            for name in passes.slot_names(1 - slot)
+            name: gradient.packed(merged(result.sums[name] for result in results)) for name in slot_names(1 - slot)
         }
         return _Updated(total / (3 * stage.plan.pixels), max(result.max_abs_u for result in results), packed)
 
@@ -287,7 +287,7 @@ def _style_targets(stage: Stage, checksums: Mapping[str, str]) -> dict[str, loss
     return {
         layer: losses.StyleTarget(
             stage.config.loss.kind,
-            store.read_gram(stage.stage_dir, layer, checksums[store.gram_name(layer)]),
+            store.read_gram(stage.stage_dir, layer, checksums[gram_name(layer)]),
             positions(stage.plan.size, layer),
             stage.config.network.style_layers[layer],
             factor,

@@ -11,6 +11,7 @@ manifest once more. Records of prepared stages and of iterations carry the check
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -25,8 +26,6 @@ from filelock import FileLock, Timeout
 from pipeline.checksums import checksum
 from pipeline.errors import DamagedStateError, LockedError, SpaceError
 
-FORMAT = 2
-MANIFEST_KEYS = {"format", "created", "config", "stages", "result_fields", "inputs"}
 Record = dict[str, Any]
 
 
@@ -66,14 +65,15 @@ class Position:
         kind = record["type"]
         if kind == "begun":
             return self
-        if kind == "exporting":
-            return replace(self, claimed=self.claimed | {record["output"]})
-        if kind == "exported":
+        if kind == "canvas_lost":
             return replace(
                 self,
-                exported={**self.exported, record["output"]: record.get("options")},
-                claimed=self.claimed | {record["output"]},
+                slots=_without(self.slots, record["stage"]),
+                checksums=_without(self.checksums, record["stage"]),
             )
+        if kind in ("exporting", "exported"):
+            made = {record["output"]: record.get("options")} if kind == "exported" else {}
+            return replace(self, exported={**self.exported, **made}, claimed=self.claimed | {record["output"]})
         if kind == "stage_done":
             kept = (f"canvas_{self.newest_slot}", f"canvas_{self.newest_slot}/zarr.json", "zarr.json")
             left = {name: self.checksums[self.stage][name] for name in kept}
@@ -100,13 +100,21 @@ class Position:
         )
 
 
+def _without(mapping: Mapping[int, Any], key: int) -> dict[int, Any]:
+    return {other: value for other, value in mapping.items() if other != key}
+
+
+# What stays true however far a repair goes back: whose a picture is, and which canvas the disk lost.
+_KEPT_ALWAYS = ("exporting", "exported", "canvas_lost")
+
+
 def effective(records: Iterable[Record]) -> list[Record]:
-    """The records without those that a repair took back; a picture's claim is never taken back."""
+    """The records without those that a repair took back; some are never taken back."""
     kept: list[Record] = []
     for record in records:
         if record.get("type") == "rolled_back":
             taken = kept[record["records"] :]
-            kept = kept[: record["records"]] + [one for one in taken if one.get("type") in ("exporting", "exported")]
+            kept = kept[: record["records"]] + [one for one in taken if one.get("type") in _KEPT_ALWAYS]
         else:
             kept.append(record)
     return kept
@@ -115,6 +123,21 @@ def effective(records: Iterable[Record]) -> list[Record]:
 def position_of(records: Iterable[Record]) -> Position:
     """The resume point that a journal's records describe."""
     return reduce(Position.after, records, Position())
+
+
+@dataclass(frozen=True)
+class JournalState:
+    """A journal as it lies on the disk.
+
+    `records`: those that hold, of the whole lines from the start; these are the first `good_bytes` of the file.
+    `damaged_line`: the number of the line after them, if it was changed. `torn`: the last line is not whole, because
+    a crash cut it short before it was committed.
+    """
+
+    records: list[Record]
+    good_bytes: int
+    damaged_line: int | None
+    torn: bool
 
 
 class Journal:
@@ -128,14 +151,30 @@ class Journal:
         """All committed records that hold. Raises DamagedStateError for a damaged line."""
         return effective(self._parse().records)
 
-    def whole_lines(self) -> tuple[list[Record], int]:
-        """(records that hold, bytes) of the lines before the first damaged one: what a repair can build on."""
+    def inspect(self) -> JournalState:
+        """What is there, damaged or not: what a repair can build on."""
         found = self._parse(to_damage=True)
-        return effective(found.records), found.good_bytes
+        torn = found.damaged_line is None and self.path.exists() and self.path.stat().st_size > found.good_bytes
+        return JournalState(effective(found.records), found.good_bytes, found.damaged_line, torn)
 
     def repair_tail(self) -> None:
         """Cut off a last line that a crash left half-written, so that appending starts on a fresh line."""
-        found = self._parse()
+        self._cut(self._parse())
+
+    def set_damage_aside(self) -> Path:
+        """Keep everything from the first damaged line on in a file of its own, and cut it off; gives that file."""
+        found = self._parse(to_damage=True)
+        names = (self.path.with_name(f"{self.path.name}.damaged-{number}") for number in itertools.count(1))
+        aside = next(path for path in names if not path.exists())
+        with aside.open("xb") as file:
+            file.write(self.path.read_bytes()[found.good_bytes :])
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(self.path.parent)
+        self._cut(found)
+        return aside
+
+    def _cut(self, found: _Lines) -> None:
         if self.path.exists() and self.path.stat().st_size > found.good_bytes:
             with self.path.open("r+b") as file:
                 file.truncate(found.good_bytes)
@@ -159,19 +198,22 @@ class Journal:
                     os.ftruncate(file.fileno(), start)
                     raise
             if created:
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
         except OSError as error:
-            raise _no_space(self.path, error) from error
+            raise no_space(self.path, error) from error
         self._crc = _crc_of(data)
 
     def _parse(self, to_damage: bool = False) -> _Lines:
         records: list[Record] = []
         good_bytes = crc = 0
+        damaged_line = None
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         for number, line in enumerate(lines, start=1):
             record = _record_of(line, crc)
-            torn = record is None and number == len(lines) and _is_torn(line, good_bytes, crc)
-            if torn or (record is None and to_damage):
+            if record is None and number == len(lines) and _is_torn(line, good_bytes, crc):
+                break
+            if record is None and to_damage:
+                damaged_line = number
                 break
             if record is None:
                 raise DamagedStateError(
@@ -180,16 +222,17 @@ class Journal:
                 )
             records.append(record)
             good_bytes, crc = good_bytes + len(line), _crc_of(line)
-        return _Lines(records, good_bytes, crc)
+        return _Lines(records, good_bytes, crc, damaged_line)
 
 
 @dataclass(frozen=True)
 class _Lines:
-    """Whole lines from the start of a journal, their bytes, and what the next one's CRC goes on from."""
+    """Whole lines from the start of a journal, their bytes, what the next one's CRC goes on from, and the bad one."""
 
     records: list[Record]
     good_bytes: int
     crc: int
+    damaged_line: int | None
 
 
 _SECTOR_BYTES = 512
@@ -227,50 +270,6 @@ def _is_torn(line: bytes, offset: int, previous_crc: int) -> bool:
     return not line.endswith(b"\n") and _record_of(line[:-1] + b"\n", previous_crc) is None
 
 
-def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest aside, sync it, and give it its name. Raises SpaceError."""
-    aside = path.with_name(path.name + ".partial")
-    try:
-        with aside.open("wb") as file:
-            file.write(_manifest_text(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _no_space(path, error) from error
-
-
-def _manifest_text(manifest: Mapping[str, Any]) -> bytes:
-    crc = checksum(json.dumps(manifest).encode())
-    return json.dumps({**manifest, "crc": f"{crc:08x}"}, indent=2).encode()
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest. Raises DamagedStateError if it is unreadable, was changed, or is of another format."""
-    try:
-        data = path.read_bytes()
-        manifest: dict[str, Any] = json.loads(data)
-        found = manifest["format"]
-        if found == FORMAT:
-            if missing := MANIFEST_KEYS - manifest.keys():
-                raise KeyError(f"without {', '.join(sorted(missing))}")
-            manifest.pop("crc", None)
-            if _manifest_text(manifest) != data:
-                raise ValueError("it was changed after it was written")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedStateError(
-            f"{path}: cannot be read as a run's manifest ({error}). `pipeline verify --repair` can restore it from the "
-            "journal."
-        ) from error
-    if found != FORMAT:
-        raise DamagedStateError(
-            f"{path}: written in format {found}, but this version of pipeline reads format {FORMAT}. "
-            "Finish the run with the version that began it, or delete the run directory."
-        )
-    return manifest
-
-
 class RunLock:
     """Keeps a second run out of a run directory; released by the system however the process ends."""
 
@@ -294,7 +293,7 @@ class RunLock:
             self._owner.write_text(owner_text, encoding="utf-8")
         except OSError as error:
             self.__exit__()
-            raise _no_space(self._owner, error) from error
+            raise no_space(self._owner, error) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -313,7 +312,8 @@ def running_owner(work_dir: Path) -> int | None:
         return None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder onto the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -321,5 +321,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _no_space(path: Path, error: OSError) -> SpaceError:
+def no_space(path: Path, error: OSError) -> SpaceError:
+    """A disk's refusal to take a record, in our words."""
     return SpaceError(f"{path}: {error.strerror}. Make room (or the disk writable) and give the same command again.")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import adam, losses, timeline
+from pipeline.arrays import content_features_name, slot_names
 from pipeline.checksums import ChunkSums
 from pipeline.errors import ConfigError
 from pipeline.layers import LAYER_BY_NAME, halo_px
@@ -168,11 +169,6 @@ class UpdateResult:
     sums: Mapping[str, ChunkSums]
 
 
-def content_features_name(layer: str) -> str:
-    """The array that keeps the content's features of `layer`."""
-    return f"features_{layer}"
-
-
 def gram_task(spec: GramSpec) -> dict[str, Gram]:
     """gram_sum of every layer over the positions of the tile's inner rectangle (eqs. 14, 15)."""
     pixels, outer = spec.read_outer(halo_px(spec.layers))
@@ -315,11 +311,6 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
         sums.append(float(inside.sum(dtype=np.float64)))
         largest = max(largest, float(inside.max()))
     return UpdateResult(tuple(sums), largest, written)
-
-
-def slot_names(slot: int) -> tuple[str, str, str]:
-    """The arrays that iteration j reads from slot j % 2, and writes to the other."""
-    return f"canvas_{slot}", f"m_{slot}", f"v_{slot}"
 
 
 def _features(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import integrity, losses, passes, store, transfer
+from pipeline.arrays import content_features_name, gram_name, stage_arrays
 from pipeline.errors import ConfigError
-from pipeline.layers import LAYER_BY_NAME
 from pipeline.losses import Gram
 from pipeline.stage import Stage, merged, positions
 from pipeline.tiling import grid
@@ -55,17 +55,10 @@ def _prepare(stage: Stage, folder: Path, previous_canvas: store.StageArray | Non
 
 
 def _create_arrays(stage: Stage, folder: Path) -> None:
-    height, width = stage.plan.size
-    chunk_px, codec = stage.config.store.chunk_px, stage.config.store.codec
-    state = f"float{8 * stage.model.itemsize}"
-    store.create_array(folder, "content", (height, width, 3), chunk_px, "uint8", codec)
-    for name in ("canvas_0", "canvas_1", "gradient", "m_0", "m_1", "v_0", "v_1"):
-        store.create_array(folder, name, (height, width, 3), chunk_px, state, codec)
-    for layer in stage.model.content_layers:
-        stride = LAYER_BY_NAME[layer].stride
-        shape = (height // stride, width // stride, stage.model.widths[layer])
-        name = passes.content_features_name(layer)
-        store.create_array(folder, name, shape, chunk_px // stride, state, codec)
+    settings = stage.config.store
+    arrays = stage_arrays(stage.plan.size, settings.chunk_px, stage.model.itemsize, stage.model.content_widths)
+    for name, array in arrays.items():
+        store.create_array(folder, name, array.shape, array.chunk_px, array.dtype, settings.codec)
 
 
 def _store_style_targets(stage: Stage, folder: Path) -> dict[str, str]:
@@ -85,7 +78,7 @@ def _store_style_targets(stage: Stage, folder: Path) -> dict[str, str]:
     for layer in stage.model.style_layers:
         target = losses.mean_gram([gram[layer] for gram in grams], weights)
         _check_finite(stage, float(target.sum()), "style", layer)
-        written[store.gram_name(layer)] = store.write_gram(folder, layer, target)
+        written[gram_name(layer)] = store.write_gram(folder, layer, target)
     return written
 
 
@@ -115,7 +108,7 @@ def _content_pass(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> t
     for layer in layers:
         energies[layer] = math.fsum(result.energies.get(layer, 0.0) for result in results)
         _check_finite(stage, energies[layer], "content", layer)
-        name = passes.content_features_name(layer)
+        name = content_features_name(layer)
         sums = merged(result.sums.get(layer, {}) for result in results)
         packed[name] = store.open_array(folder, name).packed(sums)
     return energies, packed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import integrity, store, transfer
 from pipeline.allocator import return_freed_memory
+from pipeline.arrays import slot_names
 from pipeline.config import Config, OptimizerConfig, result_fields
 from pipeline.cost import WORKERS, model_of
 from pipeline.device import Device, resolve_device
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedStateError
-from pipeline.journal import FORMAT, Journal, Position, Record, RunLock, position_of, read_manifest, write_manifest
+from pipeline.journal import Journal, Position, Record, RunLock, position_of
+from pipeline.manifest import FORMAT, begun_manifest, read_manifest, trusted_manifest, write_manifest
 from pipeline.plan import Plan, StagePlan
 from pipeline.progress import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
 from pipeline.survey import check_space, make_work_dir, plan_on
@@ -27,6 +29,7 @@ from pipeline.weights import NetworkSpec, WeightsSource, find_weights, sha256_of
 
 if TYPE_CHECKING:
     from pipeline.iteration import IterationResult
+    from pipeline.stage import Stage
 
 
 def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threading.Event | None = None) -> Path:
@@ -65,9 +68,22 @@ def stage_path(work_dir: Path, stage: int) -> Path:
 
 
 def newest_canvas(work_dir: Path, position: Position, stage: int) -> store.StageArray:
-    """The canvas of `stage` after its last committed iteration; it checks itself."""
-    name = f"canvas_{position.slots[stage]}"
-    return store.open_array(stage_path(work_dir, stage), name, position.checksums[stage][name])
+    """The canvas of `stage` after its last committed iteration; it checks itself. Raises ChunkError."""
+    folder, checksums = stage_path(work_dir, stage), position.checksums[stage]
+    name, *_ = slot_names(position.slots[stage])
+    # A description that was changed may still describe: another height, or integers for the same bytes.
+    store.check_metadata(folder, f"{name}/{store.METADATA}", checksums[f"{name}/{store.METADATA}"])
+    return store.open_array(folder, name, checksums[name])
+
+
+def journal_path(work_dir: Path) -> Path:
+    """The journal of a run."""
+    return work_dir / "journal.jsonl"
+
+
+def manifest_path(work_dir: Path) -> Path:
+    """The manifest of a run."""
+    return work_dir / "manifest.json"
 
 
 def _open_run(config: Config, planned: Plan, weights: WeightsSource) -> Journal:
@@ -75,8 +91,8 @@ def _open_run(config: Config, planned: Plan, weights: WeightsSource) -> Journal:
 
     Raises ConfigError listing every field whose change would change the picture.
     """
-    journal = Journal(config.work_dir / "journal.jsonl")
-    path = config.work_dir / "manifest.json"
+    journal = Journal(journal_path(config.work_dir))
+    path = manifest_path(config.work_dir)
     wanted: dict[str, dict[str, Any]] = {
         "result_fields": result_fields(config),
         "inputs": {
@@ -87,13 +103,13 @@ def _open_run(config: Config, planned: Plan, weights: WeightsSource) -> Journal:
     }
     records = journal.read()
     if position_of(records).slots:
-        _refuse_changes(config, read_manifest(path), wanted)
+        _refuse_changes(config, trusted_manifest(path, records), wanted)
         journal.repair_tail()
         return journal
-    if stage_path(config.work_dir, 1).exists():
+    if lost_its_stages(config.work_dir, records):
         raise DamagedStateError(
-            f"{journal.path}: holds no stage, but {store_path(config.work_dir)} holds finished ones, which would be "
-            "rendered again. Restore the journal from a copy, or delete the run directory to begin again."
+            f"{journal.path}: holds no stage, but {store_path(config.work_dir)} does, which would be rendered again. "
+            "Restore the journal from a copy, or begin again: `pipeline verify --repair` sets the store aside."
         )
     # Nothing is prepared yet, so a config or an image that was corrected after an error is no change. The manifest
     # comes before the store: a folder that holds anything without one is taken for somebody else's.
@@ -106,7 +122,7 @@ def _open_run(config: Config, planned: Plan, weights: WeightsSource) -> Journal:
         "stages": stages,
         **wanted,
     }
-    if not records or not _same_manifest(path, manifest):
+    if not (_same_manifest(begun_manifest(records), manifest) and _same_manifest(_manifest_at(path), manifest)):
         write_manifest(path, manifest)
         journal.append({"type": "begun", "manifest": manifest})
     try:
@@ -116,13 +132,22 @@ def _open_run(config: Config, planned: Plan, weights: WeightsSource) -> Journal:
     return journal
 
 
-def _same_manifest(path: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether the file holds this manifest, but for the time."""
+def lost_its_stages(work_dir: Path, records: Sequence[Record]) -> bool:
+    """Whether a journal that holds no stage once held some: `begun` comes before the store, a stage before the next."""
+    begun = begun_manifest(records) is not None
+    return stage_path(work_dir, 1).exists() or (not begun and store_path(work_dir).exists())
+
+
+def _manifest_at(path: Path) -> dict[str, Any] | None:
     try:
-        found = read_manifest(path)
+        return read_manifest(path)
     except DamagedStateError:
-        return False
-    return found == {**json.loads(json.dumps(manifest)), "created": found["created"]}
+        return None
+
+
+def _same_manifest(found: Mapping[str, Any] | None, manifest: Mapping[str, Any]) -> bool:
+    """Whether they are the same, but for the time."""
+    return found is not None and found == {**json.loads(json.dumps(manifest)), "created": found["created"]}
 
 
 def _refuse_changes(config: Config, manifest: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]) -> None:
@@ -139,6 +164,35 @@ def _refuse_changes(config: Config, manifest: Mapping[str, Any], wanted: Mapping
             + "\n".join(changes)
             + "\nPut these back, or give the new config its own work_dir, or delete the old one."
         )
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What computes a stage, whichever it is."""
+
+    device: Device
+    weights: WeightsSource
+    engine: Engine
+    sink: Sink
+
+
+def make_stage(config: Config, plan: StagePlan, tools: Tools, tile_px: int) -> Stage:
+    """A stage of the run of `config`, ready to be prepared or iterated in tiles of `tile_px`."""
+    from pipeline.stage import Stage  # noqa: PLC0415 - brings torch, which export and status do without
+
+    network = NetworkSpec(
+        tools.weights, config.network.padding, config.network.pooling, config.compute.dtype, tools.device.name
+    )
+    return Stage(
+        config=config,
+        plan=plan,
+        model=model_of(config, tools.weights.widths),
+        network=network,
+        stage_dir=stage_path(config.work_dir, plan.index),
+        engine=tools.engine,
+        sink=tools.sink,
+        tile_px=tile_px,
+    )
 
 
 @dataclass
@@ -187,36 +241,21 @@ class _Rendering:
         # these bring torch, which export and status do without
         from pipeline.iteration import Iterations  # noqa: PLC0415
         from pipeline.preparation import prepare  # noqa: PLC0415
-        from pipeline.stage import Stage  # noqa: PLC0415
 
         index, settings = stage_plan.index, self.config.optimizer
-        network = NetworkSpec(
-            self.weights,
-            self.config.network.padding,
-            self.config.network.pooling,
-            self.config.compute.dtype,
-            self.device.name,
-        )
-        stage = Stage(
-            config=self.config,
-            plan=stage_plan,
-            model=model_of(self.config, self.weights.widths),
-            network=network,
-            stage_dir=stage_path(self.config.work_dir, index),
-            engine=self.engine,
-            sink=self.sink,
-            tile_px=self.plan.tile_px,
-        )
+        tools = Tools(self.device, self.weights, self.engine, self.sink)
+        stage = make_stage(self.config, stage_plan, tools, self.plan.tile_px)
         iteration = self.position.iteration if self.position.stage == index else 0
         stages, (height, width) = len(self.plan.stages), stage_plan.size
         self.sink(StageStarted(index, stages, height, width, stage_plan.tiles, iteration, settings.max_iterations))
         if not (self.position.prepared and self.position.stage == index):
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
-            self._commit({"type": "stage_prepared", "stage": index, **vars(prepare(stage, previous))})
-        elif not self.position.stage_done:
+            prepared = vars(prepare(stage, previous))
+            self._commit({"type": "stage_prepared", "stage": index, "tile_px": stage.tile_px, **prepared})
+        elif end_reason(self.position, settings) is None:
             stage.check(self.position.newest_slot, self.position.checksums[index])
         iterations = Iterations(stage, self.position.content_energies)
-        while (reason := _end_reason(self.position, settings)) is None:
+        while (reason := end_reason(self.position, settings)) is None:
             self.engine.raise_if_stopped()
             commit = partial(self._commit_iteration, stage_plan, self.position.iteration)
             iterations.iterate(self.position.iteration, self.position.alpha, self.position.checksums[index], commit)
@@ -244,7 +283,7 @@ class _Rendering:
                 eta_s=self._speed.seconds_for(self._remaining_flop(stage_plan.index)),
             )
         )
-        return _end_reason(self.position, self.config.optimizer) is None
+        return end_reason(self.position, self.config.optimizer) is None
 
     def _remaining_flop(self, index: int) -> int:
         """Work to the end if no stage stops early."""
@@ -286,8 +325,8 @@ class _Rendering:
         self.position = self.position.after(record)
 
 
-def _end_reason(position: Position, settings: OptimizerConfig) -> str | None:
-    """Why the stage ends at this position, or None if it goes on."""
+def end_reason(position: Position, settings: OptimizerConfig) -> str | None:
+    """Why the stage ends at this position, or None if it goes on. Once it ends, only its newest canvas is needed."""
     if position.max_abs_u == 0:
         return "converged"
     if position.mean_abs_u is not None and position.mean_abs_u < settings.stop_condition:

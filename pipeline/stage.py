@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import integrity, passes, store
+from pipeline.arrays import content_features_name, gram_name, slot_names
 from pipeline.checksums import ChunkSums
 from pipeline.config import Config
 from pipeline.cost import Model
@@ -48,8 +49,10 @@ class Stage:
         for name in checksums:
             if name.endswith(store.METADATA):
                 store.check_metadata(self.stage_dir, name, checksums[name])
-        features = map(passes.content_features_name, self.model.content_layers)
-        names = (*passes.slot_names(slot), *features)
+        for layer in self.model.style_layers:
+            store.read_gram(self.stage_dir, layer, checksums[gram_name(layer)])
+        features = map(content_features_name, self.model.content_layers)
+        names = (*slot_names(slot), *features)
         arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in names]
         integrity.require_intact(arrays, self.engine, self.told("check"))
 
@@ -72,13 +75,11 @@ class Stage:
         return self.engine.fold(passes.gram_task, specs, passes.add_grams, dict[str, Gram](), told, before)
 
     def told(self, what: str) -> Callable[[int, int], None]:
-        """Tells the sink (done, total) of `what`, and that it begins."""
-        self.sink(WorkDone(self.plan.index, what, 0, 1))
+        """Tells the sink (done, total) of `what`."""
         return lambda done, total: self.sink(WorkDone(self.plan.index, what, done, total))
 
     def counter(self, what: str, total: int) -> Callable[[], None]:
-        """Tells the sink, at every call, that one more of `total` is done, and that none is yet."""
-        self.sink(WorkDone(self.plan.index, what, 0, total))
+        """Tells the sink, at every call, that one more of `total` is done."""
         counter = itertools.count(1)
         return lambda: self.sink(WorkDone(self.plan.index, what, next(counter), total))
 

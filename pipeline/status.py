@@ -13,7 +13,8 @@ from pipeline.cost import WORKERS
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, Stopped
 from pipeline.image_export import check_output
-from pipeline.journal import Journal, Position, Record, position_of, read_manifest, running_owner
+from pipeline.journal import Journal, Position, Record, position_of, running_owner
+from pipeline.manifest import read_manifest
 from pipeline.progress import Sink, WorkDone, ignore
 from pipeline.run import newest_canvas
 from pipeline.store import ChunkError

@@ -27,6 +27,7 @@ import zarr
 import zarr.codecs
 from numpy.typing import NDArray
 
+from pipeline.arrays import gram_name
 from pipeline.checksums import ChunkSums, checksum, grid_of, packed, unpacked
 from pipeline.errors import DamagedStateError, SpaceError
 from pipeline.tiling import Rect, chunks_of
@@ -305,8 +306,12 @@ def metadata_checksums(stage_dir: Path) -> dict[str, str]:
 
 
 def check_metadata(stage_dir: Path, name: str, checksums: str) -> None:
-    """Raise ChunkError if a metadata file is not what was written."""
-    path = stage_dir / name
+    """Raise ChunkError if a metadata file is not what was written, SpaceError if the disk refuses."""
+    _read_checked(stage_dir / name, checksums)
+
+
+def _read_checked(path: Path, checksums: str) -> bytes:
+    """A whole small file, which must be what was written."""
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
@@ -315,11 +320,7 @@ def check_metadata(stage_dir: Path, name: str, checksums: str) -> None:
         raise space_error(path, error) from error
     if checksum(data) != unpacked(checksums)[0]:
         raise ChunkError(path, "changed", "is not what was written there")
-
-
-def gram_name(layer: str) -> str:
-    """The array that keeps the style target of `layer`."""
-    return f"gram_{layer}"
+    return data
 
 
 def write_gram(stage_dir: Path, layer: str, gram_CC: NDArray[np.float64]) -> str:
@@ -338,15 +339,7 @@ def write_gram(stage_dir: Path, layer: str, gram_CC: NDArray[np.float64]) -> str
 
 def read_gram(stage_dir: Path, layer: str, checksums: str) -> NDArray[np.float64]:
     """The style target of one layer. Raises ChunkError if it is not there or not what was written."""
-    path = stage_dir / gram_name(layer) / "c" / "0" / "0"
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ChunkError(path, "missing", "is missing") from error
-    except OSError as error:
-        raise space_error(path, error) from error
-    if checksum(data) != unpacked(checksums)[0]:
-        raise ChunkError(path, "changed", "is not what was written there")
+    data = _read_checked(stage_dir / gram_name(layer) / "c" / "0" / "0", checksums)
     side = math.isqrt(len(data) // 8)
     return np.frombuffer(data, "<f8").reshape(side, side)
 

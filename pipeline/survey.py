@@ -74,7 +74,8 @@ def make_work_dir(work_dir: Path) -> None:
     if not os.access(work_dir, os.W_OK | os.X_OK):
         raise ConfigError(f"work_dir {work_dir}: cannot be written to. Change its permissions or choose another.")
     ours = {"lock", "lock.owner", "manifest.json.partial"}
-    if not (work_dir / "manifest.json").exists() and any(path.name not in ours for path in work_dir.iterdir()):
+    names = {path.name for path in work_dir.iterdir()}
+    if not names & {"manifest.json", "journal.jsonl"} and names - ours:
         raise ConfigError(
             f"work_dir {work_dir}: holds files that are not a run's, and a run deletes what it does not know. "
             "Choose an empty or a new folder."

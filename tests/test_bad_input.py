@@ -350,7 +350,7 @@ def test_disk_too_small_is_refused_before_the_start(tmp_path, call, small_disk):
     for place in (small_disk / "run", small_disk / "new" / "run"):
         outcome = call("run", "-c", config, "--set", f"work_dir={place}")
         assert_one_sentence(outcome, 5, place, "GiB are free")
-        assert not journal(place)
+        assert not results(place)
     # and what the message advises is no change of the config
     outcome = call("run", "-c", config, "--set", f"work_dir={small_disk / 'run'}", "--set", "size=70")
     assert outcome.code == 0, outcome.err

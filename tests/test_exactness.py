@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 import pipeline
 from pipeline import iteration, passes
+from pipeline.arrays import gram_name
 from pipeline.config import Config, load_config
 from pipeline.cost import model_of
 from pipeline.engine import Engine
@@ -37,7 +38,7 @@ from pipeline.preparation import Prepared, prepare
 from pipeline.progress import ignore
 from pipeline.run import newest_canvas
 from pipeline.stage import Stage
-from pipeline.store import gram_name, open_array, read_gram
+from pipeline.store import open_array, read_gram
 from pipeline.survey import plan
 from pipeline.tiling import Rect
 from pipeline.weights import NetworkSpec, find_weights

@@ -16,15 +16,14 @@ from hypothesis import strategies as st
 
 from pipeline.errors import DamagedStateError, LockedError, SpaceError
 from pipeline.journal import (
-    FORMAT,
     Journal,
+    JournalState,
     Position,
     RunLock,
     position_of,
-    read_manifest,
     running_owner,
-    write_manifest,
 )
+from pipeline.manifest import FORMAT, read_manifest, trusted_manifest, write_manifest
 
 SAME_FOLDER = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
@@ -191,7 +190,35 @@ def test_whole_lines_missing_or_moved_are_damage(tmp_path, lines):
     with pytest.raises(DamagedStateError, match="--repair"):
         journal.read()
     good = list(itertools.takewhile(lambda pair: pair[0] == pair[1], enumerate(lines)))
-    assert journal.whole_lines() == (RECORDS[: len(good)], sum(len(all_lines[index]) for index, _ in good))
+    good_bytes = sum(len(all_lines[index]) for index, _ in good)
+    assert journal.inspect() == JournalState(RECORDS[: len(good)], good_bytes, len(good) + 1, torn=False)
+
+
+def test_what_follows_damage_is_set_aside_not_thrown_away(tmp_path):
+    """Days of records behind one bad sector would be gone, while somebody may still have use for them."""
+    path = tmp_path / "journal.jsonl"
+    journal = written(path)
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    for number in (1, 2):
+        bad = second.replace(b"e", b"E")
+        path.write_bytes(first + bad + third)
+        aside = journal.set_damage_aside()
+        assert aside == tmp_path / f"journal.jsonl.damaged-{number}" and aside.read_bytes() == bad + third
+        assert path.read_bytes() == first
+        journal.append(RECORDS[1])
+        assert path.read_bytes() == first + second
+
+
+def test_a_torn_line_is_no_damage_when_a_journal_is_inspected(tmp_path):
+    """A crash would look like a failing disk."""
+    path = tmp_path / "journal.jsonl"
+    journal = written(path)
+    assert journal.inspect() == JournalState(RECORDS, path.stat().st_size, None, torn=False)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    *kept, _last = RECORDS
+    state = journal.inspect()
+    assert (state.records, state.damaged_line, state.torn) == (kept, None, True)
 
 
 def test_last_lines_missing_are_an_earlier_position(tmp_path):
@@ -208,9 +235,19 @@ def test_what_a_repair_took_back_is_gone_but_for_claims(tmp_path):
     some = [prepared(0), iteration(0), claim, iteration(1), {"type": "rolled_back", "records": 1}, iteration(0)]
     journal = written(tmp_path / "journal.jsonl", some)
     assert journal.read() == [prepared(0), claim, iteration(0)]
-    again = {"type": "rolled_back", "records": 0}
-    journal.append(again)
-    assert journal.read() == [claim]
+    lost = {"type": "canvas_lost", "stage": 0}
+    journal.append(lost)
+    journal.append({"type": "rolled_back", "records": 0})
+    assert journal.read() == [claim, lost]
+
+
+def test_a_lost_canvas_has_no_slot_until_its_stage_is_rendered_again(tmp_path):
+    """`export --stage` would offer a picture that the disk has lost; or never again one that was made anew."""
+    some = [prepared(0), iteration(0), {"type": "stage_done", "stage": 0}, prepared(1)]
+    lost = {"type": "canvas_lost", "stage": 0}
+    position = position_of([*some, lost])
+    assert position.slots == {1: 0} and set(position.checksums) == {1}
+    assert position_of([lost, prepared(0)]) == position_of([prepared(0)])
 
 
 def test_an_append_that_fails_leaves_no_half_line(tmp_path):
@@ -357,6 +394,26 @@ def test_a_changed_byte_of_the_manifest_is_damage(tmp_path, data):
     path.write_bytes(whole)
     with pytest.raises(DamagedStateError, match=r"manifest\.json"):
         read_manifest(path)
+
+
+def test_a_flipped_format_number_is_damage_not_another_version(tmp_path):
+    """The advice for a run of another version is to delete it."""
+    path = tmp_path / "manifest.json"
+    write_manifest(path, MANIFEST)
+    path.write_text(path.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT ^ 1}'))
+    with pytest.raises(DamagedStateError, match="changed after it was written"):
+        read_manifest(path)
+
+
+def test_a_manifest_of_another_run_is_not_trusted(tmp_path):
+    """A whole file, but of another run: its result fields would be compared, and two pictures mixed."""
+    path = tmp_path / "manifest.json"
+    write_manifest(path, MANIFEST)
+    begun = [{"type": "begun", "manifest": {**MANIFEST, "created": "before"}}, {"type": "begun", "manifest": MANIFEST}]
+    assert trusted_manifest(path, begun) == MANIFEST
+    for records in ([], begun[:1]):
+        with pytest.raises(DamagedStateError, match=r"another run.*--repair"):
+            trusted_manifest(path, records)
 
 
 def test_a_missing_manifest_is_damage(tmp_path):

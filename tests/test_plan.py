@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline
+from pipeline.arrays import content_features_name
 from pipeline.config import Config
 from pipeline.cost import Model, model_of
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, InputError
 from pipeline.layers import VGG19_WIDTHS, halo_px
-from pipeline.passes import content_features_name
 from pipeline.plan import Plan, computed_px, fit, make_plan, stage_sizes
 from pipeline.preparation import prepare
 from pipeline.stage import Stage
