@@ -36,6 +36,7 @@ from pipeline._fields import (
 from pipeline._yaml import Key, dotted, read, told
 from pipeline.errors import ConfigError
 from pipeline.layers import ALIGN_PX
+from pipeline.places import real
 
 NetworkName = Literal["vgg19", "vgg19-lite", "random"]
 _EIGHT_BIT_SUFFIXES = (".jpg", ".jpeg", ".dz")
@@ -253,27 +254,19 @@ class Config(_Section):
             if path is not None and _same(path, self.work_dir):
                 text = f"the same path as {dotted(key)}; the run needs a folder of its own"
                 yield Conflict((work_dir_key, key, output_key), text)
-        output, work_dir = _real(self.output), _real(self.work_dir)
+        output, work_dir = real(self.output), real(self.work_dir)
         if output == work_dir or output in work_dir.parents:
             text = "at or inside the output, which is replaced as a whole at the end; choose another folder"
             yield Conflict((work_dir_key, output_key), text)
 
 
 def _same(one: Path, other: Path) -> bool:
-    if _real(one) == _real(other):
+    if real(one) == real(other):
         return True
     try:
         return one.samefile(other)
     except OSError:  # one of them cannot be looked at, or is not there, which is for whoever opens it to say
         return False
-
-
-def _real(path: Path) -> Path:
-    """`path` with links followed, as far as they lead anywhere."""
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError):  # a link to itself
-        return path
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

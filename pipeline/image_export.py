@@ -26,6 +26,7 @@ import psutil
 import pyvips
 
 from pipeline.errors import ConfigError, StorageError, storage, storage_error
+from pipeline.places import taken
 from pipeline.streams import POLL_S, FileTarget, Rows, RowSource
 
 COMPRESSIONS = ("deflate", "zstd", "jpeg", "none")
@@ -149,7 +150,10 @@ def _check_place(path: Path, form: Format) -> None:
     if form.name == "DeepZoom":
         if path.exists() and not _is_deepzoom(path):
             raise ConfigError(f"{path}: exists and is not a DeepZoom folder; it would be lost. Choose another name.")
-    elif form.name != "OME-Zarr" and path.is_dir():
+    elif form.name == "OME-Zarr":
+        if path.exists() and not _is_ome_zarr(path):
+            raise ConfigError(f"{path}: exists and is not an OME-Zarr of ours; it would be lost. Choose another name.")
+    elif path.is_dir():
         raise ConfigError(f"{path}: is a folder. Choose the name of a file.")
     folder = path.absolute().parent
     while not folder.exists():
@@ -164,6 +168,11 @@ def _is_deepzoom(path: Path) -> bool:
     """Whether a folder holds a DeepZoom of its own name, and nothing else."""
     names = {f"{path.stem}.dzi", f"{path.stem}_files"}
     return path.is_dir() and {entry.name for entry in path.iterdir()} <= names
+
+
+def _is_ome_zarr(path: Path) -> bool:
+    """Whether a folder holds levels of a pyramid, and nothing else."""
+    return path.is_dir() and all(entry.name == "zarr.json" or entry.name.isdigit() for entry in path.iterdir())
 
 
 def _feed(
@@ -267,12 +276,12 @@ def put_in_place(partial: Path, path: Path) -> None:
     """
     _sync(partial)
     old = partial.with_name(f"{partial.name}.old")
-    if partial.is_dir() and path.exists():
-        path.rename(old)
+    if partial.is_dir() and taken(path):
+        path.rename(old)  # of a link the link, not what it leads to
     try:
         partial.replace(path)
     except OSError:
-        if old.exists():
+        if taken(old):
             old.rename(path)
         raise
     descriptor = os.open(path.parent, os.O_RDONLY)
@@ -295,7 +304,7 @@ def new_partial(path: Path) -> Path:
 
 
 def _remove(partial: Path) -> None:
-    if partial.is_dir():
+    if partial.is_dir() and not partial.is_symlink():
         shutil.rmtree(partial)
     else:
         partial.unlink(missing_ok=True)

@@ -23,8 +23,11 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
+from pipeline._yaml import shown
 from pipeline.checksums import checksum
 from pipeline.errors import DamagedStateError, LockedError, SpaceError
+from pipeline.places import read_regular
+from pipeline.records import MAX_JOURNAL_BYTES, MAX_OWNER_BYTES, check_record, parse_json
 
 Record = dict[str, Any]
 
@@ -203,11 +206,19 @@ class Journal:
             raise no_space(self.path, error) from error
         self._crc = _crc_of(data)
 
+    def _bytes(self) -> bytes:
+        try:
+            return read_regular(self.path, MAX_JOURNAL_BYTES)
+        except FileNotFoundError:
+            return b""
+        except ValueError as error:
+            raise DamagedStateError(f"{self.path}: {error}, so it is no journal. Restore it from a copy.") from error
+
     def _parse(self, to_damage: bool = False) -> _Lines:
         records: list[Record] = []
         good_bytes = crc = 0
         damaged_line = None
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        lines = self._bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             record = _record_of(line, crc)
             if record is None and number == len(lines) and _is_torn(line, good_bytes, crc):
@@ -223,6 +234,27 @@ class Journal:
             records.append(record)
             good_bytes, crc = good_bytes + len(line), _crc_of(line)
         return _Lines(records, good_bytes, crc, damaged_line)
+
+
+def standing(journal: Journal) -> tuple[list[Record], Position]:
+    """The records of a run, and where it stands.
+
+    Raises DamagedStateError for a damaged line, and for whole ones that no run has written.
+    """
+    try:
+        records = journal.read()
+        for record in records:
+            check_record(record)
+        position = position_of(records)
+        for stage, slot in position.slots.items():
+            for name in (f"canvas_{slot}", f"canvas_{slot}/zarr.json"):
+                position.checksums[stage][name]  # a LookupError where it is not there
+        return records, position
+    except (LookupError, TypeError, ValueError) as error:
+        raise DamagedStateError(
+            f"{journal.path}: its records are not a run's ({shown(str(error), 200)}), so the state they describe "
+            "cannot be trusted. Restore the run directory from a copy, or delete it to render again."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -251,7 +283,7 @@ def _crc_of(line: bytes) -> int:
 def _record_of(line: bytes, previous_crc: int) -> Record | None:
     """The record of a whole line, or None. Whole is what was written, byte for byte: JSON overlooks a changed space."""
     try:
-        record: Record = json.loads(line)["record"]
+        record: Record = parse_json(line)["record"]
         return record if _line_of(record, previous_crc) == line else None
     except (ValueError, KeyError, TypeError):
         return None
@@ -304,11 +336,11 @@ class RunLock:
 def running_owner(work_dir: Path) -> int | None:
     """The process id of the run that is working in `work_dir`, or None. Never disturbs it."""
     try:
-        owner = json.loads((work_dir / "lock.owner").read_text(encoding="utf-8"))
+        owner = parse_json(read_regular(work_dir / "lock.owner", MAX_OWNER_BYTES))
         process = psutil.Process(owner["pid"])
         alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner["started"]) < 1
         return int(owner["pid"]) if alive else None
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, psutil.Error):
         return None
 
 

@@ -8,9 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline._yaml import shown
 from pipeline.checksums import checksum
 from pipeline.errors import DamagedStateError
 from pipeline.journal import Record, no_space, sync_folder
+from pipeline.places import read_regular
+from pipeline.records import MAX_MANIFEST_BYTES, check_manifest, parse_json
 
 FORMAT = 2
 MANIFEST_KEYS = {"format", "created", "config", "stages", "result_fields", "inputs"}
@@ -38,22 +41,24 @@ def _manifest_text(manifest: Mapping[str, Any]) -> bytes:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest. Raises DamagedStateError if it is unreadable, was changed, or is of another format."""
     try:
-        data = path.read_bytes()
-        manifest: dict[str, Any] = json.loads(data)
+        data = read_regular(path, MAX_MANIFEST_BYTES)
+        manifest: dict[str, Any] = parse_json(data)
         found = manifest["format"]
         if found == FORMAT and (missing := MANIFEST_KEYS - manifest.keys()):
             raise KeyError(f"without {', '.join(sorted(missing))}")
         # before the format is believed: that number may be what was changed
         if (manifest.pop("crc", None) is not None or found == FORMAT) and _manifest_text(manifest) != data:
             raise ValueError("it was changed after it was written")
+        if found == FORMAT:
+            check_manifest(manifest)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedStateError(
-            f"{path}: cannot be read as a run's manifest ({error}). `pipeline verify --repair` can restore it from the "
-            "journal."
+            f"{path}: cannot be read as a run's manifest ({shown(str(error), 200)}). `pipeline verify --repair` can "
+            "restore it from the journal."
         ) from error
     if found != FORMAT:
         raise DamagedStateError(
-            f"{path}: written in format {found}, but this version of pipeline reads format {FORMAT}. "
+            f"{path}: written in format {shown(str(found))}, but this version of pipeline reads format {FORMAT}. "
             "Finish the run with the version that began it, or delete the run directory."
         )
     return manifest

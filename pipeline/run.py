@@ -20,8 +20,9 @@ from pipeline.cost import WORKERS, model_of
 from pipeline.device import Device, resolve_device
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedStateError
-from pipeline.journal import Journal, Position, Record, RunLock, position_of
+from pipeline.journal import Journal, Position, Record, RunLock, standing
 from pipeline.manifest import FORMAT, begun_manifest, read_manifest, trusted_manifest, write_manifest
+from pipeline.places import refuse_links, store_path, taken
 from pipeline.plan import Plan, StagePlan
 from pipeline.progress import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
 from pipeline.survey import check_space, make_work_dir, plan_on
@@ -45,6 +46,7 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
     with Engine(WORKERS, stop) as engine:
         make_work_dir(config.work_dir)
         with RunLock(config.work_dir):
+            refuse_links(config.work_dir)
             weights = find_weights(config.network.name, config.network.weights, config.seed)
             journal = _open_run(config, planned, weights)
             rendering = _Rendering(config, planned, device, weights, engine, sink, journal)
@@ -55,11 +57,6 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
             rendering.export()
     sink(RunDone(str(config.output), time.monotonic() - started))
     return config.output
-
-
-def store_path(work_dir: Path) -> Path:
-    """The Zarr group of a run."""
-    return work_dir / "store.zarr"
 
 
 def stage_path(work_dir: Path, stage: int) -> Path:
@@ -101,8 +98,8 @@ def _open_run(config: Config, planned: Plan, weights: WeightsSource) -> Journal:
             "network.weights": weights.sha256,
         },
     }
-    records = journal.read()
-    if position_of(records).slots:
+    records, position = standing(journal)
+    if position.slots:
         _refuse_changes(config, trusted_manifest(path, records), wanted)
         journal.repair_tail()
         return journal
@@ -210,7 +207,7 @@ class _Rendering:
     _speed: _Speed = field(init=False)
 
     def __post_init__(self) -> None:
-        self.position = position_of(self.journal.read())
+        _, self.position = standing(self.journal)
         self._speed = _Speed()
 
     @property
@@ -221,7 +218,7 @@ class _Rendering:
     def refuse_foreign_output(self, force: bool) -> None:
         """Raise ConfigError if the output exists and this run did not make it."""
         output = self.config.output
-        if output.exists() and str(output) not in self.position.claimed and not force:
+        if taken(output) and str(output) not in self.position.claimed and not force:
             raise ConfigError(
                 f"output {output}: exists, and this run did not make it; it would be lost. "
                 "Move it away, choose another output, or give --force."

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import integrity, transfer
+from pipeline._fields import MAX_CHUNK_PX
 from pipeline.config import ExportConfig
 from pipeline.cost import WORKERS
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, Stopped
 from pipeline.image_export import check_output
-from pipeline.journal import Journal, Position, Record, position_of, running_owner
+from pipeline.journal import Journal, Position, Record, position_of, running_owner, standing
 from pipeline.manifest import read_manifest
+from pipeline.places import refuse_links, refuse_own_state, taken
 from pipeline.progress import Sink, WorkDone, ignore
 from pipeline.run import newest_canvas
-from pipeline.store import ChunkError
+from pipeline.store import METADATA, ChunkError, StageArray
 
 
 def status(work_dir: Path) -> dict[str, Any]:
@@ -26,8 +28,7 @@ def status(work_dir: Path) -> dict[str, Any]:
     Raises ConfigError if there is no run, DamagedStateError if its records cannot be trusted.
     """
     manifest = _manifest_of(work_dir)
-    records = Journal(work_dir / "journal.jsonl").read()
-    position = position_of(records)
+    records, position = standing(Journal(work_dir / "journal.jsonl"))
     iterations = [record for record in records if record["type"] == "iteration"]
     owner = running_owner(work_dir)
     finished = position.stage_done and position.stage == len(manifest["stages"]) - 1
@@ -85,13 +86,16 @@ def export(
     Raises ConfigError if there is no such stage, the format cannot hold it, or `output` exists without `force`.
     """
     options = options or ExportConfig()
-    if output.exists() and not force:
+    refuse_own_state(output, work_dir)
+    if taken(output) and not force:
         raise ConfigError(f"output {output}: exists and would be lost. Choose another name, or give --force.")
-    _manifest_of(work_dir)
+    manifest = _manifest_of(work_dir)
     journal = Journal(work_dir / "journal.jsonl")
-    position = position_of(journal.read())
+    _, position = standing(journal)
     chosen = _choose_stage(work_dir, position, stage)
+    refuse_links(work_dir)
     canvas = newest_canvas(work_dir, position, chosen)
+    _check_canvas(canvas, manifest)
     height, width, _channels = canvas.shape
     check_output(output, width, height, options.bits, options.compression)
 
@@ -112,6 +116,15 @@ def export(
         check()  # a run that has gone on is no damage
         raise
     return output
+
+
+def _check_canvas(canvas: StageArray, manifest: dict[str, Any]) -> None:
+    """The array is one that a run has made: its own metadata may claim any size, of which a chunk is taken at once."""
+    sizes = [(*stage["size"], 3) for stage in manifest["stages"]]
+    if canvas.shape not in sizes or canvas.chunk_px > MAX_CHUNK_PX or canvas.dtype.kind not in "fu":
+        raise ChunkError(
+            canvas.path / METADATA, "changed", f"tells of {canvas.shape} {canvas.dtype}, which no stage has"
+        )
 
 
 def finished_stage(position: Position, stage: int) -> bool:
@@ -137,6 +150,6 @@ def _choose_stage(work_dir: Path, position: Position, stage: int | None) -> int:
 
 
 def _manifest_of(work_dir: Path) -> dict[str, Any]:
-    if not (work_dir / "manifest.json").is_file():
+    if not taken(work_dir / "manifest.json"):
         raise ConfigError(f"{work_dir}: there is no run here. Give the work_dir of one, or the config that began it.")
     return read_manifest(work_dir / "manifest.json")

@@ -27,14 +27,18 @@ import zarr
 import zarr.codecs
 from numpy.typing import NDArray
 
+from pipeline._yaml import shown
 from pipeline.arrays import gram_name
 from pipeline.checksums import ChunkSums, checksum, grid_of, packed, unpacked
 from pipeline.errors import DamagedStateError, SpaceError
+from pipeline.places import read_regular
 from pipeline.tiling import Rect, chunks_of
 
 zarr.config.set({"async.concurrency": 1})  # measured best under our own threads
 
 METADATA = "zarr.json"
+_MAX_METADATA_BYTES = 2**20  # it has 700
+_MAX_GRAM_BYTES = 2**30  # of 11,000 channels
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -278,19 +282,22 @@ def open_array(stage_dir: Path, name: str, checksums: str | None = None) -> Stag
     """Open an array of a stage. Raises ChunkError if it is not there or is not what `checksums` are of."""
     path = stage_dir / name
     try:
-        array = _open_array(path, (path / METADATA).stat().st_mtime_ns)
+        metadata = (path / METADATA).stat()
+        if metadata.st_size > _MAX_METADATA_BYTES:
+            raise ValueError(f"it has {metadata.st_size:,} bytes")
+        array = _open_array(path, metadata.st_mtime_ns)
         if checksums is None:
             return array
         return replace(array, checksums=grid_of(checksums, [-(-side // array.chunk_px) for side in array.shape[:2]]))
     except FileNotFoundError as error:
         raise ChunkError(path / METADATA, "missing", "is missing") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ChunkError(path / METADATA, "changed", f"cannot be read ({error})") from error
+    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ChunkError(path / METADATA, "changed", f"cannot be read ({shown(str(error), 200)})") from error
 
 
 @lru_cache(maxsize=256)
 def _open_array(path: Path, _modified_ns: int) -> StageArray:
-    array = zarr.open_array(path, mode="r")
+    array = zarr.open_array(path, mode="r", zarr_format=3)  # format 2 may hold pickles
     height, width, channels = array.shape
     metadata: Any = array.metadata
     key = metadata.encode_chunk_key((987654321, 123456789, 0))
@@ -313,12 +320,15 @@ def check_metadata(stage_dir: Path, name: str, checksums: str) -> None:
 def _read_checked(path: Path, checksums: str) -> bytes:
     """A whole small file, which must be what was written."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path, _MAX_METADATA_BYTES if path.name == METADATA else _MAX_GRAM_BYTES)
+        intact = checksum(data) == unpacked(checksums)[0]
     except FileNotFoundError as error:
         raise ChunkError(path, "missing", "is missing") from error
     except OSError as error:
         raise space_error(path, error) from error
-    if checksum(data) != unpacked(checksums)[0]:
+    except (ValueError, IndexError):  # another kind of file, or a checksum that is none
+        intact = False
+    if not intact:
         raise ChunkError(path, "changed", "is not what was written there")
     return data
 

@@ -11,6 +11,7 @@ from pipeline.device import Device, resolve_device
 from pipeline.errors import ConfigError, SpaceError
 from pipeline.image_export import check_output
 from pipeline.image_header import read_header
+from pipeline.places import refuse_links_at_top, refuse_own_state
 from pipeline.plan import Plan, make_plan
 from pipeline.weights import weights_bytes, widths_for_plan
 
@@ -30,6 +31,7 @@ def plan_on(config: Config, device: Device) -> Plan:
     styles = [read_header(style.image, config.limits) for style in config.styles]
     widths = widths_for_plan(config.network.name, config.network.weights, config.limits.max_weights_bytes)
     weights = weights_bytes(config.network.name, config.network.weights)
+    refuse_own_state(config.output, config.work_dir)
     planned = make_plan(config, content, styles, widths, weights, device.name, device.memory_bytes)
     height, width = planned.stages[-1].size
     check_output(config.output, width, height, config.export.bits, config.export.compression)
@@ -64,7 +66,10 @@ def existing_parent(path: Path) -> Path:
 
 
 def make_work_dir(work_dir: Path) -> None:
-    """Make the run directory, or check that it is one. Raises ConfigError if it cannot serve."""
+    """Make the run directory, or check that it is one.
+
+    Raises ConfigError if it cannot serve, DamagedStateError if there are links in it.
+    """
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -73,6 +78,7 @@ def make_work_dir(work_dir: Path) -> None:
         ) from error
     if not os.access(work_dir, os.W_OK | os.X_OK):
         raise ConfigError(f"work_dir {work_dir}: cannot be written to. Change its permissions or choose another.")
+    refuse_links_at_top(work_dir)
     ours = {"lock", "lock.owner", "manifest.json.partial"}
     names = {path.name for path in work_dir.iterdir()}
     if not names & {"manifest.json", "journal.jsonl"} and names - ours:

@@ -358,8 +358,8 @@ def test_a_picture_is_claimed_before_it_is_made():
 MANIFEST = {
     "format": FORMAT,
     "created": "now",
-    "config": {"size": 3, "name": "é"},
-    "stages": [],
+    "config": {"size": 3, "name": "é", "output": "/o.tif", "optimizer": {"max_iterations": 2}},
+    "stages": [{"size": [3, 2], "style_sizes": [[1, 1]]}],
     "result_fields": {},
     "inputs": {},
 }

@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "pipeline"
 HEIGHT = {
     "errors": 0,
     "layers": 0,
+    "places": 1,
     "allocator": 1,
     "arrays": 1,
     "checksums": 1,
@@ -29,6 +30,7 @@ HEIGHT = {
     "_explain": 1,
     "_fields": 2,
     "_tiff": 3,
+    "records": 3,
     "config": 3,
     "weights_file": 3,
     "weights": 4,

@@ -1,0 +1,104 @@
+"""Where a run may write: nowhere through a link, and no picture over its own state.
+
+A run directory, or a part of one, may come from a stranger, or out of an archive. A run writes into the files that it
+finds there and deletes folders: through a link, or another name of the same file, those would be somebody else's.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from pipeline.errors import ConfigError, DamagedStateError
+
+STORE = "store.zarr"
+
+
+def store_path(work_dir: Path) -> Path:
+    """The Zarr group of a run."""
+    return work_dir / STORE
+
+
+def refuse_links(work_dir: Path) -> None:
+    """Raise DamagedStateError if anything in a run directory is a link, or is neither a file nor a folder."""
+    refuse_links_at_top(work_dir)
+    folders = [os.fspath(store_path(work_dir))]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                found = list(entries)
+        except (FileNotFoundError, NotADirectoryError):  # a run at work deletes what it no longer needs
+            continue
+        for entry in found:
+            _refuse_link(entry)
+        folders += [entry.path for entry in found if entry.is_dir(follow_symlinks=False)]
+
+
+def refuse_links_at_top(work_dir: Path) -> None:
+    """The same for the directory's own entries alone: locking it would already empty the file that a link names."""
+    with os.scandir(work_dir) as entries:
+        for entry in entries:
+            _refuse_link(entry)
+
+
+def _refuse_link(entry: os.DirEntry[str]) -> None:
+    if entry.is_dir(follow_symlinks=False):
+        return
+    if entry.is_symlink():
+        what = "is a link"
+    elif not entry.is_file(follow_symlinks=False):
+        what = "is a pipe, a socket or a device"
+    elif _names(entry) > 1:
+        what = "has a second name elsewhere (a hard link)"
+    else:
+        return
+    raise DamagedStateError(
+        f"{entry.path}: {what}, and no run makes one. Going on would read or change what is not this run's. Delete it, "
+        "and copy here what it stands for if that is yours, or use another work_dir."
+    )
+
+
+def _names(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat(follow_symlinks=False).st_nlink
+    except FileNotFoundError:  # a run at work has deleted it
+        return 1
+
+
+def refuse_own_state(output: Path, work_dir: Path) -> None:
+    """Raise ConfigError if a picture of this name would replace the state of the run in `work_dir`, or a part of it."""
+    picture, store = real(output), real(store_path(work_dir))
+    if picture in (store, *store.parents) or store in picture.parents:
+        raise ConfigError(
+            f"output {output}: is, or is in, the state of the run in {work_dir}, which the picture would replace. "
+            "Choose another name."
+        )
+
+
+def real(path: Path) -> Path:
+    """`path` with links followed, as far as they lead anywhere."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        return path
+
+
+def taken(path: Path) -> bool:
+    """Whether something has this name, even if it is a link that leads nowhere."""
+    return os.path.lexists(path)
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """All of a file of at most `max_bytes`. Raises OSError, and ValueError where it is a link, no file, or larger."""
+    if stat.S_ISLNK(path.lstat().st_mode):
+        raise ValueError("it is a link")
+    # neither waits for somebody to write into a pipe
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        if status.st_size > max_bytes:
+            raise ValueError(f"it has {status.st_size:,} bytes, more than any run writes")
+        return file.read()
