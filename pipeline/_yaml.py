@@ -7,6 +7,7 @@ aliases and tags are refused, so that a config is only ever what it looks like. 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,13 @@ def shown(text: str, max_chars: int = 80) -> str:
     """`text` shortened and on one line, so that one problem stays one line whatever the user, or a file, says."""
     short = text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
     return short if short.isprintable() else repr(short)[1:-1]
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey: the names in a message may be anybody's."""
+    return "".join(
+        char if char == "\n" or unicodedata.category(char) not in ("Cc", "Cs") else repr(char)[1:-1] for char in text
+    )
 
 
 def dotted(key: Key) -> str:

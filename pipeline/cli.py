@@ -14,6 +14,7 @@ import click
 import pipeline
 from pipeline import config as config_module
 from pipeline import report, timeline
+from pipeline._yaml import printable
 from pipeline.errors import ConfigError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.interrupts import drop_unwritable_stdout, steadfast_stderr, stop_on_signals
 from pipeline.sinks import make_sink, with_profile
@@ -53,8 +54,9 @@ def main() -> NoReturn:
 
 def _tell(error: PipelineError) -> int:
     word = "stopped" if isinstance(error, Stopped) else "error"
-    gap = "\n" if "\n" in str(error) else " "  # several problems, each on a line of its own
-    click.echo(f"pipeline: {word}:{gap}{error}", err=True)
+    text = printable(str(error))
+    gap = "\n" if "\n" in text else " "  # several problems, each on a line of its own
+    click.echo(f"pipeline: {word}:{gap}{text}", err=True)
     return error.exit_code
 
 

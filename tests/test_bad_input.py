@@ -290,6 +290,16 @@ def test_output_folder_of_somebody_else_is_left_alone(tmp_path, call):
         assert (tmp_path / f"other{suffix}" / "precious").read_text() == "mine"
 
 
+def test_names_cannot_steer_the_terminal(tmp_path, call):
+    """A file called so by a stranger would clear the screen, or write what looks like the answer of the program."""
+    folder = tmp_path / "\x1b[2J\r\x9bfake"
+    folder.mkdir()
+    for outcome in (call("status", "--run", folder), call("plan", "-c", folder / "none.yaml")):
+        assert outcome.code == 3
+        assert not {"\x1b", "\r", "\x9b"} & set(outcome.err), outcome.err
+        assert "fake" in outcome.err
+
+
 def test_no_run_and_no_config(tmp_path, call):
     """A mistyped name would end in a traceback, or begin a run."""
     (tmp_path / "empty").mkdir()
