@@ -113,12 +113,13 @@ def damage(work_dir: Path) -> list[str]:
     from pipeline import journal as journals
     from pipeline.engine import Engine
     from pipeline.errors import PipelineError
+    from pipeline.manifest import read_manifest
     from pipeline.run import stage_path
 
     try:
         position = journals.position_of(journals.Journal(work_dir / "journal.jsonl").read())
         if journal(work_dir):
-            journals.read_manifest(work_dir / "manifest.json")
+            read_manifest(work_dir / "manifest.json")
         arrays = []
         for stage, slot in position.slots.items():
             folder = stage_path(work_dir, stage)
