@@ -170,13 +170,24 @@ def gradient_tiles(events: list[Event]) -> int:
     return sum(event.get("what") == "gradient pass" and event["done"] > 0 for event in events)
 
 
+# All that a run imports on its way; torch's own, when it computes the first gradient, would be half of a small run.
+_PRELOADED = [
+    "pytest",
+    "pipeline.cli",
+    "pipeline.iteration",
+    "pipeline.preparation",
+    "pyvips",
+    "torch.fx.experimental.symbolic_shapes",
+]
+
+
 class Nursery:
     """Starts `pipeline` commands by forking a server process, and stops what is left of them at the end."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["pytest", "pipeline.cli", "pipeline.stage", "pyvips"])
+        self._context.set_forkserver_preload(_PRELOADED)
         self._children: list[Child] = []
 
     def start(self, *argv: object, kill_before: int = 0, watch: Watch | None = None) -> Child:
