@@ -80,7 +80,10 @@ _REMEDIES = {
     errno.ENFILE: "Close other programs, which have too many files open",
     errno.ENOMEM: "Free memory",
     errno.ENOLCK: "Use a disk that knows file locks",
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "Something else moved or deleted it: put it back"),
+    **dict.fromkeys(
+        (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+        "Something else moved, replaced or deleted it: put it back",
+    ),
     **dict.fromkeys(
         (errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.ESHUTDOWN),
         "The disk is gone: connect it again",

@@ -25,7 +25,7 @@ class CheckSpec:
 
 
 def check_task(spec: CheckSpec) -> list[ChunkError]:
-    """Read the chunks; gives what is wrong with them. Raises SpaceError for a disk that cannot be read."""
+    """Read the chunks; gives what is wrong with them. Raises StorageError for a disk that cannot be read."""
     buffer = np.empty(spec.array.chunk_shape, spec.array.dtype)
     found: list[ChunkError] = []
     for cy, cx in spec.chunks:

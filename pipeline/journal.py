@@ -11,6 +11,7 @@ manifest once more. Records of prepared stages and of iterations carry the check
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -25,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from pipeline._yaml import shown
 from pipeline.checksums import checksum
-from pipeline.errors import DamagedStateError, LockedError, SpaceError
+from pipeline.errors import DamagedStateError, LockedError, storage
 from pipeline.places import read_regular
 from pipeline.records import MAX_JOURNAL_BYTES, MAX_OWNER_BYTES, check_record, parse_json
 
@@ -160,6 +161,11 @@ class Journal:
         torn = found.damaged_line is None and self.path.exists() and self.path.stat().st_size > found.good_bytes
         return JournalState(effective(found.records), found.good_bytes, found.damaged_line, torn)
 
+    def size_bytes(self) -> int:
+        """Of the file, a last line that is being written included; 0 where there is none yet."""
+        with storage(self.path):
+            return self.path.stat().st_size if self.path.exists() else 0
+
     def repair_tail(self) -> None:
         """Cut off a last line that a crash left half-written, so that appending starts on a fresh line."""
         self._cut(self._parse())
@@ -169,7 +175,7 @@ class Journal:
         found = self._parse(to_damage=True)
         names = (self.path.with_name(f"{self.path.name}.damaged-{number}") for number in itertools.count(1))
         aside = next(path for path in names if not path.exists())
-        with aside.open("xb") as file:
+        with storage(aside), aside.open("xb") as file:
             file.write(self.path.read_bytes()[found.good_bytes :])
             file.flush()
             os.fsync(file.fileno())
@@ -178,19 +184,20 @@ class Journal:
         return aside
 
     def _cut(self, found: _Lines) -> None:
-        if self.path.exists() and self.path.stat().st_size > found.good_bytes:
-            with self.path.open("r+b") as file:
-                file.truncate(found.good_bytes)
-                os.fsync(file.fileno())
+        with storage(self.path):
+            if self.path.exists() and self.path.stat().st_size > found.good_bytes:
+                with self.path.open("r+b") as file:
+                    file.truncate(found.good_bytes)
+                    os.fsync(file.fileno())
         self._crc = found.crc
 
     def append(self, record: Record) -> None:
-        """Commit one record: when this returns, it is on the disk. Raises SpaceError."""
+        """Commit one record: when this returns, it is on the disk. Raises StorageError."""
         crc = self._parse().crc if self._crc is None else self._crc
         data = _line_of(record, crc)
         line = memoryview(data)
         created = not self.path.exists()
-        try:
+        with storage(self.path):
             with self.path.open("ab", buffering=0) as file:  # a buffer would be written again by closing the file
                 start = file.tell()
                 try:
@@ -198,21 +205,22 @@ class Journal:
                         line = line[file.write(line) :]
                     os.fsync(file.fileno())
                 except OSError:
-                    os.ftruncate(file.fileno(), start)
+                    with contextlib.suppress(OSError):  # else the next start cuts the line off
+                        os.ftruncate(file.fileno(), start)
                     raise
             if created:
                 sync_folder(self.path.parent)
-        except OSError as error:
-            raise no_space(self.path, error) from error
         self._crc = _crc_of(data)
 
     def _bytes(self) -> bytes:
-        try:
-            return read_regular(self.path, MAX_JOURNAL_BYTES)
-        except FileNotFoundError:
-            return b""
-        except ValueError as error:
-            raise DamagedStateError(f"{self.path}: {error}, so it is no journal. Restore it from a copy.") from error
+        with storage(self.path):
+            try:
+                return read_regular(self.path, MAX_JOURNAL_BYTES)
+            except FileNotFoundError:
+                return b""
+            except ValueError as error:
+                message = f"{self.path}: {error}, so it is no journal. Restore it from a copy."
+                raise DamagedStateError(message) from error
 
     def _parse(self, to_damage: bool = False) -> _Lines:
         records: list[Record] = []
@@ -311,7 +319,8 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         try:
-            self._lock.acquire(timeout=0)
+            with storage(self._owner.with_name("lock")):
+                self._lock.acquire(timeout=0)
         except Timeout as error:
             owner = running_owner(self._owner.parent)
             raise LockedError(
@@ -322,14 +331,16 @@ class RunLock:
         process = psutil.Process()
         owner_text = json.dumps({"pid": process.pid, "started": process.create_time()})
         try:
-            self._owner.write_text(owner_text, encoding="utf-8")
-        except OSError as error:
+            with storage(self._owner):
+                self._owner.write_text(owner_text, encoding="utf-8")
+        except OSError:
             self.__exit__()
-            raise no_space(self._owner, error) from error
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._owner.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it names a process that has ended, which `running_owner` sees
+            self._owner.unlink(missing_ok=True)
         self._lock.release()
 
 
@@ -351,8 +362,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def no_space(path: Path, error: OSError) -> SpaceError:
-    """A disk's refusal to take a record, in our words."""
-    return SpaceError(f"{path}: {error.strerror}. Make room (or the disk writable) and give the same command again.")

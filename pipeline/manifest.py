@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline._yaml import shown
 from pipeline.checksums import checksum
-from pipeline.errors import DamagedStateError
-from pipeline.journal import Record, no_space, sync_folder
+from pipeline.errors import DamagedStateError, storage
+from pipeline.journal import Record, sync_folder
 from pipeline.places import read_regular
 from pipeline.records import MAX_MANIFEST_BYTES, check_manifest, parse_json
 
@@ -20,17 +20,15 @@ MANIFEST_KEYS = {"format", "created", "config", "stages", "result_fields", "inpu
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest aside, sync it, and give it its name. Raises SpaceError."""
+    """Write the manifest aside, sync it, and give it its name. Raises StorageError."""
     aside = path.with_name(path.name + ".partial")
-    try:
+    with storage(path):
         with aside.open("wb") as file:
             file.write(_manifest_text(manifest))
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
         sync_folder(path.parent)
-    except OSError as error:
-        raise no_space(path, error) from error
 
 
 def _manifest_text(manifest: Mapping[str, Any]) -> bytes:
@@ -41,7 +39,8 @@ def _manifest_text(manifest: Mapping[str, Any]) -> bytes:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest. Raises DamagedStateError if it is unreadable, was changed, or is of another format."""
     try:
-        data = read_regular(path, MAX_MANIFEST_BYTES)
+        with storage(path):
+            data = read_regular(path, MAX_MANIFEST_BYTES) if path.exists() else b""
         manifest: dict[str, Any] = parse_json(data)
         found = manifest["format"]
         if found == FORMAT and (missing := MANIFEST_KEYS - manifest.keys()):
@@ -51,7 +50,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError("it was changed after it was written")
         if found == FORMAT:
             check_manifest(manifest)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DamagedStateError(
             f"{path}: cannot be read as a run's manifest ({shown(str(error), 200)}). `pipeline verify --repair` can "
             "restore it from the journal."

@@ -14,12 +14,17 @@ from pipeline.tiling import Rect, chunks_of
 
 
 def write_ome_zarr(
-    path: Path, size: tuple[int, int], bits: int, read_rows: Callable[[int, int], NDArray[Any]], chunk_px: int = 512
+    path: Path,
+    size: tuple[int, int],
+    bits: int,
+    read_rows: Callable[[int, int], NDArray[Any]],
+    chunk_px: int = 512,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write an OME-Zarr 0.5 image pyramid, axes (c, y, x), each level the 2×2 means of the one before.
 
     `size`: (H, W). `read_rows(y0, y1)` gives (rows, W, 3) of uint8 or uint16, as `bits` says. At most one band of
-    chunk rows is in memory.
+    chunk rows is in memory. `check` is called between chunks and may raise to give up.
     """
     height, width = size
     group = zarr.create_group(path, overwrite=True)
@@ -30,7 +35,7 @@ def write_ome_zarr(
     levels = 1
     while max(height, width) > chunk_px:
         height, width = max(1, height // 2), max(1, width // 2)
-        level = _halve(level, _create_level(path / str(levels), (height, width), bits, chunk_px))
+        level = _halve(level, _create_level(path / str(levels), (height, width), bits, chunk_px), check)
         levels += 1
     group.attrs["ome"] = _ome_metadata(path.stem, levels)
 
@@ -46,10 +51,11 @@ def _create_level(path: Path, size: tuple[int, int], bits: int, chunk_px: int) -
     )
 
 
-def _halve(fine: Any, coarse: Any) -> Any:
+def _halve(fine: Any, coarse: Any, check: Callable[[], None]) -> Any:
     """Fill `coarse`, chunk by chunk, with the means of 2×2 squares of `fine` (a last odd row or column is dropped)."""
     _, height, width = coarse.shape
     for cy, cx, part in chunks_of(Rect(0, height, 0, width), coarse.chunks[1]):
+        check()
         block = np.asarray(fine[:, 2 * part.y0 : 2 * part.y1, 2 * part.x0 : 2 * part.x1], np.uint32)
         missing = (2 * part.height - block.shape[1], 2 * part.width - block.shape[2])  # a fine side of 1 px has no pair
         block = np.pad(block, ((0, 0), (0, missing[0]), (0, missing[1])), mode="edge")

@@ -23,7 +23,7 @@ MAX_AUTO_TILE_PX = 2**14
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: sizes in px (height, width), tiles, pixels computed per iteration, and bytes of its arrays."""
+    """One stage: sizes in px (height, width), tiles, pixels computed per iteration, bytes and chunks of its arrays."""
 
     index: int
     size: Size
@@ -32,6 +32,7 @@ class StagePlan:
     gram_px: int
     gradient_px: int
     store_bytes: int
+    store_chunks: int
     flop_per_iteration: int
 
     @property
@@ -189,6 +190,7 @@ def _plan_stage(
         gram_px=gram_px,
         gradient_px=gradient_px,
         store_bytes=store_bytes(size, style_sizes, model, config),
+        store_chunks=store_chunks(size, style_sizes, model, config),
         # the backward pass to the pixels costs as much as the forward one: no weight has a gradient
         flop_per_iteration=model.flop_per_px() * (gram_px + 2 * gradient_px),
     )
@@ -221,6 +223,18 @@ def store_bytes(size: Size, style_sizes: Sequence[Size], model: Model, config: C
         features += _array_bytes(positions, model.widths[name], chunk_px // stride, model.itemsize)
     styles = max(_array_bytes(style, 3, chunk_px, 1) for style in style_sizes)  # one at a time, deleted after use
     return _array_bytes(size, 3, chunk_px, 1) + 7 * canvas_bytes(size, config) + features + styles
+
+
+def store_chunks(size: Size, style_sizes: Sequence[Size], model: Model, config: Config) -> int:
+    """Chunk files of all arrays of one stage: those of store_bytes."""
+    chunk_px = config.store.chunk_px
+    arrays = 8 + len(model.content_layers)  # a chunk of features has a chunk's pixels, not its positions
+    return arrays * chunk_count(size, chunk_px) + max(chunk_count(style, chunk_px) for style in style_sizes)
+
+
+def chunk_count(size: Size, chunk_px: int) -> int:
+    """Chunks of an array of this (height, width)."""
+    return -(-size[0] // chunk_px) * -(-size[1] // chunk_px)
 
 
 def _choose_tile(work: Workload, device_memory_bytes: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline import integrity, losses, passes, store, transfer
 from pipeline.arrays import content_features_name, gram_name, stage_arrays
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, storage
 from pipeline.losses import Gram
 from pipeline.stage import Stage, merged, positions
 from pipeline.tiling import grid
@@ -27,15 +27,11 @@ def prepare(stage: Stage, previous_canvas: store.StageArray | None) -> Prepared:
     """Make all arrays of the stage, and fill its inputs and slot 0.
 
     `previous_canvas`: the result of the stage before, or None for the first. May be repeated from the start.
-    Raises SpaceError, InputError for a broken image, ConfigError for features that are not numbers, ChunkError if
+    Raises StorageError, InputError for a broken image, ConfigError for features that are not numbers, ChunkError if
     the previous canvas is damaged.
     """
-    try:
+    with storage(stage.partial_dir):
         return _prepare(stage, stage.partial_dir, previous_canvas)
-    except OSError as error:
-        if (told := store.space_error(stage.partial_dir, error)) is error:
-            raise
-        raise told from error
 
 
 def _prepare(stage: Stage, folder: Path, previous_canvas: store.StageArray | None) -> Prepared:

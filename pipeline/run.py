@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +20,7 @@ from pipeline.config import Config, OptimizerConfig, result_fields
 from pipeline.cost import WORKERS, model_of
 from pipeline.device import Device, resolve_device
 from pipeline.engine import Engine
-from pipeline.errors import ConfigError, DamagedStateError
+from pipeline.errors import ConfigError, DamagedStateError, storage
 from pipeline.journal import Journal, Position, Record, RunLock, standing
 from pipeline.manifest import FORMAT, begun_manifest, read_manifest, trusted_manifest, write_manifest
 from pipeline.places import refuse_links, store_path, taken
@@ -41,22 +42,30 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
     """
     started = time.monotonic()
     return_freed_memory()
-    device = resolve_device(config.compute.device)
-    planned = plan_on(config, device)
-    with Engine(WORKERS, stop) as engine:
-        make_work_dir(config.work_dir)
-        with RunLock(config.work_dir):
-            refuse_links(config.work_dir)
-            weights = find_weights(config.network.name, config.network.weights, config.seed)
-            journal = _open_run(config, planned, weights)
-            rendering = _Rendering(config, planned, device, weights, engine, sink, journal)
-            rendering.refuse_foreign_output(force)
-            if not rendering.rendered:
-                check_space(config, planned)
-            rendering.render()
-            rendering.export()
+    # the engine inside the lock: its tasks have ended before another run may begin
+    with storage(config.work_dir), ExitStack() as held, Engine(WORKERS, stop) as engine:
+        begun = config.work_dir.exists()
+        if begun:  # before all that takes long: a second run is told at once
+            held.enter_context(_locked(config.work_dir))
+        device = resolve_device(config.compute.device)
+        planned = plan_on(config, device)
+        if not begun:  # after all that may be refused: then nothing was made
+            held.enter_context(_locked(config.work_dir))
+        refuse_links(config.work_dir)
+        check = engine.raise_if_stopped
+        weights = find_weights(config.network.name, config.network.weights, config.seed, sink, check)
+        journal = _open_run(config, planned, weights, check)
+        rendering = _Rendering(config, planned, device, weights, engine, sink, journal)
+        rendering.refuse_foreign_output(force)
+        rendering.render()
+        rendering.export()
     sink(RunDone(str(config.output), time.monotonic() - started))
     return config.output
+
+
+def _locked(work_dir: Path) -> RunLock:
+    make_work_dir(work_dir)
+    return RunLock(work_dir)
 
 
 def stage_path(work_dir: Path, stage: int) -> Path:
@@ -83,18 +92,19 @@ def manifest_path(work_dir: Path) -> Path:
     return work_dir / "manifest.json"
 
 
-def _open_run(config: Config, planned: Plan, weights: WeightsSource) -> Journal:
+def _open_run(config: Config, planned: Plan, weights: WeightsSource, check: Callable[[], None]) -> Journal:
     """The journal of the run directory; begins a run there, or checks that it is the run of this config.
 
-    Raises ConfigError listing every field whose change would change the picture.
+    `check` is called while files are read, and may raise to give up.
+    Raises ConfigError listing every field whose change would change the picture, SpaceError.
     """
     journal = Journal(journal_path(config.work_dir))
     path = manifest_path(config.work_dir)
     wanted: dict[str, dict[str, Any]] = {
         "result_fields": result_fields(config),
         "inputs": {
-            "content": sha256_of(config.content),
-            **{f"styles.{index}.image": sha256_of(style.image) for index, style in enumerate(config.styles)},
+            "content": sha256_of(config.content, check),
+            **{f"styles.{index}.image": sha256_of(style.image, check) for index, style in enumerate(config.styles)},
             "network.weights": weights.sha256,
         },
     }
@@ -108,6 +118,7 @@ def _open_run(config: Config, planned: Plan, weights: WeightsSource) -> Journal:
             f"{journal.path}: holds no stage, but {store_path(config.work_dir)} does, which would be rendered again. "
             "Restore the journal from a copy, or begin again: `pipeline verify --repair` sets the store aside."
         )
+    check_space(config, planned, 0)
     # Nothing is prepared yet, so a config or an image that was corrected after an error is no change. The manifest
     # comes before the store: a folder that holds anything without one is taken for somebody else's.
     journal.repair_tail()
@@ -122,10 +133,7 @@ def _open_run(config: Config, planned: Plan, weights: WeightsSource) -> Journal:
     if not (_same_manifest(begun_manifest(records), manifest) and _same_manifest(_manifest_at(path), manifest)):
         write_manifest(path, manifest)
         journal.append({"type": "begun", "manifest": manifest})
-    try:
-        store.create_store(store_path(config.work_dir))
-    except OSError as error:
-        raise store.space_error(config.work_dir, error) from error
+    store.create_store(store_path(config.work_dir))
     return journal
 
 
@@ -210,11 +218,6 @@ class _Rendering:
         _, self.position = standing(self.journal)
         self._speed = _Speed()
 
-    @property
-    def rendered(self) -> bool:
-        """Whether every stage is done, so that nothing more goes into the store."""
-        return self.position.stage_done and self.position.stage == self.plan.stages[-1].index
-
     def refuse_foreign_output(self, force: bool) -> None:
         """Raise ConfigError if the output exists and this run did not make it."""
         output = self.config.output
@@ -244,8 +247,11 @@ class _Rendering:
         stage = make_stage(self.config, stage_plan, tools, self.plan.tile_px)
         iteration = self.position.iteration if self.position.stage == index else 0
         stages, (height, width) = len(self.plan.stages), stage_plan.size
+        prepared = self.position.prepared and self.position.stage == index
+        in_place = prepared and self.config.store.codec == "none"  # it has its room already, and writes nowhere else
+        check_space(self.config, self.plan, index + in_place)
         self.sink(StageStarted(index, stages, height, width, stage_plan.tiles, iteration, settings.max_iterations))
-        if not (self.position.prepared and self.position.stage == index):
+        if not prepared:
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
             prepared = vars(prepare(stage, previous))
             self._commit({"type": "stage_prepared", "stage": index, "tile_px": stage.tile_px, **prepared})
@@ -294,6 +300,7 @@ class _Rendering:
         if self.position.exported.get(str(output)) == options and output.exists():
             self.sink(Note(f"{output} is already there"))
             return
+        check_space(self.config, self.plan, len(self.plan.stages))
         if str(output) not in self.position.claimed:
             # Before the picture gets its name: a crash between that and the record would leave one that nobody made.
             self._commit({"type": "exporting", "output": str(output)})

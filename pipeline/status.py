@@ -91,6 +91,7 @@ def export(
         raise ConfigError(f"output {output}: exists and would be lost. Choose another name, or give --force.")
     manifest = _manifest_of(work_dir)
     journal = Journal(work_dir / "journal.jsonl")
+    seen_bytes = journal.size_bytes()
     _, position = standing(journal)
     chosen = _choose_stage(work_dir, position, stage)
     refuse_links(work_dir)
@@ -100,9 +101,12 @@ def export(
     check_output(output, width, height, options.bits, options.compression)
 
     def check() -> None:
+        nonlocal seen_bytes
         if stop is not None and stop.is_set():
             raise Stopped(f"export of {output} stopped as asked; nothing was written.")
-        if not finished_stage(position, chosen):
+        # several times a second: a long journal is read only when it has grown
+        if not finished_stage(position, chosen) and (now_bytes := journal.size_bytes()) != seen_bytes:
+            seen_bytes = now_bytes
             _refuse_overtaken(work_dir, position, position_of(journal.read()))
 
     def told(what: str) -> Callable[[int, int], None]:

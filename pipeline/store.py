@@ -11,7 +11,6 @@ them checks what it reads.
 from __future__ import annotations
 
 import ctypes
-import errno
 import math
 import os
 import shutil
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 from pipeline._yaml import shown
 from pipeline.arrays import gram_name
 from pipeline.checksums import ChunkSums, checksum, grid_of, packed, unpacked
-from pipeline.errors import DamagedStateError, SpaceError
+from pipeline.errors import DamagedStateError, storage
 from pipeline.places import read_regular
 from pipeline.tiling import Rect, chunks_of
 
@@ -39,7 +38,6 @@ zarr.config.set({"async.concurrency": 1})  # measured best under our own threads
 METADATA = "zarr.json"
 _MAX_METADATA_BYTES = 2**20  # it has 700
 _MAX_GRAM_BYTES = 2**30  # of 11,000 channels
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class ChunkError(DamagedStateError):
@@ -78,7 +76,7 @@ class StageArray:
         return self.chunk_px, self.chunk_px, self.shape[2]
 
     def read_window(self, rect: Rect) -> NDArray[Any]:
-        """A copy of the rectangle, (rows, columns, channels). Raises ChunkError, SpaceError.
+        """A copy of the rectangle, (rows, columns, channels). Raises ChunkError, StorageError.
 
         Of every chunk that the rectangle reaches into, only the rows in question are read. Where those are all its
         rows, the chunk is checked.
@@ -104,7 +102,7 @@ class StageArray:
     def read_chunk(self, cy: int, cx: int, out: NDArray[Any]) -> None:
         """Read one whole chunk, border padding included, into the contiguous array `out`, and check it.
 
-        Raises ChunkError for a missing, short or changed one, SpaceError if the disk refuses.
+        Raises ChunkError for a missing, short or changed one, StorageError if the disk refuses.
         """
         if self.raw:
             self._read(cy, cx, out, 0)
@@ -116,20 +114,17 @@ class StageArray:
     def _read(self, cy: int, cx: int, out: NDArray[Any], offset: int) -> None:
         path, view = self.chunk_path(cy, cx), out.data.cast("B")
         done = 0
-        try:
-            with self._opened_chunk(path, os.O_RDONLY) as descriptor:
-                while done < len(view):
-                    read = os.preadv(descriptor, [view[done:]], offset + done)
-                    if read == 0:
-                        raise ChunkError(path, "truncated", f"ends after {offset + done} bytes")
-                    done += read
-        except OSError as error:
-            raise space_error(path, error) from error
+        with storage(path), self._opened_chunk(path, os.O_RDONLY) as descriptor:
+            while done < len(view):
+                read = os.preadv(descriptor, [view[done:]], offset + done)
+                if read == 0:
+                    raise ChunkError(path, "truncated", f"ends after {offset + done} bytes")
+                done += read
 
     def write_chunk(self, cy: int, cx: int, data: NDArray[Any]) -> int:
         """Write one whole chunk; `data` smaller than a chunk (at the far border) is padded with zeros.
 
-        Gives the checksum of what was written, padding included. Raises SpaceError if the disk refuses, ChunkError
+        Gives the checksum of what was written, padding included. Raises StorageError if the disk refuses, ChunkError
         if the preallocated chunk is gone.
         """
         assert data.dtype == self.dtype, (data.dtype, self.dtype)  # zarr would cast in silence
@@ -139,14 +134,12 @@ class StageArray:
             data = padded
         data = np.ascontiguousarray(data)
         path = self.chunk_path(cy, cx)
-        try:
+        with storage(path):
             if self.raw:
                 with self._opened_chunk(path, os.O_WRONLY) as descriptor:
                     _write_all(descriptor, data.data.cast("B"))
             else:
                 _open_zarr(self.path).set_block_selection((cy, cx, 0), data)
-        except OSError as error:
-            raise space_error(path, error) from error
         return checksum(data)
 
     def write_window(self, rect: Rect, data: NDArray[Any]) -> ChunkSums:
@@ -191,7 +184,8 @@ class StageArray:
             raise ChunkError(path, "missing", "is missing")
         full = np.zeros(self.chunk_shape, self.dtype)
         try:
-            block = np.asarray(_open_zarr(self.path).get_block_selection((cy, cx, 0)))
+            with storage(path):
+                block = np.asarray(_open_zarr(self.path).get_block_selection((cy, cx, 0)))
         except (RuntimeError, ValueError) as error:
             raise ChunkError(path, "changed", f"cannot be decoded ({error})") from error
         full[: block.shape[0], : block.shape[1]] = block
@@ -212,19 +206,10 @@ def _write_all(descriptor: int, view: memoryview) -> None:
         done += os.pwrite(descriptor, view[done:], done)
 
 
-def space_error(path: Path, error: OSError) -> OSError:
-    """`error` as a SpaceError if the disk is the cause, else itself."""
-    if error.errno not in _NO_SPACE:
-        return error
-    return SpaceError(
-        f"{path}: {error.strerror}. Nothing that was committed is lost. Make room (or the disk writable) and give the "
-        "same command again."
-    )
-
-
 def create_store(path: Path) -> None:
-    """Make the run's Zarr group, replacing what an interrupted start left there."""
-    zarr.create_group(path, overwrite=True)  # an older one may be empty: power was lost before it was on the disk
+    """Make the run's Zarr group, replacing what an interrupted start left there. Raises StorageError."""
+    with storage(path):
+        zarr.create_group(path, overwrite=True)  # an older one may be empty: power was lost before it was on the disk
 
 
 def create_array(
@@ -232,9 +217,9 @@ def create_array(
 ) -> None:
     """Create an (H, W, C) array with all its chunks on disk, reading as zeros.
 
-    `codec`: none (preallocated, so that no later write needs room), zstd or lz4. Raises SpaceError.
+    `codec`: none (preallocated, so that no later write needs room), zstd or lz4. Raises StorageError.
     """
-    try:
+    with storage(stage_dir / name):
         array = zarr.create_array(
             stage_dir / name,
             shape=shape,
@@ -252,8 +237,6 @@ def create_array(
         chunk_bytes = int(np.prod(opened.chunk_shape)) * opened.dtype.itemsize
         for cy, cx in opened.chunk_indices():
             _preallocate(opened.chunk_path(cy, cx), chunk_bytes)
-    except OSError as error:
-        raise space_error(stage_dir / name, error) from error
 
 
 def _preallocate(path: Path, size: int) -> None:
@@ -281,18 +264,21 @@ def _open_zarr(path: Path) -> Any:
 def open_array(stage_dir: Path, name: str, checksums: str | None = None) -> StageArray:
     """Open an array of a stage. Raises ChunkError if it is not there or is not what `checksums` are of."""
     path = stage_dir / name
-    try:
-        metadata = (path / METADATA).stat()
-        if metadata.st_size > _MAX_METADATA_BYTES:
-            raise ValueError(f"it has {metadata.st_size:,} bytes")
-        array = _open_array(path, metadata.st_mtime_ns)
-        if checksums is None:
-            return array
-        return replace(array, checksums=grid_of(checksums, [-(-side // array.chunk_px) for side in array.shape[:2]]))
-    except FileNotFoundError as error:
-        raise ChunkError(path / METADATA, "missing", "is missing") from error
-    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ChunkError(path / METADATA, "changed", f"cannot be read ({shown(str(error), 200)})") from error
+    with storage(path / METADATA):
+        try:
+            metadata = (path / METADATA).stat()
+            if metadata.st_size > _MAX_METADATA_BYTES:
+                raise ValueError(f"it has {metadata.st_size:,} bytes")
+            array = _open_array(path, metadata.st_mtime_ns)
+            if checksums is None:
+                return array
+            sides = [-(-side // array.chunk_px) for side in array.shape[:2]]
+            return replace(array, checksums=grid_of(checksums, sides))
+        except FileNotFoundError as error:
+            raise ChunkError(path / METADATA, "missing", "is missing") from error
+        except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            what = f"cannot be read ({shown(str(error), 200)})"
+            raise ChunkError(path / METADATA, "changed", what) from error
 
 
 @lru_cache(maxsize=256)
@@ -313,37 +299,37 @@ def metadata_checksums(stage_dir: Path) -> dict[str, str]:
 
 
 def check_metadata(stage_dir: Path, name: str, checksums: str) -> None:
-    """Raise ChunkError if a metadata file is not what was written, SpaceError if the disk refuses."""
+    """Raise ChunkError if a metadata file is not what was written, StorageError if the disk refuses."""
     _read_checked(stage_dir / name, checksums)
 
 
 def _read_checked(path: Path, checksums: str) -> bytes:
     """A whole small file, which must be what was written."""
-    try:
-        data = read_regular(path, _MAX_METADATA_BYTES if path.name == METADATA else _MAX_GRAM_BYTES)
-        intact = checksum(data) == unpacked(checksums)[0]
-    except FileNotFoundError as error:
-        raise ChunkError(path, "missing", "is missing") from error
-    except OSError as error:
-        raise space_error(path, error) from error
-    except (ValueError, IndexError):  # another kind of file, or a checksum that is none
-        intact = False
+    with storage(path):
+        try:
+            data = read_regular(path, _MAX_METADATA_BYTES if path.name == METADATA else _MAX_GRAM_BYTES)
+            intact = checksum(data) == unpacked(checksums)[0]
+        except FileNotFoundError as error:
+            raise ChunkError(path, "missing", "is missing") from error
+        except (ValueError, IndexError):  # another kind of file, or a checksum that is none
+            intact = False
     if not intact:
         raise ChunkError(path, "changed", "is not what was written there")
     return data
 
 
 def write_gram(stage_dir: Path, layer: str, gram_CC: NDArray[np.float64]) -> str:
-    """Store the style target of one layer, (C, C) float64; gives its packed checksum."""
-    array = zarr.create_array(
-        stage_dir / gram_name(layer),
-        shape=gram_CC.shape,
-        chunks=gram_CC.shape,  # one file, which is there or not
-        dtype="float64",
-        compressors=None,
-        config={"write_empty_chunks": True},
-    )
-    array[...] = gram_CC
+    """Store the style target of one layer, (C, C) float64; gives its packed checksum. Raises StorageError."""
+    with storage(stage_dir / gram_name(layer)):
+        array = zarr.create_array(
+            stage_dir / gram_name(layer),
+            shape=gram_CC.shape,
+            chunks=gram_CC.shape,  # one file, which is there or not
+            dtype="float64",
+            compressors=None,
+            config={"write_empty_chunks": True},
+        )
+        array[...] = gram_CC
     return packed([checksum(np.ascontiguousarray(gram_CC))])
 
 
@@ -355,39 +341,46 @@ def read_gram(stage_dir: Path, layer: str, checksums: str) -> NDArray[np.float64
 
 
 def create_stage(stage_dir: Path) -> None:
-    """Make an empty stage group, replacing what an interrupted preparation left there."""
-    shutil.rmtree(stage_dir, ignore_errors=True)
-    zarr.create_group(stage_dir)
+    """Make an empty stage group, replacing what an interrupted preparation left there. Raises StorageError."""
+    with storage(stage_dir):
+        if stage_dir.exists():
+            shutil.rmtree(stage_dir)
+        zarr.create_group(stage_dir)
 
 
 def commit_stage(partial_dir: Path, stage_dir: Path) -> None:
-    """Give a fully prepared stage its name."""
-    shutil.rmtree(stage_dir, ignore_errors=True)
-    partial_dir.replace(stage_dir)
+    """Give a fully prepared stage its name. Raises StorageError."""
+    with storage(stage_dir):
+        if stage_dir.exists():
+            shutil.rmtree(stage_dir)
+        partial_dir.replace(stage_dir)
 
 
 def sync(path: Path) -> None:
-    """Bring everything written to the file system of `path` onto its disk. Raises SpaceError if the disk refuses."""
+    """Bring everything written to the file system of `path` onto its disk. Raises StorageError if it refuses."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "syncfs"):  # Linux alone can sync one file system
         os.sync()
         return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if libc.syncfs(descriptor) != 0:
-            number = ctypes.get_errno()
-            raise space_error(path, OSError(number, os.strerror(number)))
-    finally:
-        os.close(descriptor)
+    with storage(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            if libc.syncfs(descriptor) != 0:
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number))
+        finally:
+            os.close(descriptor)
 
 
 def delete_array(stage_dir: Path, name: str) -> None:
-    """Free the disk of one array."""
-    shutil.rmtree(stage_dir / name)
+    """Free the disk of one array. Raises StorageError."""
+    with storage(stage_dir / name):
+        shutil.rmtree(stage_dir / name)
 
 
 def delete_arrays(stage_dir: Path, keep: set[str]) -> None:
-    """Free the disk of a stage's arrays, all but those named in `keep`; one that is gone has none."""
-    for path in stage_dir.iterdir() if stage_dir.exists() else ():
-        if path.is_dir() and path.name not in keep:
-            shutil.rmtree(path)
+    """Free the disk of a stage's arrays, all but those named in `keep`. Raises StorageError."""
+    with storage(stage_dir):
+        for path in stage_dir.iterdir() if stage_dir.exists() else ():
+            if path.is_dir() and path.name not in keep:
+                shutil.rmtree(path)

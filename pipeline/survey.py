@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config
@@ -12,8 +13,11 @@ from pipeline.errors import ConfigError, SpaceError
 from pipeline.image_export import check_output
 from pipeline.image_header import read_header
 from pipeline.places import refuse_links_at_top, refuse_own_state
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Plan, canvas_bytes, chunk_count, make_plan
 from pipeline.weights import weights_bytes, widths_for_plan
+
+_BLOCK_BYTES = 4096  # of nearly every file system
+_METADATA_FILES = 64  # of one stage: one per array, and the style's targets
 
 
 def plan(config: Config) -> Plan:
@@ -38,26 +42,71 @@ def plan_on(config: Config, device: Device) -> Plan:
     return planned
 
 
-def check_space(config: Config, planned: Plan) -> None:
-    """Raise SpaceError if the disk has no room for what the run has yet to write."""
-    used = folder_bytes(config.work_dir)
-    store_need = max(0, planned.disk_bytes - used)
-    folders = {"store": (config.work_dir, store_need), "picture": (config.output.parent, planned.output_bytes)}
-    shared = _device_of(config.work_dir) == _device_of(config.output.parent)
-    for what, (folder, need) in folders.items():
-        total = store_need + planned.output_bytes if shared else need
-        free = shutil.disk_usage(existing_parent(folder)).free
-        if total > free:
-            raise SpaceError(
-                f"{folder}: the run still needs {total / 2**30:.2f} GiB here for its "
-                f"{'store and picture' if shared else what}, but {free / 2**30:.2f} GiB are free, and it would stop "
-                "half-way. Make room, or put work_dir or output on another disk, or choose a smaller size."
-            )
+@dataclass(frozen=True)
+class Room:
+    """Room on a disk: bytes, and files and folders."""
+
+    bytes: int
+    files: int
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below `folder`; zero if it does not exist."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+def check_space(config: Config, planned: Plan, stage: int) -> None:
+    """Raise SpaceError if the disks have no room for what is written from `stage` on; behind the last, for the picture.
+
+    What the run holds already is not counted again: a stage begins when those before it have given back all but their
+    canvas, and takes over what an interrupted preparation left.
+    """
+    later = planned.stages[stage:]
+    held = room_taken(config.work_dir)
+    kept = [_room(canvas_bytes(one.size, config), chunk_count(one.size, planned.chunk_px)) for one in planned.stages]
+    peak = after = Room(0, 0)
+    if later:
+        after = _more(kept, held)
+        peaks = [_more([*kept[: one.index], _room(one.store_bytes, one.store_chunks)], held) for one in later]
+        peak = Room(max(one.bytes for one in peaks), max(one.files for one in peaks))
+    what = f"stage {stage} and all behind it" if later else "the picture"
+    if _device_of(config.work_dir) == _device_of(config.output.parent):
+        _require(config.work_dir, Room(max(peak.bytes, after.bytes + planned.output_bytes), peak.files), what)
+    else:
+        _require(config.work_dir, peak, what)
+        _require(config.output.parent, Room(planned.output_bytes, 0), "the picture")
+
+
+def _room(array_bytes: int, chunks: int) -> Room:
+    """Arrays of this size. Every chunk is a file in a folder of its own, which takes a block on most disks."""
+    return Room(array_bytes + (chunks + _METADATA_FILES) * _BLOCK_BYTES, 3 * chunks + _METADATA_FILES)
+
+
+def _more(wanted: Sequence[Room], held: Room) -> Room:
+    """What is missing to the sum of `wanted`."""
+    return Room(
+        max(0, sum(one.bytes for one in wanted) - held.bytes), max(0, sum(one.files for one in wanted) - held.files)
+    )
+
+
+def _require(folder: Path, need: Room, what: str) -> None:
+    """Raise SpaceError if the disk of `folder` has not what is needed for `what`."""
+    disk = os.statvfs(existing_parent(folder))
+    remedy = (
+        "and the run would stop half-way. Nothing that was committed is lost. Make room, or put work_dir or output on "
+        "another disk, and give the same command again; or choose a smaller size."
+    )
+    if need.bytes > disk.f_bavail * disk.f_frsize:
+        raise SpaceError(
+            f"{folder}: {what} still needs {need.bytes / 2**30:.2f} GiB here, but "
+            f"{disk.f_bavail * disk.f_frsize / 2**30:.2f} GiB are free, {remedy}"
+        )
+    if disk.f_files and need.files > disk.f_favail:  # some file systems count none
+        raise SpaceError(
+            f"{folder}: {what} still needs {need.files:,} files and folders here, but the disk can make no more than "
+            f"{disk.f_favail:,} (`df -i`), {remedy}"
+        )
+
+
+def room_taken(folder: Path) -> Room:
+    """What all files and folders below `folder` take; nothing if it does not exist."""
+    blocks = [path.lstat().st_blocks for path in folder.rglob("*")]
+    return Room(512 * sum(blocks), len(blocks))
 
 
 def existing_parent(path: Path) -> Path:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import image_export, images, ome_zarr, store
+from pipeline import image_export, images, ome_zarr
 from pipeline.checksums import ChunkSums
 from pipeline.config import ExportConfig
 from pipeline.engine import Engine
+from pipeline.errors import storage
 from pipeline.store import StageArray
 from pipeline.tiling import Rect, chunks_of
 
@@ -99,8 +100,8 @@ def export_canvas(
 ) -> None:
     """Write a canvas as the picture `output`, in the format of its suffix; it has its name only when it is whole.
 
-    `check` is called after every read and may raise to give up, leaving nothing behind.
-    Raises SpaceError, ConfigError (format limits), or what `check` raises.
+    `check` is called after every read, and while waiting; it may raise to give up, leaving nothing behind.
+    Raises StorageError, ConfigError (format limits), or what `check` raises.
     """
     height, width, _ = canvas.shape
     read = canvas_rows(canvas, options.bits)
@@ -110,9 +111,9 @@ def export_canvas(
         check()
         return rows
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix.lower() == ".zarr":
-        _export_ome_zarr(output, (height, width), options.bits, read_rows, on_progress)
+        with storage(output):
+            _export_ome_zarr(output, (height, width), options.bits, read_rows, check, on_progress)
         return
     image_export.write_image(
         output,
@@ -132,8 +133,10 @@ def _export_ome_zarr(
     size: tuple[int, int],
     bits: int,
     read_rows: Callable[[int, int], NDArray[Any]],
+    check: Callable[[], None],
     on_progress: OnProgress,
 ) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
     aside = image_export.new_partial(output)
 
     def counted_rows(y0: int, y1: int) -> NDArray[Any]:
@@ -143,9 +146,7 @@ def _export_ome_zarr(
     try:
         aside.mkdir()
         group = aside / output.name
-        ome_zarr.write_ome_zarr(group, size, bits, counted_rows)
+        ome_zarr.write_ome_zarr(group, size, bits, counted_rows, check=check)
         image_export.put_in_place(group, output)
-    except OSError as error:
-        raise store.space_error(output, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -6,20 +6,23 @@ Kept apart from network.py so that `plan` and `status` start without importing t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from pipeline._fields import MAX_BYTES
 from pipeline._yaml import shown
-from pipeline.errors import InputError
+from pipeline.download import DownloadError, download
+from pipeline.errors import InputError, StorageError, storage
 from pipeline.layers import CONV_NAMES, LAYER_BY_NAME, VGG19_WIDTHS
+from pipeline.progress import Note, Sink, WorkDone, ignore
 from pipeline.weights_file import check_file, safetensors_shapes
 
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 VGG19_SHA256_PREFIX = "dcbb9e9d"
 VGG19_FILE_BYTES = 574_673_361
+_HASH_BLOCK_BYTES = 4 * 2**20
 # Networks whose weights come with the package: docs/networks.md tells how each was made.
 PACKAGED: Mapping[str, Path] = {"vgg19-lite": Path(__file__).parent / "assets" / "vgg19-lite.safetensors"}
 # Narrow, because random features are for tests: a sixteenth of VGG-19's arithmetic.
@@ -53,15 +56,18 @@ class NetworkSpec:
     device: str
 
 
-def find_weights(name: str, path: Path | None, seed: int) -> WeightsSource:
+def find_weights(
+    name: str, path: Path | None, seed: int, sink: Sink = ignore, check: Callable[[], None] = lambda: None
+) -> WeightsSource:
     """Locate the weights of network `name`; without a path, its own: packaged, seeded, or (VGG-19's) downloaded.
 
+    `check` is called while a file is fetched or read, and may raise to give up.
     Raises InputError if the file is missing, is not a weights file, or cannot be downloaded.
     """
     if path is None and name == "random":
         return WeightsSource(None, seed, RANDOM_WIDTHS, "random")
-    path = path or PACKAGED.get(name) or download_vgg19()
-    return WeightsSource(path, seed, read_widths(path), sha256_of(path))
+    path = path or PACKAGED.get(name) or download_vgg19(sink, check)
+    return WeightsSource(path, seed, read_widths(path), sha256_of(path, check))
 
 
 def widths_for_plan(name: str, path: Path | None, max_bytes: int = MAX_BYTES) -> Mapping[str, int]:
@@ -143,30 +149,38 @@ def _pickle_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in load_state(path).items()}
 
 
-def download_vgg19() -> Path:
+def download_vgg19(sink: Sink, check: Callable[[], None]) -> Path:
     """Torchvision's VGG-19 file in torch's hub folder, downloaded and hash-checked the first time.
 
-    Raises InputError, saying what to do, when there is no network or the file is not what it should be.
+    Raises InputError, saying what to do, when there is no network or the file is not what it should be; StorageError.
     """
-    from http.client import HTTPException  # noqa: PLC0415 - with torch, for this function only
-
-    import torch  # noqa: PLC0415 - only to know and fill the hub folder
+    import torch  # noqa: PLC0415 - only to know the hub folder
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG19_URL).name
     if path.is_file():
         return path
+    sink(Note(f"downloading VGG-19's weights, {VGG19_FILE_BYTES / 2**20:.0f} MiB, to {path}"))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(VGG19_URL, str(path), hash_prefix=VGG19_SHA256_PREFIX, progress=True)
-    except (OSError, RuntimeError, HTTPException) as error:
-        raise InputError(
+        download(
+            VGG19_URL,
+            path,
+            VGG19_SHA256_PREFIX,
+            check,
+            lambda done, total: sink(WorkDone(0, "download", done, total)),
+        )
+    except (DownloadError, StorageError) as error:
+        raise type(error)(
             f"VGG-19's weights could not be downloaded from {VGG19_URL} ({error}). Download that file elsewhere and "
             f"put it at {path}, or name a weights file in network.weights."
         ) from error
     return path
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, check: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of a file, in hex. `check` is called several times a second, and may raise to give up."""
+    digest = hashlib.sha256()
+    with storage(path), path.open("rb", buffering=0) as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+            check()
+    return digest.hexdigest()

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline._fields import bytes_text
 from pipeline._yaml import shown
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StorageError, storage
 
 MAX_HEADER_BYTES = 2**20  # of JSON; VGG-19's has 5 KB
 MAX_PICKLE_BYTES = 2**23  # without the numbers, which are not in it; VGG-19's has 10 KB
@@ -48,13 +48,15 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in a .safetensors file, from its header. Raises InputError if it is none."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with storage(path), path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"its header claims {length:,} bytes")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         return {key: _shape(entry, size - 8 - length) for key, entry in header.items()}
+    except StorageError:
+        raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         text = shown(f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error), 200)
         raise InputError(f"weights file {path}: not a readable .safetensors file ({text}).") from error

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import DamagedStateError, LockedError, SpaceError
+from pipeline.errors import DamagedStateError, LockedError, StorageError
 from pipeline.journal import (
     Journal,
     JournalState,
@@ -276,7 +276,7 @@ def test_an_append_that_fails_leaves_no_half_line(tmp_path):
 
 def test_a_journal_that_cannot_be_written_says_so(tmp_path):
     """No room and no permission look alike to a user: a sentence, not a traceback."""
-    with pytest.raises(SpaceError, match=r"journal\.jsonl"):
+    with pytest.raises(StorageError, match=r"journal\.jsonl"):
         Journal(tmp_path / "gone" / "journal.jsonl").append({"type": "exported", "output": "x"})
 
 

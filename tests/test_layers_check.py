@@ -24,6 +24,7 @@ HEIGHT = {
     "arrays": 1,
     "checksums": 1,
     "progress": 1,
+    "download": 1,
     "tiling": 1,
     "timeline": 1,
     "_yaml": 0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
@@ -19,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import ome_zarr, store
-from pipeline.errors import DamagedStateError, SpaceError
+from pipeline.errors import DamagedStateError
 from pipeline.tiling import Rect
 
 CODECS = ["none", "zstd", "lz4"]
@@ -368,20 +367,6 @@ def test_a_finished_stage_keeps_only_what_is_asked_for(stage):
 
 
 # --- a full disk ---
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-def test_errors_of_a_full_disk_are_told_as_such(tmp_path, number):
-    """Exit code 5 and a way out, instead of a traceback."""
-    found = store.space_error(tmp_path / "x", OSError(number, os.strerror(number)))
-    assert isinstance(found, SpaceError)
-    assert str(tmp_path / "x") in str(found) and "same command" in str(found)
-
-
-def test_other_errors_are_left_as_they_are(tmp_path):
-    """A bug of ours must not be told as a full disk."""
-    error = OSError(errno.EBADF, "bad")
-    assert store.space_error(tmp_path, error) is error
 
 
 LIMITED = """

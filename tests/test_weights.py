@@ -83,12 +83,14 @@ def left_in(folder: Path) -> list[str]:
 # --- the download ---
 
 
-def test_vgg19_is_downloaded_once(served, hub, capfd):
+def test_vgg19_is_downloaded_once(served, hub):
     """Half a gigabyte: the second run must not fetch it again, and the first must show that it does something."""
-    first = find_weights("vgg19", None, 0)
+    told: list[str] = []
+    first = find_weights("vgg19", None, 0, lambda event: told.append(str(event)))
     assert first.path == hub / "vgg19-made.pth"
     assert first.path.read_bytes() == served.data
-    assert "100.0%" in capfd.readouterr().err
+    assert "downloading VGG-19's weights, 548 MiB" in told[0]
+    assert "'download'" in told[-1]
     assert first.widths["conv5_1"] == 8
     assert find_weights("vgg19", None, 0) == first
     assert served.requests == ["/models/vgg19-made.pth"]
