@@ -7,7 +7,7 @@ whatever the order of arrival, so that every sum has the same bits on every run.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -21,6 +21,9 @@ from pipeline.errors import Stopped
 S = TypeVar("S")
 R = TypeVar("R")
 A = TypeVar("A")
+
+# Tasks of one graph: dask takes time that grows with their square, and hears no stop while it builds one.
+_BATCH = 256
 
 
 class Engine:
@@ -44,11 +47,18 @@ class Engine:
 
         Raises Stopped when the stop flag is set, else what a task raised.
         """
+        return [result for batch in self._batches(specs) for result in self._map(task, batch, on_done)]
+
+    def _map(self, task: Callable[[S], R], specs: Sequence[S], on_done: Callable[[], None]) -> tuple[R, ...]:
         # dask takes independent tasks by name, last first; its own names are random, and so would be the way over the
         # canvas, where neighbouring tiles share the rows of their halos
         names = (f"task-{number:09}" for number in range(len(specs), 0, -1))
-        nodes = [self._node(task, spec, on_done, name) for spec, name in zip(specs, names, strict=True)]
-        return list(self._compute(nodes))
+        return self._compute([self._node(task, spec, on_done, name) for spec, name in zip(specs, names, strict=True)])
+
+    def _batches(self, specs: Sequence[S]) -> Iterator[Sequence[S]]:
+        for first in range(0, len(specs), _BATCH):
+            self.raise_if_stopped()
+            yield specs[first : first + _BATCH]
 
     def fold(
         self,
@@ -63,10 +73,12 @@ class Engine:
 
         `before` is called before each task, on its thread, and may wait.
         """
-        total: Any = delayed(initial, traverse=False)
-        for spec in specs:
-            total = delayed(combine, pure=False)(total, self._node(task, spec, on_done, before=before))
-        result: A = self._compute([total])[0]
+        result = initial
+        for batch in self._batches(specs):
+            total: Any = delayed(result, traverse=False)
+            for spec in batch:
+                total = delayed(combine, pure=False)(total, self._node(task, spec, on_done, before=before))
+            (result,) = self._compute([total])
         return result
 
     def beside(self, work: Callable[[Engine], R]) -> Future[R]:

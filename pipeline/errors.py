@@ -90,16 +90,25 @@ _REMEDIES = {
     ),
 }
 
+# The errnos of a path that names the wrong place: where the user has just named it, a mistake and no disk's fault.
+MISPLACED = frozenset(
+    {
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+        *(errno.ELOOP, errno.ENAMETOOLONG),
+    }
+)
+
 
 def storage_error(place: Path | str, error: OSError) -> OSError:
     """`error` as a StorageError that says what to do; itself if it is one, or if no disk is the cause.
 
-    `place`: the file in question, where the error names none.
+    `place`: the file in question, where the error names none; a part of a path, as rmtree's, is none.
     """
     if isinstance(error, StorageError) or error.errno not in _REMEDIES:
         return error
     kind = SpaceError if error.errno in _ROOM else StorageError
-    path = error.filename if isinstance(error.filename, str) else place
+    name = error.filename
+    path = name if isinstance(name, str) and Path(name).is_absolute() else place
     return kind(
         f"{path}: {error.strerror}. Nothing that was committed is lost. {_REMEDIES[error.errno]}, and give the same "
         "command again."

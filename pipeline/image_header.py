@@ -6,7 +6,6 @@ never read for options, and everything that a picture may cost is known, and ref
 
 from __future__ import annotations
 
-import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import pyvips
 from pipeline import _tiff
 from pipeline._fields import MAX_SIDE_PX, bytes_text
 from pipeline.config import LimitsConfig
-from pipeline.errors import InputError, storage_error
+from pipeline.errors import MISPLACED, InputError, storage_error
 from pipeline.streams import FileSource, reason
 
 # Loaders that read pixels and nothing else, by libvips' name of their class. Blocking libvips' untrusted ones alone
@@ -33,9 +32,6 @@ MAX_BANDS = 8  # CMYK, and some spot colours
 
 # Formats that are decoded whole: bytes per px of 8 bits, the decoder's own planes included (measured 4.1, 8.1, 16.5).
 _WHOLE_BYTES_PER_PX = {"gifload": 5, "webpload": 9, "heifload": 18}
-
-# Why a file cannot be opened where the user named the wrong one.
-_NOT_THE_DISK = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 pyvips.block_untrusted_set(True)
 pyvips.operation_block_set("VipsForeignLoad", True)
@@ -103,7 +99,7 @@ def open_file(path: Path) -> FileSource:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file.") from None
     except OSError as error:
-        if error.errno in _NOT_THE_DISK:
+        if error.errno in MISPLACED:
             raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
         raise storage_error(path, error) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.device import Device, resolve_device
-from pipeline.errors import ConfigError, SpaceError
+from pipeline.errors import MISPLACED, ConfigError, SpaceError, storage_error
 from pipeline.image_export import check_output
 from pipeline.image_header import read_header
 from pipeline.places import refuse_links_at_top, refuse_own_state
@@ -117,15 +118,20 @@ def existing_parent(path: Path) -> Path:
 def make_work_dir(work_dir: Path) -> None:
     """Make the run directory, or check that it is one.
 
-    Raises ConfigError if it cannot serve, DamagedStateError if there are links in it.
+    Raises ConfigError if it cannot serve, DamagedStateError if there are links in it, StorageError.
     """
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if error.errno not in MISPLACED:
+            raise storage_error(work_dir, error) from error
         raise ConfigError(
             f"work_dir {work_dir}: cannot be made ({error.strerror}). Choose another work_dir."
         ) from error
     if not os.access(work_dir, os.W_OK | os.X_OK):
+        if (work_dir / "manifest.json").exists():  # it could once
+            number = errno.EROFS if os.statvfs(work_dir).f_flag & os.ST_RDONLY else errno.EACCES
+            raise storage_error(work_dir, OSError(number, os.strerror(number)))
         raise ConfigError(f"work_dir {work_dir}: cannot be written to. Change its permissions or choose another.")
     refuse_links_at_top(work_dir)
     ours = {"lock", "lock.owner", "manifest.json.partial"}

@@ -197,7 +197,12 @@ class Nursery:
         """
         log = self._folder / f"log_{len(self._children)}"
         log.touch()
-        arguments = ([str(argument) for argument in argv], str(log), kill_before, watch and watch.address)
+        arguments = (
+            [str(argument) for argument in argv],
+            str(log),
+            kill_before,
+            watch and (watch.address, watch.reads),
+        )
         process = self._context.Process(target=_child, args=arguments)
         # One thread: starting torch's pool would be most of what such a small run does.
         with _environment(OMP_NUM_THREADS="1"):
@@ -277,7 +282,7 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def _child(argv: list[str], log: str, kill_before: int, watch: str | None) -> None:
+def _child(argv: list[str], log: str, kill_before: int, watch: tuple[str, bool] | None) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -285,7 +290,7 @@ def _child(argv: list[str], log: str, kill_before: int, watch: str | None) -> No
     if kill_before:
         _kill_before_commit(kill_before)
     if watch:
-        be_watched(watch)
+        be_watched(*watch)
     from pipeline import cli
 
     cli.main()

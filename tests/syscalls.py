@@ -3,6 +3,7 @@
 The process gives itself a seccomp filter; the kernel then holds each of these calls until somebody has looked at it:
 
     run: openat("c/0/0", O_WRONLY) ──► kernel ──► Watch, in another process: go on | kill before it | kill in its middle
+                                                  | let it fail with an errno, as a broken disk does
 
 All threads are seen in one order, so that a sweep over all calls is complete; strace counts for each thread alone.
 Linux on x86-64 only.
@@ -57,6 +58,8 @@ _CALLS: dict[int, tuple[str, str]] = {
     316: ("renameat2", "dpdp"),
     326: ("copy_file_range", "f"),
 }
+# The same of the calls that only read, opening included; held where a Watch asks for them.
+_READS: dict[int, tuple[str, str]] = {0: ("read", "f"), 17: ("pread64", "f"), 295: ("preadv", "f")}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _OPEN_FLAGS = {2: 1, 257: 2}  # which argument they are
 _AT_CWD = -100
@@ -75,6 +78,9 @@ class Verdict(Enum):
     GO = auto()
     KILL = auto()  # before the call
     HALF = auto()  # after half the bytes of a write, else before the call
+
+
+Answer = Verdict | int  # an errno: the call is not made, and fails with it
 
 
 @dataclass(frozen=True)
@@ -100,14 +106,14 @@ def supported() -> bool:
 # --- in the watched process ------------------------------------------------------------------------------------------
 
 
-def be_watched(address: str) -> None:
+def be_watched(address: str, reads: bool) -> None:
     """From now on, hold the calls of this process, its threads and its children for the Watch that listens there.
 
     Raises OSError where the kernel refuses.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(address)
-        listener = _install_filter()
+        listener = _install_filter(reads)
         socket.send_fds(connection, [b"!"], [listener])
         os.close(listener)
 
@@ -116,10 +122,10 @@ class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
 
 
-def _install_filter() -> int:
+def _install_filter(reads: bool) -> int:
     """The listener's descriptor."""
     libc = ctypes.CDLL(None, use_errno=True)
-    code = _filter()
+    code = _filter(reads)
     program = _Program(len(code) // 8, code)
     no_new_privileges, set_filter, with_listener, seccomp = 38, 1, 8, 317
     if libc.prctl(no_new_privileges, 1, 0, 0, 0) != 0:
@@ -130,8 +136,8 @@ def _install_filter() -> int:
     return int(listener)
 
 
-def _filter() -> bytes:
-    """BPF: hold the calls of the table, those that open only where they open for writing, and let all else pass."""
+def _filter(reads: bool) -> bytes:
+    """BPF: hold the calls of the table, and let all else pass; without `reads`, what opens a file to read it too."""
     load, equal, any_bit, give = 0x20, 0x15, 0x45, 0x06
     number_at, architecture_at, arguments_at = 0, 4, 16
     x86_64, allow, hold = 0xC000003E, 0x7FFF0000, 0x7FC00000
@@ -140,8 +146,8 @@ def _filter() -> bytes:
         return struct.pack("<HBBI", code, if_true, if_false, value)
 
     lines = [line(load, architecture_at), line(equal, x86_64, 1, 0), line(give, allow), line(load, number_at)]
-    for number in _CALLS:
-        if number in _OPEN_FLAGS:
+    for number in _CALLS | _READS if reads else _CALLS:
+        if number in _OPEN_FLAGS and not reads:
             lines += [line(equal, number, 0, 4), line(load, arguments_at + 8 * _OPEN_FLAGS[number])]
             lines += [line(any_bit, _WRITING, 0, 1), line(give, hold), line(give, allow)]
         else:
@@ -156,9 +162,11 @@ class Watch:
     """Listens for one process that is to be watched, and answers its calls on files below `folder`.
 
     `judge` is called with every such call, in order. After it has had the process killed it is called no more.
+    `reads`: the calls that only read are held too.
     """
 
-    def __init__(self, folder: Path, judge: Callable[[Call], Verdict]):
+    def __init__(self, folder: Path, judge: Callable[[Call], Answer], reads: bool = False):
+        self.reads = reads
         self.calls: list[Call] = []
         self._folder = folder.resolve()
         self._judge = judge
@@ -191,25 +199,29 @@ class Watch:
         try:
             fcntl.ioctl(listener, _RECEIVE, notice)
             identity, thread, _, number, _, _, *arguments = _NOTICE.unpack(notice)
-            self._decide(thread, number, arguments)
-            fcntl.ioctl(listener, _SEND, _ANSWER.pack(identity, 0, 0, _GO_ON))
+            error = self._decide(thread, number, arguments)
+            fcntl.ioctl(listener, _SEND, _ANSWER.pack(identity, 0, -error, 0 if error else _GO_ON))
         except (FileNotFoundError, ProcessLookupError):
             pass  # the thread was killed meanwhile
 
-    def _decide(self, thread: int, number: int, arguments: list[int]) -> None:
-        name, kinds = _CALLS[number]
+    def _decide(self, thread: int, number: int, arguments: list[int]) -> int:
+        """The errno that the call is to fail with, or 0."""
+        name, kinds = (_CALLS | _READS)[number]
         paths = _paths(thread, kinds, arguments)
         inside = [path for path in paths if Path(path).is_relative_to(self._folder)]
         if paths and not inside:
-            return
+            return 0
         call = Call(name, _steady(" -> ".join(os.path.relpath(path, self._folder) for path in inside)))
         self.calls.append(call)
         verdict = self._judge(call)
+        if not isinstance(verdict, Verdict):
+            return verdict
         if verdict is Verdict.GO:
-            return
+            return 0
         if verdict is Verdict.HALF and name in HALVED:
             _write_half(thread, name, arguments)
         os.kill(_process_of(thread), signal.SIGKILL)
+        return 0
 
 
 def _steady(path: str) -> str:

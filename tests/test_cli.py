@@ -427,10 +427,20 @@ def test_codecs_change_the_disk_and_not_the_picture(tmp_path, call):
     """A user with a slow disk would get another picture."""
     for codec in ("none", "zstd", "lz4"):
         render(call, tmp_path / codec, store={"codec": codec})
-    assert results(tmp_path / "none" / "run") == results(tmp_path / "zstd" / "run") == results(tmp_path / "lz4" / "run")
+    none, *others = (results_without_metadata(tmp_path / codec / "run") for codec in ("none", "zstd", "lz4"))
+    assert others == [none, none]
     pictures = {(tmp_path / codec / "out.png").read_bytes() for codec in ("none", "zstd", "lz4")}
     assert len(pictures) == 1
     assert canvases(tmp_path / "none" / "run") != canvases(tmp_path / "zstd" / "run")
+
+
+def results_without_metadata(work_dir: Path) -> list[dict[str, Any]]:
+    """The results, without the checksums of the files that name the codec."""
+    found = results(work_dir)
+    for record in found:
+        sums = record.get("checksums", {})
+        record["checksums"] = {name: value for name, value in sums.items() if not name.endswith("zarr.json")}
+    return found
 
 
 def test_every_kind_of_network_loss_and_schedule_runs(tmp_path, call):
