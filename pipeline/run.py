@@ -253,8 +253,8 @@ class _Rendering:
         self.sink(StageStarted(index, stages, height, width, stage_plan.tiles, iteration, settings.max_iterations))
         if not prepared:
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
-            prepared = vars(prepare(stage, previous))
-            self._commit({"type": "stage_prepared", "stage": index, "tile_px": stage.tile_px, **prepared})
+            made = vars(prepare(stage, previous))
+            self._commit({"type": "stage_prepared", "stage": index, "tile_px": stage.tile_px, **made})
         elif end_reason(self.position, settings) is None:
             stage.check(self.position.newest_slot, self.position.checksums[index])
         iterations = Iterations(stage, self.position.content_energies)
