@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -80,16 +81,15 @@ class Faulted:
     message: str = ""
     problems: list[str] = field(default_factory=list)
 
-    def check(self, config: Path, child: Child, allowed: tuple[int, ...] = (0, 5)) -> bool:
+    def check(self, config: Path, code: int, told: str, allowed: tuple[int, ...] = (0, 5)) -> bool:
         """Look at an attempt that has ended, and at the state that it left; whether it is done."""
-        code = child.wait()
         self.codes.append(code)
         if code not in allowed:
             self.problems.append(f"exit {code}")
-        lines = [line for line in child.err.splitlines() if not line.startswith("{")]
+        lines = [line for line in told.splitlines() if not line.startswith("{")]
         if code:
             self.message = lines[-1] if lines else ""
-            if len(lines) != 1 or not lines[0].startswith("pipeline: error: /"):
+            if len(lines) != 1 or not re.match(r"pipeline: error: (work_dir )?/", lines[0]):
                 self.problems.append(f"said {lines[-12:]}")
         work_dir, _ = places(config)
         self.problems += damage(work_dir)
@@ -104,8 +104,10 @@ class Faulted:
 
     def finish(self, nursery: Nursery, config: Path, expected: Ending) -> None:
         """The fault is gone: the same command has to end like an unbroken run."""
-        if self.codes[-1] != 0 and not self.check(config, start(nursery, config), (0,)):
-            return
+        if self.codes[-1] != 0:
+            child = start(nursery, config)
+            if not self.check(config, child.wait(), child.err, (0,)):
+                return
         self.problems += [f"other {part}" for part in expected.differences(Ending.of(config))]
 
 
@@ -117,24 +119,15 @@ def at_event(child: Child, number: int, do: Callable[[], None]) -> None:
         child.signal(signal.SIGCONT)
 
 
-def failing_from(first: int, number: int, names: tuple[str, ...] = (), once: bool = False) -> Callable[[Call], Answer]:
-    """A judge that lets the calls from the `first` one on (of these names, or any) fail with the errno `number`."""
-    seen = 0
+def failing_from(first: int, number: int, once: bool = False) -> Callable[[Call], Answer]:
+    """A judge that lets every call from the `first` one on fail with the errno `number`, or that one alone."""
+    numbers = itertools.count(1)
 
-    def judge(call: Call) -> Answer:
-        nonlocal seen
-        if names and call.name not in names:
-            return Verdict.GO
-        seen += 1
-        fails = seen == first if once else seen >= first
-        return number if fails and _can_fail(call) else Verdict.GO
+    def judge(_call: Call) -> Answer:
+        now = next(numbers)
+        return number if now == first or (now > first and not once) else Verdict.GO
 
     return judge
-
-
-def _can_fail(call: Call) -> bool:
-    """Whether a disk can refuse the call: closing the lock, and what never comes to the disk, are left out."""
-    return call.name != "sync"
 
 
 def run_failing(
@@ -142,8 +135,10 @@ def run_failing(
 ) -> Faulted:
     """A run whose calls fail as the judge says; then, with calls that do not fail, to its end."""
     found = Faulted(fault)
+    allowed = (0, 3, 5)  # 3: a work_dir that never could be made
     watch = Watch(config.parent, judge, reads)
-    found.check(config, start(nursery, config, watch=watch))
+    child = start(nursery, config, watch=watch)
+    found.check(config, child.wait(), child.err, allowed)
     watch.wait()
     found.finish(nursery, config, expected)
     return found
@@ -154,6 +149,3 @@ def calls_of(nursery: Nursery, config: Path, reads: bool) -> list[Call]:
     watch = Watch(config.parent, lambda _call: Verdict.GO, reads)
     assert start(nursery, config, watch=watch).wait() == 0
     return watch.wait()
-
-
-ERRNO_NAMES = {number: errno.errorcode[number] for number in (errno.EIO, errno.ENOSPC, errno.EROFS, errno.EDQUOT)}
