@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.layers import LAYER_BY_NAME
+import numpy as np
+
+from pipeline.formats import BFLOAT16, ENCODINGS, FIXED16
+from pipeline.layers import LAYER_BY_NAME, ceil_to
 
 GRADIENT = "gradient"
 CONTENT = "content"
@@ -13,11 +16,21 @@ CONTENT = "content"
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """An array's shape (H, W, C), the side of its chunks in px, and its dtype."""
+    """An array's shape (H, W, C), the side of its chunks in px, and the form of its numbers.
+
+    `form`: a numpy dtype, or the name of one of formats.ENCODINGS.
+    """
 
     shape: tuple[int, int, int]
     chunk_px: int
-    dtype: str
+    form: str
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes on disk, uncompressed; chunks at the far border are stored whole."""
+        height, width, channels = self.shape
+        itemsize = 2 if self.form in ENCODINGS else np.dtype(self.form).itemsize
+        return ceil_to(height, self.chunk_px) * ceil_to(width, self.chunk_px) * channels * itemsize
 
 
 def slot_names(slot: int) -> tuple[str, str, str]:
@@ -36,20 +49,22 @@ def gram_name(layer: str) -> str:
 
 
 def stage_arrays(
-    size: tuple[int, int], chunk_px: int, itemsize: int, content_widths: Mapping[str, int]
+    size: tuple[int, int], chunk_px: int, state: str, content_widths: Mapping[str, int]
 ) -> dict[str, ArraySpec]:
     """Every array of pixels or features of a stage, by name.
 
-    `size`: (height, width) in px. `itemsize`: bytes of a number of the state. `content_widths`: channels of each
-    content layer.
+    `size`: (height, width) in px. `state`: float32, float64 or compact. `content_widths`: channels of each content
+    layer. Bytes per px of two slots of canvas, m and v, and of the gradient: 84, 168 or 42; the content takes 3 more.
     """
     height, width = size
-    state = f"float{8 * itemsize}"
+    canvas_form, form = (FIXED16.name, BFLOAT16.name) if state == "compact" else (state, state)
     arrays = {CONTENT: ArraySpec((height, width, 3), chunk_px, "uint8")}
-    for name in (*slot_names(0), *slot_names(1), GRADIENT):
-        arrays[name] = ArraySpec((height, width, 3), chunk_px, state)
+    for canvas, m, v in (slot_names(0), slot_names(1)):
+        arrays[canvas] = ArraySpec((height, width, 3), chunk_px, canvas_form)
+        arrays[m] = arrays[v] = ArraySpec((height, width, 3), chunk_px, form)
+    arrays[GRADIENT] = ArraySpec((height, width, 3), chunk_px, form)
     for layer, channels in content_widths.items():
         stride = LAYER_BY_NAME[layer].stride
         shape = (height // stride, width // stride, channels)
-        arrays[content_features_name(layer)] = ArraySpec(shape, chunk_px // stride, state)
+        arrays[content_features_name(layer)] = ArraySpec(shape, chunk_px // stride, form)
     return arrays

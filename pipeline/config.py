@@ -128,6 +128,9 @@ class StoreConfig(_Section):
         512, ge=ALIGN_PX, le=MAX_CHUNK_PX, multiple_of=ALIGN_PX, description="side of a chunk on disk in px"
     )
     codec: Literal["none", "zstd", "lz4"] = Field("none", description="compression of the state; for slow disks")
+    state_dtype: Literal["float", "compact"] = Field(
+        "float", description="numbers of the state; compact: 16 bits each, half the disk"
+    )
     durability: Literal["process", "power"] = Field(
         "process",
         description="what a run survives: process, any crash; power, also a power cut",
@@ -198,9 +201,22 @@ class Config(_Section):
     export: ExportConfig = Field(ExportConfig(), description="file format of the output", json_schema_extra=HARMLESS)
     seed: Int = Field(0, ge=0, lt=2**63, description="seed of the noise and of the random network")
 
+    @property
+    def state(self) -> str:
+        """The numbers of the state on disk: float32, float64 or compact."""
+        if self.store.state_dtype == "compact":
+            return "compact"
+        return "float64" if self.compute.dtype == "float64" else "float32"
+
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Config:
-        checks = (self._loss_conflicts, self._grid_conflicts, self._format_conflicts, self._path_conflicts)
+        checks = (
+            self._loss_conflicts,
+            self._grid_conflicts,
+            self._state_conflicts,
+            self._format_conflicts,
+            self._path_conflicts,
+        )
         found = [conflict for check in checks for conflict in check()]
         if found:
             raise ConflictsError(found)
@@ -232,6 +248,15 @@ class Config(_Section):
         if tile_px != "auto" and tile_px % chunk_px:
             text = f"{tile_px} is no multiple of store.chunk_px = {chunk_px}; a tile is written as whole chunks"
             yield Conflict((("compute", "tile_px"), ("store", "chunk_px")), text)
+
+    def _state_conflicts(self) -> Iterator[Conflict]:
+        state, clip, dtype = ("store", "state_dtype"), ("optimizer", "clip"), ("compute", "dtype")
+        if self.store.state_dtype == "compact" and not self.optimizer.clip:
+            text = "compact keeps a canvas of 0..255, which optimizer.clip: false lets it leave; choose float, or clip"
+            yield Conflict((state, clip), text)
+        if self.store.state_dtype == "compact" and self.compute.dtype == "float64":
+            text = "compact would round away what compute.dtype float64 computes; choose float, or float32"
+            yield Conflict((state, dtype), text)
 
     def _format_conflicts(self) -> Iterator[Conflict]:
         suffix = self.output.suffix.lower()

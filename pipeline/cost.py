@@ -20,6 +20,8 @@ MIB = 2**20
 WORKERS = 3
 # Resident memory of the program before it touches a picture: interpreter, torch, dask, zarr, libvips.
 BASE_BYTES = {"cpu": 420 * MIB, "gpu": 1600 * MIB}
+# Values of a compact chunk that the update pass unpacks at a time.
+UNPACKED_VALUES = 98_304
 # What the kernels and the allocator take beyond the feature maps: measured by tools/bench_memory.py.
 ACTIVATION_OVERHEAD = 1.12
 
@@ -156,10 +158,18 @@ class Workload:
             "weights": base + self.weights_bytes,
             "ingest": base + self._ingest_bytes(),
             "upsample": base + WORKERS * 6 * chunk,
-            "tiles": base + self._tiles_bytes(tile_px, chunk),
-            "update": base + WORKERS * 5 * chunk,
+            "tiles": base + self._tiles_bytes(tile_px, chunk) + self.update_bytes(),
+            "update": base + self.update_bytes(),
             "export": base + _export_bytes(width, self.config.export.bits),
         }
+
+    def update_bytes(self) -> int:
+        """What the threads of the update pass keep, into the next pass: gradient, canvas, m, v and |u| of a chunk."""
+        values = self.config.store.chunk_px**2 * 3
+        if self.config.store.state_dtype == "float":
+            return WORKERS * values * 5 * self.model.itemsize
+        # 16 bits each but for |u|, and a block of rows unpacked: four arrays, and about two of the encodings' own
+        return WORKERS * (values * (4 * 2 + 4) + min(values, UNPACKED_VALUES) * 6 * 4)
 
     def _tiles_bytes(self, tile_px: int, chunk_bytes: int) -> int:
         """One tile that computes, and the windows, features and Grams of those in flight."""

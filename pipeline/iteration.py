@@ -11,16 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-from pipeline import adam, losses, passes, store, timeline
+from pipeline import adam, losses, passes, store, timeline, update
 from pipeline.arrays import gram_name, slot_names
 from pipeline.engine import Engine
+from pipeline.formats import BFLOAT16_ROUNDING
 from pipeline.layers import halo_px
 from pipeline.losses import Gram
 from pipeline.stage import Stage, merged, positions
 from pipeline.tiling import chunks_of
-
-# Chunks per update task: enough to make the scheduler's cost per chunk small, few enough to keep workers busy.
-_CHUNKS_PER_TASK = 8
 
 
 @dataclass(frozen=True)
@@ -211,13 +209,16 @@ class Iterations:
 
     def _is_rounding(self, terms: Mapping[str, losses.StyleTerm], squares: Mapping[str, float]) -> bool:
         """Whether nothing but rounding is left to optimise: the first step, of fixed size, would make noise of it."""
-        errors = [term.relative_error for term in terms.values()]
-        errors += [losses.relative_error(squares[layer], energy) for layer, energy in self.content_energies.items()]
-        return max(errors) <= losses.ROUNDING[self.stage.config.compute.dtype]
+        config = self.stage.config
+        rounding = losses.ROUNDING[config.compute.dtype]
+        kept = BFLOAT16_ROUNDING if config.store.state_dtype == "compact" else 0.0  # of the content's features
+        content = [losses.relative_error(squares[layer], energy) for layer, energy in self.content_energies.items()]
+        return all(term.relative_error <= rounding for term in terms.values()) and all(
+            error <= max(rounding, kept) for error in content
+        )
 
     def _update_pass(self, step: _Step, written: Written, engine: Engine) -> _Updated:
         stage, settings = self.stage, self.stage.config.optimizer
-        slot = step.iteration % 2
         bias = adam.bias_correction(settings.beta1, settings.beta2, step.iteration)
         factor = adam.schedule_factor(settings.schedule, step.iteration, settings.max_iterations)
         assert step.alpha is not None
@@ -225,19 +226,14 @@ class Iterations:
             settings.beta1, settings.beta2, settings.epsilon, step.alpha * factor * bias, settings.clip
         )
         checksums = {**step.checksums, "gradient": step.gradient.checksums}
-        gradient = store.open_array(stage.stage_dir, "gradient")
-        indices = gradient.chunk_indices()
-        specs = [
-            passes.UpdateSpec(
-                stage.stage_dir, tuple(indices[first : first + _CHUNKS_PER_TASK]), slot, adam_step, checksums
-            )
-            for first in range(0, len(indices), _CHUNKS_PER_TASK)
-        ]
+        rounding = stage.config.seed, stage.plan.index, step.iteration
+        specs = update.update_specs(stage.stage_dir, step.iteration % 2, adam_step, checksums, rounding)
         task = partial(_update_and_tell, written)
         results = engine.map(task, specs, stage.counter("update pass", len(specs)))
         total = math.fsum(value for result in results for value in result.sums_abs_u)
         packed = {
-            name: gradient.packed(merged(result.sums[name] for result in results)) for name in slot_names(1 - slot)
+            name: store.open_array(stage.stage_dir, name).packed(merged(result.sums[name] for result in results))
+            for name in slot_names(1 - step.iteration % 2)
         }
         return _Updated(total / (3 * stage.plan.pixels), max(result.max_abs_u for result in results), packed)
 
@@ -276,8 +272,8 @@ class Iterations:
         self._seconds[what] = time.perf_counter() - start
 
 
-def _update_and_tell(written: Written, spec: passes.UpdateSpec) -> passes.UpdateResult:
-    result = passes.update_task(spec)
+def _update_and_tell(written: Written, spec: update.UpdateSpec) -> update.UpdateResult:
+    result = update.update_task(spec)
     written.add(spec.chunks)
     return result
 

@@ -1,4 +1,4 @@
-"""The tasks: Gram, content, gradient and update pass. Each reads a tile or chunks, computes, writes whole chunks.
+"""The tasks on tiles: Gram, content and gradient pass. Each reads a tile, computes, and writes whole chunks.
 
 Every task is a pure function of its spec: it may run twice, and writes the same bytes. Axes in names: 1 batch,
 C channels, H rows, W columns.
@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import adam, losses, timeline
-from pipeline.arrays import content_features_name, slot_names
+from pipeline import losses, timeline
+from pipeline.arrays import content_features_name
 from pipeline.checksums import ChunkSums
 from pipeline.errors import ConfigError
 from pipeline.layers import LAYER_BY_NAME, halo_px
@@ -149,26 +149,6 @@ class WholeResult:
     gradient: GradientResult
 
 
-@dataclass(frozen=True)
-class UpdateSpec:
-    """One Adam step of a few chunks, from slot `slot` into the other. `checksums`: of all arrays that are read."""
-
-    stage_dir: Path
-    chunks: tuple[tuple[int, int], ...]
-    slot: int
-    step: adam.AdamStep
-    checksums: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """Σ|u| of every chunk, max|u| over them all, and the checksums of what was written, by array."""
-
-    sums_abs_u: tuple[float, ...]
-    max_abs_u: float
-    sums: Mapping[str, ChunkSums]
-
-
 def gram_task(spec: GramSpec) -> dict[str, Gram]:
     """gram_sum of every layer over the positions of the tile's inner rectangle (eqs. 14, 15)."""
     pixels, outer = spec.read_outer(halo_px(spec.layers))
@@ -197,7 +177,7 @@ def content_task(spec: ContentSpec) -> ContentResult:
     for name, (layer, features_HWC) in computed.items():
         array = open_array(spec.stage_dir, content_features_name(name))
         with timeline.span("write", tile=spec.tile.index, array=array.path.name):
-            sums[name] = array.write_window(spec.tile.inner.positions(layer), features_HWC.astype(array.dtype))
+            sums[name] = array.write_window(spec.tile.inner.positions(layer), features_HWC.astype(array.value_dtype))
         energies[name] = float(np.sum(np.square(features_HWC, dtype=np.float64)))
     return ContentResult(energies, sums)
 
@@ -274,43 +254,16 @@ def _gradient(
 
 
 def _written(spec: TileSpec, gradient_HWC: NDArray[Any], squares: dict[str, float]) -> GradientResult:
-    max_abs = float(np.abs(gradient_HWC).max())
+    gradient = open_array(spec.stage_dir, "gradient")
+    max_abs = gradient.kept(float(np.abs(gradient_HWC).max()))  # rounding keeps the order: the largest stays it
     if not np.isfinite(max_abs):
         raise ConfigError(
             f"the gradient of tile {spec.tile.index} of {spec.stage_dir.name} is not finite: compute.dtype "
             f"{spec.network.dtype} overflows with these weights and losses. Use float32 or smaller weights."
         )
     with timeline.span("write", tile=spec.tile.index, array="gradient"):
-        sums = open_array(spec.stage_dir, "gradient").write_window(spec.tile.inner, gradient_HWC)
+        sums = gradient.write_window(spec.tile.inner, gradient_HWC)
     return GradientResult(squares, max_abs, sums)
-
-
-def update_task(spec: UpdateSpec) -> UpdateResult:
-    """Read gradient, canvas, m, v of each chunk, step, and write canvas, m, v into the other slot."""
-    arrays = {
-        name: open_array(spec.stage_dir, name, spec.checksums[name]) for name in ("gradient", *slot_names(spec.slot))
-    }
-    targets = [open_array(spec.stage_dir, name) for name in slot_names(1 - spec.slot)]
-    written: dict[str, ChunkSums] = {name: {} for name in slot_names(1 - spec.slot)}
-    gradient = arrays["gradient"]
-    buffers = {name: np.empty(gradient.chunk_shape, gradient.dtype) for name in arrays}
-    scratch = np.empty(gradient.chunk_shape, gradient.dtype)
-    sums: list[float] = []
-    largest = 0.0
-    for cy, cx in spec.chunks:
-        with timeline.span("read", chunk=(cy, cx)):
-            for name, array in arrays.items():
-                array.read_chunk(cy, cx, buffers[name])
-        canvas, m, v = state = [buffers[name] for name in slot_names(spec.slot)]
-        with timeline.span("update", chunk=(cy, cx)):
-            abs_u = adam.update(buffers["gradient"], canvas, m, v, scratch, spec.step)
-        with timeline.span("write", chunk=(cy, cx)):
-            for target, data in zip(targets, state, strict=True):
-                written[target.path.name][cy, cx] = target.write_chunk(cy, cx, data)
-        inside = abs_u[gradient.valid_part(cy, cx)]
-        sums.append(float(inside.sum(dtype=np.float64)))
-        largest = max(largest, float(inside.max()))
-    return UpdateResult(tuple(sums), largest, written)
 
 
 def _features(
@@ -343,4 +296,4 @@ def initial_noise(seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any
     """Uniform noise 0..255 of one chunk; the same for the same seed, whatever is drawn before or beside it."""
     rows, columns = array.valid_part(cy, cx)
     generator = np.random.default_rng([seed, cy, cx])
-    return generator.uniform(0, 255, (rows.stop, columns.stop, 3)).astype(array.dtype)
+    return generator.uniform(0, 255, (rows.stop, columns.stop, 3)).astype(array.value_dtype)

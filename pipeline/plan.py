@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.arrays import ArraySpec, slot_names, stage_arrays
 from pipeline.config import Config
 from pipeline.cost import ImageSize, Model, Size, Workload, model_of
 from pipeline.errors import ConfigError, InputError
-from pipeline.layers import LAYER_BY_NAME, ceil_to, halo_px, min_side_px
+from pipeline.layers import ceil_to, halo_px, min_side_px
 from pipeline.tiling import grid
 
 # Chunks of an array, each a file, and so the most tiles of a pass: at 512 px that is 520,000×520,000 px.
@@ -203,26 +204,18 @@ def computed_px(size: Size, tile_px: int, halo: int) -> int:
     return rows * sum(tile.outer(halo).width for tile in grid(1, width, tile_px))
 
 
-def _array_bytes(size: Size, channels: int, chunk_px: int, itemsize: int) -> int:
-    """Bytes of an uncompressed array; chunks at the far border are stored whole."""
-    return ceil_to(size[0], chunk_px) * ceil_to(size[1], chunk_px) * channels * itemsize
-
-
 def canvas_bytes(size: Size, config: Config) -> int:
-    """Bytes of one float canvas: what a finished stage keeps."""
-    return _array_bytes(size, 3, config.store.chunk_px, 8 if config.compute.dtype == "float64" else 4)
+    """Bytes of one canvas: what a finished stage keeps."""
+    canvas, _, _ = slot_names(0)
+    return stage_arrays(size, config.store.chunk_px, config.state, {})[canvas].stored_bytes
 
 
 def store_bytes(size: Size, style_sizes: Sequence[Size], model: Model, config: Config) -> int:
-    """Bytes of all arrays of one stage: content u1, canvas, m, v twice, gradient, content features, styles u1."""
+    """Bytes of all arrays of one stage, and of its largest style: they are there one at a time."""
     chunk_px = config.store.chunk_px
-    features = 0
-    for name in model.content_layers:
-        stride = LAYER_BY_NAME[name].stride
-        positions = (size[0] // stride, size[1] // stride)
-        features += _array_bytes(positions, model.widths[name], chunk_px // stride, model.itemsize)
-    styles = max(_array_bytes(style, 3, chunk_px, 1) for style in style_sizes)  # one at a time, deleted after use
-    return _array_bytes(size, 3, chunk_px, 1) + 7 * canvas_bytes(size, config) + features + styles
+    arrays = stage_arrays(size, chunk_px, config.state, model.content_widths).values()
+    styles = max(ArraySpec((*style, 3), chunk_px, "uint8").stored_bytes for style in style_sizes)
+    return sum(array.stored_bytes for array in arrays) + styles
 
 
 def store_chunks(size: Size, style_sizes: Sequence[Size], model: Model, config: Config) -> int:

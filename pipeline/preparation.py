@@ -52,9 +52,9 @@ def _prepare(stage: Stage, folder: Path, previous_canvas: store.StageArray | Non
 
 def _create_arrays(stage: Stage, folder: Path) -> None:
     settings = stage.config.store
-    arrays = stage_arrays(stage.plan.size, settings.chunk_px, stage.model.itemsize, stage.model.content_widths)
+    arrays = stage_arrays(stage.plan.size, settings.chunk_px, stage.config.state, stage.model.content_widths)
     for name, array in arrays.items():
-        store.create_array(folder, name, array.shape, array.chunk_px, array.dtype, settings.codec)
+        store.create_array(folder, name, array.shape, array.chunk_px, array.form, settings.codec)
 
 
 def _store_style_targets(stage: Stage, folder: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The arrays of a run: one Zarr 3 group per stage, read by window and written by whole chunks.
 
     store.zarr/stage_2/  content u1, canvas_0 canvas_1 f4, gradient f4, m_0 m_1 v_0 v_1 f4, features_<layer> f4,
-                         gram_<layer> f8
+                         gram_<layer> f8                    (compact: u2 for all f4, see formats.py)
 
 Zarr is the format. Uncompressed arrays are preallocated; chunk files are read and written in place, by rows. Compressed
 arrays go through the Zarr API behind the same functions. Writing gives checksums, and an array that was opened with
@@ -30,6 +30,7 @@ from pipeline._yaml import shown
 from pipeline.arrays import gram_name
 from pipeline.checksums import ChunkSums, checksum, grid_of, packed, unpacked
 from pipeline.errors import DamagedStateError, storage
+from pipeline.formats import ENCODINGS, Encoding
 from pipeline.places import read_regular
 from pipeline.tiling import Rect, chunks_of
 
@@ -58,8 +59,8 @@ class ChunkError(DamagedStateError):
 class StageArray:
     """One (H, W, C) array of a stage. Cheap to make, safe to use from any thread.
 
-    `raw`: a chunk's file is its memory. `checksums`: what its chunks have to be, (chunk rows, chunk columns); None
-    while they are being written, or are nobody's.
+    `raw`: a chunk's file is its memory. `encoding`: what its numbers mean; None: themselves. `checksums`: what its
+    chunks have to be, (chunk rows, chunk columns); None while they are being written, or are nobody's.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class StageArray:
     dtype: np.dtype[Any]
     raw: bool
     chunk_keys: str
+    encoding: Encoding | None = None
     checksums: NDArray[np.uint32] | None = field(default=None, compare=False)
 
     @property
@@ -75,18 +77,28 @@ class StageArray:
         """(rows, columns, channels) of every chunk; those at the far border are stored at full size too."""
         return self.chunk_px, self.chunk_px, self.shape[2]
 
+    @property
+    def value_dtype(self) -> np.dtype[Any]:
+        """Of the values, as windows are read and written."""
+        return np.dtype(np.float32) if self.encoding else self.dtype
+
+    def kept(self, value: float) -> float:
+        """`value` as it reads after it was written."""
+        return self.encoding.nearest(value) if self.encoding else value
+
     def read_window(self, rect: Rect) -> NDArray[Any]:
         """A copy of the rectangle, (rows, columns, channels). Raises ChunkError, StorageError.
 
         Of every chunk that the rectangle reaches into, only the rows in question are read. Where those are all its
         rows, the chunk is checked.
         """
-        out = np.empty((rect.height, rect.width, self.shape[2]), self.dtype)
+        out = np.empty((rect.height, rect.width, self.shape[2]), self.value_dtype)
         scratch = np.empty(self.chunk_shape, self.dtype)
         for cy, cx, part in chunks_of(rect, self.chunk_px):
             chunk = Rect(cy * self.chunk_px, (cy + 1) * self.chunk_px, cx * self.chunk_px, (cx + 1) * self.chunk_px)
             rows, columns = part.within(chunk)
-            out[part.within(rect)] = self._read_rows(cy, cx, rows, scratch)[:, columns]
+            stored = self._read_rows(cy, cx, rows, scratch)[:, columns]
+            out[part.within(rect)] = self.encoding.decoded(stored) if self.encoding else stored
         return out
 
     def _read_rows(self, cy: int, cx: int, rows: slice, scratch: NDArray[Any]) -> NDArray[Any]:
@@ -100,7 +112,7 @@ class StageArray:
         return part
 
     def read_chunk(self, cy: int, cx: int, out: NDArray[Any]) -> None:
-        """Read one whole chunk, border padding included, into the contiguous array `out`, and check it.
+        """Read one whole chunk as stored, border padding included, into the contiguous array `out`, and check it.
 
         Raises ChunkError for a missing, short or changed one, StorageError if the disk refuses.
         """
@@ -112,8 +124,7 @@ class StageArray:
             raise ChunkError(self.chunk_path(cy, cx), "changed", "is not what was written there")
 
     def _read(self, cy: int, cx: int, out: NDArray[Any], offset: int) -> None:
-        path, view = self.chunk_path(cy, cx), out.data.cast("B")
-        done = 0
+        path, view, done = self.chunk_path(cy, cx), out.data.cast("B"), 0
         with storage(path), self._opened_chunk(path, os.O_RDONLY) as descriptor:
             while done < len(view):
                 read = os.preadv(descriptor, [view[done:]], offset + done)
@@ -124,16 +135,18 @@ class StageArray:
     def write_chunk(self, cy: int, cx: int, data: NDArray[Any]) -> int:
         """Write one whole chunk; `data` smaller than a chunk (at the far border) is padded with zeros.
 
+        `data` is stored as it is if it has the stored dtype; float32 values of an encoded array are rounded to nearest.
         Gives the checksum of what was written, padding included. Raises StorageError if the disk refuses, ChunkError
         if the preallocated chunk is gone.
         """
+        if self.encoding and data.dtype == self.value_dtype:
+            data = self.encoding.encoded(data)
         assert data.dtype == self.dtype, (data.dtype, self.dtype)  # zarr would cast in silence
         if data.shape != self.chunk_shape:
             padded = np.zeros(self.chunk_shape, self.dtype)
             padded[: data.shape[0], : data.shape[1]] = data
             data = padded
-        data = np.ascontiguousarray(data)
-        path = self.chunk_path(cy, cx)
+        data, path = np.ascontiguousarray(data), self.chunk_path(cy, cx)
         with storage(path):
             if self.raw:
                 with self._opened_chunk(path, os.O_WRONLY) as descriptor:
@@ -212,21 +225,21 @@ def create_store(path: Path) -> None:
         zarr.create_group(path, overwrite=True)  # an older one may be empty: power was lost before it was on the disk
 
 
-def create_array(
-    stage_dir: Path, name: str, shape: tuple[int, int, int], chunk_px: int, dtype: str, codec: str
-) -> None:
+def create_array(stage_dir: Path, name: str, shape: tuple[int, int, int], chunk_px: int, form: str, codec: str) -> None:
     """Create an (H, W, C) array with all its chunks on disk, reading as zeros.
 
-    `codec`: none (preallocated, so that no later write needs room), zstd or lz4. Raises StorageError.
+    `form`: a numpy dtype, or the name of one of formats.ENCODINGS. `codec`: none (preallocated, so that no later write
+    needs room), zstd or lz4. Raises StorageError.
     """
     with storage(stage_dir / name):
         array = zarr.create_array(
             stage_dir / name,
             shape=shape,
             chunks=(chunk_px, chunk_px, shape[2]),
-            dtype=dtype,
+            dtype="uint16" if form in ENCODINGS else form,
             compressors=_compressors(codec),
             fill_value=0,
+            attributes={"encoding": form} if form in ENCODINGS else None,
             dimension_names=("y", "x", "c"),
             config={"write_empty_chunks": True},
         )
@@ -289,7 +302,8 @@ def _open_array(path: Path, _modified_ns: int) -> StageArray:
     key = metadata.encode_chunk_key((987654321, 123456789, 0))
     pattern = key.replace("987654321", "{cy}").replace("123456789", "{cx}")
     raw = len(metadata.codecs) == 1  # only the bytes codec
-    return StageArray(path, (height, width, channels), array.chunks[0], np.dtype(array.dtype), raw, pattern)
+    encoding = ENCODINGS[str(array.attrs["encoding"])] if "encoding" in array.attrs else None
+    return StageArray(path, (height, width, channels), array.chunks[0], np.dtype(array.dtype), raw, pattern, encoding)
 
 
 def metadata_checksums(stage_dir: Path) -> dict[str, str]:

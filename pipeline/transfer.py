@@ -47,10 +47,10 @@ class CopySpec:
 
 
 def copy_task(spec: CopySpec) -> ChunkSums:
-    """Fill chunks with the source's own pixels, converted to the target's dtype."""
+    """Fill chunks with the source's own pixels, converted to the target's numbers."""
     sums: ChunkSums = {}
     for _, _, part in chunks_of(spec.rect, spec.target.chunk_px):
-        sums |= spec.target.write_window(part, spec.source.read_window(part).astype(spec.target.dtype))
+        sums |= spec.target.write_window(part, spec.source.read_window(part).astype(spec.target.value_dtype))
     return sums
 
 

@@ -273,6 +273,8 @@ def test_wrong_values(write, setting, said):
     [
         (["export.bits=16", "output=r.jpg"], "export.bits: .jpg pictures have 8 bits"),
         (["export.bits=16", "export.compression=jpeg"], "export.compression: jpeg stores 8 bits only"),
+        (["store.state_dtype=compact", "optimizer.clip=false"], "store.state_dtype: compact keeps a canvas of 0..255"),
+        (["store.state_dtype=compact", "compute.dtype=float64"], "store.state_dtype: compact would round away"),
         (["network.content_layers={}", "loss.style_weight=0"], "the only weight above 0 belongs to an empty list"),
         (["content=same.tif", "output=./x/../same.tif"], "output: the same file as content"),
         (["styles.0.image=same.png", "output=same.png"], "output: the same file as styles.0.image"),
@@ -450,6 +452,8 @@ def test_any_right_value_arrives_as_written(write, values):
     chunk_px, tile_px = values.get("store.chunk_px", 512), values.get("compute.tile_px", "auto")
     assume(tile_px == "auto" or tile_px % chunk_px == 0)
     assume((values.get("export.bits"), values.get("export.compression")) != (16, "jpeg"))
+    unfit = not values.get("optimizer.clip", True) or values.get("compute.dtype") == "float64"
+    assume(not unfit or values.get("store.state_dtype") != "compact")
     config = load_config(write(SMALL), _settings(values))
     for key, value in values.items():
         assert _value(config, key) == value

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import pipeline
-from pipeline import iteration, passes
+from pipeline import passes, update
 from pipeline.arrays import gram_name
 from pipeline.config import Config, load_config
 from pipeline.cost import model_of
@@ -555,15 +555,15 @@ def test_random_sizes_tiles_and_layers_are_exact(narrow_weights, case):
 
 def test_the_next_gram_pass_beside_an_update_reads_only_what_is_written(tmp_path, narrow_weights, monkeypatch):
     """A tile that is read a moment too early mixes two iterations into one picture, and no error would tell."""
-    update_task, rng = passes.update_task, np.random.default_rng(0)
+    update_task, rng = update.update_task, np.random.default_rng(0)
     delays = iter(rng.uniform(0, 0.02, 10_000))
 
     def slow_update(spec):
         time.sleep(next(delays))
         return update_task(spec)
 
-    monkeypatch.setattr(passes, "update_task", slow_update)
-    monkeypatch.setattr(iteration, "_CHUNKS_PER_TASK", 1)
+    monkeypatch.setattr(update, "update_task", slow_update)
+    monkeypatch.setattr(update, "CHUNKS_PER_TASK", 1)
     seen = {}
     for beside in (True, False):
         (folder := tmp_path / str(beside)).mkdir()

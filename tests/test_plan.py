@@ -199,6 +199,7 @@ def test_a_loss_of_weight_0_is_not_planned_for():
     [
         ({"store": {"chunk_px": 32}}, {}),
         ({"store": {"chunk_px": 64}, "compute": {"dtype": "float64", "device": "cpu"}}, {}),
+        ({"store": {"chunk_px": 32, "state_dtype": "compact"}}, {}),
         ({"store": {"chunk_px": 48}}, {"content_layers": {"conv1_1": 1.0, "conv5_1": 1.0, "conv3_3": 0.5}}),
     ],
 )
