@@ -30,6 +30,8 @@ MAX_ITERATIONS = 100_000
 # Far above any use, far below where the square of a sum of float64 overflows.
 MAX_WEIGHT = 1e12
 MAX_BYTES = 2**60
+# What Linux and its file systems take. What is made of a name (a run's folder, an unfinished picture) is checked later.
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 _BYTE_UNITS = {"B": 1} | {
     f"{prefix}{unit}": base ** (power + 1)
     for unit, base in (("B", 1000), ("iB", 1024))
@@ -45,6 +47,8 @@ def _absolute(value: object, info: ValidationInfo) -> object:
         raise ValueError("an empty path")
     if any(unicodedata.category(char) == "Cc" for char in text):  # it would break the line of every message about it
         raise ValueError("a path cannot contain a NUL, a line break or another control character")
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in Path(text).parts) or len(text.encode()) > MAX_PATH_BYTES:
+        raise ValueError(f"a name longer than {MAX_NAME_BYTES} bytes, or a path longer than {MAX_PATH_BYTES}")
     base = Path.cwd() if isinstance(value, CommandLineText) or not info.context else info.context["base"]
     try:
         path = base / Path(text).expanduser()

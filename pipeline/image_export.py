@@ -147,6 +147,7 @@ def _can_compress(compression: str) -> bool:
 
 def _check_place(path: Path, form: Format) -> None:
     """The output can be made, and would replace nothing but an older output."""
+    _check_name(path)
     if form.name == "DeepZoom":
         if path.exists() and not _is_deepzoom(path):
             raise ConfigError(f"{path}: exists and is not a DeepZoom folder; it would be lost. Choose another name.")
@@ -162,6 +163,14 @@ def _check_place(path: Path, form: Format) -> None:
         raise ConfigError(f"{path}: {folder} is a file, not a folder. Choose another place.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{path}: the folder {folder} cannot be written. Choose another place, or change its rights.")
+
+
+def _check_name(path: Path) -> None:
+    try:
+        path.with_name(f"{_partial_name(path)}.old").lstat()  # the longest name that is made of it
+    except OSError as error:  # most likely there is no such file
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(f"{path}: its name is too long for the file system. Choose a shorter one.") from error
 
 
 def _is_deepzoom(path: Path) -> bool:
@@ -294,13 +303,21 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 def new_partial(path: Path) -> Path:
     """A free name beside `path` for what is not whole yet; what exports of this machine left when killed is removed."""
-    prefix = f".{path.stem}.partial-{os.uname().nodename}-"
+    prefix = _partial_prefix(path)
     for entry in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
         pid = entry.name.removeprefix(prefix).partition("-")[0]
         ours = entry.name.removesuffix(".old").endswith(path.suffix)
         if ours and pid.isdigit() and not psutil.pid_exists(int(pid)):
             _remove(entry)
-    return path.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    return path.with_name(_partial_name(path))
+
+
+def _partial_prefix(path: Path) -> str:
+    return f".{path.stem}.partial-{os.uname().nodename}-"
+
+
+def _partial_name(path: Path) -> str:
+    return f"{_partial_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
 
 
 def _remove(partial: Path) -> None:

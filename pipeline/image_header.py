@@ -6,6 +6,7 @@ never read for options, and everything that a picture may cost is known, and ref
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyvips
 
 from pipeline import _tiff
 from pipeline._fields import MAX_SIDE_PX, bytes_text
+from pipeline._yaml import shown
 from pipeline.config import LimitsConfig
 from pipeline.errors import MISPLACED, InputError, storage_error
 from pipeline.streams import FileSource, reason
@@ -37,6 +39,18 @@ pyvips.block_untrusted_set(True)
 pyvips.operation_block_set("VipsForeignLoad", True)
 for _name in _CLASSES.values():
     pyvips.operation_block_set(f"VipsForeignLoad{_name}", False)
+
+# GLib refuses a size that is out of range with a complaint on stderr, and libvips goes on with a picture of 1 px.
+_complaints: list[str] = []
+
+
+@pyvips.ffi.callback("GLogFunc")  # type: ignore[untyped-decorator]
+def _complain(_domain: Any, _level: int, message: Any, _data: Any) -> None:
+    _complaints.append(pyvips.ffi.string(message).decode("utf-8", "replace"))
+
+
+_handler = pyvips.glib_lib.g_log_set_handler(b"GLib-GObject", 2**8 - 1, _complain, pyvips.ffi.NULL)
+atexit.register(pyvips.glib_lib.g_log_remove_handler, b"GLib-GObject", _handler)
 
 
 @dataclass(frozen=True)
@@ -110,13 +124,19 @@ def open_image(file: FileSource, access: str) -> Any:
     source = pyvips.SourceCustom()
     source.on_read(file.read)
     source.on_seek(file.seek)
+    _complaints.clear()
     try:
-        return pyvips.Image.new_from_source(source, "", access=access, fail_on="error")
+        image = pyvips.Image.new_from_source(source, "", access=access, fail_on="error")
     except pyvips.Error as error:
         file.raise_failure()
-        raise InputError(
-            f"{file.path}: is not an intact image of a known format ({FORMATS}): {reason(error)}."
-        ) from error
+        raise _no_image(file, reason(error)) from error
+    if _complaints:
+        raise _no_image(file, shown(_complaints[0], 200))
+    return image
+
+
+def _no_image(file: FileSource, why: str) -> InputError:
+    return InputError(f"{file.path}: is not an intact image of a known format ({FORMATS}): {why}.")
 
 
 def describe(file: FileSource, image: Any) -> ImageHeader:

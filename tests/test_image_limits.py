@@ -109,6 +109,17 @@ def test_channels_are_limited(tmp_path: Path) -> None:
     assert "12 channels" in refusal(tmp_path / "a.tif")
 
 
+def test_sizes_that_glib_cannot_hold_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """libvips goes on with a picture of one row, and GLib complains on stderr: the result would be a stripe."""
+    path = tmp_path / "a.avif"
+    vips(noise(57, 43)).heifsave(str(path), compression="av1")
+    data = path.read_bytes()
+    size = data.index(b"ispe") + 8
+    path.write_bytes(data[:size] + struct.pack(">II", 43, 395_453_227) + data[size + 8 :])
+    assert "395453227" in refusal(path)
+    assert capfd.readouterr() == ("", "")
+
+
 # --- strips and tiles of a TIFF ---
 
 

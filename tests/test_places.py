@@ -238,6 +238,13 @@ def test_a_folder_that_is_no_pyramid_is_never_replaced(tmp_path):
         check_output(tmp_path / "c.zarr", 10, 10, 8, "deflate")
 
 
+def test_a_name_that_leaves_no_room_for_the_unfinished_picture(tmp_path):
+    """The name itself may be just short enough: the picture would fail at its first byte, at the end of the run."""
+    with pytest.raises(ConfigError, match="too long"):
+        check_output(tmp_path / f"{'x' * 251}.png", 10, 10, 8, "deflate")
+    check_output(tmp_path / f"{'x' * 100}.png", 10, 10, 8, "deflate")
+
+
 def test_init_writes_over_nothing(tmp_path, call):
     """Not even through a link that leads nowhere yet."""
     (tmp_path / "link.yaml").symlink_to(tmp_path / "new.yaml")
