@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 import pyvips
 
+from pipeline.durable import sync_file_system, sync_folder
 from pipeline.errors import ConfigError, StorageError, storage, storage_error
 from pipeline.places import taken
 from pipeline.streams import POLL_S, FileTarget, Rows, RowSource
@@ -272,7 +273,7 @@ def _saver_error(path: Path, error: pyvips.Error) -> OSError:
 def _sync(partial: Path) -> None:
     """The new picture is on the disk before it gets its name."""
     if partial.is_dir():
-        os.sync()  # ten thousands of tiles: one sync of all is faster than one each
+        sync_file_system(partial)  # ten thousands of tiles
         return
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
@@ -293,11 +294,7 @@ def put_in_place(partial: Path, path: Path) -> None:
         if taken(old):
             old.rename(path)
         raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)
     _remove(old)
 
 
@@ -307,7 +304,7 @@ def new_partial(path: Path) -> Path:
     for entry in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
         pid = entry.name.removeprefix(prefix).partition("-")[0]
         ours = entry.name.removesuffix(".old").endswith(path.suffix)
-        if ours and pid.isdigit() and not psutil.pid_exists(int(pid)):
+        if ours and pid.isdigit() and not _is_at_work(int(pid), entry):
             _remove(entry)
     return path.with_name(_partial_name(path))
 
@@ -318,6 +315,14 @@ def _partial_prefix(path: Path) -> str:
 
 def _partial_name(path: Path) -> str:
     return f"{_partial_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
+
+
+def _is_at_work(pid: int, partial: Path) -> bool:
+    """Whether a process of this number runs that can have made `partial`: after a restart another has the number."""
+    try:
+        return psutil.Process(pid).create_time() <= partial.lstat().st_mtime + 1
+    except (psutil.Error, OSError):
+        return False
 
 
 def _remove(partial: Path) -> None:

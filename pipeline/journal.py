@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from pipeline._yaml import shown
 from pipeline.checksums import checksum
+from pipeline.durable import sync_folder
 from pipeline.errors import DamagedStateError, LockedError, storage
 from pipeline.places import read_regular
 from pipeline.records import MAX_JOURNAL_BYTES, MAX_OWNER_BYTES, check_record, parse_json
@@ -353,12 +354,3 @@ def running_owner(work_dir: Path) -> int | None:
         return int(owner["pid"]) if alive else None
     except (OSError, ValueError, LookupError, TypeError, OverflowError, psutil.Error):
         return None
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder onto the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,8 +10,9 @@ from typing import Any
 
 from pipeline._yaml import shown
 from pipeline.checksums import checksum
+from pipeline.durable import sync_folder
 from pipeline.errors import DamagedStateError, storage
-from pipeline.journal import Record, sync_folder
+from pipeline.journal import Record
 from pipeline.places import read_regular
 from pipeline.records import MAX_MANIFEST_BYTES, check_manifest, parse_json
 

@@ -10,7 +10,6 @@ them checks what it reads.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import shutil
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from pipeline._yaml import shown
 from pipeline.arrays import gram_name
 from pipeline.checksums import ChunkSums, checksum, grid_of, packed, unpacked
+from pipeline.durable import sync_file_system
 from pipeline.errors import DamagedStateError, storage
 from pipeline.formats import ENCODINGS, Encoding
 from pipeline.places import read_regular
@@ -372,18 +372,8 @@ def commit_stage(partial_dir: Path, stage_dir: Path) -> None:
 
 def sync(path: Path) -> None:
     """Bring everything written to the file system of `path` onto its disk. Raises StorageError if it refuses."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "syncfs"):  # Linux alone can sync one file system
-        os.sync()
-        return
     with storage(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            if libc.syncfs(descriptor) != 0:
-                number = ctypes.get_errno()
-                raise OSError(number, os.strerror(number))
-        finally:
-            os.close(descriptor)
+        sync_file_system(path)
 
 
 def delete_array(stage_dir: Path, name: str) -> None:

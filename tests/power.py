@@ -20,7 +20,7 @@ from pathlib import Path
 
 from e2e import Nursery
 from syscalls import Call, Verdict, Watch
-from torture import VARIANTS, Score, Unbroken, at_number, damage, places, start, tree, write_variant
+from torture import KILLED, VARIANTS, Score, Unbroken, at_number, damage, places, start, tree, write_variant
 
 _SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN
 _WITHOUT_LOG_FLUSH = struct.pack("I", 2)
@@ -160,20 +160,23 @@ def suffer(nursery: Nursery, folder: Path, plan: Plan, unbroken: Unbroken) -> Sc
     output = f"{names[-1]}/{VARIANTS[plan.variant]['output']}"
     config = write_variant(folder, plan.variant, work_dir="store/run", output=output, store=settings)
     rng, score = random.Random(plan.seed), Score()
+    work_dir, picture = places(config)
     with disks(*(folder / name for name in names), mode=plan.mode) as powered:
         for number in plan.cuts:
             _cut_at(nursery, config, number, powered, rng if plan.leaky else None, score)
-            if not score.kills or score.problems:
+            if score.code != KILLED or score.problems:
                 break
             for disk in powered:
                 disk.restore()
-            work_dir, picture = places(config)
             score.problems += damage(work_dir)
             if tree(picture) not in ({}, unbroken.ending.picture):
                 score.problems.append("half a picture")
-        if score.kills:
+        if score.code == KILLED:
             score.add(start(nursery, config))
         if score.code == 0:
+            for empty in picture.parent.glob(".*/"):  # its removal was the last thing done, and lost
+                with contextlib.suppress(OSError):
+                    empty.rmdir()
             unbroken.compare(config, score)
     return score
 

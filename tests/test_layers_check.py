@@ -23,6 +23,7 @@ HEIGHT = {
     "allocator": 1,
     "arrays": 2,
     "checksums": 1,
+    "durable": 1,
     "formats": 1,
     "progress": 1,
     "download": 1,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from e2e import (
     PIPELINE,
@@ -223,6 +224,20 @@ def test_killed_while_exporting_leaves_no_half_picture(nursery, rendered_run, tm
     assert tree(output) == whole
     assert leftovers(output) == []
     assert journal(folder / "run")[-1]["output"] == str(output)
+
+
+def test_what_a_killed_export_left_goes_though_its_number_is_taken_again(nursery, rendered_run, tmp_path):
+    """After a restart other processes have the old numbers: half a picture of gigabytes would stay for ever, unseen."""
+    folder = tmp_path / "copy"
+    shutil.copytree(rendered_run, folder)
+    config = write_config(folder, output="out.tif")
+    # the first process runs always: it made what is new, and not what is older than itself
+    old, new = (folder / f".out.partial-{os.uname().nodename}-1-{number:08}.tif" for number in range(2))
+    for path, made in ((old, psutil.boot_time() - 1000), (new, time.time())):
+        path.touch()
+        os.utime(path, (made, made))
+    assert start(nursery, config).wait() == 0
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 def tree(path: Path) -> dict[str, bytes]:

@@ -55,6 +55,8 @@ def outcome(plan: Plan, score: Score) -> str:
     """What became of a run; `failed` is what must not be."""
     if not score.problems:
         return "went on"
+    if plan.mode == "none" and score.code == DAMAGED and "a second name" in score.problems[-1]:
+        return "refused"  # two names for one file are what fsck makes of lost names; to write to it would be wrong
     if plan.durability == "process":
         if score.code == DAMAGED:
             return "refused"
