@@ -25,6 +25,8 @@ MAX_PIXELS = MAX_SIDE_PX**2
 MAX_CHUNK_PX = 2**14
 # Each is read at every stage.
 MAX_STYLES = 100
+MAX_WORKERS = 256
+MAX_THREADS = 1024
 # The journal has a line for each.
 MAX_ITERATIONS = 100_000
 # Far above any use, far below where the square of a sum of float64 overflows.

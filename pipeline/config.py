@@ -20,6 +20,8 @@ from pipeline._fields import (
     MAX_ITERATIONS,
     MAX_SIDE_PX,
     MAX_STYLES,
+    MAX_THREADS,
+    MAX_WORKERS,
     OUTPUT_SUFFIXES,
     Bool,
     Bytes,
@@ -107,6 +109,14 @@ class ComputeConfig(_Section):
     dtype: Literal["float32", "float64", "tf32", "bfloat16"] = Field("float32", description="number format")
     tile_px: Annotated[Int, Field(gt=0, le=2 * MAX_SIDE_PX)] | Literal["auto"] = Field(
         "auto", description="side of a tile in px, a multiple of store.chunk_px", json_schema_extra=HARMLESS
+    )
+    workers: Int = Field(
+        0, ge=0, le=MAX_WORKERS, description="worker processes; 0 computes in the run's own", json_schema_extra=HARMLESS
+    )
+    threads: Annotated[Int, Field(ge=1, le=MAX_THREADS)] | Literal["auto"] = Field(
+        "auto",
+        description="CPU threads for one tile; auto keeps those that the run began with",
+        json_schema_extra=HARMLESS,
     )
 
 

@@ -16,12 +16,14 @@ from pipeline.layers import LAYER_BY_NAME, Layer, halo_px, needed_layers
 Size = tuple[int, int]  # (height, width) in px
 
 MIB = 2**20
-# Tasks in flight: one reads the next tile, one computes, one writes the last.
+# Tasks in flight in a process: one reads the next tile, one computes, one writes the last.
 WORKERS = 3
-# Resident memory of the program before it touches a picture: interpreter, torch, dask, zarr, libvips.
+# Resident memory of a process before it touches a picture: interpreter, torch, dask, zarr, libvips.
 BASE_BYTES = {"cpu": 420 * MIB, "gpu": 1600 * MIB}
 # Values of a compact chunk that the update pass unpacks at a time.
 UNPACKED_VALUES = 98_304
+# Of a GPU, what CUDA and its libraries take in every worker process.
+CONTEXT_BYTES = 700 * MIB
 # What the kernels and the allocator take beyond the feature maps: measured by tools/bench_memory.py.
 ACTIVATION_OVERHEAD = 1.12
 
@@ -146,22 +148,40 @@ class Workload:
         styles = [style for _, row in self.sizes for style in row]
         gradient = _largest_outer_px(self.canvases, tile_px, 2 * halo) * model.gradient_bytes_per_px()
         forward = _largest_outer_px([*self.canvases, *styles], tile_px, halo) * model.forward_bytes_per_px()
-        parameters = sum(9 * c_in * c_out for layer, c_in, c_out in model.channels() if layer.kind == "conv")
-        return int(max(gradient, forward) * ACTIVATION_OVERHEAD) + 2 * parameters * model.itemsize
+        return int(max(gradient, forward) * ACTIVATION_OVERHEAD) + 2 * self._parameters_bytes()
+
+    def gpu_bytes(self, tile_px: int) -> int:
+        """Peak bytes on the GPU, which all worker processes share; 0 on a CPU."""
+        if self.device == "cpu":
+            return 0
+        one, workers = self.device_bytes(tile_px), self.config.compute.workers
+        return workers * (one + CONTEXT_BYTES) if workers else one
 
     def host_bytes(self, tile_px: int) -> dict[str, int]:
-        """Projected resident bytes of every phase of the run, page cache not counted."""
+        """Projected resident bytes of every phase of the run, all its processes together, page cache not counted.
+
+        Tasks run in the run's own process, or in each of its worker processes; all else is in its own.
+        """
         base = BASE_BYTES["cpu" if self.device == "cpu" else "gpu"]
         chunk = self.config.store.chunk_px**2 * 3 * self.model.itemsize
         width = max(size[1] for size in self.canvases)
-        return {
-            "weights": base + self.weights_bytes,
-            "ingest": base + self._ingest_bytes(),
-            "upsample": base + WORKERS * 6 * chunk,
-            "tiles": base + self._tiles_bytes(tile_px, chunk) + self.update_bytes(),
-            "update": base + self.update_bytes(),
-            "export": base + _export_bytes(width, self.config.export.bits),
+        workers = self.config.compute.workers
+        update = self.update_bytes() * (2 if workers else 1)  # a worker's threads for two passes all take turns
+        own = {"ingest": self._ingest_bytes(), "export": _export_bytes(width, self.config.export.bits)}
+        in_tasks = {
+            "weights": self.weights_bytes,
+            "upsample": WORKERS * 6 * chunk,
+            "tiles": self._tiles_bytes(tile_px, chunk) + update,
+            "update": update,
         }
+        if workers == 0:
+            return {phase: base + size for phase, size in {**own, **in_tasks}.items()}
+        idle = base + self._parameters_bytes()
+        processes = {phase: base + size + workers * idle for phase, size in own.items()}
+        processes |= {phase: base + workers * (idle + size) for phase, size in in_tasks.items()}
+        # of the tiles' Grams that are done or on their way, those that wait for an earlier one, and the seeds
+        processes["tiles"] += (workers * (WORKERS + 1) + 4) * self._grams_bytes()
+        return processes
 
     def update_bytes(self) -> int:
         """What the threads of the update pass keep, into the next pass: gradient, canvas, m, v and |u| of a chunk."""
@@ -180,9 +200,18 @@ class Workload:
             outer_px // LAYER_BY_NAME[name].stride ** 2 * model.widths[name] * model.itemsize
             for name in model.content_layers
         )
-        grams = sum(model.widths[name] ** 2 * 8 for name in model.style_layers)
+        grams = self._grams_bytes()
         compute = self.device_bytes(tile_px) if self.device == "cpu" else 0
         return compute + WORKERS * (2 * window + features + chunk_bytes + grams) + 2 * grams
+
+    def _grams_bytes(self) -> int:
+        """The Grams of one tile, float64."""
+        return sum(self.model.widths[name] ** 2 * 8 for name in self.model.style_layers)
+
+    def _parameters_bytes(self) -> int:
+        """The convolutions' weights, once."""
+        model = self.model
+        return model.itemsize * sum(9 * c_in * c_out for layer, c_in, c_out in model.channels() if layer.kind == "conv")
 
     def _ingest_bytes(self) -> int:
         styles = [[row[index] for _, row in self.sizes] for index in range(len(self.images) - 1)]

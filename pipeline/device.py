@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from pipeline._fields import MAX_THREADS
 from pipeline.errors import ConfigError
 
 
@@ -45,6 +46,16 @@ def resolve_device(requested: str) -> Device:
         )
     free_bytes, _ = torch.cuda.mem_get_info(index)
     return Device(f"cuda:{index}", torch.cuda.get_device_name(index), free_bytes)
+
+
+def default_threads(workers: int) -> int:
+    """CPU threads for one tile: this machine's cores, as far as we may use them, divided among worker processes."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return min(int(asked), MAX_THREADS)
+    usable = len(os.sched_getaffinity(0))
+    cores = min(usable, psutil.cpu_count(logical=False) or usable)
+    return min(max(1, cores // max(1, workers)), MAX_THREADS)
 
 
 def _cpu() -> Device:

@@ -1,4 +1,4 @@
-"""Mapping tasks over specs, in this process, on Dask's threaded scheduler. The only importer of dask.
+"""Mapping tasks over specs, in this process, on Dask's threaded scheduler; engine_processes.py does it in others.
 
 Tasks are pure functions of one picklable spec and may run twice. Results are combined in the order of the specs,
 whatever the order of arrival, so that every sum has the same bits on every run.
@@ -32,7 +32,7 @@ class Engine:
     def __init__(self, workers: int, stop: threading.Event | None = None):
         self.stop = stop or threading.Event()
         self._workers = workers
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="task")
+        self._pool = self._new_pool()
         self._side = ThreadPoolExecutor(1, thread_name_prefix="beside")
 
     def __enter__(self) -> Engine:
@@ -42,18 +42,29 @@ class Engine:
         self._side.shutdown(wait=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def map(self, task: Callable[[S], R], specs: Sequence[S], on_done: Callable[[], None] = lambda: None) -> list[R]:
-        """`task` of every spec, results in the order of `specs`; `on_done` is called after each, on any thread.
+    def map(
+        self,
+        task: Callable[[S], R],
+        specs: Sequence[S],
+        on_done: Callable[[], None] = lambda: None,
+        after: Callable[[S], None] = lambda spec: None,
+    ) -> list[R]:
+        """`task` of every spec, results in the order of `specs`.
 
-        Raises Stopped when the stop flag is set, else what a task raised.
+        `on_done`, and `after` with the spec, are called after each, on any thread. Raises Stopped when the stop flag is
+        set, else what a task raised; then nothing runs any more.
         """
-        return [result for batch in self._batches(specs) for result in self._map(task, batch, on_done)]
+        return [result for batch in self._batches(specs) for result in self._map(task, batch, on_done, after)]
 
-    def _map(self, task: Callable[[S], R], specs: Sequence[S], on_done: Callable[[], None]) -> tuple[R, ...]:
+    def _map(
+        self, task: Callable[[S], R], specs: Sequence[S], on_done: Callable[[], None], after: Callable[[S], None]
+    ) -> tuple[R, ...]:
         # dask takes independent tasks by name, last first; its own names are random, and so would be the way over the
         # canvas, where neighbouring tiles share the rows of their halos
         names = (f"task-{number:09}" for number in range(len(specs), 0, -1))
-        return self._compute([self._node(task, spec, on_done, name) for spec, name in zip(specs, names, strict=True)])
+        return self._compute(
+            [self._node(task, spec, on_done, name, after=after) for spec, name in zip(specs, names, strict=True)]
+        )
 
     def _batches(self, specs: Sequence[S]) -> Iterator[Sequence[S]]:
         for first in range(0, len(specs), _BATCH):
@@ -71,7 +82,7 @@ class Engine:
     ) -> A:
         """Combine the results of `task` one by one, in the order of `specs`, keeping only a few in memory.
 
-        `before` is called before each task, on its thread, and may wait.
+        `before` is called with its spec before each task, and may wait. Raises like `map`.
         """
         result = initial
         for batch in self._batches(specs):
@@ -107,20 +118,38 @@ class Engine:
         on_done: Callable[[], None],
         name: str | None = None,
         before: Callable[[S], None] = lambda spec: None,
+        after: Callable[[S], None] = lambda spec: None,
     ) -> Any:
         # a partial without arguments: dask would otherwise look for tasks inside the spec
-        return delayed(partial(self._run_task, task, spec, on_done, before), pure=False)(dask_key_name=name)
+        return delayed(partial(self._run_task, task, spec, on_done, before, after), pure=False)(dask_key_name=name)
 
-    def _run_task(self, task: Callable[[S], R], spec: S, on_done: Callable[[], None], before: Callable[[S], None]) -> R:
+    def _run_task(
+        self,
+        task: Callable[[S], R],
+        spec: S,
+        on_done: Callable[[], None],
+        before: Callable[[S], None],
+        after: Callable[[S], None],
+    ) -> R:
         self.raise_if_stopped()
         before(spec)
         result = task(spec)
+        after(spec)
         on_done()
         return result
 
     def _compute(self, nodes: list[Any]) -> tuple[Any, ...]:
-        return tuple(
-            compute(  # type: ignore[no-untyped-call]
-                *nodes, scheduler=threaded.get, pool=self._pool, num_workers=self._workers, optimize_graph=False
+        try:
+            return tuple(
+                compute(  # type: ignore[no-untyped-call]
+                    *nodes, scheduler=threaded.get, pool=self._pool, num_workers=self._workers, optimize_graph=False
+                )
             )
-        )
+        except BaseException:
+            # dask does not wait: what still runs would write beside whatever comes next
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = self._new_pool()
+            raise
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._workers, thread_name_prefix="task")

@@ -228,8 +228,8 @@ class Iterations:
         checksums = {**step.checksums, "gradient": step.gradient.checksums}
         rounding = stage.config.seed, stage.plan.index, step.iteration
         specs = update.update_specs(stage.stage_dir, step.iteration % 2, adam_step, checksums, rounding)
-        task = partial(_update_and_tell, written)
-        results = engine.map(task, specs, stage.counter("update pass", len(specs)))
+        told = stage.counter("update pass", len(specs))
+        results = engine.map(update.update_task, specs, told, lambda spec: written.add(spec.chunks))
         total = math.fsum(value for result in results for value in result.sums_abs_u)
         packed = {
             name: store.open_array(stage.stage_dir, name).packed(merged(result.sums[name] for result in results))
@@ -270,12 +270,6 @@ class Iterations:
         start = time.perf_counter()
         yield
         self._seconds[what] = time.perf_counter() - start
-
-
-def _update_and_tell(written: Written, spec: update.UpdateSpec) -> update.UpdateResult:
-    result = update.update_task(spec)
-    written.add(spec.chunks)
-    return result
 
 
 def _style_targets(stage: Stage, checksums: Mapping[str, str]) -> dict[str, losses.StyleTarget]:

@@ -12,9 +12,11 @@ manifest once more. Records of prepared stages and of iterations carry the check
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -22,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
 
 from pipeline._yaml import shown
 from pipeline.checksums import checksum
@@ -31,6 +32,8 @@ from pipeline.errors import DamagedStateError, LockedError, storage
 from pipeline.places import read_regular
 from pipeline.records import MAX_JOURNAL_BYTES, MAX_OWNER_BYTES, check_record, parse_json
 
+# How long a start waits for the worker processes of a run that was killed: the system kills them within a moment.
+_LEFT_BEHIND_S = 10.0
 Record = dict[str, Any]
 
 
@@ -312,23 +315,26 @@ def _is_torn(line: bytes, offset: int, previous_crc: int) -> bool:
 
 
 class RunLock:
-    """Keeps a second run out of a run directory; released by the system however the process ends."""
+    """Keeps a second run out of a run directory.
+
+    Released by the system however the process ends, once its worker processes, which inherit `descriptor`, have ended
+    too: a file is closed after the last call that writes, so that nothing writes into a directory that can be locked.
+    """
+
+    descriptor: int
 
     def __init__(self, work_dir: Path):
         self._owner = work_dir / "lock.owner"
-        self._lock = FileLock(work_dir / "lock", thread_local=False)
+        self._path = work_dir / "lock"
 
     def __enter__(self) -> RunLock:
+        with storage(self._path):
+            self.descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            with storage(self._owner.with_name("lock")):
-                self._lock.acquire(timeout=0)
-        except Timeout as error:
-            owner = running_owner(self._owner.parent)
-            raise LockedError(
-                f"{self._owner.parent}: another run is working here"
-                + (f" (process {owner})" if owner else "")
-                + ". Two would destroy each other's state: wait for it, stop it, or choose another work_dir."
-            ) from error
+            self._acquire()
+        except BaseException:
+            os.close(self.descriptor)
+            raise
         process = psutil.Process()
         owner_text = json.dumps({"pid": process.pid, "started": process.create_time()})
         try:
@@ -342,7 +348,27 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):  # it names a process that has ended, which `running_owner` sees
             self._owner.unlink(missing_ok=True)
-        self._lock.release()
+        os.close(self.descriptor)
+
+    def _acquire(self) -> None:
+        """Lock, once what a killed run left has ended. Raises LockedError if a run works here, or that takes long."""
+        deadline = time.monotonic() + _LEFT_BEHIND_S
+        while True:
+            try:
+                with storage(self._path):
+                    fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                owner = running_owner(self._path.parent)
+                if owner is None and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
+                who = f"another run is working here (process {owner})"
+                left = "the worker processes of a run that was killed have not ended yet"
+                raise LockedError(
+                    f"{self._path.parent}: {left if owner is None else who}. Two runs would destroy each other's "
+                    "state: wait for it, stop it, or choose another work_dir."
+                ) from error
 
 
 def running_owner(work_dir: Path) -> int | None:

@@ -17,7 +17,7 @@ from pipeline.places import read_regular
 from pipeline.records import MAX_MANIFEST_BYTES, check_manifest, parse_json
 
 FORMAT = 2
-MANIFEST_KEYS = {"format", "created", "config", "stages", "result_fields", "inputs"}
+MANIFEST_KEYS = {"format", "created", "config", "stages", "threads", "result_fields", "inputs"}
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:

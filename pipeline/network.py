@@ -155,6 +155,8 @@ def get_network(spec: NetworkSpec) -> Network:
 
     Raises InputError for unusable weights, ConfigError for a dtype that the device has not.
     """
+    if spec.threads:
+        torch.set_num_threads(spec.threads)  # for this thread and those that follow, so on every call
     with _cache_lock:
         if spec not in _cache:
             _set_precision(spec)

@@ -135,7 +135,7 @@ def make_plan(
         halo_px=halo_px(model.names),
         device=device,
         host_bytes=work.host_bytes(tile_px),
-        device_bytes=work.device_bytes(tile_px),
+        device_bytes=work.gpu_bytes(tile_px),
         disk_bytes=disk,
         output_bytes=int(last.pixels * 3 * config.export.bits / 8 * 4 / 3),  # a pyramid adds a third
         flop=sum(stage.flop_per_iteration * config.optimizer.max_iterations for stage in stages),
@@ -239,7 +239,7 @@ def _choose_tile(work: Workload, device_memory_bytes: int) -> int:
     host, on_device = {"tiles": 0}, 0
     for tile_px in candidates:
         host = work.host_bytes(tile_px)
-        on_device = 0 if work.device == "cpu" else work.device_bytes(tile_px)
+        on_device = work.gpu_bytes(tile_px)
         if max(host.values()) <= limit and on_device <= device_memory_bytes:
             return tile_px
     phase = max(host, key=lambda name: host[name])
@@ -253,5 +253,6 @@ def _choose_tile(work: Workload, device_memory_bytes: int) -> int:
         + (f", even with the smallest tile ({chunk_px} px, one chunk)" if asked == "auto" else "")
         + f". To go on, {remedy}, or use "
         + ("a smaller store.chunk_px" if asked == "auto" else "compute.tile_px: auto")
+        + (", fewer compute.workers" if work.config.compute.workers else "")
         + " or a narrower network."
     )

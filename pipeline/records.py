@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, TypeAdapter, ValidationError
 
-from pipeline._fields import MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES
+from pipeline._fields import MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
 from pipeline._yaml import shown
 
 MAX_MANIFEST_BYTES = 2**20  # with a hundred styles 0.2 MB
@@ -87,6 +87,7 @@ class _Manifest(_Part):
     created: _Line
     config: _Config
     stages: Annotated[list[_StageSizes], Field(min_length=1, max_length=_MAX_STAGES)]
+    threads: Annotated[int, Strict(), Field(ge=1, le=MAX_THREADS)]
     result_fields: dict[_Line, _Line | int | float | bool | None]
     inputs: dict[_Line, _Line]
 

@@ -18,7 +18,7 @@ from pipeline.allocator import return_freed_memory
 from pipeline.arrays import slot_names
 from pipeline.config import Config, OptimizerConfig, result_fields
 from pipeline.cost import WORKERS, model_of
-from pipeline.device import Device, resolve_device
+from pipeline.device import Device, default_threads, resolve_device
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedStateError, storage
 from pipeline.journal import Journal, Position, Record, RunLock, standing
@@ -42,15 +42,16 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
     """
     started = time.monotonic()
     return_freed_memory()
-    # the engine inside the lock: its tasks have ended before another run may begin
-    with storage(config.work_dir), ExitStack() as held, Engine(WORKERS, stop) as engine:
+    with storage(config.work_dir), ExitStack() as held:
         begun = config.work_dir.exists()
         if begun:  # before all that takes long: a second run is told at once
-            held.enter_context(_locked(config.work_dir))
+            lock = held.enter_context(_locked(config.work_dir))
         device = resolve_device(config.compute.device)
         planned = plan_on(config, device)
         if not begun:  # after all that may be refused: then nothing was made
-            held.enter_context(_locked(config.work_dir))
+            lock = held.enter_context(_locked(config.work_dir))
+        # inside the lock: its tasks have ended before another run may begin
+        engine = held.enter_context(_engine(config, lock, sink, stop))
         refuse_links(config.work_dir)
         check = engine.raise_if_stopped
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, check)
@@ -66,6 +67,15 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
 def _locked(work_dir: Path) -> RunLock:
     make_work_dir(work_dir)
     return RunLock(work_dir)
+
+
+def _engine(config: Config, lock: RunLock, sink: Sink, stop: threading.Event | None) -> Engine:
+    """The threads of this process, or worker processes."""
+    if config.compute.workers == 0:
+        return Engine(WORKERS, stop)
+    from pipeline.engine_processes import ProcessEngine  # noqa: PLC0415 - brings distributed, for this case only
+
+    return ProcessEngine(config.compute.workers, WORKERS, stop, lock.descriptor, lambda message: sink(Note(message)))
 
 
 def stage_path(work_dir: Path, stage: int) -> Path:
@@ -123,11 +133,13 @@ def _open_run(config: Config, planned: Plan, weights: WeightsSource, check: Call
     # comes before the store: a folder that holds anything without one is taken for somebody else's.
     journal.repair_tail()
     stages = [{"size": stage.size, "style_sizes": stage.style_sizes} for stage in planned.stages]
+    compute = config.compute
     manifest = {
         "format": FORMAT,
         "created": _now(),
         "config": config.model_dump(mode="json"),
         "stages": stages,
+        "threads": default_threads(compute.workers) if compute.threads == "auto" else compute.threads,
         **wanted,
     }
     if not (_same_manifest(begun_manifest(records), manifest) and _same_manifest(_manifest_at(path), manifest)):
@@ -186,7 +198,12 @@ def make_stage(config: Config, plan: StagePlan, tools: Tools, tile_px: int) -> S
     from pipeline.stage import Stage  # noqa: PLC0415 - brings torch, which export and status do without
 
     network = NetworkSpec(
-        tools.weights, config.network.padding, config.network.pooling, config.compute.dtype, tools.device.name
+        tools.weights,
+        config.network.padding,
+        config.network.pooling,
+        config.compute.dtype,
+        tools.device.name,
+        _threads(config),
     )
     return Stage(
         config=config,
@@ -198,6 +215,12 @@ def make_stage(config: Config, plan: StagePlan, tools: Tools, tile_px: int) -> S
         sink=tools.sink,
         tile_px=tile_px,
     )
+
+
+def _threads(config: Config) -> int:
+    """CPU threads of one tile: those that the run began with, because other numbers of them round otherwise."""
+    asked = config.compute.threads
+    return int(read_manifest(manifest_path(config.work_dir))["threads"]) if asked == "auto" else asked
 
 
 @dataclass

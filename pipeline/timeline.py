@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -48,6 +48,13 @@ def _add(kind: str, start_ns: int, end_ns: int, details: dict[str, object]) -> N
                 "args": details,
             }
             _trace.write(f"{json.dumps(event)},\n")
+
+
+def add(seconds: Mapping[str, float]) -> None:
+    """Count what another process has taken; its spans do not get into the trace."""
+    with _lock:
+        for kind, value in seconds.items():
+            _seconds[kind] += value
 
 
 def take() -> dict[str, float]:

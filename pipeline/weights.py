@@ -47,13 +47,17 @@ class WeightsSource:
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Everything needed to build a network anywhere; picklable, and the key of the per-process cache."""
+    """Everything needed to build a network anywhere; picklable, and the key of the per-process cache.
+
+    `threads`: how many compute one tile on a CPU, which decides the last bits; 0 leaves that to torch.
+    """
 
     source: WeightsSource
     padding: str
     pooling: str
     dtype: str
     device: str
+    threads: int = 0
 
 
 def find_weights(

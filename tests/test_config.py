@@ -509,7 +509,8 @@ def _refuse_or_load(path: Path, overrides: list[str]) -> None:
 # --- what a resume compares ---
 
 HARMLESS = {"compute.device", "compute.tile_px", "memory.limit", "export.bits", "export.compression", "export.quality"}
-HARMLESS |= {"store.durability", *(key for key in LEAVES if key.startswith("limits."))}
+HARMLESS |= {"compute.workers", "compute.threads", "store.durability"}
+HARMLESS |= {*(key for key in LEAVES if key.startswith("limits."))}
 
 
 def test_harmless_changes_let_a_run_go_on(write):
@@ -518,6 +519,8 @@ def test_harmless_changes_let_a_run_go_on(write):
     overrides = [
         "compute.device=cpu",
         "compute.tile_px=1024",
+        "compute.workers=2",
+        "compute.threads=3",
         "memory.limit=1GiB",
         "limits.max_pixels=7",
         "export.bits=16",

@@ -205,6 +205,33 @@ def test_what_a_task_raises_comes_out_as_it_is(how):
         assert engine.map(sleep_and_give, [(0.0, 1)]) == [1]  # and the engine still works
 
 
+@pytest.mark.parametrize("how", ["map", "fold"])
+def test_an_error_comes_when_nothing_runs_any_more(how):
+    """A pass that is tried again, with smaller tiles, must not find the old one's tasks still writing."""
+    began, lock, running = threading.Event(), threading.Lock(), 0
+
+    def task(index: int) -> None:
+        nonlocal running
+        if index == 0:
+            assert began.wait(30)
+            raise BrokenError
+        with lock:
+            running += 1
+        began.set()
+        time.sleep(0.2)
+        with lock:
+            running -= 1
+
+    with Engine(3) as engine:
+        with pytest.raises(BrokenError):
+            if how == "map":
+                engine.map(task, [0, 1, 2, 3, 4])
+            else:
+                engine.fold(task, [0, 1, 2, 3, 4], lambda total, _: total, None)
+        assert running == 0
+        assert engine.map(sleep_and_give, [(0.0, 1)]) == [1]
+
+
 def test_leaving_the_engine_waits_for_running_tasks():
     """A task that still writes after the run has ended would write into the next run's state."""
     started, finished = threading.Event(), threading.Event()

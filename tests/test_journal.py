@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline import journal as journal_module
 from pipeline.errors import DamagedStateError, LockedError, StorageError
 from pipeline.journal import (
     Journal,
@@ -360,6 +363,7 @@ MANIFEST = {
     "created": "now",
     "config": {"size": 3, "name": "é", "output": "/o.tif", "optimizer": {"max_iterations": 2}},
     "stages": [{"size": [3, 2], "style_sizes": [[1, 1]]}],
+    "threads": 2,
     "result_fields": {},
     "inputs": {},
 }
@@ -433,6 +437,7 @@ def test_a_manifest_of_another_format_is_refused_by_number(tmp_path):
 
 HOLD = """
 import sys
+import threading
 from pathlib import Path
 from pipeline.journal import RunLock
 with RunLock(Path(sys.argv[1])):
@@ -486,6 +491,46 @@ def test_a_lock_is_free_after_its_owner_was_killed(tmp_path, holder):
     holder.wait(timeout=30)
     assert (tmp_path / "lock.owner").exists()
     assert running_owner(tmp_path) is None
+    with RunLock(tmp_path):
+        assert running_owner(tmp_path) == os.getpid()
+
+
+HOLD_WITH_WORKER = """
+import subprocess, sys
+from pathlib import Path
+from pipeline.journal import RunLock
+with RunLock(Path(sys.argv[1])) as lock:
+    worker = subprocess.Popen(["sleep", "600"], pass_fds=[lock.descriptor], stdout=subprocess.DEVNULL)
+    print(worker.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def worker_left(tmp_path):
+    """The id of a process that a killed run has left behind, and that inherited its lock."""
+    run = subprocess.Popen([sys.executable, "-c", HOLD_WITH_WORKER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    worker = int(run.stdout.readline())
+    run.kill()
+    run.communicate(timeout=30)
+    yield worker
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_lock_is_not_free_while_a_worker_of_its_owner_lives(tmp_path, worker_left, monkeypatch):
+    """A worker that outlives a killed run would write an old iteration's chunks into the run that goes on."""
+    monkeypatch.setattr(journal_module, "_LEFT_BEHIND_S", 0.3)
+    with pytest.raises(LockedError, match="worker processes of a run that was killed have not ended"):
+        RunLock(tmp_path).__enter__()
+    os.kill(worker_left, signal.SIGKILL)
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_start_waits_for_the_workers_of_a_killed_run(tmp_path, worker_left):
+    """The system takes a moment to end them; whoever starts again at once must not be told to go away."""
+    threading.Timer(0.3, os.kill, (worker_left, signal.SIGKILL)).start()
     with RunLock(tmp_path):
         assert running_owner(tmp_path) == os.getpid()
 

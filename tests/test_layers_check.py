@@ -25,6 +25,7 @@ HEIGHT = {
     "checksums": 1,
     "durable": 1,
     "formats": 1,
+    "loopback": 1,
     "progress": 1,
     "download": 1,
     "tiling": 1,
@@ -52,6 +53,9 @@ HEIGHT = {
     "streams": 3,
     "network": 5,
     "engine": 5,
+    "worker": 2,
+    "worker_pool": 3,
+    "engine_processes": 6,
     "survey": 6,
     "integrity": 6,
     "transfer": 6,
@@ -74,8 +78,8 @@ LAZY_UPWARD = {("weights", "network")}
 ONLY = {
     "zarr": {"store", "ome_zarr"},
     "crc32c": {"checksums"},
-    "dask": {"engine"},
-    "distributed": {"engine"},
+    "dask": {"engine", "worker", "worker_pool"},
+    "distributed": {"engine_processes", "loopback", "worker", "worker_pool"},
     # report: doctor's line with libvips' version
     "pyvips": {"image_header", "images", "image_export", "streams", "report"},
     "safetensors": {"network"},
@@ -194,6 +198,18 @@ def finished_run(tmp_path_factory, narrow_weights) -> Path:
     )
     pipeline.run(pipeline.load_config(path))
     return path
+
+
+def test_a_run_in_one_process_does_not_load_distributed(tmp_path, narrow_weights):
+    """It would add its start and its memory to every run, for a scheduler that is not used."""
+    write_image(tmp_path / "content.png", 32, 32)
+    write_image(tmp_path / "style.png", 32, 32)
+    path = write_config(
+        tmp_path, network={"weights": str(narrow_weights)}, compute={"device": "cpu"}, optimizer={"max_iterations": 1}
+    )
+    modules = loaded_after(COMMAND, "run", "--config", str(path))
+    assert "pipeline.passes" in modules
+    assert not {"distributed", "pipeline.engine_processes"} & modules
 
 
 @pytest.mark.parametrize("command", ["plan", "plan --json", "status", "export -o {}/again.tif"])

@@ -16,19 +16,26 @@ from e2e import TIMEOUT_S, write_picture, write_run
 
 MIB = 2**20
 
-# Prints {what was done: the peak of resident bytes meanwhile}.
+# Prints {what was done: the peaks of resident bytes of all processes meanwhile, summed}.
 MEASURED_RUN = """
 import json, sys
 from pathlib import Path
+import psutil
 import pipeline
 
 peaks = {}
 
 def note(what):
-    status = Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    peaks[what] = max(peaks.get(what, 0), peak)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    processes = [psutil.Process(), *psutil.Process().children()]
+    peaks[what] = max(peaks.get(what, 0), sum(peak_of(Path("/proc") / str(process.pid)) for process in processes))
+
+def peak_of(process):
+    try:
+        status = (process / "status").read_text()
+        (process / "clear_refs").write_text("5")  # the peak begins anew
+    except OSError:  # it has ended
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 def sink(event):
     note(f"{event.stage} {event.what}" if hasattr(event, "what") else type(event).__name__)
@@ -46,6 +53,11 @@ def one_tile(folder: Path) -> Path:
 
 def many_tiles(folder: Path) -> Path:
     keys = {"initial_size": 512, "compute": {"tile_px": 256}, "store": {"chunk_px": 256}}
+    return write_run(folder, (1024, 900), (512, 400), optimizer={"max_iterations": 1}, output="out.tif", **keys)
+
+
+def two_workers(folder: Path) -> Path:
+    keys = {"initial_size": 512, "compute": {"tile_px": 256, "workers": 2}, "store": {"chunk_px": 256}}
     return write_run(folder, (1024, 900), (512, 400), optimizer={"max_iterations": 1}, output="out.tif", **keys)
 
 
@@ -67,7 +79,7 @@ def large_input(folder: Path) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
-    "make", [one_tile, many_tiles, compressed, float64, large_input], ids=lambda make: make.__name__
+    "make", [one_tile, many_tiles, two_workers, compressed, float64, large_input], ids=lambda make: make.__name__
 )
 def test_measured_memory_is_what_was_planned(tmp_path, make):
     """A run would be killed for memory after a day, on a machine that the plan said was large enough."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import pipeline
 from pipeline.arrays import content_features_name
 from pipeline.config import Config
-from pipeline.cost import Model, model_of
+from pipeline.cost import BASE_BYTES, Model, model_of
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, InputError
 from pipeline.layers import VGG19_WIDTHS, halo_px
@@ -340,6 +340,35 @@ def test_memory_does_not_grow_with_the_picture():
     assert large.host_bytes["update"] == small.host_bytes["update"]
     assert large.projected_mem_bytes <= 4 * GIB
     assert large.disk_bytes > 30 * small.disk_bytes
+
+
+def test_every_worker_process_is_planned_for():
+    """Eight workers with a tile each take eight times the memory; the limit is for all of them together."""
+    one, two, eight = (
+        planned((8192, 8192), memory={"limit": "64GiB"}, compute={"tile_px": 512, "device": "cpu", "workers": workers})
+        for workers in (0, 2, 8)
+    )
+    for phase in one.host_bytes:
+        assert two.host_bytes[phase] > 2 * BASE_BYTES["cpu"] + one.host_bytes[phase]
+        assert eight.host_bytes[phase] > two.host_bytes[phase] + 6 * BASE_BYTES["cpu"]
+    assert two.host_bytes["tiles"] > 2 * one.host_bytes["tiles"] > two.host_bytes["ingest"]
+    smaller, larger = (
+        planned((8192, 8192), memory={"limit": "8GiB"}, compute={"device": "cpu", "workers": workers}).tile_px
+        for workers in (2, 0)
+    )
+    assert smaller < larger
+    text = refusal(content=(8192, 8192), memory={"limit": "8GiB"}, compute={"device": "cpu", "workers": 16})
+    assert "fewer compute.workers" in text and "memory.limit" in text
+
+
+def test_worker_processes_share_the_gpu():
+    """Each of them has its own tile and its own CUDA there."""
+    one, two = (
+        planned((20_000, 20_000), device="cuda:0", device_bytes=24 * GIB, memory={"limit": "32GiB"}, compute=compute)
+        for compute in ({}, {"workers": 2})
+    )
+    assert two.tile_px < one.tile_px
+    assert two.device_bytes <= 24 * GIB
 
 
 def test_wider_networks_and_more_precision_are_planned_for():
