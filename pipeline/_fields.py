@@ -25,6 +25,7 @@ MAX_PIXELS = MAX_SIDE_PX**2
 MAX_CHUNK_PX = 2**14
 # Each is read at every stage.
 MAX_STYLES = 100
+# More than any machine has cores.
 MAX_WORKERS = 256
 MAX_THREADS = 1024
 # The journal has a line for each.
