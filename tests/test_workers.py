@@ -214,13 +214,15 @@ def test_a_stop_ends_the_work_and_the_processes():
     stop, others = threading.Event(), set(workers_of())
     with ProcessEngine(1, 2, stop) as engine:
         engine.map(double, [1.0])
-        assert len(set(workers_of()) - others) == 1
+        working = set(workers_of()) - others
+        assert len(working) == 1
         threading.Timer(0.3, stop.set).start()
         with pytest.raises(Stopped):
             engine.map(sleep_in, [TIMEOUT_S] * 5)
-        assert set(workers_of()) == others
+        assert not working & set(workers_of())
         with pytest.raises(Stopped):
             engine.map(double, [1.0])
+    assert set(workers_of()) == others
 
 
 def test_signals_of_the_terminal_are_for_the_parent(engine):
@@ -269,7 +271,7 @@ def test_a_task_that_kills_its_worker_each_time_ends_the_run():
     with ProcessEngine(1, 3, note=notes.append) as engine:
         with pytest.raises(ConfigError, match=r"died over the same task.*SIGKILL.*compute\.workers"):
             engine.map(die, [0])
-        assert len(notes) == ALLOWED_DEATHS + 1
+        assert ALLOWED_DEATHS <= len(notes) <= ALLOWED_DEATHS + 1  # the last may be told by the error alone
         assert engine.map(double, [1.0]) == [2.0]
 
 
@@ -386,7 +388,7 @@ def test_a_worker_may_die_in_every_pass(tmp_path, unbroken):
     def sink(event: Event) -> None:
         if isinstance(event, Note):
             notes.append(event.message)
-        elif isinstance(event, WorkDone) and event.stage == 1 and event.what not in (*killed, "export"):
+        elif isinstance(event, WorkDone) and event.stage == 1 and event.what not in (*killed, "check", "export"):
             ours = [process for process in workers_of() if process not in others]
             for oldest in sorted(ours, key=lambda process: process.create_time())[:1]:
                 killed.append(event.what)
