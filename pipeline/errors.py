@@ -2,6 +2,7 @@
 
     PipelineError                      1   (never raised itself)
     ├── ConfigError (ValueError)       3   the config, or what it asks for, cannot work
+    │   └── DeviceMemoryError          3   no memory for the smallest tile
     ├── InputError  (ValueError)       3   an image or a weights file cannot be used
     ├── LockedError                    4   another process works on this run
     ├── StorageError (OSError)         5   a disk refuses or fails, or cannot be reached
@@ -31,6 +32,10 @@ class ConfigError(PipelineError, ValueError):
     """The config is wrong, or asks for what cannot be done."""
 
     exit_code = 3
+
+
+class DeviceMemoryError(ConfigError):
+    """A tile does not fit into the memory of the device; a smaller one may."""
 
 
 class InputError(PipelineError, ValueError):

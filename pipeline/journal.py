@@ -47,7 +47,8 @@ class Position:
     their export options.
     `claimed`: their names, from before the first byte is written.
     `checksums`: per stage, of the chunks of its arrays (the newest slot's) and of its metadata files, as checksums.py
-    packs them.
+    packs them. `tile_px`: the largest tile that the device has room for, None while it is not known to be smaller than
+    the plan's.
     """
 
     stage: int = 0
@@ -62,6 +63,7 @@ class Position:
     exported: Mapping[str, Any] = field(default_factory=dict)
     claimed: frozenset[str] = frozenset()
     checksums: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    tile_px: int | None = None
 
     @property
     def newest_slot(self) -> int:
@@ -71,14 +73,14 @@ class Position:
     def after(self, record: Record) -> Position:
         """The position once `record` is committed."""
         kind = record["type"]
-        if kind == "begun":
-            return self
         if kind == "canvas_lost":
             return replace(
                 self,
                 slots=_without(self.slots, record["stage"]),
                 checksums=_without(self.checksums, record["stage"]),
             )
+        if kind in ("begun", "smaller_tile"):
+            return replace(self, tile_px=record.get("tile_px", self.tile_px))
         if kind in ("exporting", "exported"):
             made = {record["output"]: record.get("options")} if kind == "exported" else {}
             return replace(self, exported={**self.exported, **made}, claimed=self.claimed | {record["output"]})
@@ -95,6 +97,7 @@ class Position:
                 exported=self.exported,
                 claimed=self.claimed,
                 checksums={**self.checksums, record["stage"]: record["checksums"]},
+                tile_px=self.tile_px,
             )
         iteration = record["iteration"] + record["stepped"]
         return replace(
@@ -112,8 +115,8 @@ def _without(mapping: Mapping[int, Any], key: int) -> dict[int, Any]:
     return {other: value for other, value in mapping.items() if other != key}
 
 
-# What stays true however far a repair goes back: whose a picture is, and which canvas the disk lost.
-_KEPT_ALWAYS = ("exporting", "exported", "canvas_lost")
+# What stays true however far a repair goes back: whose a picture is, which canvas the disk lost, how large a tile fits.
+_KEPT_ALWAYS = ("exporting", "exported", "canvas_lost", "smaller_tile")
 
 
 def effective(records: Iterable[Record]) -> list[Record]:

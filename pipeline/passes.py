@@ -6,6 +6,7 @@ C channels, H rows, W columns.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch import Tensor
 from pipeline import losses, timeline
 from pipeline.arrays import content_features_name
 from pipeline.checksums import ChunkSums
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DeviceMemoryError
 from pipeline.layers import LAYER_BY_NAME, halo_px
 from pipeline.losses import Gram
 from pipeline.network import FeatureMap, get_network
@@ -31,11 +32,13 @@ from pipeline.weights import NetworkSpec
 
 # One tile computes at a time: its neighbours in flight read and write. Memory is planned for one.
 _COMPUTE = threading.Semaphore(1)
+# On the CPU, the out-of-memory errors of torch and oneDNN have no class of their own.
+_NO_MEMORY = re.compile(r"can't allocate memory|could not create a (primitive|memory)")
 
 
 @contextmanager
 def _computing(spec: TileSpec) -> Iterator[None]:
-    """The device, for one tile alone. Raises ConfigError where its memory does not suffice."""
+    """The device, for one tile alone. Raises DeviceMemoryError where its memory does not suffice."""
     try:
         with timeline.span("wait"):
             _COMPUTE.acquire()
@@ -45,14 +48,13 @@ def _computing(spec: TileSpec) -> Iterator[None]:
         finally:
             _COMPUTE.release()
     except (RuntimeError, MemoryError) as error:
-        # on the CPU, torch's out-of-memory error has no class of its own
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         inner = spec.tile.inner
-        raise ConfigError(
+        raise DeviceMemoryError(
             f"{spec.network.device} has no memory for tile {spec.tile.index} of {spec.stage_dir.name}, "
             f"{inner.width}×{inner.height} px and its halo: something else uses it, or the plan is wrong. Nothing is "
-            "lost: the same command goes on, with a smaller compute.tile_px if need be."
+            "lost: the same command goes on once there is more, or with a smaller store.chunk_px in a new work_dir."
         ) from error
 
 

@@ -58,6 +58,11 @@ class _StageDone(_Part):
     reason: _Line
 
 
+class _SmallerTile(_Part):
+    type: Literal["smaller_tile"]
+    tile_px: _Side
+
+
 class _Exporting(_Part):
     type: Literal["exporting", "exported"]
     output: _Line
@@ -97,7 +102,7 @@ class _Begun(_Part):
     manifest: _Manifest
 
 
-_KINDS = _Begun | _StagePrepared | _Iteration | _StageDone | _Exporting | _RolledBack
+_KINDS = _Begun | _StagePrepared | _Iteration | _StageDone | _SmallerTile | _Exporting | _RolledBack
 _RECORD: TypeAdapter[Any] = TypeAdapter(Annotated[_KINDS, Field(discriminator="type")])
 _MANIFEST = TypeAdapter(_Manifest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
@@ -10,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,9 @@ from pipeline.config import Config, OptimizerConfig, result_fields
 from pipeline.cost import WORKERS, model_of
 from pipeline.device import Device, default_threads, resolve_device
 from pipeline.engine import Engine
-from pipeline.errors import ConfigError, DamagedStateError, storage
+from pipeline.errors import ConfigError, DamagedStateError, DeviceMemoryError, storage
 from pipeline.journal import Journal, Position, Record, RunLock, standing
+from pipeline.layers import ceil_to
 from pipeline.manifest import FORMAT, begun_manifest, read_manifest, trusted_manifest, write_manifest
 from pipeline.places import refuse_links, store_path, taken
 from pipeline.plan import Plan, StagePlan
@@ -261,19 +264,38 @@ class _Rendering:
             self._render_stage(stage_plan)
 
     def _render_stage(self, stage_plan: StagePlan) -> None:
+        """One stage, in smaller tiles where the device has no memory for those of the plan."""
+        chunk_px = self.config.store.chunk_px
+        longest = ceil_to(max(*stage_plan.size, *chain.from_iterable(stage_plan.style_sizes)), chunk_px)
+        while True:
+            tile_px = min(self.position.tile_px or longest, self.plan.tile_px, longest)
+            try:
+                self._render_in_tiles(stage_plan, tile_px)
+                return
+            except DeviceMemoryError:
+                if tile_px == chunk_px:
+                    raise
+            gc.collect()  # the error is gone now, but its frames hold the tile's tensors, and each other
+            smaller = max(chunk_px, tile_px // 2 // chunk_px * chunk_px)
+            # recorded: the bits depend on the tiles, and a resume must take the same
+            self._commit({"type": "smaller_tile", "tile_px": smaller})
+            told = f"{self.device.name} has no memory for tiles of {tile_px} px"
+            self.sink(Note(f"{told}: going on with tiles of {smaller} px, from the last iteration"))
+
+    def _render_in_tiles(self, stage_plan: StagePlan, tile_px: int) -> None:
         # these bring torch, which export and status do without
         from pipeline.iteration import Iterations  # noqa: PLC0415
         from pipeline.preparation import prepare  # noqa: PLC0415
 
         index, settings = stage_plan.index, self.config.optimizer
         tools = Tools(self.device, self.weights, self.engine, self.sink)
-        stage = make_stage(self.config, stage_plan, tools, self.plan.tile_px)
+        stage = make_stage(self.config, stage_plan, tools, tile_px)
         iteration = self.position.iteration if self.position.stage == index else 0
         stages, (height, width) = len(self.plan.stages), stage_plan.size
         prepared = self.position.prepared and self.position.stage == index
         in_place = prepared and self.config.store.codec == "none"  # it has its room already, and writes nowhere else
         check_space(self.config, self.plan, index + in_place)
-        self.sink(StageStarted(index, stages, height, width, stage_plan.tiles, iteration, settings.max_iterations))
+        self.sink(StageStarted(index, stages, height, width, len(stage.tiles), iteration, settings.max_iterations))
         if not prepared:
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
             made = vars(prepare(stage, previous))

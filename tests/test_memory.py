@@ -6,6 +6,7 @@ Every run is a process of its own. Its peak is the kernel's (VmHWM), read anew f
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def one_tile(folder: Path) -> Path:
 
 
 def many_tiles(folder: Path) -> Path:
-    keys = {"initial_size": 512, "compute": {"tile_px": 256}, "store": {"chunk_px": 256}}
+    keys = {"initial_size": 512, "compute": {"tile_px": 256}, "store": {"chunk_px": 64}}
     return write_run(folder, (1024, 900), (512, 400), optimizer={"max_iterations": 1}, output="out.tif", **keys)
 
 
@@ -104,7 +105,7 @@ def report(peaks: dict[str, int], planned: Any) -> str:
     return f"MiB measured: {max(peaks.values()) // MIB} ({measured}); planned: {promised}"
 
 
-LARGE_TILE = {"compute": {"tile_px": 768}, "store": {"chunk_px": 256}}
+LARGE_TILE = {"compute": {"tile_px": 768}, "store": {"chunk_px": 64}}
 SHORT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
@@ -113,23 +114,38 @@ from pipeline.cli import main
 
 status = Path("/proc/self/status").read_text()
 now = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData"))
-resource.setrlimit(resource.RLIMIT_DATA, (now + 250 * 2**20, resource.RLIM_INFINITY))
-sys.argv = ["pipeline", "run", "--config", sys.argv[1]]
+resource.setrlimit(resource.RLIMIT_DATA, (now + int(sys.argv[2]) * 2**20, resource.RLIM_INFINITY))
+sys.argv = ["pipeline", "run", "--config", sys.argv[1], "--log-format", "plain"]
 main()
 """
 
 
+def run_short_of_memory(config: Path, mib: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY, config, str(mib)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc and RLIMIT_DATA")
-def test_memory_that_is_not_there_stops_the_run_and_loses_nothing(tmp_path):
-    """Another program may take what the plan counted on; the run must say so and go on with a smaller tile."""
+def test_memory_that_is_not_there_makes_tiles_smaller_or_stops_and_loses_nothing(tmp_path):
+    """Another program may take what the plan counted on; the run goes on with smaller tiles, and a resume with them."""
     import pipeline
 
     config = write_run(
         tmp_path, (768, 768), (512, 400), optimizer={"max_iterations": 1}, initial_size=768, **LARGE_TILE
     )
-    done = subprocess.run(
-        [sys.executable, "-c", SHORT_OF_MEMORY, config], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
-    assert done.returncode == 3, done.stderr
-    assert "compute.tile_px" in done.stderr and "Traceback" not in done.stderr
-    assert pipeline.run(pipeline.load_config(config, ["compute.tile_px=256"])).is_file()
+    stopped = run_short_of_memory(config, 200)  # not even for the smallest
+    assert stopped.returncode == 3, stopped.stderr
+    assert "has no memory for tile" in stopped.stderr and "Traceback" not in stopped.stderr
+    shutil.rmtree(tmp_path / "run")
+    smaller = run_short_of_memory(config, 520)
+    assert smaller.returncode == 0, smaller.stderr
+    told = [line for line in smaller.stderr.splitlines() if "going on with tiles of" in line]
+    assert len(told) == 1, smaller.stderr
+    journal = (tmp_path / "run" / "journal.jsonl").read_text()
+    assert journal.count('"smaller_tile"') == 1  # a resume takes the same tiles: the bits depend on them
+    assert pipeline.status(tmp_path / "run")["state"] == "done"
