@@ -98,7 +98,7 @@ _REMEDIES = {
 # The errnos of a path that names the wrong place: where the user has just named it, a mistake and no disk's fault.
 MISPLACED = frozenset(
     {
-        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+        *(errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
         *(errno.ELOOP, errno.ENAMETOOLONG),
     }
 )

@@ -27,7 +27,7 @@ import pyvips
 
 from pipeline.durable import sync_file_system, sync_folder
 from pipeline.errors import ConfigError, StorageError, storage, storage_error
-from pipeline.places import taken
+from pipeline.places import taken, unwritable
 from pipeline.streams import POLL_S, FileTarget, Rows, RowSource
 
 COMPRESSIONS = ("deflate", "zstd", "jpeg", "none")
@@ -60,7 +60,8 @@ def check_output(path: Path, width_px: int, height_px: int, bits: int, compressi
     """Refuse an output that would fail at the end of a run. `compression` concerns TIFF alone.
 
     Raises ConfigError: unknown suffix, picture too large or too deep for the format, a compression that is unknown,
-    unfit or not in this libvips, a name that is taken by something else, a folder that cannot be written.
+    unfit or not in this libvips, a name that is taken by something else, a folder that cannot be written; StorageError
+    for a disk that is read-only.
     """
     form = _format_of(path)
     side_px = max(width_px, height_px)
@@ -162,7 +163,9 @@ def _check_place(path: Path, form: Format) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise ConfigError(f"{path}: {folder} is a file, not a folder. Choose another place.")
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if (error := unwritable(folder)) is not None:
+        if error.errno == errno.EROFS:  # maybe after a week
+            raise storage_error(path, error)
         raise ConfigError(f"{path}: the folder {folder} cannot be written. Choose another place, or change its rights.")
 
 

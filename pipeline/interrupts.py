@@ -33,6 +33,8 @@ def stop_on_signals(sink: Sink) -> Iterator[threading.Event]:
     # What a handler does is of no matter, but there must be one: the byte for the listener is written beside it.
     listened = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
     handlers = {number: signal.signal(number, lambda *_: None) for number in listened}
+    for number in listened:
+        signal.siginterrupt(number, False)  # else a slow disk (NFS, FUSE) answers EINTR to what Python does not repeat
     outer = signal.set_wakeup_fd(telling, warn_on_full_buffer=False)
     try:
         yield stop

@@ -6,6 +6,7 @@ finds there and deletes folders: through a link, or another name of the same fil
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -102,3 +103,11 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
         if status.st_size > max_bytes:
             raise ValueError(f"it has {status.st_size:,} bytes, more than any run writes")
         return file.read()
+
+
+def unwritable(folder: Path) -> OSError | None:
+    """Why nothing can be written in a folder, as the system would tell it; None if it can."""
+    if os.access(folder, os.W_OK | os.X_OK):
+        return None
+    number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+    return OSError(number, os.strerror(number), os.fspath(folder))

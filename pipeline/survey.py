@@ -13,7 +13,7 @@ from pipeline.device import Device, resolve_device
 from pipeline.errors import MISPLACED, ConfigError, SpaceError, storage_error
 from pipeline.image_export import check_output
 from pipeline.image_header import read_header
-from pipeline.places import refuse_links_at_top, refuse_own_state
+from pipeline.places import refuse_links_at_top, refuse_own_state, unwritable
 from pipeline.plan import Plan, canvas_bytes, chunk_count, make_plan
 from pipeline.weights import weights_bytes, widths_for_plan
 
@@ -128,10 +128,9 @@ def make_work_dir(work_dir: Path) -> None:
         raise ConfigError(
             f"work_dir {work_dir}: cannot be made ({error.strerror}). Choose another work_dir."
         ) from error
-    if not os.access(work_dir, os.W_OK | os.X_OK):
-        if (work_dir / "manifest.json").exists():  # it could once
-            number = errno.EROFS if os.statvfs(work_dir).f_flag & os.ST_RDONLY else errno.EACCES
-            raise storage_error(work_dir, OSError(number, os.strerror(number)))
+    if (refusal := unwritable(work_dir)) is not None:
+        if refusal.errno == errno.EROFS or (work_dir / "manifest.json").exists():  # it could once
+            raise storage_error(work_dir, refusal)
         raise ConfigError(f"work_dir {work_dir}: cannot be written to. Change its permissions or choose another.")
     refuse_links_at_top(work_dir)
     ours = {"lock", "lock.owner", "manifest.json.partial"}

@@ -135,10 +135,9 @@ def run_failing(
 ) -> Faulted:
     """A run whose calls fail as the judge says; then, with calls that do not fail, to its end."""
     found = Faulted(fault)
-    allowed = (0, 3, 5)  # 3: a work_dir that never could be made
     watch = Watch(config.parent, judge, reads)
     child = start(nursery, config, watch=watch)
-    found.check(config, child.wait(), child.err, allowed)
+    found.check(config, child.wait(), child.err)
     watch.wait()
     found.finish(nursery, config, expected)
     return found

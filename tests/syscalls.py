@@ -59,7 +59,12 @@ _CALLS: dict[int, tuple[str, str]] = {
     326: ("copy_file_range", "f"),
 }
 # The same of the calls that only read, opening included; held where a Watch asks for them.
-_READS: dict[int, tuple[str, str]] = {0: ("read", "f"), 17: ("pread64", "f"), 295: ("preadv", "f")}
+_READS: dict[int, tuple[str, str]] = {
+    0: ("read", "f"),
+    17: ("pread64", "f"),
+    295: ("preadv", "f"),
+    327: ("preadv2", "f"),
+}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _OPEN_FLAGS = {2: 1, 257: 2}  # which argument they are
 _AT_CWD = -100
@@ -78,6 +83,7 @@ class Verdict(Enum):
     GO = auto()
     KILL = auto()  # before the call
     HALF = auto()  # after half the bytes of a write, else before the call
+    HOLD = auto()  # the call does not return, as on a disk that hangs
 
 
 Answer = Verdict | int  # an errno: the call is not made, and fails with it
@@ -200,12 +206,14 @@ class Watch:
             fcntl.ioctl(listener, _RECEIVE, notice)
             identity, thread, _, number, _, _, *arguments = _NOTICE.unpack(notice)
             error = self._decide(thread, number, arguments)
+            if error is None:
+                return
             fcntl.ioctl(listener, _SEND, _ANSWER.pack(identity, 0, -error, 0 if error else _GO_ON))
         except (FileNotFoundError, ProcessLookupError):
             pass  # the thread was killed meanwhile
 
-    def _decide(self, thread: int, number: int, arguments: list[int]) -> int:
-        """The errno that the call is to fail with, or 0."""
+    def _decide(self, thread: int, number: int, arguments: list[int]) -> int | None:
+        """The errno that the call is to fail with, or 0; None for no answer at all."""
         name, kinds = (_CALLS | _READS)[number]
         paths = _paths(thread, kinds, arguments)
         inside = [path for path in paths if Path(path).is_relative_to(self._folder)]
@@ -216,8 +224,8 @@ class Watch:
         verdict = self._judge(call)
         if not isinstance(verdict, Verdict):
             return verdict
-        if verdict is Verdict.GO:
-            return 0
+        if verdict in (Verdict.GO, Verdict.HOLD):
+            return 0 if verdict is Verdict.GO else None
         if verdict is Verdict.HALF and name in HALVED:
             _write_half(thread, name, arguments)
         os.kill(_process_of(thread), signal.SIGKILL)

@@ -349,7 +349,7 @@ def test_read_only_disk(tmp_path, call, small_disk):
     for setting in ("work_dir=run", "work_dir=new", "output=out.png", "output=new/out.png"):
         key, name = setting.split("=")
         outcome = call("run", "-c", config, "--set", f"{key}={small_disk / name}")
-        assert_one_sentence(outcome, 3, small_disk)
+        assert_one_sentence(outcome, 5, small_disk)
     assert call("init", small_disk / "config.yaml").code == 3
 
 

@@ -132,7 +132,7 @@ def calls(bench: Bench, reads: bool = False) -> Iterator[Faulted]:
     for number, once in kinds:
         for first in bench.spread(len(made)):
             call = made[first - 1]
-            if reads and call.name not in ("read", "pread64", "preadv", "openat"):
+            if reads and call.name not in ("read", "pread64", "preadv2", "openat"):
                 continue
             fault = f"{errno.errorcode[number]} {'at' if once else 'from'} {first} {call.name} {call.path}"
             config = write_variant(bench.folder / f"{errno.errorcode[number]}_{once}_{first}", bench.variant)
@@ -140,7 +140,7 @@ def calls(bench: Bench, reads: bool = False) -> Iterator[Faulted]:
 
 
 def read_only(bench: Bench) -> Iterator[Faulted]:
-    for moment in bench.spread(bench.events, 0):
+    for moment in bench.spread(bench.events):
         config = write_variant(bench.folder / f"ro_{moment}", bench.variant, output=f"disk/{ON_DISK[bench.variant]}")
         found = Faulted(f"the picture's disk is read-only after {moment}")
         with small_disk(config.parent / "disk", PLENTY) as disk:
@@ -162,6 +162,7 @@ def descriptors(bench: Bench) -> Iterator[Faulted]:
             text=True,
             timeout=TIMEOUT_S,
             check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # as the nursery's runs
             preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)),
         )
         found.check(config, done.returncode, done.stdout + done.stderr)
