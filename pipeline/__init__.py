@@ -7,5 +7,6 @@ from pipeline.config import Config, load_config
 from pipeline.run import run
 from pipeline.status import export, status
 from pipeline.survey import plan
+from pipeline.verify import verify
 
-__all__ = ["Config", "export", "load_config", "plan", "run", "status"]
+__all__ = ["Config", "export", "load_config", "plan", "run", "status", "verify"]

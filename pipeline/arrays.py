@@ -12,6 +12,7 @@ from pipeline.layers import LAYER_BY_NAME, ceil_to
 
 GRADIENT = "gradient"
 CONTENT = "content"
+STYLE = "style"  # while the stage is prepared
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,19 @@ def content_features_name(layer: str) -> str:
 def gram_name(layer: str) -> str:
     """The array that keeps the style target of `layer`: (C, C) float64 in one chunk."""
     return f"gram_{layer}"
+
+
+def gram_layer(name: str) -> str | None:
+    """The layer whose style target the array `name` keeps, or None if it is another array."""
+    start, _, layer = name.partition("_")
+    return layer if start == "gram" and layer in LAYER_BY_NAME else None
+
+
+def is_stage_array(name: str) -> bool:
+    """Whether a stage has, at some time, an array of this name."""
+    features, _, layer = name.partition("_")
+    state = (*slot_names(0), *slot_names(1), CONTENT, STYLE, GRADIENT)
+    return name in state or gram_layer(name) is not None or (features == "features" and layer in LAYER_BY_NAME)
 
 
 def stage_arrays(

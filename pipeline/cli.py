@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pipeline
 from pipeline import config as config_module
 from pipeline import report, timeline
 from pipeline._yaml import printable
-from pipeline.errors import ConfigError, PipelineError, Stopped, StorageError, storage_error
+from pipeline.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.interrupts import drop_unwritable_stdout, steadfast_stderr, stop_on_signals
 from pipeline.sinks import make_sink, with_profile
 
@@ -143,6 +144,54 @@ def status(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path |
         click.echo(json.dumps(found, indent=2))
     else:
         report.print_status(found)
+
+
+def _share(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
+    """A share above 0 and up to 1: `5%` and `0.05` are the same."""
+    if value is None:
+        return None
+    try:
+        share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise click.BadParameter(f"{value!r} is no share above 0 and up to 100 %, such as 5%")
+    return share
+
+
+@cli.command(epilog=_EXIT_CODES)
+@with_run
+@click.option("--sample", "share", callback=_share, metavar="5%", help="Read only this share of the chunks.")
+@click.option("--seed", type=click.IntRange(0), help="Choose the same sample again.")
+@click.option("--repair", is_flag=True, help="Mend what can be mended, and say what is lost.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    share: float | None,
+    seed: int | None,
+    repair: bool,
+    as_json: bool,
+) -> None:
+    """Find every changed, missing or foreign file of a run that stands still; nothing is written without --repair.
+
+    Ends with 0 if nothing is damaged (any more), else with 6.
+    """
+    if repair and share is not None:
+        raise click.UsageError("--repair looks at everything: leave out --sample")
+    if (config_path is None) == (run_dir is None):
+        raise click.UsageError("give either --config or --run")
+    config = pipeline.load_config(config_path, overrides) if config_path is not None else None
+    work_dir = config.work_dir if config is not None else cast(Path, run_dir)
+    with make_sink("auto") as sink, stop_on_signals(sink) as stop:
+        found = pipeline.verify(work_dir, config=config, share=share, seed=seed, repair=repair, sink=sink, stop=stop)
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        report.print_verify(found)
+    if not found.clean:
+        raise DamagedStateError(report.verdict(found))
 
 
 @cli.command()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-from pipeline import adam, losses, passes, store, timeline, update
+from pipeline import adam, losses, passes, store, timeline, update, zarr_files
 from pipeline.arrays import gram_name, slot_names
 from pipeline.engine import Engine
 from pipeline.formats import BFLOAT16_ROUNDING
@@ -277,7 +277,7 @@ def _style_targets(stage: Stage, checksums: Mapping[str, str]) -> dict[str, loss
     return {
         layer: losses.StyleTarget(
             stage.config.loss.kind,
-            store.read_gram(stage.stage_dir, layer, checksums[gram_name(layer)]),
+            zarr_files.read_gram(stage.stage_dir, layer, checksums[gram_name(layer)]),
             positions(stage.plan.size, layer),
             stage.config.network.style_layers[layer],
             factor,

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from pipeline._yaml import shown
-from pipeline.checksums import checksum
+from pipeline.checksums import checksum, unpacked
 from pipeline.durable import sync_folder
 from pipeline.errors import DamagedStateError, LockedError, storage
 from pipeline.places import read_regular
@@ -123,9 +123,10 @@ def effective(records: Iterable[Record]) -> list[Record]:
     """The records without those that a repair took back; some are never taken back."""
     kept: list[Record] = []
     for record in records:
-        if record.get("type") == "rolled_back":
-            taken = kept[record["records"] :]
-            kept = kept[: record["records"]] + [one for one in taken if one.get("type") in _KEPT_ALWAYS]
+        index = record.get("records") if record.get("type") == "rolled_back" else None
+        if isinstance(index, int) and index >= 0:  # any other is no run's, and is refused with the rest
+            taken = kept[index:]
+            kept = kept[:index] + [one for one in taken if one.get("type") in _KEPT_ALWAYS]
         else:
             kept.append(record)
     return kept
@@ -256,18 +257,26 @@ def standing(journal: Journal) -> tuple[list[Record], Position]:
 
     Raises DamagedStateError for a damaged line, and for whole ones that no run has written.
     """
+    records = journal.read()
+    return records, checked_position(records, journal.path)
+
+
+def checked_position(records: Iterable[Record], path: Path) -> Position:
+    """The resume point of the records in the journal `path`. Raises DamagedStateError for those no run has written."""
     try:
-        records = journal.read()
+        records = list(records)
         for record in records:
             check_record(record)
         position = position_of(records)
         for stage, slot in position.slots.items():
-            for name in (f"canvas_{slot}", f"canvas_{slot}/zarr.json"):
+            for name in (f"canvas_{slot}", f"canvas_{slot}/zarr.json", "zarr.json"):
                 position.checksums[stage][name]  # a LookupError where it is not there
-        return records, position
+            for text in position.checksums[stage].values():
+                unpacked(text)[0]  # a ValueError or LookupError where it is no checksum
+        return position
     except (LookupError, TypeError, ValueError) as error:
         raise DamagedStateError(
-            f"{journal.path}: its records are not a run's ({shown(str(error), 200)}), so the state they describe "
+            f"{path}: its records are not a run's ({shown(str(error), 200)}), so the state they describe "
             "cannot be trusted. Restore the run directory from a copy, or delete it to render again."
         ) from error
 

@@ -20,6 +20,10 @@ FORMAT = 2
 MANIFEST_KEYS = {"format", "created", "config", "stages", "threads", "result_fields", "inputs"}
 
 
+class OtherFormatError(DamagedStateError):
+    """A whole manifest, but of a version of pipeline that keeps its runs otherwise."""
+
+
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest aside, sync it, and give it its name. Raises StorageError."""
     aside = path.with_name(path.name + ".partial")
@@ -38,7 +42,7 @@ def _manifest_text(manifest: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest. Raises DamagedStateError if it is unreadable, was changed, or is of another format."""
+    """The manifest. Raises DamagedStateError if it is unreadable or was changed, OtherFormatError."""
     try:
         with storage(path):
             data = read_regular(path, MAX_MANIFEST_BYTES) if path.exists() else b""
@@ -57,7 +61,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             "restore it from the journal."
         ) from error
     if found != FORMAT:
-        raise DamagedStateError(
+        raise OtherFormatError(
             f"{path}: written in format {shown(str(found))}, but this version of pipeline reads format {FORMAT}. "
             "Finish the run with the version that began it, or delete the run directory."
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import ConfigError, DamagedStateError
@@ -24,6 +25,12 @@ def store_path(work_dir: Path) -> Path:
 def refuse_links(work_dir: Path) -> None:
     """Raise DamagedStateError if anything in a run directory is a link, or is neither a file nor a folder."""
     refuse_links_at_top(work_dir)
+    for path, what in links_in_store(work_dir):
+        raise _link_error(path, what)
+
+
+def links_in_store(work_dir: Path) -> Iterator[tuple[Path, str]]:
+    """Everything in a run's store that is a link, or is neither a file nor a folder, and what it is."""
     folders = [os.fspath(store_path(work_dir))]
     while folders:
         try:
@@ -32,7 +39,8 @@ def refuse_links(work_dir: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):  # a run at work deletes what it no longer needs
             continue
         for entry in found:
-            _refuse_link(entry)
+            if what := _link(entry):
+                yield Path(entry.path), what
         folders += [entry.path for entry in found if entry.is_dir(follow_symlinks=False)]
 
 
@@ -40,22 +48,27 @@ def refuse_links_at_top(work_dir: Path) -> None:
     """The same for the directory's own entries alone: locking it would already empty the file that a link names."""
     with os.scandir(work_dir) as entries:
         for entry in entries:
-            _refuse_link(entry)
+            if what := _link(entry):
+                raise _link_error(Path(entry.path), what)
 
 
-def _refuse_link(entry: os.DirEntry[str]) -> None:
+SECOND_NAME = "has a second name elsewhere (a hard link)"
+
+
+def _link(entry: os.DirEntry[str]) -> str | None:
+    """What an entry is that no run makes; None for a folder or a file of one name."""
     if entry.is_dir(follow_symlinks=False):
-        return
+        return None
     if entry.is_symlink():
-        what = "is a link"
-    elif not entry.is_file(follow_symlinks=False):
-        what = "is a pipe, a socket or a device"
-    elif _names(entry) > 1:
-        what = "has a second name elsewhere (a hard link)"
-    else:
-        return
-    raise DamagedStateError(
-        f"{entry.path}: {what}, and no run makes one. Going on would read or change what is not this run's. Delete it, "
+        return "is a link"
+    if not entry.is_file(follow_symlinks=False):
+        return "is a pipe, a socket or a device"
+    return SECOND_NAME if _names(entry) > 1 else None
+
+
+def _link_error(path: Path, what: str) -> DamagedStateError:
+    return DamagedStateError(
+        f"{path}: {what}, and no run makes one. Going on would read or change what is not this run's. Delete it, "
         "and copy here what it stands for if that is yours, or use another work_dir."
     )
 

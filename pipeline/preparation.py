@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import integrity, losses, passes, store, transfer
-from pipeline.arrays import content_features_name, gram_name, stage_arrays
+from pipeline import integrity, losses, passes, store, transfer, zarr_files
+from pipeline.arrays import CONTENT, content_features_name, gram_layer, gram_name, stage_arrays
 from pipeline.errors import ConfigError, storage
 from pipeline.losses import Gram
 from pipeline.stage import Stage, merged, positions
@@ -39,22 +40,53 @@ def _prepare(stage: Stage, folder: Path, previous_canvas: store.StageArray | Non
         integrity.require_intact([previous_canvas], stage.engine, stage.told("check"))
     store.create_stage(folder)
     _create_arrays(stage, folder)
-    content = store.open_array(folder, "content")
-    sums = {"content": transfer.ingest(stage.config.content, content, stage.engine, stage.told("content"))}
+    sums = {CONTENT: _ingest_content(stage, folder)}
     sums |= _store_style_targets(stage, folder)
     sums["canvas_0"] = _start_canvas(stage, folder, previous_canvas, sums)
     sums |= {name: store.open_array(folder, name).packed_zeros() for name in ("m_0", "v_0")}
     energies, feature_sums = _content_pass(stage, folder, sums)
-    sums |= feature_sums | store.metadata_checksums(folder)
+    sums |= feature_sums | zarr_files.metadata_checksums(folder)
     store.commit_stage(folder, stage.stage_dir)
     return Prepared(energies, sums)
 
 
-def _create_arrays(stage: Stage, folder: Path) -> None:
+def remake(stage: Stage, names: Collection[str], content_sums: str | None) -> dict[str, str]:
+    """Make inputs of a stage anew, in its partial folder; gives the checksums of all that is there then.
+
+    `names`: some of content, features and style targets. `content_sums`: of the stage's own content, if it is whole.
+    Raises what `prepare` does.
+    """
+    folder = stage.partial_dir
+    features = [name for name in names if name in map(content_features_name, stage.model.content_layers)]
+    sums: dict[str, str] = {}
+    with storage(folder):
+        store.create_stage(folder)
+        if any(gram_layer(name) for name in names):
+            sums |= _store_style_targets(stage, folder)
+        if CONTENT in names or (features and content_sums is None):
+            _create_arrays(stage, folder, {CONTENT})
+            sums[CONTENT] = _ingest_content(stage, folder)
+        elif content_sums is not None:
+            shutil.copytree(stage.stage_dir / CONTENT, folder / CONTENT)
+            sums[CONTENT] = content_sums
+        if features:
+            _create_arrays(stage, folder, set(map(content_features_name, stage.model.content_layers)))
+            sums |= _content_pass(stage, folder, sums)[1]
+        return sums | zarr_files.metadata_checksums(folder)
+
+
+def _create_arrays(stage: Stage, folder: Path, names: Collection[str] | None = None) -> None:
+    """All arrays of the stage, or those named."""
     settings = stage.config.store
     arrays = stage_arrays(stage.plan.size, settings.chunk_px, stage.config.state, stage.model.content_widths)
     for name, array in arrays.items():
-        store.create_array(folder, name, array.shape, array.chunk_px, array.form, settings.codec)
+        if names is None or name in names:
+            store.create_array(folder, name, array.shape, array.chunk_px, array.form, settings.codec)
+
+
+def _ingest_content(stage: Stage, folder: Path) -> str:
+    array = store.open_array(folder, CONTENT)
+    return transfer.ingest(stage.config.content, array, stage.engine, stage.told("content"))
 
 
 def _store_style_targets(stage: Stage, folder: Path) -> dict[str, str]:
@@ -74,7 +106,7 @@ def _store_style_targets(stage: Stage, folder: Path) -> dict[str, str]:
     for layer in stage.model.style_layers:
         target = losses.mean_gram([gram[layer] for gram in grams], weights)
         _check_finite(stage, float(target.sum()), "style", layer)
-        written[gram_name(layer)] = store.write_gram(folder, layer, target)
+        written[gram_name(layer)] = zarr_files.write_gram(folder, layer, target)
     return written
 
 

@@ -23,7 +23,9 @@ _Stage = Annotated[int, Strict(), Field(ge=0, lt=_MAX_STAGES)]
 _Side = Annotated[int, Strict(), Field(ge=1, le=MAX_SIDE_PX)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Line = Annotated[str, Strict(), StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=5000)]
-_Sums = dict[_Line, Annotated[str, Strict()]]
+# Names of arrays, and of metadata: a repair writes there.
+_File = Annotated[str, Strict(), StringConstraints(pattern=r"^([a-z0-9_]+|([a-z0-9_]+/)?zarr\.json)$")]
+_Sums = dict[_File, Annotated[str, Strict()]]
 
 
 class _Part(BaseModel):
@@ -68,6 +70,11 @@ class _Exporting(_Part):
     output: _Line
 
 
+class _CanvasLost(_Part):
+    type: Literal["canvas_lost"]
+    stage: _Stage
+
+
 class _RolledBack(_Part):
     type: Literal["rolled_back"]
     records: Annotated[int, Strict(), Field(ge=0)]
@@ -102,7 +109,7 @@ class _Begun(_Part):
     manifest: _Manifest
 
 
-_KINDS = _Begun | _StagePrepared | _Iteration | _StageDone | _SmallerTile | _Exporting | _RolledBack
+_KINDS = _Begun | _StagePrepared | _Iteration | _StageDone | _SmallerTile | _Exporting | _CanvasLost | _RolledBack
 _RECORD: TypeAdapter[Any] = TypeAdapter(Annotated[_KINDS, Field(discriminator="type")])
 _MANIFEST = TypeAdapter(_Manifest)
 

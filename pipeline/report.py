@@ -17,7 +17,8 @@ from rich.table import Table
 from pipeline.config import Config
 from pipeline.device import resolve_device
 from pipeline.plan import Plan
-from pipeline.sinks import duration
+from pipeline.sinks import count, duration
+from pipeline.verify import Report
 
 _PACKAGES = ("pipeline", "torch", "zarr", "numcodecs", "dask", "numpy", "pyvips", "pydantic")
 
@@ -92,6 +93,57 @@ def print_status(found: dict[str, Any]) -> None:
         console.print(f"last: {losses}, mean|u| {last['mean_abs_u']:.3f}")
     for output in found["exported"]:
         console.print(f"picture: {output}")
+
+
+# Lines of damage that a person reads; --json has them all.
+_MOST_LINES = 20
+
+
+def print_verify(found: Report) -> None:
+    """What a run directory holds, what is wrong with it, and what is or can be done about that."""
+    console = _console()
+    extent = f"all {found.total:,} chunks" if found.sample is None else f"{found.checked:,} of {found.total:,} chunks"
+    console.print(f"{found.work_dir}: {extent}, all descriptions, records, inputs and names")
+    if found.sample is not None:
+        share = f"{found.sample.share:.4g} of each array, --seed {found.sample.seed}"
+        console.print(f"this was a sample ({share}): damage elsewhere was not looked for")
+    for text in found.notes:
+        console.print(f"note: {text}")
+    _print_some(console, [str(problem) for problem in found.found])
+    _print_some(console, [f"{'done' if found.repaired else '--repair would'}: {text}" for text in found.steps])
+    if found.steps:
+        lost = count(found.iterations_lost, "iteration")
+        console.print(f"{'lost' if found.repaired else 'lost by that'}: {lost}, to be computed again")
+    if found.repaired and found.found:
+        console.print(f"the run goes on at stage {found.stage}, iteration {found.iteration}")
+        _print_some(console, [f"still {problem}" for problem in found.remaining])
+    if found.leftovers:
+        paths = ", ".join(map(str, found.leftovers[:3]))
+        more = "" if len(found.leftovers) <= 3 else f" and {len(found.leftovers) - 3:,} more"
+        console.print(f"left over, read by nothing: {paths}{more}")
+    if found.clean:
+        console.print("no damage" if found.sample is None else "no damage in the sample")
+
+
+def _print_some(console: Console, lines: list[str]) -> None:
+    for line in lines[:_MOST_LINES]:
+        console.print(line)
+    if len(lines) > _MOST_LINES:
+        console.print(f"and {len(lines) - _MOST_LINES:,} more (--json lists them)")
+
+
+def verdict(found: Report) -> str:
+    """Why a run directory is not clean, and what to do, in one sentence."""
+    problems = count(len(found.remaining), "damaged or foreign file")
+    if not found.repaired and found.steps:
+        remedy = "`pipeline verify --repair` does what is listed above."
+    elif any("restore" in problem.what for problem in found.remaining):
+        remedy = "Restore the inputs named above, then repair again."
+    else:
+        remedy = (
+            "Nothing here can mend that: restore the files from a copy, or delete the run directory to begin again."
+        )
+    return f"{found.work_dir}: {problems}. {remedy}"
 
 
 def print_doctor() -> None:

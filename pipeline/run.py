@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import integrity, store, transfer
+from pipeline import integrity, store, transfer, zarr_files
 from pipeline.allocator import return_freed_memory
 from pipeline.arrays import slot_names
 from pipeline.config import Config, OptimizerConfig, result_fields
@@ -91,7 +91,7 @@ def newest_canvas(work_dir: Path, position: Position, stage: int) -> store.Stage
     folder, checksums = stage_path(work_dir, stage), position.checksums[stage]
     name, *_ = slot_names(position.slots[stage])
     # A description that was changed may still describe: another height, or integers for the same bytes.
-    store.check_metadata(folder, f"{name}/{store.METADATA}", checksums[f"{name}/{store.METADATA}"])
+    zarr_files.check_metadata(folder, f"{name}/{store.METADATA}", checksums[f"{name}/{store.METADATA}"])
     return store.open_array(folder, name, checksums[name])
 
 
@@ -123,7 +123,7 @@ def _open_run(config: Config, planned: Plan, weights: WeightsSource, check: Call
     }
     records, position = standing(journal)
     if position.slots:
-        _refuse_changes(config, trusted_manifest(path, records), wanted)
+        refuse_changes(config, trusted_manifest(path, records), wanted)
         journal.repair_tail()
         return journal
     if lost_its_stages(config.work_dir, records):
@@ -139,7 +139,7 @@ def _open_run(config: Config, planned: Plan, weights: WeightsSource, check: Call
     compute = config.compute
     manifest = {
         "format": FORMAT,
-        "created": _now(),
+        "created": now(),
         "config": config.model_dump(mode="json"),
         "stages": stages,
         "threads": default_threads(compute.workers) if compute.threads == "auto" else compute.threads,
@@ -170,7 +170,8 @@ def _same_manifest(found: Mapping[str, Any] | None, manifest: Mapping[str, Any])
     return found is not None and found == {**json.loads(json.dumps(manifest)), "created": found["created"]}
 
 
-def _refuse_changes(config: Config, manifest: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]) -> None:
+def refuse_changes(config: Config, manifest: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ConfigError with every field of `wanted` that differs from the manifest."""
     changes: list[str] = []
     for section, what in (("result_fields", "value"), ("inputs", "content of the file")):
         old, new = manifest[section], wanted[section]
@@ -370,7 +371,7 @@ class _Rendering:
     def _commit(self, record: Record) -> None:
         if "checksums" in record and self.config.store.durability == "power":
             store.sync(store_path(self.config.work_dir))
-        self.journal.append({**record, "time": _now()})
+        self.journal.append({**record, "time": now()})
         self.position = self.position.after(record)
 
 
@@ -402,5 +403,6 @@ class _Speed:
         return flop * self._seconds / self._flop if self._flop else None
 
 
-def _now() -> str:
+def now() -> str:
+    """The time for records, in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")

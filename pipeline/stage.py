@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import integrity, passes, store
-from pipeline.arrays import content_features_name, gram_name, slot_names
+from pipeline import integrity, passes, store, zarr_files
+from pipeline.arrays import GRADIENT, content_features_name, gram_name, slot_names
 from pipeline.checksums import ChunkSums
 from pipeline.config import Config
 from pipeline.cost import Model
@@ -45,15 +45,16 @@ class Stage:
         return grid(*self.plan.size, self.tile_px)
 
     def check(self, slot: int, checksums: Mapping[str, str]) -> None:
-        """Raise ChunkError if anything that the next iteration reads is not what was written."""
+        """Raise ChunkError if anything that the next iteration reads is not what was written, or it has no room."""
         for name in checksums:
             if name.endswith(store.METADATA):
-                store.check_metadata(self.stage_dir, name, checksums[name])
+                zarr_files.check_metadata(self.stage_dir, name, checksums[name])
         for layer in self.model.style_layers:
-            store.read_gram(self.stage_dir, layer, checksums[gram_name(layer)])
+            zarr_files.read_gram(self.stage_dir, layer, checksums[gram_name(layer)])
         features = map(content_features_name, self.model.content_layers)
         names = (*slot_names(slot), *features)
         arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in names]
+        arrays += [store.open_array(self.stage_dir, name) for name in (*slot_names(1 - slot), GRADIENT)]
         integrity.require_intact(arrays, self.engine, self.told("check"))
 
     def gram_sums(

@@ -10,7 +10,6 @@ them checks what it reads.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,19 +25,16 @@ import zarr.codecs
 from numpy.typing import NDArray
 
 from pipeline._yaml import shown
-from pipeline.arrays import gram_name
-from pipeline.checksums import ChunkSums, checksum, grid_of, packed, unpacked
+from pipeline.checksums import ChunkSums, checksum, grid_of, packed
 from pipeline.durable import sync_file_system
 from pipeline.errors import DamagedStateError, storage
 from pipeline.formats import ENCODINGS, Encoding
-from pipeline.places import read_regular
 from pipeline.tiling import Rect, chunks_of
 
 zarr.config.set({"async.concurrency": 1})  # measured best under our own threads
 
 METADATA = "zarr.json"
-_MAX_METADATA_BYTES = 2**20  # it has 700
-_MAX_GRAM_BYTES = 2**30  # of 11,000 channels
+MAX_METADATA_BYTES = 2**20  # it has 700
 
 
 class ChunkError(DamagedStateError):
@@ -162,6 +158,15 @@ class StageArray:
             for cy, cx, part in chunks_of(rect, self.chunk_px)
         }
 
+    def check_size(self, cy: int, cx: int) -> None:
+        """Raise ChunkError for a chunk that is not there or, uncompressed, has not its size; nothing is read."""
+        path = self.chunk_path(cy, cx)
+        if self.raw:
+            with self._opened_chunk(path, os.O_RDONLY):
+                pass
+        elif not path.is_file():
+            raise ChunkError(path, "missing", "is missing")
+
     def valid_part(self, cy: int, cx: int) -> tuple[slice, slice]:
         """The slices of a chunk that lie inside the array: its border padding is nobody's pixels."""
         rows = min(self.chunk_px, self.shape[0] - cy * self.chunk_px)
@@ -192,15 +197,13 @@ class StageArray:
             os.close(descriptor)
 
     def _decoded_chunk(self, cy: int, cx: int) -> NDArray[Any]:
-        path = self.chunk_path(cy, cx)
-        if not path.is_file():
-            raise ChunkError(path, "missing", "is missing")
+        self.check_size(cy, cx)
         full = np.zeros(self.chunk_shape, self.dtype)
         try:
-            with storage(path):
+            with storage(self.path):
                 block = np.asarray(_open_zarr(self.path).get_block_selection((cy, cx, 0)))
         except (RuntimeError, ValueError) as error:
-            raise ChunkError(path, "changed", f"cannot be decoded ({error})") from error
+            raise ChunkError(self.chunk_path(cy, cx), "changed", f"cannot be decoded ({error})") from error
         full[: block.shape[0], : block.shape[1]] = block
         return full
 
@@ -232,30 +235,37 @@ def create_array(stage_dir: Path, name: str, shape: tuple[int, int, int], chunk_
     needs room), zstd or lz4. Raises StorageError.
     """
     with storage(stage_dir / name):
-        array = zarr.create_array(
-            stage_dir / name,
-            shape=shape,
-            chunks=(chunk_px, chunk_px, shape[2]),
-            dtype="uint16" if form in ENCODINGS else form,
-            compressors=_compressors(codec),
-            fill_value=0,
-            attributes={"encoding": form} if form in ENCODINGS else None,
-            dimension_names=("y", "x", "c"),
-            config={"write_empty_chunks": True},
-        )
+        array = new_array(stage_dir / name, shape, chunk_px, form, codec)
         if codec != "none":
             array[...] = 0
             return
         opened = open_array(stage_dir, name)
         chunk_bytes = int(np.prod(opened.chunk_shape)) * opened.dtype.itemsize
         for cy, cx in opened.chunk_indices():
-            _preallocate(opened.chunk_path(cy, cx), chunk_bytes)
+            preallocate(opened.chunk_path(cy, cx), chunk_bytes)
 
 
-def _preallocate(path: Path, size: int) -> None:
+def new_array(target: Any, shape: tuple[int, int, int], chunk_px: int, form: str, codec: str) -> Any:
+    """An (H, W, C) zarr array without chunks, in a folder or in whatever else zarr takes for a store."""
+    return zarr.create_array(
+        target,
+        shape=shape,
+        chunks=(chunk_px, chunk_px, shape[2]),
+        dtype="uint16" if form in ENCODINGS else form,
+        compressors=_compressors(codec),
+        fill_value=0,
+        attributes={"encoding": form} if form in ENCODINGS else None,
+        dimension_names=("y", "x", "c"),
+        config={"write_empty_chunks": True},
+    )
+
+
+def preallocate(path: Path, size: int) -> None:
+    """Make a file of zeros that have their place on the disk; one that is there keeps its beginning."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644)
     try:
+        os.ftruncate(descriptor, size)
         os.posix_fallocate(descriptor, 0, size)
     finally:
         os.close(descriptor)
@@ -280,7 +290,7 @@ def open_array(stage_dir: Path, name: str, checksums: str | None = None) -> Stag
     with storage(path / METADATA):
         try:
             metadata = (path / METADATA).stat()
-            if metadata.st_size > _MAX_METADATA_BYTES:
+            if metadata.st_size > MAX_METADATA_BYTES:
                 raise ValueError(f"it has {metadata.st_size:,} bytes")
             array = _open_array(path, metadata.st_mtime_ns)
             if checksums is None:
@@ -304,54 +314,6 @@ def _open_array(path: Path, _modified_ns: int) -> StageArray:
     raw = len(metadata.codecs) == 1  # only the bytes codec
     encoding = ENCODINGS[str(array.attrs["encoding"])] if "encoding" in array.attrs else None
     return StageArray(path, (height, width, channels), array.chunks[0], np.dtype(array.dtype), raw, pattern, encoding)
-
-
-def metadata_checksums(stage_dir: Path) -> dict[str, str]:
-    """The checksum of every metadata file of a stage, under its path within the stage."""
-    paths = sorted(stage_dir.glob(METADATA)) + sorted(stage_dir.glob(f"*/{METADATA}"))
-    return {str(path.relative_to(stage_dir)): packed([checksum(path.read_bytes())]) for path in paths}
-
-
-def check_metadata(stage_dir: Path, name: str, checksums: str) -> None:
-    """Raise ChunkError if a metadata file is not what was written, StorageError if the disk refuses."""
-    _read_checked(stage_dir / name, checksums)
-
-
-def _read_checked(path: Path, checksums: str) -> bytes:
-    """A whole small file, which must be what was written."""
-    with storage(path):
-        try:
-            data = read_regular(path, _MAX_METADATA_BYTES if path.name == METADATA else _MAX_GRAM_BYTES)
-            intact = checksum(data) == unpacked(checksums)[0]
-        except FileNotFoundError as error:
-            raise ChunkError(path, "missing", "is missing") from error
-        except (ValueError, IndexError):  # another kind of file, or a checksum that is none
-            intact = False
-    if not intact:
-        raise ChunkError(path, "changed", "is not what was written there")
-    return data
-
-
-def write_gram(stage_dir: Path, layer: str, gram_CC: NDArray[np.float64]) -> str:
-    """Store the style target of one layer, (C, C) float64; gives its packed checksum. Raises StorageError."""
-    with storage(stage_dir / gram_name(layer)):
-        array = zarr.create_array(
-            stage_dir / gram_name(layer),
-            shape=gram_CC.shape,
-            chunks=gram_CC.shape,  # one file, which is there or not
-            dtype="float64",
-            compressors=None,
-            config={"write_empty_chunks": True},
-        )
-        array[...] = gram_CC
-    return packed([checksum(np.ascontiguousarray(gram_CC))])
-
-
-def read_gram(stage_dir: Path, layer: str, checksums: str) -> NDArray[np.float64]:
-    """The style target of one layer. Raises ChunkError if it is not there or not what was written."""
-    data = _read_checked(stage_dir / gram_name(layer) / "c" / "0" / "0", checksums)
-    side = math.isqrt(len(data) // 8)
-    return np.frombuffer(data, "<f8").reshape(side, side)
 
 
 def create_stage(stage_dir: Path) -> None:

@@ -74,6 +74,12 @@ def find_weights(
     return WeightsSource(path, seed, read_widths(path), sha256_of(path, check))
 
 
+def weights_path(name: str, path: Path | None) -> Path | None:
+    """The file that `find_weights` would read, there or not; None for random weights."""
+    path = path or PACKAGED.get(name)
+    return path if path is not None or name == "random" else _vgg19_path()
+
+
 def widths_for_plan(name: str, path: Path | None, max_bytes: int = MAX_BYTES) -> Mapping[str, int]:
     """Channel widths of the network that `find_weights` would give, without downloading anything.
 
@@ -158,9 +164,7 @@ def download_vgg19(sink: Sink, check: Callable[[], None]) -> Path:
 
     Raises InputError, saying what to do, when there is no network or the file is not what it should be; StorageError.
     """
-    import torch  # noqa: PLC0415 - only to know the hub folder
-
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG19_URL).name
+    path = _vgg19_path()
     if path.is_file():
         return path
     sink(Note(f"downloading VGG-19's weights, {VGG19_FILE_BYTES / 2**20:.0f} MiB, to {path}"))
@@ -178,6 +182,12 @@ def download_vgg19(sink: Sink, check: Callable[[], None]) -> Path:
             f"put it at {path}, or name a weights file in network.weights."
         ) from error
     return path
+
+
+def _vgg19_path() -> Path:
+    import torch  # noqa: PLC0415 - only to know the hub folder
+
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG19_URL).name
 
 
 def sha256_of(path: Path, check: Callable[[], None] = lambda: None) -> str:

@@ -38,10 +38,11 @@ from pipeline.preparation import Prepared, prepare
 from pipeline.progress import ignore
 from pipeline.run import newest_canvas
 from pipeline.stage import Stage
-from pipeline.store import open_array, read_gram
+from pipeline.store import open_array
 from pipeline.survey import plan
 from pipeline.tiling import Rect
 from pipeline.weights import NetworkSpec, find_weights
+from pipeline.zarr_files import read_gram
 
 EXACT = 1e-10
 DEFAULT_STYLE = {f"conv{block}_1": 0.2 for block in range(1, 6)}

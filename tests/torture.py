@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from e2e import Child, Event, Nursery, canvases, gradient_tiles, journal, keys_of, leftovers, results, write_run
+from e2e import Child, Event, Nursery, canvases, gradient_tiles, keys_of, leftovers, results, write_run
 from syscalls import HALVED, Call, Verdict, Watch
 
 KILLED = -signal.SIGKILL
@@ -109,31 +109,13 @@ class Score:
 
 def damage(work_dir: Path) -> list[str]:
     """What is wrong with the state that a run left in `work_dir`, by its own checksums; nothing if it can go on."""
-    from pipeline import integrity, store
-    from pipeline import journal as journals
-    from pipeline.engine import Engine
+    from pipeline import verify
     from pipeline.errors import PipelineError
-    from pipeline.manifest import read_manifest
-    from pipeline.run import stage_path
 
+    if not {"manifest.json", "journal.jsonl"} & {path.name for path in work_dir.glob("*")}:
+        return []  # killed before it had begun
     try:
-        position = journals.position_of(journals.Journal(work_dir / "journal.jsonl").read())
-        if journal(work_dir):
-            read_manifest(work_dir / "manifest.json")
-        arrays = []
-        for stage, slot in position.slots.items():
-            folder = stage_path(work_dir, stage)
-            sums = position.checksums[stage]
-            stale = {f"{name}_{1 - slot}" for name in ("canvas", "m", "v")}
-            for name in sums.keys() - stale:
-                if name.endswith(store.METADATA):
-                    store.check_metadata(folder, name, sums[name])
-                elif name.startswith("gram_"):
-                    store.read_gram(folder, name.removeprefix("gram_"), sums[name])
-                elif not name.startswith("gradient"):
-                    arrays.append(store.open_array(folder, name, sums[name]))
-        with Engine(1) as engine:
-            return [str(error) for error in integrity.damage(arrays, engine, lambda *_: None)]
+        return [str(problem) for problem in verify(work_dir).remaining]
     except PipelineError as error:
         return [str(error)]
 

@@ -1,0 +1,114 @@
+"""The single files of a stage: metadata and style targets, written, checked, and made anew as they were."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from pipeline import store
+from pipeline.arrays import ArraySpec, gram_name
+from pipeline.checksums import checksum, packed, unpacked
+from pipeline.durable import sync_folder
+from pipeline.errors import storage
+from pipeline.places import read_regular
+from pipeline.store import MAX_METADATA_BYTES, METADATA, ChunkError, StageArray
+
+_MAX_GRAM_BYTES = 2**30  # of 11,000 channels
+
+
+def metadata_checksums(stage_dir: Path) -> dict[str, str]:
+    """The checksum of every metadata file of a stage, under its path within the stage."""
+    paths = sorted(stage_dir.glob(METADATA)) + sorted(stage_dir.glob(f"*/{METADATA}"))
+    return {str(path.relative_to(stage_dir)): packed([checksum(path.read_bytes())]) for path in paths}
+
+
+def check_metadata(stage_dir: Path, name: str, checksums: str) -> None:
+    """Raise ChunkError if a metadata file is not what was written, StorageError if the disk refuses."""
+    _read_checked(stage_dir / name, checksums)
+
+
+def _read_checked(path: Path, checksums: str) -> bytes:
+    """A whole small file, which must be what was written."""
+    with storage(path):
+        try:
+            data = read_regular(path, MAX_METADATA_BYTES if path.name == METADATA else _MAX_GRAM_BYTES)
+            intact = checksum(data) == unpacked(checksums)[0]
+        except FileNotFoundError as error:
+            raise ChunkError(path, "missing", "is missing") from error
+        except (ValueError, IndexError):  # another kind of file, or a checksum that is none
+            intact = False
+    if not intact:
+        raise ChunkError(path, "changed", "is not what was written there")
+    return data
+
+
+def write_gram(stage_dir: Path, layer: str, gram_CC: NDArray[np.float64]) -> str:
+    """Store the style target of one layer, (C, C) float64; gives its packed checksum. Raises StorageError."""
+    with storage(stage_dir / gram_name(layer)):
+        array = zarr.create_array(
+            stage_dir / gram_name(layer),
+            shape=gram_CC.shape,
+            chunks=gram_CC.shape,  # one file, which is there or not
+            dtype="float64",
+            compressors=None,
+            config={"write_empty_chunks": True},
+        )
+        array[...] = gram_CC
+    return packed([checksum(np.ascontiguousarray(gram_CC))])
+
+
+def read_gram(stage_dir: Path, layer: str, checksums: str) -> NDArray[np.float64]:
+    """The style target of one layer. Raises ChunkError if it is not there or not what was written."""
+    data = _read_checked(stage_dir / gram_name(layer) / "c" / "0" / "0", checksums)
+    side = math.isqrt(len(data) // 8)
+    return np.frombuffer(data, "<f8").reshape(side, side)
+
+
+def group_metadata() -> bytes:
+    """The metadata file of every group of a run."""
+    files: dict[str, Any] = {}
+    zarr.create_group(files, zarr_format=3)
+    return bytes(files[METADATA].to_bytes())
+
+
+def array_metadata(spec: ArraySpec, codec: str) -> bytes:
+    """The metadata file of an array of a stage."""
+    files: dict[str, Any] = {}
+    store.new_array(files, spec.shape, spec.chunk_px, spec.form, codec)
+    return bytes(files[METADATA].to_bytes())
+
+
+def write_metadata(path: Path, data: bytes) -> None:
+    """Write a metadata file aside, sync it, and give it its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def make_room_again(array: StageArray, cy: int, cx: int) -> None:
+    """Make the file of a chunk anew whose content is nobody's."""
+    path = array.chunk_path(cy, cx)
+    path.unlink(missing_ok=True)  # its sectors may be what is bad
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if array.raw:
+        store.preallocate(path, int(np.prod(array.chunk_shape)) * array.dtype.itemsize)
+    else:
+        array.write_chunk(cy, cx, np.zeros(array.chunk_shape, array.dtype))
+
+
+def replace_array(source: Path, target: Path) -> None:
+    """Put an array that was made anew in the place of a damaged one."""
+    shutil.rmtree(target, ignore_errors=True)
+    source.replace(target)
