@@ -171,6 +171,8 @@ def suffer(nursery: Nursery, folder: Path, plan: Plan, unbroken: Unbroken) -> Sc
             score.problems += damage(work_dir)
             if tree(picture) not in ({}, unbroken.ending.picture):
                 score.problems.append("half a picture")
+            if score.problems:
+                break  # whether it says so itself is seen at the next start
         if score.code == KILLED:
             score.add(start(nursery, config))
         if score.code == 0:

@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tiff": {"output": "out.tif"},
     "deepzoom": {"output": "out.dz", "init": "noise"},
     "ome-zarr": {"output": "out.zarr", "store": {"chunk_px": 32, "codec": "zstd"}},
-    "power": {"output": "out.png", "store": {"chunk_px": 32, "durability": "power"}},
+    "power": {"output": "out.png", "store": {"chunk_px": 32, "durability": "power", "state_dtype": "compact"}},
 }
 
 
