@@ -1,0 +1,196 @@
+"""Peak resident memory of every phase of a run, by size of the canvas, beside what the plan projected.
+
+Two stages (half the size, then the size), one iteration each, an export to a TIFF pyramid, and one to DeepZoom. Every
+run is a process of its own; the kernel's mark of its peak (VmHWM) is reset whenever another phase begins. `--cap` runs
+it where the kernel gives it no more: `data` limits its private memory (RLIMIT_DATA), `cgroup` all of it, page cache
+included (needs root and cgroup v1).
+
+    python tools/bench_phases.py --sizes 4096,8192,16384 --limit 2GiB --json phases.json
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import psutil
+import pyvips
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+import pipeline
+
+PIPELINE = Path(sys.executable).with_name("pipeline")
+CGROUP = Path("/sys/fs/cgroup/memory/pipeline-bench")
+# What the program calls its work, and the phase of the plan that it belongs to.
+PHASES = {
+    "content": "ingest",
+    "style": "ingest",
+    "style Gram": "tiles",
+    "canvas": "upsample",
+    "content features": "tiles",
+    "Gram pass": "tiles",
+    "gradient pass": "tiles",
+    "update pass": "tiles",
+    "check": "tiles",
+    "export": "export",
+    "export to DeepZoom": "export",
+}
+
+
+class PeakOf:
+    """The peak resident memory of a process, phase by phase."""
+
+    def __init__(self, pid: int):
+        self.peaks: dict[str, int] = {}
+        self._proc, self._phase = Path(f"/proc/{pid}"), "start"
+
+    def enter(self, phase: str) -> None:
+        """What follows belongs to `phase`."""
+        if phase != self._phase:
+            self.note()
+            self._phase = phase
+            (self._proc / "clear_refs").write_text("5")
+
+    def note(self) -> None:
+        """Keep the peak so far; a process that has just ended leaves none."""
+        try:
+            lines = (self._proc / "status").read_text().splitlines()
+        except OSError:
+            return
+        for line in lines:
+            if line.startswith("VmHWM"):
+                self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), int(line.split()[1]) * 1024)
+
+
+def capped(cap: str, limit: int) -> list[str]:
+    """The command that runs another in bounded memory."""
+    if cap == "data":
+        return ["prlimit", f"--data={limit}"]
+    return ["sh", "-c", f'echo $$ > {CGROUP}/cgroup.procs && exec "$@"', "sh"] if cap == "cgroup" else []
+
+
+def watch(command: list[str], first: str) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """(peak bytes of every phase, all iterations) of a command that writes JSON events."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        assert process.stderr is not None
+        peak = PeakOf(process.pid)
+        peak.enter(first)
+        threading.Thread(target=_sample, args=(process, peak), daemon=True).start()
+        iterations = []
+        for line in process.stderr:
+            if not line.startswith("{"):
+                log.write(line)
+                continue
+            event = json.loads(line)
+            if event["event"] == "WorkDone" and first == "start":
+                peak.enter(event["what"])
+            if event["event"] == "IterationDone":
+                iterations.append(event)
+        if process.wait() != 0:
+            log.seek(0)
+            raise click.ClickException(f"{' '.join(command)} ended with {process.returncode}:\n{log.read()}")
+        return peak.peaks, iterations
+
+
+def _sample(process: subprocess.Popen[str], peak: PeakOf) -> None:
+    """The mark is gone with the process, so it is looked at often."""
+    while process.poll() is None:
+        peak.note()
+        time.sleep(0.02)
+
+
+def measure(folder: Path, size: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Planned and measured bytes of all phases at one size, and the iterations."""
+    config = folder / f"{size}.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "content": str(options["content"] or folder / "content.jpg"),
+                "styles": [{"image": str(options["style"] or folder / "style.jpg")}],
+                "output": f"{size}.tif",
+                "work_dir": f"{size}.run",
+                "size": size,
+                "initial_size": -(-size // 2),
+                "network": {"name": "vgg19-lite"},
+                "optimizer": {"max_iterations": 1},
+                "compute": {"device": "cpu"},
+                "memory": {"limit": options["limit"]},
+                "store": {"state_dtype": options["state_dtype"]},
+            }
+        ),
+        encoding="utf-8",
+    )
+    planned = pipeline.plan(pipeline.load_config(config))
+    cap = capped(options["cap"], planned.memory_limit_bytes)
+    peaks, iterations = watch([*cap, str(PIPELINE), "run", "-c", str(config), "--log-format", "json"], "start")
+    deep_zoom = [*cap, str(PIPELINE), "export", "-c", str(config), "-o", str(folder / f"{size}.dz")]
+    peaks |= watch(deep_zoom, "export to DeepZoom")[0]
+    subprocess.run(["rm", "-rf", *map(str, folder.glob(f"{size}[._]*"))], check=True)
+    return {"size": size, "tile_px": planned.tile_px, "planned": planned.host_bytes, "peaks": peaks} | {
+        "iterations": [{key: one[key] for key in ("stage", "seconds", "busy")} for one in iterations]
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The tables: MiB of every phase by size, then time per pixel."""
+    table = Table(title="peak MiB (planned)")
+    table.add_column("phase")
+    for row in rows:
+        table.add_column(f"{row['size']:,} px", justify="right")
+    for what, phase in PHASES.items():
+        cells = [(row["peaks"].get(what), row["planned"][phase]) for row in rows]
+        table.add_row(what, *(f"{peak / 2**20:.0f} ({plan / 2**20:.0f})" if peak else "" for peak, plan in cells))
+    most = [(max(row["peaks"].values()), max(row["planned"].values())) for row in rows]
+    table.add_row("all", *(f"{peak / 2**20:.0f} ({plan / 2**20:.0f}, {plan / peak:.2f}×)" for peak, plan in most))
+    times = Table(title="seconds per megapixel and iteration, last stage")
+    for column in ("canvas", "tile", "Gram", "gradient", "update", "all"):
+        times.add_column(column, justify="right")
+    for row in rows:
+        seconds, megapixels = row["iterations"][-1]["seconds"], row["size"] ** 2 / 1e6
+        parts = [seconds.get(name, 0.0) / megapixels for name in ("gram", "gradient", "update")]
+        times.add_row(f"{row['size']:,}", f"{row['tile_px']:,}", *(f"{part:.3f}" for part in (*parts, sum(parts))))
+    Console().print(table, times)
+
+
+@click.command()
+@click.option("--sizes", default="2048,4096", show_default=True, help="Long sides in px.")
+@click.option("--limit", default="2GiB", show_default=True, help="memory.limit")
+@click.option("--state-dtype", type=click.Choice(["float", "compact"]), default="float", show_default=True)
+@click.option("--cap", type=click.Choice(["none", "data", "cgroup"]), default="none", show_default=True)
+@click.option("--content", type=click.Path(path_type=Path), help="A picture; default a square of noise.")
+@click.option("--style", type=click.Path(path_type=Path), help="A picture; default noise.")
+@click.option(
+    "--folder", type=click.Path(path_type=Path, file_okay=False), help="Where to work; default a temporary one."
+)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
+def main(sizes: str, folder: Path | None, json_path: Path | None, **options: Any) -> None:
+    """Print planned and measured memory of every phase."""
+    if options["cap"] == "cgroup":
+        CGROUP.mkdir(exist_ok=True)
+        (CGROUP / "memory.limit_in_bytes").write_text(options["limit"].replace("iB", "").lower())
+    rows = []
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        for image in ("content", "style"):
+            noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype="uint8")
+            pyvips.Image.new_from_array(noise).write_to_file(f"{name}/{image}.jpg")
+        for size in map(int, sizes.split(",")):
+            rows.append(measure(Path(name), size, options))
+            show(rows)
+            if json_path:
+                machine = f"{psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+                json_path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
