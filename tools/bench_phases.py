@@ -1,7 +1,7 @@
 """Peak resident memory of every phase of a run, by size of the canvas, beside what the plan projected.
 
 Two stages (half the size, then the size), one iteration each, an export to a TIFF pyramid, and one to DeepZoom. Every
-run is a process of its own; the kernel's mark of its peak (VmHWM) is reset whenever another phase begins. `--cap` runs
+run is a process of its own; the kernel's mark of its peak (VmHWM) is reset whenever a phase has ended. `--cap` runs
 it where the kernel gives it no more: `data` limits its private memory (RLIMIT_DATA), `cgroup` all of it, page cache
 included (needs root and cgroup v1).
 
@@ -10,12 +10,14 @@ included (needs root and cgroup v1).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +50,36 @@ PHASES = {
 
 
 class PeakOf:
-    """The peak resident memory of a process, phase by phase."""
+    """The peak resident memory and the time of a process, phase by phase.
 
-    def __init__(self, pid: int):
+    A phase tells of itself when a piece of it is done, so what is seen belongs to the phase that tells next.
+    """
+
+    def __init__(self, pid: int, told: Callable[[str], None]):
         self.peaks: dict[str, int] = {}
-        self._proc, self._phase = Path(f"/proc/{pid}"), "start"
+        self.seconds: dict[str, float] = {}
+        self._proc, self._told = Path(f"/proc/{pid}"), told
+        self._mark, self._since = 0, time.monotonic()
+        self._lock = threading.Lock()
 
-    def enter(self, phase: str) -> None:
-        """What follows belongs to `phase`."""
-        if phase != self._phase:
-            self.note()
-            self._phase = phase
-            (self._proc / "clear_refs").write_text("5")
+    def look(self) -> None:
+        """Keep the mark as it is now; a process that has just ended leaves none."""
+        with self._lock, contextlib.suppress(OSError):
+            for line in (self._proc / "status").read_text().splitlines():
+                if line.startswith("VmHWM"):
+                    self._mark = int(line.split()[1]) * 1024
 
-    def note(self) -> None:
-        """Keep the peak so far; a process that has just ended leaves none."""
-        try:
-            lines = (self._proc / "status").read_text().splitlines()
-        except OSError:
-            return
-        for line in lines:
-            if line.startswith("VmHWM"):
-                self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), int(line.split()[1]) * 1024)
+    def done(self, phase: str, last: bool) -> None:
+        """A piece of `phase` is done; if it is the last one, what follows belongs to another."""
+        self.look()
+        now = time.monotonic()
+        self.peaks[phase] = max(self.peaks.get(phase, 0), self._mark)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+        self._since = now
+        if last:
+            self._told(f"{phase}: {self.peaks[phase] / 2**20:.0f} MiB, {self.seconds[phase]:.1f} s")
+            with self._lock, contextlib.suppress(OSError):
+                (self._proc / "clear_refs").write_text("5")
 
 
 def capped(cap: str, limit: int) -> list[str]:
@@ -79,13 +89,12 @@ def capped(cap: str, limit: int) -> list[str]:
     return ["sh", "-c", f'echo $$ > {CGROUP}/cgroup.procs && exec "$@"', "sh"] if cap == "cgroup" else []
 
 
-def watch(command: list[str], first: str) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """(peak bytes of every phase, all iterations) of a command that writes JSON events."""
+def watch(command: list[str], name: str) -> tuple[PeakOf, list[dict[str, Any]]]:
+    """(peak bytes and seconds of every phase, all iterations) of a command that writes JSON events, or none."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         assert process.stderr is not None
-        peak = PeakOf(process.pid)
-        peak.enter(first)
+        peak = PeakOf(process.pid, lambda line: print(f"{time.strftime('%H:%M:%S')} {name}: {line}", flush=True))
         threading.Thread(target=_sample, args=(process, peak), daemon=True).start()
         iterations = []
         for line in process.stderr:
@@ -93,20 +102,20 @@ def watch(command: list[str], first: str) -> tuple[dict[str, int], list[dict[str
                 log.write(line)
                 continue
             event = json.loads(line)
-            if event["event"] == "WorkDone" and first == "start":
-                peak.enter(event["what"])
+            if event["event"] == "WorkDone":
+                peak.done(event["what"], event["done"] == event["total"])
             if event["event"] == "IterationDone":
                 iterations.append(event)
         if process.wait() != 0:
             log.seek(0)
             raise click.ClickException(f"{' '.join(command)} ended with {process.returncode}:\n{log.read()}")
-        return peak.peaks, iterations
+        return peak, iterations
 
 
 def _sample(process: subprocess.Popen[str], peak: PeakOf) -> None:
     """The mark is gone with the process, so it is looked at often."""
     while process.poll() is None:
-        peak.note()
+        peak.look()
         time.sleep(0.02)
 
 
@@ -133,12 +142,18 @@ def measure(folder: Path, size: int, options: dict[str, Any]) -> dict[str, Any]:
     )
     planned = pipeline.plan(pipeline.load_config(config))
     cap = capped(options["cap"], planned.memory_limit_bytes)
-    peaks, iterations = watch([*cap, str(PIPELINE), "run", "-c", str(config), "--log-format", "json"], "start")
+    run, iterations = watch([*cap, str(PIPELINE), "run", "-c", str(config), "--log-format", "json"], f"{size:,} px")
     deep_zoom = [*cap, str(PIPELINE), "export", "-c", str(config), "-o", str(folder / f"{size}.dz")]
-    peaks |= watch(deep_zoom, "export to DeepZoom")[0]
+    export, _ = watch(deep_zoom, f"{size:,} px")
+    export.done("export to DeepZoom", True)  # it tells of nothing
     subprocess.run(["rm", "-rf", *map(str, folder.glob(f"{size}[._]*"))], check=True)
-    return {"size": size, "tile_px": planned.tile_px, "planned": planned.host_bytes, "peaks": peaks} | {
-        "iterations": [{key: one[key] for key in ("stage", "seconds", "busy")} for one in iterations]
+    return {
+        "size": size,
+        "tile_px": planned.tile_px,
+        "planned": planned.host_bytes,
+        "peaks": run.peaks | export.peaks,
+        "seconds": run.seconds | export.seconds,
+        "iterations": [{key: one[key] for key in ("stage", "seconds", "busy")} for one in iterations],
     }
 
 
