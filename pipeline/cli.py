@@ -18,6 +18,7 @@ from pipeline import report, timeline
 from pipeline._yaml import printable
 from pipeline.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.interrupts import drop_unwritable_stdout, steadfast_stderr, stop_on_signals
+from pipeline.sections import ExportConfig
 from pipeline.sinks import make_sink, with_profile
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -214,7 +215,7 @@ def export(
     **options: Any,
 ) -> None:
     """Write the canvas of any stage as a picture, at any time."""
-    export_config = config_module.ExportConfig.model_validate({**options, "bits": int(options["bits"])})
+    export_config = ExportConfig.model_validate({**options, "bits": int(options["bits"])})
     work_dir = _work_dir(config_path, overrides, run_dir)
     with make_sink("auto") as sink, stop_on_signals(sink) as stop:
         path = pipeline.export(

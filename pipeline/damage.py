@@ -16,8 +16,8 @@ from pipeline.checksums import checksum, unpacked
 from pipeline.engine import Engine
 from pipeline.integrity import CheckSpec, Finding, OnProgress
 from pipeline.journal import Position
+from pipeline.opening import stage_path
 from pipeline.places import store_path
-from pipeline.run import stage_path
 from pipeline.store import METADATA, ChunkError, StageArray
 from pipeline.zarr_files import group_metadata
 

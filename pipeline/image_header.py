@@ -17,8 +17,8 @@ import pyvips
 from pipeline import _tiff
 from pipeline._fields import MAX_SIDE_PX, bytes_text
 from pipeline._yaml import shown
-from pipeline.config import LimitsConfig
 from pipeline.errors import MISPLACED, InputError, storage_error
+from pipeline.sections import LimitsConfig
 from pipeline.streams import FileSource, reason
 
 # Loaders that read pixels and nothing else, by libvips' name of their class. Blocking libvips' untrusted ones alone

@@ -13,9 +13,10 @@ from pipeline.engine import Engine
 from pipeline.errors import DamagedStateError
 from pipeline.journal import Journal, JournalState, Position, checked_position
 from pipeline.manifest import OtherFormatError, begun_manifest, read_manifest
+from pipeline.opening import journal_path, lost_its_stages, manifest_path, refuse_changes
 from pipeline.places import links_in_store, store_path
 from pipeline.progress import Sink, WorkDone
-from pipeline.run import end_reason, journal_path, lost_its_stages, manifest_path, refuse_changes
+from pipeline.run import end_reason
 from pipeline.weights import sha256_of, weights_path
 
 

@@ -24,9 +24,10 @@ from pipeline.errors import PipelineError
 from pipeline.inspection import Findings
 from pipeline.journal import Journal, Position, Record, position_of
 from pipeline.manifest import begun_manifest, write_manifest
+from pipeline.opening import journal_path, manifest_path, newest_canvas, now, stage_path
 from pipeline.places import SECOND_NAME, store_path, taken
 from pipeline.progress import Sink
-from pipeline.run import Tools, journal_path, make_stage, manifest_path, newest_canvas, now, stage_path
+from pipeline.run import Tools, make_stage
 from pipeline.store import METADATA, ChunkError
 from pipeline.survey import plan_on
 from pipeline.weights import find_weights, widths_for_plan

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import gc
-import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipeline import integrity, store, transfer, zarr_files
+from pipeline import integrity, store, transfer
 from pipeline.allocator import return_freed_memory
-from pipeline.arrays import slot_names
-from pipeline.config import Config, OptimizerConfig, result_fields
+from pipeline.config import Config
 from pipeline.cost import WORKERS, model_of
-from pipeline.device import Device, default_threads, resolve_device
+from pipeline.device import Device, resolve_device
 from pipeline.engine import Engine
-from pipeline.errors import ConfigError, DamagedStateError, DeviceMemoryError, storage
+from pipeline.errors import ConfigError, DeviceMemoryError, storage
 from pipeline.journal import Journal, Position, Record, RunLock, standing
 from pipeline.layers import ceil_to
-from pipeline.manifest import FORMAT, begun_manifest, read_manifest, trusted_manifest, write_manifest
+from pipeline.manifest import read_manifest
+from pipeline.opening import manifest_path, newest_canvas, now, open_run, stage_path
 from pipeline.places import refuse_links, store_path, taken
 from pipeline.plan import Plan, StagePlan
 from pipeline.progress import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
+from pipeline.sections import OptimizerConfig
 from pipeline.survey import check_space, make_work_dir, plan_on
-from pipeline.weights import NetworkSpec, WeightsSource, find_weights, sha256_of
+from pipeline.weights import NetworkSpec, WeightsSource, find_weights
 
 if TYPE_CHECKING:
     from pipeline.iteration import IterationResult
@@ -58,7 +56,7 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
         refuse_links(config.work_dir)
         check = engine.raise_if_stopped
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, check)
-        journal = _open_run(config, planned, weights, check)
+        journal = open_run(config, planned, weights, check)
         rendering = _Rendering(config, planned, device, weights, engine, sink, journal)
         rendering.refuse_foreign_output(force)
         rendering.render()
@@ -79,112 +77,6 @@ def _engine(config: Config, lock: RunLock, sink: Sink, stop: threading.Event | N
     from pipeline.engine_processes import ProcessEngine  # noqa: PLC0415 - brings distributed, for this case only
 
     return ProcessEngine(config.compute.workers, WORKERS, stop, lock.descriptor, lambda message: sink(Note(message)))
-
-
-def stage_path(work_dir: Path, stage: int) -> Path:
-    """The Zarr group of one stage."""
-    return store_path(work_dir) / f"stage_{stage}"
-
-
-def newest_canvas(work_dir: Path, position: Position, stage: int) -> store.StageArray:
-    """The canvas of `stage` after its last committed iteration; it checks itself. Raises ChunkError."""
-    folder, checksums = stage_path(work_dir, stage), position.checksums[stage]
-    name, *_ = slot_names(position.slots[stage])
-    # A description that was changed may still describe: another height, or integers for the same bytes.
-    zarr_files.check_metadata(folder, f"{name}/{store.METADATA}", checksums[f"{name}/{store.METADATA}"])
-    return store.open_array(folder, name, checksums[name])
-
-
-def journal_path(work_dir: Path) -> Path:
-    """The journal of a run."""
-    return work_dir / "journal.jsonl"
-
-
-def manifest_path(work_dir: Path) -> Path:
-    """The manifest of a run."""
-    return work_dir / "manifest.json"
-
-
-def _open_run(config: Config, planned: Plan, weights: WeightsSource, check: Callable[[], None]) -> Journal:
-    """The journal of the run directory; begins a run there, or checks that it is the run of this config.
-
-    `check` is called while files are read, and may raise to give up.
-    Raises ConfigError listing every field whose change would change the picture, SpaceError.
-    """
-    journal = Journal(journal_path(config.work_dir))
-    path = manifest_path(config.work_dir)
-    wanted: dict[str, dict[str, Any]] = {
-        "result_fields": result_fields(config),
-        "inputs": {
-            "content": sha256_of(config.content, check),
-            **{f"styles.{index}.image": sha256_of(style.image, check) for index, style in enumerate(config.styles)},
-            "network.weights": weights.sha256,
-        },
-    }
-    records, position = standing(journal)
-    if position.slots:
-        refuse_changes(config, trusted_manifest(path, records), wanted)
-        journal.repair_tail()
-        return journal
-    if lost_its_stages(config.work_dir, records):
-        raise DamagedStateError(
-            f"{journal.path}: holds no stage, but {store_path(config.work_dir)} does, which would be rendered again. "
-            "Restore the journal from a copy, or begin again: `pipeline verify --repair` sets the store aside."
-        )
-    check_space(config, planned, 0)
-    # Nothing is prepared yet, so a config or an image that was corrected after an error is no change. The manifest
-    # comes before the store: a folder that holds anything without one is taken for somebody else's.
-    journal.repair_tail()
-    stages = [{"size": stage.size, "style_sizes": stage.style_sizes} for stage in planned.stages]
-    compute = config.compute
-    manifest = {
-        "format": FORMAT,
-        "created": now(),
-        "config": config.model_dump(mode="json"),
-        "stages": stages,
-        "threads": default_threads(compute.workers) if compute.threads == "auto" else compute.threads,
-        **wanted,
-    }
-    if not (_same_manifest(begun_manifest(records), manifest) and _same_manifest(_manifest_at(path), manifest)):
-        write_manifest(path, manifest)
-        journal.append({"type": "begun", "manifest": manifest})
-    store.create_store(store_path(config.work_dir))
-    return journal
-
-
-def lost_its_stages(work_dir: Path, records: Sequence[Record]) -> bool:
-    """Whether a journal that holds no stage once held some: `begun` comes before the store, a stage before the next."""
-    begun = begun_manifest(records) is not None
-    return stage_path(work_dir, 1).exists() or (not begun and store_path(work_dir).exists())
-
-
-def _manifest_at(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_manifest(path)
-    except DamagedStateError:
-        return None
-
-
-def _same_manifest(found: Mapping[str, Any] | None, manifest: Mapping[str, Any]) -> bool:
-    """Whether they are the same, but for the time."""
-    return found is not None and found == {**json.loads(json.dumps(manifest)), "created": found["created"]}
-
-
-def refuse_changes(config: Config, manifest: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ConfigError with every field of `wanted` that differs from the manifest."""
-    changes: list[str] = []
-    for section, what in (("result_fields", "value"), ("inputs", "content of the file")):
-        old, new = manifest[section], wanted[section]
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                was = f" was {old.get(key)}, is {new.get(key)}" if what == "value" else f" the {what} has changed"
-                changes.append(f"  {key}:{was}")
-    if changes:
-        raise ConfigError(
-            f"{config.work_dir} holds a run of another config, and going on would mix two pictures. Changed:\n"
-            + "\n".join(changes)
-            + "\nPut these back, or give the new config its own work_dir, or delete the old one."
-        )
 
 
 @dataclass(frozen=True)
@@ -401,8 +293,3 @@ class _Speed:
 
     def seconds_for(self, flop: int) -> float | None:
         return flop * self._seconds / self._flop if self._flop else None
-
-
-def now() -> str:
-    """The time for records, in UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -9,16 +9,16 @@ from typing import Any
 
 from pipeline import integrity, transfer
 from pipeline._fields import MAX_CHUNK_PX
-from pipeline.config import ExportConfig
 from pipeline.cost import WORKERS
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, Stopped
 from pipeline.image_export import check_output
 from pipeline.journal import Journal, Position, Record, position_of, running_owner, standing
 from pipeline.manifest import read_manifest
+from pipeline.opening import newest_canvas
 from pipeline.places import refuse_links, refuse_own_state, taken
 from pipeline.progress import Sink, WorkDone, ignore
-from pipeline.run import newest_canvas
+from pipeline.sections import ExportConfig
 from pipeline.store import METADATA, ChunkError, StageArray
 
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from pipeline import image_export, images, ome_zarr
 from pipeline.checksums import ChunkSums
-from pipeline.config import ExportConfig
 from pipeline.engine import Engine
 from pipeline.errors import storage
+from pipeline.sections import ExportConfig
 from pipeline.store import StageArray
 from pipeline.tiling import Rect, chunks_of
 

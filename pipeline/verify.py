@@ -18,10 +18,10 @@ from pipeline.engine import Engine
 from pipeline.errors import ConfigError
 from pipeline.inspection import Findings, look
 from pipeline.journal import RunLock
+from pipeline.opening import journal_path, manifest_path
 from pipeline.places import refuse_links_at_top, store_path, taken
 from pipeline.progress import Note, Sink, ignore
 from pipeline.repair import Repair, Step
-from pipeline.run import journal_path, manifest_path
 
 # Records, descriptions, chunks: what one round mends brings the next into view. More rounds mend nothing.
 _MOST_ROUNDS = 8

@@ -17,7 +17,7 @@ import pipeline
 from pipeline import adam, store
 from pipeline.formats import BFLOAT16, FIXED16, RoundingBytes
 from pipeline.journal import Journal, position_of
-from pipeline.run import newest_canvas
+from pipeline.opening import newest_canvas
 from pipeline.tiling import Rect
 from pipeline.update import update_specs, update_task
 

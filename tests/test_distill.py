@@ -16,9 +16,9 @@ from click.testing import CliRunner
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import NetworkName
 from pipeline.layers import CONV_NAMES, LAYER_BY_NAME
 from pipeline.network import Network, load_state
+from pipeline.sections import NetworkName
 from pipeline.tiling import Rect
 from pipeline.weights import PACKAGED, find_weights, widths_for_plan
 

@@ -33,10 +33,10 @@ from pipeline.iteration import IterationResult, Iterations
 from pipeline.journal import Journal, position_of
 from pipeline.layers import halo_px
 from pipeline.network import Network
+from pipeline.opening import newest_canvas
 from pipeline.passes import GradientSpec, GramSpec
 from pipeline.preparation import Prepared, prepare
 from pipeline.progress import ignore
-from pipeline.run import newest_canvas
 from pipeline.stage import Stage
 from pipeline.store import open_array
 from pipeline.survey import plan

@@ -17,9 +17,9 @@ import pytest
 import pyvips
 
 from pipeline import _tiff
-from pipeline.config import LimitsConfig
 from pipeline.errors import InputError
 from pipeline.image_header import FORMATS, LOADERS, read_header
+from pipeline.sections import LimitsConfig
 
 
 def noise(height_px: int, width_px: int, bands: int = 3) -> np.ndarray:

@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import losses, passes, store
-from pipeline.config import NetworkConfig
 from pipeline.cost import WORKERS
 from pipeline.engine import Engine
 from pipeline.layers import ALIGN_PX, LAYER_BY_NAME, ceil_to, halo_px
 from pipeline.network import get_network
 from pipeline.plan import computed_px
+from pipeline.sections import NetworkConfig
 from pipeline.tiling import Rect, Tile, grid
 from pipeline.weights import NetworkSpec, find_weights
 

@@ -1,0 +1,132 @@
+"""What lies in a run directory, and beginning a run there, or checking that it is the run of this config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline import store, zarr_files
+from pipeline.arrays import slot_names
+from pipeline.config import Config, result_fields
+from pipeline.device import default_threads
+from pipeline.errors import ConfigError, DamagedStateError
+from pipeline.journal import Journal, Position, Record, standing
+from pipeline.manifest import FORMAT, begun_manifest, read_manifest, trusted_manifest, write_manifest
+from pipeline.places import store_path
+from pipeline.plan import Plan
+from pipeline.survey import check_space
+from pipeline.weights import WeightsSource, sha256_of
+
+
+def stage_path(work_dir: Path, stage: int) -> Path:
+    """The Zarr group of one stage."""
+    return store_path(work_dir) / f"stage_{stage}"
+
+
+def newest_canvas(work_dir: Path, position: Position, stage: int) -> store.StageArray:
+    """The canvas of `stage` after its last committed iteration; it checks itself. Raises ChunkError."""
+    folder, checksums = stage_path(work_dir, stage), position.checksums[stage]
+    name, *_ = slot_names(position.slots[stage])
+    # A description that was changed may still describe: another height, or integers for the same bytes.
+    zarr_files.check_metadata(folder, f"{name}/{store.METADATA}", checksums[f"{name}/{store.METADATA}"])
+    return store.open_array(folder, name, checksums[name])
+
+
+def journal_path(work_dir: Path) -> Path:
+    """The journal of a run."""
+    return work_dir / "journal.jsonl"
+
+
+def manifest_path(work_dir: Path) -> Path:
+    """The manifest of a run."""
+    return work_dir / "manifest.json"
+
+
+def open_run(config: Config, planned: Plan, weights: WeightsSource, check: Callable[[], None]) -> Journal:
+    """The journal of the run directory; begins a run there, or checks that it is the run of this config.
+
+    `check` is called while files are read, and may raise to give up.
+    Raises ConfigError listing every field whose change would change the picture, SpaceError.
+    """
+    journal = Journal(journal_path(config.work_dir))
+    path = manifest_path(config.work_dir)
+    wanted: dict[str, dict[str, Any]] = {
+        "result_fields": result_fields(config),
+        "inputs": {
+            "content": sha256_of(config.content, check),
+            **{f"styles.{index}.image": sha256_of(style.image, check) for index, style in enumerate(config.styles)},
+            "network.weights": weights.sha256,
+        },
+    }
+    records, position = standing(journal)
+    if position.slots:
+        refuse_changes(config, trusted_manifest(path, records), wanted)
+        journal.repair_tail()
+        return journal
+    if lost_its_stages(config.work_dir, records):
+        raise DamagedStateError(
+            f"{journal.path}: holds no stage, but {store_path(config.work_dir)} does, which would be rendered again. "
+            "Restore the journal from a copy, or begin again: `pipeline verify --repair` sets the store aside."
+        )
+    check_space(config, planned, 0)
+    # Nothing is prepared yet, so a config or an image that was corrected after an error is no change. The manifest
+    # comes before the store: a folder that holds anything without one is taken for somebody else's.
+    journal.repair_tail()
+    stages = [{"size": stage.size, "style_sizes": stage.style_sizes} for stage in planned.stages]
+    compute = config.compute
+    manifest = {
+        "format": FORMAT,
+        "created": now(),
+        "config": config.model_dump(mode="json"),
+        "stages": stages,
+        "threads": default_threads(compute.workers) if compute.threads == "auto" else compute.threads,
+        **wanted,
+    }
+    if not (_same_manifest(begun_manifest(records), manifest) and _same_manifest(_manifest_at(path), manifest)):
+        write_manifest(path, manifest)
+        journal.append({"type": "begun", "manifest": manifest})
+    store.create_store(store_path(config.work_dir))
+    return journal
+
+
+def lost_its_stages(work_dir: Path, records: Sequence[Record]) -> bool:
+    """Whether a journal that holds no stage once held some: `begun` comes before the store, a stage before the next."""
+    begun = begun_manifest(records) is not None
+    return stage_path(work_dir, 1).exists() or (not begun and store_path(work_dir).exists())
+
+
+def _manifest_at(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_manifest(path)
+    except DamagedStateError:
+        return None
+
+
+def _same_manifest(found: Mapping[str, Any] | None, manifest: Mapping[str, Any]) -> bool:
+    """Whether they are the same, but for the time."""
+    return found is not None and found == {**json.loads(json.dumps(manifest)), "created": found["created"]}
+
+
+def refuse_changes(config: Config, manifest: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ConfigError with every field of `wanted` that differs from the manifest."""
+    changes: list[str] = []
+    for section, what in (("result_fields", "value"), ("inputs", "content of the file")):
+        old, new = manifest[section], wanted[section]
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                was = f" was {old.get(key)}, is {new.get(key)}" if what == "value" else f" the {what} has changed"
+                changes.append(f"  {key}:{was}")
+    if changes:
+        raise ConfigError(
+            f"{config.work_dir} holds a run of another config, and going on would mix two pictures. Changed:\n"
+            + "\n".join(changes)
+            + "\nPut these back, or give the new config its own work_dir, or delete the old one."
+        )
+
+
+def now() -> str:
+    """The time for records, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
