@@ -88,7 +88,7 @@ def open_run(config: Config, planned: Plan, weights: WeightsSource, check: Calla
     if not (_same_manifest(begun_manifest(records), manifest) and _same_manifest(_manifest_at(path), manifest)):
         write_manifest(path, manifest)
         journal.append({"type": "begun", "manifest": manifest})
-    store.create_store(store_path(config.work_dir))
+    zarr_files.create_store(store_path(config.work_dir))
     return journal
 
 

@@ -222,12 +222,6 @@ def _write_all(descriptor: int, view: memoryview) -> None:
         done += os.pwrite(descriptor, view[done:], done)
 
 
-def create_store(path: Path) -> None:
-    """Make the run's Zarr group, replacing what an interrupted start left there. Raises StorageError."""
-    with storage(path):
-        zarr.create_group(path, overwrite=True)  # an older one may be empty: power was lost before it was on the disk
-
-
 def create_array(stage_dir: Path, name: str, shape: tuple[int, int, int], chunk_px: int, form: str, codec: str) -> None:
     """Create an (H, W, C) array with all its chunks on disk, reading as zeros.
 

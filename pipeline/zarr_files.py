@@ -1,4 +1,4 @@
-"""The single files of a stage: metadata and style targets, written, checked, and made anew as they were."""
+"""The single files of a store: metadata and style targets, written, checked, and made anew as they were."""
 
 from __future__ import annotations
 
@@ -83,6 +83,21 @@ def array_metadata(spec: ArraySpec, codec: str) -> bytes:
     files: dict[str, Any] = {}
     store.new_array(files, spec.shape, spec.chunk_px, spec.form, codec)
     return bytes(files[METADATA].to_bytes())
+
+
+def create_store(path: Path) -> None:
+    """Make the run's Zarr group, replacing what an interrupted start left there. Raises StorageError.
+
+    It is made aside: under its name it is whole, and on the disk, whatever `store.durability` is.
+    """
+    aside = path.with_name(path.name + ".partial")
+    with storage(path):
+        for old in (aside, path):
+            if old.exists():
+                shutil.rmtree(old)
+        write_metadata(aside / METADATA, group_metadata())
+        aside.replace(path)
+        sync_folder(path.parent)
 
 
 def write_metadata(path: Path, data: bytes) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline import adam, store
+from pipeline import adam, store, zarr_files
 from pipeline.formats import BFLOAT16, FIXED16, RoundingBytes
 from pipeline.journal import Journal, position_of
 from pipeline.opening import newest_canvas
@@ -41,7 +41,7 @@ def whole(array) -> Rect:
 
 @pytest.fixture
 def stage(tmp_path) -> Path:
-    store.create_store(tmp_path / "store.zarr")
+    zarr_files.create_store(tmp_path / "store.zarr")
     store.create_stage(tmp_path / "store.zarr" / "stage_0")
     return tmp_path / "store.zarr" / "stage_0"
 

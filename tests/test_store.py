@@ -27,7 +27,7 @@ codecs = pytest.mark.parametrize("codec", CODECS)
 
 @pytest.fixture
 def stage(tmp_path) -> Path:
-    store.create_store(tmp_path / "store.zarr")
+    zarr_files.create_store(tmp_path / "store.zarr")
     store.create_stage(tmp_path / "store.zarr" / "stage_0")
     return tmp_path / "store.zarr" / "stage_0"
 
