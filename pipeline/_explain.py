@@ -73,8 +73,10 @@ def _wanted_generic(origin: Any, inner: Sequence[Any], metadata: Sequence[object
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}" if len(inner) > 1 else str(inner[0])
     if origin is tuple:
+        if inner[-1] is not Ellipsis:
+            return f"a list of {len(inner)}, each {wanted(inner[0])}"
         most = next((mark.max_length for mark in metadata if isinstance(mark, MaxLen)), None)
-        return "a list with at least one entry" + (f" and at most {most}" if most else "")
+        return "a list" + (f" with at most {most} entries" if most else "")
     assert origin is dict, origin
     return f"a mapping of each name to {wanted(inner[1])}"
 
@@ -105,7 +107,7 @@ def found(value: object) -> str:
 
 
 def placeholders(model: type[BaseModel]) -> dict[str, Any]:
-    """An example for every key of `model` that has no default."""
+    """The example of every key of `model` that has one."""
     return {name: field.examples[0] for name, field in model.model_fields.items() if field.examples}
 
 
@@ -143,7 +145,8 @@ def _repaired(model: type[BaseModel], data: object, faults: Iterable[Key]) -> di
         for name in names[:-1]:
             inner = inner.get(name, {})
         inner.pop(names[-1], None)
-    return {**placeholders(model), **repaired}
+    required = {name: value for name, value in placeholders(model).items() if model.model_fields[name].is_required()}
+    return {**required, **repaired}
 
 
 def _touches(conflict: Conflict, faults: Iterable[Key]) -> bool:
@@ -183,6 +186,13 @@ def _mismatch(field: FieldInfo, value: object) -> str:
     return f"{text}; did you mean {close[0]!r}?" if close else text
 
 
+def _not_null(annotation: Any) -> Any:
+    """The type that a key takes beside null; the type itself if it takes more, or no null."""
+    members = [member for member in get_args(annotation) if member is not types.NoneType]
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    return members[0] if is_union and len(members) == 1 else annotation
+
+
 def _resolve(model: type[BaseModel], location: Sequence[str | int]) -> tuple[Key, type[BaseModel], FieldInfo]:
     """The config key of a pydantic location, the model around it and the field (or the type of a list's entry) there.
 
@@ -192,7 +202,8 @@ def _resolve(model: type[BaseModel], location: Sequence[str | int]) -> tuple[Key
     parent = model
     key: Key = ()
     for part in location:
-        annotation, inner = field.annotation, get_args(field.annotation)
+        annotation = _not_null(field.annotation)
+        inner = get_args(annotation)
         if get_origin(annotation) is tuple and isinstance(part, int):
             field = FieldInfo.from_annotation(inner[0])
         elif get_origin(annotation) is dict and part != "[key]":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Strict, ValidationInfo
 
@@ -25,6 +25,8 @@ MAX_PIXELS = MAX_SIDE_PX**2
 MAX_CHUNK_PX = 2**14
 # Each is read at every stage.
 MAX_STYLES = 100
+# A stage has twice the size of the one before.
+MAX_STAGES = 32
 # More than any machine has cores.
 MAX_WORKERS = 256
 MAX_THREADS = 1024
@@ -105,4 +107,5 @@ Bytes = Annotated[
     PlainSerializer(bytes_text),
     Wanted(f"a size such as 4GiB, or a number of bytes, up to {bytes_text(MAX_BYTES)}"),
 ]
+Start = Annotated[Literal["content", "noise", "gray"] | File, Field(union_mode="left_to_right")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"), Wanted("one of auto, cpu, cuda, cuda:N")]

@@ -15,13 +15,14 @@ import yaml
 from pydantic import BaseModel, Field, model_validator
 
 from pipeline._explain import Conflict, ConflictsError, placeholders, validate, wanted
-from pipeline._fields import MAX_STYLES, OUTPUT_SUFFIXES, File, Int, Output, SidePx
+from pipeline._fields import MAX_STAGES, MAX_STYLES, OUTPUT_SUFFIXES, File, Int, Output, SidePx, Start
 from pipeline._yaml import Key, dotted, read, told
 from pipeline.errors import ConfigError
 from pipeline.places import real
 from pipeline.sections import (
     COMPARED_BY_CONTENT,
     HARMLESS,
+    NEW,
     ComputeConfig,
     ExportConfig,
     LimitsConfig,
@@ -30,6 +31,7 @@ from pipeline.sections import (
     NetworkConfig,
     OptimizerConfig,
     Section,
+    StageConfig,
     StoreConfig,
     StyleConfig,
 )
@@ -43,12 +45,23 @@ def _default_work_dir(data: dict[str, Any]) -> Path:
     return output.with_name(f"{output.stem}.run")
 
 
+def _default_init(data: dict[str, Any]) -> Literal["content", "noise"]:
+    return "content" if data.get("content") else "noise"
+
+
 class Config(Section):
     """One run: what to paint, in which style, how, and with how much of the machine. All paths are absolute."""
 
-    content: File = Field(description="image to paint", examples=["content.jpg"], json_schema_extra=COMPARED_BY_CONTENT)
+    content: File | None = Field(
+        None,
+        description="image to paint; null, with loss.content_weight 0, makes a texture of the styles",
+        examples=["content.jpg"],
+        json_schema_extra=COMPARED_BY_CONTENT,
+    )
     styles: tuple[StyleConfig, ...] = Field(
-        min_length=1, max_length=MAX_STYLES, description="style images", examples=[[{"image": "style.jpg"}]]
+        max_length=MAX_STYLES,
+        description="style images; none with loss.style_weight 0",
+        examples=[[{"image": "style.jpg"}]],
     )
     output: Output = Field(
         description=f"finished picture, {' '.join(OUTPUT_SUFFIXES)}",
@@ -60,12 +73,21 @@ class Config(Section):
         description="folder of the run's state; beside the output",
         json_schema_extra=HARMLESS,
     )
-    size: SidePx | None = Field(None, description="long side of the result in px; null takes the content's own")
+    size: SidePx | tuple[SidePx, SidePx] | None = Field(
+        None, description="long side of the result in px, [width, height] of a texture; null takes the content's own"
+    )
     initial_size: SidePx = Field(512, description="long side of the coarsest stage in px")
     network: NetworkConfig = Field(NetworkConfig(), description="feature network")
     loss: LossConfig = Field(LossConfig(), description="what is optimised")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how it is optimised")
-    init: Literal["content", "noise"] = Field("content", description="what the coarsest stage starts from")
+    stages: tuple[StageConfig, ...] = Field(
+        (), max_length=MAX_STAGES, description="what differs at some sizes: styles, network layers, loss, optimizer"
+    )
+    init: Start = Field(
+        default_factory=_default_init,
+        description="what the coarsest stage starts from",
+        json_schema_extra=COMPARED_BY_CONTENT,
+    )
     compute: ComputeConfig = Field(ComputeConfig(), description="where it is computed")
     memory: MemoryConfig = Field(MemoryConfig(), description="host memory", json_schema_extra=HARMLESS)
     store: StoreConfig = Field(StoreConfig(), description="state on disk")
@@ -82,10 +104,30 @@ class Config(Section):
             return "compact"
         return "float64" if self.compute.dtype == "float64" else "float32"
 
+    @property
+    def target_px(self) -> int | None:
+        """The long side of the result where the config gives it."""
+        return max(self.size) if isinstance(self.size, tuple) else self.size
+
+    def for_stage(self, long_px: int) -> Config:
+        """The config of the stages whose canvas has this long side: this one, with what `stages` says of them."""
+        stage = next((stage for stage in self.stages if long_px <= stage.up_to), None)
+        return self if stage is None else self._with(stage)
+
+    def _with(self, stage: StageConfig) -> Config:
+        sections = {name: getattr(stage, name) for name in ("network", "loss", "optimizer")}
+        changed: dict[str, Any] = {
+            name: _overridden(getattr(self, name), section) for name, section in sections.items() if section is not None
+        }
+        if stage.styles is not None:
+            changed["styles"] = stage.styles
+        return self.model_copy(update=changed)
+
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Config:
         checks = (
-            self._loss_conflicts,
+            self._stage_conflicts,
+            self._start_conflicts,
             self._grid_conflicts,
             self._state_conflicts,
             self._format_conflicts,
@@ -96,9 +138,44 @@ class Config(Section):
             raise ConflictsError(found)
         return self
 
+    def _stage_conflicts(self) -> Iterator[Conflict]:
+        yield from self._loss_conflicts()
+        for index, stage in enumerate(self.stages):
+            key = ("stages", index)
+            if index and stage.up_to <= self.stages[index - 1].up_to:
+                text = (
+                    f"{stage.up_to} is not above the entry before ({self.stages[index - 1].up_to}); order them by size"
+                )
+                yield Conflict(((*key, "up_to"),), text)
+            for conflict in self._with(stage)._loss_conflicts():
+                yield Conflict(tuple((*key, *one) for one in conflict.keys), conflict.text)
+
+    def _start_conflicts(self) -> Iterator[Conflict]:
+        """What a run begins with: the size of its canvas, and the pixels of the coarsest one."""
+        content, size, init = ("content",), ("size",), ("init",)
+        first = self.for_stage(self.initial_size)
+        if self.content is None:
+            if self.size is None and not self.loss.content_weight:  # else the content is what is missing
+                yield Conflict((size, content), "null takes the content's size, and there is no content; give one")
+            if self.init == "content":
+                yield Conflict((init, content), "there is no content to start from; choose noise, or a picture")
+        elif isinstance(self.size, tuple):
+            text = "[width, height] is for a picture without content; with one, give the long side alone"
+            yield Conflict((size, content), text)
+        if self.init == "gray" and not first.loss.content_weight:
+            text = "without content every pixel of a gray canvas has the same gradient, and it stays gray; choose noise"
+            yield Conflict((init, ("loss", "content_weight")), text)
+
     def _loss_conflicts(self) -> Iterator[Conflict]:
         total = sum(style.weight for style in self.styles)
-        if not 0 < total < math.inf:
+        if self.content is None and self.loss.content_weight:
+            text = "missing; a path is wanted: image to paint. Only a texture (loss.content_weight: 0) needs none"
+            yield Conflict((("content",),), text)
+        if not self.styles:
+            if self.loss.style_weight:
+                text = "a list with at least one entry is wanted, unless loss.style_weight is 0"
+                yield Conflict((("styles",), ("loss", "style_weight")), text)
+        elif not 0 < total < math.inf:
             yield Conflict((("styles",),), f"the weights sum to {total}, so no style can be given its share")
         weights = self.loss.content_weight, self.loss.style_weight
         layers = self.network.content_layers, self.network.style_layers
@@ -144,19 +221,30 @@ class Config(Section):
             )
 
     def _path_conflicts(self) -> Iterator[Conflict]:
-        inputs: dict[Key, Path | None] = {("content",): self.content, ("network", "weights"): self.network.weights}
-        inputs |= {("styles", index, "image"): style.image for index, style in enumerate(self.styles)}
         output_key, work_dir_key = ("output",), ("work_dir",)
-        for key, path in inputs.items():
-            if path is not None and _same(path, self.output):
+        for key, path in input_files(self):
+            if _same(path, self.output):
                 yield Conflict((output_key, key), f"the same file as {dotted(key)}, which would be overwritten")
-            if path is not None and _same(path, self.work_dir):
+            if _same(path, self.work_dir):
                 text = f"the same path as {dotted(key)}; the run needs a folder of its own"
                 yield Conflict((work_dir_key, key, output_key), text)
         output, work_dir = real(self.output), real(self.work_dir)
         if output == work_dir or output in work_dir.parents:
             text = "at or inside the output, which is replaced as a whole at the end; choose another folder"
             yield Conflict((work_dir_key, output_key), text)
+
+
+def _overridden(base: Section, override: Section) -> Section:
+    """`base` with the given keys of `override`; a default that follows from another key follows again."""
+    values = dict(base)
+    for name, field in type(base).model_fields.items():
+        if field.default_factory_takes_validated_data and values[name] == field.get_default(
+            call_default_factory=True, validated_data=values
+        ):
+            del values[name]
+    given = {name: getattr(override, name) for name in override.model_fields_set}
+    values |= {name: value for name, value in given.items() if value is not None}
+    return type(base).model_validate(values)
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -191,24 +279,42 @@ def result_fields(config: Config) -> dict[str, object]:
 
     Left out are fields marked `HARMLESS`, and files, which are compared by their content elsewhere.
     """
-    return dict(_flat(config, ""))
+    return {dotted(key): value for key, value, mark in _values(config) if _decides(value, mark)}
 
 
-def _flat(value: object, key: str) -> Iterator[tuple[str, object]]:
-    start = f"{key}." if key else ""
+def input_files(config: Config) -> Iterator[tuple[Key, Path]]:
+    """(key, path) of every file that the config reads."""
+    for key, value, mark in _values(config):
+        if mark == COMPARED_BY_CONTENT["resume"] and isinstance(value, Path):
+            yield key, value
+
+
+def _decides(value: object, mark: object) -> bool:
+    if mark == COMPARED_BY_CONTENT["resume"]:
+        return isinstance(value, str)  # the word of a key that takes a file too
+    return mark is None
+
+
+def _values(
+    value: object, key: Key = (), mark: object = None, given: bool = False
+) -> Iterator[tuple[Key, Any, object]]:
+    """(key, value, its mark for a resume) of all that is no section or list; `given`: only keys that were given."""
     if isinstance(value, BaseModel):
         for name, field in type(value).model_fields.items():
-            marks = field.json_schema_extra
-            if not (isinstance(marks, dict) and "resume" in marks):
-                yield from _flat(getattr(value, name), start + name)
+            inner, marks = getattr(value, name), field.json_schema_extra
+            own = marks.get("resume") if isinstance(marks, dict) else None
+            if own == NEW["resume"]:
+                own = HARMLESS["resume"] if inner == field.get_default() else None
+            if not given or name in value.model_fields_set:
+                yield from _values(inner, (*key, name), mark or own, given or isinstance(value, StageConfig))
     elif isinstance(value, tuple):
         for index, entry in enumerate(value):
-            yield from _flat(entry, f"{start}{index}")
+            yield from _values(entry, (*key, index), mark, given)
     elif isinstance(value, dict):
         for name, entry in value.items():
-            yield from _flat(entry, start + name)
+            yield from _values(entry, (*key, name), mark, given)
     else:
-        yield key, value
+        yield key, value, mark
 
 
 def template() -> str:
@@ -227,7 +333,7 @@ def _template_lines(section: BaseModel) -> Iterator[str]:
         if isinstance(value, BaseModel):
             yield f"{name}:  # {field.description}"
             yield from (f"  {line}" for line in _template_lines(value))
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple) and value:
             yield f"{name}:  # {field.description}; {wanted(field.annotation, field.metadata)}"
             for entry in value:
                 first, *others = _template_lines(entry)

@@ -5,8 +5,9 @@ The figures are upper bounds: a test holds measured memory to them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from pipeline.config import Config
@@ -100,6 +101,14 @@ class Model:
         """The unfolded input of a float64 convolution on the CPU, which has no direct kernel."""
         return 9 * c_in * self.itemsize // layer.stride**2 if self.itemsize == 8 and layer.kind == "conv" else 0
 
+    def grams_bytes(self) -> int:
+        """The Grams of one tile, float64."""
+        return sum(self.widths[name] ** 2 * 8 for name in self.style_layers)
+
+    def parameters_bytes(self) -> int:
+        """The convolutions' weights, once."""
+        return self.itemsize * sum(9 * c_in * c_out for layer, c_in, c_out in self.channels() if layer.kind == "conv")
+
     def forward_bytes_per_px(self) -> int:
         """Device bytes per outer pixel of a pass without gradient: its two largest neighbouring maps."""
         return max(
@@ -123,32 +132,65 @@ def model_of(config: Config, widths: Mapping[str, int]) -> Model:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """Everything memory depends on, but for the tile size.
-
-    `sizes`: (canvas size, style sizes) of every stage. `images`: content, then the styles. `weights_bytes`: size of
-    the weights file, which is in memory for a moment while it is read. `device`: as torch names it.
-    """
+class StageWork:
+    """One stage: its config, the layers that count in it, and the sizes (height, width) of canvas and styles."""
 
     config: Config
     model: Model
-    sizes: Sequence[tuple[Size, tuple[Size, ...]]]
-    images: Sequence[ImageSize]
+    canvas: Size
+    styles: tuple[Size, ...]
+
+    @property
+    def halo_px(self) -> int:
+        """Forward halo of its tiles, which is the backward one too."""
+        return halo_px(self.model.names)
+
+    def device_bytes(self, tile_px: int) -> int:
+        """Peak bytes of feature maps and their companions, wherever the network runs."""
+        model = self.model
+        gradient = _largest_outer_px([self.canvas], tile_px, 2 * self.halo_px) * model.gradient_bytes_per_px()
+        forward = _largest_outer_px([self.canvas, *self.styles], tile_px, self.halo_px) * model.forward_bytes_per_px()
+        return int(max(gradient, forward) * ACTIVATION_OVERHEAD) + 2 * model.parameters_bytes()
+
+    def flight_bytes(self, tile_px: int, chunk_bytes: int) -> int:
+        """Windows, features and Grams of the tiles in flight, without what they compute with."""
+        model = self.model
+        outer_px = _largest_outer_px([self.canvas], tile_px, 2 * self.halo_px)
+        window = outer_px * 3 * model.itemsize
+        features = sum(
+            outer_px // LAYER_BY_NAME[name].stride ** 2 * model.widths[name] * model.itemsize
+            for name in model.content_layers
+        )
+        grams = model.grams_bytes()
+        return WORKERS * (2 * window + features + chunk_bytes + grams) + 2 * grams
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Everything memory depends on, but for the tile size.
+
+    `images`: the header of every input image. `weights_bytes`: size of the weights file, which is in memory for a
+    moment while it is read. `device`: as torch names it.
+    """
+
+    config: Config
+    stages: Sequence[StageWork]
+    images: Mapping[Path, ImageSize]
     weights_bytes: int
     device: str
 
     @property
     def canvases(self) -> list[Size]:
         """The canvas size of every stage."""
-        return [canvas for canvas, _ in self.sizes]
+        return [stage.canvas for stage in self.stages]
+
+    @property
+    def _itemsize(self) -> int:
+        return self.stages[0].model.itemsize
 
     def device_bytes(self, tile_px: int) -> int:
         """Peak bytes of feature maps and their companions, wherever the network runs."""
-        model, halo = self.model, halo_px(self.model.names)
-        styles = [style for _, row in self.sizes for style in row]
-        gradient = _largest_outer_px(self.canvases, tile_px, 2 * halo) * model.gradient_bytes_per_px()
-        forward = _largest_outer_px([*self.canvases, *styles], tile_px, halo) * model.forward_bytes_per_px()
-        return int(max(gradient, forward) * ACTIVATION_OVERHEAD) + 2 * self._parameters_bytes()
+        return max(stage.device_bytes(tile_px) for stage in self.stages)
 
     def gpu_bytes(self, tile_px: int) -> int:
         """Peak bytes on the GPU, which all worker processes share; 0 on a CPU."""
@@ -163,7 +205,7 @@ class Workload:
         Tasks run in the run's own process, or in each of its worker processes; all else is in its own.
         """
         base = BASE_BYTES["cpu" if self.device == "cpu" else "gpu"]
-        chunk = self.config.store.chunk_px**2 * 3 * self.model.itemsize
+        chunk = self.config.store.chunk_px**2 * 3 * self._itemsize
         width = max(size[1] for size in self.canvases)
         workers = self.config.compute.workers
         update = self.update_bytes() * (2 if workers else 1)  # a worker's threads for two passes all take turns
@@ -176,49 +218,46 @@ class Workload:
         }
         if workers == 0:
             return {phase: base + size for phase, size in {**own, **in_tasks}.items()}
-        idle = base + self._parameters_bytes()
+        idle = base + max(stage.model.parameters_bytes() for stage in self.stages)
         processes = {phase: base + size + workers * idle for phase, size in own.items()}
         processes |= {phase: base + workers * (idle + size) for phase, size in in_tasks.items()}
         # of the tiles' Grams that are done or on their way, those that wait for an earlier one, and the seeds
-        processes["tiles"] += (workers * (WORKERS + 1) + 4) * self._grams_bytes()
+        grams = max(stage.model.grams_bytes() for stage in self.stages)
+        processes["tiles"] += (workers * (WORKERS + 1) + 4) * grams
         return processes
 
     def update_bytes(self) -> int:
         """What the threads of the update pass keep, into the next pass: gradient, canvas, m, v and |u| of a chunk."""
         values = self.config.store.chunk_px**2 * 3
         if self.config.store.state_dtype == "float":
-            return WORKERS * values * 5 * self.model.itemsize
+            return WORKERS * values * 5 * self._itemsize
         # 16 bits each but for |u|, and a block of rows unpacked: four arrays, and about two of the encodings' own
         return WORKERS * (values * (4 * 2 + 4) + min(values, UNPACKED_VALUES) * 6 * 4)
 
     def _tiles_bytes(self, tile_px: int, chunk_bytes: int) -> int:
-        """One tile that computes, and the windows, features and Grams of those in flight."""
-        model = self.model
-        outer_px = _largest_outer_px(self.canvases, tile_px, 2 * halo_px(model.names))
-        window = outer_px * 3 * model.itemsize
-        features = sum(
-            outer_px // LAYER_BY_NAME[name].stride ** 2 * model.widths[name] * model.itemsize
-            for name in model.content_layers
+        """One tile that computes, and what belongs to those in flight."""
+        on_host = self.device == "cpu"
+        return max(
+            stage.flight_bytes(tile_px, chunk_bytes) + (stage.device_bytes(tile_px) if on_host else 0)
+            for stage in self.stages
         )
-        grams = self._grams_bytes()
-        compute = self.device_bytes(tile_px) if self.device == "cpu" else 0
-        return compute + WORKERS * (2 * window + features + chunk_bytes + grams) + 2 * grams
-
-    def _grams_bytes(self) -> int:
-        """The Grams of one tile, float64."""
-        return sum(self.model.widths[name] ** 2 * 8 for name in self.model.style_layers)
-
-    def _parameters_bytes(self) -> int:
-        """The convolutions' weights, once."""
-        model = self.model
-        return model.itemsize * sum(9 * c_in * c_out for layer, c_in, c_out in model.channels() if layer.kind == "conv")
 
     def _ingest_bytes(self) -> int:
-        styles = [[row[index] for _, row in self.sizes] for index in range(len(self.images) - 1)]
+        """The image whose reading takes most, at the size that it is read at."""
+        chunk_px = self.config.store.chunk_px
         return max(
-            _ingest_bytes(image, max(size[1] for size in targets), self.config.store.chunk_px)
-            for image, targets in zip(self.images, [self.canvases, *styles], strict=True)
+            (_ingest_bytes(self.images[path], width_px, chunk_px) for path, width_px in self._targets()), default=0
         )
+
+    def _targets(self) -> Iterator[tuple[Path, int]]:
+        """(image, width in px that it is read at), for every image of every stage."""
+        if isinstance(self.config.init, Path):
+            yield self.config.init, self.stages[0].canvas[1]
+        for stage in self.stages:
+            if self.config.content is not None:
+                yield self.config.content, stage.canvas[1]
+            for style, (_height, width) in zip(stage.config.styles, stage.styles, strict=True):
+                yield style.image, width
 
 
 def _largest_outer_px(sizes: Sequence[Size], tile_px: int, halo: int) -> int:

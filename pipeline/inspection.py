@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, result_fields
+from pipeline._yaml import dotted
+from pipeline.config import Config, input_files, result_fields
 from pipeline.damage import Held, Problem, Sample, StoreDamage, foreign_at_the_top, held_by, store_damage
 from pipeline.engine import Engine
 from pipeline.errors import DamagedStateError
@@ -77,7 +78,7 @@ def look(work_dir: Path, config: Config | None, sample: Sample | None, engine: E
     problems, notes = _journal_problems(work_dir, journal, position)
     manifest, manifest_problems = _manifest(manifest_path(work_dir), journal, position)
     config = _config(config, manifest, position)
-    ended = position.stage_done or (config is not None and _ended(position, config))
+    ended = position.stage_done or bool(config and manifest and position.slots and _ended(position, config, manifest))
     specs = _input_specs(manifest, config) if position.slots and manifest and config else []
     inputs = [found for found in engine.map(input_task, specs) if found is not None]
     held = held_by(work_dir, position, ended)
@@ -149,17 +150,16 @@ def _config(given: Config | None, manifest: dict[str, Any] | None, position: Pos
     return given or Config.model_validate(manifest["config"])
 
 
-def _ended(position: Position, config: Config) -> bool:
-    return position.prepared and end_reason(position, config.optimizer) is not None
+def _ended(position: Position, config: Config, manifest: dict[str, Any]) -> bool:
+    settings = config.for_stage(max(manifest["stages"][position.stage]["size"])).optimizer
+    return position.prepared and end_reason(position, settings) is not None
 
 
 def _input_specs(manifest: dict[str, Any], config: Config) -> list[_InputSpec]:
-    files = {
-        "content": config.content,
-        **{f"styles.{index}.image": style.image for index, style in enumerate(config.styles)},
-        "network.weights": weights_path(config.network.name, config.network.weights),
-    }
-    return [_InputSpec(key, path, manifest["inputs"][key]) for key, path in files.items() if path is not None]
+    files = {dotted(key): path for key, path in input_files(config)}
+    if (weights := weights_path(config.network.name, config.network.weights)) is not None:
+        files["network.weights"] = weights
+    return [_InputSpec(key, path, manifest["inputs"][key]) for key, path in files.items()]
 
 
 def _is_own(path: Path, config: Config | None, position: Position) -> bool:
@@ -167,5 +167,5 @@ def _is_own(path: Path, config: Config | None, position: Position) -> bool:
     outputs = {Path(output) for output in position.claimed} | ({config.output} if config else set())
     if any(path.name.startswith(output.stem) and path.parent == output.parent for output in outputs):
         return True  # a DeepZoom picture is a file and a folder
-    inputs = (config.content, *(style.image for style in config.styles), config.network.weights) if config else ()
-    return any(item is not None and (path == item or path in item.parents) for item in inputs)
+    inputs = [item for _, item in input_files(config)] if config else []
+    return any(path == item or path in item.parents for item in inputs)

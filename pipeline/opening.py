@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import store, zarr_files
+from pipeline._yaml import dotted
 from pipeline.arrays import slot_names
-from pipeline.config import Config, result_fields
+from pipeline.config import Config, input_files, result_fields
 from pipeline.device import default_threads
 from pipeline.errors import ConfigError, DamagedStateError
 from pipeline.journal import Journal, Position, Record, standing
@@ -55,11 +56,8 @@ def open_run(config: Config, planned: Plan, weights: WeightsSource, check: Calla
     path = manifest_path(config.work_dir)
     wanted: dict[str, dict[str, Any]] = {
         "result_fields": result_fields(config),
-        "inputs": {
-            "content": sha256_of(config.content, check),
-            **{f"styles.{index}.image": sha256_of(style.image, check) for index, style in enumerate(config.styles)},
-            "network.weights": weights.sha256,
-        },
+        "inputs": {dotted(key): sha256_of(path, check) for key, path in input_files(config)}
+        | {"network.weights": weights.sha256},
     }
     records, position = standing(journal)
     if position.slots:
@@ -75,7 +73,10 @@ def open_run(config: Config, planned: Plan, weights: WeightsSource, check: Calla
     # Nothing is prepared yet, so a config or an image that was corrected after an error is no change. The manifest
     # comes before the store: a folder that holds anything without one is taken for somebody else's.
     journal.repair_tail()
-    stages = [{"size": stage.size, "style_sizes": stage.style_sizes} for stage in planned.stages]
+    stages = [
+        {"size": stage.size, "style_sizes": stage.style_sizes, "max_iterations": stage.max_iterations}
+        for stage in planned.stages
+    ]
     compute = config.compute
     manifest = {
         "format": FORMAT,

@@ -294,6 +294,12 @@ def _to_host(tensor_CHW: Tensor) -> NDArray[Any]:
     return np.ascontiguousarray(tensor_CHW.permute(1, 2, 0).cpu().numpy())
 
 
+def initial_gray(_seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:
+    """One chunk of the middle between black and white."""
+    rows, columns = array.valid_part(cy, cx)
+    return np.full((rows.stop, columns.stop, 3), 127.5, array.value_dtype)
+
+
 def initial_noise(seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:
     """Uniform noise 0..255 of one chunk; the same for the same seed, whatever is drawn before or beside it."""
     rows, columns = array.valid_part(cy, cx)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
 from typing import Any
 
-from pipeline.arrays import ArraySpec, slot_names, stage_arrays
+from pipeline.arrays import CONTENT, ArraySpec, slot_names, stage_arrays
 from pipeline.config import Config
-from pipeline.cost import ImageSize, Model, Size, Workload, model_of
+from pipeline.cost import ImageSize, Model, Size, StageWork, Workload, model_of
 from pipeline.errors import ConfigError, InputError
 from pipeline.layers import ceil_to, halo_px, min_side_px
+from pipeline.sections import StyleConfig
 from pipeline.tiling import grid
 
 # Chunks of an array, each a file, and so the most tiles of a pass: at 512 px that is 520,000×520,000 px.
@@ -35,6 +38,7 @@ class StagePlan:
     store_bytes: int
     store_chunks: int
     flop_per_iteration: int
+    max_iterations: int
 
     @property
     def pixels(self) -> int:
@@ -80,28 +84,56 @@ def fit(size: Size, long_px: int) -> Size:
     return (long_px, max(1, round(width * scale))) if height >= width else (max(1, round(height * scale)), long_px)
 
 
-def stage_sizes(
-    content: Size, styles: Sequence[Size], initial_px: int, target_px: int | None
-) -> Sequence[tuple[Size, tuple[Size, ...]]]:
+def stage_sizes(config: Config, images: Mapping[Path, ImageSize]) -> Sequence[tuple[Size, tuple[Size, ...]]]:
     """(canvas size, style sizes) of every stage, sizes as (height, width); algorithm.md, "Stages".
 
-    K + 1 stages, K the least with r0·2^K at least the long side of the result and of every style.
+    K + 1 stages, K the least with r0·2^K at least the long side of the result, and at which every style of the last
+    stage has its full size.
     """
-    target = target_px or max(content)
-    longest = max(target, *(max(style) for style in styles))
-    stages, long_px = [], initial_px
+    shape = canvas_shape(config, images)
+    target = config.target_px or max(shape)
+    longest = max(target, *(_full_at_px(style, images) for style in config.for_stage(target).styles), 0)
+    stages, long_px = [], config.initial_size
     while True:
-        canvas = fit(content, min(long_px, target))
-        stages.append((canvas, tuple(fit(style, min(long_px, max(style))) for style in styles)))
+        canvas = fit(shape, min(long_px, target))
+        styles = config.for_stage(max(canvas)).styles
+        stages.append((canvas, tuple(_style_size(style, images, long_px) for style in styles)))
         if long_px >= longest:
             return stages
         long_px *= 2
 
 
+def canvas_shape(config: Config, images: Mapping[Path, ImageSize]) -> Size:
+    """(height, width) of the content, or of what the config asks for without one: the result has its proportions."""
+    if config.content is not None:
+        return _size_of(images[config.content])
+    width, height = config.size if isinstance(config.size, tuple) else (config.size, config.size)
+    assert width is not None and height is not None  # the config refuses it
+    return height, width
+
+
+def _size_of(image: ImageSize) -> Size:
+    return image.height_px, image.width_px
+
+
+def _style_size(style: StyleConfig, images: Mapping[Path, ImageSize], long_px: int) -> Size:
+    """A style beside a canvas whose long side is, or would be, `long_px`: never enlarged."""
+    size = _size_of(images[style.image])
+    return fit(size, max(1, min(round(long_px * style.scale), _largest_px(style, size))))
+
+
+def _largest_px(style: StyleConfig, size: Size) -> int:
+    return min(max(size), style.max_size or max(size))
+
+
+def _full_at_px(style: StyleConfig, images: Mapping[Path, ImageSize]) -> int:
+    """The long side of the canvas beside which a style has its full size; a smaller scale adds no stages."""
+    return ceil(_largest_px(style, _size_of(images[style.image])) / max(style.scale, 1.0))
+
+
 def make_plan(
     config: Config,
-    content: ImageSize,
-    styles: Sequence[ImageSize],
+    images: Mapping[Path, ImageSize],
     widths: Mapping[str, int],
     weights_bytes: int,
     device: str,
@@ -113,18 +145,20 @@ def make_plan(
     cost.Workload.
     Raises ConfigError if it cannot fit in memory, InputError if an image or the weights cannot serve.
     """
-    model = model_of(config, widths)
-    sizes = stage_sizes(
-        (content.height_px, content.width_px),
-        [(style.height_px, style.width_px) for style in styles],
-        config.initial_size,
-        config.size,
-    )
+    sizes = stage_sizes(config, images)
     _check_counts(config, sizes)
-    _check_sizes(config, model, sizes)
-    work = Workload(config, model, sizes, (content, *styles), weights_bytes, device)
+    _check_overrides(config, [max(canvas) for canvas, _ in sizes])
+    configs = [config.for_stage(max(canvas)) for canvas, _ in sizes]
+    works = [
+        StageWork(one, model_of(one, widths), canvas, styles)
+        for one, (canvas, styles) in zip(configs, sizes, strict=True)
+    ]
+    for index, one in enumerate(works):
+        _check_sizes(one, index)
+    _check_start(config, works[0].canvas, images)
+    work = Workload(config, works, images, weights_bytes, device)
     tile_px = _choose_tile(work, device_memory_bytes)
-    stages = tuple(_plan_stage(config, model, index, size, tile_px) for index, size in enumerate(sizes))
+    stages = tuple(_plan_stage(one, index, tile_px) for index, one in enumerate(works))
     finished = [canvas_bytes(stage.size, config) for stage in stages]
     disk = max(stage.store_bytes + sum(finished[: stage.index]) for stage in stages)
     last = stages[-1]
@@ -132,13 +166,13 @@ def make_plan(
         stages=stages,
         tile_px=tile_px,
         chunk_px=config.store.chunk_px,
-        halo_px=halo_px(model.names),
+        halo_px=max(one.halo_px for one in works),
         device=device,
         host_bytes=work.host_bytes(tile_px),
         device_bytes=work.gpu_bytes(tile_px),
         disk_bytes=disk,
         output_bytes=int(last.pixels * 3 * config.export.bits / 8 * 4 / 3),  # a pyramid adds a third
-        flop=sum(stage.flop_per_iteration * config.optimizer.max_iterations for stage in stages),
+        flop=sum(stage.flop_per_iteration * stage.max_iterations for stage in stages),
         memory_limit_bytes=config.memory.limit_bytes,
     )
 
@@ -160,40 +194,64 @@ def _check_counts(config: Config, sizes: Sequence[tuple[Size, tuple[Size, ...]]]
         )
 
 
-def _check_sizes(config: Config, model: Model, sizes: Sequence[tuple[Size, tuple[Size, ...]]]) -> None:
-    """Refuse images too small for the network at some stage."""
-    canvas, styles = sizes[0]
-    named = [("content", config.content, canvas, model.names)]
+def _check_overrides(config: Config, canvases_px: Sequence[int]) -> None:
+    """Refuse an entry of `stages` that no stage would heed. `canvases_px`: the long side of every stage's canvas."""
+    for index, stage in enumerate(config.stages):
+        above = config.stages[index - 1].up_to if index else 0
+        if not any(above < long_px <= stage.up_to for long_px in canvases_px):
+            sizes = ", ".join(map(str, dict.fromkeys(canvases_px)))
+            raise ConfigError(
+                f"stages.{index}: is for canvases of {above + 1} to {stage.up_to} px, and this run has none, so it "
+                f"would change nothing. Its stages have {sizes} px: change up_to, or leave the entry out."
+            )
+
+
+def _check_sizes(work: StageWork, stage: int) -> None:
+    """Refuse images too small for the network."""
+    config = work.config
+    named = [("content image", config.content, work.canvas, work.model.names)]
     named += [
-        ("style", style.image, size, model.style_layers) for style, size in zip(config.styles, styles, strict=True)
+        ("style image", style.image, size, work.model.style_layers)
+        for style, size in zip(config.styles, work.styles, strict=True)
     ]
     for what, path, size, names in named:
         least = min_side_px(names, config.network.padding) if names else 1
         if min(size) < least:
             raise InputError(
-                f"{what} image {path}: its first stage is {size[1]}×{size[0]} px, but the deepest layer in use needs "
+                f"{what} {path}: at stage {stage} it is {size[1]}×{size[0]} px, but the deepest layer in use needs "
                 f"{least} px on each side ({config.network.padding} padding). Use a larger image, a larger "
                 "initial_size, or shallower layers."
             )
 
 
-def _plan_stage(
-    config: Config, model: Model, index: int, sizes: tuple[Size, tuple[Size, ...]], tile_px: int
-) -> StagePlan:
-    size, style_sizes = sizes
+def _check_start(config: Config, canvas: Size, images: Mapping[Path, ImageSize]) -> None:
+    """Refuse a picture to start from that would be squeezed into the canvas."""
+    if not isinstance(config.init, Path):
+        return
+    height, width = _size_of(images[config.init])
+    if abs(fit((height, width), max(canvas))[0] - canvas[0]) > 1 + canvas[0] // 100:
+        raise InputError(
+            f"init {config.init}: has {width}×{height} px, and the canvas that it would start has other proportions "
+            f"({canvas[1]}×{canvas[0]} px): it would be squeezed. Crop it to those."
+        )
+
+
+def _plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
+    size, model = work.canvas, work.model
     gram_px = computed_px(size, tile_px, halo_px(model.style_layers)) if model.style_layers else 0
-    gradient_px = computed_px(size, tile_px, 2 * halo_px(model.names))
+    gradient_px = computed_px(size, tile_px, 2 * work.halo_px)
     return StagePlan(
         index=index,
         size=size,
-        style_sizes=style_sizes,
+        style_sizes=work.styles,
         tiles=ceil_to(size[0], tile_px) * ceil_to(size[1], tile_px) // tile_px**2,
         gram_px=gram_px,
         gradient_px=gradient_px,
-        store_bytes=store_bytes(size, style_sizes, model, config),
-        store_chunks=store_chunks(size, style_sizes, model, config),
+        store_bytes=store_bytes(size, work.styles, model, work.config),
+        store_chunks=store_chunks(size, work.styles, model, work.config),
         # the backward pass to the pixels costs as much as the forward one: no weight has a gradient
         flop_per_iteration=model.flop_per_px() * (gram_px + 2 * gradient_px),
+        max_iterations=work.config.optimizer.max_iterations,
     )
 
 
@@ -213,16 +271,25 @@ def canvas_bytes(size: Size, config: Config) -> int:
 def store_bytes(size: Size, style_sizes: Sequence[Size], model: Model, config: Config) -> int:
     """Bytes of all arrays of one stage, and of its largest style: they are there one at a time."""
     chunk_px = config.store.chunk_px
-    arrays = stage_arrays(size, chunk_px, config.state, model.content_widths).values()
-    styles = max(ArraySpec((*style, 3), chunk_px, "uint8").stored_bytes for style in style_sizes)
-    return sum(array.stored_bytes for array in arrays) + styles
+    styles = (ArraySpec((*style, 3), chunk_px, "uint8").stored_bytes for style in style_sizes)
+    arrays = arrays_of(config, size, model)
+    return sum(array.stored_bytes for array in arrays.values()) + max(styles, default=0)
 
 
 def store_chunks(size: Size, style_sizes: Sequence[Size], model: Model, config: Config) -> int:
     """Chunk files of all arrays of one stage: those of store_bytes."""
     chunk_px = config.store.chunk_px
-    arrays = 8 + len(model.content_layers)  # a chunk of features has a chunk's pixels, not its positions
-    return arrays * chunk_count(size, chunk_px) + max(chunk_count(style, chunk_px) for style in style_sizes)
+    styles = (chunk_count(style, chunk_px) for style in style_sizes)
+    # a chunk of features has a chunk's pixels, not its positions
+    return len(arrays_of(config, size, model)) * chunk_count(size, chunk_px) + max(styles, default=0)
+
+
+def arrays_of(config: Config, size: Size, model: Model) -> dict[str, ArraySpec]:
+    """The arrays of pixels or features of a stage of `config` whose canvas has this (height, width)."""
+    arrays = stage_arrays(size, config.store.chunk_px, config.state, model.content_widths)
+    if config.content is None:
+        del arrays[CONTENT]
+    return arrays
 
 
 def chunk_count(size: Size, chunk_px: int) -> int:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import integrity, losses, passes, store, transfer, zarr_files
-from pipeline.arrays import CONTENT, content_features_name, gram_layer, gram_name, stage_arrays
+from pipeline.arrays import CONTENT, STYLE, content_features_name, gram_layer, gram_name
+from pipeline.cost import Size
 from pipeline.errors import ConfigError, storage
 from pipeline.losses import Gram
+from pipeline.plan import arrays_of
 from pipeline.stage import Stage, merged, positions
 from pipeline.tiling import grid
 
@@ -40,7 +42,7 @@ def _prepare(stage: Stage, folder: Path, previous_canvas: store.StageArray | Non
         integrity.require_intact([previous_canvas], stage.engine, stage.told("check"))
     store.create_stage(folder)
     _create_arrays(stage, folder)
-    sums = {CONTENT: _ingest_content(stage, folder)}
+    sums = {} if stage.config.content is None else {CONTENT: _ingest_content(stage, folder)}
     sums |= _store_style_targets(stage, folder)
     sums["canvas_0"] = _start_canvas(stage, folder, previous_canvas, sums)
     sums |= {name: store.open_array(folder, name).packed_zeros() for name in ("m_0", "v_0")}
@@ -77,15 +79,14 @@ def remake(stage: Stage, names: Collection[str], content_sums: str | None) -> di
 
 def _create_arrays(stage: Stage, folder: Path, names: Collection[str] | None = None) -> None:
     """All arrays of the stage, or those named."""
-    settings = stage.config.store
-    arrays = stage_arrays(stage.plan.size, settings.chunk_px, stage.config.state, stage.model.content_widths)
-    for name, array in arrays.items():
+    for name, array in arrays_of(stage.config, stage.plan.size, stage.model).items():
         if names is None or name in names:
-            store.create_array(folder, name, array.shape, array.chunk_px, array.form, settings.codec)
+            store.create_array(folder, name, array.shape, array.chunk_px, array.form, stage.config.store.codec)
 
 
 def _ingest_content(stage: Stage, folder: Path) -> str:
     array = store.open_array(folder, CONTENT)
+    assert stage.config.content is not None
     return transfer.ingest(stage.config.content, array, stage.engine, stage.told("content"))
 
 
@@ -95,12 +96,10 @@ def _store_style_targets(stage: Stage, folder: Path) -> dict[str, str]:
         return {}
     grams: list[dict[str, Gram]] = []
     for style, size in zip(stage.config.styles, stage.plan.style_sizes, strict=True):
-        store.create_array(folder, "style", (*size, 3), stage.config.store.chunk_px, "uint8", stage.config.store.codec)
-        array = store.open_array(folder, "style")
-        sums = {"style": transfer.ingest(style.image, array, stage.engine, stage.told("style"))}
-        totals = stage.gram_sums(folder, "style", grid(*size, stage.tile_px), "style Gram", sums)
+        sums = {STYLE: _ingest_aside(stage, folder, style.image, size)}
+        totals = stage.gram_sums(folder, STYLE, grid(*size, stage.tile_px), "style Gram", sums)
         grams.append({layer: total / positions(size, layer) for layer, total in totals.items()})
-        store.delete_array(folder, "style")
+        store.delete_array(folder, STYLE)
     weights = [style.weight for style in stage.config.styles]
     written: dict[str, str] = {}
     for layer in stage.model.style_layers:
@@ -110,19 +109,34 @@ def _store_style_targets(stage: Stage, folder: Path) -> dict[str, str]:
     return written
 
 
+def _ingest_aside(stage: Stage, folder: Path, image: Path, size: Size) -> str:
+    """An image that only the preparation needs, as the array STYLE; gives its packed checksums."""
+    settings = stage.config.store
+    store.create_array(folder, STYLE, (*size, 3), settings.chunk_px, "uint8", settings.codec)
+    return transfer.ingest(image, store.open_array(folder, STYLE), stage.engine, stage.told("style"))
+
+
 def _start_canvas(
     stage: Stage, folder: Path, previous_canvas: store.StageArray | None, checksums: Mapping[str, str]
 ) -> str:
-    canvas = store.open_array(folder, "canvas_0")
-    if previous_canvas is None and stage.config.init == "noise":
-        return canvas.packed(
-            {
-                (cy, cx): canvas.write_chunk(cy, cx, passes.initial_noise(stage.config.seed, canvas, cy, cx))
-                for cy, cx in stage.engine.checked(canvas.chunk_indices())
-            }
-        )
-    source = previous_canvas or store.open_array(folder, "content", checksums["content"])
-    return transfer.fill_canvas(source, canvas, stage.engine, stage.told("canvas"))
+    canvas, init = store.open_array(folder, "canvas_0"), stage.config.init
+    if previous_canvas is not None:
+        return transfer.fill_canvas(previous_canvas, canvas, stage.engine, stage.told("canvas"))
+    if isinstance(init, Path):
+        picture = store.open_array(folder, STYLE, _ingest_aside(stage, folder, init, stage.plan.size))
+        sums = transfer.fill_canvas(picture, canvas, stage.engine, stage.told("canvas"))
+        store.delete_array(folder, STYLE)
+        return sums
+    if init == "content":
+        content = store.open_array(folder, CONTENT, checksums[CONTENT])
+        return transfer.fill_canvas(content, canvas, stage.engine, stage.told("canvas"))
+    start = passes.initial_noise if init == "noise" else passes.initial_gray
+    return canvas.packed(
+        {
+            (cy, cx): canvas.write_chunk(cy, cx, start(stage.config.seed, canvas, cy, cx))
+            for cy, cx in stage.engine.checked(canvas.chunk_indices())
+        }
+    )
 
 
 def _content_pass(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> tuple[dict[str, float], dict[str, str]]:

@@ -92,6 +92,7 @@ class _Config(_Part):
 class _StageSizes(_Part):
     size: tuple[_Side, _Side]
     style_sizes: Annotated[list[tuple[_Side, _Side]], Field(max_length=MAX_STYLES)]
+    max_iterations: _Count | None = None  # older runs have the config's in every stage
 
 
 class _Manifest(_Part):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import integrity, store
-from pipeline.arrays import CONTENT, slot_names, stage_arrays
+from pipeline.arrays import CONTENT, slot_names
 from pipeline.checksums import checksum, unpacked
 from pipeline.cost import model_of
 from pipeline.damage import FOREIGN, Held, Problem
@@ -26,6 +26,7 @@ from pipeline.journal import Journal, Position, Record, position_of
 from pipeline.manifest import begun_manifest, write_manifest
 from pipeline.opening import journal_path, manifest_path, newest_canvas, now, stage_path
 from pipeline.places import SECOND_NAME, store_path, taken
+from pipeline.plan import arrays_of
 from pipeline.progress import Sink
 from pipeline.run import Tools, make_stage
 from pipeline.store import METADATA, ChunkError
@@ -183,7 +184,7 @@ class Repair:
             config, planned.stages[index], Tools(device, weights, self.engine, self.sink), records[prepared]["tile_px"]
         )
         sums = found.position.checksums[index]
-        made = remake(stage, names, None if CONTENT in names else sums[CONTENT])
+        made = remake(stage, names, None if CONTENT in names else sums.get(CONTENT))
         for name in names:
             shutil.copyfile(stage.stage_dir / name / METADATA, stage.partial_dir / name / METADATA)
             if made[name] == sums[name]:
@@ -206,11 +207,12 @@ def _metadata_files(found: Findings, problem: Problem) -> Iterator[bytes]:
         return
     config = found.config
     try:
+        height, width = found.manifest["stages"][problem.stage]["size"]
+        config = config.for_stage(max(height, width))
         model = model_of(config, widths_for_plan(config.network.name, config.network.weights))
     except PipelineError:  # the weights are damaged too: they are a problem of their own
         return
-    height, width = found.manifest["stages"][problem.stage]["size"]
-    arrays = stage_arrays((height, width), config.store.chunk_px, config.state, model.content_widths)
+    arrays = arrays_of(config, (height, width), model)
     if problem.array in arrays:
         yield array_metadata(arrays[problem.array], config.store.codec)
 

@@ -63,10 +63,16 @@ def print_plan(config: Config, planned: Plan) -> None:
         *([] if planned.device == "cpu" else [f"on {planned.device}  {gib(planned.device_bytes)}"]),
         f"disk     {gib(planned.disk_bytes)} in {config.work_dir}",
         f"picture  up to {gib(planned.output_bytes)} for {config.output}",
-        f"work     {planned.flop / 1e12:,.0f} TFLOP for {config.optimizer.max_iterations} iterations of every stage",
+        f"work     {planned.flop / 1e12:,.0f} TFLOP for {_iterations(planned)} iterations of every stage",
     ]
     for line in lines:
         console.print(line)
+
+
+def _iterations(planned: Plan) -> str:
+    """Of every stage: one number, or the least and the most."""
+    numbers = sorted(stage.max_iterations for stage in planned.stages)
+    return "–".join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1])))
 
 
 def print_status(found: dict[str, Any]) -> None:
@@ -82,7 +88,7 @@ def print_status(found: dict[str, Any]) -> None:
             str(stage["stage"]),
             f"{stage['width_px']}×{stage['height_px']}",
             stage["state"],
-            f"{stage['iterations']}/{found['max_iterations']}",
+            f"{stage['iterations']}/{stage['max_iterations']}",
             stage["reason"] or "",
             duration(stage["seconds"]),
         )

@@ -90,9 +90,10 @@ class Tools:
 
 
 def make_stage(config: Config, plan: StagePlan, tools: Tools, tile_px: int) -> Stage:
-    """A stage of the run of `config`, ready to be prepared or iterated in tiles of `tile_px`."""
+    """A stage of the run of `config`, with its own settings, ready to be prepared or iterated in tiles of `tile_px`."""
     from pipeline.stage import Stage  # noqa: PLC0415 - brings torch, which export and status do without
 
+    config = config.for_stage(max(plan.size))
     network = NetworkSpec(
         tools.weights,
         config.network.padding,
@@ -180,7 +181,7 @@ class _Rendering:
         from pipeline.iteration import Iterations  # noqa: PLC0415
         from pipeline.preparation import prepare  # noqa: PLC0415
 
-        index, settings = stage_plan.index, self.config.optimizer
+        index, settings = stage_plan.index, self._settings(stage_plan)
         tools = Tools(self.device, self.weights, self.engine, self.sink)
         stage = make_stage(self.config, stage_plan, tools, tile_px)
         iteration = self.position.iteration if self.position.stage == index else 0
@@ -212,7 +213,7 @@ class _Rendering:
             IterationDone(
                 stage=stage_plan.index,
                 iteration=iteration,
-                max_iterations=self.config.optimizer.max_iterations,
+                max_iterations=stage_plan.max_iterations,
                 objective=result.objective,
                 content_loss=result.content_loss,
                 style_loss=result.style_loss,
@@ -224,13 +225,16 @@ class _Rendering:
                 eta_s=self._speed.seconds_for(self._remaining_flop(stage_plan.index)),
             )
         )
-        return end_reason(self.position, self.config.optimizer) is None
+        return end_reason(self.position, self._settings(stage_plan)) is None
 
     def _remaining_flop(self, index: int) -> int:
         """Work to the end if no stage stops early."""
-        full = self.config.optimizer.max_iterations
-        here = self.plan.stages[index].flop_per_iteration * (full - self.position.iteration)
-        return here + sum(stage.flop_per_iteration * full for stage in self.plan.stages[index + 1 :])
+        now, *later = self.plan.stages[index:]
+        here = now.flop_per_iteration * (now.max_iterations - self.position.iteration)
+        return here + sum(stage.flop_per_iteration * stage.max_iterations for stage in later)
+
+    def _settings(self, stage_plan: StagePlan) -> OptimizerConfig:
+        return self.config.for_stage(max(stage_plan.size)).optimizer
 
     def export(self) -> None:
         """The last stage's canvas, as the picture asked for; not again if it stands there already."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 from pipeline._fields import (
     MAX_CHUNK_PX,
     MAX_ITERATIONS,
     MAX_SIDE_PX,
+    MAX_STYLES,
     MAX_THREADS,
     MAX_WORKERS,
     Bool,
@@ -25,13 +26,16 @@ from pipeline._fields import (
     Layers,
     Pixels,
     Share,
+    SidePx,
 )
 from pipeline.layers import ALIGN_PX
 
 NetworkName = Literal["vgg19", "vgg19-lite", "random"]
-# Both are left out of `result_fields`; the second kind decides the picture through the file's content, not its name.
+# Both are left out of `result_fields`; files of the second kind decide the picture by their content, not their name.
 HARMLESS: dict[str, Any] = {"resume": "harmless"}
 COMPARED_BY_CONTENT: dict[str, Any] = {"resume": "compared by content hash"}
+# Keys that came later: a run from before them did what their defaults do.
+NEW: dict[str, Any] = {"resume": "compared unless it has its default"}
 
 
 class Section(BaseModel):
@@ -45,6 +49,12 @@ class StyleConfig(Section):
 
     image: File = Field(description="style image", json_schema_extra=COMPARED_BY_CONTENT)
     weight: Share = Field(1.0, description="share among the styles")
+    scale: Float = Field(
+        1.0, gt=0, le=100, description="size of the style beside the canvas; small: finer detail", json_schema_extra=NEW
+    )
+    max_size: SidePx | None = Field(
+        None, description="largest long side of the style in px; null: its own", json_schema_extra=NEW
+    )
 
 
 class NetworkConfig(Section):
@@ -75,7 +85,7 @@ def _default_stop(data: dict[str, Any]) -> float:
 
 
 class OptimizerConfig(Section):
-    """Adam and its schedule, the same at every stage."""
+    """Adam and its schedule."""
 
     schedule: Literal["cosine", "constant"] = Field("cosine", description="step size over a stage's iterations")
     max_iterations: Int = Field(60, ge=1, le=MAX_ITERATIONS, description="iterations of each stage")
@@ -89,6 +99,30 @@ class OptimizerConfig(Section):
     beta2: Float = Field(0.99, ge=0, lt=1, description="decay of Adam's second moment")
     epsilon: Float = Field(1e-6, gt=0, le=1e6, description="added to the second moment, under the root")
     clip: Bool = Field(True, description="keep the canvas within 0..255 after each step")
+
+
+class StageLayersConfig(Section):
+    """The layers that the losses look at in some stages: all stages have the same network."""
+
+    content_layers: Layers | None = Field(None, description="layers that keep the content there")
+    style_layers: Layers | None = Field(None, description="layers whose statistics make the style there")
+
+
+class StageConfig(Section):
+    """What differs in the stages up to a size; a key that is not given here is as for the others.
+
+    Of the sections, only the keys that are given count; they are written back like that.
+    """
+
+    up_to: SidePx = Field(description="stages whose canvas has at most this long side in px, and none before says so")
+    styles: tuple[StyleConfig, ...] | None = Field(None, max_length=MAX_STYLES, description="their styles")
+    network: StageLayersConfig | None = Field(None, description="their layers")
+    loss: LossConfig | None = Field(None, description="their losses")
+    optimizer: OptimizerConfig | None = Field(None, description="their optimizer")
+
+    @field_serializer("network", "loss", "optimizer")
+    def _given_keys(self, section: Section | None) -> dict[str, Any] | None:
+        return None if section is None else section.model_dump(mode="json", exclude_unset=True)
 
 
 class ComputeConfig(Section):

@@ -42,17 +42,23 @@ def status(work_dir: Path) -> dict[str, Any]:
                 "stage": index,
                 "height_px": stage["size"][0],
                 "width_px": stage["size"][1],
+                "max_iterations": _max_iterations(manifest, index),
                 **_stage_state(index, records),
             }
             for index, stage in enumerate(manifest["stages"])
         ],
         "iteration": position.iteration,
-        "max_iterations": manifest["config"]["optimizer"]["max_iterations"],
+        "max_iterations": _max_iterations(manifest, position.stage),
         "last": _without_checksums(iterations[-1]) if iterations else None,
         "seconds": round(sum(sum(record["seconds"].values()) for record in iterations), 3),
         "output": manifest["config"]["output"],
         "exported": sorted(position.exported),
     }
+
+
+def _max_iterations(manifest: dict[str, Any], stage: int) -> int:
+    settings = manifest["config"]["optimizer"]
+    return int(manifest["stages"][stage].get("max_iterations", settings["max_iterations"]))
 
 
 def _without_checksums(record: Record) -> Record:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config import Config, input_files
 from pipeline.device import Device, resolve_device
 from pipeline.errors import MISPLACED, ConfigError, SpaceError, storage_error
 from pipeline.image_export import check_output
@@ -32,12 +32,12 @@ def plan(config: Config) -> Plan:
 
 def plan_on(config: Config, device: Device) -> Plan:
     """`plan` for a device that is already known."""
-    content = read_header(config.content, config.limits)
-    styles = [read_header(style.image, config.limits) for style in config.styles]
+    weights_key = ("network", "weights")
+    images = {path: read_header(path, config.limits) for key, path in input_files(config) if key != weights_key}
     widths = widths_for_plan(config.network.name, config.network.weights, config.limits.max_weights_bytes)
     weights = weights_bytes(config.network.name, config.network.weights)
     refuse_own_state(config.output, config.work_dir)
-    planned = make_plan(config, content, styles, widths, weights, device.name, device.memory_bytes)
+    planned = make_plan(config, images, widths, weights, device.name, device.memory_bytes)
     height, width = planned.stages[-1].size
     check_output(config.output, width, height, config.export.bits, config.export.compression)
     return planned

@@ -178,8 +178,8 @@ def test_everything_at_once(write):
     ]  # fmt: skip
     text = "\n".join(lines)
     for said in (
-        "content: a path is wanted, found 3",
-        "styles.0.wieght: unknown key; allowed: image, weight; did you mean 'weight'?",
+        "content: a path or null is wanted, found 3",
+        "styles.0.wieght: unknown key; allowed: image, weight, scale, max_size; did you mean 'weight'?",
         "output: has the ending '.bmp'",
         "seed: duplicate key, first given at line 4",
         "did you mean 'size'?",
@@ -207,7 +207,10 @@ def test_missing_keys_are_named(write):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("size=true", "a whole number >= 16, <= 1000000 or null is wanted, found true"),
+        (
+            "size=true",
+            "a whole number >= 16, <= 1000000 or a list of 2, each a whole number >= 16, <= 1000000 or null is",
+        ),
         ("size=15", "found 15"),
         ("size=512.0", "found 512.0"),
         ("size='512'", "found the text '512'"),
@@ -225,8 +228,8 @@ def test_missing_keys_are_named(write):
         ("network.style_layers={conv1_1: true}", "found true"),
         ("network=3", "a section with name, weights"),
         ("network.name=vgg", "did you mean 'vgg19'?"),
-        ("styles=[]", "a list with at least one entry and at most 100 is wanted, found a list of 0"),
-        ("styles=s.jpg", "a list with at least one entry and at most 100 is wanted"),
+        ("styles=[]", "a list with at least one entry is wanted, unless loss.style_weight is 0"),
+        ("styles=s.jpg", "a list with at most 100 entries is wanted"),
         ("styles.0.weight=-1", "styles.0.weight: a number >= 0"),
         ("styles.0.weight=0", "the weights sum to 0.0"),
         ("memory.limit=4Gi", "a size such as 4GiB"),
@@ -255,7 +258,7 @@ def test_missing_keys_are_named(write):
         ("limits.max_pixels=1000000000001", "<= 1000000000000"),
         ("limits.max_result_pixels=0", ">= 1"),
         ("limits.max_file_bytes=9999999TiB", "up to 1048576TiB"),
-        ("styles=[" + "{image: s.jpg}, " * 101 + "]", "at most 100 is wanted, found a list of 101"),
+        ("styles=[" + "{image: s.jpg}, " * 101 + "]", "at most 100 entries is wanted, found a list of 101"),
         (f"content={'x' * 256}", "longer than 255 bytes"),
         (f"content={'x/' * 2048}y", "longer than 4095"),
         ('content="a\\nb.tif"', "line break"),
@@ -425,6 +428,10 @@ def _leaves(model: type[BaseModel], start: str = "") -> Iterator[tuple[str, Any]
             yield from _leaves(field.annotation, f"{start}{name}.")
         elif name == "styles":
             yield "styles.0.weight", float
+        elif name == "size":
+            yield "size", int | None  # with a content
+        elif name == "stages":
+            continue  # a list of sections
         elif "path" not in wanted(field.annotation, field.metadata):
             yield start + name, field.annotation
 

@@ -44,18 +44,31 @@ def config_of(**values) -> Config:
 
 
 def planned(
-    content=(1000, 800),
-    styles=((700, 900),),
+    content_size=(1000, 800),
+    style_sizes=((700, 900),),
     widths=VGG19_WIDTHS,
     device="cpu",
     device_bytes=0,
     weights_bytes=0,
     **values,
 ):
-    values.setdefault("styles", [{"image": f"/s{index}.png"} for index in range(len(styles))])
-    return make_plan(
-        config_of(**values), Header(*content), [Header(*size) for size in styles], widths, 0, device, device_bytes
-    )
+    values.setdefault("styles", [{"image": f"/s{index}.png"} for index in range(len(style_sizes))])
+    return make_plan(config_of(**values), headers(content_size, style_sizes), widths, 0, device, device_bytes)
+
+
+def headers(content, styles) -> dict[Path, Header]:
+    """Of /c.png, and /s0.png, /s1.png, …"""
+    named = {Path(f"/s{index}.png"): Header(*size) for index, size in enumerate(styles)}
+    return named | ({Path("/c.png"): Header(*content)} if content else {})
+
+
+def sizes_of(content, styles, initial_px, target_px, styles_values=None, **values):
+    """The stages' sizes. `styles_values`: further keys of each style."""
+    values["styles"] = [
+        {"image": f"/s{index}.png", **more} for index, more in enumerate(styles_values or [{}] * len(styles))
+    ]
+    config = config_of(initial_size=initial_px, size=target_px, **values)
+    return stage_sizes(config, headers(content, styles))
 
 
 # --- stages ---
@@ -63,26 +76,26 @@ def planned(
 
 def test_stages_are_those_of_the_algorithm():
     """512, 1,024, 2,048 and then the exact size: a stage left out leaves its strokes out (Fig. 5)."""
-    stages = stage_sizes((3000, 1501), [(800, 600)], 512, None)
+    stages = sizes_of((3000, 1501), [(800, 600)], 512, None)
     assert [canvas for canvas, _ in stages] == [(512, 256), (1024, 512), (2048, 1025), (3000, 1501)]
     assert [styles for _, styles in stages] == [((512, 384),), ((800, 600),), ((800, 600),), ((800, 600),)]
 
 
 def test_a_style_larger_than_the_content_adds_stages():
     """The detail of a large painting is only seen at its own size; the canvas stays the content's (K's second term)."""
-    stages = stage_sizes((100, 80), [(1000, 700)], 256, None)
+    stages = sizes_of((100, 80), [(1000, 700)], 256, None)
     assert [canvas for canvas, _ in stages] == [(100, 80)] * 3
     assert [styles[0] for _, styles in stages] == [(256, 179), (512, 358), (1000, 700)]
 
 
 def test_size_replaces_the_contents_long_side():
     """Enlarging is what the program is for; making smaller must work too."""
-    assert [canvas for canvas, _ in stage_sizes((300, 400), [(10, 10)], 512, 2048)] == [
+    assert [canvas for canvas, _ in sizes_of((300, 400), [(10, 10)], 512, 2048)] == [
         (384, 512),
         (768, 1024),
         (1536, 2048),
     ]
-    assert [canvas for canvas, _ in stage_sizes((300, 400), [(10, 10)], 512, 100)] == [(75, 100)]
+    assert [canvas for canvas, _ in sizes_of((300, 400), [(10, 10)], 512, 100)] == [(75, 100)]
 
 
 sides = st.integers(1, 40_000)
@@ -92,7 +105,7 @@ sizes = st.tuples(sides, sides)
 @given(sizes, st.lists(sizes, min_size=1, max_size=3), st.integers(16, 4096), st.none() | st.integers(16, 40_000))
 def test_stages_grow_to_exactly_the_target(content, styles, initial_px, target_px):
     """A picture one pixel off does not fit its frame, and a stage that shrinks throws work away."""
-    stages = stage_sizes(content, styles, initial_px, target_px)
+    stages = sizes_of(content, styles, initial_px, target_px)
     canvases = [canvas for canvas, _ in stages]
     target = target_px or max(content)
     longest = max(target, *(max(style) for style in styles))
@@ -271,23 +284,23 @@ def test_a_limit_that_is_too_small_is_refused_by_its_name():
 
 def test_a_result_beyond_the_limit_is_refused_by_its_name():
     """A zero too many in `size` would plan for minutes, and fill the disk for days."""
-    assert "limits.max_result_pixels (10,000,000,000)" in refusal(content=(1000, 1000), size=100_001)
-    planned(content=(1000, 1000), size=100_000)
-    text = refusal(content=(1000, 1000), size=5000, limits={"max_result_pixels": 24_999_999})
+    assert "limits.max_result_pixels (10,000,000,000)" in refusal(content_size=(1000, 1000), size=100_001)
+    planned(content_size=(1000, 1000), size=100_000)
+    text = refusal(content_size=(1000, 1000), size=5000, limits={"max_result_pixels": 24_999_999})
     assert "5000×5000 px" in text and "limits.max_result_pixels" in text
 
 
 def test_more_chunks_than_files_can_be_is_refused_by_its_name():
     """A thousand million files of 3 KB: every listing of them would take hours, and no disk has the inodes."""
-    assert "store.chunk_px" in refusal(content=(40_000, 40_000), store={"chunk_px": 16})
+    assert "store.chunk_px" in refusal(content_size=(40_000, 40_000), store={"chunk_px": 16})
     large = {"limits": {"max_result_pixels": 10**12}, "size": 600_000}
-    assert "store.chunk_px" in refusal(content=(1000, 1000), **large)
-    assert "store.chunk_px" in refusal(styles=((60_000, 60_000),), store={"chunk_px": 16})
+    assert "store.chunk_px" in refusal(content_size=(1000, 1000), **large)
+    assert "store.chunk_px" in refusal(style_sizes=((60_000, 60_000),), store={"chunk_px": 16})
 
 
 def test_a_tile_that_does_not_fit_is_refused_by_its_name():
     """A tile size the user chose is not silently changed."""
-    text = refusal(content=(8192, 8192), memory={"limit": "4GiB"}, compute={"tile_px": 4096, "device": "cpu"})
+    text = refusal(content_size=(8192, 8192), memory={"limit": "4GiB"}, compute={"tile_px": 4096, "device": "cpu"})
     assert "compute.tile_px: 4096 needs" in text and "compute.tile_px: auto" in text and "memory.limit" in text
 
 
@@ -314,7 +327,7 @@ def test_the_automatic_tile_fits_the_limit_and_is_the_largest_that_does(content,
     assert plan.tile_px % chunk_px == 0
     if plan.tile_px < max(content):
         larger = {**values, "compute": {"tile_px": plan.tile_px + chunk_px, "device": "cpu"}}
-        assert "memory.limit" in refusal(content=content, **larger)
+        assert "memory.limit" in refusal(content_size=content, **larger)
 
 
 def test_the_automatic_tile_fits_a_gpu():
@@ -357,7 +370,7 @@ def test_every_worker_process_is_planned_for():
         for workers in (2, 0)
     )
     assert smaller < larger
-    text = refusal(content=(8192, 8192), memory={"limit": "8GiB"}, compute={"device": "cpu", "workers": 16})
+    text = refusal(content_size=(8192, 8192), memory={"limit": "8GiB"}, compute={"device": "cpu", "workers": 16})
     assert "fewer compute.workers" in text and "memory.limit" in text
 
 
