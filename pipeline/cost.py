@@ -21,8 +21,8 @@ MIB = 2**20
 WORKERS = 3
 # Resident memory of a process before it touches a picture: interpreter, torch, dask, zarr, libvips.
 BASE_BYTES = {"cpu": 420 * MIB, "gpu": 1600 * MIB}
-# Values of a compact chunk that the update pass unpacks at a time.
-UNPACKED_VALUES = 98_304
+# Values of a chunk that the update pass has in hand at a time: 64 rows of 512 px, five arrays of which fit a cache.
+BLOCK_VALUES = 98_304
 # Of a GPU, what CUDA and its libraries take in every worker process.
 CONTEXT_BYTES = 700 * MIB
 # What the kernels and the allocator take beyond the feature maps: measured by tools/bench_memory.py.
@@ -227,12 +227,16 @@ class Workload:
         return processes
 
     def update_bytes(self) -> int:
-        """What the threads of the update pass keep, into the next pass: gradient, canvas, m, v and |u| of a chunk."""
-        values = self.config.store.chunk_px**2 * 3
-        if self.config.store.state_dtype == "float":
-            return WORKERS * values * 5 * self._itemsize
-        # 16 bits each but for |u|, and a block of rows unpacked: four arrays, and about two of the encodings' own
-        return WORKERS * (values * (4 * 2 + 4) + min(values, UNPACKED_VALUES) * 6 * 4)
+        """What the threads of the update pass keep, into the next pass: gradient, canvas, m, v and |u| of a block."""
+        store = self.config.store
+        values = store.chunk_px**2 * 3
+        if store.state_dtype == "float":
+            stored, per_value = self._itemsize, 5 * self._itemsize
+        else:  # the same unpacked, beside four of 16 bits, and about two of the encodings' own
+            stored, per_value = 2, 4 * 2 + (5 + 2) * 4
+        # a compressed chunk is held whole: four are read, three written, and one of them is at its codec
+        whole = 0 if store.codec == "none" else (7 + 2) * values * stored
+        return WORKERS * (min(values, BLOCK_VALUES) * per_value + whole)
 
     def _tiles_bytes(self, tile_px: int, chunk_bytes: int) -> int:
         """One tile that computes, and what belongs to those in flight."""

@@ -120,13 +120,9 @@ class StageArray:
             raise ChunkError(self.chunk_path(cy, cx), "changed", "is not what was written there")
 
     def _read(self, cy: int, cx: int, out: NDArray[Any], offset: int) -> None:
-        path, view, done = self.chunk_path(cy, cx), out.data.cast("B"), 0
-        with storage(path), self._opened_chunk(path, os.O_RDONLY) as descriptor:
-            while done < len(view):
-                read = os.preadv(descriptor, [view[done:]], offset + done)
-                if read == 0:
-                    raise ChunkError(path, "truncated", f"ends after {offset + done} bytes")
-                done += read
+        path = self.chunk_path(cy, cx)
+        with storage(path), self.opened_chunk(path, os.O_RDONLY) as descriptor:
+            read_all(descriptor, path, out, offset)
 
     def write_chunk(self, cy: int, cx: int, data: NDArray[Any]) -> int:
         """Write one whole chunk; `data` smaller than a chunk (at the far border) is padded with zeros.
@@ -145,8 +141,8 @@ class StageArray:
         data, path = np.ascontiguousarray(data), self.chunk_path(cy, cx)
         with storage(path):
             if self.raw:
-                with self._opened_chunk(path, os.O_WRONLY) as descriptor:
-                    _write_all(descriptor, data.data.cast("B"))
+                with self.opened_chunk(path, os.O_WRONLY) as descriptor:
+                    write_all(descriptor, data, 0)
             else:
                 _open_zarr(self.path).set_block_selection((cy, cx, 0), data)
         return checksum(data)
@@ -162,7 +158,7 @@ class StageArray:
         """Raise ChunkError for a chunk that is not there or, uncompressed, has not its size; nothing is read."""
         path = self.chunk_path(cy, cx)
         if self.raw:
-            with self._opened_chunk(path, os.O_RDONLY):
+            with self.opened_chunk(path, os.O_RDONLY):
                 pass
         elif not path.is_file():
             raise ChunkError(path, "missing", "is missing")
@@ -183,7 +179,8 @@ class StageArray:
         return self.path / self.chunk_keys.format(cy=cy, cx=cx)
 
     @contextmanager
-    def _opened_chunk(self, path: Path, flags: int) -> Iterator[int]:
+    def opened_chunk(self, path: Path, flags: int) -> Iterator[int]:
+        """The descriptor of an uncompressed chunk's file. Raises ChunkError if it is missing, or has another size."""
         try:
             descriptor = os.open(path, flags | os.O_CLOEXEC)
         except FileNotFoundError as error:
@@ -216,10 +213,21 @@ class StageArray:
         return packed([checksum(np.zeros(self.chunk_shape, self.dtype))] * len(self.chunk_indices()))
 
 
-def _write_all(descriptor: int, view: memoryview) -> None:
-    done = 0
+def read_all(descriptor: int, path: Path, out: NDArray[Any], offset: int) -> None:
+    """Fill the contiguous array `out` with what a file holds from `offset` on. Raises ChunkError if that is less."""
+    view, done = out.data.cast("B"), 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done:], done)
+        read = os.preadv(descriptor, [view[done:]], offset + done)
+        if read == 0:
+            raise ChunkError(path, "truncated", f"ends after {offset + done} bytes")
+        done += read
+
+
+def write_all(descriptor: int, data: NDArray[Any], offset: int) -> None:
+    """Write a contiguous array into a file, from `offset` on."""
+    view, done = data.data.cast("B"), 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
 
 
 def create_array(stage_dir: Path, name: str, shape: tuple[int, int, int], chunk_px: int, form: str, codec: str) -> None:

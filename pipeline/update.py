@@ -1,15 +1,16 @@
 """The update pass: one Adam step, chunk by chunk, from the slot that is read into the other. Numpy alone.
 
-A task reads gradient, canvas, m and v of some chunks, whole, into arrays that its thread keeps; steps; and writes
-canvas, m and v. Of a compact state the numbers are unpacked and packed again in blocks of rows, so that the float
-values of a chunk are never all in memory.
+A task goes through its chunks by blocks of rows: reads gradient, canvas, m and v into arrays that its thread keeps,
+steps, and writes canvas, m and v. A block stays in the processor's cache from its reading to its writing.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from numpy.typing import NDArray
 from pipeline import adam, timeline
 from pipeline.arrays import GRADIENT, slot_names
 from pipeline.checksums import ChunkSums
-from pipeline.cost import UNPACKED_VALUES
+from pipeline.chunk_stream import ChunkReader, ChunkWriter
+from pipeline.cost import BLOCK_VALUES
 from pipeline.formats import BFLOAT16, FIXED16, RoundingBytes
-from pipeline.store import open_array
+from pipeline.store import StageArray, open_array
 
 Array = NDArray[Any]
 # Chunks per task: enough to make the scheduler's cost per chunk small, few enough to keep workers busy.
@@ -72,70 +74,97 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
     sources = [open_array(spec.stage_dir, name, spec.checksums[name]) for name in (GRADIENT, *slot_names(spec.slot))]
     targets = [open_array(spec.stage_dir, name) for name in slot_names(1 - spec.slot)]
     written: dict[str, ChunkSums] = {name: {} for name in slot_names(1 - spec.slot)}
-    stored = [_BUFFERS.array(source.path.name.split("_")[0], source.chunk_shape, source.dtype) for source in sources]
     sums: list[float] = []
     largest = 0.0
-    for cy, cx in spec.chunks:
-        with timeline.span("read", chunk=(cy, cx)):
-            for source, data in zip(sources, stored, strict=True):
-                source.read_chunk(cy, cx, data)
-        with timeline.span("update", chunk=(cy, cx)):
-            if sources[0].encoding is None:
-                abs_u = _float_update(stored, spec.step)
-            else:
-                abs_u = _compact_update(stored, spec.step, RoundingBytes(*spec.rounding, (cy, cx)))
-        with timeline.span("write", chunk=(cy, cx)):
-            for target, data in zip(targets, stored[1:], strict=True):
-                written[target.path.name][cy, cx] = target.write_chunk(cy, cx, data)
-        inside = abs_u[sources[0].valid_part(cy, cx)]
-        sums.append(float(inside.sum(dtype=np.float64)))
-        largest = max(largest, float(inside.max()))
+    for chunk in spec.chunks:
+        with ExitStack() as opened:  # whose end tells a damaged chunk: what is written before is not committed
+            readers = [opened.enter_context(ChunkReader(source, chunk)) for source in sources]
+            writers = [opened.enter_context(ChunkWriter(target, chunk)) for target in targets]
+            random = RoundingBytes(*spec.rounding, chunk) if sources[0].encoding else None
+            total, most = _update_chunk(readers, writers, sources, chunk, partial(_update_block, spec.step, random))
+        for target, writer in zip(targets, writers, strict=True):
+            written[target.path.name][chunk] = writer.checksum
+        sums.append(total)
+        largest = max(largest, most)
     return UpdateResult(tuple(sums), largest, written)
 
 
-def _float_update(stored: Sequence[Array], step: adam.AdamStep) -> Array:
-    """Advance `stored` (gradient, canvas, m, v) in place; gives |u| of the chunk."""
+def _update_chunk(
+    readers: Sequence[ChunkReader],
+    writers: Sequence[ChunkWriter],
+    sources: Sequence[StageArray],
+    chunk: tuple[int, int],
+    update_block: Callable[[Sequence[Array]], Array],
+) -> tuple[float, float]:
+    """(Σ|u|, max|u|) of the chunk's pixels; its padding is nobody's."""
+    rows, columns = sources[0].valid_part(*chunk)
+    total = largest = 0.0
+    for y0, stored in _blocks(sources):
+        with timeline.span("read", chunk=chunk):
+            for reader, data in zip(readers, stored, strict=True):
+                reader.read(data)
+        with timeline.span("update", chunk=chunk):
+            abs_u = update_block(stored)
+            inside = abs_u[: max(0, rows.stop - y0), columns]
+            total += float(inside.sum(dtype=np.float64))
+            largest = max(largest, float(inside.max(initial=0)))
+        with timeline.span("write", chunk=chunk):
+            for writer, data in zip(writers, stored[1:], strict=True):
+                writer.write(data)
+    return total, largest
+
+
+def _blocks(sources: Sequence[StageArray]) -> Iterator[tuple[int, list[Array]]]:
+    """The first row of every block of a chunk, and where gradient, canvas, m and v of the block are kept."""
+    chunk_rows, columns, channels = sources[0].chunk_shape
+    rows = min(chunk_rows, max(1, BLOCK_VALUES // (columns * channels)))
+    kept = [
+        _BUFFERS.array(source.path.name.split("_")[0], (rows, columns, channels), source.dtype) for source in sources
+    ]
+    for y0 in range(0, chunk_rows, rows):
+        yield y0, [data[: chunk_rows - y0] for data in kept]  # the last one may have fewer rows
+
+
+def _update_block(step: adam.AdamStep, random: RoundingBytes | None, stored: Sequence[Array]) -> Array:
+    """Advance `stored` (gradient, canvas, m, v, as on disk) in place, `random` being for compact ones; gives |u|."""
+    if random is not None:
+        return _compact_update(stored, step, random)
     gradient, canvas, m, v = stored
     return adam.update(gradient, canvas, m, v, _BUFFERS.array("abs_u", gradient.shape, gradient.dtype), step)
 
 
 def _compact_update(stored: Sequence[Array], step: adam.AdamStep, random: RoundingBytes) -> Array:
-    """Advance `stored` (gradient, canvas, m, v, as on disk) in place; gives |u| of the chunk.
+    """As above, for a compact state.
 
     Canvas and v are rounded by chance, with the same random bytes: each is fair, and their errors need not be
     independent of each other. m changes by a tenth per iteration, and is rounded to nearest.
     """
-    shape = stored[0].shape
-    abs_u = _BUFFERS.array("abs_u", shape, np.dtype(np.float32))
-    block_rows = min(shape[0], max(1, UNPACKED_VALUES // (shape[1] * shape[2])))
-    block_shape = (block_rows, *shape[1:])
-    blocks = [_BUFFERS.array(f"values_{index}", block_shape, np.dtype(np.float32)) for index in range(4)]
-    for y0 in range(0, shape[0], block_rows):
-        rows = slice(y0, min(y0 + block_rows, shape[0]))
-        gradient, canvas, m, v = values = [block[: rows.stop - rows.start] for block in blocks]
-        for encoding, data, into in zip((BFLOAT16, FIXED16, BFLOAT16, BFLOAT16), stored, values, strict=True):
-            encoding.decode(data[rows], into)
-        adam.update(gradient, canvas, m, v, abs_u[rows], step)
-        bytes_ = random.take(canvas.shape)
-        scratch = gradient.view(np.uint32)  # it has served
-        FIXED16.encode_stochastic(canvas, bytes_, stored[1][rows], scratch)
-        BFLOAT16.encode(m, stored[2][rows])
-        BFLOAT16.encode_stochastic(v, bytes_, stored[3][rows], scratch)
+    names = ("values_0", "values_1", "values_2", "values_3", "abs_u")
+    *values, abs_u = (_BUFFERS.array(name, stored[0].shape, np.dtype(np.float32)) for name in names)
+    gradient, canvas, m, v = values
+    for encoding, data, into in zip((BFLOAT16, FIXED16, BFLOAT16, BFLOAT16), stored, values, strict=True):
+        encoding.decode(data, into)
+    adam.update(gradient, canvas, m, v, abs_u, step)
+    bytes_ = random.take(canvas.shape)
+    scratch = gradient.view(np.uint32)  # it has served
+    FIXED16.encode_stochastic(canvas, bytes_, stored[1], scratch)
+    BFLOAT16.encode(m, stored[2])
+    BFLOAT16.encode_stochastic(v, bytes_, stored[3], scratch)
     return abs_u
 
 
 class _Buffers(threading.local):
-    """Arrays that a thread keeps from task to task: the kernel would have to clear new ones, page by page."""
+    """Memory that a thread keeps from task to task: the kernel would have to clear new pages."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Array] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """An array of unknown values; the same one for the same arguments."""
-        kept = self._kept.get(name)
-        if kept is None or kept.shape != shape or kept.dtype != dtype:
-            kept = self._kept[name] = np.empty(shape, dtype)
-        return kept
+        """An array of unknown values, in the memory of the last one of this name where that is large enough."""
+        kept, count = self._kept.get(name), int(np.prod(shape))
+        if kept is None or kept.size < count or kept.dtype != dtype:
+            kept = self._kept[name] = np.empty(count, dtype)
+        return kept[:count].reshape(shape)
 
 
 _BUFFERS = _Buffers()
