@@ -19,6 +19,7 @@ from pipeline.layers import halo_px
 from pipeline.losses import Gram
 from pipeline.stage import Stage, merged, positions
 from pipeline.tiling import chunks_of
+from pipeline.variation import CHANNELS
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,10 @@ class IterationResult:
 
 @dataclass(frozen=True)
 class _Gradient:
-    """The gradient pass: Σ(φ_l(p) − φ_l(o))² per content layer, max|g|, and the gradient's packed checksums."""
+    """The gradient pass: Σ(φ_l(p) − φ_l(o))² per content layer, Ltv, max|g|, and the gradient's packed checksums."""
 
     squares: Mapping[str, float]
+    variation: float
     max_abs_gradient: float
     checksums: str
 
@@ -137,7 +139,7 @@ class Iterations:
         """
         settings = self.stage.config.optimizer
         terms, gradient = self._gradient(iteration, checksums)
-        if alpha is None and not self._is_rounding(terms, gradient.squares):
+        if alpha is None and not self._is_rounding(terms, gradient):
             bias = adam.bias_correction(settings.beta1, settings.beta2, iteration)
             max_u = adam.first_max_update(settings.beta1, settings.beta2, settings.epsilon, gradient.max_abs_gradient)
             alpha = settings.target_pixel_change / (bias * max_u) if max_u > 0 else None
@@ -183,11 +185,14 @@ class Iterations:
     def _gradient(self, iteration: int, checksums: Mapping[str, str]) -> tuple[dict[str, losses.StyleTerm], _Gradient]:
         """Gram and gradient pass; of a canvas that is one tile, both in one."""
         stage, canvas = self.stage, f"canvas_{iteration % 2}"
-        targets = _style_targets(stage, checksums)
+        targets, tv_weight = _style_targets(stage, checksums), stage.config.loss.tv_weight
         factor = 2 * stage.plan.pixels * stage.config.loss.content_weight
         factors = {layer: factor * scale for layer, scale in _content_scales(stage, self.content_energies).items()}
         if len(stage.tiles) == 1:
-            spec = passes.WholeSpec(stage.stage_dir, canvas, stage.tiles[0], stage.network, checksums, factors, targets)
+            (tile,) = stage.tiles
+            spec = passes.WholeSpec(
+                stage.stage_dir, canvas, tile, stage.network, checksums, factors, targets, tv_weight=tv_weight
+            )
             with self._timed("gradient"):
                 (found,) = stage.engine.map(passes.whole_task, [spec], stage.counter("gradient pass", 1))
             return dict(found.terms), _gathered(stage, [found.gradient])
@@ -200,21 +205,26 @@ class Iterations:
             terms = {layer: target.term(sums[layer]) for layer, target in targets.items()}
         seeds = {layer: term.seed_CC for layer, term in terms.items()}
         specs = [
-            passes.GradientSpec(stage.stage_dir, canvas, tile, stage.network, checksums, factors, seeds)
+            passes.GradientSpec(
+                stage.stage_dir, canvas, tile, stage.network, checksums, factors, seeds, tv_weight=tv_weight
+            )
             for tile in stage.tiles
         ]
         with self._timed("gradient"):
             results = stage.engine.map(passes.gradient_task, specs, stage.counter("gradient pass", len(specs)))
         return terms, _gathered(stage, results)
 
-    def _is_rounding(self, terms: Mapping[str, losses.StyleTerm], squares: Mapping[str, float]) -> bool:
+    def _is_rounding(self, terms: Mapping[str, losses.StyleTerm], gradient: _Gradient) -> bool:
         """Whether nothing but rounding is left to optimise: the first step, of fixed size, would make noise of it."""
         config = self.stage.config
         rounding = losses.ROUNDING[config.compute.dtype]
         kept = BFLOAT16_ROUNDING if config.store.state_dtype == "compact" else 0.0  # of the content's features
+        squares = gradient.squares
         content = [losses.relative_error(squares[layer], energy) for layer, energy in self.content_energies.items()]
-        return all(term.relative_error <= rounding for term in terms.values()) and all(
-            error <= max(rounding, kept) for error in content
+        return (
+            gradient.variation == 0
+            and all(term.relative_error <= rounding for term in terms.values())
+            and all(error <= max(rounding, kept) for error in content)
         )
 
     def _update_pass(self, step: _Step, written: Written, engine: Engine) -> _Updated:
@@ -243,18 +253,22 @@ class Iterations:
         content = {layer: scale * squares[layer] for layer, scale in scales.items()}
         style = {layer: term.loss for layer, term in step.terms.items()}
         content_loss, style_loss = math.fsum(content.values()), math.fsum(style.values())
-        loss = stage.config.loss
+        loss, variation = stage.config.loss, step.gradient.variation
         seconds, self._seconds = self._seconds, {}
         wall, self._since = time.perf_counter() - self._since, time.perf_counter()
         return IterationResult(
             objective=losses.objective(
-                stage.plan.pixels, loss.content_weight, content_loss, loss.style_weight, style_loss
+                stage.plan.pixels,
+                (loss.content_weight, content_loss),
+                (loss.style_weight, style_loss),
+                (loss.tv_weight, variation),
             ),
             content_loss=content_loss,
             style_loss=style_loss,
             layer_losses={
                 **{f"content.{layer}": value for layer, value in content.items()},
                 **{f"style.{layer}": value for layer, value in style.items()},
+                **({"variation": variation} if loss.tv_weight else {}),
             },
             mean_abs_u=updated.mean_abs_u,
             max_abs_u=updated.max_abs_u,
@@ -305,4 +319,5 @@ def _gathered(stage: Stage, results: Sequence[passes.GradientResult]) -> _Gradie
         for layer in stage.model.content_layers
     }
     sums = store.open_array(stage.stage_dir, "gradient").packed(merged(result.sums for result in results))
-    return _Gradient(squares, max(result.max_abs_gradient for result in results), sums)
+    roughness = math.fsum(result.variation for result in results) / (CHANNELS * stage.plan.pixels)
+    return _Gradient(squares, roughness, max(result.max_abs_gradient for result in results), sums)

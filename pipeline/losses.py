@@ -95,6 +95,6 @@ def _energy(energy: float, which: str) -> float:
     return energy
 
 
-def objective(pixels: int, content_weight: float, content_loss: float, style_weight: float, style_loss: float) -> float:
-    """J = N·(w_c·Lc + w_s·Ls)."""
-    return pixels * (content_weight * content_loss + style_weight * style_loss)
+def objective(pixels: int, *parts: tuple[float, float]) -> float:
+    """J = N·(w_c·Lc + w_s·Ls + w_tv·Ltv), of its (weight, loss) pairs."""
+    return pixels * sum(weight * loss for weight, loss in parts)

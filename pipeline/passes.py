@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pipeline.losses import Gram
 from pipeline.network import FeatureMap, get_network
 from pipeline.store import StageArray, open_array
 from pipeline.tiling import Rect, Tile
+from pipeline.variation import variation
 from pipeline.weights import NetworkSpec
 
 # One tile computes at a time: its neighbours in flight read and write. Memory is planned for one.
@@ -98,9 +99,13 @@ class ContentSpec(TileSpec):
 
 @dataclass(frozen=True)
 class SeedSpec(TileSpec):
-    """A tile whose gradient is asked for. `content_factors`: per layer, what turns φ(p) − φ(o) into the seed."""
+    """A tile whose gradient is asked for.
+
+    `content_factors`: per layer, what turns φ(p) − φ(o) into the seed. `tv_weight`: w_tv; 0 leaves it out.
+    """
 
     content_factors: Mapping[str, float]
+    tv_weight: float = field(default=0.0, kw_only=True)
 
     def read_content(self, outer: Rect) -> dict[str, tuple[NDArray[Any], Rect]]:
         """The content's features at every position of `outer`, per layer, and what positions these are."""
@@ -136,11 +141,15 @@ class ContentResult:
 
 @dataclass(frozen=True)
 class GradientResult:
-    """Per content layer Σ(φ(p) − φ(o))² over the inner rectangle, the largest |g| there, and its chunks' checksums."""
+    """Per content layer Σ(φ(p) − φ(o))² over the inner rectangle, the largest |g| there, and its chunks' checksums.
+
+    `variation`: the tile's share of 3N·Ltv, 0 where it is left out.
+    """
 
     content_squares: Mapping[str, float]
     max_abs_gradient: float
     sums: ChunkSums
+    variation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -198,8 +207,8 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
         needed = spec.tile.inner.grown(halo, spec.tile.height, spec.tile.width)
         found = list(_features(spec, canvas_1CHW, outer, names, needed))
         seeds, squares = _seeds(spec, found, spec.style_seeds_CC, content)
-        gradient_HWC = _gradient(spec, canvas_1CHW, outer, found, seeds)
-    return _written(spec, gradient_HWC, squares)
+        gradient_HWC, roughness = _gradient(spec, canvas_1CHW, outer, found, seeds)
+    return _written(spec, gradient_HWC, squares, roughness)
 
 
 def whole_task(spec: WholeSpec) -> WholeResult:
@@ -215,8 +224,8 @@ def whole_task(spec: WholeSpec) -> WholeResult:
             if (target := spec.style_targets.get(one.layer.name)) is not None:
                 terms[one.layer.name] = target.term(losses.gram_sum(one.features_1CHW[0].detach()))
         seeds, squares = _seeds(spec, found, {name: term.seed_CC for name, term in terms.items()}, content)
-        gradient_HWC = _gradient(spec, canvas_1CHW, outer, found, seeds)
-    return WholeResult(terms, _written(spec, gradient_HWC, squares))
+        gradient_HWC, roughness = _gradient(spec, canvas_1CHW, outer, found, seeds)
+    return WholeResult(terms, _written(spec, gradient_HWC, squares, roughness))
 
 
 def _seeds(
@@ -248,14 +257,18 @@ def _seeds(
 
 def _gradient(
     spec: SeedSpec, canvas_1CHW: Tensor, outer: Rect, found: list[FeatureMap], seeds: list[Tensor]
-) -> NDArray[Any]:
-    """The gradient of the inner rectangle."""
+) -> tuple[NDArray[Any], float]:
+    """(the gradient of the inner rectangle, its share of 3N·Ltv)."""
     (gradient_1CHW,) = torch.autograd.grad([one.features_1CHW for one in found], canvas_1CHW, seeds)
     rows, columns = spec.tile.inner.within(outer)
-    return _to_host(gradient_1CHW[0, :, rows, columns])
+    gradient_CHW, roughness = gradient_1CHW[0, :, rows, columns], 0.0
+    if spec.tv_weight:
+        roughness, smoothing_CHW = variation(canvas_1CHW.detach(), outer.y0, outer.x0, spec.tile)
+        gradient_CHW = gradient_CHW + spec.tv_weight * smoothing_CHW
+    return _to_host(gradient_CHW), roughness
 
 
-def _written(spec: TileSpec, gradient_HWC: NDArray[Any], squares: dict[str, float]) -> GradientResult:
+def _written(spec: TileSpec, gradient_HWC: NDArray[Any], squares: dict[str, float], roughness: float) -> GradientResult:
     gradient = open_array(spec.stage_dir, "gradient")
     max_abs = gradient.kept(float(np.abs(gradient_HWC).max()))  # rounding keeps the order: the largest stays it
     if not np.isfinite(max_abs):
@@ -265,7 +278,7 @@ def _written(spec: TileSpec, gradient_HWC: NDArray[Any], squares: dict[str, floa
         )
     with timeline.span("write", tile=spec.tile.index, array="gradient"):
         sums = gradient.write_window(spec.tile.inner, gradient_HWC)
-    return GradientResult(squares, max_abs, sums)
+    return GradientResult(squares, max_abs, sums, roughness)
 
 
 def _features(

@@ -78,6 +78,7 @@ class LossConfig(Section):
     kind: Literal["normalized", "gatys"] = Field("normalized", description="how layer losses are scaled")
     content_weight: Share = Field(0.05, description="how much the content is kept")
     style_weight: Share = Field(1.0, description="how strongly the style is applied")
+    tv_weight: Share = Field(0.0, description="total variation: how strongly grain is smoothed; 0 not at all")
 
 
 def _default_stop(data: dict[str, Any]) -> float:

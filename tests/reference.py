@@ -77,9 +77,47 @@ def gram(features_CHW: Tensor) -> Tensor:
     return features_Cn @ features_Cn.T / features_Cn.shape[1]
 
 
+def luminance(image_HWC: Tensor) -> Tensor:
+    """Y of YIQ, in all three channels."""
+    y_HW = 0.299 * image_HWC[..., 0] + 0.587 * image_HWC[..., 1] + 0.114 * image_HWC[..., 2]
+    return torch.stack([y_HW] * 3, -1)
+
+
+def color_matched(style: np.ndarray, content: np.ndarray) -> np.ndarray:
+    """The style's pixels by the linear map that gives them the content's mean and covariance, clipped."""
+    style_n3, content_n3 = style.reshape(-1, 3), content.reshape(-1, 3)
+
+    def power(of_n3: np.ndarray, exponent: float, least: float) -> np.ndarray:
+        vectors, variances, _ = np.linalg.svd(np.cov(of_n3, rowvar=False, ddof=0))
+        return vectors @ np.diag(np.maximum(variances, least) ** exponent) @ vectors.T
+
+    a = power(content_n3, 0.5, 0.0) @ power(style_n3, -0.5, 1.0)
+    matched = (style_n3 - style_n3.mean(0)) @ a.T + content_n3.mean(0)
+    return np.clip(matched, 0, 255).reshape(style.shape)
+
+
+def luminance_matched(style: np.ndarray, content: np.ndarray) -> np.ndarray:
+    """Y of the style with the mean and the deviation of the content's Y, clipped, in all three channels."""
+    of_style, of_content = (luminance(torch.from_numpy(image)).numpy() for image in (style, content))
+    gain = of_content.std() / max(of_style.std(), 1.0)
+    return np.clip((of_style - of_style.mean()) * gain + of_content.mean(), 0, 255)
+
+
+def at_layer(mask_HW: np.ndarray, layer: str) -> Tensor:
+    """The mean of a mask over the pixels of each position of a layer."""
+    stride = STRIDES[layer]
+    height, width = (side // stride for side in mask_HW.shape)
+    blocks = mask_HW[: height * stride, : width * stride].reshape(height, stride, width, stride)
+    return torch.from_numpy(blocks.mean((1, 3)))
+
+
 @dataclass(frozen=True)
 class Problem:
-    """Everything that J depends on but the canvas. Images are (H, W, 3) float64 arrays of 0..255."""
+    """Everything that J depends on but the canvas. Images are (H, W, 3) float64 arrays of 0..255.
+
+    `masks`: per style the (H, W) share of the canvas that it paints, 0..1, or None; equal ones share a region.
+    `content_mask`: how much of the content's weight counts where, or None.
+    """
 
     state: Mapping[str, Tensor]
     content: np.ndarray
@@ -91,56 +129,108 @@ class Problem:
     pooling: str = "max"
     content_weight: float = 0.05
     style_weight: float = 1.0
+    tv_weight: float = 0.0
+    color: str = "style"
+    masks: Sequence[np.ndarray | None] = ()
+    content_mask: np.ndarray | None = None
     _cache: dict = field(default_factory=dict, compare=False, repr=False)
 
     def features(self, image: Tensor) -> dict[str, Tensor]:
         return features(self.state, image, self.padding, self.pooling)
 
+    def seen(self, image: Tensor) -> Tensor:
+        """What the network sees of the canvas or the content."""
+        return luminance(image) if self.color == "luminance" else image
+
+    def seen_style(self, style: np.ndarray) -> Tensor:
+        if self.color == "content":
+            style = color_matched(style, self.content)
+        if self.color == "luminance":
+            style = luminance_matched(style, self.content)
+        return torch.from_numpy(style)
+
     def content_features(self) -> dict[str, Tensor]:
         if "content" not in self._cache:
             with torch.no_grad():
-                self._cache["content"] = self.features(torch.from_numpy(self.content))
+                self._cache["content"] = self.features(self.seen(torch.from_numpy(self.content)))
         return self._cache["content"]
 
-    def target_grams(self) -> dict[str, Tensor]:
-        if "grams" not in self._cache:
+    def regions(self) -> list[tuple[np.ndarray, list[tuple[np.ndarray, float]]]]:
+        """(share of every pixel, styles with their weights) of every region; masked ones first, then what is left."""
+        masks = list(self.masks) or [None] * len(self.styles)
+        distinct: list[np.ndarray] = []
+        for mask in masks:
+            if mask is not None and not any(np.array_equal(mask, other) for other in distinct):
+                distinct.append(mask)
+        covered = np.sum(distinct, 0) if distinct else np.zeros(self.content.shape[:2])
+        found = []
+        for one in distinct:
+            members = [
+                style
+                for style, mask in zip(self.styles, masks, strict=True)
+                if mask is not None and np.array_equal(mask, one)
+            ]
+            found.append((one / np.maximum(1, covered), members))
+        if rest := [style for style, mask in zip(self.styles, masks, strict=True) if mask is None]:
+            found.append((np.maximum(0, 1 - covered), rest))
+        return found
+
+    def target_grams(self, region: int = 0) -> dict[str, Tensor]:
+        if ("grams", region) not in self._cache:
+            _, styles = self.regions()[region]
             with torch.no_grad():
-                total = sum(weight for _, weight in self.styles)
+                total = sum(weight for _, weight in styles)
                 grams = dict.fromkeys(self.style_layers, 0.0)
-                for image, weight in self.styles:
-                    found = self.features(torch.from_numpy(image))
+                for image, weight in styles:
+                    found = self.features(self.seen_style(image))
                     grams = {layer: grams[layer] + weight / total * gram(found[layer]) for layer in grams}
-                self._cache["grams"] = grams
-        return self._cache["grams"]
+                self._cache["grams", region] = grams
+        return self._cache["grams", region]
 
     def losses(self, canvas: Tensor) -> tuple[Tensor, Tensor]:
         """(Lc, Ls)."""
-        found = self.features(canvas)
+        found = self.features(self.seen(canvas))
         content_loss = style_loss = torch.zeros((), dtype=canvas.dtype)
         for layer, alpha in self.content_layers.items():
             target = self.content_features()[layer]
-            squares = (found[layer] - target).square().sum()
+            squares_HW = (found[layer] - target).square().sum(0)
+            if self.content_mask is not None:
+                squares_HW = squares_HW * at_layer(self.content_mask, layer)
             if self.kind == "normalized":
-                content_loss = content_loss + alpha * squares / target.square().sum()
+                content_loss = content_loss + alpha * squares_HW.sum() / target.square().sum()
             else:
-                content_loss = content_loss + alpha * squares / 2 / target.numel()
-        for layer, weight in self.style_layers.items():
-            target = self.target_grams()[layer]
-            squares = (gram(found[layer]) - target).square().sum()
-            if self.kind == "normalized":
-                style_loss = style_loss + weight * squares / target.square().sum()
-            else:
-                style_loss = style_loss + weight * squares / (4 * len(target) ** 2)
+                content_loss = content_loss + alpha * squares_HW.sum() / 2 / target.numel()
+        for region, (share_HW, _) in enumerate(self.regions()):
+            for layer, weight in self.style_layers.items():
+                target, guide_HW = self.target_grams(region)[layer], at_layer(share_HW, layer)
+                if not guide_HW.any():
+                    continue
+                guided_Cn = (found[layer] * guide_HW).flatten(1)
+                guided = guided_Cn @ found[layer].flatten(1).T / guide_HW.sum()
+                squares = guide_HW.mean() * (guided - target).square().sum()
+                if self.kind == "normalized":
+                    style_loss = style_loss + weight * squares / target.square().sum()
+                else:
+                    style_loss = style_loss + weight * squares / (4 * len(target) ** 2)
         return content_loss, style_loss
 
+    def variation(self, canvas: Tensor) -> Tensor:
+        """Ltv."""
+        seen = self.seen(canvas) / 255
+        down, right = seen[1:] - seen[:-1], seen[:, 1:] - seen[:, :-1]
+        return (down.square().sum() + right.square().sum()) / seen.numel()
+
     def objective(self, canvas: Tensor) -> Tensor:
-        """J = N · (w_c·Lc + w_s·Ls)."""
+        """J = N · (w_c·Lc + w_s·Ls + w_tv·Ltv)."""
         content_loss, style_loss = self.losses(canvas)
         pixels = canvas.shape[0] * canvas.shape[1]
-        return pixels * (self.content_weight * content_loss + self.style_weight * style_loss)
+        loss = self.content_weight * content_loss + self.style_weight * style_loss
+        return pixels * (loss + self.tv_weight * self.variation(canvas))
 
     def gradient(self, canvas: np.ndarray) -> np.ndarray:
-        """dJ/dp, (H, W, 3)."""
+        """dJ/dp, (H, W, 3); of luminance, the derivative along the greys, in all three channels."""
         leaf = torch.from_numpy(canvas.copy()).requires_grad_()
         (found,) = torch.autograd.grad(self.objective(leaf), leaf)
+        if self.color == "luminance":
+            found = found.sum(-1, keepdim=True).expand_as(found)
         return found.numpy()

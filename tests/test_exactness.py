@@ -143,6 +143,7 @@ def make_problem(config: Config, content: np.ndarray, styles: list[np.ndarray], 
         pooling=config.network.pooling,
         content_weight=config.loss.content_weight,
         style_weight=config.loss.style_weight,
+        tv_weight=config.loss.tv_weight,
     )
 
 

@@ -64,6 +64,7 @@ HEIGHT = {
     "transfer": 6,
     "passes": 6,
     "update": 7,
+    "variation": 2,
     "stage": 7,
     "opening": 8,
     "preparation": 8,
@@ -91,12 +92,12 @@ ONLY = {
     # report: doctor's line with libvips' version
     "pyvips": {"image_header", "images", "image_export", "streams", "report"},
     "safetensors": {"network"},
-    "torch": {"network", "losses", "passes", "device", "weights"},
+    "torch": {"network", "losses", "passes", "variation", "device", "weights"},
     "click": {"cli"},
     "rich": {"sinks", "report"},
     "yaml": {"_yaml", "config"},
 }
-TORCH_AT_THE_TOP = {"network", "losses", "passes"}  # all others start without it
+TORCH_AT_THE_TOP = {"network", "losses", "passes", "variation"}  # all others start without it
 FILES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 

@@ -118,5 +118,5 @@ def test_rounding_is_told_from_differences_for_every_dtype():
 
 def test_objective_grows_with_the_pixels():
     """N makes a step mean the same at 256 and at 30,000 px."""
-    assert objective(10, 0.05, 2.0, 1.0, 3.0) == pytest.approx(31.0)
-    assert objective(20, 0.05, 2.0, 1.0, 3.0) == pytest.approx(62.0)
+    assert objective(10, (0.05, 2.0), (1.0, 3.0)) == pytest.approx(31.0)
+    assert objective(20, (0.05, 2.0), (1.0, 3.0)) == pytest.approx(62.0)
