@@ -83,6 +83,11 @@ class Config(Section):
     stages: tuple[StageConfig, ...] = Field(
         (), max_length=MAX_STAGES, description="what differs at some sizes: styles, network layers, loss, optimizer"
     )
+    color: Literal["style", "content", "luminance"] = Field(
+        "style",
+        description="whose colours the picture has; luminance: the content's own, and light and dark alone are painted",
+        json_schema_extra=NEW,
+    )
     init: Start = Field(
         default_factory=_default_init,
         description="what the coarsest stage starts from",
@@ -159,6 +164,9 @@ class Config(Section):
                 yield Conflict((size, content), "null takes the content's size, and there is no content; give one")
             if self.init == "content":
                 yield Conflict((init, content), "there is no content to start from; choose noise, or a picture")
+            if self.color != "style":
+                text = f"{self.color} takes the content's colours, and there is no content; choose style, or give one"
+                yield Conflict((("color",), content), text)
         elif isinstance(self.size, tuple):
             text = "[width, height] is for a picture without content; with one, give the long side alone"
             yield Conflict((size, content), text)

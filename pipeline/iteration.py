@@ -10,6 +10,7 @@ from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from pipeline import adam, losses, passes, store, timeline, update, zarr_files
 from pipeline.arrays import gram_name, slot_names
@@ -174,7 +175,7 @@ class Iterations:
         finishing = stage.engine.beside(partial(self._finish, step, commit, written))
         try:
             # not checked here: the next update reads every chunk whole, and checks it
-            sums = stage.gram_sums(stage.stage_dir, canvas, stage.tiles, "Gram pass", {}, before)
+            sums = stage.gram_sums(stage.stage_dir, canvas, stage.tiles, "Gram pass", {}, stage.color, before)
             self._ahead = {step.iteration + 1: sums}
         except _NotNeeded:
             pass
@@ -185,14 +186,13 @@ class Iterations:
     def _gradient(self, iteration: int, checksums: Mapping[str, str]) -> tuple[dict[str, losses.StyleTerm], _Gradient]:
         """Gram and gradient pass; of a canvas that is one tile, both in one."""
         stage, canvas = self.stage, f"canvas_{iteration % 2}"
-        targets, tv_weight = _style_targets(stage, checksums), stage.config.loss.tv_weight
+        targets = _style_targets(stage, checksums)
+        how: dict[str, Any] = {"tv_weight": stage.config.loss.tv_weight, "color": stage.color}
         factor = 2 * stage.plan.pixels * stage.config.loss.content_weight
         factors = {layer: factor * scale for layer, scale in _content_scales(stage, self.content_energies).items()}
         if len(stage.tiles) == 1:
             (tile,) = stage.tiles
-            spec = passes.WholeSpec(
-                stage.stage_dir, canvas, tile, stage.network, checksums, factors, targets, tv_weight=tv_weight
-            )
+            spec = passes.WholeSpec(stage.stage_dir, canvas, tile, stage.network, checksums, factors, targets, **how)
             with self._timed("gradient"):
                 (found,) = stage.engine.map(passes.whole_task, [spec], stage.counter("gradient pass", 1))
             return dict(found.terms), _gathered(stage, [found.gradient])
@@ -201,13 +201,11 @@ class Iterations:
             sums = self._ahead.pop(iteration, None)
             if sums is None:
                 with self._timed("gram"):
-                    sums = stage.gram_sums(stage.stage_dir, canvas, stage.tiles, "Gram pass", checksums)
+                    sums = stage.gram_sums(stage.stage_dir, canvas, stage.tiles, "Gram pass", checksums, stage.color)
             terms = {layer: target.term(sums[layer]) for layer, target in targets.items()}
         seeds = {layer: term.seed_CC for layer, term in terms.items()}
         specs = [
-            passes.GradientSpec(
-                stage.stage_dir, canvas, tile, stage.network, checksums, factors, seeds, tv_weight=tv_weight
-            )
+            passes.GradientSpec(stage.stage_dir, canvas, tile, stage.network, checksums, factors, seeds, **how)
             for tile in stage.tiles
         ]
         with self._timed("gradient"):

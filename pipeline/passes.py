@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline import losses, timeline
 from pipeline.arrays import content_features_name
 from pipeline.checksums import ChunkSums
+from pipeline.colors import ColorMap
 from pipeline.errors import ConfigError, DeviceMemoryError
 from pipeline.layers import LAYER_BY_NAME, halo_px
 from pipeline.losses import Gram
@@ -63,7 +64,8 @@ def _computing(spec: TileSpec) -> Iterator[None]:
 class TileSpec:
     """A tile of one array of a stage, and the network that sees it.
 
-    `checksums`: of the arrays that the task reads, by name; those without are not checked.
+    `checksums`: of the arrays that the task reads, by name; those without are not checked. `color`: what becomes of the
+    pixels before the network sees them.
     """
 
     stage_dir: Path
@@ -71,6 +73,7 @@ class TileSpec:
     tile: Tile
     network: NetworkSpec
     checksums: Mapping[str, str]
+    color: ColorMap | None = field(default=None, kw_only=True)
 
     def open(self, name: str) -> StageArray:
         """An array to read, which checks itself."""
@@ -101,7 +104,8 @@ class ContentSpec(TileSpec):
 class SeedSpec(TileSpec):
     """A tile whose gradient is asked for.
 
-    `content_factors`: per layer, what turns φ(p) − φ(o) into the seed. `tv_weight`: w_tv; 0 leaves it out.
+    `content_factors`: per layer, what turns φ(p) − φ(o) into the seed. `tv_weight`: w_tv; 0 leaves it out. A `color` is
+    luminance here: the gradient is that of moving along the greys, dJ/dY, in all three channels.
     """
 
     content_factors: Mapping[str, float]
@@ -165,7 +169,7 @@ def gram_task(spec: GramSpec) -> dict[str, Gram]:
     pixels, outer = spec.read_outer(halo_px(spec.layers))
     sums: dict[str, Gram] = {}
     with _computing(spec), torch.no_grad():
-        for found in _features(spec, _to_device(pixels, spec.network), outer, set(spec.layers), spec.tile.inner):
+        for found in _features(spec, _seen(spec, pixels), outer, set(spec.layers), spec.tile.inner):
             sums[found.layer.name] = losses.gram_sum(_inner_features(found, spec.tile))
     return sums
 
@@ -183,7 +187,7 @@ def content_task(spec: ContentSpec) -> ContentResult:
     with _computing(spec), torch.no_grad():
         computed = {
             found.layer.name: (found.layer, _to_host(_inner_features(found, spec.tile)))
-            for found in _features(spec, _to_device(pixels, spec.network), outer, set(spec.layers), spec.tile.inner)
+            for found in _features(spec, _seen(spec, pixels), outer, set(spec.layers), spec.tile.inner)
         }
     for name, (layer, features_HWC) in computed.items():
         array = open_array(spec.stage_dir, content_features_name(name))
@@ -203,7 +207,7 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
     pixels, outer = spec.read_outer(2 * halo)
     content = spec.read_content(outer)
     with _computing(spec):
-        canvas_1CHW = _to_device(pixels, spec.network).requires_grad_()
+        canvas_1CHW = _seen(spec, pixels).requires_grad_()
         needed = spec.tile.inner.grown(halo, spec.tile.height, spec.tile.width)
         found = list(_features(spec, canvas_1CHW, outer, names, needed))
         seeds, squares = _seeds(spec, found, spec.style_seeds_CC, content)
@@ -217,7 +221,7 @@ def whole_task(spec: WholeSpec) -> WholeResult:
     content = spec.read_content(outer)
     names = {*spec.style_targets, *spec.content_factors}
     with _computing(spec):
-        canvas_1CHW = _to_device(pixels, spec.network).requires_grad_()
+        canvas_1CHW = _seen(spec, pixels).requires_grad_()
         found = list(_features(spec, canvas_1CHW, outer, names, outer))
         terms: dict[str, losses.StyleTerm] = {}
         for one in found:
@@ -265,6 +269,8 @@ def _gradient(
     if spec.tv_weight:
         roughness, smoothing_CHW = variation(canvas_1CHW.detach(), outer.y0, outer.x0, spec.tile)
         gradient_CHW = gradient_CHW + spec.tv_weight * smoothing_CHW
+    if spec.color is not None:
+        gradient_CHW = gradient_CHW.sum(0, keepdim=True).expand(3, -1, -1)
     return _to_host(gradient_CHW), roughness
 
 
@@ -292,6 +298,19 @@ def _inner_features(found: FeatureMap, tile: Tile) -> Tensor:
     """(C, H, W) of the positions that belong to the tile's inner rectangle."""
     rows, columns = tile.inner.positions(found.layer).within(found.region)
     return found.features_1CHW[0, :, rows, columns]
+
+
+def _seen(spec: TileSpec, pixels_HWC: NDArray[Any]) -> Tensor:
+    """(1, C, H, W): the pixels on the device, as the network sees them."""
+    pixels_1CHW, color = _to_device(pixels_HWC, spec.network), spec.color
+    if color is None:
+        return pixels_1CHW
+    # no convolution: its kernels, and tf32, would round otherwise from tile to tile
+    columns_C1C11 = pixels_1CHW.new_tensor(color.matrix).T[:, None, :, None, None]
+    mapped_1CHW = pixels_1CHW.new_tensor(color.bias)[None, :, None, None].expand(pixels_1CHW.shape)
+    for index, column_1C11 in enumerate(columns_C1C11):
+        mapped_1CHW = mapped_1CHW + column_1C11 * pixels_1CHW[:, index : index + 1]
+    return mapped_1CHW.clamp_(0, 255) if color.clip else mapped_1CHW
 
 
 def _to_device(array_HWC: NDArray[Any], network: NetworkSpec) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import integrity, losses, passes, store, transfer, zarr_files
+from pipeline import colors, integrity, losses, passes, store, transfer, zarr_files
 from pipeline.arrays import CONTENT, STYLE, content_features_name, gram_layer, gram_name
 from pipeline.cost import Size
 from pipeline.errors import ConfigError, storage
@@ -43,7 +43,7 @@ def _prepare(stage: Stage, folder: Path, previous_canvas: store.StageArray | Non
     store.create_stage(folder)
     _create_arrays(stage, folder)
     sums = {} if stage.config.content is None else {CONTENT: _ingest_content(stage, folder)}
-    sums |= _store_style_targets(stage, folder)
+    sums |= _store_style_targets(stage, folder, sums.get(CONTENT))
     sums["canvas_0"] = _start_canvas(stage, folder, previous_canvas, sums)
     sums |= {name: store.open_array(folder, name).packed_zeros() for name in ("m_0", "v_0")}
     energies, feature_sums = _content_pass(stage, folder, sums)
@@ -63,14 +63,14 @@ def remake(stage: Stage, names: Collection[str], content_sums: str | None) -> di
     sums: dict[str, str] = {}
     with storage(folder):
         store.create_stage(folder)
-        if any(gram_layer(name) for name in names):
-            sums |= _store_style_targets(stage, folder)
-        if CONTENT in names or (features and content_sums is None):
+        if CONTENT in names:
             _create_arrays(stage, folder, {CONTENT})
             sums[CONTENT] = _ingest_content(stage, folder)
         elif content_sums is not None:
             shutil.copytree(stage.stage_dir / CONTENT, folder / CONTENT)
             sums[CONTENT] = content_sums
+        if any(gram_layer(name) for name in names):
+            sums |= _store_style_targets(stage, folder, sums.get(CONTENT))
         if features:
             _create_arrays(stage, folder, set(map(content_features_name, stage.model.content_layers)))
             sums |= _content_pass(stage, folder, sums)[1]
@@ -90,14 +90,16 @@ def _ingest_content(stage: Stage, folder: Path) -> str:
     return transfer.ingest(stage.config.content, array, stage.engine, stage.told("content"))
 
 
-def _store_style_targets(stage: Stage, folder: Path) -> dict[str, str]:
+def _store_style_targets(stage: Stage, folder: Path, content_sums: str | None) -> dict[str, str]:
     """Writes the mean Gram of all styles for every layer; gives the checksums."""
     if not stage.model.style_layers:
         return {}
+    style_map = _style_map(stage, folder, content_sums)
     grams: list[dict[str, Gram]] = []
     for style, size in zip(stage.config.styles, stage.plan.style_sizes, strict=True):
         sums = {STYLE: _ingest_aside(stage, folder, style.image, size)}
-        totals = stage.gram_sums(folder, STYLE, grid(*size, stage.tile_px), "style Gram", sums)
+        seen = style_map(store.open_array(folder, STYLE, sums[STYLE]))
+        totals = stage.gram_sums(folder, STYLE, grid(*size, stage.tile_px), "style Gram", sums, seen)
         grams.append({layer: total / positions(size, layer) for layer, total in totals.items()})
         store.delete_array(folder, STYLE)
     weights = [style.weight for style in stage.config.styles]
@@ -116,10 +118,34 @@ def _ingest_aside(stage: Stage, folder: Path, image: Path, size: Size) -> str:
     return transfer.ingest(image, store.open_array(folder, STYLE), stage.engine, stage.told("style"))
 
 
+def _style_map(
+    stage: Stage, folder: Path, content_sums: str | None
+) -> Callable[[store.StageArray], colors.ColorMap | None]:
+    """Gives, for a style in the store, what the network sees of it."""
+    color = stage.config.color
+    if color == "style":
+        return lambda style: None
+    content = colors.statistics(store.open_array(folder, CONTENT, content_sums), stage.engine)
+    return lambda style: colors.style_map(color, colors.statistics(style, stage.engine), content)
+
+
 def _start_canvas(
     stage: Stage, folder: Path, previous_canvas: store.StageArray | None, checksums: Mapping[str, str]
 ) -> str:
-    canvas, init = store.open_array(folder, "canvas_0"), stage.config.init
+    """Fills slot 0; gives its checksums."""
+    if stage.config.color != "luminance":
+        return _fill_canvas(stage, folder, "canvas_0", previous_canvas, checksums)
+    # by way of the other slot, whose content is nobody's: in place, a task done again would find its own result
+    started = _fill_canvas(stage, folder, "canvas_1", previous_canvas, checksums)
+    content = store.open_array(folder, CONTENT, checksums[CONTENT])
+    source, target = store.open_array(folder, "canvas_1", started), store.open_array(folder, "canvas_0")
+    return colors.recolor(source, content, target, stage.engine)
+
+
+def _fill_canvas(
+    stage: Stage, folder: Path, name: str, previous_canvas: store.StageArray | None, checksums: Mapping[str, str]
+) -> str:
+    canvas, init = store.open_array(folder, name), stage.config.init
     if previous_canvas is not None:
         return transfer.fill_canvas(previous_canvas, canvas, stage.engine, stage.told("canvas"))
     if isinstance(init, Path):
@@ -144,7 +170,10 @@ def _content_pass(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> t
     layers = stage.model.content_layers
     if not layers:
         return {}, {}
-    specs = [passes.ContentSpec(folder, "content", tile, stage.network, checksums, layers) for tile in stage.tiles]
+    specs = [
+        passes.ContentSpec(folder, "content", tile, stage.network, checksums, layers, color=stage.color)
+        for tile in stage.tiles
+    ]
     results = stage.engine.map(passes.content_task, specs, stage.counter("content features", len(specs)))
     energies, packed = {}, {}
     for layer in layers:

@@ -78,7 +78,9 @@ class LossConfig(Section):
     kind: Literal["normalized", "gatys"] = Field("normalized", description="how layer losses are scaled")
     content_weight: Share = Field(0.05, description="how much the content is kept")
     style_weight: Share = Field(1.0, description="how strongly the style is applied")
-    tv_weight: Share = Field(0.0, description="total variation: how strongly grain is smoothed; 0 not at all")
+    tv_weight: Share = Field(
+        0.0, description="total variation: how strongly grain is smoothed; 0 not at all", json_schema_extra=NEW
+    )
 
 
 def _default_stop(data: dict[str, Any]) -> float:

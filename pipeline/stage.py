@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline import integrity, passes, store, zarr_files
 from pipeline.arrays import GRADIENT, content_features_name, gram_name, slot_names
 from pipeline.checksums import ChunkSums
+from pipeline.colors import LUMINANCE, ColorMap
 from pipeline.config import Config
 from pipeline.cost import Model
 from pipeline.engine import Engine
@@ -44,6 +45,11 @@ class Stage:
         """The tiles of the canvas."""
         return grid(*self.plan.size, self.tile_px)
 
+    @property
+    def color(self) -> ColorMap | None:
+        """What the network sees of canvas and content, if not their pixels."""
+        return LUMINANCE if self.config.color == "luminance" else None
+
     def check(self, slot: int, checksums: Mapping[str, str]) -> None:
         """Raise ChunkError if anything that the next iteration reads is not what was written, or it has no room."""
         for name in checksums:
@@ -64,14 +70,15 @@ class Stage:
         tiles: tuple[Tile, ...],
         what: str,
         checksums: Mapping[str, str],
+        color: ColorMap | None,
         before: Callable[[passes.GramSpec], None] = lambda spec: None,
     ) -> dict[str, Gram]:
-        """Gram pass over one image: gram_sum of every style layer, summed in tile order.
+        """Gram pass over one image, seen through `color`: gram_sum of every style layer, summed in tile order.
 
         `before` is called before each tile is read, and may wait.
         """
         layers = self.model.style_layers
-        specs = [passes.GramSpec(folder, array, tile, self.network, checksums, layers) for tile in tiles]
+        specs = [passes.GramSpec(folder, array, tile, self.network, checksums, layers, color=color) for tile in tiles]
         told = self.counter(what, len(specs))
         return self.engine.fold(passes.gram_task, specs, passes.add_grams, dict[str, Gram](), told, before)
 

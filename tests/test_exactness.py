@@ -88,8 +88,14 @@ def prepared(
     chunk_px: int | None = None,
     network=None,
     loss=None,
+    masks=(),
+    content_mask=None,
+    **values,
 ):
-    """Write the images and prepare the only stage of a run at `size`, from noise, in tiles of `tile_px`."""
+    """Write the images and prepare the only stage of a run at `size`, from noise, in tiles of `tile_px`.
+
+    `masks`: per style its (H, W) uint8 mask or None; equal ones are one file. `content_mask`: another, or None.
+    """
     content = write_image(folder / "content.png", *size, seed=1).astype(np.float64)
     styles = []
     for index, style_size in enumerate(style_sizes):
@@ -102,6 +108,7 @@ def prepared(
         init="noise",
         network={"weights": str(weights), **(network or {})},
         loss=loss or {},
+        **values,
         compute={"dtype": "float64", "device": "cpu", "tile_px": tile_px},
         # few files: on some disks each costs milliseconds
         store={"chunk_px": chunk_px or (tile_px // 2 if tile_px % 32 == 0 else tile_px)},
@@ -144,6 +151,7 @@ def make_problem(config: Config, content: np.ndarray, styles: list[np.ndarray], 
         content_weight=config.loss.content_weight,
         style_weight=config.loss.style_weight,
         tv_weight=config.loss.tv_weight,
+        color=config.color,
     )
 
 
