@@ -127,7 +127,8 @@ def _rows(array: StageArray) -> Iterator[Rect]:
 
 def luminance(pixels_HWC: NDArray[Any]) -> NDArray[Any]:
     """Y of every pixel, (H, W, 1), in the precision of the pixels."""
-    return (pixels_HWC @ _WEIGHTS.astype(pixels_HWC.dtype))[..., None]
+    y_HW1: NDArray[Any] = (pixels_HWC @ _WEIGHTS.astype(pixels_HWC.dtype))[..., None]
+    return y_HW1
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class LossConfig(Section):
     content_weight: Share = Field(0.05, description="how much the content is kept")
     style_weight: Share = Field(1.0, description="how strongly the style is applied")
     tv_weight: Share = Field(
-        0.0, description="total variation: how strongly grain is smoothed; 0 not at all", json_schema_extra=NEW
+        0.0, description="total variation: smooths grain; 0.1 to 3, 0 not at all", json_schema_extra=NEW
     )
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import write_image
+from conftest import write_config, write_image
+from test_config import problems
 from test_exactness import assert_exact, final_canvas, prepared, read_whole, relative
 
 import pipeline
@@ -154,3 +155,12 @@ def test_luminance_keeps_the_contents_colors_to_the_end(make_config):
     moved = last_canvas(config) - content
     assert np.abs(moved).mean() > 2  # it was painted
     assert np.ptp(moved, axis=-1).mean() < 0.2 * np.abs(moved).mean()
+
+
+def test_the_contents_colors_need_a_content(tmp_path):
+    """A texture has none; a default in its place would be a picture that nobody asked for."""
+    path = write_config(
+        tmp_path, content=None, size=[64, 48], loss={"content_weight": 0.0}, init="noise", color="luminance"
+    )
+    (line,) = problems(path)
+    assert "color" in line and "there is no content" in line
