@@ -1,4 +1,4 @@
-"""Damaging a run on purpose, one file at a time, and seeing who notices: for a test and for tools/torture_bitrot.py.
+"""Damaging a run on purpose, one file at a time, and seeing who notices: for a test and for tools/torture_rot.py.
 
 One run per codec is left alone and watched: snapshots of its folder are taken at the positions of STATES. A trial puts
 one of them back, damages one file, and asks `verify`, then `run`; and of some trials it asks the repair, too.
@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,11 +225,11 @@ class Fault:
         return f"{self.kind}, {self.what}, {self.path}"
 
 
-def damage(base: Base, state: str, rng: random.Random) -> Fault | None:
+def damage(base: Base, state: str, rng: random.Random, kinds: Sequence[str] = KINDS) -> Fault | None:
     """Do something to one file; None where the dice chose what cannot be done to it, or what changes nothing."""
     files = sort_files(base)
     what = rng.choice(sorted(files))
-    path, kind = rng.choice(files[what]), rng.choice(KINDS)
+    path, kind = rng.choice(files[what]), rng.choice(kinds)
     if kind == "foreign":
         return add_foreign(base, files, rng)
     if what == "spare" and kind in ("swap", "lost write"):
@@ -345,7 +345,8 @@ def decodes_alike(base: Base, path: Path, before: bytes) -> bool:
 class Trial:
     """One fault, and what came of it.
 
-    `run_code`: of a resume, 75 where it began to compute. `problems`: promises that were broken.
+    `told`: whether verify found something. `run_code`: of a resume, 75 where it began to compute. `ended`: whether it
+    was let go on to its end. `problems`: promises that were broken.
     """
 
     state: str
@@ -354,14 +355,20 @@ class Trial:
     fault: Fault
     told: bool
     run_code: int
+    ended: bool
     mended: bool
     iterations_lost: int
     problems: tuple[str, ...]
 
 
-def try_fault(base: Base, state: str, seed: int, mend: bool) -> Trial | None:
-    """Damage the run in this state, and ask verify and run; with `mend`, repair it and render to the end."""
-    fault = _put_back_damaged(base, state, seed)
+def try_fault(
+    base: Base, state: str, seed: int, *, mend: bool = False, to_end: bool = False, kinds: Sequence[str] = KINDS
+) -> Trial | None:
+    """Damage the run in this state, and ask verify and run.
+
+    With `to_end`, a run that does not refuse goes on to its end; with `mend`, the damage is repaired, and then it does.
+    """
+    fault = _put_back_damaged(base, state, seed, kinds)
     if fault is None:
         return None
     before = tree_of(base)
@@ -372,17 +379,31 @@ def try_fault(base: Base, state: str, seed: int, mend: bool) -> Trial | None:
         problems.append(f"verify: {'nothing found' if fault.told else 'called damage'}")
     if fault.read and code != (3 if fault.what == "input" else 6):
         problems.append(f"run went on with {code}")
+    ended = to_end and code in (0, 75)
+    if ended:
+        _put_back_damaged(base, state, seed, kinds)
+        problems += _rendered_damage(base)
+    mend = mend or (fault.told is None and not problems)
     lost = 0
-    if mend or (fault.told is None and not problems):
-        _put_back_damaged(base, state, seed)
+    if mend:
+        _put_back_damaged(base, state, seed, kinds)
         lost, more = _mend(base, state, fault)
         problems += more
-    return Trial(state, base.variant, seed, fault, told, code, mend, lost, tuple(problems))
+    return Trial(state, base.variant, seed, fault, told, code, ended, mend, lost, tuple(problems))
 
 
-def _put_back_damaged(base: Base, state: str, seed: int) -> Fault | None:
+def _put_back_damaged(base: Base, state: str, seed: int, kinds: Sequence[str]) -> Fault | None:
     base.put_back(state)
-    return damage(base, state, random.Random(seed))
+    return damage(base, state, random.Random(seed), kinds)
+
+
+def _rendered_damage(base: Base) -> list[str]:
+    """What is wrong with the picture of a run that goes on with its damage; to refuse later on is right, too."""
+    try:
+        pipeline.run(pipeline.load_config(base.config))
+    except PipelineError:
+        return []
+    return [] if (base.folder / "out.tif").read_bytes() == base.picture else ["another picture was rendered"]
 
 
 def tree_of(base: Base) -> dict[str, bytes]:

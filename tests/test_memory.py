@@ -9,11 +9,17 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e import TIMEOUT_S, write_picture, write_run
+from e2e import TIMEOUT_S, canvases, results, write_picture, write_run
+
+from pipeline.errors import Stopped
+from pipeline.progress import IterationDone, WorkDone
 
 MIB = 2**20
 
@@ -149,3 +155,55 @@ def test_memory_that_is_not_there_makes_tiles_smaller_or_stops_and_loses_nothing
     journal = (tmp_path / "run" / "journal.jsonl").read_text()
     assert journal.count('"smaller_tile"') == 1  # a resume takes the same tiles: the bits depend on them
     assert pipeline.status(tmp_path / "run")["state"] == "done"
+
+
+class Card:
+    """A device whose memory another program takes in the second stage, but for small tiles."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_at: int = -1):
+        import torch
+
+        from pipeline import passes
+
+        self.stop, self.tiles = threading.Event(), 0
+        self._full, self._stop_at, computing = False, stop_at, passes._computing
+
+        @contextmanager
+        def crowded(spec: Any) -> Iterator[None]:
+            with computing(spec):
+                if self._full and spec.tile.inner.width > 32:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                yield
+
+        monkeypatch.setattr(passes, "_computing", crowded)
+
+    def __call__(self, event: Any) -> None:
+        """The sink of a run on it."""
+        if isinstance(event, IterationDone) and event.stage == 1:
+            self._full = True
+            if event.iteration == self._stop_at:
+                self.stop.set()
+        elif isinstance(event, WorkDone) and event.what == "gradient pass":
+            self.tiles = event.total
+
+
+def test_a_resume_takes_the_smaller_tiles_too(tmp_path, monkeypatch):
+    """With the plan's tiles, on a device that is free again, the last bits of the picture would be others."""
+    import pipeline
+
+    config = write_run(tmp_path, optimizer={"max_iterations": 3})
+    with monkeypatch.context() as patch:
+        unbroken = Card(patch)
+        pipeline.run(pipeline.load_config(config), sink=unbroken)
+    assert unbroken.tiles == 6  # of 32 px; of 64 px they would be two
+    expected, done = canvases(tmp_path / "run"), results(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "out.png").unlink()
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        broken = Card(patch, stop_at=1)
+        pipeline.run(pipeline.load_config(config), sink=broken, stop=broken.stop)
+    with monkeypatch.context() as patch:
+        free = Card(patch)
+        pipeline.run(pipeline.load_config(config), sink=free)
+    assert free.tiles == 6
+    assert (canvases(tmp_path / "run"), results(tmp_path / "run")) == (expected, done)

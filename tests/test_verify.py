@@ -26,7 +26,7 @@ UPDATE = "in an update"  # the other slot half overwritten
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
-    """A run that was left alone, uncompressed and compressed; tools/torture_bitrot.py has all variants."""
+    """A run that was left alone, uncompressed and compressed; tools/torture_rot.py has all variants."""
     return {variant: rot.make_base(tmp_path_factory.mktemp(variant), variant) for variant in ("none", "lz4")}
 
 
@@ -72,7 +72,7 @@ def test_no_random_damage_goes_unseen_and_all_is_mended(bases, variant):
     trials = []
     for seed in range(42):
         state = [*STATES, FINISHED][seed % 7]
-        trial = rot.try_fault(bases[variant], state, seed, mend=seed % 8 == 0)
+        trial = rot.try_fault(bases[variant], state, seed, mend=seed % 8 == 0, to_end=seed % 4 == 1)
         trials += [trial] if trial else []
     assert [(trial.state, trial.seed, str(trial.fault), trial.problems) for trial in trials if trial.problems] == []
     assert len(trials) >= 25
