@@ -4,7 +4,7 @@ First an unbroken run is watched and its calls are listed. Then, for each of the
 before it, and for writes once more in its middle; it is started again, and must end with the bytes of the unbroken one.
 With --twice the second start is killed too, at a random call. Calls are told apart by name, file and occurrence, so
 that it does not matter which thread makes them when; of the second and later variants, only those are killed at that no
-variant before has had. Needs Linux on x86-64.
+variant before has had. With --besides a variant counts as done, in another process. Needs Linux on x86-64.
 
     python tools/torture_calls.py --variant tiff --variant deepzoom --jobs 2
 """
@@ -85,14 +85,17 @@ def show(console: Console, variant: str, scores: list[tuple[Target, Score]], sec
 
 @click.command()
 @click.option("--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)), default=list(VARIANTS))
+@click.option("--besides", "others", multiple=True, type=click.Choice(list(VARIANTS)), help="Leave its calls out.")
 @click.option("--jobs", default=2, show_default=True, help="Runs at the same time.")
 @click.option("--every", default=1, show_default=True, help="Kill only at every so many calls.")
 @click.option("--twice", is_flag=True, help="Kill the second start too.")
-def main(variants: tuple[str, ...], jobs: int, every: int, twice: bool) -> None:
+def main(variants: tuple[str, ...], others: tuple[str, ...], jobs: int, every: int, twice: bool) -> None:
     """Kill at every file operation; exit 1 if a run did not recover."""
     well, known = True, set[Target]()
     with tempfile.TemporaryDirectory() as name:
         nurseries = [Nursery(Path(tempfile.mkdtemp(dir=name))) for _ in range(jobs)]
+        for variant in others:
+            known |= set(targets_of(Unbroken.of(nurseries[0], Path(name) / f"{variant}_besides", variant).calls))
         for variant in variants:
             started = time.monotonic()
             unbroken = Unbroken.of(nurseries[0], Path(name) / f"{variant}_unbroken", variant)
