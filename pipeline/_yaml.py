@@ -37,7 +37,7 @@ _MAX_NUMBER_CHARS = 40
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where something was written: line and column from 1, or column 0 for a `--set`; orders as a reader meets them."""
+    """Where something was written: line and column from 1, or column 0 for an option; orders as a reader meets them."""
 
     line: int
     column: int
@@ -120,9 +120,9 @@ class Document:
         self.readable = False
         self.problems.append(Problem(Place(line, column, self.source), "", text))
 
-    def override(self, number: int, setting: str) -> None:
+    def override(self, number: int, setting: str, option: str = "--set") -> None:
         """Apply the `number`-th `--set key=value`; the value is YAML, and its problems are placed at the setting."""
-        place = Place(10**9 + number, 0, f"--set {shown(setting)}")
+        place = Place(10**9 + number, 0, f"{option} {shown(setting)}")
         name, equals, text = setting.partition("=")
         parts = name.split(".")
         if not equals or not all(parts) or len(parts) > MAX_DEPTH:
@@ -212,6 +212,19 @@ def read(path: Path) -> Document:
             else "the top level must be a list of `key: value` lines"
         )
     return document
+
+
+def listed(text: str, place: Place) -> tuple[list[str], list[Problem]]:
+    """The YAML values between the commas of `text`, as they are written there, and what keeps them from being read.
+
+    A comma inside quotes, [] or {} parts nothing.
+    """
+    flow, document = f"[{text}]", Document(place.source)
+    _parse(flow, document, lambda _mark: place, str)
+    if document.problems or not document.readable:
+        return [], document.problems
+    node: Any = _Loader(flow).get_single_node()
+    return [flow[value.start_mark.index : value.end_mark.index] for value in node.value], []
 
 
 Locate = Callable[[Any], Place]  # of a PyYAML mark

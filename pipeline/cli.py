@@ -15,9 +15,11 @@ import click
 import pipeline
 from pipeline import config as config_module
 from pipeline import report, timeline
+from pipeline._fields import MAX_SIDE_PX
 from pipeline._yaml import printable
 from pipeline.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.interrupts import drop_unwritable_stdout, steadfast_stderr, stop_on_signals
+from pipeline.preview import DEFAULT_PX
 from pipeline.sections import ExportConfig
 from pipeline.sinks import make_sink, with_profile
 
@@ -88,6 +90,15 @@ def with_run(command: F) -> F:
     return with_config(required=False)(command)
 
 
+with_log_format = click.option(
+    "--log-format",
+    type=click.Choice(["auto", "live", "plain", "json"]),
+    default="auto",
+    show_default=True,
+    help="How progress is shown on stderr; auto is live on a terminal, else plain.",
+)
+
+
 def _work_dir(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None) -> Path:
     if (config_path is None) == (run_dir is None):
         raise click.UsageError("give either --config or --run")
@@ -103,13 +114,7 @@ def cli() -> None:
 @cli.command(epilog=_EXIT_CODES)
 @with_config(required=True)
 @click.option("--force", is_flag=True, help="Overwrite an output that this run did not make.")
-@click.option(
-    "--log-format",
-    type=click.Choice(["auto", "live", "plain", "json"]),
-    default="auto",
-    show_default=True,
-    help="How progress is shown on stderr; auto is live on a terminal, else plain.",
-)
+@with_log_format
 @click.option(
     "--profile",
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
@@ -133,6 +138,59 @@ def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps(planned.as_dict(), indent=2))
     else:
         report.print_plan(config, planned)
+
+
+@cli.command(epilog=_EXIT_CODES)
+@with_config(required=True)
+@click.option(
+    "--vary",
+    multiple=True,
+    metavar="KEY=V1,V2",
+    help="Values to compare, such as initial_size=384,512; several make a grid.",
+)
+@click.option(
+    "--size",
+    "size_px",
+    type=click.IntRange(32, MAX_SIDE_PX),
+    default=DEFAULT_PX,
+    show_default=True,
+    metavar="PX",
+    help="Long side of each picture as shown; at most the run's own is rendered.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The sheet; default beside the config's output.")
+@click.option("--force", is_flag=True, help="Overwrite a sheet that no preview of this config made.")
+@with_log_format
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def preview(
+    config_path: Path,
+    overrides: tuple[str, ...],
+    vary: tuple[str, ...],
+    size_px: int,
+    output: Path | None,
+    force: bool,
+    log_format: str,
+    as_json: bool,
+) -> None:
+    """Render a config, or a grid of variations of it, at low resolution onto one contact sheet.
+
+    A preview is the run up to --size: keys in px mean what they mean in the run, and no picture is rendered below the
+    largest initial_size. Detail finer than its pixels is not there. Pictures that are rendered are not rendered again.
+    """
+    with make_sink(log_format) as sink, stop_on_signals(sink) as stop:
+        found = pipeline.preview(
+            config_path,
+            vary=vary,
+            overrides=overrides,
+            size_px=size_px,
+            output=output and output.absolute(),
+            force=force,
+            sink=sink,
+            stop=stop,
+        )
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        report.print_preview(found)
 
 
 @cli.command()

@@ -231,9 +231,9 @@ class Config(Section):
     def _path_conflicts(self) -> Iterator[Conflict]:
         output_key, work_dir_key = ("output",), ("work_dir",)
         for key, path in input_files(self):
-            if _same(path, self.output):
+            if same_file(path, self.output):
                 yield Conflict((output_key, key), f"the same file as {dotted(key)}, which would be overwritten")
-            if _same(path, self.work_dir):
+            if same_file(path, self.work_dir):
                 text = f"the same path as {dotted(key)}; the run needs a folder of its own"
                 yield Conflict((work_dir_key, key, output_key), text)
         output, work_dir = real(self.output), real(self.work_dir)
@@ -255,7 +255,8 @@ def _overridden(base: Section, override: Section) -> Section:
     return type(base).model_validate(values)
 
 
-def _same(one: Path, other: Path) -> bool:
+def same_file(one: Path, other: Path) -> bool:
+    """Whether both names are of one file, as far as can be told."""
     if real(one) == real(other):
         return True
     try:
@@ -264,16 +265,18 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), varied: Sequence[str] = ()) -> Config:
     """The config in the YAML file `path`, with `key.inner=value` overrides applied; all its paths made absolute.
 
-    Paths in the file are relative to its folder, paths in overrides to the current one. Raises `ConfigError` with every
-    problem, one per line, as `file:line:column: key: what` (`--set key=value: key: what` for an override).
+    Paths in the file are relative to its folder, paths in overrides to the current one. `varied`: overrides that a
+    preview makes. Raises `ConfigError` with every problem, one per line, as `file:line:column: key: what`
+    (`--set key=value: key: what` for an override, `--vary …` for a varied one).
     """
     file = Path(path)
     document = read(file)
-    for number, setting in enumerate(overrides):
-        document.override(number, setting)
+    settings = [*(("--set", setting) for setting in overrides), *(("--vary", setting) for setting in varied)]
+    for number, (option, setting) in enumerate(settings):
+        document.override(number, setting, option)
     config = None
     if document.readable:
         config = validate(Config, document, Path.cwd() / file.parent)

@@ -84,6 +84,20 @@ class RunDone(Event):
     seconds: float
 
 
+@dataclass(frozen=True)
+class PictureDone(Event):
+    """One of the `pictures` of a preview is at `output`. `seconds` is None if it was there before.
+
+    `settings`: what it varies, as key=value.
+    """
+
+    picture: int
+    pictures: int
+    settings: tuple[str, ...]
+    output: str
+    seconds: float | None
+
+
 Sink = Callable[[Event], None]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import sys
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from rich.table import Table
 from pipeline.config import Config
 from pipeline.device import resolve_device
 from pipeline.plan import Plan
+from pipeline.preview import Preview
 from pipeline.sinks import count, duration
 from pipeline.verify import Report
 
@@ -99,6 +101,18 @@ def print_status(found: dict[str, Any]) -> None:
         console.print(f"last: {losses}, mean|u| {last['mean_abs_u']:.3f}")
     for output in found["exported"]:
         console.print(f"picture: {output}")
+
+
+def print_preview(found: Preview) -> None:
+    """Where the sheet is, and which keys make each of its pictures."""
+    console = _console()
+    console.print(str(found.sheet))
+    for index, one in enumerate(found.pictures):
+        if len(found.pictures) > 1:
+            console.print(f"row {index // found.across + 1}, picture {index % found.across + 1}:")
+        settings = " ".join(f"--set {shlex.quote(setting)}" for setting in one.settings)
+        console.print(f"  {settings or 'the config as it is'}")
+        console.print(f"  {one.picture}")
 
 
 # Lines of damage that a person reads; --json has them all.

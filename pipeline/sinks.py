@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from pipeline.progress import Event, IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone
+from pipeline.progress import Event, IterationDone, Note, PictureDone, RunDone, Sink, StageDone, StageStarted, WorkDone
 
 
 def make_sink(log_format: str) -> AbstractContextManager[Sink]:
@@ -94,7 +94,7 @@ class LiveSink:
             )
 
 
-def line_of(event: Event) -> str | None:
+def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one for each kind
     """The event as one line of text, or None if it is not worth one."""
     match event:
         case Note():
@@ -111,6 +111,10 @@ def line_of(event: Event) -> str | None:
             )
         case StageDone():
             return f"  stage {event.stage} ended after {count(event.iterations, 'iteration')}: {event.reason}"
+        case PictureDone():
+            what = " ".join(event.settings) or "as the config says"
+            took = "rendered before" if event.seconds is None else duration(event.seconds)
+            return f"picture {event.picture} of {event.pictures}: {what}: {took}"
         case RunDone():
             return f"done in {duration(event.seconds)}: {event.output}"
     return None

@@ -1,0 +1,83 @@
+"""Where previews of a config lie: their folder beside its output, its lock, and which pictures are its own.
+
+out/harbour.png                    the config's output
+out/harbour.preview.png            a contact sheet
+out/harbour.preview/journal.jsonl  which pictures were made here, and may be replaced
+out/harbour.preview/…              what they are made of
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline._yaml import dotted
+from pipeline.config import Config, input_files, same_file
+from pipeline.errors import ConfigError, storage
+from pipeline.journal import Journal, RunLock, standing
+from pipeline.opening import journal_path, manifest_path, now
+from pipeline.places import real, refuse_own_state, taken
+from pipeline.survey import make_work_dir
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+
+
+def folder_of(config: Config) -> Path:
+    """The folder of a config's previews."""
+    return config.output.with_name(f"{config.output.stem}.preview")
+
+
+@contextmanager
+def claimed(config: Config, picture: Path, force: bool) -> Iterator[Path]:
+    """The folder of the config's previews, locked, for one that will make `picture`.
+
+    `force`: replace a picture that no preview of this config made. Raises ConfigError if the picture would replace
+    anything else, or the folder is not one of previews; LockedError if another preview works there.
+    """
+    folder = folder_of(config)
+    _refuse_place(config, folder, picture)
+    with storage(folder):
+        _refuse_foreign(folder)
+        make_work_dir(folder)
+        with RunLock(folder):
+            journal = Journal(journal_path(folder))
+            journal.repair_tail()
+            if str(picture) not in standing(journal)[1].claimed:
+                if taken(picture) and not force:
+                    raise ConfigError(
+                        f"{picture}: exists, and no preview of this config made it; it would be lost. "
+                        "Move it away, choose another name with -o, or give --force."
+                    )
+                journal.append({"type": "exporting", "output": str(picture), "time": now()})
+            yield folder
+
+
+def _refuse_place(config: Config, folder: Path, picture: Path) -> None:
+    """Raise ConfigError if the picture, or the folder, would be in place of what the config reads or makes."""
+    if picture.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{picture}: a preview is one file; give a name that ends in {', '.join(SUFFIXES)}.")
+    named = [*((dotted(key), path) for key, path in input_files(config)), ("output", config.output)]
+    for key, path in named:
+        if same_file(path, picture):
+            raise ConfigError(f"{picture}: is the config's {key}. Choose another name with -o.")
+    refuse_own_state(picture, config.work_dir)
+    if real(folder) in real(picture).parents:
+        raise ConfigError(f"{picture}: is in {folder}, among what previews are made of. Choose another place with -o.")
+    work_dir, own = real(config.work_dir), real(folder)
+    if work_dir == own or work_dir in own.parents or own in work_dir.parents:
+        raise ConfigError(
+            f"{folder}: previews are kept here, and the config's work_dir, {config.work_dir}, is the same folder, "
+            "or one lies in the other. Choose another work_dir or output."
+        )
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if taken(manifest_path(folder)):
+        raise ConfigError(f"{folder}: previews would be kept here, but it is a run's folder. Choose another output.")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names - {"lock", "lock.owner"} and not taken(journal_path(folder)):
+        raise ConfigError(
+            f"{folder}: previews would be kept here, but it holds files that are none. Move it away, or choose "
+            "another output."
+        )
