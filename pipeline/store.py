@@ -10,6 +10,7 @@ them checks what it reads.
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -85,16 +86,33 @@ class StageArray:
     def read_window(self, rect: Rect) -> NDArray[Any]:
         """A copy of the rectangle, (rows, columns, channels). Raises ChunkError, StorageError.
 
-        Of every chunk that the rectangle reaches into, only the rows in question are read. Where those are all its
-        rows, the chunk is checked.
+        Of every chunk that the rectangle reaches into, only the rows in question are read, and of a narrow strip only
+        its columns. Where it covers all rows of a chunk, and more than a strip, the chunk is checked.
         """
         out = np.empty((rect.height, rect.width, self.shape[2]), self.value_dtype)
         scratch = np.empty(self.chunk_shape, self.dtype)
         for cy, cx, part in chunks_of(rect, self.chunk_px):
             chunk = Rect(cy * self.chunk_px, (cy + 1) * self.chunk_px, cx * self.chunk_px, (cx + 1) * self.chunk_px)
             rows, columns = part.within(chunk)
-            stored = self._read_rows(cy, cx, rows, scratch)[:, columns]
+            if self.raw and 2 * part.width <= self.chunk_px and columns != self.valid_part(cy, cx)[1]:
+                stored = self._read_strip(cy, cx, rows, columns)
+            else:
+                stored = self._read_rows(cy, cx, rows, scratch)[:, columns]
             out[part.within(rect)] = self.encoding.decoded(stored) if self.encoding else stored
+        return out
+
+    def _read_strip(self, cy: int, cx: int, rows: slice, columns: slice) -> NDArray[Any]:
+        """Some columns of a chunk, row by row."""
+        out = np.empty((rows.stop - rows.start, columns.stop - columns.start, self.shape[2]), self.dtype)
+        path, position_bytes = self.chunk_path(cy, cx), self.shape[2] * self.dtype.itemsize
+        row_bytes, start = self.chunk_px * position_bytes, columns.start * position_bytes
+        offsets = [y * row_bytes + start for y in range(rows.start, rows.stop)]
+        with storage(path), self.opened_chunk(path, os.O_RDONLY) as descriptor:
+            if out[0].nbytes >= mmap.PAGESIZE:  # the kernel sees no order in what skips pages
+                for offset in offsets:
+                    os.posix_fadvise(descriptor, offset, out[0].nbytes, os.POSIX_FADV_WILLNEED)
+            for row, offset in zip(out, offsets, strict=True):
+                read_all(descriptor, path, row, offset)
         return out
 
     def _read_rows(self, cy: int, cx: int, rows: slice, scratch: NDArray[Any]) -> NDArray[Any]:

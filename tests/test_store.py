@@ -115,6 +115,24 @@ def test_chunks_are_read_whole_with_the_same_pixels(stage, codec):
         assert np.isfinite(out).all()  # the padding too: it goes through the optimiser's arithmetic
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("channels", [3, 400])  # 400: a row of the strip is larger than a page
+def test_a_halo_strip_is_read_alone(stage, channels):
+    """Halos of whole chunk rows were a third of all that a run read from its store."""
+    array = create(stage, shape=(64, 64, channels), chunk_px=32)
+    data = noise(array.shape)
+    array.write_window(whole(array), data)
+    for strip in (Rect(3, 50, 27, 32), Rect(3, 50, 32, 40), Rect(0, 64, 20, 44)):
+        before = bytes_read()
+        found = array.read_window(strip)
+        assert bytes_read() - before < found.nbytes + 1000  # those of /proc itself
+        assert np.array_equal(found, data[strip.y0 : strip.y1, strip.x0 : strip.x1])
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])  # rchar
+
+
 def test_valid_parts_tile_the_array():
     """Border padding that is counted into mean|u| ends a stage too early or too late."""
     with tempfile.TemporaryDirectory() as folder:
