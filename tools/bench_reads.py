@@ -247,9 +247,8 @@ def main(
         with tempfile.TemporaryDirectory(dir=folder) as name:
             network = NetworkSpec(source, "replicate", "max", "float32", device)
             found[f"windows, {state}"] = rows = windows(TileBench(Path(name), network, state, tile_px), turns)
-        table = Table(
-            title=f"{state}, a tile of {tile_px} px, {weights.name if weights else 'vgg19-lite'}, {device}, {os.cpu_count()} cores"
-        )
+        network_name = weights.name if weights else "vgg19-lite"
+        table = Table(title=f"{state}, a tile of {tile_px} px, {network_name}, {device}, {os.cpu_count()} cores")
         for column in ("what", "way", "place", "ms", "CPU ms", "MiB from disk"):
             table.add_column(column)
         for row in rows:
