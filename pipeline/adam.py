@@ -14,13 +14,17 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class AdamStep:
-    """One step: the constants of the moments, and `size` = α·c_j·b, which multiplies u."""
+    """One step: the constants of the moments, and `size` = α·c_j·b, which multiplies u.
+
+    `average_weight`: of the new canvas in the average of all, None where there is no average.
+    """
 
     beta1: float
     beta2: float
     epsilon: float
     size: float
     clip: bool
+    average_weight: float | None = None
 
 
 def bias_correction(beta1: float, beta2: float, iteration: int) -> float:
@@ -42,6 +46,28 @@ def first_max_update(beta1: float, beta2: float, epsilon: float, max_abs_gradien
     There m = (1−β1)·g and v = (1−β2)·g², so |u| grows with |g| and the largest gradient has the largest u.
     """
     return (1 - beta1) * max_abs_gradient / math.sqrt((1 - beta2) * max_abs_gradient**2 + epsilon)
+
+
+def average_weight(decay: float, iteration: int) -> float:
+    """w_j = (1 − d)/(1 − d^(j+1)) of the canvas that iteration j = 0, 1, … made; then no canvas counts for too little.
+
+    The average with these weights is Σ_i d^(j−i)·p_i / Σ_i d^(j−i): an exponential moving average, as Adam's moments
+    are, without their bias. The canvas that the stage started from is not in it.
+    """
+    return (1 - decay) / (1 - decay ** (iteration + 1))
+
+
+def move_average(average: Array, canvas: Array, scratch: Array, weight: float) -> None:
+    """Advance the average in place: a_j = a_{j−1} + w_j·(p_j − a_{j−1}).
+
+    Of canvases within 0..255 it is within 0..255 itself, rounding included.
+    """
+    if weight == 1:  # what was there before counts for nothing, to the last bit
+        np.copyto(average, canvas)
+        return
+    np.subtract(canvas, average, out=scratch)
+    scratch *= weight
+    average += scratch
 
 
 def update(gradient: Array, canvas: Array, m: Array, v: Array, scratch: Array, step: AdamStep) -> Array:

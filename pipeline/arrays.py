@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,9 +34,24 @@ class ArraySpec:
         return ceil_to(height, self.chunk_px) * ceil_to(width, self.chunk_px) * channels * itemsize
 
 
-def slot_names(slot: int) -> tuple[str, str, str]:
-    """The arrays that iteration j reads from slot j % 2, and writes to the other."""
-    return f"canvas_{slot}", f"m_{slot}", f"v_{slot}"
+def slot_names(slot: int, *, averaged: bool) -> tuple[str, ...]:
+    """The arrays that iteration j reads from slot j % 2, and writes to the other: the canvas, m and v.
+
+    `averaged`: the stage has the average of its canvases too, the last of them.
+    """
+    names = f"canvas_{slot}", f"m_{slot}", f"v_{slot}"
+    return (*names, f"average_{slot}") if averaged else names
+
+
+def is_averaged(names: Container[str]) -> bool:
+    """Whether a stage that has not ended, of arrays or checksums of these names, averages its canvases."""
+    return "average_0" in names
+
+
+def result_name(slot: int, names: Container[str]) -> str:
+    """The array that is a stage's result, of those named: the newest slot's canvas, or its average if there is one."""
+    average = f"average_{slot}"
+    return average if average in names else f"canvas_{slot}"
 
 
 def content_features_name(layer: str) -> str:
@@ -58,23 +73,24 @@ def gram_layer(name: str) -> str | None:
 def is_stage_array(name: str) -> bool:
     """Whether a stage has, at some time, an array of this name."""
     features, _, layer = name.partition("_")
-    state = (*slot_names(0), *slot_names(1), CONTENT, STYLE, GRADIENT)
+    state = (*slot_names(0, averaged=True), *slot_names(1, averaged=True), CONTENT, STYLE, GRADIENT)
     return name in state or gram_layer(name) is not None or (features == "features" and layer in LAYER_BY_NAME)
 
 
 def stage_arrays(
-    size: tuple[int, int], chunk_px: int, state: str, content_widths: Mapping[str, int]
+    size: tuple[int, int], chunk_px: int, state: str, content_widths: Mapping[str, int], averaged: bool
 ) -> dict[str, ArraySpec]:
     """Every array of pixels or features of a stage, by name.
 
     `size`: (height, width) in px. `state`: float32, float64 or compact. `content_widths`: channels of each content
-    layer. Bytes per px of two slots of canvas, m and v, and of the gradient: 84, 168 or 42; the content takes 3 more.
+    layer. `averaged`: with the average of its canvases. Bytes per px of two slots of canvas, m and v, and of the
+    gradient: 84, 168 or 42, with averages 108, 216 or 54; the content takes 3 more.
     """
     height, width = size
     canvas_form, form = (FIXED16.name, BFLOAT16.name) if state == "compact" else (state, state)
     arrays = {CONTENT: ArraySpec((height, width, 3), chunk_px, "uint8")}
-    for canvas, m, v in (slot_names(0), slot_names(1)):
-        arrays[canvas] = ArraySpec((height, width, 3), chunk_px, canvas_form)
+    for canvas, m, v, *average in (slot_names(slot, averaged=averaged) for slot in (0, 1)):
+        arrays |= dict.fromkeys((canvas, *average), ArraySpec((height, width, 3), chunk_px, canvas_form))
         arrays[m] = arrays[v] = ArraySpec((height, width, 3), chunk_px, form)
     arrays[GRADIENT] = ArraySpec((height, width, 3), chunk_px, form)
     for layer, channels in content_widths.items():

@@ -227,15 +227,19 @@ class Workload:
         return processes
 
     def update_bytes(self) -> int:
-        """What the threads of the update pass keep, into the next pass: gradient, canvas, m, v and |u| of a block."""
+        """What the threads of the update pass keep, into the next pass: gradient, canvas, m, v and |u| of a block.
+
+        And the average of the canvases, where a stage has one.
+        """
         store = self.config.store
         values = store.chunk_px**2 * 3
+        averages = max(int(stage.config.optimizer.average > 0) for stage in self.stages)
         if store.state_dtype == "float":
-            stored, per_value = self._itemsize, 5 * self._itemsize
-        else:  # the same unpacked, beside four of 16 bits, and about two of the encodings' own
-            stored, per_value = 2, 4 * 2 + (5 + 2) * 4
+            stored, per_value = self._itemsize, (5 + averages) * self._itemsize
+        else:  # the same unpacked (the average where m was), beside four of 16 bits, and about two of the encodings' own
+            stored, per_value = 2, (4 + averages) * 2 + (5 + 2) * 4
         # a compressed chunk is held whole: four are read, three written, and one of them is at its codec
-        whole = 0 if store.codec == "none" else (7 + 2) * values * stored
+        whole = 0 if store.codec == "none" else (7 + 2 * averages + 2) * values * stored
         return WORKERS * (min(values, BLOCK_VALUES) * per_value + whole)
 
     def _tiles_bytes(self, tile_px: int, chunk_bytes: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import integrity, store, zarr_files
-from pipeline.arrays import gram_layer, is_stage_array, slot_names
+from pipeline.arrays import gram_layer, is_stage_array, result_name, slot_names
 from pipeline.checksums import checksum, unpacked
 from pipeline.engine import Engine
 from pipeline.integrity import CheckSpec, Finding, OnProgress
@@ -87,7 +87,7 @@ class Sample:
 
 
 def held_by(work_dir: Path, position: Position, ended: bool) -> list[Held]:
-    """What the store must hold at this position. `ended`: the current stage needs nothing but its canvas any more."""
+    """What the store must hold at this position. `ended`: the current stage needs nothing but its result any more."""
     return [
         _held(stage_path(work_dir, stage), stage, position.slots[stage], sums, ended or stage < position.stage)
         for stage, sums in sorted(position.checksums.items())
@@ -97,11 +97,12 @@ def held_by(work_dir: Path, position: Position, ended: bool) -> list[Held]:
 def _held(folder: Path, stage: int, slot: int, sums: Mapping[str, str], ended: bool) -> Held:
     metadata = {name: value for name, value in sums.items() if name.endswith(METADATA)}
     if ended:
-        canvas, *_ = slot_names(slot)
-        kept = (METADATA, f"{canvas}/{METADATA}")
-        return Held(stage, folder, {canvas: sums[canvas]}, (), {name: metadata[name] for name in kept})
+        result = result_name(slot, sums)
+        kept = (METADATA, f"{result}/{METADATA}")
+        return Held(stage, folder, {result: sums[result]}, (), {name: metadata[name] for name in kept})
     names = [name.removesuffix(f"/{METADATA}") for name in metadata if name != METADATA]
-    spare = tuple(name for name in names if name in slot_names(1 - slot) or name not in sums)
+    idle = slot_names(1 - slot, averaged=True)
+    spare = tuple(name for name in names if name in idle or name not in sums)
     return Held(stage, folder, {name: sums[name] for name in names if name not in spare}, spare, metadata)
 
 

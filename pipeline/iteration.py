@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from pipeline import adam, losses, passes, store, timeline, update, zarr_files
-from pipeline.arrays import gram_name, slot_names
+from pipeline.arrays import gram_name, is_averaged, slot_names
 from pipeline.engine import Engine
 from pipeline.formats import BFLOAT16_ROUNDING
 from pipeline.layers import halo_px
@@ -230,8 +230,14 @@ class Iterations:
         bias = adam.bias_correction(settings.beta1, settings.beta2, step.iteration)
         factor = adam.schedule_factor(settings.schedule, step.iteration, settings.max_iterations)
         assert step.alpha is not None
+        averaged = is_averaged(step.checksums)
         adam_step = adam.AdamStep(
-            settings.beta1, settings.beta2, settings.epsilon, step.alpha * factor * bias, settings.clip
+            settings.beta1,
+            settings.beta2,
+            settings.epsilon,
+            step.alpha * factor * bias,
+            settings.clip,
+            adam.average_weight(settings.average, step.iteration) if averaged else None,
         )
         checksums = {**step.checksums, "gradient": step.gradient.checksums}
         rounding = stage.config.seed, stage.plan.index, step.iteration
@@ -241,7 +247,7 @@ class Iterations:
         total = math.fsum(value for result in results for value in result.sums_abs_u)
         packed = {
             name: store.open_array(stage.stage_dir, name).packed(merged(result.sums[name] for result in results))
-            for name in slot_names(1 - step.iteration % 2)
+            for name in slot_names(1 - step.iteration % 2, averaged=averaged)
         }
         return _Updated(total / (3 * stage.plan.pixels), max(result.max_abs_u for result in results), packed)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import store, zarr_files
 from pipeline._yaml import dotted
-from pipeline.arrays import slot_names
+from pipeline.arrays import result_name
 from pipeline.config import Config, input_files, result_fields
 from pipeline.device import default_threads
 from pipeline.errors import ConfigError, DamagedStateError
@@ -28,9 +28,12 @@ def stage_path(work_dir: Path, stage: int) -> Path:
 
 
 def newest_canvas(work_dir: Path, position: Position, stage: int) -> store.StageArray:
-    """The canvas of `stage` after its last committed iteration; it checks itself. Raises ChunkError."""
+    """The canvas of `stage` after its last committed iteration, or the average, where it is averaged: its result.
+
+    It checks itself. Raises ChunkError.
+    """
     folder, checksums = stage_path(work_dir, stage), position.checksums[stage]
-    name, *_ = slot_names(position.slots[stage])
+    name = result_name(position.slots[stage], checksums)
     # A description that was changed may still describe: another height, or integers for the same bytes.
     zarr_files.check_metadata(folder, f"{name}/{store.METADATA}", checksums[f"{name}/{store.METADATA}"])
     return store.open_array(folder, name, checksums[name])

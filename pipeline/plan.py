@@ -11,7 +11,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from pipeline.arrays import CONTENT, ArraySpec, slot_names, stage_arrays
+from pipeline.arrays import CONTENT, ArraySpec, result_name, stage_arrays
 from pipeline.config import Config
 from pipeline.cost import ImageSize, Model, Size, StageWork, Workload, model_of
 from pipeline.errors import ConfigError, InputError
@@ -263,9 +263,8 @@ def computed_px(size: Size, tile_px: int, halo: int) -> int:
 
 
 def canvas_bytes(size: Size, config: Config) -> int:
-    """Bytes of one canvas: what a finished stage keeps."""
-    canvas, _, _ = slot_names(0)
-    return stage_arrays(size, config.store.chunk_px, config.state, {})[canvas].stored_bytes
+    """Bytes of one canvas, or of an average, which is like one: what a finished stage keeps."""
+    return stage_arrays(size, config.store.chunk_px, config.state, {}, False)[result_name(0, ())].stored_bytes
 
 
 def store_bytes(size: Size, style_sizes: Sequence[Size], model: Model, config: Config) -> int:
@@ -286,7 +285,8 @@ def store_chunks(size: Size, style_sizes: Sequence[Size], model: Model, config: 
 
 def arrays_of(config: Config, size: Size, model: Model) -> dict[str, ArraySpec]:
     """The arrays of pixels or features of a stage of `config` whose canvas has this (height, width)."""
-    arrays = stage_arrays(size, config.store.chunk_px, config.state, model.content_widths)
+    averaged = config.optimizer.average > 0
+    arrays = stage_arrays(size, config.store.chunk_px, config.state, model.content_widths, averaged)
     if config.content is None:
         del arrays[CONTENT]
     return arrays

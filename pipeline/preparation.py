@@ -46,6 +46,8 @@ def _prepare(stage: Stage, folder: Path, previous_canvas: store.StageArray | Non
     sums |= _store_style_targets(stage, folder, sums.get(CONTENT))
     sums["canvas_0"] = _start_canvas(stage, folder, previous_canvas, sums)
     sums |= {name: store.open_array(folder, name).packed_zeros() for name in ("m_0", "v_0")}
+    if stage.config.optimizer.average:
+        sums["average_0"] = _start_average(stage, folder, sums)
     energies, feature_sums = _content_pass(stage, folder, sums)
     sums |= feature_sums | zarr_files.metadata_checksums(folder)
     store.commit_stage(folder, stage.stage_dir)
@@ -163,6 +165,12 @@ def _fill_canvas(
             for cy, cx in stage.engine.checked(canvas.chunk_indices())
         }
     )
+
+
+def _start_average(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> str:
+    """The canvas itself: the result of a stage that makes no step. The first step writes over it."""
+    canvas = store.open_array(folder, "canvas_0", checksums["canvas_0"])
+    return transfer.fill_canvas(canvas, store.open_array(folder, "average_0"), stage.engine, stage.told("average"))
 
 
 def _content_pass(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> tuple[dict[str, float], dict[str, str]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import integrity, store
-from pipeline.arrays import CONTENT, slot_names
+from pipeline.arrays import CONTENT, is_averaged, slot_names
 from pipeline.checksums import checksum, unpacked
 from pipeline.cost import model_of
 from pipeline.damage import FOREIGN, Held, Problem
@@ -103,7 +103,7 @@ class Repair:
         damaged = {(problem.stage, problem.array) for problem in found.problems if problem.kind != "foreign"}
         lost = [held.stage for held in found.held if held.stage < stage and any(d[0] == held.stage for d in damaged)]
         names = {name for held in found.held if held.stage == stage for name in held.live if (stage, name) in damaged}
-        state = names & {*slot_names(0), *slot_names(1)}
+        state = names & {*slot_names(0, averaged=True), *slot_names(1, averaged=True)}
         inputs = {name for name in names - state if (stage, name) not in self.hopeless}
         begin_again = any(one == stage and name != CONTENT for one, name in self.hopeless)
         steps: list[Step] = []
@@ -160,7 +160,7 @@ class Repair:
                 arrays = [newest_canvas(work_dir, position, stage)]
             else:
                 sums = position.checksums[stage]
-                names = slot_names(position.newest_slot)
+                names = slot_names(position.newest_slot, averaged=is_averaged(sums))
                 arrays = [store.open_array(stage_path(work_dir, stage), name, sums[name]) for name in names]
         except ChunkError:
             return False

@@ -102,6 +102,13 @@ class OptimizerConfig(Section):
     beta2: Float = Field(0.99, ge=0, lt=1, description="decay of Adam's second moment")
     epsilon: Float = Field(1e-6, gt=0, le=1e6, description="added to the second moment, under the root")
     clip: Bool = Field(True, description="keep the canvas within 0..255 after each step")
+    average: Float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of the average of a stage's canvases, which is its result; 0: the last one, 0.95 is calmer",
+        json_schema_extra=NEW,
+    )
 
 
 class StageLayersConfig(Section):

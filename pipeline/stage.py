@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import integrity, passes, store, zarr_files
-from pipeline.arrays import GRADIENT, content_features_name, gram_name, slot_names
+from pipeline.arrays import GRADIENT, content_features_name, gram_name, is_averaged, slot_names
 from pipeline.checksums import ChunkSums
 from pipeline.colors import LUMINANCE, ColorMap
 from pipeline.config import Config
@@ -58,9 +58,9 @@ class Stage:
         for layer in self.model.style_layers:
             zarr_files.read_gram(self.stage_dir, layer, checksums[gram_name(layer)])
         features = map(content_features_name, self.model.content_layers)
-        names = (*slot_names(slot), *features)
-        arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in names]
-        arrays += [store.open_array(self.stage_dir, name) for name in (*slot_names(1 - slot), GRADIENT)]
+        newest, idle = (slot_names(one, averaged=is_averaged(checksums)) for one in (slot, 1 - slot))
+        arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in (*newest, *features)]
+        arrays += [store.open_array(self.stage_dir, name) for name in (*idle, GRADIENT)]
         integrity.require_intact(arrays, self.engine, self.told("check"))
 
     def gram_sums(

@@ -1,7 +1,8 @@
 """The arrays of a run: one Zarr 3 group per stage, read by window and written by whole chunks.
 
     store.zarr/stage_2/  content u1, canvas_0 canvas_1 f4, gradient f4, m_0 m_1 v_0 v_1 f4, features_<layer> f4,
-                         gram_<layer> f8                    (compact: u2 for all f4, see formats.py)
+                         gram_<layer> f8, average_0 average_1 f4 (optimizer.average)
+                                                            (compact: u2 for all f4, see formats.py)
 
 Zarr is the format. Uncompressed arrays are preallocated; chunk files are read and written in place, by rows. Compressed
 arrays go through the Zarr API behind the same functions. Writing gives checksums, and an array that was opened with

@@ -1,7 +1,8 @@
 """The update pass: one Adam step, chunk by chunk, from the slot that is read into the other. Numpy alone.
 
-A task goes through its chunks by blocks of rows: reads gradient, canvas, m and v into arrays that its thread keeps,
-steps, and writes canvas, m and v. A block stays in the processor's cache from its reading to its writing.
+A task goes through its chunks by blocks of rows: reads gradient, canvas, m and v, and the average of the canvases where
+there is one, into arrays that its thread keeps, steps, and writes all but the gradient. A block stays in the
+processor's cache from its reading to its writing.
 """
 
 from __future__ import annotations
@@ -67,13 +68,15 @@ def update_specs(
 
 
 def update_task(spec: UpdateSpec) -> UpdateResult:
-    """Read gradient, canvas, m, v of each chunk, step, and write canvas, m, v into the other slot.
+    """Read gradient, canvas, m, v, maybe average of each chunk, step, and write all but the first into the other slot.
 
     Raises ChunkError, StorageError, and DamagedStateError for a canvas that a compact state cannot hold.
     """
-    sources = [open_array(spec.stage_dir, name, spec.checksums[name]) for name in (GRADIENT, *slot_names(spec.slot))]
-    targets = [open_array(spec.stage_dir, name) for name in slot_names(1 - spec.slot)]
-    written: dict[str, ChunkSums] = {name: {} for name in slot_names(1 - spec.slot)}
+    averaged = spec.step.average_weight is not None
+    read, write = (slot_names(slot, averaged=averaged) for slot in (spec.slot, 1 - spec.slot))
+    sources = [open_array(spec.stage_dir, name, spec.checksums[name]) for name in (GRADIENT, *read)]
+    targets = [open_array(spec.stage_dir, name) for name in write]
+    written: dict[str, ChunkSums] = {name: {} for name in write}
     sums: list[float] = []
     largest = 0.0
     for chunk in spec.chunks:
@@ -115,7 +118,7 @@ def _update_chunk(
 
 
 def _blocks(sources: Sequence[StageArray]) -> Iterator[tuple[int, list[Array]]]:
-    """The first row of every block of a chunk, and where gradient, canvas, m and v of the block are kept."""
+    """The first row of every block of a chunk, and where gradient, canvas, m, v and average of it are kept."""
     chunk_rows, columns, channels = sources[0].chunk_shape
     rows = min(chunk_rows, max(1, BLOCK_VALUES // (columns * channels)))
     kept = [
@@ -126,23 +129,29 @@ def _blocks(sources: Sequence[StageArray]) -> Iterator[tuple[int, list[Array]]]:
 
 
 def _update_block(step: adam.AdamStep, random: RoundingBytes | None, stored: Sequence[Array]) -> Array:
-    """Advance `stored` (gradient, canvas, m, v, as on disk) in place, `random` being for compact ones; gives |u|."""
+    """Advance `stored` (gradient, canvas, m, v, maybe average, as on disk) in place; gives |u|.
+
+    `random`: for compact ones.
+    """
     if random is not None:
         return _compact_update(stored, step, random)
-    gradient, canvas, m, v = stored
-    return adam.update(gradient, canvas, m, v, _BUFFERS.array("abs_u", gradient.shape, gradient.dtype), step)
+    gradient, canvas, m, v, *average = stored
+    abs_u = adam.update(gradient, canvas, m, v, _BUFFERS.array("abs_u", gradient.shape, gradient.dtype), step)
+    if step.average_weight is not None:
+        adam.move_average(average[0], canvas, gradient, step.average_weight)
+    return abs_u
 
 
 def _compact_update(stored: Sequence[Array], step: adam.AdamStep, random: RoundingBytes) -> Array:
     """As above, for a compact state.
 
-    Canvas and v are rounded by chance, with the same random bytes: each is fair, and their errors need not be
+    Canvas, v and average are rounded by chance, with the same random bytes: each is fair, and their errors need not be
     independent of each other. m changes by a tenth per iteration, and is rounded to nearest.
     """
     names = ("values_0", "values_1", "values_2", "values_3", "abs_u")
     *values, abs_u = (_BUFFERS.array(name, stored[0].shape, np.dtype(np.float32)) for name in names)
     gradient, canvas, m, v = values
-    for encoding, data, into in zip((BFLOAT16, FIXED16, BFLOAT16, BFLOAT16), stored, values, strict=True):
+    for encoding, data, into in zip((BFLOAT16, FIXED16, BFLOAT16, BFLOAT16), stored[:4], values, strict=True):
         encoding.decode(data, into)
     adam.update(gradient, canvas, m, v, abs_u, step)
     bytes_ = random.take(canvas.shape)
@@ -150,6 +159,11 @@ def _compact_update(stored: Sequence[Array], step: adam.AdamStep, random: Roundi
     FIXED16.encode_stochastic(canvas, bytes_, stored[1], scratch)
     BFLOAT16.encode(m, stored[2])
     BFLOAT16.encode_stochastic(v, bytes_, stored[3], scratch)
+    if step.average_weight is not None:
+        average = m  # so has this
+        FIXED16.decode(stored[4], average)
+        adam.move_average(average, canvas, gradient, step.average_weight)
+        FIXED16.encode_stochastic(average, bytes_, stored[4], scratch)
     return abs_u
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import pipeline
 from pipeline import store
-from pipeline.arrays import slot_names
+from pipeline.arrays import result_name, slot_names
 from pipeline.errors import PipelineError
 from pipeline.journal import Journal, position_of
 from pipeline.progress import Event, IterationDone, StageDone, WorkDone
@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zstd": {"codec": "zstd"},
     "lz4": {"codec": "lz4"},
     "compact": {"codec": "none", "state_dtype": "compact"},
+    "averaged": {"codec": "none", "state_dtype": "compact"},
 }
 # Three stages of 1, 4 and 20 chunks.
 ITERATIONS = 4
@@ -141,7 +142,8 @@ class Watch:
 def make_base(folder: Path, variant: str) -> Base:
     """Render, and take snapshots on the way."""
     base = Base(folder / "here", variant)
-    write_run(base.folder, (150, 110), (60, 50), **RUN, store=VARIANTS[variant])
+    optimizer = {**RUN["optimizer"], "average": 0.8 if variant == "averaged" else 0.0}
+    write_run(base.folder, (150, 110), (60, 50), **{**RUN, "optimizer": optimizer}, store=VARIANTS[variant])
     save_file(narrow_state(), base.folder / "weights.safetensors")
     watch = Watch(base, folder)
     pipeline.run(pipeline.load_config(base.config), sink=watch)
@@ -182,18 +184,18 @@ def sort_files(base: Base) -> dict[str, list[Path]]:
         ended = stage < position.stage or position.stage_done or position.iteration == ITERATIONS
         for path in files_below(top / f"stage_{stage}"):
             array = path.relative_to(top / f"stage_{stage}").parts[0]
-            what = _of_ended(path, array, slot, stage == position.stage) if ended else _of_current(path, array, slot)
+            result = result_name(slot, position.checksums[stage])
+            what = _of_ended(path, array, result, stage == position.stage) if ended else _of_current(path, array, slot)
             if what is not None:
                 found.setdefault(what, []).append(path)
     return found
 
 
-def _of_ended(path: Path, array: str, slot: int, newest: bool) -> str | None:
+def _of_ended(path: Path, array: str, result: str, newest: bool) -> str | None:
     """A file of a stage that needs no iteration any more; None for one that is only not deleted yet."""
     if array == "zarr.json":
         return "group metadata"
-    canvas, *_ = slot_names(slot)
-    if array != canvas:
+    if array != result:
         return None
     return "needed canvas" if newest else "finished metadata" if path.name == "zarr.json" else "finished canvas"
 
@@ -201,7 +203,8 @@ def _of_ended(path: Path, array: str, slot: int, newest: bool) -> str | None:
 def _of_current(path: Path, array: str, slot: int) -> str:
     if path.name == "zarr.json":
         return "metadata"
-    kinds = dict.fromkeys(slot_names(slot), "state") | dict.fromkeys((*slot_names(1 - slot), "gradient"), "spare")
+    newest, idle = (slot_names(one, averaged=True) for one in (slot, 1 - slot))
+    kinds = dict.fromkeys(newest, "state") | dict.fromkeys((*idle, "gradient"), "spare")
     kinds["content"] = "content"
     return kinds.get(array, "features" if array.startswith("features") else "style target")
 

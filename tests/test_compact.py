@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ from pipeline.update import update_specs, update_task
 
 COMPACT = {"state_dtype": "compact", "chunk_px": 32}
 STEP = adam.AdamStep(beta1=0.9, beta2=0.99, epsilon=1e-6, size=0.8, clip=True)
-NAMES = ("gradient", "canvas_0", "m_0", "v_0")
-FORMS = ("bfloat16", "fixed16", "bfloat16", "bfloat16")
+AVERAGING = replace(STEP, average_weight=0.3)
+NAMES = ("gradient", "canvas_0", "m_0", "v_0", "average_0")
+FORMS = ("bfloat16", "fixed16", "bfloat16", "bfloat16", "fixed16")
 
 
 # --- arrays ---
@@ -94,6 +96,7 @@ def fill(stage: Path, chunk_px: int, shape=(70, 45, 3)) -> dict[str, str]:
         "canvas_0": rng.uniform(0, 255, shape),
         "m_0": rng.normal(0, 0.01, shape),
         "v_0": rng.uniform(1e-6, 1e-4, shape),
+        "average_0": rng.uniform(0, 255, shape),
     }
     sums = {}
     for name, form in zip(NAMES, FORMS, strict=True):
@@ -109,7 +112,7 @@ def chunk_files(stage: Path, names: tuple[str, ...]) -> dict[str, bytes]:
     return {str(path.relative_to(stage)): path.read_bytes() for path in files}
 
 
-WRITTEN = ("canvas_1", "m_1", "v_1")
+WRITTEN = ("canvas_1", "m_1", "v_1", "average_1")
 
 
 @pytest.mark.parametrize("chunk_px", [16, 48, 208])
@@ -117,7 +120,7 @@ def test_a_compact_update_is_the_formulas_on_what_is_stored(stage, chunk_px):
     """Unpacking by blocks, or a random byte at the wrong place, would be another optimiser."""
     sums = fill(stage, chunk_px, (250, 225, 3) if chunk_px == 208 else (70, 45, 3))  # 208: a chunk of two blocks
     arrays = [store.open_array(stage, name) for name in NAMES]
-    made = [update_task(spec) for spec in update_specs(stage, 0, STEP, sums, (7, 2, 5))]
+    made = [update_task(spec) for spec in update_specs(stage, 0, AVERAGING, sums, (7, 2, 5))]
     largest = total = 0.0
     for cy, cx in arrays[0].chunk_indices():
         values = []
@@ -126,13 +129,15 @@ def test_a_compact_update_is_the_formulas_on_what_is_stored(stage, chunk_px):
             array.read_chunk(cy, cx, codes)
             values.append(np.empty(array.chunk_shape, np.float32))
             array.encoding.decode(codes, values[-1])
-        gradient, canvas, m, v = values
-        abs_u = adam.update(gradient, canvas, m, v, np.empty_like(canvas), STEP)
+        gradient, canvas, m, v, average = values
+        abs_u = adam.update(gradient, canvas, m, v, np.empty_like(canvas), AVERAGING)
+        adam.move_average(average, canvas, np.empty_like(canvas), 0.3)
         random = RoundingBytes(7, 2, 5, (cy, cx)).take(canvas.shape)
-        wanted = [np.empty(canvas.shape, np.uint16) for _ in range(3)]
+        wanted = [np.empty(canvas.shape, np.uint16) for _ in range(4)]
         FIXED16.encode_stochastic(canvas, random, wanted[0], np.empty(canvas.shape, np.uint32))
         BFLOAT16.encode(m, wanted[1])
         BFLOAT16.encode_stochastic(v, random, wanted[2], np.empty(canvas.shape, np.uint32))
+        FIXED16.encode_stochastic(average, random, wanted[3], np.empty(canvas.shape, np.uint32))
         for name, codes in zip(WRITTEN, wanted, strict=True):
             found = np.empty(codes.shape, np.uint16)
             store.open_array(stage, name).read_chunk(cy, cx, found)
@@ -148,12 +153,12 @@ def test_a_task_that_runs_twice_writes_the_same_bytes_and_another_iteration_othe
     sums = fill(stage, 16)
     written = []
     for rounding in ((7, 2, 5), (7, 2, 5), (7, 2, 6), (7, 3, 5), (8, 2, 5)):
-        results = [update_task(spec) for spec in update_specs(stage, 0, STEP, sums, rounding)]
+        results = [update_task(spec) for spec in update_specs(stage, 0, AVERAGING, sums, rounding)]
         written.append((chunk_files(stage, WRITTEN), [result.sums for result in results]))
     assert written[0] == written[1]
     for other in written[2:]:
         changed = {name.split("/")[0] for name, data in other[0].items() if written[0][0][name] != data}
-        assert changed == {"canvas_1", "v_1"}  # m is rounded to nearest
+        assert changed == {"canvas_1", "v_1", "average_1"}  # m is rounded to nearest
 
 
 # --- runs ---

@@ -401,8 +401,11 @@ def test_a_whole_run_gives_the_same_picture_with_one_tile_and_with_many(tmp_path
 
 
 def literal_stage(problem: reference.Problem, canvas: np.ndarray, optimizer) -> tuple[np.ndarray, list[dict]]:
-    """algorithm.md, "Stages", the inner loop on the whole image; gives the canvas and what each iteration measured."""
-    p, m, v, alpha, measured = canvas.copy(), 0.0, 0.0, None, []
+    """algorithm.md, "Stages", the inner loop on the whole image; gives the result and what each iteration measured.
+
+    The result is the last canvas, or Σ_i d^(N−1−i)·p_i / Σ_i d^(N−1−i) of all N that the iterations made.
+    """
+    p, m, v, alpha, measured, made = canvas.copy(), 0.0, 0.0, None, [], []
     beta1, beta2, total = optimizer.beta1, optimizer.beta2, optimizer.max_iterations
     for j in range(total):
         objective = float(problem.objective(torch.from_numpy(p)))
@@ -416,11 +419,13 @@ def literal_stage(problem: reference.Problem, canvas: np.ndarray, optimizer) -> 
         p = p - alpha * c * b * u
         if optimizer.clip:
             p = np.clip(p, 0, 255)
+        made.append(p)
         mean_u, max_u = np.abs(u).mean(), np.abs(u).max()
         measured.append({"objective": objective, "alpha": alpha, "mean_abs_u": mean_u, "max_abs_u": max_u})
         if mean_u < optimizer.stop_condition:
             break
-    return p, measured
+    weights = optimizer.average ** np.arange(len(made))[::-1]  # 0⁰ is 1
+    return np.average(made, axis=0, weights=weights), measured
 
 
 @pytest.mark.parametrize(
@@ -429,13 +434,14 @@ def literal_stage(problem: reference.Problem, canvas: np.ndarray, optimizer) -> 
         ({"schedule": "cosine", "max_iterations": 6}, 6),
         ({"schedule": "constant", "max_iterations": 6, "stop_condition": 0, "clip": False, "beta1": 0.8}, 6),
         ({"schedule": "constant", "max_iterations": 30, "stop_condition": 0.35}, None),
+        ({"schedule": "cosine", "max_iterations": 6, "average": 0.9}, 6),
     ],
-    ids=["cosine", "constant", "stopped early"],
+    ids=["cosine", "constant", "stopped early", "averaged"],
 )
 def test_a_run_of_two_stages_is_the_algorithm(tmp_path, narrow_weights, optimizer, iterations):
-    """Everything at once: step size, bias correction, schedule, clipping, early stop, and a fresh start per stage.
+    """Everything at once: step size, bias correction, schedule, clipping, early stop, average, a fresh start per stage.
 
-    The style is larger than the content, so the second stage has the canvas of the first and nothing is resized.
+    The style is larger than the content, so the second stage has the result of the first and nothing is resized.
     """
     content = write_image(tmp_path / "content.png", 48, 61, seed=1).astype(np.float64)
     style = write_image(tmp_path / "style.png", 93, 100, seed=2).astype(np.float64)

@@ -214,6 +214,7 @@ def test_a_loss_of_weight_0_is_not_planned_for():
         ({"store": {"chunk_px": 64}, "compute": {"dtype": "float64", "device": "cpu"}}, {}),
         ({"store": {"chunk_px": 32, "state_dtype": "compact"}}, {}),
         ({"store": {"chunk_px": 48}}, {"content_layers": {"conv1_1": 1.0, "conv5_1": 1.0, "conv3_3": 0.5}}),
+        ({"store": {"chunk_px": 32, "state_dtype": "compact"}, "optimizer": {"average": 0.9}}, {}),
     ],
 )
 def test_planned_disk_is_what_a_stage_allocates(make_config, narrow_weights, monkeypatch, codec_values, network):
@@ -239,7 +240,8 @@ def test_planned_disk_is_what_a_stage_allocates(make_config, narrow_weights, mon
     assert peak == chunk_bytes(stage_dir) + style_bytes  # the style is deleted once its Grams are known
     assert stage_plan.store_bytes == peak
     names = {path.name for path in stage_dir.iterdir() if path.is_dir() and not path.name.startswith("gram_")}
-    assert names == {"content", "gradient", "canvas_0", "canvas_1", "m_0", "m_1", "v_0", "v_1"} | {
+    averages = {"average_0", "average_1"} if config.optimizer.average else set()
+    assert names == {"content", "gradient", "canvas_0", "canvas_1", "m_0", "m_1", "v_0", "v_1"} | averages | {
         content_features_name(layer) for layer in config.network.content_layers
     }
 

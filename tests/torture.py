@@ -29,7 +29,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tiff": {"output": "out.tif"},
     "deepzoom": {"output": "out.dz", "init": "noise"},
     "ome-zarr": {"output": "out.zarr", "store": {"chunk_px": 32, "codec": "zstd"}},
-    "power": {"output": "out.png", "store": {"chunk_px": 32, "durability": "power", "state_dtype": "compact"}},
+    "power": {
+        "output": "out.png",
+        "store": {"chunk_px": 32, "durability": "power", "state_dtype": "compact"},
+        "optimizer": {"max_iterations": 2, "average": 0.9},
+    },
 }
 
 

@@ -39,6 +39,7 @@ PHASES = {
     "style": "ingest",
     "style Gram": "tiles",
     "canvas": "upsample",
+    "average": "upsample",
     "content features": "tiles",
     "Gram pass": "tiles",
     "gradient pass": "tiles",

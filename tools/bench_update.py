@@ -99,7 +99,7 @@ class Bench:
     def update_pass(self, engine: Engine) -> None:
         """The program's own, into the other slot."""
         results = engine.map(update_task, self.specs())
-        for name in slot_names(1 - self.slot):
+        for name in slot_names(1 - self.slot, averaged=False):
             array = store.open_array(self.folder, name)
             sums = {index: value for result in results for index, value in result.sums[name].items()}
             self.checksums[name] = array.packed(sums)
@@ -111,8 +111,8 @@ class Bench:
         for start in range(0, maps["gradient"].size, count):
             part = {name: one[start : start + count] for name, one in maps.items()}
             update(
-                [part[name] for name in ("gradient", *slot_names(self.slot))],
-                [part[name] for name in slot_names(1 - self.slot)],
+                [part[name] for name in ("gradient", *slot_names(self.slot, averaged=False))],
+                [part[name] for name in slot_names(1 - self.slot, averaged=False)],
             )
 
     def arithmetic(self) -> Callable[[list[Any], list[Any]], None]:
