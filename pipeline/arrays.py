@@ -13,6 +13,7 @@ from pipeline.layers import LAYER_BY_NAME, ceil_to
 GRADIENT = "gradient"
 CONTENT = "content"
 STYLE = "style"  # while the stage is prepared
+METADATA = "zarr.json"  # of an array, and of the stage
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ArraySpec:
         return ceil_to(height, self.chunk_px) * ceil_to(width, self.chunk_px) * channels * itemsize
 
 
-def slot_names(slot: int, *, averaged: bool) -> tuple[str, ...]:
+def slot_names(slot: int, *, averaged: bool = False) -> tuple[str, ...]:
     """The arrays that iteration j reads from slot j % 2, and writes to the other: the canvas, m and v.
 
     `averaged`: the stage has the average of its canvases too, the last of them.
@@ -52,6 +53,12 @@ def result_name(slot: int, names: Container[str]) -> str:
     """The array that is a stage's result, of those named: the newest slot's canvas, or its average if there is one."""
     average = f"average_{slot}"
     return average if average in names else f"canvas_{slot}"
+
+
+def kept_files(slot: int, names: Container[str]) -> tuple[str, ...]:
+    """What is left of a stage when it has ended: its result, and the metadata of that and of the stage."""
+    result = result_name(slot, names)
+    return result, f"{result}/{METADATA}", METADATA
 
 
 def content_features_name(layer: str) -> str:

@@ -236,7 +236,7 @@ class Workload:
         averages = max(int(stage.config.optimizer.average > 0) for stage in self.stages)
         if store.state_dtype == "float":
             stored, per_value = self._itemsize, (5 + averages) * self._itemsize
-        else:  # the same unpacked (the average where m was), beside four of 16 bits, and about two of the encodings' own
+        else:  # the same unpacked (the average where m was), beside what is stored, and about two of the encodings' own
             stored, per_value = 2, (4 + averages) * 2 + (5 + 2) * 4
         # a compressed chunk is held whole: four are read, three written, and one of them is at its codec
         whole = 0 if store.codec == "none" else (7 + 2 * averages + 2) * values * stored

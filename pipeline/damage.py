@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import integrity, store, zarr_files
-from pipeline.arrays import gram_layer, is_stage_array, result_name, slot_names
+from pipeline.arrays import METADATA, gram_layer, is_stage_array, kept_files, slot_names
 from pipeline.checksums import checksum, unpacked
 from pipeline.engine import Engine
 from pipeline.integrity import CheckSpec, Finding, OnProgress
 from pipeline.journal import Position
 from pipeline.opening import stage_path
 from pipeline.places import store_path
-from pipeline.store import METADATA, ChunkError, StageArray
+from pipeline.store import ChunkError, StageArray
 from pipeline.zarr_files import group_metadata
 
 # Where a repair puts what it does not understand, beside what it cuts off the journal and the store.
@@ -97,9 +97,9 @@ def held_by(work_dir: Path, position: Position, ended: bool) -> list[Held]:
 def _held(folder: Path, stage: int, slot: int, sums: Mapping[str, str], ended: bool) -> Held:
     metadata = {name: value for name, value in sums.items() if name.endswith(METADATA)}
     if ended:
-        result = result_name(slot, sums)
-        kept = (METADATA, f"{result}/{METADATA}")
-        return Held(stage, folder, {result: sums[result]}, (), {name: metadata[name] for name in kept})
+        kept = {name: sums[name] for name in kept_files(slot, sums)}
+        live = {name: value for name, value in kept.items() if name not in metadata}
+        return Held(stage, folder, live, (), {name: kept[name] for name in kept if name in metadata})
     names = [name.removesuffix(f"/{METADATA}") for name in metadata if name != METADATA]
     idle = slot_names(1 - slot, averaged=True)
     spare = tuple(name for name in names if name in idle or name not in sums)

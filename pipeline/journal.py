@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from pipeline._yaml import shown
-from pipeline.arrays import result_name
+from pipeline.arrays import kept_files
 from pipeline.checksums import checksum, unpacked
 from pipeline.durable import sync_folder
 from pipeline.errors import DamagedStateError, LockedError, storage
@@ -87,7 +87,7 @@ class Position:
             return replace(self, exported={**self.exported, **made}, claimed=self.claimed | {record["output"]})
         if kind == "stage_done":
             sums = self.checksums[self.stage]
-            left = {name: sums[name] for name in _kept(self.newest_slot, sums)}
+            left = {name: sums[name] for name in kept_files(self.newest_slot, sums)}
             return replace(self, stage_done=True, checksums={**self.checksums, self.stage: left})
         if kind == "stage_prepared":
             return Position(
@@ -110,12 +110,6 @@ class Position:
             slots={**self.slots, self.stage: iteration % 2},
             checksums={**self.checksums, self.stage: {**self.checksums[self.stage], **record["checksums"]}},
         )
-
-
-def _kept(slot: int, checksums: Mapping[str, str]) -> tuple[str, ...]:
-    """What is left of a stage's checksums when it ends: those of its result."""
-    result = result_name(slot, checksums)
-    return result, f"{result}/zarr.json", "zarr.json"
 
 
 def _without(mapping: Mapping[int, Any], key: int) -> dict[int, Any]:
@@ -276,7 +270,7 @@ def checked_position(records: Iterable[Record], path: Path) -> Position:
             check_record(record)
         position = position_of(records)
         for stage, slot in position.slots.items():
-            for name in _kept(slot, position.checksums[stage]):
+            for name in kept_files(slot, position.checksums[stage]):
                 position.checksums[stage][name]  # a LookupError where it is not there
             for text in position.checksums[stage].values():
                 unpacked(text)[0]  # a ValueError or LookupError where it is no checksum

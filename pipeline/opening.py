@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import store, zarr_files
 from pipeline._yaml import dotted
-from pipeline.arrays import result_name
+from pipeline.arrays import METADATA, result_name
 from pipeline.config import Config, input_files, result_fields
 from pipeline.device import default_threads
 from pipeline.errors import ConfigError, DamagedStateError
@@ -35,7 +35,7 @@ def newest_canvas(work_dir: Path, position: Position, stage: int) -> store.Stage
     folder, checksums = stage_path(work_dir, stage), position.checksums[stage]
     name = result_name(position.slots[stage], checksums)
     # A description that was changed may still describe: another height, or integers for the same bytes.
-    zarr_files.check_metadata(folder, f"{name}/{store.METADATA}", checksums[f"{name}/{store.METADATA}"])
+    zarr_files.check_metadata(folder, f"{name}/{METADATA}", checksums[f"{name}/{METADATA}"])
     return store.open_array(folder, name, checksums[name])
 
 

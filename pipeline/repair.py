@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import integrity, store
-from pipeline.arrays import CONTENT, is_averaged, slot_names
+from pipeline.arrays import CONTENT, METADATA, is_averaged, slot_names
 from pipeline.checksums import checksum, unpacked
 from pipeline.cost import model_of
 from pipeline.damage import FOREIGN, Held, Problem
@@ -29,7 +29,7 @@ from pipeline.places import SECOND_NAME, store_path, taken
 from pipeline.plan import arrays_of
 from pipeline.progress import Sink
 from pipeline.run import Tools, make_stage
-from pipeline.store import METADATA, ChunkError
+from pipeline.store import ChunkError
 from pipeline.survey import plan_on
 from pipeline.weights import find_weights, widths_for_plan
 from pipeline.zarr_files import array_metadata, group_metadata, make_room_again, replace_array, write_metadata

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import integrity, store, transfer
 from pipeline.allocator import return_freed_memory
-from pipeline.arrays import result_name
+from pipeline.arrays import kept_files
 from pipeline.config import Config
 from pipeline.cost import WORKERS, model_of
 from pipeline.device import Device, resolve_device
@@ -262,7 +262,7 @@ class _Rendering:
         self._commit({"type": "exported", "output": str(output), "options": options})
 
     def _free_arrays(self, stage: int) -> None:
-        keep = {result_name(self.position.slots[stage], self.position.checksums[stage])}
+        keep = set(kept_files(self.position.slots[stage], self.position.checksums[stage]))
         store.delete_arrays(stage_path(self.config.work_dir, stage), keep)
 
     def _commit(self, record: Record) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import integrity, passes, store, zarr_files
-from pipeline.arrays import GRADIENT, content_features_name, gram_name, is_averaged, slot_names
+from pipeline.arrays import GRADIENT, METADATA, content_features_name, gram_name, is_averaged, slot_names
 from pipeline.checksums import ChunkSums
 from pipeline.colors import LUMINANCE, ColorMap
 from pipeline.config import Config
@@ -53,7 +53,7 @@ class Stage:
     def check(self, slot: int, checksums: Mapping[str, str]) -> None:
         """Raise ChunkError if anything that the next iteration reads is not what was written, or it has no room."""
         for name in checksums:
-            if name.endswith(store.METADATA):
+            if name.endswith(METADATA):
                 zarr_files.check_metadata(self.stage_dir, name, checksums[name])
         for layer in self.model.style_layers:
             zarr_files.read_gram(self.stage_dir, layer, checksums[gram_name(layer)])

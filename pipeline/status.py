@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline import integrity, transfer
 from pipeline._fields import MAX_CHUNK_PX
+from pipeline.arrays import METADATA
 from pipeline.cost import WORKERS
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, Stopped
@@ -19,7 +20,7 @@ from pipeline.opening import newest_canvas
 from pipeline.places import refuse_links, refuse_own_state, taken
 from pipeline.progress import Sink, WorkDone, ignore
 from pipeline.sections import ExportConfig
-from pipeline.store import METADATA, ChunkError, StageArray
+from pipeline.store import ChunkError, StageArray
 
 
 def status(work_dir: Path) -> dict[str, Any]:

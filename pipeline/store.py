@@ -27,6 +27,7 @@ import zarr.codecs
 from numpy.typing import NDArray
 
 from pipeline._yaml import shown
+from pipeline.arrays import METADATA
 from pipeline.checksums import ChunkSums, checksum, grid_of, packed
 from pipeline.durable import sync_file_system
 from pipeline.errors import DamagedStateError, storage
@@ -35,7 +36,6 @@ from pipeline.tiling import Rect, chunks_of
 
 zarr.config.set({"async.concurrency": 1})  # measured best under our own threads
 
-METADATA = "zarr.json"
 MAX_METADATA_BYTES = 2**20  # it has 700
 
 

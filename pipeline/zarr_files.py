@@ -13,12 +13,12 @@ import zarr
 from numpy.typing import NDArray
 
 from pipeline import store
-from pipeline.arrays import ArraySpec, gram_name
+from pipeline.arrays import METADATA, ArraySpec, gram_name
 from pipeline.checksums import checksum, packed, unpacked
 from pipeline.durable import sync_folder
 from pipeline.errors import storage
 from pipeline.places import read_regular
-from pipeline.store import MAX_METADATA_BYTES, METADATA, ChunkError, StageArray
+from pipeline.store import MAX_METADATA_BYTES, ChunkError, StageArray
 
 _MAX_GRAM_BYTES = 2**30  # of 11,000 channels
 
