@@ -13,9 +13,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,10 @@ _PRELOADED = [
 ]
 
 
+# multiprocessing looks after all children of all threads at every start, and would hear of one's end twice: exit 255.
+_REAPING = threading.Lock()
+
+
 class Nursery:
     """Starts `pipeline` commands by forking a server process, and stops what is left of them at the end."""
 
@@ -205,7 +211,7 @@ class Nursery:
         )
         process = self._context.Process(target=_child, args=arguments)
         # One thread: starting torch's pool would be most of what such a small run does.
-        with _environment(OMP_NUM_THREADS="1"):
+        with _REAPING, _environment(OMP_NUM_THREADS="1"):
             process.start()
         self._children.append(Child(process, log))
         return self._children[-1]
@@ -242,15 +248,21 @@ class Child:
 
     def wait(self) -> int:
         """Its exit code, negative for the signal that killed it."""
-        self.process.join(TIMEOUT_S)
-        assert self.process.exitcode is not None, f"still running:\n{self.err}"
-        return int(self.process.exitcode)
+        wait([self.process.sentinel], TIMEOUT_S)
+        with _REAPING:
+            code = self.process.exitcode
+        assert code is not None, f"still running:\n{self.err}"
+        return int(code)
+
+    def is_alive(self) -> bool:
+        with _REAPING:
+            return bool(self.process.is_alive())
 
     def wait_until(self, reached: Callable[[list[Event]], bool]) -> bool:
         """Wait for its events to fulfil `reached`; False if it ended before."""
         deadline = time.monotonic() + TIMEOUT_S
         while not reached(self.events()):
-            if not self.process.is_alive():
+            if not self.is_alive():
                 return reached(self.events())
             assert time.monotonic() < deadline, f"not reached:\n{self.err}"
             time.sleep(0.002)
@@ -258,7 +270,7 @@ class Child:
 
     def signal(self, number: int) -> None:
         """Send it a signal; nothing happens if it has ended."""
-        if self.process.is_alive():
+        if self.is_alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 

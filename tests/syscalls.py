@@ -86,7 +86,7 @@ class Verdict(Enum):
     HOLD = auto()  # the call does not return, as on a disk that hangs
 
 
-Answer = Verdict | int  # an errno: the call is not made, and fails with it
+Answer = Verdict | int | threading.Event  # an errno: the call fails with it; an event: it is held until that is set
 
 
 @dataclass(frozen=True)
@@ -206,14 +206,19 @@ class Watch:
             fcntl.ioctl(listener, _RECEIVE, notice)
             identity, thread, _, number, _, _, *arguments = _NOTICE.unpack(notice)
             error = self._decide(thread, number, arguments)
-            if error is None:
-                return
-            fcntl.ioctl(listener, _SEND, _ANSWER.pack(identity, 0, -error, 0 if error else _GO_ON))
         except (FileNotFoundError, ProcessLookupError):
-            pass  # the thread was killed meanwhile
+            return  # the thread was killed meanwhile
+        if isinstance(error, threading.Event):  # other threads' calls go on
+            threading.Thread(target=self._answer_later, args=(listener, identity, error), daemon=True).start()
+        elif error is not None:
+            _send(listener, identity, error)
 
-    def _decide(self, thread: int, number: int, arguments: list[int]) -> int | None:
-        """The errno that the call is to fail with, or 0; None for no answer at all."""
+    def _answer_later(self, listener: int, identity: int, allowed: threading.Event) -> None:
+        allowed.wait()
+        _send(listener, identity, 0)
+
+    def _decide(self, thread: int, number: int, arguments: list[int]) -> int | threading.Event | None:
+        """The errno that the call is to fail with, or 0, or when it may go on; None for no answer at all."""
         name, kinds = (_CALLS | _READS)[number]
         paths = _paths(thread, kinds, arguments)
         inside = [path for path in paths if Path(path).is_relative_to(self._folder)]
@@ -230,6 +235,11 @@ class Watch:
             _write_half(thread, name, arguments)
         os.kill(_process_of(thread), signal.SIGKILL)
         return 0
+
+
+def _send(listener: int, identity: int, error: int) -> None:
+    with contextlib.suppress(OSError):  # the thread was killed meanwhile
+        fcntl.ioctl(listener, _SEND, _ANSWER.pack(identity, 0, -error, 0 if error else _GO_ON))
 
 
 def _steady(path: str) -> str:
