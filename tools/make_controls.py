@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pyvips
 import yaml
 
@@ -54,7 +55,78 @@ class Control:
     prepare: Callable[[Path], None] = lambda folder: None
 
 
+def draw_dots(folder: Path) -> None:
+    """A second painting, dots.png: discs of strong colours on dark blue, as large as a brush."""
+    rng = np.random.default_rng(0)
+    dots = np.full((480, 480, 3), (20, 30, 70), np.uint8)
+    y, x = np.mgrid[:480, :480]
+    colours = np.array([(240, 200, 40), (230, 70, 50), (60, 170, 200), (245, 240, 220), (120, 60, 150)])
+    for cy, cx, radius in zip(
+        rng.integers(0, 480, 900), rng.integers(0, 480, 900), rng.integers(5, 10, 900), strict=True
+    ):
+        dots[(y - cy) ** 2 + (x - cx) ** 2 < radius**2] = rng.choice(colours)
+    folder.mkdir(parents=True, exist_ok=True)
+    pyvips.Image.new_from_array(dots, interpretation="srgb").write_to_file(str(folder / "dots.png"))
+
+
+STROKES = str(SAMPLES / "strokes.jpg")
+DOTS: Keys = {"image": "../dots.png"}  # from a run's own folder
+RECONSTRUCTED: Keys = {"styles": [], "loss": {"content_weight": 1.0, "style_weight": 0.0}, "init": "noise"}
+
 CONTROLS: dict[str, Control] = {
+    "stages": Control(
+        [
+            ("strokes at every stage", {}),
+            ("dots from 161 px on", {"stages": [{"up_to": 160}, {"up_to": 320, "styles": [DOTS]}]}),
+            ("dots up to 160 px", {"stages": [{"up_to": 160, "styles": [DOTS]}]}),
+        ],
+        inputs=[("dots.png", "dots.png")],
+        prepare=draw_dots,
+    ),
+    "styles": Control(
+        [
+            ("strokes 1", {"styles": [{"image": STROKES}]}),
+            ("strokes 1, dots 1", {"styles": [{"image": STROKES}, DOTS]}),
+            ("dots 1", {"styles": [DOTS]}),
+        ],
+        prepare=draw_dots,
+    ),
+    "style_size": Control(
+        [
+            ("max_size: null", {"styles": [DOTS]}),
+            ("max_size: 120", {"styles": [{**DOTS, "max_size": 120}]}),
+            ("scale: 1.5", {"styles": [{**DOTS, "scale": 1.5}]}),
+        ],
+        prepare=draw_dots,
+    ),
+    "init": Control([(f"init: {init}", {"init": init}) for init in ("content", "noise", "gray")]),
+    "texture": Control(
+        [
+            ("size: [320, 240]", {"content": None, "loss": {"content_weight": 0.0}, "size": [320, 240]}),
+            (
+                "dots, size: 240",
+                {"content": None, "loss": {"content_weight": 0.0}, "size": 240, "styles": [DOTS]},
+            ),
+        ],
+        inputs=[("dots.png", "dots.png")],
+        prepare=draw_dots,
+    ),
+    "reconstruction": Control(
+        [
+            (f"content_layers: {{{layer}: 1}}", {**RECONSTRUCTED, "network": {"content_layers": {layer: 1.0}}})
+            for layer in ("conv1_1", "conv3_1", "conv4_2", "conv5_1")
+        ]
+    ),
+    "layers": Control(
+        [
+            (f"style_layers up to {last}", {"network": {"style_layers": dict.fromkeys(names, 1 / len(names))}})
+            for last, names in (
+                ("conv1_1", ("conv1_1",)),
+                ("conv3_1", ("conv1_1", "conv2_1", "conv3_1")),
+                ("conv5_1", ("conv1_1", "conv2_1", "conv3_1", "conv4_1", "conv5_1")),
+            )
+        ]
+    ),
     "tv": Control(
         [
             ("tv_weight: 0", {"network": {"pooling": "max"}}),
