@@ -25,6 +25,7 @@ import pipeline
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "configs" / "samples"
+FONT = Path(pipeline.__file__).parent / "assets" / "DejaVuSans.ttf"
 GAP_PX, LABEL_PX, HEIGHT_PX = 8, 26, 300
 MOST_BYTES = 150_000
 # The quickstart's settings, at a size that is rendered in a minute; a control's keys come on top.
@@ -58,12 +59,10 @@ class Control:
 def draw_dots(folder: Path) -> None:
     """A second painting, dots.png: discs of strong colours on dark blue, as large as a brush."""
     rng = np.random.default_rng(0)
-    dots = np.full((480, 480, 3), (20, 30, 70), np.uint8)
-    y, x = np.mgrid[:480, :480]
+    dots = np.full((640, 640, 3), (20, 30, 70), np.uint8)
+    y, x = np.mgrid[:640, :640]
     colours = np.array([(240, 200, 40), (230, 70, 50), (60, 170, 200), (245, 240, 220), (120, 60, 150)])
-    for cy, cx, radius in zip(
-        rng.integers(0, 480, 900), rng.integers(0, 480, 900), rng.integers(5, 10, 900), strict=True
-    ):
+    for cy, cx, radius in rng.integers((0, 0, 7), (640, 640, 13), (900, 3)):
         dots[(y - cy) ** 2 + (x - cx) ** 2 < radius**2] = rng.choice(colours)
     folder.mkdir(parents=True, exist_ok=True)
     pyvips.Image.new_from_array(dots, interpretation="srgb").write_to_file(str(folder / "dots.png"))
@@ -95,7 +94,7 @@ CONTROLS: dict[str, Control] = {
         [
             ("max_size: null", {"styles": [DOTS]}),
             ("max_size: 120", {"styles": [{**DOTS, "max_size": 120}]}),
-            ("scale: 1.5", {"styles": [{**DOTS, "scale": 1.5}]}),
+            ("scale: 2", {"styles": [{**DOTS, "scale": 2.0}]}),
         ],
         prepare=draw_dots,
     ),
@@ -169,7 +168,7 @@ def labelled(image: Any, label: str) -> Any:
     """The image at HEIGHT_PX, with its label under it."""
     image = image.colourspace("srgb").extract_band(0, n=3)
     image = image.resize(HEIGHT_PX / image.height, kernel="lanczos3" if image.height > HEIGHT_PX else "cubic")
-    text = pyvips.Image.text(label, font="sans 11", dpi=96)
+    text = pyvips.Image.text(label, font="DejaVu Sans 11", fontfile=str(FONT), dpi=96)
     shown = (255 - text).gravity("centre", image.width, LABEL_PX, extend="white").colourspace("srgb")
     return image.join(shown, "vertical")
 
