@@ -142,6 +142,9 @@ def test_the_paper_to_the_letter():
     adam = config.optimizer
     assert (adam.schedule, adam.max_iterations, adam.stop_condition) == ("constant", 100, 0.1)
     assert (adam.target_pixel_change, adam.beta1, adam.beta2, adam.epsilon) == (12.8, 0.9, 0.99, 1e-6)
+    assert not adam.clip
+    assert set(config.network.content_layers) == {"conv4_2"}
+    assert set(config.network.style_layers) == {f"conv{block}_1" for block in range(1, 6)}
 
 
 @pytest.mark.parametrize("suffix", [*OUTPUT_SUFFIXES, ".TIF"])

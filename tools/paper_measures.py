@@ -1,0 +1,158 @@
+"""Numbers that tell what a picture shows: seams, tiles that drift apart, losses by scale, strength of detail.
+
+Pictures are (H, W, 3) arrays of 0..255. Axes in names: C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyvips
+import torch
+
+from pipeline import losses, passes
+from pipeline.layers import ALIGN_PX
+from pipeline.losses import Gram
+from pipeline.network import get_network
+from pipeline.plan import fit
+from pipeline.stage import Stage
+from pipeline.tiling import Rect, Tile
+from pipeline.weights import NetworkSpec
+
+STRIP_PX = 32
+
+
+@dataclass(frozen=True)
+class Seams:
+    """Mean |step| across a line of the picture over that of the lines beside it: on tile borders, and on all other
+    multiples of 16 px, where the lattice of the poolings is; `spread` is the standard deviation of those."""
+
+    borders: float
+    lattice: float
+    spread: float
+
+    @property
+    def deviations(self) -> float:
+        """By how many standard deviations tile borders stand out from the lattice, each line by itself."""
+        return (self.borders - self.lattice) / self.spread
+
+
+def seams(picture: np.ndarray, tile_px: int) -> Seams:
+    borders: list[float] = []
+    others: list[float] = []
+    for axis in (0, 1):
+        steps = np.abs(np.diff(picture.astype(np.float64), axis=axis)).mean(axis=(1 - axis, 2))
+        for line in range(ALIGN_PX, len(steps) - 8, ALIGN_PX):  # the step between rows line - 1 and line
+            around = np.r_[steps[line - 8 : line - 3], steps[line + 2 : line + 7]]
+            (others if line % tile_px else borders).append(float(steps[line - 1] / around.mean()))
+    return Seams(float(np.mean(borders)), float(np.mean(others)), float(np.std(others)))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How unlike tiles are. `variance`: of their mean Grams, Σ‖G_t − Ḡ‖² over their number and ‖Ḡ‖², mean over layers.
+    `jump`: relative difference of the mean Grams of two strips side by side, of 32 px, whose common edge is a tile
+    border; `elsewhere` the same where it is the middle of a tile, which is what the picture itself changes."""
+
+    variance: float
+    jump: float
+    elsewhere: float
+
+
+def drift(stage: Stage, canvas: str) -> Drift:
+    """Of a canvas in its stage's tiles, always read with their halo."""
+    height, width = stage.plan.size
+    layers = stage.model.style_layers
+
+    def grams(rect: Rect) -> dict[str, Gram]:
+        spec = passes.GramSpec(stage.stage_dir, canvas, Tile(0, rect, height, width), stage.network, {}, layers)
+        return {layer: total / rect.positions(_LAYERS[layer]).area for layer, total in passes.gram_task(spec).items()}
+
+    full = [tile.inner for tile in stage.tiles if tile.inner.area == stage.tile_px**2]
+    tiles = [grams(rect) for rect in full or [tile.inner for tile in stage.tiles]]
+    variance = np.mean([_variance([tile[layer] for tile in tiles]) for layer in layers])
+    on, off = (
+        np.mean([_difference(grams(one), grams(other), layers) for one, other in _strips(stage, shift)])
+        for shift in (0, stage.tile_px // 2)
+    )
+    return Drift(float(variance), float(on), float(off))
+
+
+_LAYERS = passes.LAYER_BY_NAME
+
+
+def _variance(grams: Sequence[Gram]) -> float:
+    mean = np.mean(grams, axis=0)
+    return float(np.mean([np.sum((gram - mean) ** 2) for gram in grams]) / np.sum(mean**2))
+
+
+def _difference(one: dict[str, Gram], other: dict[str, Gram], layers: Sequence[str]) -> float:
+    return float(
+        np.mean(
+            [
+                np.linalg.norm(one[layer] - other[layer]) / np.linalg.norm(one[layer] + other[layer]) * 2
+                for layer in layers
+            ]
+        )
+    )
+
+
+def _strips(stage: Stage, shift: int) -> Iterator[tuple[Rect, Rect]]:
+    """Pairs of strips on both sides of each line between tiles, moved by `shift`, one pair per tile's side."""
+    (height, width), tile_px, strip = stage.plan.size, stage.tile_px, STRIP_PX
+    for line in range(shift or tile_px, width - strip, tile_px):
+        for start in range(0, height, tile_px):
+            end = min(start + tile_px, height)
+            yield Rect(start, end, line - strip, line), Rect(start, end, line, line + strip)
+    for line in range(shift or tile_px, height - strip, tile_px):
+        for start in range(0, width, tile_px):
+            end = min(start + tile_px, width)
+            yield Rect(line - strip, line, start, end), Rect(line, line + strip, start, end)
+
+
+def read(path: Path, long_px: int | None = None) -> np.ndarray:
+    """A picture, or what it is when reduced to this long side; never enlarged."""
+    image = pyvips.Image.new_from_file(str(path)).colourspace("srgb")[:3]
+    if long_px is not None and long_px < max(image.width, image.height):
+        height, width = fit((image.height, image.width), long_px)
+        image = image.resize(width / image.width, vscale=height / image.height, kernel="lanczos3")
+    return image.numpy().astype(np.float32)
+
+
+def content_losses(network: NetworkSpec, picture: Path, content: Path, long_px: int) -> dict[str, float]:
+    """‖φ(p) − φ(o)‖²/‖φ(o)‖² of every layer, both pictures reduced to this long side."""
+    found, aim = (features(network, read(path, long_px)) for path in (picture, content))
+    return {name: float((found[name] - aim[name]).square().sum() / aim[name].square().sum()) for name in aim}
+
+
+def style_losses(network: NetworkSpec, picture: Path, style: Path, long_px: int) -> dict[str, float]:
+    """‖G(p) − G(s)‖²/‖G(s)‖² of every layer, both pictures reduced to this long side."""
+    found, aim = (
+        {name: _mean_gram(one) for name, one in features(network, read(path, long_px)).items()}
+        for path in (picture, style)
+    )
+    return {name: float(np.sum((found[name] - aim[name]) ** 2) / np.sum(aim[name] ** 2)) for name in aim}
+
+
+def features(network: NetworkSpec, picture: np.ndarray) -> dict[str, torch.Tensor]:
+    """(C, H, W) of every layer up to conv5_1."""
+    height, width = picture.shape[:2]
+    whole, names = Rect(0, height, 0, width), set(network.source.widths)
+    pixels_1CHW = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        found = get_network(network).features(pixels_1CHW, whole, (height, width), names, whole)
+        return {one.layer.name: one.features_1CHW[0] for one in found}
+
+
+def _mean_gram(features_CHW: torch.Tensor) -> Gram:
+    return losses.gram_sum(features_CHW) / features_CHW[0].numel()
+
+
+def detail(picture: np.ndarray, sigma: float = 3.0) -> float:
+    """Root mean square, in levels, of what is finer than a Gaussian of `sigma` px in the picture's brightness."""
+    grey = pyvips.Image.new_from_array(np.ascontiguousarray(picture.mean(axis=2)))
+    fine = grey.numpy() - grey.gaussblur(sigma, precision="float").numpy()
+    return float(np.sqrt(np.mean(fine**2)))

@@ -1,0 +1,109 @@
+"""Fig. 9's wrong ways to render in tiles, beside the right one: the product's own passes, given other specs.
+
+no halo          a tile is read without its neighbours' pixels, and padded on all sides as if it were a picture
+own Grams        a tile is pulled by the difference between its own Gram matrices and the style's, as if it were one
+
+The paper's Fig. 9(c) has both faults, 9(d) the second, 9(e) none. No config can ask for this: what is wrong lives
+here, in tasks that take the place of the product's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline import losses, passes, store, zarr_files
+from pipeline.arrays import CONTENT, GRADIENT, content_features_name, gram_name
+from pipeline.config import Config
+from pipeline.cost import model_of
+from pipeline.engine import Engine
+from pipeline.losses import Gram
+from pipeline.plan import arrays_of
+from pipeline.stage import positions
+from pipeline.tiling import Rect, Tile
+
+Task = Callable[[Any], Any]
+
+
+class OtherTasks(Engine):
+    """An engine that does other tasks in the place of some of the product's."""
+
+    def __init__(self, workers: int, tasks: Mapping[Task, Task]):
+        super().__init__(workers)
+        self._tasks = tasks
+
+    def map(self, task: Task, *arguments: Any, **named: Any) -> list[Any]:
+        return super().map(self._tasks.get(task, task), *arguments, **named)
+
+    def fold(self, task: Task, *arguments: Any, **named: Any) -> Any:
+        return super().fold(self._tasks.get(task, task), *arguments, **named)
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What is wrong with the tiles of a run of `config`; of the style's images nothing is."""
+
+    config: Config
+    halo: bool
+    whole_grams: bool
+
+    def engine(self, workers: int) -> Engine:
+        """An engine whose tiles are at fault."""
+        return OtherTasks(workers, {passes.gram_task: self.gram, passes.gradient_task: self.gradient})
+
+    def gram(self, spec: passes.GramSpec) -> dict[str, Gram]:
+        """The Gram pass of one tile."""
+        on_canvas = spec.array.startswith("canvas")
+        return passes.gram_task(spec if self.halo or not on_canvas else _alone(self.config, spec))
+
+    def gradient(self, spec: passes.GradientSpec) -> passes.GradientResult:
+        """The gradient pass of one tile."""
+        if not self.whole_grams:
+            spec = replace(spec, style_seeds_CC=self._own_seeds(spec))
+        if self.halo:
+            return passes.gradient_task(spec)
+        alone = _alone(self.config, spec)
+        found = passes.gradient_task(alone)
+        values = store.open_array(alone.stage_dir, GRADIENT).read_window(alone.tile.inner)
+        return replace(found, sums=store.open_array(spec.stage_dir, GRADIENT).write_window(spec.tile.inner, values))
+
+    def _own_seeds(self, spec: passes.GradientSpec) -> dict[str, Gram]:
+        """The seeds of a tile that knows no Gram matrices but its own."""
+        layers, inner, loss = tuple(spec.style_seeds_CC), spec.tile.inner, self.config.loss
+        sums = self.gram(passes.GramSpec(spec.stage_dir, spec.array, spec.tile, spec.network, spec.checksums, layers))
+        return {
+            layer: losses.StyleTarget(
+                loss.kind,
+                zarr_files.read_gram(spec.stage_dir, layer, spec.checksums[gram_name(layer)]),
+                positions((inner.height, inner.width), layer),
+                self.config.network.style_layers[layer],
+                inner.area * loss.style_weight,
+            )
+            .term(sums[layer])
+            .seed_CC
+            for layer in sums
+        }
+
+
+def _alone(config: Config, spec: Any) -> Any:
+    """`spec` for its tile's inner rectangle as a picture of its own, in a folder of its own."""
+    inner, folder = spec.tile.inner, spec.stage_dir / f"alone_{spec.tile.index}"
+    tile = Tile(spec.tile.index, Rect(0, inner.height, 0, inner.width), inner.height, inner.width)
+    if not folder.exists():
+        _make_alone(config, spec, tile)
+    pixels = spec.open(spec.array).read_window(inner)
+    store.open_array(folder, "canvas_0").write_window(tile.inner, pixels)
+    return replace(spec, stage_dir=folder, array="canvas_0", tile=tile, checksums={})
+
+
+def _make_alone(config: Config, spec: Any, tile: Tile) -> None:
+    """The arrays that the passes read and write, and the features of this part of the content by itself."""
+    folder, layers = spec.stage_dir / f"alone_{tile.index}", tuple(config.network.content_layers)
+    store.create_stage(folder)
+    arrays = arrays_of(config, (tile.height, tile.width), model_of(config, spec.network.source.widths))
+    for name in (CONTENT, "canvas_0", GRADIENT, *map(content_features_name, layers)):
+        store.create_array(folder, name, arrays[name].shape, arrays[name].chunk_px, arrays[name].form, "none")
+    pixels = store.open_array(spec.stage_dir, CONTENT).read_window(spec.tile.inner)
+    store.open_array(folder, CONTENT).write_window(tile.inner, pixels)
+    passes.content_task(passes.ContentSpec(folder, CONTENT, tile, spec.network, {}, layers))
