@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import re
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,9 @@ GRADIENT = "gradient"
 CONTENT = "content"
 STYLE = "style"  # while the stage is prepared
 METADATA = "zarr.json"  # of an array, and of the stage
+CONTENT_GUIDE = "guide_content"
+_GRAM = re.compile(r"gram_((conv[1-5]_[1-9])(_r[0-9]+)?)")
+_GUIDE = re.compile(rf"guide_[0-9]+|{CONTENT_GUIDE}")
 
 
 @dataclass(frozen=True)
@@ -66,32 +70,59 @@ def content_features_name(layer: str) -> str:
     return f"features_{layer}"
 
 
-def gram_name(layer: str) -> str:
-    """The array that keeps the style target of `layer`: (C, C) float64 in one chunk."""
-    return f"gram_{layer}"
+def style_key(layer: str, region: int) -> str:
+    """The name of a style term where regions have their own; where they have not, it is the layer's (regions.py)."""
+    return f"{layer}_r{region}"
 
 
-def gram_layer(name: str) -> str | None:
-    """The layer whose style target the array `name` keeps, or None if it is another array."""
-    start, _, layer = name.partition("_")
-    return layer if start == "gram" and layer in LAYER_BY_NAME else None
+def layer_of(key: str) -> str:
+    """The layer of a style key."""
+    return key.partition("_r")[0]
+
+
+def gram_name(key: str) -> str:
+    """The array that keeps the style target of a style key: (C, C) float64 in one chunk."""
+    return f"gram_{key}"
+
+
+def gram_key(name: str) -> str | None:
+    """The style key whose target the array `name` keeps, or None if it is another array."""
+    found = _GRAM.fullmatch(name)
+    return found[1] if found and found[2] in LAYER_BY_NAME else None
+
+
+def guide_name(mask: int) -> str:
+    """The array that keeps a mask of the styles, by its number in the stage."""
+    return f"guide_{mask}"
+
+
+def is_guide(name: str) -> bool:
+    """Whether the array `name` keeps a mask, or the map of the content's weight."""
+    return _GUIDE.fullmatch(name) is not None
 
 
 def is_stage_array(name: str) -> bool:
     """Whether a stage has, at some time, an array of this name."""
     features, _, layer = name.partition("_")
     state = (*slot_names(0, averaged=True), *slot_names(1, averaged=True), CONTENT, STYLE, GRADIENT)
-    return name in state or gram_layer(name) is not None or (features == "features" and layer in LAYER_BY_NAME)
+    known = name in state or gram_key(name) is not None or is_guide(name)
+    return known or (features == "features" and layer in LAYER_BY_NAME)
 
 
 def stage_arrays(
-    size: tuple[int, int], chunk_px: int, state: str, content_widths: Mapping[str, int], averaged: bool
+    size: tuple[int, int],
+    chunk_px: int,
+    state: str,
+    content_widths: Mapping[str, int],
+    averaged: bool,
+    guides: Sequence[str] = (),
 ) -> dict[str, ArraySpec]:
     """Every array of pixels or features of a stage, by name.
 
     `size`: (height, width) in px. `state`: float32, float64 or compact. `content_widths`: channels of each content
-    layer. `averaged`: with the average of its canvases. Bytes per px of two slots of canvas, m and v, and of the
-    gradient: 84, 168 or 42, with averages 108, 216 or 54; the content takes 3 more.
+    layer. `averaged`: with the average of its canvases. `guides`: the arrays of masks. Bytes per px of two slots of
+    canvas, m and v, and of the gradient: 84, 168 or 42, with averages 108, 216 or 54; the content takes 3 more, and a
+    mask 1.
     """
     height, width = size
     canvas_form, form = (FIXED16.name, BFLOAT16.name) if state == "compact" else (state, state)
@@ -104,4 +135,5 @@ def stage_arrays(
         stride = LAYER_BY_NAME[layer].stride
         shape = (height // stride, width // stride, channels)
         arrays[content_features_name(layer)] = ArraySpec(shape, chunk_px // stride, form)
+    arrays |= {name: ArraySpec((height, width, 1), chunk_px, "uint8") for name in guides}
     return arrays

@@ -19,6 +19,7 @@ from pipeline._fields import MAX_STAGES, MAX_STYLES, OUTPUT_SUFFIXES, File, Int,
 from pipeline._yaml import Key, dotted, read, told
 from pipeline.errors import ConfigError
 from pipeline.places import real
+from pipeline.regions import regions_of, shared_masks
 from pipeline.sections import (
     COMPARED_BY_CONTENT,
     HARMLESS,
@@ -110,6 +111,12 @@ class Config(Section):
         return "float64" if self.compute.dtype == "float64" else "float32"
 
     @property
+    def masks(self) -> tuple[Path, ...]:
+        """The files of all masks, of styles and of the content."""
+        named = [*(style.mask for style in self.styles), self.loss.content_mask]
+        return tuple(dict.fromkeys(path for path in named if path is not None))
+
+    @property
     def target_px(self) -> int | None:
         """The long side of the result where the config gives it."""
         return max(self.size) if isinstance(self.size, tuple) else self.size
@@ -185,6 +192,8 @@ class Config(Section):
                 yield Conflict((("styles",), ("loss", "style_weight")), text)
         elif not 0 < total < math.inf:
             yield Conflict((("styles",),), f"the weights sum to {total}, so no style can be given its share")
+        else:
+            yield from self._region_conflicts()
         weights = self.loss.content_weight, self.loss.style_weight
         layers = self.network.content_layers, self.network.style_layers
         keys = (("loss", "style_weight"), ("loss", "content_weight"))
@@ -201,6 +210,17 @@ class Config(Section):
         if self.network.name == "random" and self.network.weights is not None:
             text = "network random makes its weights from the seed and would ignore this file; set it to null"
             yield Conflict((("network", "weights"), ("network", "name")), text)
+
+    def _region_conflicts(self) -> Iterator[Conflict]:
+        """Styles that share a mask share its region by their weights."""
+        for region in regions_of(self.styles):
+            if not sum(self.styles[index].weight for index in region.styles) > 0:
+                keys = tuple(("styles", index, "weight") for index in region.styles)
+                where = "without a mask" if region.mask is None else f"with the mask {region.mask}"
+                text = (
+                    f"0 for every style {where}, so that nothing would paint there; give one a weight, or leave it out"
+                )
+                yield Conflict(keys, text)
 
     def _grid_conflicts(self) -> Iterator[Conflict]:
         tile_px, chunk_px = self.compute.tile_px, self.store.chunk_px
@@ -290,7 +310,11 @@ def result_fields(config: Config) -> dict[str, object]:
 
     Left out are fields marked `HARMLESS`, and files, which are compared by their content elsewhere.
     """
-    return {dotted(key): value for key, value, mark in _values(config) if _decides(value, mark)}
+    fields = {dotted(key): value for key, value, mark in _values(config) if _decides(value, mark)}
+    fields |= shared_masks(config.styles, "")
+    for index, stage in enumerate(config.stages):
+        fields |= shared_masks(stage.styles or (), f"stages.{index}.")
+    return fields
 
 
 def input_files(config: Config) -> Iterator[tuple[Key, Path]]:

@@ -13,6 +13,7 @@ from typing import Protocol
 from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.layers import LAYER_BY_NAME, Layer, halo_px, needed_layers
+from pipeline.regions import UNGUIDED, Guides, guides_of
 
 Size = tuple[int, int]  # (height, width) in px
 
@@ -57,6 +58,7 @@ class Model:
     style_layers: tuple[str, ...]
     content_layers: tuple[str, ...]
     itemsize: int
+    guides: Guides = UNGUIDED
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,6 +69,11 @@ class Model:
     def content_widths(self) -> dict[str, int]:
         """Channels of each content layer."""
         return {layer: self.widths[layer] for layer in self.content_layers}
+
+    @property
+    def style_keys(self) -> tuple[str, ...]:
+        """The names of all style terms: the style layers, or those of every region."""
+        return tuple(key for layer in self.style_layers for key in self.guides.keys(layer))
 
     def channels(self) -> list[tuple[Layer, int, int]]:
         """(layer, channels in, channels out) of every row of the table that runs."""
@@ -95,7 +102,15 @@ class Model:
             if layer.name in self.names:
                 maps += int(c_out * positions * self.itemsize)  # its seed
             largest = max(largest, int((c_in + c_out) * positions * self.itemsize), self._columns_bytes(layer, c_in))
-        return maps + largest
+        return maps + largest + self._guides_bytes_per_px()
+
+    def _guides_bytes_per_px(self) -> int:
+        """Device bytes per outer pixel of the guides: maps, shares, their means, and two products with features."""
+        if not self.guides.arrays:
+            return 0
+        maps = len(self.guides.arrays) + 3 * (self.guides.regions + 1)
+        products = max((2 * self.widths[name] // LAYER_BY_NAME[name].stride ** 2 for name in self.names), default=0)
+        return (maps + products) * self.itemsize
 
     def _columns_bytes(self, layer: Layer, c_in: int) -> int:
         """The unfolded input of a float64 convolution on the CPU, which has no direct kernel."""
@@ -103,7 +118,7 @@ class Model:
 
     def grams_bytes(self) -> int:
         """The Grams of one tile, float64."""
-        return sum(self.widths[name] ** 2 * 8 for name in self.style_layers)
+        return max(1, self.guides.regions) * sum(self.widths[name] ** 2 * 8 for name in self.style_layers)
 
     def parameters_bytes(self) -> int:
         """The convolutions' weights, once."""
@@ -115,7 +130,7 @@ class Model:
             (c_in * (4 if layer.kind == "pool" else 1) + 2 * c_out) * self.itemsize // layer.stride**2
             + self._columns_bytes(layer, c_in)
             for layer, c_in, c_out in self.channels()
-        )
+        ) + (self._guides_bytes_per_px() if self.guides.regions else 0)
 
 
 def model_of(config: Config, widths: Mapping[str, int]) -> Model:
@@ -128,7 +143,8 @@ def model_of(config: Config, widths: Mapping[str, int]) -> Model:
             f"{config.network.weights}: has no layer {', '.join(missing)}, which network.style_layers or "
             f"content_layers asks for. It has {', '.join(widths)}."
         )
-    return Model(widths, style, content, 8 if config.compute.dtype == "float64" else 4)
+    guides = guides_of(config.styles if style else (), config.loss.content_mask if content else None)
+    return Model(widths, style, content, 8 if config.compute.dtype == "float64" else 4, guides)
 
 
 @dataclass(frozen=True)
@@ -161,6 +177,7 @@ class StageWork:
             outer_px // LAYER_BY_NAME[name].stride ** 2 * model.widths[name] * model.itemsize
             for name in model.content_layers
         )
+        window += outer_px * len(model.guides.arrays)
         grams = model.grams_bytes()
         return WORKERS * (2 * window + features + chunk_bytes + grams) + 2 * grams
 
@@ -266,6 +283,8 @@ class Workload:
                 yield self.config.content, stage.canvas[1]
             for style, (_height, width) in zip(stage.config.styles, stage.styles, strict=True):
                 yield style.image, width
+            for path in stage.config.masks:
+                yield path, stage.canvas[1]
 
 
 def _largest_outer_px(sizes: Sequence[Size], tile_px: int, halo: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import integrity, store, zarr_files
-from pipeline.arrays import METADATA, gram_layer, is_stage_array, kept_files, slot_names
+from pipeline.arrays import METADATA, gram_key, is_stage_array, kept_files, slot_names
 from pipeline.checksums import checksum, unpacked
 from pipeline.engine import Engine
 from pipeline.integrity import CheckSpec, Finding, OnProgress
@@ -152,13 +152,13 @@ def _check_metadata(stage: Held, found: StoreDamage) -> set[str]:
 
 def _opened(stage: Held, name: str, found: StoreDamage) -> StageArray | None:
     """An array that checks its chunks if they count; None for one that takes no window, and is checked here."""
-    layer = gram_layer(name)
-    if layer is None:
+    key = gram_key(name)
+    if key is None:
         return store.open_array(stage.folder, name, stage.live.get(name))
     found.total += 1
     found.checked += 1
     try:
-        zarr_files.read_gram(stage.folder, layer, stage.live[name])
+        zarr_files.read_gram(stage.folder, key, stage.live[name])
     except (ChunkError, OSError) as error:
         found.problems.append(problem_of((stage.folder / name / "c" / "0" / "0", error), [stage]))
     return None
@@ -233,7 +233,7 @@ def _chunk_files(path: Path, array: StageArray | None) -> set[Path] | None:
     """The chunk files of an array; None where its metadata is damaged, so that nobody knows them."""
     if array is not None:
         return {array.chunk_path(cy, cx) for cy, cx in array.chunk_indices()}
-    return {path / "c" / "0" / "0"} if gram_layer(path.name) else None
+    return {path / "c" / "0" / "0"} if gram_key(path.name) else None
 
 
 def _check_array_names(array_dir: Path, files: Collection[Path], stage: int, found: StoreDamage) -> None:

@@ -146,7 +146,11 @@ def _config(given: Config | None, manifest: dict[str, Any] | None, position: Pos
     if manifest is None:
         return None
     if given is not None and position.slots:
-        refuse_changes(given, manifest, {"result_fields": result_fields(given), "inputs": manifest["inputs"]})
+        keys = {dotted(key) for key, _ in input_files(given)} | {"network.weights"}
+        same_files = {
+            key: manifest["inputs"].get(key, "not there") for key in keys
+        }  # their content is a problem of its own
+        refuse_changes(given, manifest, {"result_fields": result_fields(given), "inputs": same_files})
     return given or Config.model_validate(manifest["config"])
 
 

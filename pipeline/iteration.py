@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from pipeline import adam, losses, passes, store, timeline, update, zarr_files
-from pipeline.arrays import gram_name, is_averaged, slot_names
+from pipeline.arrays import gram_name, is_averaged, layer_of, slot_names
 from pipeline.engine import Engine
 from pipeline.formats import BFLOAT16_ROUNDING
 from pipeline.layers import halo_px
@@ -114,10 +114,12 @@ class Iterations:
 
     The Gram pass of the next iteration runs beside the update, tile by tile as their chunks are written; `_ahead` keeps
     what it found, and `_seconds` the time that it took longer than the update.
+    `content_energies`, `areas`: of the prepared stage.
     """
 
     stage: Stage
     content_energies: Mapping[str, float]
+    areas: Mapping[str, float] = field(default_factory=dict)
     _ahead: dict[int, dict[str, Gram]] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
@@ -174,8 +176,9 @@ class Iterations:
         before = partial(written.wait_for, store.open_array(stage.stage_dir, canvas).chunk_px)
         finishing = stage.engine.beside(partial(self._finish, step, commit, written))
         try:
-            # not checked here: the next update reads every chunk whole, and checks it
-            sums = stage.gram_sums(stage.stage_dir, canvas, stage.tiles, "Gram pass", {}, stage.color, before)
+            # the canvas is not checked here: the next update reads every chunk whole, and checks it
+            checksums = {name: step.checksums[name] for name in stage.model.guides.arrays}
+            sums = stage.gram_sums(stage.canvas_grams(canvas, checksums), "Gram pass", before)
             self._ahead = {step.iteration + 1: sums}
         except _NotNeeded:
             pass
@@ -186,8 +189,12 @@ class Iterations:
     def _gradient(self, iteration: int, checksums: Mapping[str, str]) -> tuple[dict[str, losses.StyleTerm], _Gradient]:
         """Gram and gradient pass; of a canvas that is one tile, both in one."""
         stage, canvas = self.stage, f"canvas_{iteration % 2}"
-        targets = _style_targets(stage, checksums)
-        how: dict[str, Any] = {"tv_weight": stage.config.loss.tv_weight, "color": stage.color}
+        targets = _style_targets(stage, self.areas, checksums)
+        how: dict[str, Any] = {
+            "tv_weight": stage.config.loss.tv_weight,
+            "color": stage.color,
+            "guides": stage.model.guides,
+        }
         factor = 2 * stage.plan.pixels * stage.config.loss.content_weight
         factors = {layer: factor * scale for layer, scale in _content_scales(stage, self.content_energies).items()}
         if len(stage.tiles) == 1:
@@ -201,9 +208,9 @@ class Iterations:
             sums = self._ahead.pop(iteration, None)
             if sums is None:
                 with self._timed("gram"):
-                    sums = stage.gram_sums(stage.stage_dir, canvas, stage.tiles, "Gram pass", checksums, stage.color)
-            terms = {layer: target.term(sums[layer]) for layer, target in targets.items()}
-        seeds = {layer: term.seed_CC for layer, term in terms.items()}
+                    sums = stage.gram_sums(stage.canvas_grams(canvas, checksums), "Gram pass")
+            terms = {key: target.term(sums[key]) for key, target in targets.items()}
+        seeds = {key: term.seed_CC for key, term in terms.items()}
         specs = [
             passes.GradientSpec(stage.stage_dir, canvas, tile, stage.network, checksums, factors, seeds, **how)
             for tile in stage.tiles
@@ -255,7 +262,7 @@ class Iterations:
         stage, squares = self.stage, step.gradient.squares
         scales = _content_scales(stage, self.content_energies)
         content = {layer: scale * squares[layer] for layer, scale in scales.items()}
-        style = {layer: term.loss for layer, term in step.terms.items()}
+        style = {key: term.loss for key, term in step.terms.items()}
         content_loss, style_loss = math.fsum(content.values()), math.fsum(style.values())
         loss, variation = stage.config.loss, step.gradient.variation
         seconds, self._seconds = self._seconds, {}
@@ -271,7 +278,7 @@ class Iterations:
             style_loss=style_loss,
             layer_losses={
                 **{f"content.{layer}": value for layer, value in content.items()},
-                **{f"style.{layer}": value for layer, value in style.items()},
+                **{f"style.{key}": value for key, value in style.items()},
                 **({"variation": variation} if loss.tv_weight else {}),
             },
             mean_abs_u=updated.mean_abs_u,
@@ -290,18 +297,24 @@ class Iterations:
         self._seconds[what] = time.perf_counter() - start
 
 
-def _style_targets(stage: Stage, checksums: Mapping[str, str]) -> dict[str, losses.StyleTarget]:
-    factor = stage.plan.pixels * stage.config.loss.style_weight
-    return {
-        layer: losses.StyleTarget(
-            stage.config.loss.kind,
-            zarr_files.read_gram(stage.stage_dir, layer, checksums[gram_name(layer)]),
-            positions(stage.plan.size, layer),
-            stage.config.network.style_layers[layer],
-            factor,
-        )
-        for layer in stage.model.style_layers
-    }
+def _style_targets(
+    stage: Stage, areas: Mapping[str, float], checksums: Mapping[str, str]
+) -> dict[str, losses.StyleTarget]:
+    """By style key; without those of regions that have no position at a layer. `areas`: n_r,l of each."""
+    targets = {}
+    for key in stage.model.style_keys:
+        layer = layer_of(key)
+        whole = positions(stage.plan.size, layer)
+        if (area := areas.get(key, whole)) > 0:
+            targets[key] = losses.StyleTarget(
+                stage.config.loss.kind,
+                zarr_files.read_gram(stage.stage_dir, key, checksums[gram_name(key)]),
+                area,
+                stage.config.network.style_layers[layer],
+                stage.plan.pixels * stage.config.loss.style_weight,
+                area / whole,
+            )
+    return targets
 
 
 def _content_scales(stage: Stage, energies: Mapping[str, float]) -> dict[str, float]:

@@ -59,6 +59,7 @@ class Position:
     mean_abs_u: float | None = None
     max_abs_u: float | None = None
     content_energies: Mapping[str, float] = field(default_factory=dict)
+    areas: Mapping[str, float] = field(default_factory=dict)
     stage_done: bool = False
     slots: Mapping[int, int] = field(default_factory=dict)
     exported: Mapping[str, Any] = field(default_factory=dict)
@@ -94,6 +95,7 @@ class Position:
                 stage=record["stage"],
                 prepared=True,
                 content_energies=record["content_energies"],
+                areas=record.get("areas", {}),
                 slots={**self.slots, record["stage"]: 0},
                 exported=self.exported,
                 claimed=self.claimed,

@@ -31,12 +31,16 @@ class StyleTerm:
     seed_CC: Gram
 
 
-def gram_sum(features_CHW: Tensor) -> Gram:
-    """Sum over positions of the outer product of the features (eq. 14), (C, C), accumulated in at least float32."""
+def gram_sum(features_CHW: Tensor, share_HW: Tensor | None = None) -> Gram:
+    """Sum over positions of the outer product of the features (eq. 14), (C, C), accumulated in at least float32.
+
+    `share_HW`: how much each position counts, if not 1.
+    """
     features_Cn = features_CHW.flatten(1)
     if features_Cn.dtype == torch.bfloat16:
         features_Cn = features_Cn.float()
-    return (features_Cn @ features_Cn.T).cpu().numpy().astype(np.float64)
+    counted_Cn = features_Cn if share_HW is None else features_Cn * share_HW.flatten()
+    return (counted_Cn @ features_Cn.T).cpu().numpy().astype(np.float64)
 
 
 def mean_gram(grams: list[Gram], weights: list[float]) -> Gram:
@@ -48,14 +52,16 @@ def mean_gram(grams: list[Gram], weights: list[float]) -> Gram:
 class StyleTarget:
     """What one style layer is compared with, and how its difference counts.
 
-    `target_CC`: G_l(s). `positions`: n_l. `weight`: λ_l. `factor`: N·w_s.
+    `target_CC`: G_l(s). `positions`: n_l. `weight`: λ_l. `factor`: N·w_s. Of a region (guidance.py), `positions` is
+    n_r,l, the sum of its shares, and `area` n_r,l/n_l.
     """
 
     kind: str
     target_CC: Gram
-    positions: int
+    positions: float
     weight: float
     factor: float
+    area: float = 1.0
 
     def term(self, sum_CC: Gram) -> StyleTerm:
         """Loss and seed matrix of a canvas whose gram_sum over the whole image is `sum_CC`.
@@ -65,7 +71,7 @@ class StyleTarget:
         """
         difference = sum_CC / self.positions - self.target_CC
         squares, energy = float(np.sum(difference**2)), float(np.sum(self.target_CC**2))
-        scale = self.weight / (4 * len(sum_CC) ** 2 if self.kind == "gatys" else _energy(energy, "style"))
+        scale = self.area * self.weight / (4 * len(sum_CC) ** 2 if self.kind == "gatys" else _energy(energy, "style"))
         seed_CC = self.factor * scale * 4 / self.positions * difference
         return StyleTerm(scale * squares, relative_error(squares, energy), seed_CC)
 

@@ -20,13 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import losses, timeline
-from pipeline.arrays import content_features_name
+from pipeline.arrays import content_features_name, layer_of
 from pipeline.checksums import ChunkSums
 from pipeline.colors import ColorMap
 from pipeline.errors import ConfigError, DeviceMemoryError
+from pipeline.guidance import GuideMaps, read_guides
 from pipeline.layers import LAYER_BY_NAME, halo_px
 from pipeline.losses import Gram
 from pipeline.network import FeatureMap, get_network
+from pipeline.regions import UNGUIDED, Guides
 from pipeline.store import StageArray, open_array
 from pipeline.tiling import Rect, Tile
 from pipeline.variation import variation
@@ -65,7 +67,7 @@ class TileSpec:
     """A tile of one array of a stage, and the network that sees it.
 
     `checksums`: of the arrays that the task reads, by name; those without are not checked. `color`: what becomes of the
-    pixels before the network sees them.
+    pixels before the network sees them. `guides`: of the stage, where the losses are guided.
     """
 
     stage_dir: Path
@@ -74,6 +76,7 @@ class TileSpec:
     network: NetworkSpec
     checksums: Mapping[str, str]
     color: ColorMap | None = field(default=None, kw_only=True)
+    guides: Guides = field(default=UNGUIDED, kw_only=True)
 
     def open(self, name: str) -> StageArray:
         """An array to read, which checks itself."""
@@ -85,10 +88,17 @@ class TileSpec:
         with timeline.span("read", tile=self.tile.index, array=self.array):
             return self.open(self.array).read_window(outer), outer
 
+    def read_guides(self, rect: Rect) -> NDArray[np.uint8] | None:
+        """The guides of a rectangle of the canvas, None where there are none."""
+        if not self.guides.arrays:
+            return None
+        with timeline.span("read", tile=self.tile.index, array="guides"):
+            return read_guides(self.stage_dir, self.guides, self.checksums, rect)
+
 
 @dataclass(frozen=True)
 class GramSpec(TileSpec):
-    """Sum the Grams of `layers` over the tile's inner rectangle."""
+    """Sum the Grams of `layers` over the tile's inner rectangle, per region if there are some."""
 
     layers: tuple[str, ...]
 
@@ -123,7 +133,7 @@ class SeedSpec(TileSpec):
 
 @dataclass(frozen=True)
 class GradientSpec(SeedSpec):
-    """The gradient of the tile's inner rectangle. `style_seeds_CC`: per layer, what turns features into the seed."""
+    """The gradient of the tile's inner rectangle. `style_seeds_CC`: by style key, what turns features into the seed."""
 
     style_seeds_CC: Mapping[str, Gram]
 
@@ -165,13 +175,26 @@ class WholeResult:
 
 
 def gram_task(spec: GramSpec) -> dict[str, Gram]:
-    """gram_sum of every layer over the positions of the tile's inner rectangle (eqs. 14, 15)."""
+    """gram_sum of every style key over the positions of the tile's inner rectangle (eqs. 14, 15)."""
     pixels, outer = spec.read_outer(halo_px(spec.layers))
+    guide_pixels = spec.read_guides(spec.tile.inner)
     sums: dict[str, Gram] = {}
     with _computing(spec), torch.no_grad():
-        for found in _features(spec, _seen(spec, pixels), outer, set(spec.layers), spec.tile.inner):
-            sums[found.layer.name] = losses.gram_sum(_inner_features(found, spec.tile))
+        seen = _seen(spec, pixels)
+        maps = _guide_maps(spec, guide_pixels, spec.tile.inner, seen)
+        for found in _features(spec, seen, outer, set(spec.layers), spec.tile.inner):
+            sums |= _gram_sums(spec, found, maps)
     return sums
+
+
+def _gram_sums(spec: TileSpec, found: FeatureMap, maps: GuideMaps | None) -> dict[str, Gram]:
+    """gram_sum of one layer over the inner rectangle: one, or one per region."""
+    features_CHW, keys = _inner_features(found, spec.tile).detach(), spec.guides.keys(found.layer.name)
+    if maps is None or not spec.guides.regions:
+        (key,) = keys
+        return {key: losses.gram_sum(features_CHW)}
+    shares_RHW = maps.shares(found.layer, spec.tile.inner.positions(found.layer))
+    return {key: losses.gram_sum(features_CHW, share_HW) for key, share_HW in zip(keys, shares_RHW, strict=True)}
 
 
 def add_grams(total: dict[str, Gram], tile: dict[str, Gram]) -> dict[str, Gram]:
@@ -202,15 +225,16 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
 
     Raises ConfigError if the gradient is not finite.
     """
-    names = {*spec.style_seeds_CC, *spec.content_factors}
+    names = {*map(layer_of, spec.style_seeds_CC), *spec.content_factors}
     halo = halo_px(names)
     pixels, outer = spec.read_outer(2 * halo)
-    content = spec.read_content(outer)
+    content, guide_pixels = spec.read_content(outer), spec.read_guides(outer)
     with _computing(spec):
         canvas_1CHW = _seen(spec, pixels).requires_grad_()
         needed = spec.tile.inner.grown(halo, spec.tile.height, spec.tile.width)
         found = list(_features(spec, canvas_1CHW, outer, names, needed))
-        seeds, squares = _seeds(spec, found, spec.style_seeds_CC, content)
+        maps = _guide_maps(spec, guide_pixels, outer, canvas_1CHW)
+        seeds, squares = _seeds(spec, found, spec.style_seeds_CC, content, maps)
         gradient_HWC, roughness = _gradient(spec, canvas_1CHW, outer, found, seeds)
     return _written(spec, gradient_HWC, squares, roughness)
 
@@ -218,16 +242,18 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
 def whole_task(spec: WholeSpec) -> WholeResult:
     """Gram and gradient pass of a canvas that is one tile, by one forward. Raises ConfigError like gradient_task."""
     pixels, outer = spec.read_outer(0)
-    content = spec.read_content(outer)
-    names = {*spec.style_targets, *spec.content_factors}
+    content, guide_pixels = spec.read_content(outer), spec.read_guides(outer)
+    names = {*map(layer_of, spec.style_targets), *spec.content_factors}
     with _computing(spec):
         canvas_1CHW = _seen(spec, pixels).requires_grad_()
         found = list(_features(spec, canvas_1CHW, outer, names, outer))
+        maps = _guide_maps(spec, guide_pixels, outer, canvas_1CHW)
         terms: dict[str, losses.StyleTerm] = {}
         for one in found:
-            if (target := spec.style_targets.get(one.layer.name)) is not None:
-                terms[one.layer.name] = target.term(losses.gram_sum(one.features_1CHW[0].detach()))
-        seeds, squares = _seeds(spec, found, {name: term.seed_CC for name, term in terms.items()}, content)
+            if any(key in spec.style_targets for key in spec.guides.keys(one.layer.name)):
+                sums = _gram_sums(spec, one, maps)
+                terms |= {key: spec.style_targets[key].term(sums[key]) for key in sums if key in spec.style_targets}
+        seeds, squares = _seeds(spec, found, {key: term.seed_CC for key, term in terms.items()}, content, maps)
         gradient_HWC, roughness = _gradient(spec, canvas_1CHW, outer, found, seeds)
     return WholeResult(terms, _written(spec, gradient_HWC, squares, roughness))
 
@@ -237,26 +263,41 @@ def _seeds(
     found: list[FeatureMap],
     style_seeds_CC: Mapping[str, Gram],
     content: Mapping[str, tuple[NDArray[Any], Rect]],
+    maps: GuideMaps | None,
 ) -> tuple[list[Tensor], dict[str, float]]:
     """(dJ/dφ of every layer on all its positions, Σ(φ(p) − φ(o))² over the inner ones per content layer)."""
     seeds: list[Tensor] = []
     squares: dict[str, float] = {}
     for one in found:
-        name, features_1CHW, parts = one.layer.name, one.features_1CHW.detach(), []
-        if name in style_seeds_CC:
-            matrix_CC = torch.from_numpy(style_seeds_CC[name]).to(features_1CHW)
-            parts.append(torch.einsum("cd,bdhw->bchw", matrix_CC, features_1CHW))
+        name, features_1CHW = one.layer.name, one.features_1CHW.detach()
+        parts = list(_style_seeds(spec, one, style_seeds_CC, maps))
         if name in content:
             features_HWC, region = content[name]
             target = _to_device(features_HWC[one.region.within(region)], spec.network)
             # subtract in the precision of the store: bfloat16 would lose what is left of nearly equal numbers
             difference = features_1CHW - target
-            parts.append((spec.content_factors[name] * difference).to(features_1CHW))
+            weight_1HW = None if maps is None else maps.content_weight(one.layer, one.region)
+            counted = difference if weight_1HW is None else difference * weight_1HW
+            parts.append((spec.content_factors[name] * counted).to(features_1CHW))
             rows, columns = spec.tile.inner.positions(one.layer).within(one.region)
-            squares[name] = float(difference[0, :, rows, columns].double().square().sum())
-        seed, *rest = parts
-        seeds.append(seed + rest[0] if rest else seed)
+            inner, inner_counted = difference[0, :, rows, columns].double(), counted[0, :, rows, columns].double()
+            squares[name] = float((inner * inner_counted).sum())
+        seeds.append(sum(parts[1:], parts[0]))
     return seeds, squares
+
+
+def _style_seeds(
+    spec: SeedSpec, one: FeatureMap, seeds_CC: Mapping[str, Gram], maps: GuideMaps | None
+) -> Iterator[Tensor]:
+    """d(N·w_s·Ls)/dφ on all positions of a layer, in parts: one, or one per region that has a term there."""
+    features_1CHW = one.features_1CHW.detach()
+    guided = maps is not None and spec.guides.regions
+    shares_RHW = maps.shares(one.layer, one.region).to(features_1CHW) if maps is not None and guided else None
+    for region, key in enumerate(spec.guides.keys(one.layer.name)):
+        if key in seeds_CC:
+            matrix_CC = torch.from_numpy(seeds_CC[key]).to(features_1CHW)
+            seed_1CHW = torch.einsum("cd,bdhw->bchw", matrix_CC, features_1CHW)
+            yield seed_1CHW if shares_RHW is None else seed_1CHW.mul_(shares_RHW[region])
 
 
 def _gradient(
@@ -298,6 +339,10 @@ def _inner_features(found: FeatureMap, tile: Tile) -> Tensor:
     """(C, H, W) of the positions that belong to the tile's inner rectangle."""
     rows, columns = tile.inner.positions(found.layer).within(found.region)
     return found.features_1CHW[0, :, rows, columns]
+
+
+def _guide_maps(spec: TileSpec, pixels_HWK: NDArray[np.uint8] | None, rect: Rect, like: Tensor) -> GuideMaps | None:
+    return None if pixels_HWK is None else GuideMaps(spec.guides, pixels_HWK, rect, like)
 
 
 def _seen(spec: TileSpec, pixels_HWC: NDArray[Any]) -> Tensor:

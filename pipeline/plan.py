@@ -156,6 +156,7 @@ def make_plan(
     for index, one in enumerate(works):
         _check_sizes(one, index)
     _check_start(config, works[0].canvas, images)
+    _check_masks(config, works, images)
     work = Workload(config, works, images, weights_bytes, device)
     tile_px = _choose_tile(work, device_memory_bytes)
     stages = tuple(_plan_stage(one, index, tile_px) for index, one in enumerate(works))
@@ -236,6 +237,20 @@ def _check_start(config: Config, canvas: Size, images: Mapping[Path, ImageSize])
         )
 
 
+def _check_masks(config: Config, works: Sequence[StageWork], images: Mapping[Path, ImageSize]) -> None:
+    """Refuse a mask that would be squeezed: it says where in the content, so it has its proportions."""
+    height, width = canvas_shape(config, images)
+    for path in dict.fromkeys(path for work in works for path in work.config.masks):
+        found_height, found_width = _size_of(images[path])
+        # of its two sides, one may be what rounding has made of the other
+        if min(abs(found_height - height * found_width / width), abs(found_width - width * found_height / height)) > 1:
+            raise InputError(
+                f"mask {path}: has {found_width}×{found_height} px, which are not the proportions of "
+                f"{'the content' if config.content else 'the result'} ({width}×{height} px): it would be squeezed, and "
+                "lie elsewhere than it was drawn. Draw it over the picture, at any size of the same proportions."
+            )
+
+
 def _plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
     size, model = work.canvas, work.model
     gram_px = computed_px(size, tile_px, halo_px(model.style_layers)) if model.style_layers else 0
@@ -272,7 +287,8 @@ def store_bytes(size: Size, style_sizes: Sequence[Size], model: Model, config: C
     chunk_px = config.store.chunk_px
     styles = (ArraySpec((*style, 3), chunk_px, "uint8").stored_bytes for style in style_sizes)
     arrays = arrays_of(config, size, model)
-    return sum(array.stored_bytes for array in arrays.values()) + max(styles, default=0)
+    targets = model.grams_bytes() if model.guides.regions else 0  # else too little to count
+    return sum(array.stored_bytes for array in arrays.values()) + max(styles, default=0) + targets
 
 
 def store_chunks(size: Size, style_sizes: Sequence[Size], model: Model, config: Config) -> int:
@@ -285,8 +301,8 @@ def store_chunks(size: Size, style_sizes: Sequence[Size], model: Model, config: 
 
 def arrays_of(config: Config, size: Size, model: Model) -> dict[str, ArraySpec]:
     """The arrays of pixels or features of a stage of `config` whose canvas has this (height, width)."""
-    averaged = config.optimizer.average > 0
-    arrays = stage_arrays(size, config.store.chunk_px, config.state, model.content_widths, averaged)
+    averaged, guides = config.optimizer.average > 0, model.guides.arrays
+    arrays = stage_arrays(size, config.store.chunk_px, config.state, model.content_widths, averaged, guides)
     if config.content is None:
         del arrays[CONTENT]
     return arrays

@@ -8,30 +8,44 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import colors, integrity, losses, passes, store, transfer, zarr_files
-from pipeline.arrays import CONTENT, STYLE, content_features_name, gram_layer, gram_name
+from pipeline import colors, guidance, integrity, losses, passes, store, transfer, zarr_files
+from pipeline.arrays import (
+    CONTENT,
+    CONTENT_GUIDE,
+    STYLE,
+    content_features_name,
+    gram_key,
+    gram_name,
+    guide_name,
+    is_guide,
+)
 from pipeline.cost import Size
-from pipeline.errors import ConfigError, storage
+from pipeline.errors import ConfigError, InputError, storage
 from pipeline.losses import Gram
 from pipeline.plan import arrays_of
+from pipeline.regions import regions_of
 from pipeline.stage import Stage, merged, positions
 from pipeline.tiling import grid
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a stage starts from: each content layer's energy ‖φ_l(o)‖², and the checksums of all that was written."""
+    """What a stage starts from: each content layer's energy ‖φ_l(o)‖², and the checksums of all that was written.
+
+    `areas`: n_r,l by style key, where there are regions (guidance.py).
+    """
 
     content_energies: Mapping[str, float]
     checksums: Mapping[str, str]
+    areas: Mapping[str, float]
 
 
 def prepare(stage: Stage, previous_canvas: store.StageArray | None) -> Prepared:
     """Make all arrays of the stage, and fill its inputs and slot 0.
 
     `previous_canvas`: the result of the stage before, or None for the first. May be repeated from the start.
-    Raises StorageError, InputError for a broken image, ConfigError for features that are not numbers, ChunkError if
-    the previous canvas is damaged.
+    Raises StorageError, InputError for a broken image or a mask that is black, ConfigError for features that are not
+    numbers, ChunkError if the previous canvas is damaged.
     """
     with storage(stage.partial_dir):
         return _prepare(stage, stage.partial_dir, previous_canvas)
@@ -43,6 +57,8 @@ def _prepare(stage: Stage, folder: Path, previous_canvas: store.StageArray | Non
     store.create_stage(folder)
     _create_arrays(stage, folder)
     sums = {} if stage.config.content is None else {CONTENT: _ingest_content(stage, folder)}
+    sums |= _ingest_guides(stage, folder, stage.model.guides.arrays)
+    areas = _areas(stage, folder, sums)
     sums |= _store_style_targets(stage, folder, sums.get(CONTENT))
     sums["canvas_0"] = _start_canvas(stage, folder, previous_canvas, sums)
     sums |= {name: store.open_array(folder, name).packed_zeros() for name in ("m_0", "v_0")}
@@ -51,14 +67,14 @@ def _prepare(stage: Stage, folder: Path, previous_canvas: store.StageArray | Non
     energies, feature_sums = _content_pass(stage, folder, sums)
     sums |= feature_sums | zarr_files.metadata_checksums(folder)
     store.commit_stage(folder, stage.stage_dir)
-    return Prepared(energies, sums)
+    return Prepared(energies, sums, areas)
 
 
 def remake(stage: Stage, names: Collection[str], content_sums: str | None) -> dict[str, str]:
     """Make inputs of a stage anew, in its partial folder; gives the checksums of all that is there then.
 
-    `names`: some of content, features and style targets. `content_sums`: of the stage's own content, if it is whole.
-    Raises what `prepare` does.
+    `names`: some of content, features, guides and style targets. `content_sums`: of the stage's own content, if it is
+    whole. Raises what `prepare` does.
     """
     folder = stage.partial_dir
     features = [name for name in names if name in map(content_features_name, stage.model.content_layers)]
@@ -71,7 +87,10 @@ def remake(stage: Stage, names: Collection[str], content_sums: str | None) -> di
         elif content_sums is not None:
             shutil.copytree(stage.stage_dir / CONTENT, folder / CONTENT)
             sums[CONTENT] = content_sums
-        if any(gram_layer(name) for name in names):
+        if guides := [name for name in names if is_guide(name)]:
+            _create_arrays(stage, folder, guides)
+            sums |= _ingest_guides(stage, folder, guides)
+        if any(gram_key(name) for name in names):
             sums |= _store_style_targets(stage, folder, sums.get(CONTENT))
         if features:
             _create_arrays(stage, folder, set(map(content_features_name, stage.model.content_layers)))
@@ -92,8 +111,40 @@ def _ingest_content(stage: Stage, folder: Path) -> str:
     return transfer.ingest(stage.config.content, array, stage.engine, stage.told("content"))
 
 
+def _ingest_guides(stage: Stage, folder: Path, names: Collection[str]) -> dict[str, str]:
+    """Reads these masks; gives their checksums."""
+    files = {guide_name(index): region.mask for index, region in enumerate(regions_of(stage.config.styles))}
+    files[CONTENT_GUIDE] = stage.config.loss.content_mask
+    sums = {}
+    for name in names:
+        path, array = files[name], store.open_array(folder, name)
+        assert path is not None
+        sums[name] = transfer.ingest(path, array, stage.engine, stage.told("mask"))
+    return sums
+
+
+def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str, float]:
+    """n_r,l by style key. Raises InputError for a region that is nowhere."""
+    guides, layers = stage.model.guides, stage.model.style_layers
+    if not guides.regions:
+        return {}
+    specs = [guidance.AreaSpec(folder, tile, guides, layers, checksums) for tile in stage.tiles]
+    results = stage.engine.map(guidance.area_task, specs)
+    areas = {key: math.fsum(result.get(key, 0.0) for result in results) for key in stage.model.style_keys}
+    for number, region in enumerate(regions_of(stage.config.styles)):
+        if not any(areas[guides.keys(layer)[number]] for layer in layers):
+            image = stage.config.styles[region.styles[0]].image
+            what = f"mask {region.mask}: is black" if region.mask else "styles without a mask: the masks are white"
+            raise InputError(
+                f"{what} all over stage {stage.plan.index} ({stage.plan.size[1]}×{stage.plan.size[0]} px), so that "
+                f"{image} would paint nothing. Draw the masks otherwise, leave this style out (stages: can "
+                "do so for the small ones alone), or begin with a larger initial_size."
+            )
+    return areas
+
+
 def _store_style_targets(stage: Stage, folder: Path, content_sums: str | None) -> dict[str, str]:
-    """Writes the mean Gram of all styles for every layer; gives the checksums."""
+    """Writes, for every layer, the mean Gram of all styles, or of those of each region; gives the checksums."""
     if not stage.model.style_layers:
         return {}
     style_map = _style_map(stage, folder, content_sums)
@@ -101,15 +152,20 @@ def _store_style_targets(stage: Stage, folder: Path, content_sums: str | None) -
     for style, size in zip(stage.config.styles, stage.plan.style_sizes, strict=True):
         sums = {STYLE: _ingest_aside(stage, folder, style.image, size)}
         seen = style_map(store.open_array(folder, STYLE, sums[STYLE]))
-        totals = stage.gram_sums(folder, STYLE, grid(*size, stage.tile_px), "style Gram", sums, seen)
+        specs = [
+            passes.GramSpec(folder, STYLE, tile, stage.network, sums, stage.model.style_layers, color=seen)
+            for tile in grid(*size, stage.tile_px)
+        ]
+        totals = stage.gram_sums(specs, "style Gram")
         grams.append({layer: total / positions(size, layer) for layer, total in totals.items()})
         store.delete_array(folder, STYLE)
-    weights = [style.weight for style in stage.config.styles]
     written: dict[str, str] = {}
     for layer in stage.model.style_layers:
-        target = losses.mean_gram([gram[layer] for gram in grams], weights)
-        _check_finite(stage, float(target.sum()), "style", layer)
-        written[gram_name(layer)] = zarr_files.write_gram(folder, layer, target)
+        for key, region in zip(stage.model.guides.keys(layer), regions_of(stage.config.styles), strict=True):
+            weights = [stage.config.styles[index].weight for index in region.styles]
+            target = losses.mean_gram([grams[index][layer] for index in region.styles], weights)
+            _check_finite(stage, float(target.sum()), "style", layer)
+            written[gram_name(key)] = zarr_files.write_gram(folder, key, target)
     return written
 
 

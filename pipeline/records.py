@@ -36,6 +36,7 @@ class _StagePrepared(_Part):
     type: Literal["stage_prepared"]
     stage: _Stage
     content_energies: dict[_Line, _Number]
+    areas: dict[_Line, _Number] = {}  # of regions; records from before there were any have none
     checksums: _Sums
 
 

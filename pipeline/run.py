@@ -197,7 +197,7 @@ class _Rendering:
             self._commit({"type": "stage_prepared", "stage": index, "tile_px": stage.tile_px, **made})
         elif end_reason(self.position, settings) is None:
             stage.check(self.position.newest_slot, self.position.checksums[index])
-        iterations = Iterations(stage, self.position.content_energies)
+        iterations = Iterations(stage, self.position.content_energies, self.position.areas)
         while (reason := end_reason(self.position, settings)) is None:
             self.engine.raise_if_stopped()
             commit = partial(self._commit_iteration, stage_plan, self.position.iteration)

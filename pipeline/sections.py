@@ -55,6 +55,11 @@ class StyleConfig(Section):
     max_size: SidePx | None = Field(
         None, description="largest long side of the style in px; null: its own", json_schema_extra=NEW
     )
+    mask: File | None = Field(
+        None,
+        description="where it paints: a picture of the content's proportions, white there, black elsewhere",
+        json_schema_extra=COMPARED_BY_CONTENT,
+    )
 
 
 class NetworkConfig(Section):
@@ -80,6 +85,11 @@ class LossConfig(Section):
     style_weight: Share = Field(1.0, description="how strongly the style is applied")
     tv_weight: Share = Field(
         0.0, description="total variation: smooths grain; 0.1 to 3, 0 not at all", json_schema_extra=NEW
+    )
+    content_mask: File | None = Field(
+        None,
+        description="where the content is kept: a picture of its proportions, white there, black where it is not",
+        json_schema_extra=COMPARED_BY_CONTENT,
     )
 
 

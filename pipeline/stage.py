@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,30 +55,41 @@ class Stage:
         for name in checksums:
             if name.endswith(METADATA):
                 zarr_files.check_metadata(self.stage_dir, name, checksums[name])
-        for layer in self.model.style_layers:
-            zarr_files.read_gram(self.stage_dir, layer, checksums[gram_name(layer)])
+        for key in self.model.style_keys:
+            zarr_files.read_gram(self.stage_dir, key, checksums[gram_name(key)])
         features = map(content_features_name, self.model.content_layers)
         newest, idle = (slot_names(one, averaged=is_averaged(checksums)) for one in (slot, 1 - slot))
-        arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in (*newest, *features)]
+        names = (*newest, *features, *self.model.guides.arrays)
+        arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in names]
         arrays += [store.open_array(self.stage_dir, name) for name in (*idle, GRADIENT)]
         integrity.require_intact(arrays, self.engine, self.told("check"))
 
+    def canvas_grams(self, canvas: str, checksums: Mapping[str, str]) -> list[passes.GramSpec]:
+        """The tasks of the Gram pass over a canvas."""
+        return [
+            passes.GramSpec(
+                self.stage_dir,
+                canvas,
+                tile,
+                self.network,
+                checksums,
+                self.model.style_layers,
+                color=self.color,
+                guides=self.model.guides,
+            )
+            for tile in self.tiles
+        ]
+
     def gram_sums(
         self,
-        folder: Path,
-        array: str,
-        tiles: tuple[Tile, ...],
+        specs: Sequence[passes.GramSpec],
         what: str,
-        checksums: Mapping[str, str],
-        color: ColorMap | None,
         before: Callable[[passes.GramSpec], None] = lambda spec: None,
     ) -> dict[str, Gram]:
-        """Gram pass over one image, seen through `color`: gram_sum of every style layer, summed in tile order.
+        """Gram pass over one image: gram_sum by style key, summed in tile order.
 
         `before` is called before each tile is read, and may wait.
         """
-        layers = self.model.style_layers
-        specs = [passes.GramSpec(folder, array, tile, self.network, checksums, layers, color=color) for tile in tiles]
         told = self.counter(what, len(specs))
         return self.engine.fold(passes.gram_task, specs, passes.add_grams, dict[str, Gram](), told, before)
 

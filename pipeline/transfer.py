@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import image_export, images, ome_zarr
+from pipeline import colors, image_export, images, ome_zarr
 from pipeline.checksums import ChunkSums
 from pipeline.engine import Engine
 from pipeline.errors import storage
@@ -26,13 +26,15 @@ OnProgress = Callable[[int, int], None]
 def ingest(source: Path, array: StageArray, engine: Engine, on_progress: OnProgress) -> str:
     """Stream an image file, resized to the array's size, into a u1 array; gives the packed checksums.
 
+    An array of one channel takes its luminance, which is the grey of a grey picture.
     Raises InputError for a broken file.
     """
-    height, width, _ = array.shape
+    height, width, channels = array.shape
     sums: ChunkSums = {}
     for y0, rows in images.stream_rgb(source, width, height, array.chunk_px, engine.raise_if_stopped):
         engine.raise_if_stopped()
-        sums |= array.write_window(Rect(y0, y0 + len(rows), 0, width), rows)
+        pixels = np.rint(colors.luminance(rows.astype(np.float32))).astype(np.uint8) if channels == 1 else rows
+        sums |= array.write_window(Rect(y0, y0 + len(rows), 0, width), pixels)
         on_progress(y0 + len(rows), height)
     return array.packed(sums)
 

@@ -49,11 +49,11 @@ def _read_checked(path: Path, checksums: str) -> bytes:
     return data
 
 
-def write_gram(stage_dir: Path, layer: str, gram_CC: NDArray[np.float64]) -> str:
-    """Store the style target of one layer, (C, C) float64; gives its packed checksum. Raises StorageError."""
-    with storage(stage_dir / gram_name(layer)):
+def write_gram(stage_dir: Path, key: str, gram_CC: NDArray[np.float64]) -> str:
+    """Store the style target of a style key, (C, C) float64; gives its packed checksum. Raises StorageError."""
+    with storage(stage_dir / gram_name(key)):
         array = zarr.create_array(
-            stage_dir / gram_name(layer),
+            stage_dir / gram_name(key),
             shape=gram_CC.shape,
             chunks=gram_CC.shape,  # one file, which is there or not
             dtype="float64",
@@ -64,9 +64,9 @@ def write_gram(stage_dir: Path, layer: str, gram_CC: NDArray[np.float64]) -> str
     return packed([checksum(np.ascontiguousarray(gram_CC))])
 
 
-def read_gram(stage_dir: Path, layer: str, checksums: str) -> NDArray[np.float64]:
-    """The style target of one layer. Raises ChunkError if it is not there or not what was written."""
-    data = _read_checked(stage_dir / gram_name(layer) / "c" / "0" / "0", checksums)
+def read_gram(stage_dir: Path, key: str, checksums: str) -> NDArray[np.float64]:
+    """The style target of a style key. Raises ChunkError if it is not there or not what was written."""
+    data = _read_checked(stage_dir / gram_name(key) / "c" / "0" / "0", checksums)
     side = math.isqrt(len(data) // 8)
     return np.frombuffer(data, "<f8").reshape(side, side)
 

@@ -10,12 +10,14 @@ import itertools
 import math
 import tempfile
 import time
+import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import pyvips
 import reference
 import torch
 from conftest import write_config, write_image
@@ -67,7 +69,7 @@ class Case:
     def iterate(self) -> IterationResult:
         """The stage's first iteration."""
         results: list[IterationResult] = []
-        iterations = Iterations(self.stage, self.started.content_energies)
+        iterations = Iterations(self.stage, self.started.content_energies, self.started.areas)
         iterations.iterate(0, None, self.started.checksums, results.append)
         return results[0]
 
@@ -100,14 +102,18 @@ def prepared(
     styles = []
     for index, style_size in enumerate(style_sizes):
         styles.append(write_image(folder / f"style{index}.png", *style_size, seed=2 + index).astype(np.float64))
-    shares = zip(range(len(styles)), style_weights, strict=True)
+    painted = [
+        {"image": f"style{index}.png", "weight": share, "mask": write_mask(folder, mask)}
+        for index, (share, mask) in enumerate(zip(style_weights, masks or [None] * len(styles), strict=True))
+    ]
+    loss = {**(loss or {}), "content_mask": write_mask(folder, content_mask)}
     path = write_config(
         folder,
-        styles=[{"image": f"style{index}.png", "weight": share} for index, share in shares],
+        styles=painted,
         initial_size=max(*size, *itertools.chain(*style_sizes)),
         init="noise",
         network={"weights": str(weights), **(network or {})},
-        loss=loss or {},
+        loss=loss,
         **values,
         compute={"dtype": "float64", "device": "cpu", "tile_px": tile_px},
         # few files: on some disks each costs milliseconds
@@ -121,7 +127,21 @@ def prepared(
         started = prepare(stage, None)
         canvas = read_whole(open_array(stage.stage_dir, "canvas_0"))
         assert canvas.dtype == np.float64
-        yield Case(stage, started, make_problem(config, content, styles, load_file(weights)), canvas)
+        problem = make_problem(config, content, styles, load_file(weights))
+        if masks or content_mask is not None:
+            shares = [None if mask is None else mask / 255 for mask in masks]
+            kept = None if content_mask is None else content_mask / 255
+            problem = replace(problem, masks=shares, content_mask=kept)
+        yield Case(stage, started, problem, canvas)
+
+
+def write_mask(folder: Path, mask: np.ndarray | None) -> str | None:
+    """A grey PNG of an (H, W) uint8 mask, named after its pixels; gives its name, None for None."""
+    if mask is None:
+        return None
+    name = f"mask_{zlib.crc32(mask.tobytes()):08x}.png"
+    pyvips.Image.new_from_array(np.ascontiguousarray(mask), interpretation="b-w").write_to_file(str(folder / name))
+    return name
 
 
 def make_stage(config: Config, planned, engine: Engine) -> Stage:
@@ -165,14 +185,14 @@ def relative(found, wanted) -> float:
 def assert_exact(case: Case) -> None:
     """Energies, target Grams, canvas Grams, losses and gradient of one iteration, all against the reference."""
     problem, stage = case.problem, case.stage
-    content, grams = problem.content_features(), problem.target_grams()
+    content = problem.content_features()
     for layer in problem.content_layers:
         assert relative(case.started.content_energies[layer], content[layer].square().sum()) < EXACT
         assert relative(case.read(f"features_{layer}"), content[layer].permute(1, 2, 0)) < EXACT
     for layer in problem.style_layers:
-        assert (
-            relative(read_gram(stage.stage_dir, layer, case.started.checksums[gram_name(layer)]), grams[layer]) < EXACT
-        )
+        for region, key in enumerate(stage.model.guides.keys(layer)):
+            found = read_gram(stage.stage_dir, key, case.started.checksums[gram_name(key)])
+            assert relative(found, problem.target_grams(region)[layer]) < EXACT
     result = case.iterate()
     canvas = torch.from_numpy(case.canvas)
     content_loss, style_loss = problem.losses(canvas)

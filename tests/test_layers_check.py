@@ -36,13 +36,14 @@ HEIGHT = {
     "_tiff": 3,
     "records": 3,
     "sections": 3,
-    "config": 4,
+    "regions": 4,
+    "config": 5,
     "weights_file": 3,
     "weights": 4,
     "device": 3,
-    "cost": 5,
+    "cost": 6,
     "image_header": 4,
-    "plan": 6,
+    "plan": 7,
     "journal": 4,
     "manifest": 5,
     "losses": 4,
@@ -59,15 +60,16 @@ HEIGHT = {
     "worker": 2,
     "worker_pool": 3,
     "engine_processes": 6,
-    "survey": 7,
+    "survey": 8,
     "integrity": 6,
-    "transfer": 6,
+    "transfer": 7,
     "colors": 6,
     "passes": 7,
     "update": 7,
     "variation": 2,
+    "guidance": 6,
     "stage": 8,
-    "opening": 8,
+    "opening": 9,
     "preparation": 9,
     "iteration": 9,
     "run": 10,
@@ -97,12 +99,12 @@ ONLY = {
     # report: doctor's line with libvips' version
     "pyvips": {"image_header", "images", "image_export", "contact_sheet", "streams", "report"},
     "safetensors": {"network"},
-    "torch": {"network", "losses", "passes", "variation", "device", "weights"},
+    "torch": {"network", "losses", "passes", "guidance", "variation", "device", "weights"},
     "click": {"cli"},
     "rich": {"sinks", "report"},
     "yaml": {"_yaml", "config"},
 }
-TORCH_AT_THE_TOP = {"network", "losses", "passes", "variation"}  # all others start without it
+TORCH_AT_THE_TOP = {"network", "losses", "passes", "guidance", "variation"}  # all others start without it
 FILES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 
