@@ -122,9 +122,11 @@ def test_a_mask_that_is_black_is_refused_by_name(tmp_path, narrow_weights):
     """A style that silently paints nothing would be noticed after a day."""
     black, half = np.zeros((48, 64), np.uint8), ramp(48, 64, 0.4, 0.6)
     sizes = {"style_sizes": SIZES["style_sizes"][:2], "style_weights": (1.0, 1.0)}
-    with pytest.raises(InputError, match=r"mask .*mask_.*png: is black all over stage 0 .*style1.png would paint"):
-        with prepared(tmp_path, narrow_weights, (48, 64), 64, masks=(half, black), **sizes):
-            pass
+    with (
+        pytest.raises(InputError, match=r"mask .*mask_.*png: is black all over stage 0 .*style1.png would paint"),
+        prepared(tmp_path, narrow_weights, (48, 64), 64, masks=(half, black), **sizes),
+    ):
+        pass
     with (
         pytest.raises(InputError, match=r"styles without a mask: the masks are white .*style1.png would paint nothing"),
         prepared(tmp_path, narrow_weights, (48, 64), 64, masks=(255 - black, None), **sizes),

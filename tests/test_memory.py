@@ -78,6 +78,16 @@ def float64(folder: Path) -> Path:
     return write_run(folder, (256, 200), (100, 90), optimizer={"max_iterations": 1}, **keys)
 
 
+def masked(folder: Path) -> Path:
+    """Three regions with Grams of their own, and a map of the content's weight."""
+    for name in ("left", "right", "kept"):
+        write_picture(folder / f"{name}.png", 400, 300, seed=len(name))
+    styles = [{"image": "style.png", "mask": f"{name}.png"} for name in ("left", "right")]
+    keys = {"initial_size": 400, "compute": {"tile_px": 192}, "store": {"chunk_px": 64}}
+    keys |= {"styles": [*styles, {"image": "style.png"}], "loss": {"content_mask": "kept.png", "tv_weight": 1.0}}
+    return write_run(folder, (400, 300), (300, 400), optimizer={"max_iterations": 2}, color="luminance", **keys)
+
+
 def large_input(folder: Path) -> Path:
     """Reading needs more than all else: a progressive JPEG is decoded whole."""
     write_picture(folder / "progressive.jpg", 5000, 4000, interlace=True)
@@ -86,7 +96,9 @@ def large_input(folder: Path) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
-    "make", [one_tile, many_tiles, two_workers, compressed, float64, large_input], ids=lambda make: make.__name__
+    "make",
+    [one_tile, many_tiles, two_workers, compressed, float64, masked, large_input],
+    ids=lambda make: make.__name__,
 )
 def test_measured_memory_is_what_was_planned(tmp_path, make):
     """A run would be killed for memory after a day, on a machine that the plan said was large enough."""
