@@ -270,34 +270,39 @@ def _seeds(
     squares: dict[str, float] = {}
     for one in found:
         name, features_1CHW = one.layer.name, one.features_1CHW.detach()
-        parts = list(_style_seeds(spec, one, style_seeds_CC, maps))
+        seed = _style_seed(spec, one, style_seeds_CC, maps)
         if name in content:
             features_HWC, region = content[name]
             target = _to_device(features_HWC[one.region.within(region)], spec.network)
             # subtract in the precision of the store: bfloat16 would lose what is left of nearly equal numbers
             difference = features_1CHW - target
             weight_1HW = None if maps is None else maps.content_weight(one.layer, one.region)
-            counted = difference if weight_1HW is None else difference * weight_1HW
-            parts.append((spec.content_factors[name] * counted).to(features_1CHW))
             rows, columns = spec.tile.inner.positions(one.layer).within(one.region)
-            inner, inner_counted = difference[0, :, rows, columns].double(), counted[0, :, rows, columns].double()
-            squares[name] = float((inner * inner_counted).sum())
-        seeds.append(sum(parts[1:], parts[0]))
+            squares_CHW = difference[0, :, rows, columns].double().square()
+            if weight_1HW is not None:
+                squares_CHW *= weight_1HW[:, rows, columns]
+                difference *= weight_1HW
+            squares[name] = float(squares_CHW.sum())
+            kept = (spec.content_factors[name] * difference).to(features_1CHW)
+            seed = kept if seed is None else seed + kept
+        assert seed is not None, name
+        seeds.append(seed)
     return seeds, squares
 
 
-def _style_seeds(
-    spec: SeedSpec, one: FeatureMap, seeds_CC: Mapping[str, Gram], maps: GuideMaps | None
-) -> Iterator[Tensor]:
-    """d(N·w_s·Ls)/dφ on all positions of a layer, in parts: one, or one per region that has a term there."""
-    features_1CHW = one.features_1CHW.detach()
-    guided = maps is not None and spec.guides.regions
+def _style_seed(spec: SeedSpec, one: FeatureMap, seeds_CC: Mapping[str, Gram], maps: GuideMaps | None) -> Tensor | None:
+    """d(N·w_s·Ls)/dφ on all positions of a layer, summed over the regions; None where no style looks at it."""
+    features_1CHW, total = one.features_1CHW.detach(), None
+    guided = maps is not None and spec.guides.regions > 0
     shares_RHW = maps.shares(one.layer, one.region).to(features_1CHW) if maps is not None and guided else None
     for region, key in enumerate(spec.guides.keys(one.layer.name)):
         if key in seeds_CC:
             matrix_CC = torch.from_numpy(seeds_CC[key]).to(features_1CHW)
             seed_1CHW = torch.einsum("cd,bdhw->bchw", matrix_CC, features_1CHW)
-            yield seed_1CHW if shares_RHW is None else seed_1CHW.mul_(shares_RHW[region])
+            if shares_RHW is not None:
+                seed_1CHW *= shares_RHW[region]
+            total = seed_1CHW if total is None else total.add_(seed_1CHW)
+    return total
 
 
 def _gradient(

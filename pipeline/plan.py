@@ -296,7 +296,8 @@ def store_chunks(size: Size, style_sizes: Sequence[Size], model: Model, config: 
     chunk_px = config.store.chunk_px
     styles = (chunk_count(style, chunk_px) for style in style_sizes)
     # a chunk of features has a chunk's pixels, not its positions
-    return len(arrays_of(config, size, model)) * chunk_count(size, chunk_px) + max(styles, default=0)
+    arrays = len(arrays_of(config, size, model)) * chunk_count(size, chunk_px)
+    return arrays + max(styles, default=0) + (len(model.style_keys) if model.guides.regions else 0)
 
 
 def arrays_of(config: Config, size: Size, model: Model) -> dict[str, ArraySpec]:

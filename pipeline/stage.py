@@ -18,6 +18,7 @@ from pipeline.layers import LAYER_BY_NAME
 from pipeline.losses import Gram
 from pipeline.plan import StagePlan
 from pipeline.progress import Sink, WorkDone
+from pipeline.regions import UNGUIDED
 from pipeline.tiling import Tile, grid
 from pipeline.weights import NetworkSpec
 
@@ -66,6 +67,7 @@ class Stage:
 
     def canvas_grams(self, canvas: str, checksums: Mapping[str, str]) -> list[passes.GramSpec]:
         """The tasks of the Gram pass over a canvas."""
+        guides = self.model.guides if self.model.guides.regions else UNGUIDED  # the content's map is not for Grams
         return [
             passes.GramSpec(
                 self.stage_dir,
@@ -75,7 +77,7 @@ class Stage:
                 checksums,
                 self.model.style_layers,
                 color=self.color,
-                guides=self.model.guides,
+                guides=guides,
             )
             for tile in self.tiles
         ]
