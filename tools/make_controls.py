@@ -59,10 +59,12 @@ class Control:
 def draw_dots(folder: Path) -> None:
     """A second painting, dots.png: discs of strong colours on dark blue, as large as a brush."""
     rng = np.random.default_rng(0)
-    dots = np.full((640, 640, 3), (20, 30, 70), np.uint8)
-    y, x = np.mgrid[:640, :640]
+    dots = np.full((480, 480, 3), (20, 30, 70), np.uint8)
+    y, x = np.mgrid[:480, :480]
     colours = np.array([(240, 200, 40), (230, 70, 50), (60, 170, 200), (245, 240, 220), (120, 60, 150)])
-    for cy, cx, radius in rng.integers((0, 0, 7), (640, 640, 13), (900, 3)):
+    for cy, cx, radius in zip(
+        rng.integers(0, 480, 900), rng.integers(0, 480, 900), rng.integers(5, 10, 900), strict=True
+    ):
         dots[(y - cy) ** 2 + (x - cx) ** 2 < radius**2] = rng.choice(colours)
     folder.mkdir(parents=True, exist_ok=True)
     pyvips.Image.new_from_array(dots, interpretation="srgb").write_to_file(str(folder / "dots.png"))
@@ -94,7 +96,6 @@ CONTROLS: dict[str, Control] = {
         [
             ("max_size: null", {"styles": [DOTS]}),
             ("max_size: 120", {"styles": [{**DOTS, "max_size": 120}]}),
-            ("scale: 2", {"styles": [{**DOTS, "scale": 2.0}]}),
         ],
         prepare=draw_dots,
     ),
