@@ -24,6 +24,8 @@ WORKERS = 3
 BASE_BYTES = {"cpu": 420 * MIB, "gpu": 1600 * MIB}
 # Values of a chunk that the update pass has in hand at a time: 64 rows of 512 px, five arrays of which fit a cache.
 BLOCK_VALUES = 98_304
+# The passes over tiles, as the plan's phases: of the styles' Grams, the Gram pass, and the gradient pass.
+TILE_PHASES = ("style statistics", "Gram pass", "gradient pass")
 # Of a GPU, what CUDA and its libraries take in every worker process.
 CONTEXT_BYTES = 700 * MIB
 # What the kernels and the allocator take beyond the feature maps: measured by tools/bench_memory.py.
@@ -168,10 +170,25 @@ class StageWork:
         forward = _largest_outer_px([self.canvas, *self.styles], tile_px, self.halo_px) * model.forward_bytes_per_px()
         return int(max(gradient, forward) * ACTIVATION_OVERHEAD) + 2 * model.parameters_bytes()
 
-    def flight_bytes(self, tile_px: int, chunk_bytes: int) -> int:
+    def forward_pass_bytes(self, sizes: Sequence[Size], tile_px: int, computes: bool) -> int:
+        """Peak bytes of a pass without gradient over images of these sizes, of what is in flight beside it too.
+
+        `computes`: whether feature maps are in the memory in question.
+        """
+        outer_px = _largest_outer_px(sizes, tile_px, self.halo_px)
+        maps = int(outer_px * self.model.forward_bytes_per_px() * ACTIVATION_OVERHEAD)
+        return computes * (maps + 2 * self.model.parameters_bytes()) + self._flight_bytes(outer_px)
+
+    def gradient_pass_bytes(self, tile_px: int, computes: bool) -> int:
+        """Peak bytes of the gradient pass, as above."""
+        outer_px = _largest_outer_px([self.canvas], tile_px, 2 * self.halo_px)
+        maps = int(outer_px * self.model.gradient_bytes_per_px() * ACTIVATION_OVERHEAD)
+        chunks = WORKERS * self.config.store.chunk_px**2 * 3 * self.model.itemsize
+        return computes * (maps + 2 * self.model.parameters_bytes()) + self._flight_bytes(outer_px) + chunks
+
+    def _flight_bytes(self, outer_px: int) -> int:
         """Windows, features and Grams of the tiles in flight, without what they compute with."""
         model = self.model
-        outer_px = _largest_outer_px([self.canvas], tile_px, 2 * self.halo_px)
         window = outer_px * 3 * model.itemsize
         features = sum(
             outer_px // LAYER_BY_NAME[name].stride ** 2 * model.widths[name] * model.itemsize
@@ -179,7 +196,7 @@ class StageWork:
         )
         window += outer_px * len(model.guides.arrays)
         grams = model.grams_bytes()
-        return WORKERS * (2 * window + features + chunk_bytes + grams) + 2 * grams
+        return WORKERS * (2 * window + features + grams) + 2 * grams
 
 
 @dataclass(frozen=True)
@@ -230,8 +247,8 @@ class Workload:
         in_tasks = {
             "weights": self.weights_bytes,
             "upsample": WORKERS * 6 * chunk,
-            "tiles": self._tiles_bytes(tile_px, chunk) + update,
-            "update": update,
+            **{phase: size + update for phase, size in self._tiles_bytes(tile_px).items()},
+            "update pass": update,
         }
         if workers == 0:
             return {phase: base + size for phase, size in {**own, **in_tasks}.items()}
@@ -240,7 +257,8 @@ class Workload:
         processes |= {phase: base + workers * (idle + size) for phase, size in in_tasks.items()}
         # of the tiles' Grams that are done or on their way, those that wait for an earlier one, and the seeds
         grams = max(stage.model.grams_bytes() for stage in self.stages)
-        processes["tiles"] += (workers * (WORKERS + 1) + 4) * grams
+        for phase in TILE_PHASES:
+            processes[phase] += (workers * (WORKERS + 1) + 4) * grams
         return processes
 
     def update_bytes(self) -> int:
@@ -259,13 +277,18 @@ class Workload:
         whole = 0 if store.codec == "none" else (7 + 2 * averages + 2) * values * stored
         return WORKERS * (min(values, BLOCK_VALUES) * per_value + whole)
 
-    def _tiles_bytes(self, tile_px: int, chunk_bytes: int) -> int:
-        """One tile that computes, and what belongs to those in flight."""
-        on_host = self.device == "cpu"
-        return max(
-            stage.flight_bytes(tile_px, chunk_bytes) + (stage.device_bytes(tile_px) if on_host else 0)
+    def _tiles_bytes(self, tile_px: int) -> dict[str, int]:
+        """The passes over tiles: one tile that computes, and what belongs to those in flight."""
+        computes = self.device == "cpu"
+        passes = [
+            (
+                stage.forward_pass_bytes(stage.styles, tile_px, computes),
+                stage.forward_pass_bytes([stage.canvas], tile_px, computes),  # of the content, and of the canvas
+                stage.gradient_pass_bytes(tile_px, computes),
+            )
             for stage in self.stages
-        )
+        ]
+        return dict(zip(TILE_PHASES, map(max, zip(*passes, strict=True)), strict=True))
 
     def _ingest_bytes(self) -> int:
         """The image whose reading takes most, at the size that it is read at."""

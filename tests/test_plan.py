@@ -351,8 +351,8 @@ def test_memory_does_not_grow_with_the_picture():
         planned((side, side), memory={"limit": "4GiB"}, compute={"tile_px": 512, "device": "cpu"})
         for side in (10_000, 60_000)
     )
-    assert large.host_bytes["tiles"] == small.host_bytes["tiles"]
-    assert large.host_bytes["update"] == small.host_bytes["update"]
+    assert large.host_bytes["gradient pass"] == small.host_bytes["gradient pass"]
+    assert large.host_bytes["update pass"] == small.host_bytes["update pass"]
     assert large.projected_mem_bytes <= 4 * GIB
     assert large.disk_bytes > 30 * small.disk_bytes
 
@@ -366,7 +366,7 @@ def test_every_worker_process_is_planned_for():
     for phase in one.host_bytes:
         assert two.host_bytes[phase] > 2 * BASE_BYTES["cpu"] + one.host_bytes[phase]
         assert eight.host_bytes[phase] > two.host_bytes[phase] + 6 * BASE_BYTES["cpu"]
-    assert two.host_bytes["tiles"] > 2 * one.host_bytes["tiles"] > two.host_bytes["ingest"]
+    assert two.host_bytes["gradient pass"] > 2 * one.host_bytes["gradient pass"] > two.host_bytes["ingest"]
     smaller, larger = (
         planned((8192, 8192), memory={"limit": "8GiB"}, compute={"device": "cpu", "workers": workers}).tile_px
         for workers in (2, 0)
@@ -391,7 +391,7 @@ def test_wider_networks_and_more_precision_are_planned_for():
     narrow = {name: width // 4 for name, width in VGG19_WIDTHS.items()}
     tile = {"tile_px": 512, "device": "cpu"}
     host = [
-        planned(widths=widths, memory={"limit": "64GiB"}, compute={**tile, "dtype": dtype}).host_bytes["tiles"]
+        planned(widths=widths, memory={"limit": "64GiB"}, compute={**tile, "dtype": dtype}).host_bytes["gradient pass"]
         for widths, dtype in ((narrow, "float32"), (VGG19_WIDTHS, "float32"), (VGG19_WIDTHS, "float64"))
     ]
     assert host == sorted(host) and len(set(host)) == 3
