@@ -20,8 +20,8 @@ Size = tuple[int, int]  # (height, width) in px
 MIB = 2**20
 # Tasks in flight in a process: one reads the next tile, one computes, one writes the last.
 WORKERS = 3
-# Resident memory of a process before it touches a picture: interpreter, torch, dask, zarr, libvips.
-BASE_BYTES = {"cpu": 420 * MIB, "gpu": 1600 * MIB}
+# Resident memory of a process beside its pictures: interpreter, torch, dask, zarr, libvips, and what a long run keeps.
+BASE_BYTES = {"cpu": 460 * MIB, "gpu": 1600 * MIB}
 # Values of a chunk that the update pass has in hand at a time: 64 rows of 512 px, five arrays of which fit a cache.
 BLOCK_VALUES = 98_304
 # The passes over tiles, as the plan's phases: of the styles' Grams, the Gram pass, and the gradient pass.

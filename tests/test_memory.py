@@ -23,6 +23,20 @@ from pipeline.progress import IterationDone, WorkDone
 
 MIB = 2**20
 
+# What a run calls its work, and the plan's phase of it.
+PHASES = {
+    "content": "ingest",
+    "style": "ingest",
+    "style Gram": "style statistics",
+    "canvas": "upsample",
+    "content features": "Gram pass",
+    "Gram pass": "Gram pass",
+    "gradient pass": "gradient pass",
+    "update pass": "update pass",
+    "check": "update pass",
+    "export": "export",
+}
+
 # Prints {what was done: the peaks of resident bytes of all processes meanwhile, summed}.
 MEASURED_RUN = """
 import json, sys
@@ -114,6 +128,9 @@ def test_measured_memory_is_what_was_planned(tmp_path, make):
     told = report(peaks, planned)
     assert max(peaks.values()) <= planned.projected_mem_bytes, told
     assert planned.projected_mem_bytes <= 3 * max(peaks.values()), told
+    for what, peak in peaks.items():  # a plan that is wrong in a small phase is wrong in a large one elsewhere
+        if (phase := PHASES.get(what.partition(" ")[2])) is not None:
+            assert peak <= planned.host_bytes[phase], (what, told)
     print(told)
 
 

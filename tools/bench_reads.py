@@ -111,7 +111,7 @@ def bytes_of_run(folder: Path, state: str, size: int, tile_px: int) -> Bytes:
 
 def least_bytes(state: str, size: int, tile_px: int, content_widths: dict[str, int]) -> tuple[int, int]:
     """(with the halo of every tile, without) of one iteration."""
-    arrays = stage_arrays((size, size), CHUNK_PX, "compact" if state == "compact" else "float32", content_widths)
+    arrays = stage_arrays((size, size), CHUNK_PX, "compact" if state == "compact" else "float32", content_widths, False)
     value = {name: array.stored_bytes // (-(-size // CHUNK_PX) * CHUNK_PX) ** 2 for name, array in arrays.items()}
     features = sum(value[f"features_{name}"] for name in content_widths)
     update = sum(value[name] for name in ("gradient", "canvas_0", "m_0", "v_0"))
@@ -135,7 +135,7 @@ class TileBench:
         widths = {name: network.source.widths[name] for name in CONTENT}
         rng = np.random.default_rng(0)
         for name, array in stage_arrays(
-            (side, side), CHUNK_PX, "compact" if state == "compact" else "float32", widths
+            (side, side), CHUNK_PX, "compact" if state == "compact" else "float32", widths, False
         ).items():
             if name in ("canvas_0", "content") or name.startswith("features"):
                 store.create_array(self.folder, name, array.shape, array.chunk_px, array.form, "none")
