@@ -127,20 +127,51 @@ CONTROLS: dict[str, Control] = {
             )
         ]
     ),
+}
+
+
+def draw_masks(folder: Path) -> None:
+    """sky.png, white above the horizon of landscape.jpg, and house.png, white around its house; soft edges."""
+    draw_dots(folder)
+    y, x = np.mgrid[:240, :320] / 240
+    sky = np.clip((0.56 - y) / 0.06, 0, 1)
+    house = np.clip(2.5 - 2 * np.hypot(x - 1.1, y - 0.76) / 0.16, 0, 1)
+    for name, mask in (("sky", sky), ("house", house)):
+        grey = pyvips.Image.new_from_array(np.rint(255 * mask).astype(np.uint8), interpretation="b-w")
+        grey.write_to_file(str(folder / f"{name}.png"))
+
+
+# Two stages instead of four: a style has no more to show at its full size here.
+PAINTED: Keys = {"image": STROKES, "max_size": 320}
+SKY = "../sky.png"
+GRAINY: Keys = {"styles": [PAINTED], "network": {"pooling": "max"}, "optimizer": {"target_pixel_change": 12.8}}
+CONTROLS |= {
     "tv": Control(
-        [
-            ("tv_weight: 0", {"network": {"pooling": "max"}}),
-            ("tv_weight: 0.3", {"network": {"pooling": "max"}, "loss": {"tv_weight": 0.3}}),
-            ("tv_weight: 2", {"network": {"pooling": "max"}, "loss": {"tv_weight": 2.0}}),
-        ],
-        crop=(170, 100, 150, 140),
+        [(f"tv_weight: {weight:g}", {**GRAINY, "loss": {"tv_weight": weight}}) for weight in (0.0, 0.3, 2.0)],
+        crop=(160, 80, 160, 160),
     ),
     "color": Control(
+        [(f"color: {color}", {"styles": [PAINTED], "color": color}) for color in ("style", "content", "luminance")]
+    ),
+    "masks": Control(
         [
-            ("color: style", {}),
-            ("color: content", {"color": "content"}),
-            ("color: luminance", {"color": "luminance"}),
+            ("without masks", {"styles": [PAINTED, DOTS]}),
+            ("strokes where it is white, dots elsewhere", {"styles": [{**PAINTED, "mask": SKY}, DOTS]}),
+            ("dots where it is white, strokes elsewhere", {"styles": [PAINTED, {**DOTS, "mask": SKY}]}),
         ],
+        inputs=[("mask: sky.png", "sky.png")],
+        prepare=draw_masks,
+    ),
+    "content_mask": Control(
+        [
+            ("content_mask: null", {"styles": [PAINTED], "loss": {"content_weight": 0.3}}),
+            (
+                "content_mask: house.png",
+                {"styles": [PAINTED], "loss": {"content_weight": 0.3, "content_mask": "../house.png"}},
+            ),
+        ],
+        inputs=[("house.png", "house.png")],
+        prepare=draw_masks,
     ),
 }
 
