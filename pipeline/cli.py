@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from pipeline.interrupts import drop_unwritable_stdout, steadfast_stderr, stop_o
 from pipeline.preview import DEFAULT_PX
 from pipeline.sections import ExportConfig
 from pipeline.sinks import make_sink, with_profile
+from pipeline.tiling import Rect
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -140,6 +142,17 @@ def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         report.print_plan(config, planned)
 
 
+def _rect(_context: click.Context, _option: click.Parameter, value: str | None) -> Rect | None:
+    """`x,y,width,height` in px."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,7}),([0-9]{1,7}),([0-9]{1,7}),([0-9]{1,7})", value.replace(" ", ""))
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not x,y,width,height in whole px, such as 1200,800,400,300")
+    x, y, width, height = map(int, match.groups())
+    return Rect(y, y + height, x, x + width)
+
+
 @cli.command(epilog=_EXIT_CODES)
 @with_config(required=True)
 @click.option(
@@ -152,20 +165,30 @@ def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     "--size",
     "size_px",
     type=click.IntRange(32, MAX_SIDE_PX),
-    default=DEFAULT_PX,
-    show_default=True,
     metavar="PX",
-    help="Long side of each picture as shown; at most the run's own is rendered.",
+    help=f"Long side of each picture as shown; default {DEFAULT_PX}, at most the run's own.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The sheet; default beside the config's output.")
-@click.option("--force", is_flag=True, help="Overwrite a sheet that no preview of this config made.")
+@click.option(
+    "--crop",
+    "rect",
+    callback=_rect,
+    metavar="X,Y,W,H",
+    help="Render this part at full resolution, in px of the finished picture, from the last finished stage of the run.",
+)
+@click.option("--stage", type=int, help="With --crop: up to which stage; default the last.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The picture; default beside the config's output."
+)
+@click.option("--force", is_flag=True, help="Overwrite a picture that no preview of this config made.")
 @with_log_format
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def preview(
     config_path: Path,
     overrides: tuple[str, ...],
     vary: tuple[str, ...],
-    size_px: int,
+    size_px: int | None,
+    rect: Rect | None,
+    stage: int | None,
     output: Path | None,
     force: bool,
     log_format: str,
@@ -175,18 +198,22 @@ def preview(
 
     A preview is the run up to --size: keys in px mean what they mean in the run, and no picture is rendered below the
     largest initial_size. Detail finer than its pixels is not there. Pictures that are rendered are not rendered again.
+
+    --crop shows that detail in a part of the picture, once the run has finished a stage: with the whole picture's Gram
+    matrices, so that what one sees is what the run will do there.
     """
+    if rect is not None and (vary or size_px is not None or as_json):
+        raise click.UsageError("--crop is at full resolution, of one config: leave out --vary, --size and --json")
+    if rect is None and stage is not None:
+        raise click.UsageError("--stage goes with --crop: give --size for the grid")
     with make_sink(log_format) as sink, stop_on_signals(sink) as stop:
-        found = pipeline.preview(
-            config_path,
-            vary=vary,
-            overrides=overrides,
-            size_px=size_px,
-            output=output and output.absolute(),
-            force=force,
-            sink=sink,
-            stop=stop,
-        )
+        told: dict[str, Any] = {"output": output and output.absolute(), "force": force, "sink": sink, "stop": stop}
+        if rect is not None:
+            config = pipeline.load_config(config_path, overrides)
+            click.echo(pipeline.crop(config, rect, stage=stage, **told))
+            return
+        size = DEFAULT_PX if size_px is None else size_px
+        found = pipeline.preview(config_path, vary=vary, overrides=overrides, size_px=size, **told)
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=2))
     else:

@@ -11,7 +11,7 @@ is affine, pixel by pixel, so tiles stay exact; its numbers are of whole images.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,20 +99,26 @@ class _RowSpec:
 
 def moments_task(spec: _RowSpec) -> tuple[Matrix, Matrix]:
     """(Σx, Σx·xᵀ) over a row of chunks of 8-bit pixels: whole numbers below 2^53, so their sum has no rounding."""
-    total, squares = np.zeros(3), np.zeros((3, 3))
-    for _, _, part in chunks_of(spec.rect, spec.array.chunk_px):
-        pixels_n3 = spec.array.read_window(part).reshape(-1, 3).astype(np.float64)
-        total += pixels_n3.sum(0)
-        squares += pixels_n3.T @ pixels_n3
-    return total, squares
+    parts = [moments(spec.array.read_window(part)) for _, _, part in chunks_of(spec.rect, spec.array.chunk_px)]
+    return sum((total for total, _ in parts), np.zeros(3)), sum((squares for _, squares in parts), np.zeros((3, 3)))
+
+
+def moments(pixels_HWC: NDArray[Any]) -> tuple[Matrix, Matrix]:
+    """(Σx, Σx·xᵀ) of 8-bit pixels."""
+    pixels_n3 = pixels_HWC.reshape(-1, 3).astype(np.float64)
+    return pixels_n3.sum(0), pixels_n3.T @ pixels_n3
 
 
 def statistics(array: StageArray, engine: Engine) -> ColorStatistics:
     """The statistics of a whole 8-bit image in the store, the same bits however it is cut. Raises ChunkError."""
     height, width, _ = array.shape
-    found = engine.map(moments_task, [_RowSpec(array, rect) for rect in _rows(array)])
-    mean = np.sum([total for total, _ in found], axis=0) / (height * width)
-    second = np.sum([squares for _, squares in found], axis=0) / (height * width)
+    return statistics_of(engine.map(moments_task, [_RowSpec(array, rect) for rect in _rows(array)]), height * width)
+
+
+def statistics_of(found: Sequence[tuple[Matrix, Matrix]], pixels: int) -> ColorStatistics:
+    """The statistics of an image of so many pixels from the `moments` of all its parts."""
+    mean = np.sum([total for total, _ in found], axis=0) / pixels
+    second = np.sum([squares for _, squares in found], axis=0) / pixels
     return ColorStatistics(mean, second - np.outer(mean, mean))
 
 

@@ -25,9 +25,10 @@ import numpy as np
 import pyvips
 from numpy.typing import NDArray
 
-from pipeline import image_export, images
+from pipeline import images
 from pipeline._yaml import printable
 from pipeline.cost import Size
+from pipeline.parts import write_rows
 
 Pixels = NDArray[np.uint8]
 # (key, value) lines, of which one may be empty.
@@ -84,18 +85,7 @@ class ContactSheet:
 
     def write(self, output: Path, check: Callable[[], None], on_progress: Callable[[float], None]) -> None:
         """Write the sheet in the format of the suffix. Raises InputError for a broken picture, else as write_image."""
-        height_px, width_px = self.size
-        drawn = self._drawn(check)
-        rows: list[Pixels] = []
-
-        def read_rows(y0: int, y1: int) -> Pixels:
-            while sum(map(len, rows)) < y1 - y0:
-                rows.append(next(drawn))
-            found = np.concatenate(rows)
-            rows[:] = [found[y1 - y0 :]]
-            return found[: y1 - y0]
-
-        image_export.write_image(output, width_px, height_px, read_rows, check=check, on_progress=on_progress)
+        write_rows(self._drawn(check), output, self.size, check, on_progress)
 
     def _drawn(self, check: Callable[[], None]) -> Iterator[Pixels]:
         for strip in self._strips:

@@ -115,11 +115,13 @@ class Iterations:
     The Gram pass of the next iteration runs beside the update, tile by tile as their chunks are written; `_ahead` keeps
     what it found, and `_seconds` the time that it took longer than the update.
     `content_energies`, `areas`: of the prepared stage.
+    `known_grams`: of a canvas that is a part of a picture, what its mean Grams lack to those of the whole.
     """
 
     stage: Stage
     content_energies: Mapping[str, float]
     areas: Mapping[str, float] = field(default_factory=dict)
+    known_grams: Mapping[str, Gram] = field(default_factory=dict)
     _ahead: dict[int, dict[str, Gram]] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
@@ -189,7 +191,7 @@ class Iterations:
     def _gradient(self, iteration: int, checksums: Mapping[str, str]) -> tuple[dict[str, losses.StyleTerm], _Gradient]:
         """Gram and gradient pass; of a canvas that is one tile, both in one."""
         stage, canvas = self.stage, f"canvas_{iteration % 2}"
-        targets = _style_targets(stage, self.areas, checksums)
+        targets = _style_targets(stage, self.areas, checksums, self.known_grams)
         how: dict[str, Any] = {
             "tv_weight": stage.config.loss.tv_weight,
             "color": stage.color,
@@ -298,7 +300,7 @@ class Iterations:
 
 
 def _style_targets(
-    stage: Stage, areas: Mapping[str, float], checksums: Mapping[str, str]
+    stage: Stage, areas: Mapping[str, float], checksums: Mapping[str, str], known_grams: Mapping[str, Gram]
 ) -> dict[str, losses.StyleTarget]:
     """By style key; without those of regions that have no position at a layer. `areas`: n_r,l of each."""
     targets = {}
@@ -313,6 +315,7 @@ def _style_targets(
                 stage.config.network.style_layers[layer],
                 stage.plan.pixels * stage.config.loss.style_weight,
                 area / whole,
+                known_grams.get(key),
             )
     return targets
 

@@ -53,7 +53,8 @@ class StyleTarget:
     """What one style layer is compared with, and how its difference counts.
 
     `target_CC`: G_l(s). `positions`: n_l. `weight`: λ_l. `factor`: N·w_s. Of a region (guidance.py), `positions` is
-    n_r,l, the sum of its shares, and `area` n_r,l/n_l.
+    n_r,l, the sum of its shares, and `area` n_r,l/n_l. `rest_CC`: where the canvas is a part of a
+    picture, what is added to its mean Gram for that of the whole.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class StyleTarget:
     weight: float
     factor: float
     area: float = 1.0
+    rest_CC: Gram | None = None
 
     def term(self, sum_CC: Gram) -> StyleTerm:
         """Loss and seed matrix of a canvas whose gram_sum over the whole image is `sum_CC`.
@@ -69,7 +71,8 @@ class StyleTarget:
         The seed is d(N·w_s·Ls)/dφ = seed_CC · φ, exact on any subset of positions.
         Raises ConfigError if the target has no energy to normalise by.
         """
-        difference = sum_CC / self.positions - self.target_CC
+        gram_CC = sum_CC / self.positions + (0.0 if self.rest_CC is None else self.rest_CC)
+        difference = gram_CC - self.target_CC
         squares, energy = float(np.sum(difference**2)), float(np.sum(self.target_CC**2))
         scale = self.area * self.weight / (4 * len(sum_CC) ** 2 if self.kind == "gatys" else _energy(energy, "style"))
         seed_CC = self.factor * scale * 4 / self.positions * difference

@@ -57,11 +57,7 @@ def open_run(config: Config, planned: Plan, weights: WeightsSource, check: Calla
     """
     journal = Journal(journal_path(config.work_dir))
     path = manifest_path(config.work_dir)
-    wanted: dict[str, dict[str, Any]] = {
-        "result_fields": result_fields(config),
-        "inputs": {dotted(key): sha256_of(path, check) for key, path in input_files(config)}
-        | {"network.weights": weights.sha256},
-    }
+    wanted = identity(config, weights, check)
     records, position = standing(journal)
     if position.slots:
         refuse_changes(config, trusted_manifest(path, records), wanted)
@@ -94,6 +90,12 @@ def open_run(config: Config, planned: Plan, weights: WeightsSource, check: Calla
         journal.append({"type": "begun", "manifest": manifest})
     zarr_files.create_store(store_path(config.work_dir))
     return journal
+
+
+def identity(config: Config, weights: WeightsSource, check: Callable[[], None]) -> dict[str, dict[str, Any]]:
+    """All that decides the picture, as a manifest keeps it. `check` is called while files are read, and may raise."""
+    inputs = {dotted(key): sha256_of(path, check) for key, path in input_files(config)}
+    return {"result_fields": result_fields(config), "inputs": inputs | {"network.weights": weights.sha256}}
 
 
 def lost_its_stages(work_dir: Path, records: Sequence[Record]) -> bool:

@@ -159,7 +159,7 @@ def make_plan(
     _check_masks(config, works, images)
     work = Workload(config, works, images, weights_bytes, device)
     tile_px = _choose_tile(work, device_memory_bytes)
-    stages = tuple(_plan_stage(one, index, tile_px) for index, one in enumerate(works))
+    stages = tuple(plan_stage(one, index, tile_px) for index, one in enumerate(works))
     finished = [canvas_bytes(stage.size, config) for stage in stages]
     disk = max(stage.store_bytes + sum(finished[: stage.index]) for stage in stages)
     last = stages[-1]
@@ -251,7 +251,8 @@ def _check_masks(config: Config, works: Sequence[StageWork], images: Mapping[Pat
             )
 
 
-def _plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
+def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
+    """The plan of one stage in tiles of `tile_px`."""
     size, model = work.canvas, work.model
     gram_px = computed_px(size, tile_px, halo_px(model.style_layers)) if model.style_layers else 0
     gradient_px = computed_px(size, tile_px, 2 * work.halo_px)

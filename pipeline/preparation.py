@@ -40,18 +40,23 @@ class Prepared:
     areas: Mapping[str, float]
 
 
-def prepare(stage: Stage, previous_canvas: store.StageArray | None) -> Prepared:
+def prepare(
+    stage: Stage, previous_canvas: store.StageArray | None, content_colors: colors.ColorStatistics | None = None
+) -> Prepared:
     """Make all arrays of the stage, and fill its inputs and slot 0.
 
-    `previous_canvas`: the result of the stage before, or None for the first. May be repeated from the start.
+    `previous_canvas`: the result of the stage before, or None for the first. `content_colors`: of the whole
+    content, if the stage's own is a part of it. May be repeated from the start.
     Raises StorageError, InputError for a broken image or a mask that is black, ConfigError for features that are not
     numbers, ChunkError if the previous canvas is damaged.
     """
     with storage(stage.partial_dir):
-        return _prepare(stage, stage.partial_dir, previous_canvas)
+        return _prepare(stage, stage.partial_dir, previous_canvas, content_colors)
 
 
-def _prepare(stage: Stage, folder: Path, previous_canvas: store.StageArray | None) -> Prepared:
+def _prepare(
+    stage: Stage, folder: Path, previous_canvas: store.StageArray | None, content_colors: colors.ColorStatistics | None
+) -> Prepared:
     if previous_canvas is not None:
         integrity.require_intact([previous_canvas], stage.engine, stage.told("check"))
     store.create_stage(folder)
@@ -59,7 +64,7 @@ def _prepare(stage: Stage, folder: Path, previous_canvas: store.StageArray | Non
     sums = {} if stage.config.content is None else {CONTENT: _ingest_content(stage, folder)}
     sums |= _ingest_guides(stage, folder, stage.model.guides.arrays)
     areas = _areas(stage, folder, sums)
-    sums |= _store_style_targets(stage, folder, sums.get(CONTENT))
+    sums |= _store_style_targets(stage, folder, sums.get(CONTENT), content_colors)
     sums["canvas_0"] = _start_canvas(stage, folder, previous_canvas, sums)
     sums |= {name: store.open_array(folder, name).packed_zeros() for name in ("m_0", "v_0")}
     if stage.config.optimizer.average:
@@ -143,11 +148,13 @@ def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str
     return areas
 
 
-def _store_style_targets(stage: Stage, folder: Path, content_sums: str | None) -> dict[str, str]:
+def _store_style_targets(
+    stage: Stage, folder: Path, content_sums: str | None, content_colors: colors.ColorStatistics | None = None
+) -> dict[str, str]:
     """Writes, for every layer, the mean Gram of all styles, or of those of each region; gives the checksums."""
     if not stage.model.style_layers:
         return {}
-    style_map = _style_map(stage, folder, content_sums)
+    style_map = _style_map(stage, folder, content_sums, content_colors)
     grams: list[dict[str, Gram]] = []
     for style, size in zip(stage.config.styles, stage.plan.style_sizes, strict=True):
         sums = {STYLE: _ingest_aside(stage, folder, style.image, size)}
@@ -177,13 +184,13 @@ def _ingest_aside(stage: Stage, folder: Path, image: Path, size: Size) -> str:
 
 
 def _style_map(
-    stage: Stage, folder: Path, content_sums: str | None
+    stage: Stage, folder: Path, content_sums: str | None, content_colors: colors.ColorStatistics | None
 ) -> Callable[[store.StageArray], colors.ColorMap | None]:
     """Gives, for a style in the store, what the network sees of it."""
     color = stage.config.color
     if color == "style":
         return lambda style: None
-    content = colors.statistics(store.open_array(folder, CONTENT, content_sums), stage.engine)
+    content = content_colors or colors.statistics(store.open_array(folder, CONTENT, content_sums), stage.engine)
     return lambda style: colors.style_map(color, colors.statistics(style, stage.engine), content)
 
 

@@ -1,0 +1,332 @@
+"""A part of the picture at full resolution, before the run has come that far.
+
+The run has finished a stage, f. Of the stages behind it, only a region is rendered: the crop, with enough around it
+that the region's own border, which the network takes for that of a picture, does not reach into it. What a stage knows
+of the whole picture is estimated from stage f, where both are known, and the region, which changes on its own:
+
+    G_whole(i)  =  G_whole(f) + (G_region(i) − G_region(f))              Gram matrices, at every iteration of stage i
+    E_whole(i)  =  E_whole(f) · E_region(i) / E_region(f)                energy of the content's features, per position
+
+All else is the region's own: every number of the objective is per pixel. The run itself is only read, and may go on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import integrity, store, transfer
+from pipeline.arrays import CONTENT
+from pipeline.config import Config
+from pipeline.cost import WORKERS, Size, StageWork, model_of
+from pipeline.device import resolve_device
+from pipeline.engine import Engine
+from pipeline.errors import ConfigError
+from pipeline.image_export import check_output
+from pipeline.journal import Journal, Position, standing
+from pipeline.layers import ALIGN_PX, LAYER_BY_NAME, ceil_to, halo_px
+from pipeline.manifest import trusted_manifest
+from pipeline.opening import identity, journal_path, manifest_path, newest_canvas, refuse_changes
+from pipeline.parts import Part, cut_canvas, cut_file, enlarge, needed, tiles_of, whole
+from pipeline.places import refuse_links, taken
+from pipeline.plan import Plan, StagePlan, plan_stage
+from pipeline.preview_folder import claimed, folder_of
+from pipeline.progress import Note, Sink, WorkDone, ignore
+from pipeline.run import Tools, end_reason, make_stage
+from pipeline.status import finished_stage
+from pipeline.survey import plan_on
+from pipeline.tiling import Rect, Tile
+from pipeline.weights import WeightsSource, find_weights
+
+if TYPE_CHECKING:
+    from pipeline.iteration import IterationResult
+    from pipeline.losses import Gram
+    from pipeline.stage import Stage
+
+CANVAS = "canvas_0"
+# Of the region's border, beyond what one iteration sees across it: what is wrong there spreads from one to the next.
+_SPREAD_PX = 96
+
+
+def crop(
+    config: Config,
+    rect: Rect,
+    *,
+    stage: int | None = None,
+    output: Path | None = None,
+    force: bool = False,
+    sink: Sink = ignore,
+    stop: threading.Event | None = None,
+) -> Path:
+    """Render a part of the picture as the run of `config` will, from the last stage that it has finished.
+
+    `rect`: in px of the finished picture. `stage`: up to which stage; default the last. The result has the size of
+    `rect` at that stage. `output`: default beside the config's output. `force`: overwrite a picture that no preview of
+    this config made. Raises ConfigError if no stage of the run is finished, and the errors of errors.py.
+    """
+    picture = output or folder_of(config).with_name(f"{config.output.stem}.crop.png")
+    device = resolve_device(config.compute.device)
+    planned = plan_on(config, device)
+    last = len(planned.stages) - 1
+    target = last if stage is None else stage
+    if not 0 <= target <= last:
+        raise ConfigError(f"--stage {target}: the run's stages are 0 to {last}.")
+    _refuse_outside(rect, planned.stages[last].size)
+    _refuse_masks(config, planned.stages[: target + 1])
+    own = scaled(rect, planned.stages[last].size, planned.stages[target].size)
+    check_output(picture, own.width, own.height, 8, "deflate")
+    with Engine(WORKERS, stop) as engine:
+        weights = find_weights(config.network.name, config.network.weights, config.seed, sink, engine.raise_if_stopped)
+        finished = _finished(config, weights, target, engine)
+        with claimed(config, picture, force) as folder, _emptied(folder / "crop") as aside:
+            rendering = Crop(config, planned, Tools(device, weights, engine, sink), finished, aside)
+            found = rendering.render(rect, target)
+            cut_canvas(found, own, picture, engine.raise_if_stopped)
+    return picture
+
+
+def scaled(rect: Rect, size: Size, target: Size) -> Rect:
+    """A rectangle of a picture of `size` in the same picture at `target`: as many px as it covers, at least one."""
+    y0, x0 = rect.y0 * target[0] // size[0], rect.x0 * target[1] // size[1]
+    y1, x1 = -(-rect.y1 * target[0] // size[0]), -(-rect.x1 * target[1] // size[1])
+    return Rect(y0, min(max(y1, y0 + 1), target[0]), x0, min(max(x1, x0 + 1), target[1]))
+
+
+def regions(rect: Rect, sizes: Sequence[Size], around_px: Sequence[int]) -> list[Rect]:
+    """What has to be rendered at each size for `rect`, which is of the last: with `around_px` more on every side.
+
+    Every region holds what the next one is enlarged from. Edges are aligned as those of tiles are.
+    """
+    found: list[Rect] = []
+    for size, around in reversed(list(zip(sizes, around_px, strict=True))):
+        region = scaled(rect, sizes[-1], size).grown(around, *size)
+        if found:
+            below = needed(found[-1], sizes[len(sizes) - len(found)], size)
+            region = Rect(
+                min(region.y0, below.y0), max(region.y1, below.y1), min(region.x0, below.x0), max(region.x1, below.x1)
+            )
+        found.append(_aligned(region, size))
+    return found[::-1]
+
+
+def _aligned(rect: Rect, size: Size) -> Rect:
+    """The rectangle grown to whole windows of every pooling, or to the border."""
+    y0, x0 = (edge // ALIGN_PX * ALIGN_PX for edge in (rect.y0, rect.x0))
+    return Rect(y0, min(ceil_to(rect.y1, ALIGN_PX), size[0]), x0, min(ceil_to(rect.x1, ALIGN_PX), size[1]))
+
+
+def _refuse_outside(rect: Rect, size: Size) -> None:
+    if not rect.area or rect.y0 < 0 or rect.x0 < 0 or rect.y1 > size[0] or rect.x1 > size[1]:
+        raise ConfigError(
+            f"--crop {rect.x0},{rect.y0},{rect.width},{rect.height}: is not a part of the picture, which has "
+            f"{size[1]}×{size[0]} px. Give x,y,width,height within it, x and y of the upper left corner."
+        )
+
+
+def _refuse_masks(config: Config, stages: Sequence[StagePlan]) -> None:
+    """Raise ConfigError if a stage has masks: what a region of them lacks to the whole is not estimated."""
+    masks = [mask for stage in stages for mask in config.for_stage(max(stage.size)).masks]
+    if masks:
+        raise ConfigError(
+            f"--crop: {masks[0]} is a mask, and a part of a picture with masks cannot be rendered alone yet. Use "
+            "--vary and --size, or `pipeline export --stage` once the run has come further."
+        )
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """An empty folder, and none at the end: what a killed preview left there is nobody's."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """The last stage that a run has finished, or the one asked for, if it is: its canvas, and the run's threads."""
+
+    stage: int
+    canvas: store.StageArray
+    threads: int
+    tile_px: int | None
+
+
+def _finished(config: Config, weights: WeightsSource, target: int, engine: Engine) -> _Finished:
+    """Looks at the run of `config`. Raises ConfigError if it has finished no stage, or is another config's."""
+    remedy = "A crop goes on from there: give `pipeline run`, and stop it with Ctrl-C once its first stage has ended."
+    if not taken(manifest_path(config.work_dir)):
+        raise ConfigError(
+            f"{config.work_dir}: there is no run of this config yet, so nothing of it is rendered. {remedy}"
+        )
+    records, position = standing(Journal(journal_path(config.work_dir)))
+    stages = [one for one in position.slots if finished_stage(position, one) and one <= target]
+    if not stages:
+        raise ConfigError(f"{config.work_dir}: the run has not finished its first stage yet. {remedy}")
+    manifest = trusted_manifest(manifest_path(config.work_dir), records)
+    refuse_changes(config, manifest, identity(config, weights, engine.raise_if_stopped))
+    refuse_links(config.work_dir)
+    newest = max(stages)
+    canvas = newest_canvas(config.work_dir, position, newest)
+    return _Finished(newest, canvas, int(manifest["threads"]), position.tile_px)
+
+
+@dataclass
+class Crop:
+    """The rendering of a region, stage by stage, in a folder `aside` that is deleted afterwards."""
+
+    config: Config
+    plan: Plan
+    tools: Tools
+    finished: _Finished
+    aside: Path
+    _position: Position = field(default_factory=Position)
+
+    def render(self, rect: Rect, target: int) -> Part:
+        """The canvas of stage `target`, or a part of it that holds `rect`, which is of the finished picture."""
+        engine, first = self.tools.engine, self.finished.stage + 1
+        source = whole(self.finished.canvas)
+        integrity.require_intact([source.array], engine, self._told("check"))
+        if target < first:
+            self.tools.sink(Note(f"stage {target} is finished: its canvas is cut, and nothing is rendered"))
+            return source
+        sizes = [stage.size for stage in self.plan.stages[first : target + 1]]
+        models = [self._stage(index, size).model for index, size in enumerate(sizes, start=first)]
+        own = scaled(rect, self.plan.stages[-1].size, sizes[-1])
+        around = [2 * halo_px(model.names) + _SPREAD_PX for model in models]
+        whole_content = self._whole_content()
+        for index, region in enumerate(regions(own, sizes, around), start=first):
+            size = self.plan.stages[index].size
+            text = f"stage {index}: {region.width}×{region.height} px of {size[1]}×{size[0]} around the crop"
+            self.tools.sink(Note(text))
+            source = self._render_stage(index, region, source, whole_content)
+        return source
+
+    def _stage(self, index: int, size: Size) -> Stage:
+        """The stage of the run, but of a canvas of this size, in a store of its own."""
+        config = self.config.for_stage(max(self.plan.stages[index].size))
+        compute = config.compute.model_copy(update={"threads": self.finished.threads})
+        config = config.model_copy(update={"stages": (), "compute": compute, "work_dir": self.aside})
+        model = model_of(config, self.tools.weights.widths)
+        styles = self.plan.stages[index].style_sizes
+        longest = ceil_to(max(side for one in (size, *styles) for side in one), config.store.chunk_px)
+        tile_px = min(self.finished.tile_px or longest, self.plan.tile_px, longest)
+        plan = plan_stage(StageWork(config, model, size, styles), index, tile_px)
+        return make_stage(config, plan, self.tools, tile_px)
+
+    def _render_stage(self, index: int, region: Rect, source: Part, whole_content: store.StageArray | None) -> Part:
+        # these bring torch, which export and status do without
+        from pipeline.iteration import Iterations  # noqa: PLC0415
+        from pipeline.preparation import prepare  # noqa: PLC0415
+
+        stage = self._stage(index, (region.height, region.width))
+        size = self.plan.stages[index].size
+        colors = None
+        if stage.config.content is not None:
+            content = self.aside / f"content_{index}.png"
+            colors = cut_file(stage.config.content, size, region, content, self.tools.engine.raise_if_stopped)
+            stage.config = stage.config.model_copy(update={"content": content})
+        prepared = prepare(stage, self._start(stage, source, region, size), colors)
+        known = self.known(stage, region, size, whole_content)
+        energies = {name: energy * known.energies[name] for name, energy in prepared.content_energies.items()}
+        record = {"type": "stage_prepared", "stage": index, **vars(prepared), "content_energies": energies}
+        self._position = Position().after(record)
+        iterations = Iterations(stage, energies, known_grams=known.grams)
+        while end_reason(self._position, stage.config.optimizer) is None:
+            self.tools.engine.raise_if_stopped()
+            commit = partial(self._commit, stage)
+            at = self._position
+            iterations.iterate(at.iteration, at.alpha, at.checksums[index], commit)
+        return Part(newest_canvas(self.aside, self._position, index), region, size)
+
+    def _commit(self, stage: Stage, result: IterationResult) -> bool:
+        """Nothing is recorded: a crop that is stopped begins anew. Gives whether another iteration follows."""
+        settings, at = stage.config.optimizer, self._position
+        self._position = at.after({"type": "iteration", "iteration": at.iteration, **vars(result)})
+        self._told(f"stage {stage.plan.index} of the crop")(self._position.iteration, settings.max_iterations)
+        return end_reason(self._position, settings) is None
+
+    def _start(self, stage: Stage, source: Part, region: Rect, size: Size) -> store.StageArray:
+        """The region of the stage before, enlarged."""
+        folder, form = self.aside / "start", "float64" if stage.config.state == "float64" else "float32"
+        store.create_stage(folder)
+        store.create_array(folder, CANVAS, (*stage.plan.size, 3), stage.config.store.chunk_px, form, "none")
+        sums = enlarge(source, Part(store.open_array(folder, CANVAS), region, size), self.tools.engine)
+        return store.open_array(folder, CANVAS, sums)
+
+    # --- what is known of the whole ----------------------------------------------------------------------------------
+
+    def _whole_content(self) -> store.StageArray | None:
+        """The content at the size of the finished stage."""
+        if self.config.content is None:
+            return None
+        folder, size = self.aside / "whole", self.plan.stages[self.finished.stage].size
+        store.create_stage(folder)
+        store.create_array(folder, CONTENT, (*size, 3), self.config.store.chunk_px, "uint8", "none")
+        array = store.open_array(folder, CONTENT)
+        sums = transfer.ingest(self.config.content, array, self.tools.engine, self._told("content"))
+        return store.open_array(folder, CONTENT, sums)
+
+    def known(self, stage: Stage, region: Rect, size: Size, whole_content: store.StageArray | None) -> Known:
+        """What to add to the region's mean Grams, and what to multiply its energies by, for those of the whole."""
+        finished = self.plan.stages[self.finished.stage].size
+        part = _aligned(scaled(region, size, finished), finished)
+        everything = Rect(0, finished[0], 0, finished[1])
+        canvas, layers = self.finished.canvas, stage.model.style_layers
+        of_whole, of_part = (self._mean_grams(stage, canvas, layers, one) for one in (everything, part))
+        grams = {layer: of_whole[layer] - of_part[layer] for layer in layers}
+        if whole_content is None:
+            return Known(grams, {})
+        # the energy per position is the sum of the mean Gram's diagonal
+        layers = stage.model.content_layers
+        of_whole, of_part = (self._mean_grams(stage, whole_content, layers, one) for one in (everything, part))
+        return Known(grams, {layer: _ratio(of_whole[layer].trace(), of_part[layer].trace()) for layer in layers})
+
+    def _mean_grams(
+        self, stage: Stage, array: store.StageArray, layers: tuple[str, ...], rect: Rect
+    ) -> dict[str, Gram]:
+        """Mean Grams over a rectangle of a picture, read with its real surroundings."""
+        from pipeline import passes  # noqa: PLC0415
+
+        if not layers:
+            return {}
+        height, width, _ = array.shape
+        specs = [
+            passes.GramSpec(
+                array.path.parent,
+                array.path.name,
+                Tile(index, inner, height, width),
+                stage.network,
+                {},
+                layers,
+                color=stage.color,
+            )
+            for index, inner in enumerate(tiles_of(rect, self.plan.tile_px))
+        ]
+        told = stage.counter(f"Gram pass of stage {self.finished.stage}", len(specs))
+        sums = self.tools.engine.fold(passes.gram_task, specs, passes.add_grams, dict[str, "Gram"](), told)
+        return {layer: total / rect.positions(LAYER_BY_NAME[layer]).area for layer, total in sums.items()}
+
+    def _told(self, what: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.tools.sink(WorkDone(self.finished.stage, what, done, total))
+
+
+@dataclass(frozen=True)
+class Known:
+    """`grams`: G_whole − G_region, by style layer. `energies`: E_whole/E_region per position, by content layer."""
+
+    grams: Mapping[str, Gram]
+    energies: Mapping[str, float]
+
+
+def _ratio(whole_energy: float, part_energy: float) -> float:
+    """1 where the region's content says nothing to a layer: nothing can be told from it."""
+    return whole_energy / part_energy if part_energy > 0 else 1.0
