@@ -29,7 +29,7 @@ from pipeline._yaml import shown
 from pipeline.arrays import kept_files
 from pipeline.checksums import checksum, unpacked
 from pipeline.durable import sync_folder
-from pipeline.errors import DamagedStateError, LockedError, storage
+from pipeline.errors import DamagedStateError, LockedError, SpaceError, storage
 from pipeline.places import read_regular
 from pipeline.records import MAX_JOURNAL_BYTES, MAX_OWNER_BYTES, check_record, parse_json
 
@@ -334,11 +334,13 @@ class RunLock:
 
     Released by the system however the process ends, once its worker processes, which inherit `descriptor`, have ended
     too: a file is closed after the last call that writes, so that nothing writes into a directory that can be locked.
+    `named`: others have to be told who works here, which takes room on the disk; else they are if there is some.
     """
 
     descriptor: int
 
-    def __init__(self, work_dir: Path):
+    def __init__(self, work_dir: Path, named: bool = True):
+        self._named = named
         self._owner = work_dir / "lock.owner"
         self._path = work_dir / "lock"
 
@@ -355,9 +357,10 @@ class RunLock:
         try:
             with storage(self._owner):
                 self._owner.write_text(owner_text, encoding="utf-8")
-        except OSError:
-            self.__exit__()
-            raise
+        except OSError as error:
+            if self._named or not isinstance(error, SpaceError):
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:

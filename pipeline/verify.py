@@ -89,7 +89,7 @@ def verify(
     work_dir = work_dir.resolve()
     refuse_links_at_top(work_dir)
     sample = None if share is None else Sample(share, secrets.randbits(32) if seed is None else seed)
-    with _lock(work_dir), Engine(WORKERS, stop) as engine:
+    with _lock(work_dir, repair), Engine(WORKERS, stop) as engine:
         first = look(work_dir, config, sample, engine, sink)
         mending = Repair(engine, sink)
         steps = mending.steps(first)
@@ -111,10 +111,10 @@ def verify(
     return _report(first, last, done, True, sample)
 
 
-def _lock(work_dir: Path) -> AbstractContextManager[object]:
-    """Keeps runs out, but on a disk that is read-only, where nobody can run."""
+def _lock(work_dir: Path, repair: bool) -> AbstractContextManager[object]:
+    """Keeps runs out, but on a disk that is read-only, where nobody can run. Who only looks needs no room for it."""
     read_only = os.statvfs(work_dir).f_flag & os.ST_RDONLY
-    return nullcontext() if read_only else RunLock(work_dir)
+    return nullcontext() if read_only else RunLock(work_dir, named=repair)
 
 
 def _report(first: Findings, last: Findings, steps: list[Step], repaired: bool, sample: Sample | None) -> Report:

@@ -12,7 +12,7 @@ import pytest
 from disks import CannotMountError, Faulted, failing_from, run_failing, small_disk, write_on_disk
 from e2e import PIPELINE, TIMEOUT_S, Nursery
 from syscalls import Call, Verdict, Watch, supported
-from torture import Ending, places, start, write_variant
+from torture import Ending, damage, places, start, write_variant
 
 pytestmark = pytest.mark.skipif(not supported(), reason="needs Linux on x86-64 with seccomp's user notification")
 
@@ -115,5 +115,19 @@ def test_room_is_looked_for_before_the_next_stage(nursery, tmp_path, leave):
             again = start(nursery, config)
             assert again.wait() == 0, again.err
             assert places(config)[1].exists()
+    except CannotMountError as error:
+        pytest.skip(str(error))
+
+
+def test_a_run_on_a_full_disk_can_be_looked_at(nursery, tmp_path):
+    """Whether all is whole is what one asks first when a disk was found full; to ask must not need room there."""
+    config = write_on_disk(tmp_path / "run", "tiff")
+    try:
+        with small_disk(tmp_path / "run" / "disk") as disk:
+            assert start(nursery, config).wait() == 0
+            for fill in (disk.fill, disk.fill_with_files):
+                fill()
+                assert damage(places(config)[0]) == []
+                disk.free()
     except CannotMountError as error:
         pytest.skip(str(error))
