@@ -104,15 +104,14 @@ def print_status(found: dict[str, Any]) -> None:
 
 
 def print_preview(found: Preview) -> None:
-    """Where the sheet is, and which keys make each of its pictures."""
-    console = _console()
-    console.print(str(found.sheet))
+    """Where the sheet is, and which keys make each of its pictures, as lines that can be copied."""
+    lines = [str(found.sheet)]
     for index, one in enumerate(found.pictures):
         if len(found.pictures) > 1:
-            console.print(f"row {index // found.across + 1}, picture {index % found.across + 1}:")
+            lines.append(f"row {index // found.across + 1}, picture {index % found.across + 1}:")
         settings = " ".join(f"--set {shlex.quote(setting)}" for setting in one.settings)
-        console.print(f"  {settings or 'the config as it is'}")
-        console.print(f"  {one.picture}")
+        lines += [f"  {settings or 'the config as it is'}", f"  {one.picture}"]
+    _console().print("\n".join(lines), soft_wrap=True)  # a path that is broken into two lines is none
 
 
 # Lines of damage that a person reads; --json has them all.
