@@ -5,6 +5,7 @@ The figures are upper bounds: a test holds measured memory to them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ MIB = 2**20
 WORKERS = 3
 # Resident memory of a process beside its pictures: interpreter, torch, dask, zarr, libvips, and what a long run keeps.
 BASE_BYTES = {"cpu": 460 * MIB, "gpu": 1600 * MIB}
+# Threads of the update pass where a GPU leaves the cores to it; more do not make it faster (docs/benchmarks.md).
+MAX_UPDATE_THREADS = 8
 # Values of a chunk that the update pass has in hand at a time: 64 rows of 512 px, five arrays of which fit a cache.
 BLOCK_VALUES = 98_304
 # The passes over tiles, as the plan's phases: of the styles' Grams, the Gram pass, and the gradient pass.
@@ -30,6 +33,21 @@ TILE_PHASES = ("style statistics", "Gram pass", "gradient pass")
 CONTEXT_BYTES = 700 * MIB
 # What the kernels and the allocator take beyond the feature maps: measured by tools/bench_memory.py.
 ACTIVATION_OVERHEAD = 1.12
+
+
+def update_values(device: str, chunk_px: int) -> int:
+    """Values of a chunk that the update pass has in hand at a time.
+
+    A block fits a core's cache; but many threads would spend their time on handing each other Python's lock.
+    """
+    whole = chunk_px**2 * 3
+    return min(whole, BLOCK_VALUES) if device == "cpu" else whole
+
+
+def update_threads(device: str) -> int:
+    """Threads of the update pass in the run's own process. A CPU's cores have the network to compute besides."""
+    spare = 0 if device == "cpu" else len(os.sched_getaffinity(0)) - WORKERS
+    return max(WORKERS, min(spare, MAX_UPDATE_THREADS))
 
 
 class ImageSize(Protocol):
@@ -92,19 +110,21 @@ class Model:
             18 * c_in * c_out // layer.stride**2 for layer, c_in, c_out in self.channels() if layer.kind == "conv"
         )
 
-    def gradient_bytes_per_px(self) -> int:
-        """Device bytes per outer pixel of the gradient pass: feature maps, pooling indices, seeds, gradients."""
-        maps = 4 * 3 * self.itemsize  # the tile, its scaled copy and their gradients
-        largest = 0
+    def gradient_bytes_per_px(self, itemsize: int) -> int:
+        """Device bytes per outer pixel of the gradient pass, `itemsize` of them per value of a feature map.
+
+        On the way back what is kept becomes less, and the maps become larger: the peak is at one of the layers.
+        """
+        kept, peak = 4 * 3 * self.itemsize, 0  # the tile, its scaled copy and their gradients
         for layer, c_in, c_out in self.channels():
             positions = 1 / layer.stride**2
-            maps += int(c_out * positions * self.itemsize)
+            kept += int(c_out * positions * itemsize)
             if layer.kind == "pool":
-                maps += int(c_out * positions * 8)  # int64 indices of the maxima
-            if layer.name in self.names:
-                maps += int(c_out * positions * self.itemsize)  # its seed
-            largest = max(largest, int((c_in + c_out) * positions * self.itemsize), self._columns_bytes(layer, c_in))
-        return maps + largest + self._guides_bytes_per_px()
+                kept += int(c_out * positions * 8)  # int64 indices of the maxima
+            # the gradient that comes, the layer's own seed, and the gradient that goes on, padded and not
+            working = int((2 * c_out + c_in * (4 if layer.kind == "pool" else 2)) * positions * itemsize)
+            peak = max(peak, kept + max(working, self._columns_bytes(layer, c_in)))
+        return peak + self._guides_bytes_per_px()
 
     def _guides_bytes_per_px(self) -> int:
         """Device bytes per outer pixel of the guides: maps, shares, their means, and two products with features."""
@@ -126,13 +146,22 @@ class Model:
         """The convolutions' weights, once."""
         return self.itemsize * sum(9 * c_in * c_out for layer, c_in, c_out in self.channels() if layer.kind == "conv")
 
-    def forward_bytes_per_px(self) -> int:
-        """Device bytes per outer pixel of a pass without gradient: its two largest neighbouring maps."""
+    def forward_bytes_per_px(self, itemsize: int, copies: int) -> int:
+        """Device bytes per outer pixel of a pass without gradient: its two largest neighbouring maps.
+
+        `copies`: of both, in another layout, which some libraries make.
+        """
         return max(
-            (c_in * (4 if layer.kind == "pool" else 1) + 2 * c_out) * self.itemsize // layer.stride**2
+            (c_in * (4 if layer.kind == "pool" else 1) + 2 * c_out + copies * (c_in + c_out))
+            * itemsize
+            // layer.stride**2
             + self._columns_bytes(layer, c_in)
             for layer, c_in, c_out in self.channels()
         ) + (self._guides_bytes_per_px() if self.guides.regions else 0)
+
+    def largest_values_per_px(self) -> float:
+        """Values of the largest feature map per pixel."""
+        return max(c_out / layer.stride**2 for layer, _, c_out in self.channels())
 
 
 def model_of(config: Config, widths: Mapping[str, int]) -> Model:
@@ -163,30 +192,42 @@ class StageWork:
         """Forward halo of its tiles, which is the backward one too."""
         return halo_px(self.model.names)
 
-    def device_bytes(self, tile_px: int) -> int:
-        """Peak bytes of feature maps and their companions, wherever the network runs."""
-        model = self.model
-        gradient = _largest_outer_px([self.canvas], tile_px, 2 * self.halo_px) * model.gradient_bytes_per_px()
-        forward = _largest_outer_px([self.canvas, *self.styles], tile_px, self.halo_px) * model.forward_bytes_per_px()
-        return int(max(gradient, forward) * ACTIVATION_OVERHEAD) + 2 * model.parameters_bytes()
+    def gpu_bytes(self, tile_px: int) -> int:
+        """Peak bytes on a GPU: feature maps and their companions, and the tiles in flight."""
+        model, dtype = self.model, self.config.compute.dtype
+        itemsize = 2 if dtype == "bfloat16" else model.itemsize
+        copies = 1 if dtype == "float32" else 0  # cuDNN's kernels without tensor cores want NCHW
+        gradient = self.outer_px(tile_px) * model.gradient_bytes_per_px(itemsize)
+        forward = _largest_outer_px([self.canvas, *self.styles], tile_px, self.halo_px)
+        forward *= model.forward_bytes_per_px(itemsize, copies)
+        maps = int(max(gradient, forward) * ACTIVATION_OVERHEAD)
+        return maps + 2 * model.parameters_bytes() + self.flight_bytes(self.outer_px(tile_px))
 
-    def forward_pass_bytes(self, sizes: Sequence[Size], tile_px: int, computes: bool) -> int:
-        """Peak bytes of a pass without gradient over images of these sizes, of what is in flight beside it too.
+    def outer_px(self, tile_px: int) -> int:
+        """Pixels of the largest tile of the gradient pass, halo included."""
+        return _largest_outer_px([self.canvas], tile_px, 2 * self.halo_px)
 
-        `computes`: whether feature maps are in the memory in question.
-        """
+    def staged_bytes(self) -> int:
+        """Page-locked buffers through which chunks go to a GPU, each of twice its size at most, and Grams."""
+        store, model = self.config.store, self.model
+        values = [store.chunk_px**2 // LAYER_BY_NAME[name].stride ** 2 * w for name, w in model.content_widths.items()]
+        largest = max(store.chunk_px**2 * 3, *values, 0) * model.itemsize
+        return STAGING_THREADS * 2 * 2 * largest + 2 * (WORKERS + 1) * model.grams_bytes()
+
+    def forward_pass_bytes(self, sizes: Sequence[Size], tile_px: int) -> int:
+        """Peak bytes of a CPU's pass without gradient over images of these sizes, and what is in flight beside."""
         outer_px = _largest_outer_px(sizes, tile_px, self.halo_px)
-        maps = int(outer_px * self.model.forward_bytes_per_px() * ACTIVATION_OVERHEAD)
-        return computes * (maps + 2 * self.model.parameters_bytes()) + self._flight_bytes(outer_px)
+        maps = int(outer_px * self.model.forward_bytes_per_px(self.model.itemsize, 0) * ACTIVATION_OVERHEAD)
+        return maps + 2 * self.model.parameters_bytes() + self.flight_bytes(outer_px)
 
-    def gradient_pass_bytes(self, tile_px: int, computes: bool) -> int:
+    def gradient_pass_bytes(self, tile_px: int) -> int:
         """Peak bytes of the gradient pass, as above."""
-        outer_px = _largest_outer_px([self.canvas], tile_px, 2 * self.halo_px)
-        maps = int(outer_px * self.model.gradient_bytes_per_px() * ACTIVATION_OVERHEAD)
+        outer_px = self.outer_px(tile_px)
+        maps = int(outer_px * self.model.gradient_bytes_per_px(self.model.itemsize) * ACTIVATION_OVERHEAD)
         chunks = WORKERS * self.config.store.chunk_px**2 * 3 * self.model.itemsize
-        return computes * (maps + 2 * self.model.parameters_bytes()) + self._flight_bytes(outer_px) + chunks
+        return maps + 2 * self.model.parameters_bytes() + self.flight_bytes(outer_px) + chunks
 
-    def _flight_bytes(self, outer_px: int) -> int:
+    def flight_bytes(self, outer_px: int) -> int:
         """Windows, features and Grams of the tiles in flight, without what they compute with."""
         model = self.model
         window = outer_px * 3 * model.itemsize
@@ -222,16 +263,22 @@ class Workload:
     def _itemsize(self) -> int:
         return self.stages[0].model.itemsize
 
-    def device_bytes(self, tile_px: int) -> int:
-        """Peak bytes of feature maps and their companions, wherever the network runs."""
-        return max(stage.device_bytes(tile_px) for stage in self.stages)
-
     def gpu_bytes(self, tile_px: int) -> int:
         """Peak bytes on the GPU, which all worker processes share; 0 on a CPU."""
         if self.device == "cpu":
             return 0
-        one, workers = self.device_bytes(tile_px), self.config.compute.workers
+        one = max(stage.gpu_bytes(tile_px) for stage in self.stages)
+        workers = self.config.compute.workers
         return workers * (one + CONTEXT_BYTES) if workers else one
+
+    def has_gpu_sizes(self, tile_px: int) -> bool:
+        """Whether no feature map of a tile has more values than a GPU's kernels count in 32 bits.
+
+        Beyond that they take three times as long.
+        """
+        return all(
+            stage.outer_px(tile_px) * stage.model.largest_values_per_px() < 0.99 * 2**31 for stage in self.stages
+        )
 
     def host_bytes(self, tile_px: int) -> dict[str, int]:
         """Projected resident bytes of every phase of the run, all its processes together, page cache not counted.
@@ -275,16 +322,18 @@ class Workload:
             stored, per_value = 2, (4 + averages) * 2 + (5 + 2) * 4
         # a compressed chunk is held whole: four are read, three written, and one of them is at its codec
         whole = 0 if store.codec == "none" else (7 + 2 * averages + 2) * values * stored
-        return WORKERS * (min(values, BLOCK_VALUES) * per_value + whole)
+        threads = WORKERS if self.config.compute.workers else update_threads(self.device)
+        return threads * (update_values(self.device, store.chunk_px) * per_value + whole)
 
     def _tiles_bytes(self, tile_px: int) -> dict[str, int]:
         """The passes over tiles: one tile that computes, and what belongs to those in flight."""
-        computes = self.device == "cpu"
+        if self.device != "cpu":
+            return dict.fromkeys(TILE_PHASES, max(stage.staged_bytes() for stage in self.stages))
         passes = [
             (
-                stage.forward_pass_bytes(stage.styles, tile_px, computes),
-                stage.forward_pass_bytes([stage.canvas], tile_px, computes),  # of the content, and of the canvas
-                stage.gradient_pass_bytes(tile_px, computes),
+                stage.forward_pass_bytes(stage.styles, tile_px),
+                stage.forward_pass_bytes([stage.canvas], tile_px),  # of the content, and of the canvas
+                stage.gradient_pass_bytes(tile_px),
             )
             for stage in self.stages
         ]

@@ -29,9 +29,11 @@ _BATCH = 256
 class Engine:
     """A pool of worker threads, and the flag that stops it between two tasks."""
 
-    def __init__(self, workers: int, stop: threading.Event | None = None):
+    def __init__(self, workers: int, stop: threading.Event | None = None, beside: int | None = None):
+        """`beside`: worker threads of what runs beside; as many if not given."""
         self.stop = stop or threading.Event()
         self._workers = workers
+        self._workers_beside = beside or workers
         self._pool = self._new_pool()
         self._side = ThreadPoolExecutor(1, thread_name_prefix="beside")
 
@@ -97,7 +99,7 @@ class Engine:
         return self._side.submit(self._run_beside, work)
 
     def _run_beside(self, work: Callable[[Engine], R]) -> R:
-        with Engine(self._workers, self.stop) as engine:
+        with Engine(self._workers_beside, self.stop) as engine:
             return work(engine)
 
     def raise_if_stopped(self) -> None:

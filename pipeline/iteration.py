@@ -153,7 +153,8 @@ class Iterations:
         if one_more and self.stage.model.style_layers and len(self.stage.tiles) > 1:
             self._finish_beside_next_gram(step, commit)
         else:
-            self._finish(step, commit, Written(), self.stage.engine)
+            # beside as well, though nothing else is done: there may be more threads
+            self.stage.engine.beside(partial(self._finish, step, commit, Written())).result()
 
     def _finish(
         self, step: _Step, commit: Callable[[IterationResult], bool], written: Written, engine: Engine
@@ -250,7 +251,8 @@ class Iterations:
         )
         checksums = {**step.checksums, "gradient": step.gradient.checksums}
         rounding = stage.config.seed, stage.plan.index, step.iteration
-        specs = update.update_specs(stage.stage_dir, step.iteration % 2, adam_step, checksums, rounding)
+        slot, device = step.iteration % 2, stage.network.device
+        specs = update.update_specs(stage.stage_dir, slot, adam_step, checksums, rounding, device)
         told = stage.counter("update pass", len(specs))
         results = engine.map(update.update_task, specs, told, lambda spec: written.add(spec.chunks))
         total = math.fsum(value for result in results for value in result.sums_abs_u)

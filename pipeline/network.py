@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline._yaml import shown
 from pipeline.errors import ConfigError, InputError
 from pipeline.layers import CONV_NAMES, Layer, needed_layers
+from pipeline.padding import PADDINGS, Cut, padded, unpadded
 from pipeline.tiling import Rect
 from pipeline.weights import NetworkSpec, WeightsSource, check_shapes, conv_key
 from pipeline.weights_file import PickleFile, check_zip, is_zip
@@ -39,15 +40,32 @@ class FeatureMap:
     region: Rect
 
 
+@dataclass
+class Step:
+    """One layer of a forward pass, with what the way back through it needs.
+
+    `shape`: of a convolution's padded input, or of all that a pooling could have taken. `source_1CHW`: what it took,
+    (rows, columns) `taken` of it; `indices`: where its maxima were.
+    """
+
+    found: FeatureMap
+    cut: Cut
+    shape: torch.Size
+    source_1CHW: Tensor | None = None
+    taken: tuple[slice, slice] = (slice(None), slice(None))
+    indices: Tensor | None = None
+
+
 class Network:
-    """Runs an image, or a tile cut from one, through the layers of the table."""
+    """Runs an image, or a tile cut from one, through the layers of the table, and a gradient back."""
 
     def __init__(self, state: Mapping[str, Tensor], *, padding: str, pooling: str, dtype: torch.dtype, device: str):
         """Take the convolutions of `state` (our names or torchvision's; see weights.conv_key)."""
         self._dtype = dtype
         self._device = torch.device(device)
-        self._pad = PADDINGS[padding]
-        self._pool = F.max_pool2d if pooling == "max" else F.avg_pool2d
+        self._padding, self._pooling = padding, pooling
+        # cuDNN's convolution with bias and ReLU in one kernel; AMD's library has it not, and nobody for float64
+        self._fused = self._device.type == "cuda" and torch.version.hip is None and dtype != torch.float64
         # pixels 0..255 do not fit the 8 bits of a bfloat16 mantissa: they are scaled before they are narrowed
         self._input = self._on_device(*_input_convolution(state), torch.promote_types(dtype, torch.float32))
         self._convs = {
@@ -55,13 +73,20 @@ class Network:
             for name in CONV_NAMES
             if (key := conv_key(name, set(state))) is not None
         }
+        self._turned = {name: _turned(weight) for name, (weight, _) in self._convs.items()} if self._fused else {}
 
     def _on_device(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         weight = weight.to(self._device, dtype, memory_format=torch.channels_last)
         return weight, bias.to(self._device, dtype)
 
     def features(
-        self, pixels_1CHW: Tensor, outer: Rect, size: tuple[int, int], names: set[str], required: Rect
+        self,
+        pixels_1CHW: Tensor,
+        outer: Rect,
+        size: tuple[int, int],
+        names: set[str],
+        required: Rect,
+        way: list[Step] | None = None,
     ) -> Iterator[FeatureMap]:
         """Yield the feature maps of the layers `names` of one tile, shallowest first.
 
@@ -69,6 +94,7 @@ class Network:
         float64 network, else float32.
         A side of `outer` on the border of the image is padded, any other is a cut and shrinks (see tiling.py).
         `required`: the pixels whose positions the caller needs; layers without a position there are left out.
+        `way`: gets every layer that was run, for `gradient`. Autograd serves where it is enabled, at its own price.
         """
         height, width = size
         cut = (outer.y0 > 0, outer.y1 < height, outer.x0 > 0, outer.x1 < width)
@@ -78,19 +104,30 @@ class Network:
             if required.positions(layer).area == 0:
                 return
             if layer.kind == "conv":
-                x, region = self._conv(layer, x, region, cut)
-                if layer.name in names:
-                    yield FeatureMap(layer, x, region)
+                step = self._conv(layer, x, region, cut)
             else:
-                x, region = self._pooled(x, region, cut)
+                step = self._pooled(layer, x, region, cut, way is not None)
+            x, region = step.found.features_1CHW, step.found.region
+            if way is not None:
+                way.append(step)
+            del step  # without a way back its input is not needed any more
+            if layer.name in names:
+                yield FeatureMap(layer, x, region)
 
-    def _conv(self, layer: Layer, x: Tensor, region: Rect, cut: tuple[bool, ...]) -> tuple[Tensor, Rect]:
+    def _conv(self, layer: Layer, x: Tensor, region: Rect, cut: Cut) -> Step:
         weight, bias = self._convs[layer.name]
         top, bottom, left, right = cut
-        x = F.relu_(F.conv2d(self._pad(x, cut), weight, bias))
-        return x, Rect(region.y0 + top, region.y1 - bottom, region.x0 + left, region.x1 - right)
+        by_autograd = torch.is_grad_enabled()
+        x = PADDINGS[self._padding](x, cut) if by_autograd else padded(x, cut, self._padding)
+        shape = x.shape
+        if self._fused and not by_autograd:
+            x = torch.cudnn_convolution_relu(x, weight, bias, [1, 1], [0, 0], [1, 1], 1)
+        else:
+            x = F.relu_(F.conv2d(x, weight, bias))
+        region = Rect(region.y0 + top, region.y1 - bottom, region.x0 + left, region.x1 - right)
+        return Step(FeatureMap(layer, x, region), cut, shape)
 
-    def _pooled(self, x: Tensor, region: Rect, cut: tuple[bool, ...]) -> tuple[Tensor, Rect]:
+    def _pooled(self, layer: Layer, x: Tensor, region: Rect, cut: Cut, both_ways: bool) -> Step:
         """Pool 2×2, after dropping what a cut left of a window that starts or ends outside the region."""
         top, bottom, left, right = cut
         whole = Rect(
@@ -100,7 +137,82 @@ class Network:
             region.x1 - (right and region.x1 % 2),
         )
         rows, columns = whole.within(region)
-        return self._pool(x[:, :, rows, columns], 2), Rect(*(edge // 2 for edge in whole))
+        source, indices = x[:, :, rows, columns], None
+        if self._pooling == "average":
+            pooled = F.avg_pool2d(source, 2)
+        elif both_ways:
+            pooled, indices = F.max_pool2d_with_indices(source, (2, 2))
+        else:
+            pooled = F.max_pool2d(source, 2)
+        found = FeatureMap(layer, pooled, Rect(*(edge // 2 for edge in whole)))
+        return Step(found, cut, x.shape, source, (rows, columns), indices)
+
+    def gradient(self, way: list[Step], seed: Callable[[FeatureMap], Tensor | None]) -> Tensor:
+        """The derivative of J by the pixels that `way` began with, (1, 3, H, W) as large as they were.
+
+        `seed` gives dJ/dφ of a layer where J looks at it directly, (1, C, H, W), or None. `way` is emptied: what is
+        passed is freed. It gives the same bits as autograd, in half its memory.
+        """
+        gradient: Tensor | None = None
+        not_padded: Cut = (True, True, True, True)
+        cut = not_padded  # of the layer that `gradient` comes from
+        while way:
+            step = way.pop()
+            own = seed(step.found) if step.source_1CHW is None else None
+            if gradient is not None:
+                gradient = unpadded(gradient, cut, self._padding, own)
+            elif own is None:
+                continue
+            else:
+                gradient = own
+            del own
+            gradient = self._back(step, gradient)
+            cut = step.cut if step.source_1CHW is None else not_padded
+        assert gradient is not None, "nothing that J looks at"
+        weight, _ = self._input
+        gradient = unpadded(gradient, cut, self._padding).to(weight.dtype)
+        return _back_through(gradient, gradient.shape, weight)
+
+    def _back(self, step: Step, gradient: Tensor) -> Tensor:
+        """From the gradient of a layer's output to that of its input, padding included."""
+        if step.source_1CHW is not None:
+            return self._back_through_pool(step, step.source_1CHW, gradient)
+        name, features = step.found.layer.name, step.found.features_1CHW
+        if gradient.is_contiguous(memory_format=torch.channels_last):
+            torch.ops.aten.threshold_backward.grad_input(gradient, features, 0, grad_input=gradient)
+        else:  # what was padded is a view
+            gradient = torch.ops.aten.threshold_backward(gradient, features, 0)
+        if name in self._turned:
+            turned: Tensor = F.conv2d(gradient, self._turned[name], padding=2)
+            return turned
+        return _back_through(gradient, step.shape, self._convs[name][0])
+
+    def _back_through_pool(self, step: Step, source: Tensor, gradient: Tensor) -> Tensor:
+        if step.indices is not None:
+            gradient = torch.ops.aten.max_pool2d_with_indices_backward(
+                gradient, source, [2, 2], [2, 2], [0, 0], [1, 1], False, step.indices
+            )
+        else:
+            gradient = torch.ops.aten.avg_pool2d_backward(gradient, source, [2, 2], [2, 2], [0, 0], False, True, None)
+        if gradient.shape == step.shape:
+            return gradient
+        whole = gradient.new_zeros(step.shape).contiguous(memory_format=torch.channels_last)
+        rows, columns = step.taken
+        whole[:, :, rows, columns] = gradient
+        return whole
+
+
+def _back_through(gradient: Tensor, shape: torch.Size, weight: Tensor) -> Tensor:
+    """The gradient of a convolution's input of this shape."""
+    like = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
+    arguments = (weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False])
+    found: Tensor = torch.ops.aten.convolution_backward(gradient, like, *arguments)[0]  # not a value of `like` is read
+    return found
+
+
+def _turned(weight: Tensor) -> Tensor:
+    """The kernel that convolves the gradient back: cuDNN's forward convolutions are faster than its backward ones."""
+    return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 def _input_convolution(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -110,41 +222,6 @@ def _input_convolution(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in (_IMAGENET_MEAN, _IMAGENET_STD))
     return torch.diag(1 / (255 * std))[:, :, None, None], -mean / std
 
-
-def _pad_zeros(x: Tensor, cut: tuple[bool, ...]) -> Tensor:
-    top, bottom, left, right = (int(not side) for side in cut)
-    return F.pad(x, (left, right, top, bottom))
-
-
-def _pad_copied(x: Tensor, cut: tuple[bool, ...], offset: int) -> Tensor:
-    """Pad with the row or column `offset` positions inside the border: 0 is replicate, 1 is reflect.
-
-    torch's own replicate and reflect padding have no deterministic backward on CUDA; concatenation has.
-    """
-    for axis, (first_cut, last_cut) in ((2, cut[:2]), (3, cut[2:])):
-        size = x.shape[axis]
-        parts = [
-            *([] if first_cut else [x.narrow(axis, offset, 1)]),
-            x,
-            *([] if last_cut else [x.narrow(axis, size - 1 - offset, 1)]),
-        ]
-        x = torch.cat(parts, axis) if len(parts) > 1 else x
-    return x
-
-
-def _pad_replicate(x: Tensor, cut: tuple[bool, ...]) -> Tensor:
-    return _pad_copied(x, cut, 0)
-
-
-def _pad_reflect(x: Tensor, cut: tuple[bool, ...]) -> Tensor:
-    return _pad_copied(x, cut, 1)
-
-
-PADDINGS: Mapping[str, Callable[[Tensor, tuple[bool, ...]], Tensor]] = {
-    "replicate": _pad_replicate,
-    "zeros": _pad_zeros,
-    "reflect": _pad_reflect,
-}
 
 _cache: dict[NetworkSpec, Network] = {}
 _cache_lock = threading.Lock()
@@ -157,9 +234,9 @@ def get_network(spec: NetworkSpec) -> Network:
     """
     if spec.threads:
         torch.set_num_threads(spec.threads)  # for this thread and those that follow, so on every call
+    _set_precision(spec)  # the process's, so on every call: it may have been another network's turn
     with _cache_lock:
         if spec not in _cache:
-            _set_precision(spec)
             state = random_state(spec.source) if spec.source.path is None else load_state(spec.source.path)
             _cache[spec] = Network(
                 state, padding=spec.padding, pooling=spec.pooling, dtype=_DTYPES[spec.dtype], device=spec.device
@@ -174,7 +251,8 @@ def _set_precision(spec: NetworkSpec) -> None:
         raise ConfigError(
             f"compute.dtype: tf32 needs a CUDA device of the Ampere generation or later, not {spec.device}."
         )
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = spec.dtype == "tf32"
+    torch.backends.cudnn.allow_tf32 = spec.dtype == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = False  # Grams are matrix products; seeds are 1×1 convolutions
     torch.backends.cudnn.deterministic = True
 
 

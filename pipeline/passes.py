@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import losses, timeline
+from pipeline import losses, staging, timeline
 from pipeline.arrays import content_features_name, layer_of
 from pipeline.checksums import ChunkSums
 from pipeline.colors import ColorMap
@@ -27,7 +27,7 @@ from pipeline.errors import ConfigError, DeviceMemoryError
 from pipeline.guidance import GuideMaps, read_guides
 from pipeline.layers import LAYER_BY_NAME, halo_px
 from pipeline.losses import Gram
-from pipeline.network import FeatureMap, get_network
+from pipeline.network import FeatureMap, Step, get_network
 from pipeline.regions import UNGUIDED, Guides
 from pipeline.store import StageArray, open_array
 from pipeline.tiling import Rect, Tile
@@ -42,15 +42,24 @@ _NO_MEMORY = re.compile(r"can't allocate memory|could not create a (primitive|me
 
 @contextmanager
 def _computing(spec: TileSpec) -> Iterator[None]:
-    """The device, for one tile alone. Raises DeviceMemoryError where its memory does not suffice."""
-    try:
+    """The device, for one tile alone, until it has done everything. Raises DeviceMemoryError."""
+    with _device_memory(spec):
         with timeline.span("wait"):
             _COMPUTE.acquire()
         try:
-            with timeline.span("compute", tile=spec.tile.index, array=spec.array):
+            with timeline.span("compute", tile=spec.tile.index, array=spec.array), torch.no_grad():
                 yield
+                if spec.network.on_gpu:
+                    torch.cuda.current_stream(spec.network.device).synchronize()
         finally:
             _COMPUTE.release()
+
+
+@contextmanager
+def _device_memory(spec: TileSpec) -> Iterator[None]:
+    """Raises DeviceMemoryError where the device has not the memory that the block wants."""
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
@@ -82,11 +91,16 @@ class TileSpec:
         """An array to read, which checks itself."""
         return open_array(self.stage_dir, name, self.checksums.get(name))
 
-    def read_outer(self, halo: int) -> tuple[NDArray[Any], Rect]:
-        """The tile's pixels with their halo, and the rectangle that they cover."""
+    def read_outer(self, halo: int) -> tuple[Tensor, Rect]:
+        """The tile's pixels with their halo, (1, 3, H, W) on the device, and the rectangle that they cover."""
         outer = self.tile.outer(halo)
-        with timeline.span("read", tile=self.tile.index, array=self.array):
-            return self.open(self.array).read_window(outer), outer
+        return self.load(self.array, outer), outer
+
+    def load(self, name: str, rect: Rect) -> Tensor:
+        """A rectangle of an array, (1, C, H, W) in at least float32 on the device. Raises DeviceMemoryError."""
+        dtype = torch.float64 if self.network.dtype == "float64" else torch.float32
+        with timeline.span("read", tile=self.tile.index, array=name), _device_memory(self):
+            return staging.load(self.open(name), rect, self.network.device, dtype)
 
     def read_guides(self, rect: Rect) -> NDArray[np.uint8] | None:
         """The guides of a rectangle of the canvas, None where there are none."""
@@ -121,14 +135,10 @@ class SeedSpec(TileSpec):
     content_factors: Mapping[str, float]
     tv_weight: float = field(default=0.0, kw_only=True)
 
-    def read_content(self, outer: Rect) -> dict[str, tuple[NDArray[Any], Rect]]:
+    def read_content(self, outer: Rect) -> dict[str, tuple[Tensor, Rect]]:
         """The content's features at every position of `outer`, per layer, and what positions these are."""
-        found = {}
-        for name in self.content_factors:
-            region = outer.positions(LAYER_BY_NAME[name])
-            with timeline.span("read", tile=self.tile.index, array=content_features_name(name)):
-                found[name] = self.open(content_features_name(name)).read_window(region), region
-        return found
+        regions = {name: outer.positions(LAYER_BY_NAME[name]) for name in self.content_factors}
+        return {name: (self.load(content_features_name(name), region), region) for name, region in regions.items()}
 
 
 @dataclass(frozen=True)
@@ -176,13 +186,13 @@ class WholeResult:
 
 def gram_task(spec: GramSpec) -> dict[str, Gram]:
     """gram_sum of every style key over the positions of the tile's inner rectangle (eqs. 14, 15)."""
-    pixels, outer = spec.read_outer(halo_px(spec.layers))
+    pixels_1CHW, outer = spec.read_outer(halo_px(spec.layers))
     guide_pixels = spec.read_guides(spec.tile.inner)
     sums: dict[str, Gram] = {}
-    with _computing(spec), torch.no_grad():
-        seen = _seen(spec, pixels)
-        maps = _guide_maps(spec, guide_pixels, spec.tile.inner, seen)
-        for found in _features(spec, seen, outer, set(spec.layers), spec.tile.inner):
+    with _computing(spec):
+        seen_1CHW = _seen(spec, pixels_1CHW)
+        maps = _guide_maps(spec, guide_pixels, spec.tile.inner, seen_1CHW)
+        for found in _features(spec, seen_1CHW, outer, set(spec.layers), spec.tile.inner):
             sums |= _gram_sums(spec, found, maps)
     return sums
 
@@ -204,19 +214,19 @@ def add_grams(total: dict[str, Gram], tile: dict[str, Gram]) -> dict[str, Gram]:
 
 def content_task(spec: ContentSpec) -> ContentResult:
     """Write the content's features over the inner rectangle."""
-    pixels, outer = spec.read_outer(halo_px(spec.layers))
+    pixels_1CHW, outer = spec.read_outer(halo_px(spec.layers))
+    with _computing(spec):
+        computed = {
+            found.layer.name: (found.layer, _inner_features(found, spec.tile).clone())
+            for found in _features(spec, pixels_1CHW, outer, set(spec.layers), spec.tile.inner)
+        }
     energies: dict[str, float] = {}
     sums: dict[str, ChunkSums] = {}
-    with _computing(spec), torch.no_grad():
-        computed = {
-            found.layer.name: (found.layer, _to_host(_inner_features(found, spec.tile)))
-            for found in _features(spec, _seen(spec, pixels), outer, set(spec.layers), spec.tile.inner)
-        }
-    for name, (layer, features_HWC) in computed.items():
+    for name, (layer, features_CHW) in computed.items():
         array = open_array(spec.stage_dir, content_features_name(name))
-        with timeline.span("write", tile=spec.tile.index, array=array.path.name):
-            sums[name] = array.write_window(spec.tile.inner.positions(layer), features_HWC.astype(array.value_dtype))
-        energies[name] = float(np.sum(np.square(features_HWC, dtype=np.float64)))
+        with timeline.span("write", tile=spec.tile.index, array=array.path.name), _device_memory(spec):
+            sums[name] = staging.save(array, spec.tile.inner.positions(layer), features_CHW)
+        energies[name] = losses.energy(features_CHW)
     return ContentResult(energies, sums)
 
 
@@ -227,117 +237,122 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
     """
     names = {*map(layer_of, spec.style_seeds_CC), *spec.content_factors}
     halo = halo_px(names)
-    pixels, outer = spec.read_outer(2 * halo)
-    content, guide_pixels = spec.read_content(outer), spec.read_guides(outer)
+    pixels_1CHW, outer = spec.read_outer(2 * halo)
+    guide_pixels = spec.read_guides(outer)
+    seeds = _Seeds(spec, dict(spec.style_seeds_CC), spec.read_content(outer))
     with _computing(spec):
-        canvas_1CHW = _seen(spec, pixels).requires_grad_()
+        seen_1CHW, way = _seen(spec, pixels_1CHW), list[Step]()
         needed = spec.tile.inner.grown(halo, spec.tile.height, spec.tile.width)
-        found = list(_features(spec, canvas_1CHW, outer, names, needed))
-        maps = _guide_maps(spec, guide_pixels, outer, canvas_1CHW)
-        seeds, squares = _seeds(spec, found, spec.style_seeds_CC, content, maps)
-        gradient_HWC, roughness = _gradient(spec, canvas_1CHW, outer, found, seeds)
-    return _written(spec, gradient_HWC, squares, roughness)
+        seeds.maps = _guide_maps(spec, guide_pixels, outer, seen_1CHW)
+        for _ in _features(spec, seen_1CHW, outer, names, needed, way):
+            pass
+        gradient_CHW, roughness = _gradient(spec, seen_1CHW, outer, way, seeds)
+    return _written(spec, gradient_CHW, seeds, roughness)
 
 
 def whole_task(spec: WholeSpec) -> WholeResult:
     """Gram and gradient pass of a canvas that is one tile, by one forward. Raises ConfigError like gradient_task."""
-    pixels, outer = spec.read_outer(0)
-    content, guide_pixels = spec.read_content(outer), spec.read_guides(outer)
+    pixels_1CHW, outer = spec.read_outer(0)
+    guide_pixels = spec.read_guides(outer)
+    seeds = _Seeds(spec, {}, spec.read_content(outer))
     names = {*map(layer_of, spec.style_targets), *spec.content_factors}
+    terms: dict[str, losses.StyleTerm] = {}
     with _computing(spec):
-        canvas_1CHW = _seen(spec, pixels).requires_grad_()
-        found = list(_features(spec, canvas_1CHW, outer, names, outer))
-        maps = _guide_maps(spec, guide_pixels, outer, canvas_1CHW)
-        terms: dict[str, losses.StyleTerm] = {}
-        for one in found:
-            if any(key in spec.style_targets for key in spec.guides.keys(one.layer.name)):
-                sums = _gram_sums(spec, one, maps)
+        seen_1CHW, way = _seen(spec, pixels_1CHW), list[Step]()
+        seeds.maps = _guide_maps(spec, guide_pixels, outer, seen_1CHW)
+        for found in _features(spec, seen_1CHW, outer, names, outer, way):
+            if any(key in spec.style_targets for key in spec.guides.keys(found.layer.name)):
+                sums = _gram_sums(spec, found, seeds.maps)
                 terms |= {key: spec.style_targets[key].term(sums[key]) for key in sums if key in spec.style_targets}
-        seeds, squares = _seeds(spec, found, {key: term.seed_CC for key, term in terms.items()}, content, maps)
-        gradient_HWC, roughness = _gradient(spec, canvas_1CHW, outer, found, seeds)
-    return WholeResult(terms, _written(spec, gradient_HWC, squares, roughness))
+        seeds.style_CC |= {key: term.seed_CC for key, term in terms.items()}
+        gradient_CHW, roughness = _gradient(spec, seen_1CHW, outer, way, seeds)
+    return WholeResult(terms, _written(spec, gradient_CHW, seeds, roughness))
 
 
-def _seeds(
-    spec: SeedSpec,
-    found: list[FeatureMap],
-    style_seeds_CC: Mapping[str, Gram],
-    content: Mapping[str, tuple[NDArray[Any], Rect]],
-    maps: GuideMaps | None,
-) -> tuple[list[Tensor], dict[str, float]]:
-    """(dJ/dφ of every layer on all its positions, Σ(φ(p) − φ(o))² over the inner ones per content layer)."""
-    seeds: list[Tensor] = []
-    squares: dict[str, float] = {}
-    for one in found:
-        name, features_1CHW = one.layer.name, one.features_1CHW.detach()
-        seed = _style_seed(spec, one, style_seeds_CC, maps)
-        if name in content:
-            features_HWC, region = content[name]
-            target = _to_device(features_HWC[one.region.within(region)], spec.network)
-            # subtract in the precision of the store: bfloat16 would lose what is left of nearly equal numbers
-            difference = features_1CHW - target
-            weight_1HW = None if maps is None else maps.content_weight(one.layer, one.region)
-            rows, columns = spec.tile.inner.positions(one.layer).within(one.region)
-            squares_CHW = difference[0, :, rows, columns].double().square()
-            if weight_1HW is not None:
-                squares_CHW *= weight_1HW[:, rows, columns]
-                difference *= weight_1HW
-            squares[name] = float(squares_CHW.sum())
-            kept = (spec.content_factors[name] * difference).to(features_1CHW)
-            seed = kept if seed is None else seed + kept
-        assert seed is not None, name
-        seeds.append(seed)
-    return seeds, squares
+@dataclass
+class _Seeds:
+    """dJ/dφ of a tile, layer by layer on all positions. Each layer is asked for once, and its content freed then.
+
+    `maps`: of the guides, None without. `squares`: of the content layers asked for so far, Σ(φ(p) − φ(o))² over the
+    inner positions.
+    """
+
+    spec: SeedSpec
+    style_CC: dict[str, Gram]
+    content: dict[str, tuple[Tensor, Rect]]
+    maps: GuideMaps | None = None
+    squares: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, found: FeatureMap) -> Tensor | None:
+        """Like the features; None where J does not look."""
+        name, features_1CHW = found.layer.name, found.features_1CHW
+        style = self._style(found)
+        if name not in self.content:
+            return style
+        target_1CHW, region = self.content.pop(name)
+        rows, columns = found.region.within(region)
+        # subtract in the precision of the store: bfloat16 would lose what is left of nearly equal numbers
+        difference = features_1CHW - target_1CHW[:, :, rows, columns]
+        weight_1HW = None if self.maps is None else self.maps.content_weight(found.layer, found.region)
+        rows, columns = self.spec.tile.inner.positions(found.layer).within(found.region)
+        inner_weight_1HW = None if weight_1HW is None else weight_1HW[:, rows, columns]
+        self.squares[name] = losses.squares(difference[0, :, rows, columns], inner_weight_1HW)
+        if weight_1HW is not None:
+            difference *= weight_1HW
+        content = (self.spec.content_factors[name] * difference).to(features_1CHW)
+        return content if style is None else style + content
+
+    def _style(self, found: FeatureMap) -> Tensor | None:
+        """d(N·w_s·Ls)/dφ on all positions of a layer, summed over the regions; None where no style looks at it."""
+        features_1CHW, guides, total = found.features_1CHW, self.spec.guides, None
+        guided = self.maps if guides.regions > 0 else None
+        shares_RHW = None if guided is None else guided.shares(found.layer, found.region).to(features_1CHW)
+        for region, key in enumerate(guides.keys(found.layer.name)):
+            if key in self.style_CC:
+                seed_1CHW = losses.style_seed(features_1CHW, self.style_CC[key])
+                if shares_RHW is not None:
+                    seed_1CHW *= shares_RHW[region]
+                total = seed_1CHW if total is None else total.add_(seed_1CHW)
+        return total
 
 
-def _style_seed(spec: SeedSpec, one: FeatureMap, seeds_CC: Mapping[str, Gram], maps: GuideMaps | None) -> Tensor | None:
-    """d(N·w_s·Ls)/dφ on all positions of a layer, summed over the regions; None where no style looks at it."""
-    features_1CHW, total = one.features_1CHW.detach(), None
-    guided = maps is not None and spec.guides.regions > 0
-    shares_RHW = maps.shares(one.layer, one.region).to(features_1CHW) if maps is not None and guided else None
-    for region, key in enumerate(spec.guides.keys(one.layer.name)):
-        if key in seeds_CC:
-            matrix_CC = torch.from_numpy(seeds_CC[key]).to(features_1CHW)
-            seed_1CHW = torch.einsum("cd,bdhw->bchw", matrix_CC, features_1CHW)
-            if shares_RHW is not None:
-                seed_1CHW *= shares_RHW[region]
-            total = seed_1CHW if total is None else total.add_(seed_1CHW)
-    return total
-
-
-def _gradient(
-    spec: SeedSpec, canvas_1CHW: Tensor, outer: Rect, found: list[FeatureMap], seeds: list[Tensor]
-) -> tuple[NDArray[Any], float]:
-    """(the gradient of the inner rectangle, its share of 3N·Ltv)."""
-    (gradient_1CHW,) = torch.autograd.grad([one.features_1CHW for one in found], canvas_1CHW, seeds)
+def _gradient(spec: SeedSpec, seen_1CHW: Tensor, outer: Rect, way: list[Step], seeds: _Seeds) -> tuple[Tensor, float]:
+    """(the gradient of the inner rectangle, (3, H, W), its share of 3N·Ltv)."""
+    gradient_1CHW = get_network(spec.network).gradient(way, seeds.of)
     rows, columns = spec.tile.inner.within(outer)
     gradient_CHW, roughness = gradient_1CHW[0, :, rows, columns], 0.0
     if spec.tv_weight:
-        roughness, smoothing_CHW = variation(canvas_1CHW.detach(), outer.y0, outer.x0, spec.tile)
+        roughness, smoothing_CHW = variation(seen_1CHW, outer.y0, outer.x0, spec.tile)
         gradient_CHW = gradient_CHW + spec.tv_weight * smoothing_CHW
     if spec.color is not None:
         gradient_CHW = gradient_CHW.sum(0, keepdim=True).expand(3, -1, -1)
-    return _to_host(gradient_CHW), roughness
+    return gradient_CHW, roughness
 
 
-def _written(spec: TileSpec, gradient_HWC: NDArray[Any], squares: dict[str, float], roughness: float) -> GradientResult:
+def _written(spec: TileSpec, gradient_CHW: Tensor, seeds: _Seeds, roughness: float) -> GradientResult:
     gradient = open_array(spec.stage_dir, "gradient")
-    max_abs = gradient.kept(float(np.abs(gradient_HWC).max()))  # rounding keeps the order: the largest stays it
+    # rounding keeps the order: the largest stays it
+    max_abs = gradient.kept(float(torch.linalg.vector_norm(gradient_CHW, float("inf"))))
     if not np.isfinite(max_abs):
         raise ConfigError(
             f"the gradient of tile {spec.tile.index} of {spec.stage_dir.name} is not finite: compute.dtype "
             f"{spec.network.dtype} overflows with these weights and losses. Use float32 or smaller weights."
         )
-    with timeline.span("write", tile=spec.tile.index, array="gradient"):
-        sums = gradient.write_window(spec.tile.inner, gradient_HWC)
-    return GradientResult(squares, max_abs, sums, roughness)
+    with timeline.span("write", tile=spec.tile.index, array="gradient"), _device_memory(spec):
+        sums = staging.save(gradient, spec.tile.inner, gradient_CHW)
+    return GradientResult({name: float(value) for name, value in seeds.squares.items()}, max_abs, sums, roughness)
 
 
 def _features(
-    spec: TileSpec, pixels_1CHW: Tensor, outer: Rect, layers: set[str], required: Rect
+    spec: TileSpec,
+    pixels_1CHW: Tensor,
+    outer: Rect,
+    layers: set[str],
+    required: Rect,
+    way: list[Step] | None = None,
 ) -> Iterator[FeatureMap]:
     size = (spec.tile.height, spec.tile.width)
-    return get_network(spec.network).features(pixels_1CHW, outer, size, layers, required)
+    return get_network(spec.network).features(pixels_1CHW, outer, size, layers, required, way)
 
 
 def _inner_features(found: FeatureMap, tile: Tile) -> Tensor:
@@ -350,9 +365,9 @@ def _guide_maps(spec: TileSpec, pixels_HWK: NDArray[np.uint8] | None, rect: Rect
     return None if pixels_HWK is None else GuideMaps(spec.guides, pixels_HWK, rect, like)
 
 
-def _seen(spec: TileSpec, pixels_HWC: NDArray[Any]) -> Tensor:
-    """(1, C, H, W): the pixels on the device, as the network sees them."""
-    pixels_1CHW, color = _to_device(pixels_HWC, spec.network), spec.color
+def _seen(spec: TileSpec, pixels_1CHW: Tensor) -> Tensor:
+    """The pixels as the network sees them."""
+    color = spec.color
     if color is None:
         return pixels_1CHW
     # no convolution: its kernels, and tf32, would round otherwise from tile to tile
@@ -361,19 +376,6 @@ def _seen(spec: TileSpec, pixels_HWC: NDArray[Any]) -> Tensor:
     for index, column_1C11 in enumerate(columns_C1C11):
         mapped_1CHW = mapped_1CHW + column_1C11 * pixels_1CHW[:, index : index + 1]
     return mapped_1CHW.clamp_(0, 255) if color.clip else mapped_1CHW
-
-
-def _to_device(array_HWC: NDArray[Any], network: NetworkSpec) -> Tensor:
-    """(1, C, H, W) in at least float32 on the network's device; the store's layout is channels-last already."""
-    dtype = torch.float64 if network.dtype == "float64" else torch.float32
-    return torch.from_numpy(array_HWC).to(network.device, dtype).permute(2, 0, 1)[None]
-
-
-def _to_host(tensor_CHW: Tensor) -> NDArray[Any]:
-    """(H, W, C) contiguous numpy, float32 or float64."""
-    if tensor_CHW.dtype == torch.bfloat16:
-        tensor_CHW = tensor_CHW.float()
-    return np.ascontiguousarray(tensor_CHW.permute(1, 2, 0).cpu().numpy())
 
 
 def initial_gray(_seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:

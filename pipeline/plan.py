@@ -320,7 +320,9 @@ def _choose_tile(work: Workload, device_memory_bytes: int) -> int:
     chunk_px, limit = work.config.store.chunk_px, work.config.memory.limit_bytes
     largest = ceil_to(min(max(max(canvas) for canvas in work.canvases), MAX_AUTO_TILE_PX), chunk_px)
     asked = work.config.compute.tile_px
-    candidates = range(largest, 0, -chunk_px) if asked == "auto" else [int(asked)]
+    candidates = list(range(largest, 0, -chunk_px)) if asked == "auto" else [int(asked)]
+    if work.device != "cpu":
+        candidates = [tile_px for tile_px in candidates if work.has_gpu_sizes(tile_px)] or candidates[-1:]
     host, on_device = {"tiles": 0}, 0
     for tile_px in candidates:
         host = work.host_bytes(tile_px)

@@ -16,8 +16,8 @@ from pipeline import integrity, store, transfer
 from pipeline.allocator import return_freed_memory
 from pipeline.arrays import kept_files
 from pipeline.config import Config
-from pipeline.cost import WORKERS, model_of
-from pipeline.device import Device, resolve_device
+from pipeline.cost import WORKERS, model_of, update_threads
+from pipeline.device import Device, bounded, resolve_device
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DeviceMemoryError, storage
 from pipeline.journal import Journal, Position, Record, RunLock, standing
@@ -53,7 +53,8 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
         if not begun:  # after all that may be refused: then nothing was made
             lock = held.enter_context(_locked(config.work_dir))
         # inside the lock: its tasks have ended before another run may begin
-        engine = held.enter_context(_engine(config, lock, sink, stop))
+        held.enter_context(bounded(device, planned.device_bytes))
+        engine = held.enter_context(_engine(config, device, lock, sink, stop))
         refuse_links(config.work_dir)
         check = engine.raise_if_stopped
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, check)
@@ -71,10 +72,10 @@ def _locked(work_dir: Path) -> RunLock:
     return RunLock(work_dir)
 
 
-def _engine(config: Config, lock: RunLock, sink: Sink, stop: threading.Event | None) -> Engine:
+def _engine(config: Config, device: Device, lock: RunLock, sink: Sink, stop: threading.Event | None) -> Engine:
     """The threads of this process, or worker processes."""
     if config.compute.workers == 0:
-        return Engine(WORKERS, stop)
+        return Engine(WORKERS, stop, update_threads(device.name))
     from pipeline.engine_processes import ProcessEngine  # noqa: PLC0415 - brings distributed, for this case only
 
     return ProcessEngine(config.compute.workers, WORKERS, stop, lock.descriptor, lambda message: sink(Note(message)))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -92,19 +92,31 @@ class StageArray:
         """
         out = np.empty((rect.height, rect.width, self.shape[2]), self.value_dtype)
         scratch = np.empty(self.chunk_shape, self.dtype)
-        for cy, cx, part in chunks_of(rect, self.chunk_px):
-            chunk = Rect(cy * self.chunk_px, (cy + 1) * self.chunk_px, cx * self.chunk_px, (cx + 1) * self.chunk_px)
-            rows, columns = part.within(chunk)
-            if self.raw and 2 * part.width <= self.chunk_px and columns != self.valid_part(cy, cx)[1]:
-                stored = self._read_strip(cy, cx, rows, columns)
-            else:
-                stored = self._read_rows(cy, cx, rows, scratch)[:, columns]
+        for part, rows, columns in self.read_parts(rect, lambda: scratch):
+            stored = rows[:, columns]
             out[part.within(rect)] = self.encoding.decoded(stored) if self.encoding else stored
         return out
 
-    def _read_strip(self, cy: int, cx: int, rows: slice, columns: slice) -> NDArray[Any]:
-        """Some columns of a chunk, row by row."""
-        out = np.empty((rows.stop - rows.start, columns.stop - columns.start, self.shape[2]), self.dtype)
+    def read_parts(
+        self, rect: Rect, scratch: Callable[[], NDArray[Any]], strips: bool = True
+    ) -> Iterator[tuple[Rect, NDArray[Any], slice]]:
+        """What of each chunk lies in the rectangle: where, rows of the chunk as stored, and the columns of them.
+
+        The rows are a part of what `scratch` gives, which is called before each chunk. `strips`: of a narrow part read
+        its columns alone, row by row: the fewest bytes, by many calls. Raises ChunkError, StorageError.
+        """
+        for cy, cx, part in chunks_of(rect, self.chunk_px):
+            chunk = Rect(cy * self.chunk_px, (cy + 1) * self.chunk_px, cx * self.chunk_px, (cx + 1) * self.chunk_px)
+            rows, columns = part.within(chunk)
+            if strips and self.raw and 2 * part.width <= self.chunk_px and columns != self.valid_part(cy, cx)[1]:
+                yield part, self._read_strip(cy, cx, rows, columns, scratch()), slice(None)
+            else:
+                yield part, self._read_rows(cy, cx, rows, scratch()), columns
+
+    def _read_strip(self, cy: int, cx: int, rows: slice, columns: slice, scratch: NDArray[Any]) -> NDArray[Any]:
+        """Some columns of a chunk, row by row, as a part of `scratch`."""
+        shape = rows.stop - rows.start, columns.stop - columns.start, self.shape[2]
+        out = scratch.reshape(-1)[: int(np.prod(shape))].reshape(shape)
         path, position_bytes = self.chunk_path(cy, cx), self.shape[2] * self.dtype.itemsize
         row_bytes, start = self.chunk_px * position_bytes, columns.start * position_bytes
         offsets = [y * row_bytes + start for y in range(rows.start, rows.stop)]

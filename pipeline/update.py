@@ -22,7 +22,7 @@ from pipeline import adam, timeline
 from pipeline.arrays import GRADIENT, slot_names
 from pipeline.checksums import ChunkSums
 from pipeline.chunk_stream import ChunkReader, ChunkWriter
-from pipeline.cost import BLOCK_VALUES
+from pipeline.cost import update_values
 from pipeline.formats import BFLOAT16, FIXED16, RoundingBytes
 from pipeline.store import StageArray, open_array
 
@@ -36,7 +36,7 @@ class UpdateSpec:
     """One Adam step of a few chunks, from slot `slot` into the other.
 
     `checksums`: of all arrays that are read. `rounding`: (seed, stage, iteration), which decide how a compact state is
-    rounded.
+    rounded. `block_values`: how many of a chunk's values are in hand at a time.
     """
 
     stage_dir: Path
@@ -45,6 +45,7 @@ class UpdateSpec:
     step: adam.AdamStep
     checksums: Mapping[str, str]
     rounding: tuple[int, int, int]
+    block_values: int
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,20 @@ class UpdateResult:
 
 
 def update_specs(
-    stage_dir: Path, slot: int, step: adam.AdamStep, checksums: Mapping[str, str], rounding: tuple[int, int, int]
+    stage_dir: Path,
+    slot: int,
+    step: adam.AdamStep,
+    checksums: Mapping[str, str],
+    rounding: tuple[int, int, int],
+    device: str = "cpu",
 ) -> list[UpdateSpec]:
-    """The tasks of one update pass, row by row over the canvas."""
-    indices = open_array(stage_dir, GRADIENT).chunk_indices()
+    """The tasks of one update pass, row by row over the canvas, in a run that computes on `device`."""
+    array = open_array(stage_dir, GRADIENT)
+    indices, values = array.chunk_indices(), update_values(device, array.chunk_px)
+    each = CHUNKS_PER_TASK if device == "cpu" else CHUNKS_PER_TASK // 4  # there are more threads to keep busy
     return [
-        UpdateSpec(stage_dir, tuple(indices[first : first + CHUNKS_PER_TASK]), slot, step, checksums, rounding)
-        for first in range(0, len(indices), CHUNKS_PER_TASK)
+        UpdateSpec(stage_dir, tuple(indices[first : first + each]), slot, step, checksums, rounding, values)
+        for first in range(0, len(indices), each)
     ]
 
 
@@ -84,7 +92,9 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
             readers = [opened.enter_context(ChunkReader(source, chunk)) for source in sources]
             writers = [opened.enter_context(ChunkWriter(target, chunk)) for target in targets]
             random = RoundingBytes(*spec.rounding, chunk) if sources[0].encoding else None
-            total, most = _update_chunk(readers, writers, sources, chunk, partial(_update_block, spec.step, random))
+            blocks = _blocks(sources, spec.block_values)
+            update_block = partial(_update_block, spec.step, random)
+            total, most = _update_chunk(readers, writers, blocks, sources[0].valid_part(*chunk), chunk, update_block)
         for target, writer in zip(targets, writers, strict=True):
             written[target.path.name][chunk] = writer.checksum
         sums.append(total)
@@ -95,14 +105,15 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
 def _update_chunk(
     readers: Sequence[ChunkReader],
     writers: Sequence[ChunkWriter],
-    sources: Sequence[StageArray],
+    blocks: Iterator[tuple[int, list[Array]]],
+    inner: tuple[slice, slice],
     chunk: tuple[int, int],
     update_block: Callable[[Sequence[Array]], Array],
 ) -> tuple[float, float]:
-    """(Σ|u|, max|u|) of the chunk's pixels; its padding is nobody's."""
-    rows, columns = sources[0].valid_part(*chunk)
+    """(Σ|u|, max|u|) of the chunk's pixels, `inner`; its padding is nobody's."""
+    rows, columns = inner
     total = largest = 0.0
-    for y0, stored in _blocks(sources):
+    for y0, stored in blocks:
         with timeline.span("read", chunk=chunk):
             for reader, data in zip(readers, stored, strict=True):
                 reader.read(data)
@@ -117,10 +128,10 @@ def _update_chunk(
     return total, largest
 
 
-def _blocks(sources: Sequence[StageArray]) -> Iterator[tuple[int, list[Array]]]:
+def _blocks(sources: Sequence[StageArray], values: int) -> Iterator[tuple[int, list[Array]]]:
     """The first row of every block of a chunk, and where gradient, canvas, m, v and average of it are kept."""
     chunk_rows, columns, channels = sources[0].chunk_shape
-    rows = min(chunk_rows, max(1, BLOCK_VALUES // (columns * channels)))
+    rows = min(chunk_rows, max(1, values // (columns * channels)))
     kept = [
         _BUFFERS.array(source.path.name.split("_")[0], (rows, columns, channels), source.dtype) for source in sources
     ]

@@ -59,6 +59,11 @@ class NetworkSpec:
     device: str
     threads: int = 0
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device has memory and streams of its own."""
+        return self.device != "cpu"
+
 
 def find_weights(
     name: str, path: Path | None, seed: int, sink: Sink = ignore, check: Callable[[], None] = lambda: None

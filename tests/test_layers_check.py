@@ -55,6 +55,7 @@ HEIGHT = {
     "images": 5,
     "image_export": 5,
     "streams": 3,
+    "padding": 1,
     "network": 5,
     "engine": 5,
     "worker": 2,
@@ -64,6 +65,7 @@ HEIGHT = {
     "integrity": 6,
     "transfer": 7,
     "colors": 6,
+    "staging": 6,
     "passes": 7,
     "update": 7,
     "variation": 2,
@@ -101,12 +103,12 @@ ONLY = {
     # report: doctor's line with libvips' version
     "pyvips": {"image_header", "images", "image_export", "contact_sheet", "streams", "report"},
     "safetensors": {"network"},
-    "torch": {"network", "losses", "passes", "guidance", "variation", "device", "weights"},
+    "torch": {"network", "padding", "losses", "passes", "staging", "guidance", "variation", "device", "weights"},
     "click": {"cli"},
     "rich": {"sinks", "report"},
     "yaml": {"_yaml", "config"},
 }
-TORCH_AT_THE_TOP = {"network", "losses", "passes", "guidance", "variation"}  # all others start without it
+TORCH_AT_THE_TOP = {"network", "padding", "losses", "passes", "staging", "guidance", "variation"}  # all others start without it
 FILES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.layers import LAYER_BY_NAME
-from pipeline.network import Network, get_network, load_state, random_state
+from pipeline.network import Network, Step, get_network, load_state, random_state
 from pipeline.tiling import Rect, grid
 from pipeline.weights import RANDOM_WIDTHS, NetworkSpec, WeightsSource, check_shapes, find_weights, read_widths
 
@@ -144,6 +144,29 @@ def test_features_of_a_tile_are_cut_from_those_of_the_image(data):
         assert (inner - cut).abs().max() <= 1e-12 * wanted.abs().max()
         return
     assert positions.area == 0
+
+
+@pytest.mark.parametrize("padding", ["replicate", "zeros", "reflect"])
+@pytest.mark.parametrize("pooling", ["max", "average"])
+@pytest.mark.parametrize(
+    ("outer", "size"),
+    [(Rect(0, 61, 0, 70), (61, 70)), (Rect(0, 176, 48, 160), (400, 160)), (Rect(160, 352, 0, 176), (700, 700))],
+)
+def test_the_written_way_back_gives_the_bits_of_autograd(padding, pooling, outer, size):
+    """Runs begun when autograd went the way back go on, and end with the bytes they would have had."""
+    network = Network(reference.narrow_state(), padding=padding, pooling=pooling, dtype=torch.float32, device="cpu")
+    pixels = noise(outer.height, outer.width, torch.float32).permute(2, 0, 1)[None]
+    names = {"conv1_1", "conv2_1", "conv4_1", "conv4_2", "conv5_1"}
+    canvas = pixels.clone().requires_grad_()
+    maps = {each.layer.name: each.features_1CHW for each in network.features(canvas, outer, size, names, outer)}
+    seeds = {name: torch.randn_like(features) for name, features in maps.items()}
+    (wanted,) = torch.autograd.grad(list(maps.values()), canvas, list(seeds.values()))
+    with torch.no_grad():
+        way: list[Step] = []
+        for each in network.features(pixels, outer, size, names, outer, way):
+            assert torch.equal(each.features_1CHW, maps[each.layer.name])
+        found = network.gradient(way, lambda each: seeds.get(each.layer.name))
+    assert torch.equal(found, wanted) and not way
 
 
 def test_layers_deeper_than_asked_for_are_not_run():

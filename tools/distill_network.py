@@ -32,7 +32,8 @@ from training_images import list_images
 
 from pipeline.errors import PipelineError
 from pipeline.layers import ALIGN_PX, CONV_NAMES, min_side_px
-from pipeline.network import PADDINGS, load_state
+from pipeline.network import load_state
+from pipeline.padding import PADDINGS
 from pipeline.weights import sha256_of
 
 CHECKPOINT_EVERY_S = 60

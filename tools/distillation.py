@@ -22,7 +22,8 @@ from torch import Tensor
 from training_images import make_batch, read_image, to_batch
 
 from pipeline.layers import CONV_NAMES, LAYER_BY_NAME
-from pipeline.network import PADDINGS, Network
+from pipeline.network import Network
+from pipeline.padding import PADDINGS
 from pipeline.tiling import Rect
 from pipeline.weights import conv_key
 

@@ -1,0 +1,141 @@
+"""Renders for the benchmarks: pictures made up for them, VGG-19-sized random weights, and what a run took.
+
+Random weights see no picture in a picture: time and memory are those of VGG-19, losses and early stops are not.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyvips
+import torch
+import yaml
+from safetensors.torch import save_file
+
+import pipeline
+from pipeline.layers import VGG19_WIDTHS
+from pipeline.network import random_state
+from pipeline.progress import Event, IterationDone, Note, StageDone, StageStarted
+from pipeline.weights import WeightsSource
+
+
+def synchronised(device: str) -> float:
+    """The time, once the device has done what it was asked for."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures are of."""
+    name = "none" if device == "cpu" else torch.cuda.get_device_name(device)
+    return {
+        "gpu": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def make_picture(path: Path, height: int, width: int, seed: int) -> Path:
+    """Noise of every scale, as pictures have it: a smooth one for the eye, and grain."""
+    rng = np.random.default_rng(seed)
+    picture = pyvips.Image.black(width, height, bands=3)
+    for side in (4, 16, 64, 256):
+        noise = pyvips.Image.new_from_array(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        picture = picture + noise.resize(width / side, vscale=height / side, kernel="cubic") / 4
+    picture.cast("uchar").copy(interpretation="srgb").write_to_file(str(path))
+    return path
+
+
+def make_weights(path: Path, divisor: int = 1) -> Path:
+    """VGG-19-shaped random weights, as wide as VGG-19 or a part of it."""
+    widths = {name: width // divisor for name, width in VGG19_WIDTHS.items()}
+    save_file(random_state(WeightsSource(None, 0, widths, "random")), path)
+    return path
+
+
+@dataclass
+class Taken:
+    """What a run took. `stages`: (height, width), tiles, seconds, and `busy` of the iterations, seconds by kind."""
+
+    name: str
+    seconds: float = 0.0
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    planned: dict[str, int] = field(default_factory=dict)
+    device_bytes: int = 0
+    reserved_bytes: int = 0
+    host_bytes: int = 0
+    exported_s: float = 0.0
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last stage."""
+        return self.stages[-1]
+
+    def per_iteration(self, kind: str) -> float:
+        """Median seconds of `kind` (busy, or `wall`) in the last stage; its first iteration warms up."""
+        values = [busy.get(kind, 0.0) for busy in self.last["busy"]]
+        return float(np.median(values[1:] or values))
+
+
+class Watch:
+    """The sink of a run that is measured."""
+
+    def __init__(self, taken: Taken) -> None:
+        self._taken, self._since = taken, time.perf_counter()
+
+    def __call__(self, event: Event) -> None:
+        now = time.perf_counter()
+        if isinstance(event, StageStarted):
+            size = (event.height_px, event.width_px)
+            self._taken.stages.append({"size": size, "tiles": event.tiles, "busy": [], "objective": [], "started": now})
+        elif isinstance(event, IterationDone):
+            self._taken.last["busy"].append(dict(event.busy))
+            self._taken.last["objective"].append(event.objective)
+        elif isinstance(event, StageDone):
+            self._taken.last["seconds"] = now - self._taken.last.pop("started")
+            self._taken.exported_s = now
+        elif isinstance(event, Note):
+            self._taken.notes.append(str(event.message))
+
+
+def render(folder: Path, name: str, config: dict[str, Any]) -> Taken:
+    """Run `config` (without output) in `folder`, and clear away what it made."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**config, "output": f"{name}.tif", "work_dir": f"{name}.run"}), encoding="utf-8")
+    loaded = pipeline.load_config(path)
+    planned = pipeline.plan(loaded)
+    on_gpu = planned.device != "cpu"
+    taken = Taken(name, planned={"device": planned.device_bytes, "host": planned.projected_mem_bytes})
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    try:
+        pipeline.run(loaded, sink=Watch(taken))
+    finally:
+        for left in (folder / f"{name}.run", folder / f"{name}.tif"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    taken.seconds = time.perf_counter() - start
+    taken.exported_s = start + taken.seconds - taken.exported_s
+    taken.host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if on_gpu:
+        taken.device_bytes, taken.reserved_bytes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    flops = [stage.flop_per_iteration for stage in planned.stages]
+    for stage, flop in zip(taken.stages, flops, strict=True):
+        stage["flop"] = flop
+    return taken
