@@ -108,7 +108,15 @@ ONLY = {
     "rich": {"sinks", "report"},
     "yaml": {"_yaml", "config"},
 }
-TORCH_AT_THE_TOP = {"network", "padding", "losses", "passes", "staging", "guidance", "variation"}  # all others start without it
+TORCH_AT_THE_TOP = {
+    "network",
+    "padding",
+    "losses",
+    "passes",
+    "staging",
+    "guidance",
+    "variation",
+}  # all others start without it
 FILES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 
