@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.config import Config
+from pipeline.device import STAGING_THREADS
 from pipeline.errors import InputError
 from pipeline.layers import LAYER_BY_NAME, Layer, halo_px, needed_layers
 from pipeline.regions import UNGUIDED, Guides, guides_of

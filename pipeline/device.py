@@ -13,6 +13,9 @@ import psutil
 from pipeline._fields import MAX_THREADS
 from pipeline.errors import ConfigError
 
+# Threads that move chunks between the store and a GPU, for all tiles in flight together.
+STAGING_THREADS = 6
+
 
 @dataclass(frozen=True)
 class Device:

@@ -218,7 +218,7 @@ def content_task(spec: ContentSpec) -> ContentResult:
     with _computing(spec):
         computed = {
             found.layer.name: (found.layer, _inner_features(found, spec.tile).clone())
-            for found in _features(spec, pixels_1CHW, outer, set(spec.layers), spec.tile.inner)
+            for found in _features(spec, _seen(spec, pixels_1CHW), outer, set(spec.layers), spec.tile.inner)
         }
     energies: dict[str, float] = {}
     sums: dict[str, ChunkSums] = {}

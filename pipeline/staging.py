@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.checksums import ChunkSums
-from pipeline.cost import STAGING_THREADS
+from pipeline.device import STAGING_THREADS
 from pipeline.formats import BFLOAT16, FIXED16
 from pipeline.store import StageArray
 from pipeline.tiling import Rect, chunks_of
