@@ -270,7 +270,7 @@ def ratio(experiment: Experiment) -> None:
     """The weight of content against style, α/β (Gatys, Fig. 3)."""
     height, width = fit(read(experiment.content).shape[:2], experiment.size)
     columns, rows = [], []
-    for power in (-2, -3, -4, -5):
+    for power in (-3, -4, -5, -6):
         loss = loss_keys(10.0**power, height, width)
         path = experiment.render(f"ratio_{-power}", **of_gatys(experiment, loss=loss))
         columns.append((f"α/β = 1e{power}", path))
