@@ -361,7 +361,9 @@ class Workload:
 
 
 def _largest_outer_px(sizes: Sequence[Size], tile_px: int, halo: int) -> int:
-    return max(_longest(height, tile_px, halo) * _longest(width, tile_px, halo) for height, width in sizes)
+    """Of no images, such as the styles of a run that has none, 0."""
+    areas = (_longest(height, tile_px, halo) * _longest(width, tile_px, halo) for height, width in sizes)
+    return max(areas, default=0)
 
 
 def _longest(side_px: int, tile_px: int, halo: int) -> int:
