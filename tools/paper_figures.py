@@ -39,8 +39,9 @@ from pipeline.plan import fit
 from pipeline.sections import NetworkConfig
 from pipeline.weights import NetworkSpec, find_weights
 
+FONT = Path(pipeline.__file__).parent / "assets" / "DejaVuSans.ttf"
 GAP_PX = 6
-SHEET_PX = 1560  # width of a sheet
+SHEET_PX = 1280  # width of a sheet
 STYLE_LAYERS = tuple(NetworkConfig().style_layers)
 CONTENT_LAYERS = tuple(NetworkConfig().content_layers)
 
@@ -138,7 +139,7 @@ def _column(label: str, path: Path, width: int, zoom: Zoom) -> Any:
     part = picture.crop(x, y, side, side)
     part = part.resize(width / side, kernel="lanczos3" if side > width else "nearest").crop(0, 0, width, width)
     small = picture.thumbnail_image(width)
-    text = pyvips.Image.text(label, font="sans 15").invert()
+    text = pyvips.Image.text(label, font="DejaVu Sans 15", fontfile=str(FONT)).invert()
     head = text.embed(4, 4, width, 28, extend="white").copy(interpretation="b-w").colourspace("srgb")
     column = head.join(small, "vertical", shim=2, background=255, expand=True)
     return column.join(part, "vertical", shim=GAP_PX, background=255, expand=True).cast("uchar")
