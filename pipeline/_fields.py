@@ -16,8 +16,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, St
 from pipeline._explain import Wanted, allowed
 from pipeline._yaml import CommandLineText, shown
 from pipeline.layers import ALIGN_PX, CONV_NAMES
+from pipeline.pictures import OUTPUT_SUFFIXES
 
-OUTPUT_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".dz", ".zarr")
 # A million px are 85 m at 300 dpi.
 MAX_SIDE_PX = 1_000_000
 MAX_PIXELS = MAX_SIDE_PX**2

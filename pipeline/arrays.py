@@ -10,9 +10,11 @@ import numpy as np
 
 from pipeline.formats import BFLOAT16, ENCODINGS, FIXED16
 from pipeline.layers import LAYER_BY_NAME, ceil_to
+from pipeline.pictures import PixelKind
 
 GRADIENT = "gradient"
 CONTENT = "content"
+ALPHA = "alpha"  # of the content, where it has one: (H, W, 1)
 STYLE = "style"  # while the stage is prepared
 METADATA = "zarr.json"  # of an array, and of the stage
 CONTENT_GUIDE = "guide_content"
@@ -34,9 +36,14 @@ class ArraySpec:
     @property
     def stored_bytes(self) -> int:
         """Bytes on disk, uncompressed; chunks at the far border are stored whole."""
-        height, width, channels = self.shape
         itemsize = 2 if self.form in ENCODINGS else np.dtype(self.form).itemsize
-        return ceil_to(height, self.chunk_px) * ceil_to(width, self.chunk_px) * channels * itemsize
+        return self.chunks * self.chunk_px**2 * self.shape[2] * itemsize
+
+    @property
+    def chunks(self) -> int:
+        """How many it has, each a file."""
+        height, width, _ = self.shape
+        return ceil_to(height, self.chunk_px) * ceil_to(width, self.chunk_px) // self.chunk_px**2
 
 
 def slot_names(slot: int, *, averaged: bool = False) -> tuple[str, ...]:
@@ -60,9 +67,9 @@ def result_name(slot: int, names: Container[str]) -> str:
 
 
 def kept_files(slot: int, names: Container[str]) -> tuple[str, ...]:
-    """What is left of a stage when it has ended: its result, and the metadata of that and of the stage."""
-    result = result_name(slot, names)
-    return result, f"{result}/{METADATA}", METADATA
+    """What is left of a stage when it has ended: its result, the content's alpha, their metadata and the stage's."""
+    kept = [result_name(slot, names), *((ALPHA,) if ALPHA in names else ())]
+    return (*kept, *(f"{name}/{METADATA}" for name in kept), METADATA)
 
 
 def content_features_name(layer: str) -> str:
@@ -104,7 +111,7 @@ def is_guide(name: str) -> bool:
 def is_stage_array(name: str) -> bool:
     """Whether a stage has, at some time, an array of this name."""
     features, _, layer = name.partition("_")
-    state = (*slot_names(0, averaged=True), *slot_names(1, averaged=True), CONTENT, STYLE, GRADIENT)
+    state = (*slot_names(0, averaged=True), *slot_names(1, averaged=True), CONTENT, ALPHA, STYLE, GRADIENT)
     known = name in state or gram_key(name) is not None or is_guide(name)
     return known or (features == "features" and layer in LAYER_BY_NAME)
 
@@ -115,18 +122,23 @@ def stage_arrays(
     state: str,
     content_widths: Mapping[str, int],
     averaged: bool,
+    content: PixelKind | None,
     guides: Sequence[str] = (),
 ) -> dict[str, ArraySpec]:
     """Every array of pixels or features of a stage, by name.
 
     `size`: (height, width) in px. `state`: float32, float64 or compact. `content_widths`: channels of each content
-    layer. `averaged`: with the average of its canvases. `guides`: the arrays of masks. Bytes per px of two slots of
-    canvas, m and v, and of the gradient: 84, 168 or 42, with averages 108, 216 or 54; the content takes 3 more, and a
-    mask 1.
+    layer. `averaged`: with the average of its canvases. `content`: None, where there is none. `guides`: the arrays of
+    masks. Bytes per px of two slots of canvas, m and v, and of the gradient: 84, 168 or 42, with averages 108, 216 or
+    54; the content takes 3 to 8 more, and a mask 1.
     """
     height, width = size
     canvas_form, form = (FIXED16.name, BFLOAT16.name) if state == "compact" else (state, state)
-    arrays = {CONTENT: ArraySpec((height, width, 3), chunk_px, "uint8")}
+    arrays: dict[str, ArraySpec] = {}
+    if content is not None:
+        pixels = "uint8" if content.bits == 8 else FIXED16.name
+        planes = ((CONTENT, 3), (ALPHA, 1)) if content.alpha else ((CONTENT, 3),)
+        arrays |= {name: ArraySpec((height, width, channels), chunk_px, pixels) for name, channels in planes}
     for canvas, m, v, *average in (slot_names(slot, averaged=averaged) for slot in (0, 1)):
         arrays |= dict.fromkeys((canvas, *average), ArraySpec((height, width, 3), chunk_px, canvas_form))
         arrays[m] = arrays[v] = ArraySpec((height, width, 3), chunk_px, form)

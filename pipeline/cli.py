@@ -284,7 +284,13 @@ def verify(
 @with_run
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The picture to write.")
 @click.option("--stage", type=int, help="Which stage; default the newest.")
-@click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True)
+@click.option(
+    "--bits",
+    type=click.Choice(["auto", "8", "16"]),
+    default="auto",
+    show_default=True,
+    help="Of a channel; auto is 16 where content and format have them, else 8.",
+)
 @click.option(
     "--compression", type=click.Choice(["deflate", "zstd", "jpeg", "none"]), default="deflate", show_default=True
 )
@@ -300,7 +306,8 @@ def export(
     **options: Any,
 ) -> None:
     """Write the canvas of any stage as a picture, at any time."""
-    export_config = ExportConfig.model_validate({**options, "bits": int(options["bits"])})
+    bits = options["bits"] if options["bits"] == "auto" else int(options["bits"])
+    export_config = ExportConfig.model_validate({**options, "bits": bits})
     work_dir = _work_dir(config_path, overrides, run_dir)
     with make_sink("auto") as sink, stop_on_signals(sink) as stop:
         path = pipeline.export(

@@ -98,19 +98,19 @@ class _RowSpec:
 
 
 def moments_task(spec: _RowSpec) -> tuple[Matrix, Matrix]:
-    """(Σx, Σx·xᵀ) over a row of chunks of 8-bit pixels: whole numbers below 2^53, so their sum has no rounding."""
+    """(Σx, Σx·xᵀ) over a row of chunks; of 8-bit pixels whole numbers below 2^53, so that their sum has no rounding."""
     parts = [moments(spec.array.read_window(part)) for _, _, part in chunks_of(spec.rect, spec.array.chunk_px)]
     return sum((total for total, _ in parts), np.zeros(3)), sum((squares for _, squares in parts), np.zeros((3, 3)))
 
 
 def moments(pixels_HWC: NDArray[Any]) -> tuple[Matrix, Matrix]:
-    """(Σx, Σx·xᵀ) of 8-bit pixels."""
+    """(Σx, Σx·xᵀ) of pixels."""
     pixels_n3 = pixels_HWC.reshape(-1, 3).astype(np.float64)
     return pixels_n3.sum(0), pixels_n3.T @ pixels_n3
 
 
 def statistics(array: StageArray, engine: Engine) -> ColorStatistics:
-    """The statistics of a whole 8-bit image in the store, the same bits however it is cut. Raises ChunkError."""
+    """The statistics of a whole image in the store, the same bits whatever the tiles. Raises ChunkError."""
     height, width, _ = array.shape
     return statistics_of(engine.map(moments_task, [_RowSpec(array, rect) for rect in _rows(array)]), height * width)
 

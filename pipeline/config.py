@@ -15,9 +15,10 @@ import yaml
 from pydantic import BaseModel, Field, model_validator
 
 from pipeline._explain import Conflict, ConflictsError, placeholders, validate, wanted
-from pipeline._fields import MAX_STAGES, MAX_STYLES, OUTPUT_SUFFIXES, File, Int, Output, SidePx, Start
+from pipeline._fields import MAX_STAGES, MAX_STYLES, File, Int, Output, SidePx, Start
 from pipeline._yaml import Key, dotted, read, told
 from pipeline.errors import ConfigError
+from pipeline.pictures import OUTPUT_SUFFIXES, format_of, is_jpeg_inside
 from pipeline.places import real
 from pipeline.regions import regions_of, shared_masks
 from pipeline.sections import (
@@ -36,8 +37,6 @@ from pipeline.sections import (
     StoreConfig,
     StyleConfig,
 )
-
-_EIGHT_BIT_SUFFIXES = (".jpg", ".jpeg", ".dz")
 
 
 def _default_work_dir(data: dict[str, Any]) -> Path:
@@ -238,12 +237,12 @@ class Config(Section):
             yield Conflict((state, dtype), text)
 
     def _format_conflicts(self) -> Iterator[Conflict]:
-        suffix = self.output.suffix.lower()
+        form, export = format_of(self.output), self.export
         bits, compression = ("export", "bits"), ("export", "compression")
-        if self.export.bits == 16 and suffix in _EIGHT_BIT_SUFFIXES:
-            text = f"{suffix} pictures have 8 bits; choose 8, or a .tif, .png or .zarr output"
+        if export.bits == 16 and form is not None and 16 not in form.bits:
+            text = f"{form.suffixes[0]} pictures have 8 bits; choose 8, or a .tif, .png or .zarr output"
             yield Conflict((bits, ("output",)), text)
-        if self.export.bits == 16 and self.export.compression == "jpeg" and suffix in (".tif", ".tiff"):
+        if export.bits == 16 and is_jpeg_inside(self.output, export.compression):
             yield Conflict(
                 (compression, bits, ("output",)), "jpeg stores 8 bits only; choose another, or export.bits 8"
             )

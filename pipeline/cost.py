@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.device import STAGING_THREADS
 from pipeline.errors import InputError
 from pipeline.layers import LAYER_BY_NAME, Layer, halo_px, needed_layers
+from pipeline.pictures import RGB8, PixelKind, picture_kind
 from pipeline.regions import UNGUIDED, Guides, guides_of
 
 Size = tuple[int, int]  # (height, width) in px
@@ -69,6 +70,10 @@ class ImageSize(Protocol):
     @property
     def decode_bytes(self) -> int:
         """Host memory that decoding takes beyond streaming: the whole image for a progressive JPEG."""
+
+    @property
+    def kind(self) -> PixelKind:
+        """What of its pixels can be kept."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +186,16 @@ def model_of(config: Config, widths: Mapping[str, int]) -> Model:
 
 @dataclass(frozen=True)
 class StageWork:
-    """One stage: its config, the layers that count in it, and the sizes (height, width) of canvas and styles."""
+    """One stage: its config, the layers that count in it, the sizes (height, width) of canvas and styles, the content.
+
+    `content`: what its pixels are; None where there is none.
+    """
 
     config: Config
     model: Model
     canvas: Size
     styles: tuple[Size, ...]
+    content: PixelKind | None
 
     @property
     def halo_px(self) -> int:
@@ -261,6 +270,13 @@ class Workload:
         return [stage.canvas for stage in self.stages]
 
     @property
+    def picture(self) -> PixelKind:
+        """What the pixels of the output are."""
+        export = self.config.export
+        content = self.stages[-1].content or RGB8
+        return picture_kind(self.config.output, export.bits, export.compression, content)
+
+    @property
     def _itemsize(self) -> int:
         return self.stages[0].model.itemsize
 
@@ -291,7 +307,7 @@ class Workload:
         width = max(size[1] for size in self.canvases)
         workers = self.config.compute.workers
         update = self.update_bytes() * (2 if workers else 1)  # a worker's threads for two passes all take turns
-        own = {"ingest": self._ingest_bytes(), "export": _export_bytes(width, self.config.export.bits)}
+        own = {"ingest": self._ingest_bytes(), "export": _export_bytes(width, self.picture)}
         in_tasks = {
             "weights": self.weights_bytes,
             "upsample": WORKERS * 6 * chunk,
@@ -344,20 +360,21 @@ class Workload:
         """The image whose reading takes most, at the size that it is read at."""
         chunk_px = self.config.store.chunk_px
         return max(
-            (_ingest_bytes(self.images[path], width_px, chunk_px) for path, width_px in self._targets()), default=0
+            (_ingest_bytes(self.images[path], width_px, chunk_px, kind) for path, width_px, kind in self._targets()),
+            default=0,
         )
 
-    def _targets(self) -> Iterator[tuple[Path, int]]:
-        """(image, width in px that it is read at), for every image of every stage."""
+    def _targets(self) -> Iterator[tuple[Path, int, PixelKind]]:
+        """(image, width in px that it is read at, what is kept of its pixels), for every image of every stage."""
         if isinstance(self.config.init, Path):
-            yield self.config.init, self.stages[0].canvas[1]
+            yield self.config.init, self.stages[0].canvas[1], RGB8
         for stage in self.stages:
-            if self.config.content is not None:
-                yield self.config.content, stage.canvas[1]
+            if self.config.content is not None and stage.content is not None:
+                yield self.config.content, stage.canvas[1], stage.content
             for style, (_height, width) in zip(stage.config.styles, stage.styles, strict=True):
-                yield style.image, width
+                yield style.image, width, RGB8
             for path in stage.config.masks:
-                yield path, stage.canvas[1]
+                yield path, stage.canvas[1], RGB8
 
 
 def _largest_outer_px(sizes: Sequence[Size], tile_px: int, halo: int) -> int:
@@ -372,13 +389,15 @@ def _longest(side_px: int, tile_px: int, halo: int) -> int:
     return max(min(side_px, start + tile_px + halo) - max(0, start - halo) for start in starts)
 
 
-def _ingest_bytes(image: ImageSize, width_px: int, band_px: int) -> int:
+def _ingest_bytes(image: ImageSize, width_px: int, band_px: int, kept: PixelKind) -> int:
     """Decoding, resizing and handing over one image: upper bounds fitted to measurements (docs/log.md)."""
     rows = 9_000 * image.width_px * image.bits // 8 + (4_000 * width_px if width_px > image.width_px else 0)
-    return 40 * MIB + image.decode_bytes + rows + 3 * band_px * width_px * 3
+    if kept.bits == 16 and width_px != image.width_px:
+        rows = rows * 3 // 2  # resized in float
+    return 40 * MIB + image.decode_bytes + rows * kept.channels // 3 + 3 * band_px * width_px * kept.pixel_bytes
 
 
-def _export_bytes(width_px: int, bits: int) -> int:
+def _export_bytes(width_px: int, kind: PixelKind) -> int:
     """Two bands of rows, what the encoders hold, and the reader's own rows; fitted to measurements (docs/log.md)."""
-    band = min(64 * MIB, 512 * width_px * 3 * bits // 8)
-    return 40 * MIB + 3 * band + 8_000 * width_px * bits // 8
+    band = min(64 * MIB, 512 * width_px * kind.pixel_bytes)
+    return 40 * MIB + 3 * band + 8_000 * width_px * kind.pixel_bytes // 3

@@ -34,6 +34,7 @@ from pipeline.layers import ALIGN_PX, LAYER_BY_NAME, ceil_to, halo_px
 from pipeline.manifest import trusted_manifest
 from pipeline.opening import identity, journal_path, manifest_path, newest_canvas, refuse_changes
 from pipeline.parts import Part, cut_canvas, cut_file, enlarge, needed, tiles_of, whole
+from pipeline.pictures import RGB8
 from pipeline.places import refuse_links, taken
 from pipeline.plan import Plan, StagePlan, plan_stage
 from pipeline.preview_folder import claimed, folder_of
@@ -219,7 +220,8 @@ class Crop:
         styles = self.plan.stages[index].style_sizes
         longest = ceil_to(max(side for one in (size, *styles) for side in one), config.store.chunk_px)
         tile_px = min(self.finished.tile_px or longest, self.plan.tile_px, longest)
-        plan = plan_stage(StageWork(config, model, size, styles), index, tile_px)
+        content = None if config.content is None else RGB8  # as the crop's own cut of it has
+        plan = plan_stage(StageWork(config, model, size, styles, content), index, tile_px)
         return make_stage(config, plan, self.tools, tile_px)
 
     def _render_stage(self, index: int, region: Rect, source: Part, whole_content: store.StageArray | None) -> Part:

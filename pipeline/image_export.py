@@ -1,6 +1,6 @@
 """Finished pictures: what a format can hold, and streaming export.
 
-Axes in names: H rows, W columns, C channels. The caller hands over bands of rows, (h, W, 3); libvips sees them as an
+Axes in names: H rows, W columns, C channels. The caller hands over bands of rows, (h, W, C); libvips sees them as an
 uncompressed TIFF that it reads once from top to bottom, because its savers stream only from a file-like source:
 
     read_rows (caller's thread) ──► RowSource: TIFF header, then bands ──► tiffload ──► saver (its own thread)
@@ -18,7 +18,6 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import pyvips
 
 from pipeline.durable import sync_file_system, sync_folder
 from pipeline.errors import ConfigError, StorageError, storage, storage_error
+from pipeline.pictures import FORMATS, OUTPUT_SUFFIXES, RGB8, Format, PixelKind, format_of
 from pipeline.places import taken, unwritable
 from pipeline.streams import POLL_S, FileTarget, Rows, RowSource
 
@@ -34,26 +34,6 @@ COMPRESSIONS = ("deflate", "zstd", "jpeg", "none")
 
 pyvips.cache_set_max(0)
 pyvips.concurrency_set(min(pyvips.concurrency_get(), 4))  # every thread has strips of its own
-
-
-@dataclass(frozen=True)
-class Format:
-    """What one kind of output can hold."""
-
-    name: str
-    suffixes: tuple[str, ...]
-    bits: tuple[int, ...]
-    max_side_px: int
-
-
-# 10,000,000 px is libvips' own limit; PNG and TIFF could hold more.
-FORMATS = (
-    Format("TIFF", (".tif", ".tiff"), (8, 16), 10_000_000),
-    Format("PNG", (".png",), (8, 16), 10_000_000),
-    Format("JPEG", (".jpg", ".jpeg"), (8,), 65_500),
-    Format("DeepZoom", (".dz",), (8,), 10_000_000),
-    Format("OME-Zarr", (".zarr",), (8, 16), 10_000_000),
-)
 
 
 def check_output(path: Path, width_px: int, height_px: int, bits: int, compression: str) -> None:
@@ -81,7 +61,7 @@ def write_image(
     height_px: int,
     read_rows: Callable[[int, int], Rows],
     *,
-    bits: int = 8,
+    kind: PixelKind = RGB8,
     compression: str = "deflate",
     quality: int = 95,
     on_progress: Callable[[float], None] | None = None,
@@ -89,19 +69,20 @@ def write_image(
 ) -> None:
     """Write a picture of sRGB rows as TIFF, PNG, JPEG or DeepZoom, by the suffix of `path`.
 
-    read_rows(y0, y1) returns rows [y0, y1), (y1 − y0, width_px, 3), uint8 or, with 16 bits, uint16; it is called in
-    the calling thread, from top to bottom, each row once. A DeepZoom is a folder: ``name.dz/name.dzi`` beside
-    ``name.dz/name_files/``. `quality`, 1 to 100, is that of JPEG. on_progress gets the fraction done, at last 1.0.
+    read_rows(y0, y1) returns rows [y0, y1), (y1 − y0, width_px, channels), uint8 or, with 16 bits, uint16; it is called
+    in the calling thread, from top to bottom, each row once. Alpha, for formats that have it, does not multiply the
+    colours. A DeepZoom is a folder: ``name.dz/name.dzi`` beside ``name.dz/name_files/``, of JPEG tiles, with alpha of
+    PNG ones. `quality`, 1 to 100, is that of JPEG. on_progress gets the fraction done, at last 1.0.
     `check` is called several times a second and may raise to give up.
 
     Raises what check_output raises, StorageError where the disk is full or fails, and whatever read_rows, on_progress
     and `check` raise; in all these cases an older output stays as it was.
     """
-    check_output(path, width_px, height_px, bits, compression)
+    check_output(path, width_px, height_px, kind.bits, compression)
     with storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = new_partial(path)
-        source = RowSource(width_px, height_px, bits)
+        source = RowSource(width_px, height_px, kind)
         save = functools.partial(_save, source, partial, path, compression, quality)
         try:
             _feed(source, save, path, read_rows, on_progress, check)
@@ -114,10 +95,9 @@ def write_image(
 
 
 def _format_of(path: Path) -> Format:
-    for form in FORMATS:
-        if path.suffix.lower() in form.suffixes:
-            return form
-    known = ", ".join(suffix for form in FORMATS for suffix in form.suffixes)
+    if (form := format_of(path)) is not None:
+        return form
+    known = ", ".join(OUTPUT_SUFFIXES)
     raise ConfigError(f"{path}: the suffix '{path.suffix}' names no output format; give one of {known}.")
 
 
@@ -237,7 +217,8 @@ def _save(source: RowSource, partial: Path, path: Path, compression: str, qualit
         image = source.image()
         if _format_of(path).name == "DeepZoom":
             partial.mkdir()
-            image.dzsave(str(partial / path.stem), suffix=".jpg", Q=quality, keep="icc")
+            suffix = ".png" if source.kind.alpha else ".jpg"
+            image.dzsave(str(partial / path.stem), suffix=suffix, Q=quality, keep="icc")
             (partial / f"{path.stem}_files" / "vips-properties.xml").unlink(missing_ok=True)  # a date, no use
             return
         file = FileTarget(partial, source.cancelled)

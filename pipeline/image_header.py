@@ -18,6 +18,7 @@ from pipeline import _tiff
 from pipeline._fields import MAX_SIDE_PX, bytes_text
 from pipeline._yaml import shown
 from pipeline.errors import MISPLACED, InputError, storage_error
+from pipeline.pictures import PixelKind
 from pipeline.sections import LimitsConfig
 from pipeline.streams import FileSource, reason
 
@@ -65,6 +66,7 @@ class ImageHeader:
     loader: str  # one of LOADERS
     interlaced: bool
     decode_bytes: int  # host memory a decoder needs beyond streaming; 0 where it works strip by strip
+    kind: PixelKind  # what of its pixels can be kept: CIELAB becomes RGB of 8 bits
 
 
 def read_header(path: Path, limits: LimitsConfig | None = None) -> ImageHeader:
@@ -161,7 +163,8 @@ def describe(file: FileSource, image: Any) -> ImageHeader:
         width_px, height_px = height_px, width_px
     interlaced = bool(image.get_typeof("interlaced") and image.get("interlaced"))
     decode_bytes = _decode_bytes(file, image, loader, interlaced, image.bands * bits // 8)
-    return ImageHeader(path, width_px, height_px, image.bands, bits, loader, interlaced, decode_bytes)
+    kind = PixelKind(16 if image.format == "ushort" else 8, bool(image.hasalpha()))
+    return ImageHeader(path, width_px, height_px, image.bands, bits, loader, interlaced, decode_bytes, kind)
 
 
 def _decode_bytes(file: FileSource, image: Any, loader: str, interlaced: bool, pixel_bytes: int) -> int:

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.image_header import describe, needs_random_access, open_file, open_image
-from pipeline.streams import BandPump, reason
+from pipeline.pictures import RGB8, PixelKind
+from pipeline.streams import BandPump, Rows, reason
 
 # The window of `resize_window` reaches this far beyond the outermost sample: 2 px feed the bicubic, 2 px are slack.
 _MARGIN_PX = 4
 
-Rows = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 FloatT = TypeVar("FloatT", np.float32, np.float64)
 
@@ -35,12 +35,19 @@ pyvips.concurrency_set(min(pyvips.concurrency_get(), 4))
 
 
 def stream_rgb(
-    path: Path, width_px: int, height_px: int, band_px: int, check: Callable[[], None] = lambda: None
+    path: Path,
+    width_px: int,
+    height_px: int,
+    band_px: int,
+    check: Callable[[], None] = lambda: None,
+    kind: PixelKind = RGB8,
 ) -> Iterator[tuple[int, Rows]]:
     """Decode, convert to sRGB and resize a picture; yield its rows in bands of a fixed height.
 
-    Yields ``(y0, rows)`` from the top, rows of shape (band_px, width_px, 3), the last band what is left. At most
-    three bands are in memory at once. Downward the kernel is Lanczos-3, upward centred bicubic, axis by axis.
+    Yields ``(y0, rows)`` from the top, rows of shape (band_px, width_px, channels), uint8 or uint16, the last band what
+    is left. At most three bands are in memory at once. Downward the kernel is Lanczos-3, upward centred bicubic, axis
+    by axis. Colours are on white where the picture is transparent; with `kind.alpha`, which is for pictures that have
+    it, its alpha comes with them, resized by itself.
     `check` is called several times a second while a band is waited for, and may raise to give up.
 
     Raises InputError at the call where the header is bad, and while iterating where the pixels are; StorageError where
@@ -55,11 +62,14 @@ def stream_rgb(
         if needs_random_access(image):
             file = open_file(path)
             image = open_image(file, "random")
-        image = _to_srgb(image.autorot())
-        image = _to_8_bit(_resize(image, width_px, height_px), deep=image.format == "ushort")
+        image = _to_srgb(image.autorot(), kind.alpha)
+        bits = 16 if image.format == "ushort" else 8
+        if kind.bits == 16 and (image.width, image.height) != (width_px, height_px):
+            image = image.cast("float")  # libvips sums weights of 12 bits otherwise
+        image = _to_bits(_resize(image, width_px, height_px), bits, kind.bits)
     except pyvips.Error as error:
         raise InputError(f"{path}: cannot be converted to sRGB: {reason(error)}. Convert it to RGB first.") from error
-    assert (image.width, image.height, image.bands, image.format) == (width_px, height_px, 3, "uchar")
+    assert (image.width, image.height, image.bands) == (width_px, height_px, kind.channels)
     return BandPump(file, image, band_px).bands(check)
 
 
@@ -89,17 +99,19 @@ def resize_window(
     return _weighted(rows, 1, taps_x - window[2], weights_x.astype(dtype)[:, None, :, None])
 
 
-def _to_srgb(image: Any) -> Any:
-    """Three bands of sRGB, 8 or 16 bit, transparent parts on white."""
+def _to_srgb(image: Any, keep_alpha: bool) -> Any:
+    """Three bands of sRGB, 8 or 16 bit, transparent parts on white; and the alpha as a fourth, if it is to be kept."""
     deep = image.format == "ushort"
     image = _apply_profile(image, deep)
     wanted = "rgb16" if deep else "srgb"
     if image.interpretation != wanted:
         image = image.colourspace(wanted)
+    alpha = image.extract_band(image.bands - 1)
     if image.hasalpha():
         # Before the resize: a flattened pixel is the premultiplied one plus white, so no hidden colour bleeds in.
         image = image.flatten(background=[65535 if deep else 255] * 3)
-    return image.extract_band(0, n=3)
+    colours = image.extract_band(0, n=3)
+    return colours.bandjoin(alpha) if keep_alpha else colours
 
 
 def _apply_profile(image: Any, deep: bool) -> Any:
@@ -136,12 +148,16 @@ def _resize(image: Any, width_px: int, height_px: int) -> Any:
         idx=0.5 * (1 - image.width / width_px),
         idy=0.5 * (1 - image.height / height_px),
         extend="copy",
+        premultiplied=True,  # as it comes: a fourth band is a picture of its own here
     )
 
 
-def _to_8_bit(image: Any, deep: bool) -> Any:
-    """Eight bits a channel, clipped and rounded; libvips' own shift of 16 bits by 8 darkens by half a level."""
-    return image if image.format == "uchar" else image.linear(1 / 257 if deep else 1, 0.5, uchar=True)
+def _to_bits(image: Any, has: int, wanted: int) -> Any:
+    """8 or 16 bits a channel, clipped and rounded; libvips' own shift of 16 bits by 8 darkens by half a level."""
+    if image.format == ("uchar" if wanted == 8 else "ushort"):
+        return image
+    factor = (2**wanted - 1) / (2**has - 1)
+    return image.linear(factor, 0.5, uchar=True) if wanted == 8 else image.linear(factor, 0.5).cast("ushort")
 
 
 def _source_range(t0: int, t1: int, source: int, target: int) -> tuple[int, int]:

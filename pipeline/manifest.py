@@ -13,6 +13,7 @@ from pipeline.checksums import checksum
 from pipeline.durable import sync_folder
 from pipeline.errors import DamagedStateError, storage
 from pipeline.journal import Record
+from pipeline.pictures import PixelKind
 from pipeline.places import read_regular
 from pipeline.records import MAX_MANIFEST_BYTES, check_manifest, parse_json
 
@@ -66,6 +67,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
             "Finish the run with the version that began it, or delete the run directory."
         )
     return manifest
+
+
+def content_kind(manifest: Mapping[str, Any]) -> PixelKind:
+    """What the pixels of the run's content are; a run from before that was kept has 8 bits and no alpha."""
+    return PixelKind(**manifest.get("content", {}))
 
 
 def begun_manifest(records: Iterable[Record]) -> dict[str, Any] | None:

@@ -10,42 +10,43 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from pipeline.pictures import PixelKind
 from pipeline.tiling import Rect, chunks_of
 
 
 def write_ome_zarr(
     path: Path,
     size: tuple[int, int],
-    bits: int,
+    kind: PixelKind,
     read_rows: Callable[[int, int], NDArray[Any]],
     chunk_px: int = 512,
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write an OME-Zarr 0.5 image pyramid, axes (c, y, x), each level the 2×2 means of the one before.
 
-    `size`: (H, W). `read_rows(y0, y1)` gives (rows, W, 3) of uint8 or uint16, as `bits` says. At most one band of
-    chunk rows is in memory. `check` is called between chunks and may raise to give up.
+    `size`: (H, W). `read_rows(y0, y1)` gives (rows, W, channels) of uint8 or uint16, as `kind` says. At most one band
+    of chunk rows is in memory. `check` is called between chunks and may raise to give up.
     """
     height, width = size
     group = zarr.create_group(path, overwrite=True)
-    level = _create_level(path / "0", (height, width), bits, chunk_px)
+    level = _create_level(path / "0", (height, width), kind, chunk_px)
     for y0 in range(0, height, chunk_px):
         y1 = min(y0 + chunk_px, height)
         level[:, y0:y1, :] = np.moveaxis(read_rows(y0, y1), 2, 0)
     levels = 1
     while max(height, width) > chunk_px:
         height, width = max(1, height // 2), max(1, width // 2)
-        level = _halve(level, _create_level(path / str(levels), (height, width), bits, chunk_px), check)
+        level = _halve(level, _create_level(path / str(levels), (height, width), kind, chunk_px), check)
         levels += 1
     group.attrs["ome"] = _ome_metadata(path.stem, levels)
 
 
-def _create_level(path: Path, size: tuple[int, int], bits: int, chunk_px: int) -> Any:
+def _create_level(path: Path, size: tuple[int, int], kind: PixelKind, chunk_px: int) -> Any:
     return zarr.create_array(
         path,
-        shape=(3, *size),
-        chunks=(3, chunk_px, chunk_px),
-        dtype=f"uint{bits}",
+        shape=(kind.channels, *size),
+        chunks=(kind.channels, chunk_px, chunk_px),
+        dtype=f"uint{kind.bits}",
         dimension_names=("c", "y", "x"),
         config={"write_empty_chunks": True},
     )

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline import store, zarr_files
 from pipeline._yaml import dotted
-from pipeline.arrays import METADATA, result_name
+from pipeline.arrays import ALPHA, METADATA, result_name
 from pipeline.config import Config, input_files, result_fields
 from pipeline.device import default_threads
 from pipeline.errors import ConfigError, DamagedStateError
 from pipeline.journal import Journal, Position, Record, standing
 from pipeline.manifest import FORMAT, begun_manifest, read_manifest, trusted_manifest, write_manifest
+from pipeline.pictures import RGB8
 from pipeline.places import store_path
 from pipeline.plan import Plan
 from pipeline.survey import check_space
@@ -32,8 +34,16 @@ def newest_canvas(work_dir: Path, position: Position, stage: int) -> store.Stage
 
     It checks itself. Raises ChunkError.
     """
+    return _checked(work_dir, position, stage, result_name(position.slots[stage], position.checksums[stage]))
+
+
+def content_alpha(work_dir: Path, position: Position, stage: int) -> store.StageArray | None:
+    """The alpha of the content at the size of `stage`, if it has one; it checks itself. Raises ChunkError."""
+    return _checked(work_dir, position, stage, ALPHA) if ALPHA in position.checksums[stage] else None
+
+
+def _checked(work_dir: Path, position: Position, stage: int, name: str) -> store.StageArray:
     folder, checksums = stage_path(work_dir, stage), position.checksums[stage]
-    name = result_name(position.slots[stage], checksums)
     # A description that was changed may still describe: another height, or integers for the same bytes.
     zarr_files.check_metadata(folder, f"{name}/{METADATA}", checksums[f"{name}/{METADATA}"])
     return store.open_array(folder, name, checksums[name])
@@ -82,6 +92,7 @@ def open_run(config: Config, planned: Plan, weights: WeightsSource, check: Calla
         "created": now(),
         "config": config.model_dump(mode="json"),
         "stages": stages,
+        "content": asdict(planned.stages[-1].content or RGB8),
         "threads": default_threads(compute.workers) if compute.threads == "auto" else compute.threads,
         **wanted,
     }

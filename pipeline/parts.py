@@ -100,7 +100,7 @@ def cut_file(path: Path, size: Size, rect: Rect, output: Path, check: Callable[[
 
 
 def _cut_bands(
-    bands: Iterator[tuple[int, NDArray[np.uint8]]], rect: Rect, seen: list[tuple[colors.Matrix, colors.Matrix]]
+    bands: Iterator[tuple[int, NDArray[Any]]], rect: Rect, seen: list[tuple[colors.Matrix, colors.Matrix]]
 ) -> Iterator[NDArray[Any]]:
     for y0, rows_HWC in bands:
         seen.append(colors.moments(rows_HWC))

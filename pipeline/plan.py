@@ -11,11 +11,12 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from pipeline.arrays import CONTENT, ArraySpec, result_name, stage_arrays
+from pipeline.arrays import ArraySpec, kept_files, stage_arrays
 from pipeline.config import Config
 from pipeline.cost import ImageSize, Model, Size, StageWork, Workload, model_of
 from pipeline.errors import ConfigError, InputError
 from pipeline.layers import ceil_to, halo_px, min_side_px
+from pipeline.pictures import PixelKind
 from pipeline.sections import StyleConfig
 from pipeline.tiling import grid
 
@@ -27,7 +28,10 @@ MAX_AUTO_TILE_PX = 2**14
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: sizes in px (height, width), tiles, pixels computed per iteration, bytes and chunks of its arrays."""
+    """One stage: sizes in px (height, width), tiles, pixels computed per iteration, bytes and chunks of its arrays.
+
+    `kept_bytes`, `kept_chunks`: of what stays when it has ended. `content`: what its pixels are, None without one.
+    """
 
     index: int
     size: Size
@@ -37,6 +41,9 @@ class StagePlan:
     gradient_px: int
     store_bytes: int
     store_chunks: int
+    kept_bytes: int
+    kept_chunks: int
+    content: PixelKind | None
     flop_per_iteration: int
     max_iterations: int
 
@@ -63,6 +70,7 @@ class Plan:
     host_bytes: Mapping[str, int]
     device_bytes: int
     disk_bytes: int
+    picture: PixelKind
     output_bytes: int
     flop: int
     memory_limit_bytes: int
@@ -149,8 +157,9 @@ def make_plan(
     _check_counts(config, sizes)
     _check_overrides(config, [max(canvas) for canvas, _ in sizes])
     configs = [config.for_stage(max(canvas)) for canvas, _ in sizes]
+    content = images[config.content].kind if config.content is not None else None
     works = [
-        StageWork(one, model_of(one, widths), canvas, styles)
+        StageWork(one, model_of(one, widths), canvas, styles, content)
         for one, (canvas, styles) in zip(configs, sizes, strict=True)
     ]
     for index, one in enumerate(works):
@@ -160,9 +169,8 @@ def make_plan(
     work = Workload(config, works, images, weights_bytes, device)
     tile_px = _choose_tile(work, device_memory_bytes)
     stages = tuple(plan_stage(one, index, tile_px) for index, one in enumerate(works))
-    finished = [canvas_bytes(stage.size, config) for stage in stages]
-    disk = max(stage.store_bytes + sum(finished[: stage.index]) for stage in stages)
-    last = stages[-1]
+    kept = [stage.kept_bytes for stage in stages]
+    disk = max(stage.store_bytes + sum(kept[: stage.index]) for stage in stages)
     return Plan(
         stages=stages,
         tile_px=tile_px,
@@ -172,7 +180,8 @@ def make_plan(
         host_bytes=work.host_bytes(tile_px),
         device_bytes=work.gpu_bytes(tile_px),
         disk_bytes=disk,
-        output_bytes=int(last.pixels * 3 * config.export.bits / 8 * 4 / 3),  # a pyramid adds a third
+        picture=work.picture,
+        output_bytes=stages[-1].pixels * work.picture.pixel_bytes * 4 // 3,  # a pyramid adds a third
         flop=sum(stage.flop_per_iteration * stage.max_iterations for stage in stages),
         memory_limit_bytes=config.memory.limit_bytes,
     )
@@ -253,7 +262,11 @@ def _check_masks(config: Config, works: Sequence[StageWork], images: Mapping[Pat
 
 def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
     """The plan of one stage in tiles of `tile_px`."""
-    size, model = work.canvas, work.model
+    size, model, chunk_px = work.canvas, work.model, work.config.store.chunk_px
+    arrays = arrays_of(work.config, size, model, work.content)
+    kept = [arrays[name] for name in kept_files(0, arrays) if name in arrays]
+    styles = sorted((ArraySpec((*style, 3), chunk_px, "uint8") for style in work.styles), key=lambda one: one.chunks)
+    held = [*arrays.values(), *styles[-1:]]  # the styles are there one at a time
     gram_px = computed_px(size, tile_px, halo_px(model.style_layers)) if model.style_layers else 0
     gradient_px = computed_px(size, tile_px, 2 * work.halo_px)
     return StagePlan(
@@ -263,8 +276,12 @@ def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
         tiles=ceil_to(size[0], tile_px) * ceil_to(size[1], tile_px) // tile_px**2,
         gram_px=gram_px,
         gradient_px=gradient_px,
-        store_bytes=store_bytes(size, work.styles, model, work.config),
-        store_chunks=store_chunks(size, work.styles, model, work.config),
+        # without regions the style targets are too little to count
+        store_bytes=sum(one.stored_bytes for one in held) + (model.grams_bytes() if model.guides.regions else 0),
+        store_chunks=sum(one.chunks for one in held) + (len(model.style_keys) if model.guides.regions else 0),
+        kept_bytes=sum(one.stored_bytes for one in kept),
+        kept_chunks=sum(one.chunks for one in kept),
+        content=work.content,
         # the backward pass to the pixels costs as much as the forward one: no weight has a gradient
         flop_per_iteration=model.flop_per_px() * (gram_px + 2 * gradient_px),
         max_iterations=work.config.optimizer.max_iterations,
@@ -278,41 +295,10 @@ def computed_px(size: Size, tile_px: int, halo: int) -> int:
     return rows * sum(tile.outer(halo).width for tile in grid(1, width, tile_px))
 
 
-def canvas_bytes(size: Size, config: Config) -> int:
-    """Bytes of one canvas, or of an average, which is like one: what a finished stage keeps."""
-    return stage_arrays(size, config.store.chunk_px, config.state, {}, False)[result_name(0, ())].stored_bytes
-
-
-def store_bytes(size: Size, style_sizes: Sequence[Size], model: Model, config: Config) -> int:
-    """Bytes of all arrays of one stage, and of its largest style: they are there one at a time."""
-    chunk_px = config.store.chunk_px
-    styles = (ArraySpec((*style, 3), chunk_px, "uint8").stored_bytes for style in style_sizes)
-    arrays = arrays_of(config, size, model)
-    targets = model.grams_bytes() if model.guides.regions else 0  # else too little to count
-    return sum(array.stored_bytes for array in arrays.values()) + max(styles, default=0) + targets
-
-
-def store_chunks(size: Size, style_sizes: Sequence[Size], model: Model, config: Config) -> int:
-    """Chunk files of all arrays of one stage: those of store_bytes."""
-    chunk_px = config.store.chunk_px
-    styles = (chunk_count(style, chunk_px) for style in style_sizes)
-    # a chunk of features has a chunk's pixels, not its positions
-    arrays = len(arrays_of(config, size, model)) * chunk_count(size, chunk_px)
-    return arrays + max(styles, default=0) + (len(model.style_keys) if model.guides.regions else 0)
-
-
-def arrays_of(config: Config, size: Size, model: Model) -> dict[str, ArraySpec]:
+def arrays_of(config: Config, size: Size, model: Model, content: PixelKind | None) -> dict[str, ArraySpec]:
     """The arrays of pixels or features of a stage of `config` whose canvas has this (height, width)."""
     averaged, guides = config.optimizer.average > 0, model.guides.arrays
-    arrays = stage_arrays(size, config.store.chunk_px, config.state, model.content_widths, averaged, guides)
-    if config.content is None:
-        del arrays[CONTENT]
-    return arrays
-
-
-def chunk_count(size: Size, chunk_px: int) -> int:
-    """Chunks of an array of this (height, width)."""
-    return -(-size[0] // chunk_px) * -(-size[1] // chunk_px)
+    return stage_arrays(size, config.store.chunk_px, config.state, model.content_widths, averaged, content, guides)
 
 
 def _choose_tile(work: Workload, device_memory_bytes: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline import colors, guidance, integrity, losses, passes, store, transfer, zarr_files
 from pipeline.arrays import (
+    ALPHA,
     CONTENT,
     CONTENT_GUIDE,
     STYLE,
@@ -61,7 +62,7 @@ def _prepare(
         integrity.require_intact([previous_canvas], stage.engine, stage.told("check"))
     store.create_stage(folder)
     _create_arrays(stage, folder)
-    sums = {} if stage.config.content is None else {CONTENT: _ingest_content(stage, folder)}
+    sums = {} if stage.config.content is None else _ingest_content(stage, folder)
     sums |= _ingest_guides(stage, folder, stage.model.guides.arrays)
     areas = _areas(stage, folder, sums)
     sums |= _store_style_targets(stage, folder, sums.get(CONTENT), content_colors)
@@ -78,7 +79,7 @@ def _prepare(
 def remake(stage: Stage, names: Collection[str], content_sums: str | None) -> dict[str, str]:
     """Make inputs of a stage anew, in its partial folder; gives the checksums of all that is there then.
 
-    `names`: some of content, features, guides and style targets. `content_sums`: of the stage's own content, if it is
+    `names`: some of content, alpha, features, guides and style targets. `content_sums`: of the own content, if it is
     whole. Raises what `prepare` does.
     """
     folder = stage.partial_dir
@@ -86,9 +87,9 @@ def remake(stage: Stage, names: Collection[str], content_sums: str | None) -> di
     sums: dict[str, str] = {}
     with storage(folder):
         store.create_stage(folder)
-        if CONTENT in names:
-            _create_arrays(stage, folder, {CONTENT})
-            sums[CONTENT] = _ingest_content(stage, folder)
+        if {CONTENT, ALPHA} & set(names):
+            _create_arrays(stage, folder, {CONTENT, ALPHA})
+            sums |= _ingest_content(stage, folder)
         elif content_sums is not None:
             shutil.copytree(stage.stage_dir / CONTENT, folder / CONTENT)
             sums[CONTENT] = content_sums
@@ -105,15 +106,18 @@ def remake(stage: Stage, names: Collection[str], content_sums: str | None) -> di
 
 def _create_arrays(stage: Stage, folder: Path, names: Collection[str] | None = None) -> None:
     """All arrays of the stage, or those named."""
-    for name, array in arrays_of(stage.config, stage.plan.size, stage.model).items():
+    for name, array in arrays_of(stage.config, stage.plan.size, stage.model, stage.plan.content).items():
         if names is None or name in names:
             store.create_array(folder, name, array.shape, array.chunk_px, array.form, stage.config.store.codec)
 
 
-def _ingest_content(stage: Stage, folder: Path) -> str:
-    array = store.open_array(folder, CONTENT)
-    assert stage.config.content is not None
-    return transfer.ingest(stage.config.content, array, stage.engine, stage.told("content"))
+def _ingest_content(stage: Stage, folder: Path) -> dict[str, str]:
+    """The content's colours, on white where it is transparent, and its alpha; gives their checksums."""
+    assert stage.config.content is not None and stage.plan.content is not None
+    names = [CONTENT, ALPHA] if stage.plan.content.alpha else [CONTENT]
+    planes = [store.open_array(folder, name) for name in names]
+    sums = transfer.ingest_planes(stage.config.content, planes, stage.engine, stage.told("content"))
+    return dict(zip(names, sums, strict=True))
 
 
 def _ingest_guides(stage: Stage, folder: Path, names: Collection[str]) -> dict[str, str]:

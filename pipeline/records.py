@@ -96,11 +96,18 @@ class _StageSizes(_Part):
     max_iterations: _Count | None = None  # older runs have the config's in every stage
 
 
+class _Content(_Part):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    bits: Literal[8, 16]
+    alpha: Annotated[bool, Strict()]
+
+
 class _Manifest(_Part):
     format: Annotated[int, Strict()]
     created: _Line
     config: _Config
     stages: Annotated[list[_StageSizes], Field(min_length=1, max_length=_MAX_STAGES)]
+    content: _Content = _Content(bits=8, alpha=False)
     threads: Annotated[int, Strict(), Field(ge=1, le=MAX_THREADS)]
     result_fields: dict[_Line, _Line | int | float | bool | None]
     inputs: dict[_Line, _Line]

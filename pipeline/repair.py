@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import integrity, store
-from pipeline.arrays import CONTENT, METADATA, is_averaged, slot_names
+from pipeline.arrays import ALPHA, CONTENT, METADATA, is_averaged, slot_names
 from pipeline.checksums import checksum, unpacked
 from pipeline.cost import model_of
 from pipeline.damage import FOREIGN, Held, Problem
@@ -23,7 +23,7 @@ from pipeline.engine import Engine
 from pipeline.errors import PipelineError
 from pipeline.inspection import Findings
 from pipeline.journal import Journal, Position, Record, position_of
-from pipeline.manifest import begun_manifest, write_manifest
+from pipeline.manifest import begun_manifest, content_kind, write_manifest
 from pipeline.opening import journal_path, manifest_path, newest_canvas, now, stage_path
 from pipeline.places import SECOND_NAME, store_path, taken
 from pipeline.plan import arrays_of
@@ -101,7 +101,9 @@ class Repair:
         """Compute inputs of the stage again, go back, or give up a canvas that the run does not need."""
         stage = found.position.stage
         damaged = {(problem.stage, problem.array) for problem in found.problems if problem.kind != "foreign"}
-        lost = [held.stage for held in found.held if held.stage < stage and any(d[0] == held.stage for d in damaged)]
+        earlier = {index: {name for one, name in damaged if one == index} for index in range(stage)}
+        mended = [index for index, names in earlier.items() if self._is_alpha_alone(found, index, names)]
+        lost = [index for index, names in earlier.items() if names and index not in mended]
         names = {name for held in found.held if held.stage == stage for name in held.live if (stage, name) in damaged}
         state = names & {*slot_names(0, averaged=True), *slot_names(1, averaged=True)}
         inputs = {name for name in names - state if (stage, name) not in self.hopeless}
@@ -112,11 +114,16 @@ class Repair:
             if back is not None:
                 steps.append(self._back_step(found, back))
             if back is not None and back.stage is not None:
-                inputs, lost = set(), [index for index in lost if index < back.stage]
+                inputs = set()
+                mended, lost = ([index for index in some if index < back.stage] for some in (mended, lost))
         if inputs and found.inputs_whole:
-            text = f"compute {', '.join(sorted(inputs))} of stage {stage} again"
-            steps.append(Step(text, lambda: self._remake(found, inputs)))
+            steps.append(self._remake_step(found, stage, inputs))
+        steps += [self._remake_step(found, index, {ALPHA}) for index in mended]
         return steps + [_lost_step(found, index) for index in lost]
+
+    def _is_alpha_alone(self, found: Findings, stage: int, damaged: set[str | None]) -> bool:
+        """Whether only the alpha of an earlier stage is damaged, and can be made anew from the content."""
+        return damaged == {ALPHA} and found.inputs_whole and (stage, ALPHA) not in self.hopeless
 
     def _way_back(self, found: Findings, begin_again: bool) -> _Back | None:
         """The newest position before this one that the store still holds whole."""
@@ -167,13 +174,17 @@ class Repair:
         specs = [spec for array in arrays for spec in integrity.specs_of(array, array.chunk_indices())]
         return not integrity.damage(specs, self.engine, lambda done, total: None)
 
-    def _remake(self, found: Findings, names: set[str]) -> None:
-        """Make inputs of the stage anew; those that do not come out as they were are hopeless."""
+    def _remake_step(self, found: Findings, stage: int, names: set[str]) -> Step:
+        text = f"compute {', '.join(sorted(names))} of stage {stage} again"
+        return Step(text, lambda: self._remake(found, stage, names))
+
+    def _remake(self, found: Findings, index: int, names: set[str]) -> None:
+        """Make inputs of a stage anew; those that do not come out as they were are hopeless."""
         from pipeline.preparation import remake  # noqa: PLC0415 - brings torch
 
         assert found.config is not None
         config = found.config.model_copy(update={"work_dir": found.work_dir})
-        index, records = found.position.stage, found.journal.records
+        records = found.journal.records
         device = resolve_device(config.compute.device)
         weights = find_weights(config.network.name, config.network.weights, config.seed)
         planned = plan_on(config, device)
@@ -212,7 +223,8 @@ def _metadata_files(found: Findings, problem: Problem) -> Iterator[bytes]:
         model = model_of(config, widths_for_plan(config.network.name, config.network.weights))
     except PipelineError:  # the weights are damaged too: they are a problem of their own
         return
-    arrays = arrays_of(config, (height, width), model)
+    content = None if config.content is None else content_kind(found.manifest)
+    arrays = arrays_of(config, (height, width), model, content)
     if problem.array in arrays:
         yield array_metadata(arrays[problem.array], config.store.codec)
 

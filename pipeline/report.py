@@ -64,7 +64,7 @@ def print_plan(config: Config, planned: Plan) -> None:
         f"memory   {gib(planned.projected_mem_bytes)} of {limit} (memory.limit); {phases}",
         *([] if planned.device == "cpu" else [f"on {planned.device}  {gib(planned.device_bytes)}"]),
         f"disk     {gib(planned.disk_bytes)} in {config.work_dir}",
-        f"picture  up to {gib(planned.output_bytes)} for {config.output}",
+        f"picture  up to {gib(planned.output_bytes)} for {config.output}, {planned.picture}",
         f"work     {planned.flop / 1e12:,.0f} TFLOP for {_iterations(planned)} iterations of every stage",
     ]
     for line in lines:

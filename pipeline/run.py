@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError, DeviceMemoryError, storage
 from pipeline.journal import Journal, Position, Record, RunLock, standing
 from pipeline.layers import ceil_to
 from pipeline.manifest import read_manifest
-from pipeline.opening import manifest_path, newest_canvas, now, open_run, stage_path
+from pipeline.opening import content_alpha, manifest_path, newest_canvas, now, open_run, stage_path
 from pipeline.places import refuse_links, store_path, taken
 from pipeline.plan import Plan, StagePlan
 from pipeline.progress import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
@@ -240,7 +240,9 @@ class _Rendering:
 
     def export(self) -> None:
         """The last stage's canvas, as the picture asked for; not again if it stands there already."""
-        output, options = self.config.output, self.config.export.model_dump(mode="json")
+        output, picture = self.config.output, self.plan.picture
+        settings = self.config.export.model_copy(update={"bits": picture.bits})
+        options = settings.model_dump(mode="json")
         if self.position.exported.get(str(output)) == options and output.exists():
             self.sink(Note(f"{output} is already there"))
             return
@@ -250,13 +252,16 @@ class _Rendering:
             self._commit({"type": "exporting", "output": str(output)})
         last = self.plan.stages[-1].index
         canvas = newest_canvas(self.config.work_dir, self.position, last)
+        alpha = content_alpha(self.config.work_dir, self.position, last) if picture.alpha else None
+        planes = [canvas] if alpha is None else [canvas, alpha]
         integrity.require_intact(
-            [canvas], self.engine, lambda done, total: self.sink(WorkDone(last, "check", done, total))
+            planes, self.engine, lambda done, total: self.sink(WorkDone(last, "check", done, total))
         )
         transfer.export_canvas(
             canvas,
+            alpha,
             output,
-            self.config.export,
+            settings,
             self.engine.raise_if_stopped,
             lambda done, total: self.sink(WorkDone(last, "export", done, total)),
         )

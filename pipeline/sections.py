@@ -29,6 +29,7 @@ from pipeline._fields import (
     SidePx,
 )
 from pipeline.layers import ALIGN_PX
+from pipeline.pictures import Bits
 
 NetworkName = Literal["vgg19", "vgg19-lite", "random"]
 # Both are left out of `result_fields`; files of the second kind decide the picture by their content, not their name.
@@ -211,6 +212,6 @@ class LimitsConfig(Section):
 class ExportConfig(Section):
     """How the finished picture is written."""
 
-    bits: Literal[8, 16] = Field(8, description="bits per channel")
+    bits: Bits = Field("auto", description="bits per channel; auto: 16 where content and format have them, else 8")
     compression: Literal["deflate", "zstd", "jpeg", "none"] = Field("deflate", description="compression of a TIFF")
     quality: Int = Field(95, ge=1, le=100, description="JPEG quality")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import integrity, passes, store, zarr_files
-from pipeline.arrays import GRADIENT, METADATA, content_features_name, gram_name, is_averaged, slot_names
+from pipeline.arrays import ALPHA, GRADIENT, METADATA, content_features_name, gram_name, is_averaged, slot_names
 from pipeline.checksums import ChunkSums
 from pipeline.colors import LUMINANCE, ColorMap
 from pipeline.config import Config
@@ -52,7 +52,7 @@ class Stage:
         return LUMINANCE if self.config.color == "luminance" else None
 
     def check(self, slot: int, checksums: Mapping[str, str]) -> None:
-        """Raise ChunkError if anything that the next iteration reads is not what was written, or it has no room."""
+        """Raise ChunkError if anything that the stage still reads is not what was written, or it has no room."""
         for name in checksums:
             if name.endswith(METADATA):
                 zarr_files.check_metadata(self.stage_dir, name, checksums[name])
@@ -60,7 +60,8 @@ class Stage:
             zarr_files.read_gram(self.stage_dir, key, checksums[gram_name(key)])
         features = map(content_features_name, self.model.content_layers)
         newest, idle = (slot_names(one, averaged=is_averaged(checksums)) for one in (slot, 1 - slot))
-        names = (*newest, *features, *self.model.guides.arrays)
+        alpha = [ALPHA] if ALPHA in checksums else []  # read at the very end: a day before that is better
+        names = (*newest, *features, *self.model.guides.arrays, *alpha)
         arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in names]
         arrays += [store.open_array(self.stage_dir, name) for name in (*idle, GRADIENT)]
         integrity.require_intact(arrays, self.engine, self.told("check"))

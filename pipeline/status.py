@@ -15,8 +15,9 @@ from pipeline.engine import Engine
 from pipeline.errors import ConfigError, Stopped
 from pipeline.image_export import check_output
 from pipeline.journal import Journal, Position, Record, position_of, running_owner, standing
-from pipeline.manifest import read_manifest
-from pipeline.opening import newest_canvas
+from pipeline.manifest import content_kind, read_manifest
+from pipeline.opening import content_alpha, newest_canvas
+from pipeline.pictures import picture_kind
 from pipeline.places import refuse_links, refuse_own_state, taken
 from pipeline.progress import Sink, WorkDone, ignore
 from pipeline.sections import ExportConfig
@@ -102,10 +103,13 @@ def export(
     _, position = standing(journal)
     chosen = _choose_stage(work_dir, position, stage)
     refuse_links(work_dir)
+    kind = picture_kind(output, options.bits, options.compression, content_kind(manifest))
+    options = options.model_copy(update={"bits": kind.bits})
     canvas = newest_canvas(work_dir, position, chosen)
-    _check_canvas(canvas, manifest)
+    alpha = content_alpha(work_dir, position, chosen) if kind.alpha else None
+    _check_arrays(canvas, alpha, manifest)
     height, width, _channels = canvas.shape
-    check_output(output, width, height, options.bits, options.compression)
+    check_output(output, width, height, kind.bits, options.compression)
 
     def check() -> None:
         nonlocal seen_bytes
@@ -121,21 +125,23 @@ def export(
 
     try:
         with Engine(WORKERS, stop) as engine:
-            integrity.require_intact([canvas], engine, told("check"))
-        transfer.export_canvas(canvas, output, options, check, told("export"))
+            integrity.require_intact([canvas] if alpha is None else [canvas, alpha], engine, told("check"))
+        transfer.export_canvas(canvas, alpha, output, options, check, told("export"))
     except ChunkError:
         check()  # a run that has gone on is no damage
         raise
     return output
 
 
-def _check_canvas(canvas: StageArray, manifest: dict[str, Any]) -> None:
-    """The array is one that a run has made: its own metadata may claim any size, of which a chunk is taken at once."""
+def _check_arrays(canvas: StageArray, alpha: StageArray | None, manifest: dict[str, Any]) -> None:
+    """The arrays are a run's: their own metadata may claim any size, of which a chunk is taken at once."""
     sizes = [(*stage["size"], 3) for stage in manifest["stages"]]
-    if canvas.shape not in sizes or canvas.chunk_px > MAX_CHUNK_PX or canvas.dtype.kind not in "fu":
-        raise ChunkError(
-            canvas.path / METADATA, "changed", f"tells of {canvas.shape} {canvas.dtype}, which no stage has"
-        )
+    for array, shapes in ((canvas, sizes), (alpha, [(*canvas.shape[:2], 1)])):
+        if array is None:
+            continue
+        if array.shape not in shapes or array.chunk_px > MAX_CHUNK_PX or array.dtype.kind not in "fu":
+            told = f"tells of {array.shape} {array.dtype}, which no stage has"
+            raise ChunkError(array.path / METADATA, "changed", told)
 
 
 def finished_stage(position: Position, stage: int) -> bool:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pipeline._yaml import shown
 from pipeline.errors import InputError, storage_error
+from pipeline.pictures import PixelKind
 
 Rows = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -99,12 +100,13 @@ class BandPump:
         self._image = image
         self._band_px = band_px
         self._written = 0  # bytes of the picture that libvips has delivered
-        self._band: NDArray[np.uint8] | None = None
+        self._dtype = np.dtype(np.uint16 if image.format == "ushort" else np.uint8)
+        self._band: NDArray[np.uint8] | None = None  # as bytes
         # One band waits here, one is being filled, one is with the caller.
-        self._queue: queue.Queue[tuple[int, NDArray[np.uint8]] | Exception | None] = queue.Queue(maxsize=1)
+        self._queue: queue.Queue[tuple[int, Rows] | Exception | None] = queue.Queue(maxsize=1)
         self._stop = threading.Event()
 
-    def bands(self, check: Callable[[], None]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    def bands(self, check: Callable[[], None]) -> Iterator[tuple[int, Rows]]:
         """Yield ``(y0, rows)``; leaving the iteration early ends the thread."""
         path = self._file.path
         thread = threading.Thread(target=self._run, name=f"decode {path.name}", daemon=True)
@@ -128,7 +130,7 @@ class BandPump:
             self._file.end()
             thread.join()
 
-    def _next(self, check: Callable[[], None]) -> tuple[int, NDArray[np.uint8]] | Exception | None:
+    def _next(self, check: Callable[[], None]) -> tuple[int, Rows] | Exception | None:
         while True:
             try:
                 return self._queue.get(timeout=POLL_S)
@@ -148,25 +150,25 @@ class BandPump:
     def _write(self, data: Any) -> int:
         """Take bytes from libvips; -1 tells it to stop."""
         pixels = np.frombuffer(data, np.uint8)
-        width_px, height_px = self._image.width, self._image.height
-        row_bytes = 3 * width_px
+        width_px, height_px, channels = self._image.width, self._image.height, self._image.bands
+        row_bytes = channels * width_px * self._dtype.itemsize
         taken = 0
         while taken < pixels.size:
             y0 = self._written // (self._band_px * row_bytes) * self._band_px
             if self._band is None:
-                self._band = np.empty((min(self._band_px, height_px - y0), width_px, 3), np.uint8)
+                self._band = np.empty(min(self._band_px, height_px - y0) * row_bytes, np.uint8)
             start = self._written - y0 * row_bytes
             count = min(self._band.size - start, pixels.size - taken)
-            self._band.reshape(-1)[start : start + count] = pixels[taken : taken + count]
+            self._band[start : start + count] = pixels[taken : taken + count]
             taken += count
             self._written += count
             if start + count == self._band.size:
                 band, self._band = self._band, None
-                if not self._put((y0, band)):
+                if not self._put((y0, band.view(self._dtype).reshape(-1, width_px, channels))):
                     return -1
         return taken
 
-    def _put(self, item: tuple[int, NDArray[np.uint8]] | Exception | None) -> bool:
+    def _put(self, item: tuple[int, Rows] | Exception | None) -> bool:
         """Wait for room in the queue; False when nobody will take the item any more."""
         while not self._stop.is_set():
             try:
@@ -189,11 +191,11 @@ class RowSource:
     Two bands exist at once: the one libvips reads, and the next, waiting or being made.
     """
 
-    def __init__(self, width_px: int, height_px: int, bits: int) -> None:
-        self.width_px, self.height_px, self.bits = width_px, height_px, bits
-        row_bytes = 3 * width_px * bits // 8
+    def __init__(self, width_px: int, height_px: int, kind: PixelKind) -> None:
+        self.width_px, self.height_px, self.kind = width_px, height_px, kind
+        row_bytes = width_px * kind.pixel_bytes
         self.band_px = max(1, min(BAND_BYTES // row_bytes, BAND_ROWS_PX))
-        self._header = _tiff_header(width_px, height_px, bits)
+        self._header = _tiff_header(width_px, height_px, kind)
         self._size = len(self._header) + height_px * row_bytes
         self._position = 0
         self._start, self._bytes = 0, memoryview(self._header)  # what is at hand: offset and content
@@ -219,8 +221,8 @@ class RowSource:
 
     def put(self, rows: Rows, y0: int, y1: int) -> None:
         """Hand over the band [y0, y1)."""
-        dtype = np.dtype(np.uint16 if self.bits == 16 else np.uint8)
-        assert (rows.shape, rows.dtype) == ((y1 - y0, self.width_px, 3), dtype), f"{rows.shape} {rows.dtype}"
+        shape = y1 - y0, self.width_px, self.kind.channels
+        assert (rows.shape, rows.itemsize) == (shape, self.kind.bits // 8), f"{rows.shape} {rows.dtype}"
         self._queue.put(np.ascontiguousarray(rows).data.cast("B"))
 
     def cancel(self) -> None:
@@ -304,34 +306,35 @@ class FileTarget:
             return None
 
 
-def _tiff_header(width_px: int, height_px: int, bits: int) -> bytes:
-    """All of an uncompressed RGB BigTIFF but its pixels: little-endian, one strip per row.
+def _tiff_header(width_px: int, height_px: int, kind: PixelKind) -> bytes:
+    """All of an uncompressed RGB or RGBA BigTIFF but its pixels: little-endian, one strip per row.
 
     Fields are (tag, type, values); a value block longer than 8 bytes follows the directory, in order.
     """
-    row_bytes = 3 * width_px * bits // 8
+    row_bytes = width_px * kind.pixel_bytes
     types = {3: "H", 4: "I", 16: "Q"}
     fields: list[tuple[int, int, Any]] = [
         (256, 4, [width_px]),
         (257, 4, [height_px]),
-        (258, 3, [bits] * 3),
+        (258, 3, [kind.bits] * kind.channels),
         (259, 3, [1]),  # no compression
         (262, 3, [2]),  # RGB
         (273, 16, range(height_px)),  # where the rows are: filled in below
-        (277, 3, [3]),  # channels
+        (277, 3, [kind.channels]),
         (278, 4, [1]),  # rows per strip
         (279, 4, [row_bytes] * height_px),
         (284, 3, [1]),  # interleaved
+        *([(338, 3, [2])] if kind.alpha else []),  # the colours are not multiplied by it
     ]
     directory_end = 16 + 8 + 20 * len(fields) + 8
-    sizes = [struct.calcsize(f"<{len(values)}{types[kind]}") for _, kind, values in fields]
+    sizes = [struct.calcsize(f"<{len(values)}{types[number_type]}") for _, number_type, values in fields]
     pixels_at = directory_end + sum(size for size in sizes if size > 8)
     head = struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, len(fields))
     blocks = b""
-    for tag, kind, values in fields:
+    for tag, number_type, values in fields:
         numbers = [pixels_at + row * row_bytes for row in values] if tag == 273 else values
-        packed = struct.pack(f"<{len(numbers)}{types[kind]}", *numbers)
+        packed = struct.pack(f"<{len(numbers)}{types[number_type]}", *numbers)
         if len(packed) > 8:
             packed, blocks = struct.pack("<Q", directory_end + len(blocks)), blocks + packed
-        head += struct.pack("<HHQ", tag, kind, len(numbers)) + packed.ljust(8, b"\0")
+        head += struct.pack("<HHQ", tag, number_type, len(numbers)) + packed.ljust(8, b"\0")
     return head + struct.pack("<Q", 0) + blocks

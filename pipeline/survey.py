@@ -14,7 +14,7 @@ from pipeline.errors import MISPLACED, ConfigError, SpaceError, storage_error
 from pipeline.image_export import check_output
 from pipeline.image_header import read_header
 from pipeline.places import refuse_links_at_top, refuse_own_state, unwritable
-from pipeline.plan import Plan, canvas_bytes, chunk_count, make_plan
+from pipeline.plan import Plan, make_plan
 from pipeline.weights import weights_bytes, widths_for_plan
 
 _BLOCK_BYTES = 4096  # of nearly every file system
@@ -39,7 +39,7 @@ def plan_on(config: Config, device: Device) -> Plan:
     refuse_own_state(config.output, config.work_dir)
     planned = make_plan(config, images, widths, weights, device.name, device.memory_bytes)
     height, width = planned.stages[-1].size
-    check_output(config.output, width, height, config.export.bits, config.export.compression)
+    check_output(config.output, width, height, planned.picture.bits, config.export.compression)
     return planned
 
 
@@ -55,11 +55,11 @@ def check_space(config: Config, planned: Plan, stage: int) -> None:
     """Raise SpaceError if the disks have no room for what is written from `stage` on; behind the last, for the picture.
 
     What the run holds already is not counted again: a stage begins when those before it have given back all but their
-    canvas, and takes over what an interrupted preparation left.
+    result, and takes over what an interrupted preparation left.
     """
     later = planned.stages[stage:]
     held = room_taken(config.work_dir)
-    kept = [_room(canvas_bytes(one.size, config), chunk_count(one.size, planned.chunk_px)) for one in planned.stages]
+    kept = [_room(one.kept_bytes, one.kept_chunks) for one in planned.stages]
     peak = after = Room(0, 0)
     if later:
         after = _more(kept, held)

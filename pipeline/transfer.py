@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,40 @@ from pipeline import colors, image_export, images, ome_zarr
 from pipeline.checksums import ChunkSums
 from pipeline.engine import Engine
 from pipeline.errors import storage
+from pipeline.pictures import PixelKind
 from pipeline.sections import ExportConfig
 from pipeline.store import StageArray
 from pipeline.tiling import Rect, chunks_of
 
 OnProgress = Callable[[int, int], None]
+_CHANNELS = (slice(3), slice(3, 4))  # of the colours, and of alpha
 
 
 def ingest(source: Path, array: StageArray, engine: Engine, on_progress: OnProgress) -> str:
-    """Stream an image file, resized to the array's size, into a u1 array; gives the packed checksums.
+    """Stream an image file, resized to the array's size, into an array of 8 or 16 bits; gives the packed checksums.
 
     An array of one channel takes its luminance, which is the grey of a grey picture.
     Raises InputError for a broken file.
     """
-    height, width, channels = array.shape
-    sums: ChunkSums = {}
-    for y0, rows in images.stream_rgb(source, width, height, array.chunk_px, engine.raise_if_stopped):
+    (sums,) = ingest_planes(source, [array], engine, on_progress)
+    return sums
+
+
+def ingest_planes(source: Path, planes: Sequence[StageArray], engine: Engine, on_progress: OnProgress) -> list[str]:
+    """The same for the colours of an image, and its alpha if there is a second array, in one sweep."""
+    first = planes[0]
+    height, width, _ = first.shape
+    kind = PixelKind(8 * first.dtype.itemsize, alpha=len(planes) == 2)
+    sums: list[ChunkSums] = [{} for _ in planes]
+    parts = list(zip(planes, _CHANNELS, sums, strict=False))
+    for y0, rows in images.stream_rgb(source, width, height, first.chunk_px, engine.raise_if_stopped, kind):
         engine.raise_if_stopped()
-        pixels = np.rint(colors.luminance(rows.astype(np.float32))).astype(np.uint8) if channels == 1 else rows
-        sums |= array.write_window(Rect(y0, y0 + len(rows), 0, width), pixels)
+        rect = Rect(y0, y0 + len(rows), 0, width)
+        pixels = rows if first.shape[2] == 3 else np.rint(colors.luminance(rows.astype(np.float32))).astype(np.uint8)
+        for plane, channels, written in parts:
+            written.update(plane.write_window(rect, pixels[..., channels]))
         on_progress(y0 + len(rows), height)
-    return array.packed(sums)
+    return [plane.packed(written) for plane, written in zip(planes, sums, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -81,32 +94,42 @@ def fill_canvas(source: StageArray, target: StageArray, engine: Engine, on_progr
     return target.packed(sums)
 
 
-def canvas_rows(canvas: StageArray, bits: int) -> Callable[[int, int], NDArray[Any]]:
-    """A reader of canvas rows as exported: (y0, y1) to (rows, W, 3) uint8 or uint16, rounded to the nearest level."""
+def canvas_rows(canvas: StageArray, alpha: StageArray | None, bits: int) -> Callable[[int, int], NDArray[Any]]:
+    """A reader of rows as exported: (y0, y1) to (rows, W, 3 or 4) uint8 or uint16, rounded to the nearest level."""
     levels, dtype = (255, np.uint8) if bits == 8 else (65535, np.uint16)
     width = canvas.shape[1]
+    planes = [canvas] if alpha is None else [canvas, alpha]
 
     def read_rows(y0: int, y1: int) -> NDArray[Any]:
-        out = np.empty((y1 - y0, width, 3), dtype)
+        out = np.empty((y1 - y0, width, sum(plane.shape[2] for plane in planes)), dtype)
         for x0 in range(0, width, canvas.chunk_px):  # chunk by chunk: float rows of the whole width would be large
             x1 = min(x0 + canvas.chunk_px, width)
-            pixels = canvas.read_window(Rect(y0, y1, x0, x1))
-            out[:, x0:x1] = np.rint(np.clip(pixels, 0, 255) * (levels / 255))
+            for plane, channels in zip(planes, _CHANNELS, strict=False):
+                pixels = plane.read_window(Rect(y0, y1, x0, x1))
+                out[:, x0:x1, channels] = np.rint(np.clip(pixels, 0, 255) * (levels / 255))
         return out
 
     return read_rows
 
 
 def export_canvas(
-    canvas: StageArray, output: Path, options: ExportConfig, check: Callable[[], None], on_progress: OnProgress
+    canvas: StageArray,
+    alpha: StageArray | None,
+    output: Path,
+    options: ExportConfig,
+    check: Callable[[], None],
+    on_progress: OnProgress,
 ) -> None:
     """Write a canvas as the picture `output`, in the format of its suffix; it has its name only when it is whole.
 
-    `check` is called after every read, and while waiting; it may raise to give up, leaving nothing behind.
+    `alpha`: a fourth channel, for formats that have it. `options.bits`: 8 or 16. `check` is called after every read,
+    and while waiting; it may raise to give up, leaving nothing behind.
     Raises StorageError, ConfigError (format limits), or what `check` raises.
     """
+    assert options.bits != "auto"
     height, width, _ = canvas.shape
-    read = canvas_rows(canvas, options.bits)
+    kind = PixelKind(options.bits, alpha is not None)
+    read = canvas_rows(canvas, alpha, kind.bits)
 
     def read_rows(y0: int, y1: int) -> NDArray[Any]:
         rows = read(y0, y1)
@@ -115,14 +138,14 @@ def export_canvas(
 
     if output.suffix.lower() == ".zarr":
         with storage(output):
-            _export_ome_zarr(output, (height, width), options.bits, read_rows, check, on_progress)
+            _export_ome_zarr(output, (height, width), kind, read_rows, check, on_progress)
         return
     image_export.write_image(
         output,
         width,
         height,
         read_rows,
-        bits=options.bits,
+        kind=kind,
         compression=options.compression,
         quality=options.quality,
         on_progress=lambda share: on_progress(math.floor(share * 100), 100),
@@ -133,7 +156,7 @@ def export_canvas(
 def _export_ome_zarr(
     output: Path,
     size: tuple[int, int],
-    bits: int,
+    kind: PixelKind,
     read_rows: Callable[[int, int], NDArray[Any]],
     check: Callable[[], None],
     on_progress: OnProgress,
@@ -148,7 +171,7 @@ def _export_ome_zarr(
     try:
         aside.mkdir()
         group = aside / output.name
-        ome_zarr.write_ome_zarr(group, size, bits, counted_rows, check=check)
+        ome_zarr.write_ome_zarr(group, size, kind, counted_rows, check=check)
         image_export.put_in_place(group, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -25,20 +25,27 @@ import numpy as np
 import yaml
 from syscalls import Watch, be_watched
 
+from pipeline.pictures import RGB8, PixelKind
+
 PIPELINE = Path(sys.executable).with_name("pipeline")
 # Half a second of work each; the limit is for a machine that does other things too, and more so in long tortures.
 TIMEOUT_S = int(os.environ.get("TEST_TIMEOUT_S", "120"))
 
 
-def write_picture(path: Path, width: int, height: int, seed: int = 0, **options: Any) -> Path:
-    """A picture of waves and noise, in the format of the suffix."""
+def write_picture(path: Path, width: int, height: int, seed: int = 0, kind: PixelKind = RGB8, **options: Any) -> Path:
+    """A picture of waves and noise, in the format of the suffix; as alpha, a disc with soft edges."""
     import pyvips
 
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     waves = [127 + 90 * np.sin(x / (5 + c) + seed) * np.cos(y / (7 + c)) for c in range(3)]
-    pixels = np.clip(np.stack(waves, -1) + rng.normal(0, 20, (height, width, 3)), 0, 255).astype(np.uint8)
-    pyvips.Image.new_from_array(pixels, interpretation="srgb").write_to_file(str(path), **options)
+    values = np.stack(waves, -1) + rng.normal(0, 20, (height, width, 3))
+    if kind.alpha:
+        distance = np.hypot(x / width - 0.5, y / height - 0.5)
+        values = np.dstack([values, 255 * (0.4 - distance) / 0.1])
+    scale, dtype, space = (1, np.uint8, "srgb") if kind.bits == 8 else (257, np.uint16, "rgb16")
+    pixels = (np.clip(values, 0, 255) * scale).astype(dtype)
+    pyvips.Image.new_from_array(pixels, interpretation=space).write_to_file(str(path), **options)
     return path
 
 
@@ -64,11 +71,15 @@ SMALL: dict[str, Any] = {
 
 
 def write_run(
-    folder: Path, content_px: tuple[int, int] = (70, 52), style_px: tuple[int, int] = (60, 50), **keys: Any
+    folder: Path,
+    content_px: tuple[int, int] = (70, 52),
+    style_px: tuple[int, int] = (60, 50),
+    content_kind: PixelKind = RGB8,
+    **keys: Any,
 ) -> Path:
     """Content and style of these (width, height) and a config in `folder`; `keys` replace those of SMALL."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_picture(folder / "content.png", *content_px, seed=1)
+    write_picture(folder / "content.png", *content_px, seed=1, kind=content_kind)
     write_picture(folder / "style.png", *style_px, seed=2)
     return write_config(folder, **keys)
 

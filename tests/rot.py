@@ -25,6 +25,7 @@ from pipeline import store
 from pipeline.arrays import result_name, slot_names
 from pipeline.errors import PipelineError
 from pipeline.journal import Journal, position_of
+from pipeline.pictures import RGB8, PixelKind
 from pipeline.progress import Event, IterationDone, StageDone, WorkDone
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -32,7 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zstd": {"codec": "zstd"},
     "lz4": {"codec": "lz4"},
     "compact": {"codec": "none", "state_dtype": "compact"},
-    "averaged": {"codec": "none", "state_dtype": "compact"},
+    # with what only some runs have: averages, and a content with alpha and 16 bits
+    "rich": {"codec": "none", "state_dtype": "compact"},
 }
 # Three stages of 1, 4 and 20 chunks.
 ITERATIONS = 4
@@ -142,8 +144,9 @@ class Watch:
 def make_base(folder: Path, variant: str) -> Base:
     """Render, and take snapshots on the way."""
     base = Base(folder / "here", variant)
-    optimizer = {**RUN["optimizer"], "average": 0.8 if variant == "averaged" else 0.0}
-    write_run(base.folder, (150, 110), (60, 50), **{**RUN, "optimizer": optimizer}, store=VARIANTS[variant])
+    optimizer = {**RUN["optimizer"], "average": 0.8 if variant == "rich" else 0.0}
+    kind = PixelKind(16, alpha=True) if variant == "rich" else RGB8
+    write_run(base.folder, (150, 110), (60, 50), kind, **{**RUN, "optimizer": optimizer}, store=VARIANTS[variant])
     save_file(narrow_state(), base.folder / "weights.safetensors")
     watch = Watch(base, folder)
     pipeline.run(pipeline.load_config(base.config), sink=watch)
@@ -167,7 +170,7 @@ def relative(base: Base, path: Path) -> str:
 
 RECORDS = ("manifest", "journal", "input")
 # Beside those, what a resume reads before it renders; a finished run whose picture is there reads no more than them.
-READ = ("metadata", "state", "features", "style target", "needed canvas")
+READ = ("metadata", "state", "features", "style target", "needed canvas", "needed alpha")
 
 
 def sort_files(base: Base) -> dict[str, list[Path]]:
@@ -195,6 +198,8 @@ def _of_ended(path: Path, array: str, result: str, newest: bool) -> str | None:
     """A file of a stage that needs no iteration any more; None for one that is only not deleted yet."""
     if array == "zarr.json":
         return "group metadata"
+    if array == "alpha":
+        return "finished metadata" if path.name == "zarr.json" else "alpha"
     if array != result:
         return None
     return "needed canvas" if newest else "finished metadata" if path.name == "zarr.json" else "finished canvas"
@@ -205,7 +210,7 @@ def _of_current(path: Path, array: str, slot: int) -> str:
         return "metadata"
     newest, idle = (slot_names(one, averaged=True) for one in (slot, 1 - slot))
     kinds = dict.fromkeys(newest, "state") | dict.fromkeys((*idle, "gradient"), "spare")
-    kinds["content"] = "content"
+    kinds |= {"content": "content", "alpha": "needed alpha"}
     return kinds.get(array, "features" if array.startswith("features") else "style target")
 
 

@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError, InputError, SpaceError
 from pipeline.image_export import check_output, write_image
 from pipeline.image_header import read_header
 from pipeline.images import resize_window, source_window, stream_rgb
+from pipeline.pictures import PixelKind
 
 
 def picture(height_px: int, width_px: int, seed: int = 0, bits: int = 8) -> np.ndarray:
@@ -424,8 +425,8 @@ def rows_of(pixels: np.ndarray) -> Callable[[int, int], np.ndarray]:
 
 
 def write(path: Path, pixels: np.ndarray, **options: Any) -> None:
-    bits = pixels.itemsize * 8
-    write_image(path, pixels.shape[1], pixels.shape[0], rows_of(pixels), bits=bits, **options)
+    kind = PixelKind(pixels.itemsize * 8, pixels.shape[2] == 4)
+    write_image(path, pixels.shape[1], pixels.shape[0], rows_of(pixels), kind=kind, **options)
 
 
 @pytest.mark.parametrize("bits", [8, 16])

@@ -20,6 +20,7 @@ HEIGHT = {
     "errors": 0,
     "layers": 0,
     "places": 1,
+    "pictures": 1,
     "allocator": 1,
     "arrays": 2,
     "checksums": 1,

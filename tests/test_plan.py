@@ -19,6 +19,7 @@ from pipeline.cost import BASE_BYTES, Model, model_of
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, InputError
 from pipeline.layers import VGG19_WIDTHS, halo_px
+from pipeline.pictures import RGB8, PixelKind
 from pipeline.plan import Plan, computed_px, fit, make_plan, stage_sizes
 from pipeline.preparation import prepare
 from pipeline.stage import Stage
@@ -36,6 +37,7 @@ class Header:
     width_px: int
     bits: int = 8
     decode_bytes: int = 0
+    kind: PixelKind = RGB8
 
 
 def config_of(**values) -> Config:

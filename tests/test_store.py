@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from pipeline import ome_zarr, store, zarr_files
 from pipeline.errors import DamagedStateError
+from pipeline.pictures import PixelKind
 from pipeline.tiling import Rect
 
 CODECS = ["none", "zstd", "lz4"]
@@ -433,7 +434,8 @@ def pyramid(path: Path, pixels: np.ndarray, chunk_px: int) -> list[np.ndarray]:
         return pixels[y0:y1]
 
     height, width, _ = pixels.shape
-    ome_zarr.write_ome_zarr(path, (height, width), pixels.dtype.itemsize * 8, read_rows, chunk_px)
+    kind = PixelKind(pixels.dtype.itemsize * 8, pixels.shape[2] == 4)
+    ome_zarr.write_ome_zarr(path, (height, width), kind, read_rows, chunk_px)
     assert asked == [(y, min(y + chunk_px, height)) for y in range(0, height, chunk_px)]  # one band at a time, once
     group = zarr.open_group(path, mode="r")
     datasets = group.attrs["ome"]["multiscales"][0]["datasets"]

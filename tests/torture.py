@@ -16,6 +16,8 @@ import yaml
 from e2e import Child, Event, Nursery, canvases, gradient_tiles, keys_of, leftovers, results, write_run
 from syscalls import HALVED, Call, Verdict, Watch
 
+from pipeline.pictures import PixelKind
+
 KILLED = -signal.SIGKILL
 
 # Two stages, the second of four tiles, two iterations each: ingest, passes, enlargement, export.
@@ -28,7 +30,11 @@ SMALL_RUN: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "tiff": {"output": "out.tif"},
     "deepzoom": {"output": "out.dz", "init": "noise"},
-    "ome-zarr": {"output": "out.zarr", "store": {"chunk_px": 32, "codec": "zstd"}},
+    "ome-zarr": {
+        "output": "out.zarr",
+        "store": {"chunk_px": 32, "codec": "zstd"},
+        "content_kind": PixelKind(16, alpha=True),
+    },
     "power": {
         "output": "out.png",
         "store": {"chunk_px": 32, "durability": "power", "state_dtype": "compact"},
