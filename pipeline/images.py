@@ -65,7 +65,7 @@ def stream_rgb(
         image = _to_srgb(image.autorot(), kind.alpha)
         bits = 16 if image.format == "ushort" else 8
         if kind.bits == 16 and (image.width, image.height) != (width_px, height_px):
-            image = image.cast("float")  # libvips sums weights of 12 bits otherwise
+            image = image.cast("float")  # by weights of 12 bits, as libvips sums 16, it is off by up to 28 of 65535
         image = _to_bits(_resize(image, width_px, height_px), bits, kind.bits)
     except pyvips.Error as error:
         raise InputError(f"{path}: cannot be converted to sRGB: {reason(error)}. Convert it to RGB first.") from error

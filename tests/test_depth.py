@@ -82,11 +82,11 @@ def test_16_bits_stay_16_when_resized(tmp_path, size):
     path = tmp_path / "a.png"
     vips(smooth, "rgb16").write_to_file(str(path))
     deep, shallow = stream(path, *size, RGB16).astype(int), stream(path, *size, RGB8).astype(int)
-    assert np.abs(deep - 257 * shallow).max() <= 150  # the same picture
+    assert np.abs(deep - 257 * shallow).max() < 257  # the same picture
     assert len(np.unique(deep)) > 100 > len(np.unique(shallow))
     x, y = ((np.arange(side) + 0.5) * old / side - 0.5 for side, old in zip(size, (75, 50), strict=True))
     expected = 20_000 + (900 / 49 * y)[:, None] + 9 / 74 * x
-    assert np.abs(deep - expected[..., None])[6:-6, 6:-6].max() <= 1.01  # libvips' own sums of 16 bits miss by 6
+    assert np.abs(deep - expected[..., None])[6:-6, 6:-6].max() <= 1.01  # libvips' own sums of 16 bits miss by 30
 
 
 def test_alpha_of_other_kinds_of_files(tmp_path):
