@@ -241,7 +241,7 @@ def test_missing_keys_are_named(write):
         ("compute.tile_px=automatic", "or auto is wanted"),
         ("compute.tile_px=768", "no multiple of store.chunk_px = 512"),
         ("store.chunk_px=24", "a multiple of 16"),
-        ("export.bits=12", "one of 8, 16 is wanted, found 12"),
+        ("export.bits=12", "one of auto, 8, 16 is wanted, found 12"),
         ("output=''", "an empty path"),
         ('output="a\\0.tif"', "NUL"),
         ("output=result", "has no ending"),
