@@ -182,7 +182,7 @@ def test_everything_at_once(write):
     text = "\n".join(lines)
     for said in (
         "content: a path or null is wanted, found 3",
-        "styles.0.wieght: unknown key; allowed: image, weight, scale, max_size; did you mean 'weight'?",
+        "styles.0.wieght: unknown key; allowed: image, weight, scale, max_size, mask; did you mean 'weight'?",
         "output: has the ending '.bmp'",
         "seed: duplicate key, first given at line 4",
         "did you mean 'size'?",
