@@ -47,18 +47,18 @@ COLUMNS: dict[str, Callable[[Trial], object]] = {
 }
 
 
-def trials_of(job: int, jobs: int, flips: int, others: int) -> list[Trial]:
-    """One process' share: so many flips that hit what counts, and so many other faults."""
-    states, done = (*STATES, FINISHED), []
+def trials_of(job: int, jobs: int, flips: int, others: int, seconds: float) -> list[Trial]:
+    """One process' share: so many flips that hit what counts, and so many others, of each what it has time for."""
+    states, done, started = (*STATES, FINISHED), [], time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         bases = []
         for variant in VARIANTS:
             (folder := Path(name) / variant).mkdir()
             bases.append(make_base(folder, variant))
         for kinds, wanted in ((("flip",), flips), (OTHERS, others)):
-            counted = 0
+            counted, share = 0, flips / (flips + others) if kinds == ("flip",) else 1.0
             for number in itertools.count():
-                if counted >= wanted:
+                if counted >= wanted or time.monotonic() - started > share * seconds:
                     break
                 base, state = bases[number % len(bases)], states[number // len(bases) % len(states)]
                 seed = number * jobs + job
@@ -95,12 +95,13 @@ def groups(trials: list[Trial]) -> Iterator[tuple[str, list[Trial]]]:
 @click.option("--flips", default=1000, show_default=True, help="Flipped bits that count, of all jobs.")
 @click.option("--others", default=500, show_default=True, help="Other damages that count, of all jobs.")
 @click.option("--jobs", default=2, show_default=True, help="Processes.")
+@click.option("--minutes", default=600.0, show_default=True, help="End after these, with what was done till then.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all that was seen here.")
-def main(flips: int, others: int, jobs: int, json_path: Path | None) -> None:
+def main(flips: int, others: int, jobs: int, minutes: float, json_path: Path | None) -> None:
     """Damage runs; exit 1 if a damage was not found, or got into a picture."""
     started = time.monotonic()
     os.environ["OMP_NUM_THREADS"] = "1"  # of each job
-    share = (jobs, -(-flips // jobs), -(-others // jobs))
+    share = (jobs, -(-flips // jobs), -(-others // jobs), 60 * minutes)
     with ProcessPoolExecutor(jobs, mp_context=mp.get_context("spawn")) as pool:
         futures = [pool.submit(trials_of, job, *share) for job in range(jobs)]
         trials = [trial for future in futures for trial in future.result()]
