@@ -52,7 +52,7 @@ def measure(folder: Path, size: int, tile_px: int, iterations: int, state: str) 
         "optimizer": {"max_iterations": iterations},
         "compute": {"device": "cpu", "tile_px": tile_px},
         "memory": {"limit": "8GiB"},
-        "store": {"state_dtype": state},
+        "store": {"state_dtype": state, "chunk_px": min(512, tile_px)},
     }
     config.write_text(json.dumps(keys), encoding="utf-8")
     times: list[tuple[float, float]] = []
@@ -83,8 +83,11 @@ def main(sizes: str, tile_px: int, state: str, pixels: int, folder: Path | None,
     rows: list[Row] = []
     for number, size in enumerate([tile_px // 2, *map(int, sizes.split(","))]):
         with tempfile.TemporaryDirectory(dir=folder) as name:
-            for image in ("content", "style"):
-                noise = pyvips.Image.gaussnoise(1024, 1024, mean=128, sigma=40).cast("uchar")
+            for image, side in (
+                ("content", 1024),
+                ("style", min(256, tile_px // 2)),
+            ):  # a larger one has stages of its own
+                noise = pyvips.Image.gaussnoise(side, side, mean=128, sigma=40).cast("uchar")
                 noise.bandjoin([noise, noise]).write_to_file(f"{name}/{image}.png")
             row = measure(Path(name), size, tile_px, max(1, min(8, pixels // size**2)), state)
         if number:  # the first one loads libraries and weights

@@ -147,7 +147,8 @@ def measure(folder: Path, size: int, options: dict[str, Any]) -> dict[str, Any]:
     deep_zoom = [*cap, str(PIPELINE), "export", "-c", str(config), "-o", str(folder / f"{size}.dz")]
     export, _ = watch(deep_zoom, f"{size:,} px")
     export.done("export to DeepZoom", True)  # it tells of nothing
-    subprocess.run(["rm", "-rf", *map(str, folder.glob(f"{size}[._]*"))], check=True)
+    if not options["keep"]:
+        subprocess.run(["rm", "-rf", *map(str, folder.glob(f"{size}[._]*"))], check=True)
     return {
         "size": size,
         "tile_px": planned.tile_px,
@@ -189,6 +190,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 @click.option(
     "--folder", type=click.Path(path_type=Path, file_okay=False), help="Where to work; default a temporary one."
 )
+@click.option("--keep", is_flag=True, help="Work in --folder itself, and leave all there: the same command goes on.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
 def main(sizes: str, folder: Path | None, json_path: Path | None, **options: Any) -> None:
     """Print planned and measured memory of every phase."""
@@ -196,7 +198,10 @@ def main(sizes: str, folder: Path | None, json_path: Path | None, **options: Any
         CGROUP.mkdir(exist_ok=True)
         (CGROUP / "memory.limit_in_bytes").write_text(options["limit"].replace("iB", "").lower())
     rows = []
-    with tempfile.TemporaryDirectory(dir=folder) as name:
+    if options["keep"] and folder is None:
+        raise click.UsageError("--keep needs --folder.")
+    with contextlib.nullcontext(str(folder)) if options["keep"] else tempfile.TemporaryDirectory(dir=folder) as name:
+        Path(name).mkdir(parents=True, exist_ok=True)
         for image in ("content", "style"):
             noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype="uint8")
             pyvips.Image.new_from_array(noise).write_to_file(f"{name}/{image}.jpg")
