@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from pipeline import integrity, store, transfer
 from pipeline.arrays import CONTENT
 from pipeline.config import Config
-from pipeline.cost import WORKERS, Size, StageWork, model_of
+from pipeline.cost import WORKERS, Size, StageWork
 from pipeline.device import resolve_device
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError
@@ -32,6 +32,7 @@ from pipeline.image_export import check_output
 from pipeline.journal import Journal, Position, standing
 from pipeline.layers import ALIGN_PX, LAYER_BY_NAME, ceil_to, halo_px
 from pipeline.manifest import trusted_manifest
+from pipeline.model import model_of
 from pipeline.opening import identity, journal_path, manifest_path, newest_canvas, refuse_changes
 from pipeline.parts import Part, cut_canvas, cut_file, enlarge, needed, tiles_of, whole
 from pipeline.pictures import RGB8

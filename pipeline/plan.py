@@ -13,9 +13,10 @@ from typing import Any
 
 from pipeline.arrays import ArraySpec, kept_files, stage_arrays
 from pipeline.config import Config
-from pipeline.cost import ImageSize, Model, Size, StageWork, Workload, model_of
+from pipeline.cost import ImageSize, Size, StageWork, Workload
 from pipeline.errors import ConfigError, InputError
 from pipeline.layers import ceil_to, halo_px, min_side_px
+from pipeline.model import Model, model_of
 from pipeline.pictures import PixelKind
 from pipeline.sections import StyleConfig
 from pipeline.tiling import grid

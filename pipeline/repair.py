@@ -16,7 +16,6 @@ from pathlib import Path
 from pipeline import integrity, store
 from pipeline.arrays import ALPHA, CONTENT, METADATA, is_averaged, slot_names
 from pipeline.checksums import checksum, unpacked
-from pipeline.cost import model_of
 from pipeline.damage import FOREIGN, Held, Problem
 from pipeline.device import resolve_device
 from pipeline.engine import Engine
@@ -24,6 +23,7 @@ from pipeline.errors import PipelineError
 from pipeline.inspection import Findings
 from pipeline.journal import Journal, Position, Record, position_of
 from pipeline.manifest import begun_manifest, content_kind, write_manifest
+from pipeline.model import model_of
 from pipeline.opening import journal_path, manifest_path, newest_canvas, now, stage_path
 from pipeline.places import SECOND_NAME, store_path, taken
 from pipeline.plan import arrays_of

@@ -16,13 +16,14 @@ from pipeline import integrity, store, transfer
 from pipeline.allocator import return_freed_memory
 from pipeline.arrays import kept_files
 from pipeline.config import Config
-from pipeline.cost import WORKERS, model_of, update_threads
+from pipeline.cost import WORKERS, update_threads
 from pipeline.device import Device, bounded, resolve_device
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DeviceMemoryError, storage
 from pipeline.journal import Journal, Position, Record, RunLock, standing
 from pipeline.layers import ceil_to
 from pipeline.manifest import read_manifest
+from pipeline.model import model_of
 from pipeline.opening import content_alpha, manifest_path, newest_canvas, now, open_run, stage_path
 from pipeline.places import refuse_links, store_path, taken
 from pipeline.plan import Plan, StagePlan

@@ -12,10 +12,10 @@ from pipeline.arrays import ALPHA, GRADIENT, METADATA, content_features_name, gr
 from pipeline.checksums import ChunkSums
 from pipeline.colors import LUMINANCE, ColorMap
 from pipeline.config import Config
-from pipeline.cost import Model
 from pipeline.engine import Engine
 from pipeline.layers import LAYER_BY_NAME
 from pipeline.losses import Gram
+from pipeline.model import Model
 from pipeline.plan import StagePlan
 from pipeline.progress import Sink, WorkDone
 from pipeline.regions import UNGUIDED

@@ -29,11 +29,11 @@ import pipeline
 from pipeline import passes, update
 from pipeline.arrays import gram_name
 from pipeline.config import Config, load_config
-from pipeline.cost import model_of
 from pipeline.engine import Engine
 from pipeline.iteration import IterationResult, Iterations
 from pipeline.journal import Journal, position_of
 from pipeline.layers import halo_px
+from pipeline.model import model_of
 from pipeline.network import Network
 from pipeline.opening import newest_canvas
 from pipeline.passes import GradientSpec, GramSpec

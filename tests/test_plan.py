@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 import pipeline
 from pipeline.arrays import content_features_name
 from pipeline.config import Config
-from pipeline.cost import BASE_BYTES, Model, model_of
+from pipeline.cost import BASE_BYTES
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, InputError
 from pipeline.layers import VGG19_WIDTHS, halo_px
+from pipeline.model import Model, model_of
 from pipeline.pictures import RGB8, PixelKind
 from pipeline.plan import Plan, computed_px, fit, make_plan, stage_sizes
 from pipeline.preparation import prepare

@@ -17,10 +17,10 @@ import pipeline
 from pipeline import preparation, store
 from pipeline.arrays import GRADIENT
 from pipeline.config import Config
-from pipeline.cost import model_of
 from pipeline.device import default_threads
 from pipeline.engine import Engine
 from pipeline.iteration import IterationResult, Iterations
+from pipeline.model import model_of
 from pipeline.plan import StagePlan
 from pipeline.progress import ignore
 from pipeline.stage import Stage

@@ -16,9 +16,9 @@ from typing import Any
 from pipeline import losses, passes, store, zarr_files
 from pipeline.arrays import CONTENT, GRADIENT, content_features_name, gram_name
 from pipeline.config import Config
-from pipeline.cost import model_of
 from pipeline.engine import Engine
 from pipeline.losses import Gram
+from pipeline.model import model_of
 from pipeline.plan import arrays_of
 from pipeline.stage import positions
 from pipeline.tiling import Rect, Tile
