@@ -177,7 +177,7 @@ def test_memory_that_is_not_there_makes_tiles_smaller_or_stops_and_loses_nothing
     assert stopped.returncode == 3, stopped.stderr
     assert "has no memory for tile" in stopped.stderr and "Traceback" not in stopped.stderr
     shutil.rmtree(tmp_path / "run")
-    smaller = run_short_of_memory(config, 520)
+    smaller = run_short_of_memory(config, 340)
     assert smaller.returncode == 0, smaller.stderr
     told = [line for line in smaller.stderr.splitlines() if "going on with tiles of" in line]
     assert len(told) == 1, smaller.stderr

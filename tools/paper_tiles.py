@@ -19,6 +19,7 @@ from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.losses import Gram
 from pipeline.model import model_of
+from pipeline.pictures import RGB8
 from pipeline.plan import arrays_of
 from pipeline.stage import positions
 from pipeline.tiling import Rect, Tile
@@ -101,7 +102,7 @@ def _make_alone(config: Config, spec: Any, tile: Tile) -> None:
     """The arrays that the passes read and write, and the features of this part of the content by itself."""
     folder, layers = spec.stage_dir / f"alone_{tile.index}", tuple(config.network.content_layers)
     store.create_stage(folder)
-    arrays = arrays_of(config, (tile.height, tile.width), model_of(config, spec.network.source.widths))
+    arrays = arrays_of(config, (tile.height, tile.width), model_of(config, spec.network.source.widths), RGB8)
     for name in (CONTENT, "canvas_0", GRADIENT, *map(content_features_name, layers)):
         store.create_array(folder, name, arrays[name].shape, arrays[name].chunk_px, arrays[name].form, "none")
     pixels = store.open_array(spec.stage_dir, CONTENT).read_window(spec.tile.inner)
