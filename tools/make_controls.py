@@ -144,8 +144,16 @@ def draw_masks(folder: Path) -> None:
 # Two stages instead of four: a style has no more to show at its full size here.
 PAINTED: Keys = {"image": STROKES, "max_size": 320}
 SKY = "../sky.png"
+CONSTANT: Keys = {"target_pixel_change": 12.8, "schedule": "constant", "stop_condition": 0.0}
 GRAINY: Keys = {"styles": [PAINTED], "network": {"pooling": "max"}, "optimizer": {"target_pixel_change": 12.8}}
 CONTROLS |= {
+    "average": Control(
+        [
+            (f"average: {average:g}", {**GRAINY, "optimizer": {**CONSTANT, "average": average}})
+            for average in (0.0, 0.9, 0.97)
+        ],
+        crop=(160, 80, 160, 160),
+    ),
     "tv": Control(
         [(f"tv_weight: {weight:g}", {**GRAINY, "loss": {"tv_weight": weight}}) for weight in (0.0, 0.3, 2.0)],
         crop=(160, 80, 160, 160),
