@@ -144,7 +144,7 @@ def measure(folder: Path, size: int, options: dict[str, Any]) -> dict[str, Any]:
     planned = pipeline.plan(pipeline.load_config(config))
     cap = capped(options["cap"], planned.memory_limit_bytes)
     run, iterations = watch([*cap, str(PIPELINE), "run", "-c", str(config), "--log-format", "json"], f"{size:,} px")
-    deep_zoom = [*cap, str(PIPELINE), "export", "-c", str(config), "-o", str(folder / f"{size}.dz")]
+    deep_zoom = [*cap, str(PIPELINE), "export", "-c", str(config), "-o", str(folder / f"{size}.dz"), "--force"]
     export, _ = watch(deep_zoom, f"{size:,} px")
     export.done("export to DeepZoom", True)  # it tells of nothing
     if not options["keep"]:
@@ -173,7 +173,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     times = Table(title="seconds per megapixel and iteration, last stage")
     for column in ("canvas", "tile", "Gram", "gradient", "update", "all"):
         times.add_column(column, justify="right")
-    for row in rows:
+    for row in (row for row in rows if row["iterations"]):  # a run that went on may have had none left
         seconds, megapixels = row["iterations"][-1]["seconds"], row["size"] ** 2 / 1e6
         parts = [seconds.get(name, 0.0) / megapixels for name in ("gram", "gradient", "update")]
         times.add_row(f"{row['size']:,}", f"{row['tile_px']:,}", *(f"{part:.3f}" for part in (*parts, sum(parts))))
