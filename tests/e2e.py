@@ -305,11 +305,19 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[key] = value
 
 
+def _hear_signals() -> None:
+    """As in a shell's foreground; its background ignores Ctrl-C, nohup HUP, and a run that inherits that obeys."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _child(argv: list[str], log: str, kill_before: int, watch: tuple[str, bool] | None) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = ["pipeline", *argv]
+    _hear_signals()
     if kill_before:
         _kill_before_commit(kill_before)
     if watch:

@@ -89,6 +89,9 @@ def test_without_power_durability_a_lost_chunk_is_found(nursery, unbroken, tmp_p
     """`process` promises nothing here, but what is missing must be said and not be painted over."""
     number = nth(unbroken.calls, Call("openat", "run/journal.jsonl"), 5)
     plan = Plan("power", "ordered", (number,), two_disks=False, leaky=False, durability="process")
-    score = suffer(nursery, tmp_path / "run", plan, unbroken)
+    for again in range(3):
+        score = suffer(nursery, tmp_path / str(again), plan, unbroken)
+        if score.code == 6:
+            break  # else the machine was so busy that the kernel had written everything by itself
     assert score.code == 6, score
     assert any("stage_0" in problem for problem in score.problems)

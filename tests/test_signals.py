@@ -233,9 +233,8 @@ def test_a_terminal_that_is_closed_stops_the_run_in_order(tmp_path):
     """The live display would fail to write, and end the run as a bug of ours in the middle of a tile."""
     config = write_variant(tmp_path / "run", "tiff", optimizer={"max_iterations": 10_000})
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        ["setsid", "--ctty", PIPELINE, "run", "-c", config], stdin=theirs, stdout=theirs, stderr=theirs
-    )
+    command = ["env", "--default-signal=HUP", "setsid", "--ctty", PIPELINE, "run", "-c", config]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b""
     while b"iteration" not in shown and b"mean|u|" not in shown:
