@@ -124,13 +124,16 @@ def store_damage(
     return found
 
 
+def group_checksums(held: Sequence[Held]) -> set[int]:
+    """What the store's own metadata may be: it holds nothing, and is as every stage's, or as zarr writes it today."""
+    return {checksum(group_metadata()), *(int(unpacked(stage.metadata[METADATA])[0]) for stage in held)}
+
+
 def _check_group(path: Path, held: Sequence[Held], found: StoreDamage) -> None:
-    """The store's own metadata holds nothing: it is what every stage's is, or what zarr writes today."""
     if not path.parent.exists() and not held:
         return  # killed before it made its store
-    known = {checksum(group_metadata()), *(int(unpacked(stage.metadata[METADATA])[0]) for stage in held)}
     try:
-        if checksum(path.read_bytes()) not in known:
+        if checksum(path.read_bytes()) not in group_checksums(held):
             found.problems.append(Problem(path, "changed", "is not what was written there"))
     except FileNotFoundError:
         found.problems.append(Problem(path, "missing", "is missing"))

@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline import integrity, store
 from pipeline.arrays import ALPHA, CONTENT, METADATA, is_averaged, slot_names
 from pipeline.checksums import checksum, unpacked
-from pipeline.damage import FOREIGN, Held, Problem
+from pipeline.damage import FOREIGN, Held, Problem, group_checksums
 from pipeline.device import resolve_device
 from pipeline.engine import Engine
 from pipeline.errors import PipelineError
@@ -85,10 +85,8 @@ class Repair:
                 int(unpacked(held.metadata[str(problem.path.relative_to(held.folder))])[0])
                 for held in found.held
                 if problem.path.is_relative_to(held.folder)
-            }
-            data = next(
-                (data for data in _metadata_files(found, problem) if checksum(data) in wanted or not wanted), None
-            )
+            } or group_checksums(found.held)
+            data = next((data for data in _metadata_files(found, problem) if checksum(data) in wanted), None)
             if data is not None:
                 text = f"write {problem.path} anew, as it was"
                 yield Step(text, lambda path=problem.path, data=data: write_metadata(path, data))  # type: ignore[misc]
