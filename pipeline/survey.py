@@ -94,14 +94,20 @@ def _require(folder: Path, need: Room, what: str) -> None:
     )
     if need.bytes > disk.f_bavail * disk.f_frsize:
         raise SpaceError(
-            f"{folder}: {what} still needs {need.bytes / 2**30:.2f} GiB here, but "
-            f"{disk.f_bavail * disk.f_frsize / 2**30:.2f} GiB are free, {remedy}"
+            f"{folder}: {what} still needs {_shown(need.bytes)} here, but "
+            f"{_shown(disk.f_bavail * disk.f_frsize)} are free, {remedy}"
         )
     if disk.f_files and need.files > disk.f_favail:  # some file systems count none
         raise SpaceError(
             f"{folder}: {what} still needs {need.files:,} files and folders here, but the disk can make no more than "
             f"{disk.f_favail:,} (`df -i`), {remedy}"
         )
+
+
+def _shown(size_bytes: int) -> str:
+    """In the unit that leaves digits in front of the point: `needs 0.00 GiB, 0.00 are free` says nothing."""
+    unit, factor = next((one for one in (("GiB", 2**30), ("MiB", 2**20)) if size_bytes >= one[1]), ("KiB", 2**10))
+    return f"{size_bytes / factor:.2f} {unit}"
 
 
 def room_taken(folder: Path) -> Room:

@@ -359,7 +359,7 @@ def test_disk_too_small_is_refused_before_the_start(tmp_path, call, small_disk):
     config = write_run(tmp_path, size=600)
     for place in (small_disk / "run", small_disk / "new" / "run"):
         outcome = call("run", "-c", config, "--set", f"work_dir={place}")
-        assert_one_sentence(outcome, 5, place, "GiB are free")
+        assert_one_sentence(outcome, 5, place, "iB are free")
         assert not results(place)
     # and what the message advises is no change of the config
     outcome = call("run", "-c", config, "--set", f"work_dir={small_disk / 'run'}", "--set", "size=70")

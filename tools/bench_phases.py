@@ -1,9 +1,9 @@
 """Peak resident memory of every phase of a run, by size of the canvas, beside what the plan projected.
 
-Two stages (half the size, then the size), one iteration each, an export to a TIFF pyramid, and one to DeepZoom. Every
-run is a process of its own; the kernel's mark of its peak (VmHWM) is reset whenever a phase has ended. `--cap` runs
-it where the kernel gives it no more: `data` limits its private memory (RLIMIT_DATA), `cgroup` all of it, page cache
-included (needs root and cgroup v1).
+Two stages (half the size, then the size), one iteration each, an export to a TIFF pyramid, and one to DeepZoom by a
+process of its own; with `--deepzoom` the other way round. Every run is a process of its own; the kernel's mark of its
+peak (VmHWM) is reset whenever a phase has ended. `--cap` runs it where the kernel gives it no more: `data` limits its
+private memory (RLIMIT_DATA), `cgroup` all of it, page cache included (needs root and cgroup v1).
 
     python tools/bench_phases.py --sizes 4096,8192,16384 --limit 2GiB --json phases.json
 """
@@ -46,7 +46,7 @@ PHASES = {
     "update pass": "update pass",
     "check": "update pass",
     "export": "export",
-    "export to DeepZoom": "export",
+    "export alone": "export",
 }
 
 
@@ -123,12 +123,13 @@ def _sample(process: subprocess.Popen[str], peak: PeakOf) -> None:
 def measure(folder: Path, size: int, options: dict[str, Any]) -> dict[str, Any]:
     """Planned and measured bytes of all phases at one size, and the iterations."""
     config = folder / f"{size}.yaml"
+    within, alone = ("dz", "tif") if options["deepzoom"] else ("tif", "dz")
     config.write_text(
         yaml.safe_dump(
             {
                 "content": str(options["content"] or folder / "content.jpg"),
                 "styles": [{"image": str(options["style"] or folder / "style.jpg")}],
-                "output": f"{size}.tif",
+                "output": f"{size}.{within}",
                 "work_dir": f"{size}.run",
                 "size": size,
                 "initial_size": -(-size // 2),
@@ -144,9 +145,9 @@ def measure(folder: Path, size: int, options: dict[str, Any]) -> dict[str, Any]:
     planned = pipeline.plan(pipeline.load_config(config))
     cap = capped(options["cap"], planned.memory_limit_bytes)
     run, iterations = watch([*cap, str(PIPELINE), "run", "-c", str(config), "--log-format", "json"], f"{size:,} px")
-    deep_zoom = [*cap, str(PIPELINE), "export", "-c", str(config), "-o", str(folder / f"{size}.dz"), "--force"]
-    export, _ = watch(deep_zoom, f"{size:,} px")
-    export.done("export to DeepZoom", True)  # it tells of nothing
+    again = [*cap, str(PIPELINE), "export", "-c", str(config), "-o", str(folder / f"{size}.{alone}"), "--force"]
+    export, _ = watch(again, f"{size:,} px")
+    export.done("export alone", True)  # it tells of nothing
     if not options["keep"]:
         subprocess.run(["rm", "-rf", *map(str, folder.glob(f"{size}[._]*"))], check=True)
     return {
@@ -185,6 +186,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 @click.option("--limit", default="2GiB", show_default=True, help="memory.limit")
 @click.option("--state-dtype", type=click.Choice(["float", "compact"]), default="float", show_default=True)
 @click.option("--cap", type=click.Choice(["none", "data", "cgroup"]), default="none", show_default=True)
+@click.option("--deepzoom", is_flag=True, help="The run writes the DeepZoom, a process of its own the TIFF.")
 @click.option("--content", type=click.Path(path_type=Path), help="A picture; default a square of noise.")
 @click.option("--style", type=click.Path(path_type=Path), help="A picture; default noise.")
 @click.option(
