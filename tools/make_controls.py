@@ -141,10 +141,20 @@ def draw_masks(folder: Path) -> None:
         grey.write_to_file(str(folder / f"{name}.png"))
 
 
+def draw_cutout(folder: Path) -> None:
+    """cutout.png: landscape.jpg in a disc with a soft edge, transparent around it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = pyvips.Image.new_from_file(str(SAMPLES / "landscape.jpg"))
+    y, x = np.mgrid[: content.height, : content.width] / content.height
+    disc = np.clip((0.48 - np.hypot(x - 2 / 3, y - 0.5)) / 0.05, 0, 1)
+    alpha = pyvips.Image.new_from_array(np.rint(255 * disc).astype(np.uint8), interpretation="b-w")
+    content.bandjoin(alpha).write_to_file(str(folder / "cutout.png"))
+
+
 # Two stages instead of four: a style has no more to show at its full size here.
 PAINTED: Keys = {"image": STROKES, "max_size": 320}
 SKY = "../sky.png"
-CONSTANT: Keys = {"target_pixel_change": 12.8, "schedule": "constant", "stop_condition": 0.0}
+CONSTANT: Keys = {"target_pixel_change": 40.0, "schedule": "constant", "stop_condition": 0.0}
 GRAINY: Keys = {"styles": [PAINTED], "network": {"pooling": "max"}, "optimizer": {"target_pixel_change": 12.8}}
 CONTROLS |= {
     "average": Control(
@@ -152,7 +162,7 @@ CONTROLS |= {
             (f"average: {average:g}", {**GRAINY, "optimizer": {**CONSTANT, "average": average}})
             for average in (0.0, 0.9, 0.97)
         ],
-        crop=(160, 80, 160, 160),
+        crop=(180, 100, 100, 100),
     ),
     "tv": Control(
         [(f"tv_weight: {weight:g}", {**GRAINY, "loss": {"tv_weight": weight}}) for weight in (0.0, 0.3, 2.0)],
@@ -181,6 +191,11 @@ CONTROLS |= {
         inputs=[("house.png", "house.png")],
         prepare=draw_masks,
     ),
+    "alpha": Control(
+        [("out.png", {"content": "../cutout.png", "styles": [PAINTED]})],
+        inputs=[("content: cutout.png", "cutout.png")],
+        prepare=draw_cutout,
+    ),
 }
 
 
@@ -204,9 +219,18 @@ def render(keys: Keys, folder: Path) -> Any:
     return pyvips.Image.new_from_file(str(pipeline.run(pipeline.load_config(path))))
 
 
+def over_checks(image: Any) -> Any:
+    """An image with alpha over the grey squares that stand for nothing."""
+    y, x = np.mgrid[: image.height, : image.width] // (image.height // 20)
+    checks = np.where((y + x) % 2, 200, 240).astype(np.uint8)
+    below = pyvips.Image.new_from_array(checks, interpretation="b-w").colourspace("srgb")
+    return below.composite2(image, "over")
+
+
 def labelled(image: Any, label: str) -> Any:
     """The image at HEIGHT_PX, with its label under it."""
-    image = image.colourspace("srgb").extract_band(0, n=3)
+    image = image.colourspace("srgb")
+    image = (over_checks(image) if image.hasalpha() else image).extract_band(0, n=3)
     image = image.resize(HEIGHT_PX / image.height, kernel="lanczos3" if image.height > HEIGHT_PX else "cubic")
     text = pyvips.Image.text(label, font="DejaVu Sans 11", fontfile=str(FONT), dpi=96)
     shown = (255 - text).gravity("centre", image.width, LABEL_PX, extend="white").colourspace("srgb")
