@@ -169,11 +169,12 @@ class _Grid:
         hashes: dict[Path, str] = {}
         for variation in self._row_by_row():
             config = at_size(variation.config, min(self.rendered_px, full_px(variation.config)))
+            plan = plan_on(
+                _in_folder(config, folder), self._device
+            )  # files that are wrong are told before any is hashed
             for _, path in input_files(config):
                 hashes[path] = hashes.get(path) or sha256_of(path, check)
-            own = folder / _name(config, hashes)
-            config = config.model_copy(update={"output": own / "picture.png", "work_dir": own / "run"})
-            plan = plan_on(config, self._device)
+            config = _in_folder(config, folder / _name(config, hashes))
             canvas = plan.stages[-1].size
             self._planned.append(_Planned(variation, config, plan, fit(canvas, min(self._size_px, max(canvas)))))
         self._refuse_idle()
@@ -295,6 +296,11 @@ def _styles_at(styles: Sequence[StyleConfig], long_px: int) -> tuple[StyleConfig
         style.model_copy(update={"max_size": min(most, style.max_size or most)})
         for style, most in zip(styles, largest, strict=True)
     )
+
+
+def _in_folder(config: Config, folder: Path) -> Config:
+    """The config with its picture and its run in a folder of their own."""
+    return config.model_copy(update={"output": folder / "picture.png", "work_dir": folder / "run"})
 
 
 def _name(config: Config, hashes: Mapping[Path, str]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pyvips
 from e2e import canvases, journal, make_call, read_picture, run_pipeline, write_picture, write_run
 
 from pipeline import load_config, preview, run
@@ -91,6 +92,12 @@ def test_wrong_variations_are_refused_before_anything_is_made(config, call, vary
     assert sorted(path.name for path in config.parent.iterdir()) == ["config.yaml", "content.png", "style.png"]
 
 
+def test_a_file_that_is_missing_is_an_error_of_the_config(config, call):
+    """The advice would be to put back what was never there."""
+    outcome = call("preview", "-c", config, "--set", "content=gone.png")
+    assert outcome.code == 3 and "gone.png: no such file" in outcome.err, outcome.err
+
+
 def test_every_wrong_value_is_told_once(config):
     """One fault of the file would fill the screen once for every picture; a second wrong value stay unsaid."""
     with pytest.raises(ConfigError) as caught:
@@ -139,6 +146,21 @@ def test_texture_without_content_has_a_preview(config):
     """The controls of a texture could not be looked at before it is rendered."""
     texture = ("content=null", "loss.content_weight=0", "size=[300, 150]", "initial_size=64")
     assert preview(config, overrides=texture, size_px=64).pictures[0].size == (32, 64)
+
+
+def test_masks_are_varied_like_all_else(config, monkeypatch):
+    """Where a style paints could not be tried before the run; masks are in the content's coordinates at any size."""
+    ramp = np.tile(np.linspace(0, 255, CONTENT_PX[0]).astype(np.uint8), (CONTENT_PX[1], 1))
+    pyvips.Image.new_from_array(ramp, interpretation="b-w").write_to_file(str(config.parent / "mask.png"))
+    monkeypatch.chdir(config.parent)
+    values = ("[{image: style.png}]", "[{image: style.png, mask: mask.png}]")
+    found = preview(config, vary=(f"styles={','.join(values)}", "loss.content_mask=null,mask.png"), size_px=96)
+    assert [one.size for one in found.pictures] == [(74, 96)] * 4
+    pixels = [read_picture(one.picture) for one in found.pictures]
+    assert all((pixels[0] != other).any() for other in pixels[1:])
+    settings = (f"styles={values[1]}", "loss.content_mask=mask.png")
+    run(load_config(config, (*settings, "size=96")))
+    np.testing.assert_array_equal(pixels[3], read_picture(load_config(config).output))
 
 
 def test_keys_that_are_printed_make_the_picture(config, call, monkeypatch):
