@@ -7,48 +7,59 @@ of the whole picture is estimated from stage f, where both are known, and the re
     G_whole(i)  =  G_whole(f) + (G_region(i) − G_region(f))              Gram matrices, at every iteration of stage i
     E_whole(i)  =  E_whole(f) · E_region(i) / E_region(f)                energy of the content's features, per position
 
-All else is the region's own: every number of the objective is per pixel. The run itself is only read, and may go on.
+All else is the region's own: every number of the objective is per pixel. So it is with masks (guidance.py): n_r,l, what
+there is of a mask r in the whole picture, cancels in N · (n_r,l/n_l) · (4/n_r,l), and the seed at a position x is
+
+    w_s · (N/n_l) · Σ_r 4·λ_l/‖G_r(s)‖² · (G_r,whole − G_r(s)) · M_r,l(x) φ_l(x)                     N/n_l = stride²
+
+Only G_r,whole is not the region's. It is estimated as above, mask by mask, from means that the mask weighs: the sums of
+M_r·φφ^T and of M_r are both the whole picture's, or both the region's. So a region with little of a mask paints neither
+stronger nor weaker there, and one with nothing of it needs nothing of it. What stage f has nothing of, the region says
+for the whole. The map of the content's weight is a factor at x, and in none of these numbers.
+
+The run itself is only read, and may go on.
 """
 
 from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import integrity, store, transfer
+from pipeline import adam, integrity, store, transfer
 from pipeline.arrays import CONTENT
 from pipeline.config import Config
 from pipeline.cost import WORKERS, Size, StageWork
-from pipeline.device import resolve_device
+from pipeline.device import Device, resolve_device
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError
 from pipeline.image_export import check_output
 from pipeline.journal import Journal, Position, standing
-from pipeline.layers import ALIGN_PX, LAYER_BY_NAME, ceil_to, halo_px
+from pipeline.layers import ALIGN_PX, ceil_to, halo_px
 from pipeline.manifest import trusted_manifest
 from pipeline.model import model_of
 from pipeline.opening import identity, journal_path, manifest_path, newest_canvas, refuse_changes
-from pipeline.parts import Part, cut_canvas, cut_file, enlarge, needed, tiles_of, whole
+from pipeline.parts import Part, cut_canvas, cut_file, enlarge, needed, whole
 from pipeline.pictures import RGB8
 from pipeline.places import refuse_links, taken
-from pipeline.plan import Plan, StagePlan, plan_stage
+from pipeline.plan import Plan, plan_stage
 from pipeline.preview_folder import claimed, folder_of
 from pipeline.progress import Note, Sink, WorkDone, ignore
 from pipeline.run import Tools, end_reason, make_stage
 from pipeline.status import finished_stage
 from pipeline.survey import plan_on
-from pipeline.tiling import Rect, Tile
-from pipeline.weights import WeightsSource, find_weights
+from pipeline.tiling import Rect
+from pipeline.weights import WeightsSource, find_weights, widths_for_plan
 
 if TYPE_CHECKING:
+    from pipeline.colors import ColorStatistics
     from pipeline.iteration import IterationResult
-    from pipeline.losses import Gram
+    from pipeline.known import Whole
     from pipeline.stage import Stage
 
 CANVAS = "canvas_0"
@@ -74,13 +85,12 @@ def crop(
     """
     picture = output or folder_of(config).with_name(f"{config.output.stem}.crop.png")
     device = resolve_device(config.compute.device)
-    planned = plan_on(config, device)
+    planned = _planned(config, device)
     last = len(planned.stages) - 1
     target = last if stage is None else stage
     if not 0 <= target <= last:
         raise ConfigError(f"--stage {target}: the run's stages are 0 to {last}.")
     _refuse_outside(rect, planned.stages[last].size)
-    _refuse_masks(config, planned.stages[: target + 1])
     own = scaled(rect, planned.stages[last].size, planned.stages[target].size)
     check_output(picture, own.width, own.height, 8, "deflate")
     with Engine(WORKERS, stop) as engine:
@@ -131,14 +141,22 @@ def _refuse_outside(rect: Rect, size: Size) -> None:
         )
 
 
-def _refuse_masks(config: Config, stages: Sequence[StagePlan]) -> None:
-    """Raise ConfigError if a stage has masks: what a region of them lacks to the whole is not estimated."""
-    masks = [mask for stage in stages for mask in config.for_stage(max(stage.size)).masks]
-    if masks:
+def _planned(config: Config, device: Device) -> Plan:
+    """The run's plan, in tiles that leave room for what a crop holds besides: Grams of whole and part, and the rest.
+
+    Raises ConfigError if none do.
+    """
+    widths = widths_for_plan(config.network.name, config.network.weights, config.limits.max_weights_bytes)
+    sizes = [max(stage.size) for stage in plan_on(config, device).stages]
+    held = 3 * max(model_of(config.for_stage(size), widths).grams_bytes() for size in sizes)
+    memory = config.memory.model_copy(update={"limit": config.memory.limit_bytes - held})
+    try:
+        return plan_on(config.model_copy(update={"memory": memory}), device)
+    except ConfigError as error:
         raise ConfigError(
-            f"--crop: {masks[0]} is a mask, and a part of a picture with masks cannot be rendered alone yet. Use "
-            "--vary and --size, or `pipeline export --stage` once the run has come further."
-        )
+            f"--crop: {held / 2**20:.0f} MiB of memory.limit are for the Grams of the whole picture, which leaves too "
+            f"little for the rest. {error}"
+        ) from error
 
 
 @contextmanager
@@ -154,10 +172,14 @@ def _emptied(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _Finished:
-    """The last stage that a run has finished, or the one asked for, if it is: its canvas, and the run's threads."""
+    """The last stage that a run has finished, or the one asked for, if it is: its canvas, and the run's threads.
+
+    `first_max_u`: max|u| of its first iteration.
+    """
 
     stage: int
     canvas: store.StageArray
+    first_max_u: float
     threads: int
     tile_px: int | None
 
@@ -178,7 +200,9 @@ def _finished(config: Config, weights: WeightsSource, target: int, engine: Engin
     refuse_links(config.work_dir)
     newest = max(stages)
     canvas = newest_canvas(config.work_dir, position, newest)
-    return _Finished(newest, canvas, int(manifest["threads"]), position.tile_px)
+    firsts = [one for one in records if one["type"] == "iteration" and (one["stage"], one["iteration"]) == (newest, 0)]
+    first_max_u = firsts[-1]["max_abs_u"] if firsts else 0.0
+    return _Finished(newest, canvas, first_max_u, int(manifest["threads"]), position.tile_px)
 
 
 @dataclass
@@ -204,12 +228,12 @@ class Crop:
         models = [self._stage(index, size).model for index, size in enumerate(sizes, start=first)]
         own = scaled(rect, self.plan.stages[-1].size, sizes[-1])
         around = [2 * halo_px(model.names) + _SPREAD_PX for model in models]
-        whole_content = self._whole_content()
+        before = self._whole()
         for index, region in enumerate(regions(own, sizes, around), start=first):
             size = self.plan.stages[index].size
             text = f"stage {index}: {region.width}×{region.height} px of {size[1]}×{size[0]} around the crop"
             self.tools.sink(Note(text))
-            source = self._render_stage(index, region, source, whole_content)
+            source = self._render_stage(index, region, source, before)
         return source
 
     def _stage(self, index: int, size: Size) -> Stage:
@@ -225,30 +249,52 @@ class Crop:
         plan = plan_stage(StageWork(config, model, size, styles, content), index, tile_px)
         return make_stage(config, plan, self.tools, tile_px)
 
-    def _render_stage(self, index: int, region: Rect, source: Part, whole_content: store.StageArray | None) -> Part:
+    def _render_stage(self, index: int, region: Rect, source: Part, before: Whole) -> Part:
         # these bring torch, which export and status do without
         from pipeline.iteration import Iterations  # noqa: PLC0415
         from pipeline.preparation import prepare  # noqa: PLC0415
 
         stage = self._stage(index, (region.height, region.width))
         size = self.plan.stages[index].size
-        colors = None
-        if stage.config.content is not None:
-            content = self.aside / f"content_{index}.png"
-            colors = cut_file(stage.config.content, size, region, content, self.tools.engine.raise_if_stopped)
-            stage.config = stage.config.model_copy(update={"content": content})
-        prepared = prepare(stage, self._start(stage, source, region, size), colors)
-        known = self.known(stage, region, size, whole_content)
+        known = before.known(stage, _aligned(scaled(region, size, before.size), before.size))
+        colors = self._cut(stage, region, size)
+        prepared = prepare(stage, self._start(stage, source, region, size), colors, is_part=True)
         energies = {name: energy * known.energies[name] for name, energy in prepared.content_energies.items()}
         record = {"type": "stage_prepared", "stage": index, **vars(prepared), "content_energies": energies}
         self._position = Position().after(record)
-        iterations = Iterations(stage, energies, known_grams=known.grams)
+        least_max_u = 0.0 if stage.plan.size == size else self._least_max_u(stage)
+        iterations = Iterations(stage, energies, prepared.areas, known.grams, least_max_u)
         while end_reason(self._position, stage.config.optimizer) is None:
             self.tools.engine.raise_if_stopped()
             commit = partial(self._commit, stage)
             at = self._position
             iterations.iterate(at.iteration, at.alpha, at.checksums[index], commit)
         return Part(newest_canvas(self.aside, self._position, index), region, size)
+
+    def _cut(self, stage: Stage, region: Rect, size: Size) -> ColorStatistics | None:
+        """Gives the stage the region of its content and masks; gives the colours of the whole content."""
+        config, check = stage.config, self.tools.engine.raise_if_stopped
+        # a mask that several styles share stays one
+        cuts = {path: self.aside / f"mask_{stage.plan.index}_{number}.png" for number, path in enumerate(config.masks)}
+        for path, cut in cuts.items():
+            cut_file(path, size, region, cut, check)
+        styles = tuple(one.model_copy(update={"mask": cuts[one.mask]}) if one.mask else one for one in config.styles)
+        guide = config.loss.content_mask
+        loss = config.loss.model_copy(update={"content_mask": cuts[guide] if guide else None})
+        content = None if config.content is None else self.aside / f"content_{stage.plan.index}.png"
+        stage.config = config.model_copy(update={"content": content, "styles": styles, "loss": loss})
+        if config.content is None or content is None:
+            return None
+        return cut_file(config.content, size, region, content, check)
+
+    def _least_max_u(self, stage: Stage) -> float:
+        """What max|u| of the whole's first iteration will be at least: as near to the largest possible as at stage f.
+
+        A region that masks leave little to is calm; alone, it would step as far as the liveliest part of the picture.
+        """
+        own, finished = stage.config.optimizer, self.config.for_stage(max(self.plan.stages[self.finished.stage].size))
+        most, most_then = (adam.first_max_update(one.beta1, one.beta2, 0.0, 1.0) for one in (own, finished.optimizer))
+        return self.finished.first_max_u / most_then * most
 
     def _commit(self, stage: Stage, result: IterationResult) -> bool:
         """Nothing is recorded: a crop that is stopped begins anew. Gives whether another iteration follows."""
@@ -265,10 +311,14 @@ class Crop:
         sums = enlarge(source, Part(store.open_array(folder, CANVAS), region, size), self.tools.engine)
         return store.open_array(folder, CANVAS, sums)
 
-    # --- what is known of the whole ----------------------------------------------------------------------------------
+    def _whole(self) -> Whole:
+        """What the whole picture is compared with its parts at: the finished stage, and the content at its size."""
+        from pipeline.known import Whole  # noqa: PLC0415
+
+        found = self.finished
+        return Whole(found.stage, found.canvas, self._whole_content(), self.plan.tile_px, self.aside / "whole_masks")
 
     def _whole_content(self) -> store.StageArray | None:
-        """The content at the size of the finished stage."""
         if self.config.content is None:
             return None
         folder, size = self.aside / "whole", self.plan.stages[self.finished.stage].size
@@ -278,58 +328,5 @@ class Crop:
         sums = transfer.ingest(self.config.content, array, self.tools.engine, self._told("content"))
         return store.open_array(folder, CONTENT, sums)
 
-    def known(self, stage: Stage, region: Rect, size: Size, whole_content: store.StageArray | None) -> Known:
-        """What to add to the region's mean Grams, and what to multiply its energies by, for those of the whole."""
-        finished = self.plan.stages[self.finished.stage].size
-        part = _aligned(scaled(region, size, finished), finished)
-        everything = Rect(0, finished[0], 0, finished[1])
-        canvas, layers = self.finished.canvas, stage.model.style_layers
-        of_whole, of_part = (self._mean_grams(stage, canvas, layers, one) for one in (everything, part))
-        grams = {layer: of_whole[layer] - of_part[layer] for layer in layers}
-        if whole_content is None:
-            return Known(grams, {})
-        # the energy per position is the sum of the mean Gram's diagonal
-        layers = stage.model.content_layers
-        of_whole, of_part = (self._mean_grams(stage, whole_content, layers, one) for one in (everything, part))
-        return Known(grams, {layer: _ratio(of_whole[layer].trace(), of_part[layer].trace()) for layer in layers})
-
-    def _mean_grams(
-        self, stage: Stage, array: store.StageArray, layers: tuple[str, ...], rect: Rect
-    ) -> dict[str, Gram]:
-        """Mean Grams over a rectangle of a picture, read with its real surroundings."""
-        from pipeline import passes  # noqa: PLC0415
-
-        if not layers:
-            return {}
-        height, width, _ = array.shape
-        specs = [
-            passes.GramSpec(
-                array.path.parent,
-                array.path.name,
-                Tile(index, inner, height, width),
-                stage.network,
-                {},
-                layers,
-                color=stage.color,
-            )
-            for index, inner in enumerate(tiles_of(rect, self.plan.tile_px))
-        ]
-        told = stage.counter(f"Gram pass of stage {self.finished.stage}", len(specs))
-        sums = self.tools.engine.fold(passes.gram_task, specs, passes.add_grams, dict[str, "Gram"](), told)
-        return {layer: total / rect.positions(LAYER_BY_NAME[layer]).area for layer, total in sums.items()}
-
     def _told(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self.tools.sink(WorkDone(self.finished.stage, what, done, total))
-
-
-@dataclass(frozen=True)
-class Known:
-    """`grams`: G_whole − G_region, by style layer. `energies`: E_whole/E_region per position, by content layer."""
-
-    grams: Mapping[str, Gram]
-    energies: Mapping[str, float]
-
-
-def _ratio(whole_energy: float, part_energy: float) -> float:
-    """1 where the region's content says nothing to a layer: nothing can be told from it."""
-    return whole_energy / part_energy if part_energy > 0 else 1.0

@@ -115,13 +115,15 @@ class Iterations:
     The Gram pass of the next iteration runs beside the update, tile by tile as their chunks are written; `_ahead` keeps
     what it found, and `_seconds` the time that it took longer than the update.
     `content_energies`, `areas`: of the prepared stage.
-    `known_grams`: of a canvas that is a part of a picture, what its mean Grams lack to those of the whole.
+    Of a canvas that is a part of a picture, `known_grams`: what its mean Grams lack to those of the whole, by style
+    key; `least_max_u`: what max|u| of the whole's first iteration will be at least.
     """
 
     stage: Stage
     content_energies: Mapping[str, float]
     areas: Mapping[str, float] = field(default_factory=dict)
     known_grams: Mapping[str, Gram] = field(default_factory=dict)
+    least_max_u: float = 0.0
     _ahead: dict[int, dict[str, Gram]] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
@@ -147,7 +149,7 @@ class Iterations:
         if alpha is None and not self._is_rounding(terms, gradient):
             bias = adam.bias_correction(settings.beta1, settings.beta2, iteration)
             max_u = adam.first_max_update(settings.beta1, settings.beta2, settings.epsilon, gradient.max_abs_gradient)
-            alpha = settings.target_pixel_change / (bias * max_u) if max_u > 0 else None
+            alpha = settings.target_pixel_change / (bias * max(max_u, self.least_max_u)) if max_u > 0 else None
         step = _Step(iteration, terms, gradient, alpha, checksums)
         one_more = iteration + 1 < settings.max_iterations and alpha is not None
         if one_more and self.stage.model.style_layers and len(self.stage.tiles) > 1:

@@ -60,9 +60,8 @@ def ceil_to(value: int, multiple: int) -> int:
 
 def needed_layers(names: Iterable[str]) -> tuple[Layer, ...]:
     """The rows of the table from the input to the deepest of `names`."""
-    depth = max(CONV_NAMES.index(name) for name in names)
-    last = LAYERS.index(LAYER_BY_NAME[CONV_NAMES[depth]])
-    return LAYERS[: last + 1]
+    rows = (LAYERS.index(LAYER_BY_NAME[name]) for name in names)
+    return LAYERS[: max(rows, default=-1) + 1]
 
 
 def halo_px(names: Iterable[str]) -> int:

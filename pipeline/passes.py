@@ -25,7 +25,7 @@ from pipeline.checksums import ChunkSums
 from pipeline.colors import ColorMap
 from pipeline.errors import ConfigError, DeviceMemoryError
 from pipeline.guidance import GuideMaps, read_guides
-from pipeline.layers import LAYER_BY_NAME, halo_px
+from pipeline.layers import ALIGN_PX, LAYER_BY_NAME, halo_px
 from pipeline.losses import Gram
 from pipeline.network import FeatureMap, Step, get_network
 from pipeline.regions import UNGUIDED, Guides
@@ -76,7 +76,8 @@ class TileSpec:
     """A tile of one array of a stage, and the network that sees it.
 
     `checksums`: of the arrays that the task reads, by name; those without are not checked. `color`: what becomes of the
-    pixels before the network sees them. `guides`: of the stage, where the losses are guided.
+    pixels before the network sees them. `guides`: of the stage, where the losses are guided; `guides_dir`: where they
+    are, if not in the stage.
     """
 
     stage_dir: Path
@@ -86,6 +87,7 @@ class TileSpec:
     checksums: Mapping[str, str]
     color: ColorMap | None = field(default=None, kw_only=True)
     guides: Guides = field(default=UNGUIDED, kw_only=True)
+    guides_dir: Path | None = field(default=None, kw_only=True)
 
     def open(self, name: str) -> StageArray:
         """An array to read, which checks itself."""
@@ -107,7 +109,7 @@ class TileSpec:
         if not self.guides.arrays:
             return None
         with timeline.span("read", tile=self.tile.index, array="guides"):
-            return read_guides(self.stage_dir, self.guides, self.checksums, rect)
+            return read_guides(self.guides_dir or self.stage_dir, self.guides, self.checksums, rect)
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
     Raises ConfigError if the gradient is not finite.
     """
     names = {*map(layer_of, spec.style_seeds_CC), *spec.content_factors}
-    halo = halo_px(names)
+    halo = halo_px(names) or ALIGN_PX  # the variation looks around where nothing else does
     pixels_1CHW, outer = spec.read_outer(2 * halo)
     guide_pixels = spec.read_guides(outer)
     seeds = _Seeds(spec, dict(spec.style_seeds_CC), spec.read_content(outer))
@@ -318,7 +320,8 @@ class _Seeds:
 
 def _gradient(spec: SeedSpec, seen_1CHW: Tensor, outer: Rect, way: list[Step], seeds: _Seeds) -> tuple[Tensor, float]:
     """(the gradient of the inner rectangle, (3, H, W), its share of 3N·Ltv)."""
-    gradient_1CHW = get_network(spec.network).gradient(way, seeds.of)
+    # a part of a picture may be none that a style or the content has a say in
+    gradient_1CHW = get_network(spec.network).gradient(way, seeds.of) if way else torch.zeros_like(seen_1CHW)
     rows, columns = spec.tile.inner.within(outer)
     gradient_CHW, roughness = gradient_1CHW[0, :, rows, columns], 0.0
     if spec.tv_weight:

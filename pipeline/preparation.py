@@ -42,29 +42,40 @@ class Prepared:
 
 
 def prepare(
-    stage: Stage, previous_canvas: store.StageArray | None, content_colors: colors.ColorStatistics | None = None
+    stage: Stage,
+    previous_canvas: store.StageArray | None,
+    content_colors: colors.ColorStatistics | None = None,
+    *,
+    is_part: bool = False,
 ) -> Prepared:
     """Make all arrays of the stage, and fill its inputs and slot 0.
 
     `previous_canvas`: the result of the stage before, or None for the first. `content_colors`: of the whole
-    content, if the stage's own is a part of it. May be repeated from the start.
+    content, if the stage's own is a part of it. `is_part`: the stage is a part of a picture, where masks may be black.
+    May be repeated from the start.
     Raises StorageError, InputError for a broken image or a mask that is black, ConfigError for features that are not
     numbers, ChunkError if the previous canvas is damaged.
     """
     with storage(stage.partial_dir):
-        return _prepare(stage, stage.partial_dir, previous_canvas, content_colors)
+        return _prepare(stage, stage.partial_dir, previous_canvas, content_colors, is_part)
 
 
 def _prepare(
-    stage: Stage, folder: Path, previous_canvas: store.StageArray | None, content_colors: colors.ColorStatistics | None
+    stage: Stage,
+    folder: Path,
+    previous_canvas: store.StageArray | None,
+    content_colors: colors.ColorStatistics | None,
+    is_part: bool,
 ) -> Prepared:
     if previous_canvas is not None:
         integrity.require_intact([previous_canvas], stage.engine, stage.told("check"))
     store.create_stage(folder)
     _create_arrays(stage, folder)
     sums = {} if stage.config.content is None else _ingest_content(stage, folder)
-    sums |= _ingest_guides(stage, folder, stage.model.guides.arrays)
+    sums |= ingest_guides(stage, folder, stage.model.guides.arrays)
     areas = _areas(stage, folder, sums)
+    if not is_part:
+        _refuse_nowhere(stage, areas)
     sums |= _store_style_targets(stage, folder, sums.get(CONTENT), content_colors)
     sums["canvas_0"] = _start_canvas(stage, folder, previous_canvas, sums)
     sums |= {name: store.open_array(folder, name).packed_zeros() for name in ("m_0", "v_0")}
@@ -95,7 +106,7 @@ def remake(stage: Stage, names: Collection[str], content_sums: str | None) -> di
             sums[CONTENT] = content_sums
         if guides := [name for name in names if is_guide(name)]:
             _create_arrays(stage, folder, guides)
-            sums |= _ingest_guides(stage, folder, guides)
+            sums |= ingest_guides(stage, folder, guides)
         if any(gram_key(name) for name in names):
             sums |= _store_style_targets(stage, folder, sums.get(CONTENT))
         if features:
@@ -120,8 +131,8 @@ def _ingest_content(stage: Stage, folder: Path) -> dict[str, str]:
     return dict(zip(names, sums, strict=True))
 
 
-def _ingest_guides(stage: Stage, folder: Path, names: Collection[str]) -> dict[str, str]:
-    """Reads these masks; gives their checksums."""
+def ingest_guides(stage: Stage, folder: Path, names: Collection[str]) -> dict[str, str]:
+    """Reads these masks into arrays of `folder`, resized to their size; gives their checksums."""
     files = {guide_name(index): region.mask for index, region in enumerate(regions_of(stage.config.styles))}
     files[CONTENT_GUIDE] = stage.config.loss.content_mask
     sums = {}
@@ -133,14 +144,19 @@ def _ingest_guides(stage: Stage, folder: Path, names: Collection[str]) -> dict[s
 
 
 def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str, float]:
-    """n_r,l by style key. Raises InputError for a region that is nowhere."""
+    """n_r,l by style key."""
     guides, layers = stage.model.guides, stage.model.style_layers
     if not guides.regions:
         return {}
     specs = [guidance.AreaSpec(folder, tile, guides, layers, checksums) for tile in stage.tiles]
     results = stage.engine.map(guidance.area_task, specs)
-    areas = {key: math.fsum(result.get(key, 0.0) for result in results) for key in stage.model.style_keys}
-    for number, region in enumerate(regions_of(stage.config.styles)):
+    return {key: math.fsum(result.get(key, 0.0) for result in results) for key in stage.model.style_keys}
+
+
+def _refuse_nowhere(stage: Stage, areas: Mapping[str, float]) -> None:
+    """Raise InputError for a region that is nowhere."""
+    guides, layers = stage.model.guides, stage.model.style_layers
+    for number, region in enumerate(regions_of(stage.config.styles) if guides.regions else ()):
         if not any(areas[guides.keys(layer)[number]] for layer in layers):
             image = stage.config.styles[region.styles[0]].image
             what = f"mask {region.mask}: is black" if region.mask else "styles without a mask: the masks are white"
@@ -149,7 +165,6 @@ def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str
                 f"{image} would paint nothing. Draw the masks otherwise, leave this style out (stages: can "
                 "do so for the small ones alone), or begin with a larger initial_size."
             )
-    return areas
 
 
 def _store_style_targets(

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pipeline import crop, images, load_config, run
 from pipeline.crop import regions, scaled
 from pipeline.errors import Stopped
+from pipeline.known import Known, Whole
 from pipeline.layers import ALIGN_PX
 from pipeline.progress import StageStarted
 from pipeline.tiling import Rect
@@ -84,8 +85,8 @@ def test_crop_is_closer_to_the_run_with_the_whole_pictures_grams(config, monkeyp
     monkeypatch.setattr(module, "_SPREAD_PX", 0)
     rect = Rect(40, 72, 100, 150)
     with_whole = read_picture(crop(load_config(config), rect)).astype(float)
-    nothing = lambda crop, stage, *_: module.Known({}, dict.fromkeys(stage.model.content_layers, 1.0))  # noqa: E731
-    monkeypatch.setattr(module.Crop, "known", nothing)
+    nothing = lambda whole, stage, part: Known({}, dict.fromkeys(stage.model.content_layers, 1.0))  # noqa: E731
+    monkeypatch.setattr(Whole, "known", nothing)
     alone = read_picture(crop(load_config(config), rect)).astype(float)
     run(load_config(config))
     real = read_picture(config.parent / "out.png")[40:72, 100:150].astype(float)
@@ -161,7 +162,6 @@ def test_stopped_crop_leaves_nothing(config):
         (["--crop", "0,0,10,10", "--set", "loss.style_weight=3"], "loss.style_weight: was 1.0, is 3", 3),
         (["--crop", "0,0,10,10", "--set", "work_dir=elsewhere"], "there is no run of this config yet", 3),
         (["--crop", "0,0,10,10", "-o", "content.png"], "is the config's content", 3),
-        (["--crop", "0,0,10,10", "--set", "loss.content_mask=content.png"], "content.png is a mask", 3),
     ],
 )
 def test_wrong_crops_are_refused(begun, call, monkeypatch, arguments, told, code):

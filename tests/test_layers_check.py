@@ -80,6 +80,7 @@ HEIGHT = {
     "vary": 7,
     "parts": 8,
     "contact_sheet": 9,
+    "known": 11,
     "crop": 13,
     "preview_folder": 11,
     "preview": 12,

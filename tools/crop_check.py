@@ -1,16 +1,17 @@
 """How close a crop comes to what the run makes: `pipeline preview --crop` against the finished picture.
 
     python tools/crop_check.py
+    python tools/crop_check.py --masks
 
 Stops a run of the samples before its last stage, renders a corner of it as a crop, once as it is done and once without
 what is known of the whole picture, and finishes the run. Prints how far both are from the run's own pixels, and writes
-docs/pictures/controls_crop.jpg. What was rendered before in --folder is not rendered again.
+docs/pictures/controls_crop.jpg. What was rendered before in --folder is not rendered again. --masks: a picture of two
+styles, one of them in the sky alone, and a map that keeps the content of the house; controls_crop_masks.jpg.
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ import numpy as np
 import pyvips
 import torch
 import yaml
-from make_controls import GAP_PX, ROOT, SAMPLES, labelled, save
+from make_controls import GAP_PX, ROOT, SAMPLES, draw_masks, labelled, save
 
 import pipeline
 from pipeline.errors import Stopped
+from pipeline.known import Known, Whole
 from pipeline.network import get_network
 from pipeline.progress import StageStarted
 from pipeline.tiling import Rect
@@ -43,6 +45,8 @@ CONFIG: dict[str, Any] = {
     "store": {"chunk_px": 128},
     "compute": {"device": "cpu"},
 }
+STYLES = [{**CONFIG["styles"][0], "mask": "sky.png"}, {"image": "dots.png"}]
+MASKED = {**CONFIG, "styles": STYLES, "loss": {"content_weight": 0.3, "content_mask": "house.png"}}
 
 
 def stopped(path: Path) -> None:
@@ -61,15 +65,15 @@ def stopped(path: Path) -> None:
 
 def cropped(path: Path, rect: Rect, name: str, alone: bool) -> np.ndarray:
     """The crop, or what a crop would be that knows nothing of the whole picture."""
-    module: Any = sys.modules["pipeline.crop"]
-    known = module.Crop.known
+    known: Any = Whole.known
     if alone:
-        module.Crop.known = lambda crop, stage, *_: module.Known({}, dict.fromkeys(stage.model.content_layers, 1.0))
+        nothing: Any = lambda whole, stage, part: Known({}, dict.fromkeys(stage.model.content_layers, 1.0))  # noqa: E731
+        Whole.known = nothing
     try:
         config = pipeline.load_config(path, [f"work_dir={path.parent / 'stopped'}"])
         return pixels_of(pipeline.crop(config, rect, output=path.parent / f"{name}.png"))
     finally:
-        module.Crop.known = known
+        Whole.known = known
 
 
 def finished(path: Path) -> np.ndarray:
@@ -106,12 +110,13 @@ def report(name: str, found: np.ndarray, real: np.ndarray) -> None:
 @click.command()
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "out" / "crop_check")
 @click.option("--rect", nargs=4, type=int, default=(648, 480, 120, 96), show_default=True, help="x y width height")
-def main(folder: Path, rect: tuple[int, int, int, int]) -> None:
+@click.option("--masks", is_flag=True)
+def main(folder: Path, rect: tuple[int, int, int, int], masks: bool) -> None:
     """Measure, and draw the picture."""
-    folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve() / ("masks" if masks else "plain")
+    draw_masks(folder)
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
+    path.write_text(yaml.safe_dump(MASKED if masks else CONFIG), encoding="utf-8")
     x, y, width, height = rect
     part = Rect(y, y + height, x, x + width)
     if not (folder / "stopped").exists():
@@ -124,7 +129,7 @@ def main(folder: Path, rect: tuple[int, int, int, int]) -> None:
     row, *others = [labelled(pyvips.Image.new_from_array(one, interpretation="srgb"), name) for name, one in shown]
     for other in others:
         row = row.join(other, "horizontal", expand=True, shim=GAP_PX, background=255)
-    save(row, ROOT / "docs" / "pictures" / "controls_crop.jpg")
+    save(row, ROOT / "docs" / "pictures" / f"controls_crop{'_masks' if masks else ''}.jpg")
 
 
 if __name__ == "__main__":
