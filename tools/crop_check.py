@@ -6,7 +6,7 @@
 Stops a run of the samples before its last stage, renders a corner of it as a crop, once as it is done and once without
 what is known of the whole picture, and finishes the run. Prints how far both are from the run's own pixels, and writes
 docs/pictures/controls_crop.jpg. What was rendered before in --folder is not rendered again. --masks: a picture of two
-styles, one of them in the sky alone, and a map that keeps the content of the house; controls_crop_masks.jpg.
+styles, one of them in the sky alone, and a map that keeps the content of the house; drawn as masks.jpg in --folder.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def main(folder: Path, rect: tuple[int, int, int, int], masks: bool) -> None:
     row, *others = [labelled(pyvips.Image.new_from_array(one, interpretation="srgb"), name) for name, one in shown]
     for other in others:
         row = row.join(other, "horizontal", expand=True, shim=GAP_PX, background=255)
-    save(row, ROOT / "docs" / "pictures" / f"controls_crop{'_masks' if masks else ''}.jpg")
+    save(row, folder.with_name("masks.jpg") if masks else ROOT / "docs" / "pictures" / "controls_crop.jpg")
 
 
 if __name__ == "__main__":
