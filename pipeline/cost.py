@@ -15,7 +15,8 @@ from pipeline.config import Config
 from pipeline.device import STAGING_THREADS
 from pipeline.layers import LAYER_BY_NAME, halo_px
 from pipeline.model import Model
-from pipeline.pictures import RGB8, PixelKind, picture_kind
+from pipeline.pictures import RGB8, PixelKind, format_of, picture_kind
+from pipeline.sections import ExportConfig
 
 Size = tuple[int, int]  # (height, width) in px
 
@@ -168,6 +169,22 @@ class Workload:
         return picture_kind(self.config.output, export.bits, export.compression, content)
 
     @property
+    def has_pyramid(self) -> bool:
+        """Whether the output is a TIFF with smaller levels."""
+        others = self._base_bytes + self.config.compute.workers * self._idle_bytes
+        config, picture = self.config, self.picture
+        return has_pyramid(config.output, config.export, self.canvases[-1], picture, config.memory.limit_bytes - others)
+
+    @property
+    def _base_bytes(self) -> int:
+        return BASE_BYTES["cpu" if self.device == "cpu" else "gpu"]
+
+    @property
+    def _idle_bytes(self) -> int:
+        """Of a worker process that has nothing to do."""
+        return self._base_bytes + max(stage.model.parameters_bytes() for stage in self.stages)
+
+    @property
     def _itemsize(self) -> int:
         return self.stages[0].model.itemsize
 
@@ -193,12 +210,14 @@ class Workload:
 
         Tasks run in the run's own process, or in each of its worker processes; all else is in its own.
         """
-        base = BASE_BYTES["cpu" if self.device == "cpu" else "gpu"]
+        base = self._base_bytes
         chunk = self.config.store.chunk_px**2 * 3 * self._itemsize
-        width = max(size[1] for size in self.canvases)
         workers = self.config.compute.workers
         update = self.update_bytes() * (2 if workers else 1)  # a worker's threads for two passes all take turns
-        own = {"ingest": self._ingest_bytes(), "export": _export_bytes(width, self.picture)}
+        own = {
+            "ingest": self._ingest_bytes(),
+            "export": export_bytes(self.canvases[-1], self.picture, self.has_pyramid),
+        }
         in_tasks = {
             "weights": self.weights_bytes,
             "upsample": WORKERS * 6 * chunk,
@@ -207,7 +226,7 @@ class Workload:
         }
         if workers == 0:
             return {phase: base + size for phase, size in {**own, **in_tasks}.items()}
-        idle = base + max(stage.model.parameters_bytes() for stage in self.stages)
+        idle = self._idle_bytes
         processes = {phase: base + size + workers * idle for phase, size in own.items()}
         processes |= {phase: base + workers * (idle + size) for phase, size in in_tasks.items()}
         # of the tiles' Grams that are done or on their way, those that wait for an earlier one, and the seeds
@@ -288,7 +307,20 @@ def _ingest_bytes(image: ImageSize, width_px: int, band_px: int, kept: PixelKind
     return 40 * MIB + image.decode_bytes + rows * kept.channels // 3 + 3 * band_px * width_px * kept.pixel_bytes
 
 
-def _export_bytes(width_px: int, kind: PixelKind) -> int:
-    """Two bands of rows, what the encoders hold, and the reader's own rows; fitted to measurements (docs/log.md)."""
+def export_bytes(size: Size, kind: PixelKind, pyramid: bool) -> int:
+    """Two bands of rows, what the encoders hold, and the reader's own rows; fitted to measurements (docs/log.md).
+
+    `pyramid`: and all smaller levels of a TIFF, which libvips keeps in memory until the largest is written.
+    """
+    height_px, width_px = size
     band = min(64 * MIB, 512 * width_px * kind.pixel_bytes)
-    return 40 * MIB + 3 * band + 8_000 * width_px * kind.pixel_bytes // 3
+    levels = int(height_px * width_px * kind.pixel_bytes / 3 * 1.02) if pyramid else 0
+    return 40 * MIB + 3 * band + 8_000 * width_px * kind.pixel_bytes // 3 + levels
+
+
+def has_pyramid(output: Path, options: ExportConfig, size: Size, kind: PixelKind, room_bytes: int) -> bool:
+    """Whether `output` is a TIFF with smaller levels. `room_bytes`: memory that its export may take."""
+    form = format_of(output)
+    if form is None or form.name != "TIFF" or options.pyramid == "never":
+        return False
+    return options.pyramid == "always" or export_bytes(size, kind, pyramid=True) <= room_bytes

@@ -64,6 +64,7 @@ def write_image(
     kind: PixelKind = RGB8,
     compression: str = "deflate",
     quality: int = 95,
+    pyramid: bool = True,
     on_progress: Callable[[float], None] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> None:
@@ -72,7 +73,8 @@ def write_image(
     read_rows(y0, y1) returns rows [y0, y1), (y1 − y0, width_px, channels), uint8 or, with 16 bits, uint16; it is called
     in the calling thread, from top to bottom, each row once. Alpha, for formats that have it, does not multiply the
     colours. A DeepZoom is a folder: ``name.dz/name.dzi`` beside ``name.dz/name_files/``, of JPEG tiles, with alpha of
-    PNG ones. `quality`, 1 to 100, is that of JPEG. on_progress gets the fraction done, at last 1.0.
+    PNG ones. `quality`, 1 to 100, is that of JPEG. `pyramid`: a TIFF has smaller levels, which are in
+    memory until the largest is written, a third of the picture. on_progress gets the fraction done, at last 1.0.
     `check` is called several times a second and may raise to give up.
 
     Raises what check_output raises, StorageError where the disk is full or fails, and whatever read_rows, on_progress
@@ -83,7 +85,8 @@ def write_image(
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = new_partial(path)
         source = RowSource(width_px, height_px, kind)
-        save = functools.partial(_save, source, partial, path, compression, quality)
+        options = {"compression": compression, "Q": quality, "pyramid": pyramid}
+        save = functools.partial(_save, source, partial, path, options)
         try:
             _feed(source, save, path, read_rows, on_progress, check)
             put_in_place(partial, path)
@@ -211,34 +214,34 @@ def _run_saver(source: RowSource, save: Callable[[], None], failures: list[Excep
         source.cancel()
 
 
-def _save(source: RowSource, partial: Path, path: Path, compression: str, quality: int) -> None:
+def _save(source: RowSource, partial: Path, path: Path, options: dict[str, Any]) -> None:
     """One libvips saver from end to end. Progressive and optimised JPEG are off: they need the whole picture."""
     try:
         image = source.image()
         if _format_of(path).name == "DeepZoom":
             partial.mkdir()
             suffix = ".png" if source.kind.alpha else ".jpg"
-            image.dzsave(str(partial / path.stem), suffix=suffix, Q=quality, keep="icc")
+            image.dzsave(str(partial / path.stem), suffix=suffix, Q=options["Q"], keep="icc")
             (partial / f"{path.stem}_files" / "vips-properties.xml").unlink(missing_ok=True)  # a date, no use
             return
         file = FileTarget(partial, source.cancelled)
         try:
-            _save_file(image, file.target(), path, compression, quality)
+            _save_file(image, file.target(), path, options)
         finally:
             file.close()
     except pyvips.Error as error:
         raise _saver_error(path, error) from error
 
 
-def _save_file(image: Any, target: Any, path: Path, compression: str, quality: int) -> None:
+def _save_file(image: Any, target: Any, path: Path, options: dict[str, Any]) -> None:
     match _format_of(path).name:
         case "TIFF":
-            tiles = {"tile": True, "tile_width": 256, "tile_height": 256, "pyramid": True, "bigtiff": True}
-            image.tiffsave_target(target, compression=compression, Q=quality, keep="icc", **tiles)
+            tiles = {"tile": True, "tile_width": 256, "tile_height": 256, "bigtiff": True}
+            image.tiffsave_target(target, keep="icc", **tiles, **options)
         case "PNG":
             image.pngsave_target(target, keep="icc")
         case "JPEG":
-            image.jpegsave_target(target, Q=quality, keep="icc")
+            image.jpegsave_target(target, Q=options["Q"], keep="icc")
         case name:
             raise AssertionError(f"{name} is written elsewhere")
 

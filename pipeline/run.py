@@ -242,9 +242,12 @@ class _Rendering:
     def export(self) -> None:
         """The last stage's canvas, as the picture asked for; not again if it stands there already."""
         output, picture = self.config.output, self.plan.picture
-        settings = self.config.export.model_copy(update={"bits": picture.bits})
+        pyramid = "always" if self.plan.pyramid else "never"
+        settings = self.config.export.model_copy(update={"bits": picture.bits, "pyramid": pyramid})
         options = settings.model_dump(mode="json")
-        if self.position.exported.get(str(output)) == options and output.exists():
+        before = self.position.exported.get(str(output))
+        # a key that came after that record says nothing of its picture
+        if before and before == {key: options.get(key) for key in before} and output.exists():
             self.sink(Note(f"{output} is already there"))
             return
         check_space(self.config, self.plan, len(self.plan.stages))

@@ -122,11 +122,11 @@ def export_canvas(
 ) -> None:
     """Write a canvas as the picture `output`, in the format of its suffix; it has its name only when it is whole.
 
-    `alpha`: a fourth channel, for formats that have it. `options.bits`: 8 or 16. `check` is called after every read,
-    and while waiting; it may raise to give up, leaving nothing behind.
+    `alpha`: a fourth channel, for formats that have it. `options`: without any auto. `check` is called after every
+    read, and while waiting; it may raise to give up, leaving nothing behind.
     Raises StorageError, ConfigError (format limits), or what `check` raises.
     """
-    assert options.bits != "auto"
+    assert options.bits != "auto" and options.pyramid != "auto"
     height, width, _ = canvas.shape
     kind = PixelKind(options.bits, alpha is not None)
     read = canvas_rows(canvas, alpha, kind.bits)
@@ -148,6 +148,7 @@ def export_canvas(
         kind=kind,
         compression=options.compression,
         quality=options.quality,
+        pyramid=options.pyramid == "always",
         on_progress=lambda share: on_progress(math.floor(share * 100), 100),
         check=check,
     )

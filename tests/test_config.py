@@ -518,7 +518,15 @@ def _refuse_or_load(path: Path, overrides: list[str]) -> None:
 
 # --- what a resume compares ---
 
-HARMLESS = {"compute.device", "compute.tile_px", "memory.limit", "export.bits", "export.compression", "export.quality"}
+HARMLESS = {
+    "compute.device",
+    "compute.tile_px",
+    "memory.limit",
+    "export.bits",
+    "export.compression",
+    "export.quality",
+    "export.pyramid",
+}
 HARMLESS |= {"compute.workers", "compute.threads", "store.durability"}
 HARMLESS |= {*(key for key in LEAVES if key.startswith("limits."))}
 

@@ -452,3 +452,19 @@ def test_a_plan_is_plain_data():
     document = json.loads(json.dumps(planned(memory={"limit": "64GiB"}).as_dict()))
     assert document["projected_mem_bytes"] == max(document["host_bytes"].values())
     assert document["stages"][0]["size"] == [512, 410]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_a_pyramid_is_written_where_memory_has_room_for_it(device):
+    """A run of days would be killed for memory at its end, or a large print refused for what it does not need."""
+    values = {"device": device, "device_bytes": 64 * GIB, "size": 30_000, "memory": {"limit": 6 * GIB}}
+    values["store"] = {"chunk_px": 128}
+    roomy = planned(**values)
+    assert roomy.pyramid and roomy.host_bytes["export"] > 30_000 * 24_000
+    tight = planned(**values | {"memory": {"limit": roomy.host_bytes["export"] - MIB}})
+    assert not tight.pyramid and tight.host_bytes["export"] < roomy.host_bytes["export"] - 30_000 * 24_000
+    assert not planned(**values, export={"pyramid": "never"}).pyramid
+    assert not planned(**values, output="/o.dz").pyramid
+    always = {"export": {"pyramid": "always"}, "memory": {"limit": roomy.host_bytes["export"] - MIB}}
+    with pytest.raises(ConfigError, match=r"phase: export.*export\.pyramid: auto"):
+        planned(**values | always)
