@@ -169,9 +169,8 @@ class _Grid:
         hashes: dict[Path, str] = {}
         for variation in self._row_by_row():
             config = at_size(variation.config, min(self.rendered_px, full_px(variation.config)))
-            plan = plan_on(
-                _in_folder(config, folder), self._device
-            )  # files that are wrong are told before any is hashed
+            # before any is hashed, files that cannot serve are told
+            plan = plan_on(_in_folder(config, folder), self._device)
             for _, path in input_files(config):
                 hashes[path] = hashes.get(path) or sha256_of(path, check)
             config = _in_folder(config, folder / _name(config, hashes))
