@@ -295,13 +295,7 @@ def verify(
     "--compression", type=click.Choice(["deflate", "zstd", "jpeg", "none"]), default="deflate", show_default=True
 )
 @click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG.")
-@click.option(
-    "--pyramid",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    show_default=True,
-    help="Smaller levels in a TIFF; auto where they fit in 4 GiB.",
-)
+@click.option("--pyramid/--no-pyramid", default=True, show_default=True, help="Smaller levels in a TIFF, for viewers.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 def export(
     config_path: Path | None,

@@ -16,7 +16,6 @@ from pipeline.device import STAGING_THREADS
 from pipeline.layers import LAYER_BY_NAME, halo_px
 from pipeline.model import Model
 from pipeline.pictures import RGB8, PixelKind, format_of, picture_kind
-from pipeline.sections import ExportConfig
 
 Size = tuple[int, int]  # (height, width) in px
 
@@ -35,6 +34,10 @@ TILE_PHASES = ("style statistics", "Gram pass", "gradient pass")
 CONTEXT_BYTES = 700 * MIB
 # What the kernels and the allocator take beyond the feature maps: measured by tools/bench_memory.py.
 ACTIVATION_OVERHEAD = 1.12
+
+
+# libvips puts a level of a TIFF that is larger into a file until the largest is written, and keeps others in memory.
+LEVEL_BYTES = 100 * MIB
 
 
 def update_values(device: str, chunk_px: int) -> int:
@@ -169,11 +172,17 @@ class Workload:
         return picture_kind(self.config.output, export.bits, export.compression, content)
 
     @property
-    def has_pyramid(self) -> bool:
+    def _has_pyramid(self) -> bool:
         """Whether the output is a TIFF with smaller levels."""
-        others = self._base_bytes + self.config.compute.workers * self._idle_bytes
-        config, picture = self.config, self.picture
-        return has_pyramid(config.output, config.export, self.canvases[-1], picture, config.memory.limit_bytes - others)
+        form = format_of(self.config.output)
+        return form is not None and form.name == "TIFF" and self.config.export.pyramid
+
+    @property
+    def levels_bytes(self) -> int:
+        """What a TIFF's smaller levels take on the disk beside it while it is written, where they are in files."""
+        height_px, width_px = self.canvases[-1]
+        size_bytes = height_px * width_px * self.picture.pixel_bytes
+        return size_bytes // 3 if self._has_pyramid and size_bytes > 4 * LEVEL_BYTES else 0
 
     @property
     def _base_bytes(self) -> int:
@@ -216,7 +225,7 @@ class Workload:
         update = self.update_bytes() * (2 if workers else 1)  # a worker's threads for two passes all take turns
         own = {
             "ingest": self._ingest_bytes(),
-            "export": export_bytes(self.canvases[-1], self.picture, self.has_pyramid),
+            "export": export_bytes(self.canvases[-1], self.picture, self._has_pyramid),
         }
         in_tasks = {
             "weights": self.weights_bytes,
@@ -310,17 +319,9 @@ def _ingest_bytes(image: ImageSize, width_px: int, band_px: int, kept: PixelKind
 def export_bytes(size: Size, kind: PixelKind, pyramid: bool) -> int:
     """Two bands of rows, what the encoders hold, and the reader's own rows; fitted to measurements (docs/log.md).
 
-    `pyramid`: and all smaller levels of a TIFF, which libvips keeps in memory until the largest is written.
+    `pyramid`: and those smaller levels of a TIFF that libvips does not put into files until the largest is written.
     """
     height_px, width_px = size
     band = min(64 * MIB, 512 * width_px * kind.pixel_bytes)
-    levels = int(height_px * width_px * kind.pixel_bytes / 3 * 1.02) if pyramid else 0
+    levels = int(min(height_px * width_px * kind.pixel_bytes, 4 * LEVEL_BYTES) / 3 * 1.02) if pyramid else 0
     return 40 * MIB + 3 * band + 8_000 * width_px * kind.pixel_bytes // 3 + levels
-
-
-def has_pyramid(output: Path, options: ExportConfig, size: Size, kind: PixelKind, room_bytes: int) -> bool:
-    """Whether `output` is a TIFF with smaller levels. `room_bytes`: memory that its export may take."""
-    form = format_of(output)
-    if form is None or form.name != "TIFF" or options.pyramid == "never":
-        return False
-    return options.pyramid == "always" or export_bytes(size, kind, pyramid=True) <= room_bytes

@@ -5,6 +5,7 @@ uncompressed TIFF that it reads once from top to bottom, because its savers stre
 
     read_rows (caller's thread) ──► RowSource: TIFF header, then bands ──► tiffload ──► saver (its own thread)
 
+The smaller levels of a TIFF come behind the largest, and are made beside it: libvips keeps them in files until then.
 Under the output's name there is either nothing, or what was there before, or the whole new picture.
 """
 
@@ -16,8 +17,9 @@ import functools
 import os
 import secrets
 import shutil
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ from pipeline.places import taken, unwritable
 from pipeline.streams import POLL_S, FileTarget, Rows, RowSource
 
 COMPRESSIONS = ("deflate", "zstd", "jpeg", "none")
+
+# The environment is everybody's: one picture at a time changes it.
+_ENVIRONMENT = threading.Lock()
 
 pyvips.cache_set_max(0)
 pyvips.concurrency_set(min(pyvips.concurrency_get(), 4))  # every thread has strips of its own
@@ -73,8 +78,8 @@ def write_image(
     read_rows(y0, y1) returns rows [y0, y1), (y1 − y0, width_px, channels), uint8 or, with 16 bits, uint16; it is called
     in the calling thread, from top to bottom, each row once. Alpha, for formats that have it, does not multiply the
     colours. A DeepZoom is a folder: ``name.dz/name.dzi`` beside ``name.dz/name_files/``, of JPEG tiles, with alpha of
-    PNG ones. `quality`, 1 to 100, is that of JPEG. `pyramid`: a TIFF has smaller levels, which are in
-    memory until the largest is written, a third of the picture. on_progress gets the fraction done, at last 1.0.
+    PNG ones. `quality`, 1 to 100, is that of JPEG. `pyramid`: a TIFF has smaller levels, which take
+    their own size on the disk a second time until it is whole. on_progress gets the fraction done, at last 1.0.
     `check` is called several times a second and may raise to give up.
 
     Raises what check_output raises, StorageError where the disk is full or fails, and whatever read_rows, on_progress
@@ -86,9 +91,13 @@ def write_image(
         partial = new_partial(path)
         source = RowSource(width_px, height_px, kind)
         options = {"compression": compression, "Q": quality, "pyramid": pyramid}
-        save = functools.partial(_save, source, partial, path, options)
+        levels: contextlib.AbstractContextManager[Callable[[], None]] = contextlib.nullcontext(lambda: None)
+        if pyramid and _format_of(path).name == "TIFF":
+            levels = _libvips_files_in(path.with_name(_partial_name(path)).absolute())
         try:
-            _feed(source, save, path, read_rows, on_progress, check)
+            with levels as files_are_open:
+                save = functools.partial(_save, source, partial, path, options, files_are_open)
+                _feed(source, save, path, read_rows, on_progress, check)
             put_in_place(partial, path)
         finally:
             with contextlib.suppress(OSError):  # a disk that failed fails here too, and says less
@@ -171,6 +180,34 @@ def _is_ome_zarr(path: Path) -> bool:
     return path.is_dir() and all(entry.name == "zarr.json" or entry.name.isdigit() for entry in path.iterdir())
 
 
+@contextlib.contextmanager
+def _libvips_files_in(folder: Path) -> Iterator[Callable[[], None]]:
+    """A folder, removed behind, in which libvips makes its temporary files until the function that is given is called.
+
+    It asks the environment, every time; by default they would be in /tmp, which may be small, or memory. Where the file
+    system can, they have no names; else those that a killed process leaves go with the folder: see new_partial.
+    """
+    with contextlib.suppress(OSError):
+        tempfile.gettempdir()  # Python asks the environment once, and keeps the answer: it must not be this folder
+    folder.mkdir(0o700)
+    try:
+        with contextlib.ExitStack() as changes:
+            changes.enter_context(_ENVIRONMENT)
+            changes.callback(_set_variable, "TMPDIR", os.environ.get("TMPDIR"))
+            _set_variable("TMPDIR", os.fspath(folder))
+            yield changes.close
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(folder)
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
 def _feed(
     source: RowSource,
     save: Callable[[], None],
@@ -214,7 +251,9 @@ def _run_saver(source: RowSource, save: Callable[[], None], failures: list[Excep
         source.cancel()
 
 
-def _save(source: RowSource, partial: Path, path: Path, options: dict[str, Any]) -> None:
+def _save(
+    source: RowSource, partial: Path, path: Path, options: dict[str, Any], files_are_open: Callable[[], None]
+) -> None:
     """One libvips saver from end to end. Progressive and optimised JPEG are off: they need the whole picture."""
     try:
         image = source.image()
@@ -224,7 +263,7 @@ def _save(source: RowSource, partial: Path, path: Path, options: dict[str, Any])
             image.dzsave(str(partial / path.stem), suffix=suffix, Q=options["Q"], keep="icc")
             (partial / f"{path.stem}_files" / "vips-properties.xml").unlink(missing_ok=True)  # a date, no use
             return
-        file = FileTarget(partial, source.cancelled)
+        file = FileTarget(partial, source.cancelled, files_are_open)
         try:
             _save_file(image, file.target(), path, options)
         finally:
@@ -247,7 +286,7 @@ def _save_file(image: Any, target: Any, path: Path, options: dict[str, Any]) -> 
 
 
 def _saver_error(path: Path, error: pyvips.Error) -> OSError:
-    """What libvips says of a failed write, as a StorageError: its own files (DeepZoom's) it tells of in words only."""
+    """What libvips says of a failed write, as a StorageError: of its own files it tells in words only."""
     words = str(error.detail or error).strip()
     number = next((number for number in errno.errorcode if os.strerror(number) in words), None)
     if number is None and shutil.disk_usage(path.parent).free < 2**20:

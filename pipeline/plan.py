@@ -72,8 +72,8 @@ class Plan:
     device_bytes: int
     disk_bytes: int
     picture: PixelKind
-    pyramid: bool
     output_bytes: int
+    levels_bytes: int
     flop: int
     memory_limit_bytes: int
 
@@ -183,8 +183,8 @@ def make_plan(
         device_bytes=work.gpu_bytes(tile_px),
         disk_bytes=disk,
         picture=work.picture,
-        pyramid=work.has_pyramid,
         output_bytes=stages[-1].pixels * work.picture.pixel_bytes * 4 // 3,  # a pyramid adds a third
+        levels_bytes=work.levels_bytes,
         flop=sum(stage.flop_per_iteration * stage.max_iterations for stage in stages),
         memory_limit_bytes=config.memory.limit_bytes,
     )
@@ -330,6 +330,5 @@ def _choose_tile(work: Workload, device_memory_bytes: int) -> int:
         + f". To go on, {remedy}, or use "
         + ("a smaller store.chunk_px" if asked == "auto" else "compute.tile_px: auto")
         + (", fewer compute.workers" if work.config.compute.workers else "")
-        + (", export.pyramid: auto" if phase == "export" and work.config.export.pyramid == "always" else "")
         + " or a narrower network."
     )

@@ -17,7 +17,6 @@ from rich.table import Table
 
 from pipeline.config import Config
 from pipeline.device import resolve_device
-from pipeline.pictures import format_of
 from pipeline.plan import Plan
 from pipeline.preview import Preview
 from pipeline.sinks import count, duration
@@ -65,21 +64,16 @@ def print_plan(config: Config, planned: Plan) -> None:
         f"memory   {gib(planned.projected_mem_bytes)} of {limit} (memory.limit); {phases}",
         *([] if planned.device == "cpu" else [f"on {planned.device}  {gib(planned.device_bytes)}"]),
         f"disk     {gib(planned.disk_bytes)} in {config.work_dir}",
-        f"picture  up to {gib(planned.output_bytes)} for {config.output}, {planned.picture}{_levels(config, planned)}",
+        f"picture  up to {gib(planned.output_bytes)} for {config.output}, {planned.picture}{_beside(planned)}",
         f"work     {planned.flop / 1e12:,.0f} TFLOP for {_iterations(planned)} iterations of every stage",
     ]
     for line in lines:
         console.print(line)
 
 
-def _levels(config: Config, planned: Plan) -> str:
-    """What is to be said of a TIFF's smaller levels."""
-    form = format_of(config.output)
-    if form is None or form.name != "TIFF" or config.export.pyramid == "never":
-        return ""
-    return (
-        ", a pyramid" if planned.pyramid else ", without a pyramid: memory.limit has no room for one (export.pyramid)"
-    )
+def _beside(planned: Plan) -> str:
+    """What a TIFF's smaller levels take besides."""
+    return f", and {gib(planned.levels_bytes)} beside it while it is written" if planned.levels_bytes else ""
 
 
 def _iterations(planned: Plan) -> str:

@@ -242,8 +242,7 @@ class _Rendering:
     def export(self) -> None:
         """The last stage's canvas, as the picture asked for; not again if it stands there already."""
         output, picture = self.config.output, self.plan.picture
-        pyramid = "always" if self.plan.pyramid else "never"
-        settings = self.config.export.model_copy(update={"bits": picture.bits, "pyramid": pyramid})
+        settings = self.config.export.model_copy(update={"bits": picture.bits})
         options = settings.model_dump(mode="json")
         before = self.position.exported.get(str(output))
         # a key that came after that record says nothing of its picture

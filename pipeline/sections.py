@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_serializer
 
 from pipeline._fields import (
     MAX_CHUNK_PX,
@@ -215,8 +215,6 @@ class ExportConfig(Section):
     bits: Bits = Field("auto", description="bits per channel; auto: 16 where content and format have them, else 8")
     compression: Literal["deflate", "zstd", "jpeg", "none"] = Field("deflate", description="compression of a TIFF")
     quality: Int = Field(95, ge=1, le=100, description="JPEG quality")
-    pyramid: Literal["auto", "always", "never"] = Field(
-        "auto",
-        description="smaller levels in a TIFF, for viewers, which take memory, a third of the picture; auto: where "
-        "memory.limit has room for them",
+    pyramid: StrictBool = Field(
+        True, description="smaller levels in a TIFF, for viewers; a third more on the disk, twice while it is written"
     )

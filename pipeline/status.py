@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import integrity, transfer
 from pipeline._fields import MAX_CHUNK_PX
 from pipeline.arrays import METADATA
-from pipeline.cost import BASE_BYTES, WORKERS, has_pyramid
+from pipeline.cost import WORKERS
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, Stopped
 from pipeline.image_export import check_output
@@ -20,7 +20,7 @@ from pipeline.opening import content_alpha, newest_canvas
 from pipeline.pictures import picture_kind
 from pipeline.places import refuse_links, refuse_own_state, taken
 from pipeline.progress import Sink, WorkDone, ignore
-from pipeline.sections import ExportConfig, MemoryConfig
+from pipeline.sections import ExportConfig
 from pipeline.store import ChunkError, StageArray
 
 
@@ -104,10 +104,8 @@ def export(
     chosen = _choose_stage(work_dir, position, stage)
     refuse_links(work_dir)
     kind = picture_kind(output, options.bits, options.compression, content_kind(manifest))
+    options = options.model_copy(update={"bits": kind.bits})
     canvas = newest_canvas(work_dir, position, chosen)
-    room = MemoryConfig().limit_bytes - BASE_BYTES["cpu"]
-    levels = "always" if has_pyramid(output, options, canvas.shape[:2], kind, room) else "never"
-    options = options.model_copy(update={"bits": kind.bits, "pyramid": levels})
     alpha = content_alpha(work_dir, position, chosen) if kind.alpha else None
     _check_arrays(canvas, alpha, manifest)
     height, width, _channels = canvas.shape

@@ -262,20 +262,24 @@ class RowSource:
 
 
 class FileTarget:
-    """A new file that a saver writes. The first error is kept: not every library under a saver passes it on."""
+    """A new file that a saver writes. The first error is kept: not every library under a saver passes it on.
 
-    def __init__(self, path: Path, cancelled: threading.Event) -> None:
+    on_begin() is called once, in libvips' thread, before anything is written: it has opened its other files by then.
+    """
+
+    def __init__(self, path: Path, cancelled: threading.Event, on_begin: Callable[[], None]) -> None:
         self._file = path.open("x+b", buffering=0)
         self._cancelled = cancelled
+        self._on_begin: Callable[[], None] | None = on_begin
         self._unsynced = 0
         self._failure: OSError | None = None
 
     def target(self) -> Any:
         """The file as libvips sees it."""
-        target = pyvips.TargetCustom()
+        target = _target_with_a_name()
         target.on_write(self._write)
         target.on_read(self._read)  # libtiff reads its own directories
-        target.on_seek(self._file.seek)
+        target.on_seek(self._seek)
         return target
 
     def close(self) -> None:
@@ -286,6 +290,7 @@ class FileTarget:
 
     def _write(self, data: Any) -> int:
         """Take all bytes; -1 tells libvips to give up."""
+        self._begin()
         view = memoryview(data)
         try:
             while view and self._failure is None and not self._cancelled.is_set():
@@ -304,6 +309,28 @@ class FileTarget:
         except OSError as error:
             self._failure = error
             return None
+
+    def _seek(self, offset: int, whence: int) -> int:
+        self._begin()
+        return self._file.seek(offset, whence)
+
+    def _begin(self) -> None:
+        if self._on_begin is not None:
+            self._on_begin()
+            self._on_begin = None
+
+
+def _target_with_a_name() -> Any:
+    """A custom target that libvips takes for a named file: then it puts what it keeps aside into files, not in memory.
+
+    A name can be given before a target is built alone, and building one would open the file of that name. Unbuilt ones
+    do as well: all that comes with the name, and no file, is its mention in errors.
+    """
+    target = pyvips.TargetCustom.__new__(pyvips.TargetCustom)
+    kind = pyvips.type_from_name("VipsTargetCustom")
+    pyvips.Target.__init__(target, pyvips.ffi.cast("VipsTarget*", pyvips.GObject.new_pointer_from_gtype(kind)))
+    target.set("filename", "the picture")
+    return target
 
 
 def _tiff_header(width_px: int, height_px: int, kind: PixelKind) -> bytes:

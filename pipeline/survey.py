@@ -66,11 +66,12 @@ def check_space(config: Config, planned: Plan, stage: int) -> None:
         peaks = [_more([*kept[: one.index], _room(one.store_bytes, one.store_chunks)], held) for one in later]
         peak = Room(max(one.bytes for one in peaks), max(one.files for one in peaks))
     what = f"stage {stage} and all behind it" if later else "the picture"
+    picture_bytes = planned.output_bytes + planned.levels_bytes
     if _device_of(config.work_dir) == _device_of(config.output.parent):
-        _require(config.work_dir, Room(max(peak.bytes, after.bytes + planned.output_bytes), peak.files), what)
+        _require(config.work_dir, Room(max(peak.bytes, after.bytes + picture_bytes), peak.files), what)
     else:
         _require(config.work_dir, peak, what)
-        _require(config.output.parent, Room(planned.output_bytes, 0), "the picture")
+        _require(config.output.parent, Room(picture_bytes, 0), "the picture")
 
 
 def _room(array_bytes: int, chunks: int) -> Room:

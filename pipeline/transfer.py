@@ -126,7 +126,7 @@ def export_canvas(
     read, and while waiting; it may raise to give up, leaving nothing behind.
     Raises StorageError, ConfigError (format limits), or what `check` raises.
     """
-    assert options.bits != "auto" and options.pyramid != "auto"
+    assert options.bits != "auto"
     height, width, _ = canvas.shape
     kind = PixelKind(options.bits, alpha is not None)
     read = canvas_rows(canvas, alpha, kind.bits)
@@ -148,7 +148,7 @@ def export_canvas(
         kind=kind,
         compression=options.compression,
         quality=options.quality,
-        pyramid=options.pyramid == "always",
+        pyramid=options.pyramid,
         on_progress=lambda share: on_progress(math.floor(share * 100), 100),
         check=check,
     )

@@ -455,16 +455,15 @@ def test_a_plan_is_plain_data():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_a_pyramid_is_written_where_memory_has_room_for_it(device):
-    """A run of days would be killed for memory at its end, or a large print refused for what it does not need."""
-    values = {"device": device, "device_bytes": 64 * GIB, "size": 30_000, "memory": {"limit": 6 * GIB}}
-    values["store"] = {"chunk_px": 128}
-    roomy = planned(**values)
-    assert roomy.pyramid and roomy.host_bytes["export"] > 30_000 * 24_000
-    tight = planned(**values | {"memory": {"limit": roomy.host_bytes["export"] - MIB}})
-    assert not tight.pyramid and tight.host_bytes["export"] < roomy.host_bytes["export"] - 30_000 * 24_000
-    assert not planned(**values, export={"pyramid": "never"}).pyramid
-    assert not planned(**values, output="/o.dz").pyramid
-    always = {"export": {"pyramid": "always"}, "memory": {"limit": roomy.host_bytes["export"] - MIB}}
-    with pytest.raises(ConfigError, match=r"phase: export.*export\.pyramid: auto"):
-        planned(**values | always)
+def test_levels_of_a_tiff_take_disk_and_little_memory(device):
+    """A large print would be refused for memory that its levels do not need, or end on a full disk after days."""
+    values = {"device": device, "device_bytes": 64 * GIB, "memory": {"limit": 6 * GIB}, "store": {"chunk_px": 128}}
+    for size in (8_192, 30_000, 60_000):
+        levels, plain = (planned(**values, size=size, export={"pyramid": pyramid}) for pyramid in (True, False))
+        more = levels.host_bytes["export"] - plain.host_bytes["export"]
+        assert 0 < more < 137 * MIB
+        pixels = levels.stages[-1].pixels
+        assert levels.levels_bytes == (
+            pixels if size > 20_000 else 0
+        )  # a third of three bytes each; 8K's are in memory
+        assert plain.levels_bytes == planned(**values, size=size, output="/o.dz").levels_bytes == 0
