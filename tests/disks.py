@@ -7,7 +7,6 @@ import itertools
 import os
 import re
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,9 +113,8 @@ class Faulted:
 def at_event(child: Child, number: int, do: Callable[[], None]) -> None:
     """Stop a run when it has told this many events, do something, and let it go on."""
     if child.wait_until(lambda events: len(events) >= number):
-        child.signal(signal.SIGSTOP)
-        do()
-        child.signal(signal.SIGCONT)
+        with child.paused():
+            do()
 
 
 def failing_from(first: int, number: int, once: bool = False) -> Callable[[Call], Answer]:

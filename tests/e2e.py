@@ -285,6 +285,27 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop it (SIGSTOP) while the block runs: from its beginning on none of its threads is in a system call."""
+        self.signal(signal.SIGSTOP)
+        deadline = time.monotonic() + TIMEOUT_S
+        while self.is_alive() and not all(state in "TZX" for state in self._thread_states()):
+            assert time.monotonic() < deadline, "it does not stop"
+            time.sleep(0.001)
+        try:
+            yield
+        finally:
+            self.signal(signal.SIGCONT)
+
+    def _thread_states(self) -> list[str]:
+        """As in proc(5): T is stopped."""
+        states = []
+        for stat in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+            with contextlib.suppress(OSError):  # it has ended
+                states.append(stat.read_text().rpartition(")")[2].split()[0])
+        return states
+
     def kill(self) -> int:
         """kill -9; gives its exit code."""
         self.signal(signal.SIGKILL)

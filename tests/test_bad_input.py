@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import struct
 import subprocess
 import threading
@@ -386,9 +385,8 @@ def test_disk_that_fills_up_while_rendering(tmp_path, nursery, small_disk, codec
             "last stage": {"what": "update pass", "stage": 1},
         }[moment]
         assert child.wait_until(lambda events: any(reached.items() <= event.items() for event in events)), child.err
-        child.signal(signal.SIGSTOP)  # it is as quick as the disk is filled
-        filler = fill(small_disk, 2**16 if (codec, moment) == ("none", "last stage") else 0)
-        child.signal(signal.SIGCONT)
+        with child.paused():  # it is as quick as the disk is filled
+            filler = fill(small_disk, 2**16 if (codec, moment) == ("none", "last stage") else 0)
     code = child.wait()
     if (codec, moment) == ("none", "last stage"):
         assert code == 0, child.err  # what a stage writes has its place from the beginning, but for the journal

@@ -301,8 +301,7 @@ def test_second_run_is_kept_out_and_the_first_unharmed(nursery, unbroken, tmp_pa
     first = start(nursery, config)
     ranks = unbroken["none"].ranks
     assert wait_for_rank(first, ranks, len(ranks) // 2)
-    first.signal(signal.SIGSTOP)
-    try:
+    with first.paused():
         started = time.monotonic()
         outcome = run_pipeline("status", "-c", config, "--json")
         status_s = time.monotonic() - started
@@ -316,8 +315,6 @@ def test_second_run_is_kept_out_and_the_first_unharmed(nursery, unbroken, tmp_pa
         assert str(first.pid) in second.err and "Traceback" not in second.err
         assert run_s < status_s + 2
         assert call("export", "-c", config, "-o", tmp_path / "while_running.png").code == 0
-    finally:
-        first.signal(signal.SIGCONT)
     assert first.wait() == 0, first.err
     unbroken["none"].assert_same(tmp_path)
     found = json.loads(call("status", "-c", config, "--json").out)
