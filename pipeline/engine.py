@@ -49,23 +49,30 @@ class Engine:
         task: Callable[[S], R],
         specs: Sequence[S],
         on_done: Callable[[], None] = lambda: None,
-        after: Callable[[S], None] = lambda spec: None,
+        before: Callable[[S], S] = lambda spec: spec,
+        after: Callable[[R], None] = lambda result: None,
     ) -> list[R]:
         """`task` of every spec, results in the order of `specs`.
 
-        `on_done`, and `after` with the spec, are called after each, on any thread. Raises Stopped when the stop flag is
-        set, else what a task raised; then nothing runs any more.
+        `before` is called with each spec, may wait, and gives the spec to run. `after` is called with each result, then
+        `on_done`; all on any thread. Raises Stopped when the stop flag is set, else what a task or one of these raised;
+        then nothing runs any more.
         """
-        return [result for batch in self._batches(specs) for result in self._map(task, batch, on_done, after)]
+        return [result for batch in self._batches(specs) for result in self._map(task, batch, on_done, before, after)]
 
     def _map(
-        self, task: Callable[[S], R], specs: Sequence[S], on_done: Callable[[], None], after: Callable[[S], None]
+        self,
+        task: Callable[[S], R],
+        specs: Sequence[S],
+        on_done: Callable[[], None],
+        before: Callable[[S], S],
+        after: Callable[[R], None],
     ) -> tuple[R, ...]:
         # dask takes independent tasks by name, last first; its own names are random, and so would be the way over the
         # canvas, where neighbouring tiles share the rows of their halos
         names = (f"task-{number:09}" for number in range(len(specs), 0, -1))
         return self._compute(
-            [self._node(task, spec, on_done, name, after=after) for spec, name in zip(specs, names, strict=True)]
+            [self._node(task, spec, on_done, before, after, name) for spec, name in zip(specs, names, strict=True)]
         )
 
     def _batches(self, specs: Sequence[S]) -> Iterator[Sequence[S]]:
@@ -80,17 +87,17 @@ class Engine:
         combine: Callable[[A, R], A],
         initial: A,
         on_done: Callable[[], None] = lambda: None,
-        before: Callable[[S], None] = lambda spec: None,
+        before: Callable[[S], S] = lambda spec: spec,
     ) -> A:
         """Combine the results of `task` one by one, in the order of `specs`, keeping only a few in memory.
 
-        `before` is called with its spec before each task, and may wait. Raises like `map`.
+        `on_done` and `before` as for `map`. Raises like `map`.
         """
         result = initial
         for batch in self._batches(specs):
             total: Any = delayed(result, traverse=False)
             for spec in batch:
-                total = delayed(combine, pure=False)(total, self._node(task, spec, on_done, before=before))
+                total = delayed(combine, pure=False)(total, self._node(task, spec, on_done, before))
             (result,) = self._compute([total])
         return result
 
@@ -118,9 +125,9 @@ class Engine:
         task: Callable[[S], R],
         spec: S,
         on_done: Callable[[], None],
+        before: Callable[[S], S],
+        after: Callable[[R], None] = lambda result: None,
         name: str | None = None,
-        before: Callable[[S], None] = lambda spec: None,
-        after: Callable[[S], None] = lambda spec: None,
     ) -> Any:
         # a partial without arguments: dask would otherwise look for tasks inside the spec
         return delayed(partial(self._run_task, task, spec, on_done, before, after), pure=False)(dask_key_name=name)
@@ -130,13 +137,12 @@ class Engine:
         task: Callable[[S], R],
         spec: S,
         on_done: Callable[[], None],
-        before: Callable[[S], None],
-        after: Callable[[S], None],
+        before: Callable[[S], S],
+        after: Callable[[R], None],
     ) -> R:
         self.raise_if_stopped()
-        before(spec)
-        result = task(spec)
-        after(spec)
+        result = task(before(spec))
+        after(result)
         on_done()
         return result
 

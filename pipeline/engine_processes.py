@@ -54,10 +54,11 @@ class ProcessEngine(Engine):
         task: Callable[[S], R],
         specs: Sequence[S],
         on_done: Callable[[], None] = lambda: None,
-        after: Callable[[S], None] = lambda spec: None,
+        before: Callable[[S], S] = lambda spec: spec,
+        after: Callable[[R], None] = lambda result: None,
     ) -> list[R]:
-        """As in Engine; `on_done` and `after` are called on this thread."""
-        with closing(self._results(task, specs, on_done, after=after)) as results:
+        """As in Engine; `on_done`, `before` and `after` are called on this thread."""
+        with closing(self._results(task, specs, on_done, before, after)) as results:
             return list(results)
 
     def fold(
@@ -67,11 +68,11 @@ class ProcessEngine(Engine):
         combine: Callable[[A, R], A],
         initial: A,
         on_done: Callable[[], None] = lambda: None,
-        before: Callable[[S], None] = lambda spec: None,
+        before: Callable[[S], S] = lambda spec: spec,
     ) -> A:
         """As in Engine; `combine`, `on_done` and `before` are called on this thread."""
         total = initial
-        with closing(self._results(task, specs, on_done, before=before)) as results:
+        with closing(self._results(task, specs, on_done, before)) as results:
             for result in results:
                 total = combine(total, result)
         return total
@@ -87,8 +88,8 @@ class ProcessEngine(Engine):
         task: Callable[[S], R],
         specs: Sequence[S],
         on_done: Callable[[], None],
-        before: Callable[[S], None] = lambda spec: None,
-        after: Callable[[S], None] = lambda spec: None,
+        before: Callable[[S], S],
+        after: Callable[[R], None] = lambda result: None,
     ) -> Generator[R]:
         """The results in the order of `specs`; at most `_in_flight` are on their way, or wait for one before them."""
         self.raise_if_stopped()
@@ -100,8 +101,7 @@ class ProcessEngine(Engine):
         try:
             for wanted in range(len(specs)):
                 while sent < min(wanted + self._in_flight, len(specs)):
-                    before(specs[sent])
-                    calls[sent] = self._processes.submit(task, specs[sent], shared, self._slot)
+                    calls[sent] = self._processes.submit(task, before(specs[sent]), shared, self._slot)
                     self._processes.when_done(calls[sent], partial(finished.put, sent))
                     sent += 1
                 while wanted not in arrived:
@@ -110,7 +110,7 @@ class ProcessEngine(Engine):
                     for number, result in zip(numbers, results, strict=True):
                         arrived[number] = result
                         del calls[number]
-                        after(specs[number])
+                        after(result)
                         on_done()
                 yield arrived.pop(wanted)
         except BaseException as error:

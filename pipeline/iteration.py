@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from pipeline.losses import Gram
 from pipeline.stage import Stage, merged, positions
 from pipeline.tiling import chunks_of
 from pipeline.variation import CHANNELS
+from pipeline.written import NotNeeded, Written
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,11 @@ class IterationResult:
 
 @dataclass(frozen=True)
 class _Gradient:
-    """The gradient pass: Σ(φ_l(p) − φ_l(o))² per content layer, Ltv, max|g|, and the gradient's packed checksums."""
+    """The gradient pass: Σ(φ_l(p) − φ_l(o))² per content layer, Ltv and max|g|."""
 
     squares: Mapping[str, float]
     variation: float
     max_abs_gradient: float
-    checksums: str
 
 
 @dataclass(frozen=True)
@@ -64,56 +63,30 @@ class _Updated:
     checksums: Mapping[str, str]
 
 
-class _NotNeeded(Exception):  # noqa: N818 - an outcome, not an error
-    """The next iteration's Gram pass waits for chunks that nobody will write."""
-
-
-class Written:
-    """The chunks of the next canvas that are written; the tiles of the next Gram pass wait for theirs."""
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._chunks: set[tuple[int, int]] = set()
-        self._closed = False
-
-    def add(self, chunks: Iterable[tuple[int, int]]) -> None:
-        """These may be read now."""
-        with self._condition:
-            self._chunks.update(chunks)
-            self._condition.notify_all()
-
-    def close(self) -> None:
-        """Nothing more will be written, or is wanted: whoever waits gives up."""
-        with self._condition:
-            self._closed = True
-            self._condition.notify_all()
-
-    def wait_for(self, chunk_px: int, spec: passes.GramSpec) -> None:
-        """Return once every chunk that the tile reads is written. Raises _NotNeeded if that will not be."""
-        needed = {(cy, cx) for cy, cx, _ in chunks_of(spec.tile.outer(halo_px(spec.layers)), chunk_px)}
-        with timeline.span("wait", tile=spec.tile.index), self._condition:
-            self._condition.wait_for(lambda: self._closed or needed <= self._chunks)
-            if self._closed:
-                raise _NotNeeded
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Step:
-    """An iteration up to its update: what the first two passes found, and the step to make (None: nothing to do)."""
+    """An iteration under way.
+
+    `gradient`, `canvas`: chunks that are written of the gradient and of the next canvas. `found`: style terms, what the
+    gradient pass measured, and the time of its end. `ended`: that of the update pass.
+    """
 
     iteration: int
-    terms: Mapping[str, losses.StyleTerm]
-    gradient: _Gradient
-    alpha: float | None
     checksums: Mapping[str, str]
+    commit: Callable[[IterationResult], bool]
+    gradient: Written = field(default_factory=Written)
+    canvas: Written = field(default_factory=Written)
+    found: Future[tuple[Mapping[str, losses.StyleTerm], _Gradient, float]] = field(default_factory=Future)
+    ended: float = 0.0
 
 
 @dataclass
 class Iterations:
     """The iterations of one stage, one after another.
 
-    The Gram pass of the next iteration runs beside the update, tile by tile as their chunks are written; `_ahead` keeps
-    what it found, and `_seconds` the time that it took longer than the update.
+    The update runs beside the gradient pass, tile by tile as gradients are written (but for a stage's first, whose step
+    size takes them all), and the Gram pass of the next iteration beside the update, as the canvas is written. `_ahead`
+    keeps what it found; `_seconds` has of each pass the time that it took longer than the one before it.
     `content_energies`, `areas`: of the prepared stage.
     Of a canvas that is a part of a picture, `known_grams`: what its mean Grams lack to those of the whole, by style
     key; `least_max_u`: what max|u| of the whole's first iteration will be at least.
@@ -144,56 +117,82 @@ class Iterations:
         all that is read; raises ChunkError where they do not fit. `commit` gets what was measured once everything is
         written, maybe on another thread, and says whether one more iteration follows.
         """
-        settings = self.stage.config.optimizer
-        terms, gradient = self._gradient(iteration, checksums)
-        if alpha is None and not self._is_rounding(terms, gradient):
-            bias = adam.bias_correction(settings.beta1, settings.beta2, iteration)
-            max_u = adam.first_max_update(settings.beta1, settings.beta2, settings.epsilon, gradient.max_abs_gradient)
-            alpha = settings.target_pixel_change / (bias * max(max_u, self.least_max_u)) if max_u > 0 else None
-        step = _Step(iteration, terms, gradient, alpha, checksums)
-        one_more = iteration + 1 < settings.max_iterations and alpha is not None
-        if one_more and self.stage.model.style_layers and len(self.stage.tiles) > 1:
-            self._finish_beside_next_gram(step, commit)
-        else:
-            # beside as well, though nothing else is done: there may be more threads
-            self.stage.engine.beside(partial(self._finish, step, commit, Written())).result()
-
-    def _finish(
-        self, step: _Step, commit: Callable[[IterationResult], bool], written: Written, engine: Engine
-    ) -> float:
-        """Update and commit; gives the time of the update's end."""
+        stage, step = self.stage, _Step(iteration, checksums, commit)
+        if alpha is None or len(stage.tiles) == 1:
+            self._differentiate(step)
+        if alpha is None:
+            alpha = self._first_alpha(step)
+        # beside, even if nothing else is done: there may be more threads
+        finishing = stage.engine.beside(partial(self._finish, step, alpha))
         try:
-            updated = _Updated(0.0, 0.0, {})
-            if step.alpha is not None:
-                with self._timed("update"):
-                    updated = self._update_pass(step, written, engine)
-            ended = time.perf_counter()
-            if not commit(self._result(step, updated)):
-                written.close()
-        except BaseException:
-            written.close()
-            raise
-        return ended
-
-    def _finish_beside_next_gram(self, step: _Step, commit: Callable[[IterationResult], bool]) -> None:
-        written, stage = Written(), self.stage
-        canvas = f"canvas_{1 - step.iteration % 2}"
-        before = partial(written.wait_for, store.open_array(stage.stage_dir, canvas).chunk_px)
-        finishing = stage.engine.beside(partial(self._finish, step, commit, written))
-        try:
-            # the canvas is not checked here: the next update reads every chunk whole, and checks it
-            checksums = {name: step.checksums[name] for name in stage.model.guides.arrays}
-            sums = stage.gram_sums(stage.canvas_grams(canvas, checksums), "Gram pass", before)
-            self._ahead = {step.iteration + 1: sums}
-        except _NotNeeded:
+            if not step.found.done():
+                self._differentiate(step)
+            one_more = iteration + 1 < stage.config.optimizer.max_iterations and alpha is not None
+            if one_more and stage.model.style_layers and len(stage.tiles) > 1:
+                self._gram_ahead(step, finishing)
+        except NotNeeded:
             pass
         finally:
             wait([finishing])
-        self._seconds["gram"] = max(0.0, time.perf_counter() - finishing.result())
+        finishing.result()
 
-    def _gradient(self, iteration: int, checksums: Mapping[str, str]) -> tuple[dict[str, losses.StyleTerm], _Gradient]:
+    def _first_alpha(self, step: _Step) -> float | None:
+        """The step size that the stage's first gradient asks for; None where there is nothing to optimise."""
+        settings = self.stage.config.optimizer
+        terms, gradient, _ended = step.found.result()
+        if self._is_rounding(terms, gradient):
+            return None
+        bias = adam.bias_correction(settings.beta1, settings.beta2, step.iteration)
+        max_u = adam.first_max_update(settings.beta1, settings.beta2, settings.epsilon, gradient.max_abs_gradient)
+        return settings.target_pixel_change / (bias * max(max_u, self.least_max_u)) if max_u > 0 else None
+
+    def _differentiate(self, step: _Step) -> None:
+        """Gram and gradient pass. Whoever waits for them is told how they ended."""
+        try:
+            terms, gradient = self._gradient(step)
+        except BaseException as error:
+            step.gradient.close()
+            step.found.set_exception(error)
+            raise
+        step.found.set_result((terms, gradient, time.perf_counter()))
+
+    def _finish(self, step: _Step, alpha: float | None, engine: Engine) -> None:
+        """Update and commit."""
+        started = time.perf_counter()
+        try:
+            updated = _Updated(0.0, 0.0, {})
+            if alpha is not None:
+                updated = self._update_pass(step, alpha, engine)
+            step.ended = time.perf_counter()
+            terms, gradient, differentiated = step.found.result()
+            self._seconds["update"] = max(0.0, step.ended - max(started, differentiated))
+            if not step.commit(self._result(terms, gradient, alpha, updated)):
+                step.canvas.close()
+        except BaseException:
+            step.gradient.close()
+            step.canvas.close()
+            raise
+
+    def _gram_ahead(self, step: _Step, finishing: Future[None]) -> None:
+        """The next iteration's Gram pass."""
+        stage, canvas = self.stage, f"canvas_{1 - step.iteration % 2}"
+        chunk_px, halo = store.open_array(stage.stage_dir, canvas).chunk_px, halo_px(stage.model.style_layers)
+
+        def when_written(spec: passes.GramSpec) -> passes.GramSpec:
+            step.canvas.wait_for((cy, cx) for cy, cx, _ in chunks_of(spec.tile.outer(halo), chunk_px))
+            return spec
+
+        # the canvas is not checked here: the next update reads every chunk whole, and checks it
+        checksums = {name: step.checksums[name] for name in stage.model.guides.arrays}
+        sums = stage.gram_sums(stage.canvas_grams(canvas, checksums), "Gram pass", when_written)
+        self._ahead = {step.iteration + 1: sums}
+        ended = time.perf_counter()
+        finishing.result()
+        self._seconds["gram"] = max(0.0, ended - step.ended)
+
+    def _gradient(self, step: _Step) -> tuple[dict[str, losses.StyleTerm], _Gradient]:
         """Gram and gradient pass; of a canvas that is one tile, both in one."""
-        stage, canvas = self.stage, f"canvas_{iteration % 2}"
+        stage, checksums, canvas = self.stage, step.checksums, f"canvas_{step.iteration % 2}"
         targets = _style_targets(stage, self.areas, checksums, self.known_grams)
         how: dict[str, Any] = {
             "tv_weight": stage.config.loss.tv_weight,
@@ -207,10 +206,11 @@ class Iterations:
             spec = passes.WholeSpec(stage.stage_dir, canvas, tile, stage.network, checksums, factors, targets, **how)
             with self._timed("gradient"):
                 (found,) = stage.engine.map(passes.whole_task, [spec], stage.counter("gradient pass", 1))
+            step.gradient.add(found.gradient.sums)
             return dict(found.terms), _gathered(stage, [found.gradient])
         terms = {}
         if targets:
-            sums = self._ahead.pop(iteration, None)
+            sums = self._ahead.pop(step.iteration, None)
             if sums is None:
                 with self._timed("gram"):
                     sums = stage.gram_sums(stage.canvas_grams(canvas, checksums), "Gram pass")
@@ -221,7 +221,12 @@ class Iterations:
             for tile in stage.tiles
         ]
         with self._timed("gradient"):
-            results = stage.engine.map(passes.gradient_task, specs, stage.counter("gradient pass", len(specs)))
+            results = stage.engine.map(
+                passes.gradient_task,
+                specs,
+                stage.counter("gradient pass", len(specs)),
+                after=lambda result: step.gradient.add(result.sums),
+            )
         return terms, _gathered(stage, results)
 
     def _is_rounding(self, terms: Mapping[str, losses.StyleTerm], gradient: _Gradient) -> bool:
@@ -237,40 +242,46 @@ class Iterations:
             and all(error <= max(rounding, kept) for error in content)
         )
 
-    def _update_pass(self, step: _Step, written: Written, engine: Engine) -> _Updated:
+    def _update_pass(self, step: _Step, alpha: float, engine: Engine) -> _Updated:
         stage, settings = self.stage, self.stage.config.optimizer
         bias = adam.bias_correction(settings.beta1, settings.beta2, step.iteration)
         factor = adam.schedule_factor(settings.schedule, step.iteration, settings.max_iterations)
-        assert step.alpha is not None
         averaged = is_averaged(step.checksums)
         adam_step = adam.AdamStep(
             settings.beta1,
             settings.beta2,
             settings.epsilon,
-            step.alpha * factor * bias,
+            alpha * factor * bias,
             settings.clip,
             adam.average_weight(settings.average, step.iteration) if averaged else None,
         )
-        checksums = {**step.checksums, "gradient": step.gradient.checksums}
         rounding = stage.config.seed, stage.plan.index, step.iteration
         slot, device = step.iteration % 2, stage.network.device
-        specs = update.update_specs(stage.stage_dir, slot, adam_step, checksums, rounding, device)
-        told = stage.counter("update pass", len(specs))
-        results = engine.map(update.update_task, specs, told, lambda spec: written.add(spec.chunks))
+        canvas, *others = slot_names(1 - slot, averaged=averaged)
+        specs = update.update_specs(stage.stage_dir, stage.tiles, slot, adam_step, step.checksums, rounding, device)
+        results = engine.map(
+            update.update_task,
+            specs,
+            stage.counter("update pass", len(specs)),
+            before=lambda spec: replace(spec, gradient_sums=step.gradient.wait_for(spec.chunks)),
+            after=lambda result: step.canvas.add(result.sums[canvas]),
+        )
         total = math.fsum(value for result in results for value in result.sums_abs_u)
         packed = {
             name: store.open_array(stage.stage_dir, name).packed(merged(result.sums[name] for result in results))
-            for name in slot_names(1 - step.iteration % 2, averaged=averaged)
+            for name in (canvas, *others)
         }
         return _Updated(total / (3 * stage.plan.pixels), max(result.max_abs_u for result in results), packed)
 
-    def _result(self, step: _Step, updated: _Updated) -> IterationResult:
-        stage, squares = self.stage, step.gradient.squares
+    def _result(
+        self, terms: Mapping[str, losses.StyleTerm], gradient: _Gradient, alpha: float | None, updated: _Updated
+    ) -> IterationResult:
+        stage, squares = self.stage, gradient.squares
         scales = _content_scales(stage, self.content_energies)
         content = {layer: scale * squares[layer] for layer, scale in scales.items()}
-        style = {key: term.loss for key, term in step.terms.items()}
+        style = {key: term.loss for key, term in terms.items()}
         content_loss, style_loss = math.fsum(content.values()), math.fsum(style.values())
-        loss, variation = stage.config.loss, step.gradient.variation
+        loss, variation = stage.config.loss, gradient.variation
         seconds, self._seconds = self._seconds, {}
         wall, self._since = time.perf_counter() - self._since, time.perf_counter()
         return IterationResult(
@@ -289,10 +300,10 @@ class Iterations:
             },
             mean_abs_u=updated.mean_abs_u,
             max_abs_u=updated.max_abs_u,
-            alpha=step.alpha or 0.0,
+            alpha=alpha or 0.0,
             seconds=seconds,
             busy={**timeline.take(), "wall": wall},
-            stepped=step.alpha is not None,
+            stepped=alpha is not None,
             checksums=updated.checksums,
         )
 
@@ -342,6 +353,5 @@ def _gathered(stage: Stage, results: Sequence[passes.GradientResult]) -> _Gradie
         layer: math.fsum(result.content_squares.get(layer, 0.0) for result in results)
         for layer in stage.model.content_layers
     }
-    sums = store.open_array(stage.stage_dir, "gradient").packed(merged(result.sums for result in results))
     roughness = math.fsum(result.variation for result in results) / (CHANNELS * stage.plan.pixels)
-    return _Gradient(squares, roughness, max(result.max_abs_gradient for result in results), sums)
+    return _Gradient(squares, roughness, max(result.max_abs_gradient for result in results))

@@ -87,7 +87,7 @@ class Stage:
         self,
         specs: Sequence[passes.GramSpec],
         what: str,
-        before: Callable[[passes.GramSpec], None] = lambda spec: None,
+        before: Callable[[passes.GramSpec], passes.GramSpec] = lambda spec: spec,
     ) -> dict[str, Gram]:
         """Gram pass over one image: gram_sum by style key, summed in tile order.
 

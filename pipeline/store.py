@@ -58,7 +58,7 @@ class StageArray:
     """One (H, W, C) array of a stage. Cheap to make, safe to use from any thread.
 
     `raw`: a chunk's file is its memory. `encoding`: what its numbers mean; None: themselves. `checksums`: what its
-    chunks have to be, (chunk rows, chunk columns); None while they are being written, or are nobody's.
+    chunks have to be, by (chunk row, chunk column); None while they are being written, or are nobody's.
     """
 
     path: Path
@@ -68,7 +68,7 @@ class StageArray:
     raw: bool
     chunk_keys: str
     encoding: Encoding | None = None
-    checksums: NDArray[np.uint32] | None = field(default=None, compare=False)
+    checksums: NDArray[np.uint32] | ChunkSums | None = field(default=None, compare=False)
 
     @property
     def chunk_shape(self) -> tuple[int, int, int]:

@@ -1,6 +1,6 @@
 """Where the threads of this process spend their time: sums by kind of work, and a Chrome trace if one is asked for.
 
-    with span("read"): …          the kinds: read, compute, write, update, and wait (for the device)
+    with span("read"): …          the kinds: read, compute, write, update, and wait (for the device, or another pass)
 
 The sums are always kept; a span costs microseconds, and there are a few per tile. A trace is opened with
 chrome://tracing or https://ui.perfetto.dev.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from pipeline.chunk_stream import ChunkReader, ChunkWriter
 from pipeline.cost import update_values
 from pipeline.formats import BFLOAT16, FIXED16, RoundingBytes
 from pipeline.store import StageArray, open_array
+from pipeline.tiling import Tile, chunks_of
 
 Array = NDArray[Any]
 # Chunks per task: enough to make the scheduler's cost per chunk small, few enough to keep workers busy.
@@ -35,8 +36,9 @@ CHUNKS_PER_TASK = 8
 class UpdateSpec:
     """One Adam step of a few chunks, from slot `slot` into the other.
 
-    `checksums`: of all arrays that are read. `rounding`: (seed, stage, iteration), which decide how a compact state is
-    rounded. `block_values`: how many of a chunk's values are in hand at a time.
+    `checksums`: of the arrays that are read, but for the gradient; of that, `gradient_sums`: of these chunks alone.
+    `rounding`: (seed, stage, iteration), which decide how a compact state is rounded. `block_values`: how many of a
+    chunk's values are in hand at a time.
     """
 
     stage_dir: Path
@@ -46,6 +48,7 @@ class UpdateSpec:
     checksums: Mapping[str, str]
     rounding: tuple[int, int, int]
     block_values: int
+    gradient_sums: ChunkSums = field(default_factory=ChunkSums)
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,28 @@ class UpdateResult:
 
 def update_specs(
     stage_dir: Path,
+    tiles: Sequence[Tile],
     slot: int,
     step: adam.AdamStep,
     checksums: Mapping[str, str],
     rounding: tuple[int, int, int],
     device: str = "cpu",
 ) -> list[UpdateSpec]:
-    """The tasks of one update pass, row by row over the canvas, in a run that computes on `device`."""
-    array = open_array(stage_dir, GRADIENT)
-    indices, values = array.chunk_indices(), update_values(device, array.chunk_px)
+    """The tasks of one update pass, tile by tile as their gradients come, in a run that computes on `device`.
+
+    They lack their `gradient_sums`.
+    """
+    chunk_px = open_array(stage_dir, GRADIENT).chunk_px
+    values = update_values(device, chunk_px)
     each = CHUNKS_PER_TASK if device == "cpu" else CHUNKS_PER_TASK // 4  # there are more threads to keep busy
-    return [
-        UpdateSpec(stage_dir, tuple(indices[first : first + each]), slot, step, checksums, rounding, values)
-        for first in range(0, len(indices), each)
-    ]
+    specs = []
+    for tile in tiles:
+        chunks = [(cy, cx) for cy, cx, _ in chunks_of(tile.inner, chunk_px)]
+        specs += [
+            UpdateSpec(stage_dir, tuple(chunks[first : first + each]), slot, step, checksums, rounding, values)
+            for first in range(0, len(chunks), each)
+        ]
+    return specs
 
 
 def update_task(spec: UpdateSpec) -> UpdateResult:
@@ -82,7 +93,8 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
     """
     averaged = spec.step.average_weight is not None
     read, write = (slot_names(slot, averaged=averaged) for slot in (spec.slot, 1 - spec.slot))
-    sources = [open_array(spec.stage_dir, name, spec.checksums[name]) for name in (GRADIENT, *read)]
+    gradient = replace(open_array(spec.stage_dir, GRADIENT), checksums=spec.gradient_sums)
+    sources = [gradient, *(open_array(spec.stage_dir, name, spec.checksums[name]) for name in read)]
     targets = [open_array(spec.stage_dir, name) for name in write]
     written: dict[str, ChunkSums] = {name: {} for name in write}
     sums: list[float] = []

@@ -19,8 +19,8 @@ from pipeline import adam, store, zarr_files
 from pipeline.formats import BFLOAT16, FIXED16, RoundingBytes
 from pipeline.journal import Journal, position_of
 from pipeline.opening import newest_canvas
-from pipeline.tiling import Rect
-from pipeline.update import update_specs, update_task
+from pipeline.tiling import Rect, grid
+from pipeline.update import UpdateResult, update_specs, update_task
 
 COMPACT = {"state_dtype": "compact", "chunk_px": 32}
 STEP = adam.AdamStep(beta1=0.9, beta2=0.99, epsilon=1e-6, size=0.8, clip=True)
@@ -107,6 +107,14 @@ def fill(stage: Path, chunk_px: int, shape=(70, 45, 3)) -> dict[str, str]:
     return sums
 
 
+def update_all(stage: Path, sums: dict[str, str], rounding: tuple[int, int, int]) -> list[UpdateResult]:
+    """The update pass over a canvas whose gradient is written."""
+    gradient = store.open_array(stage, "gradient", sums["gradient"])
+    specs = update_specs(stage, grid(*gradient.shape[:2], gradient.chunk_px), 0, AVERAGING, sums, rounding)
+    written = ({chunk: gradient.checksums[chunk] for chunk in spec.chunks} for spec in specs)
+    return [update_task(replace(spec, gradient_sums=one)) for spec, one in zip(specs, written, strict=True)]
+
+
 def chunk_files(stage: Path, names: tuple[str, ...]) -> dict[str, bytes]:
     files = [path for name in names for path in sorted((stage / name / "c").rglob("*")) if path.is_file()]
     return {str(path.relative_to(stage)): path.read_bytes() for path in files}
@@ -120,7 +128,7 @@ def test_a_compact_update_is_the_formulas_on_what_is_stored(stage, chunk_px):
     """Unpacking by blocks, or a random byte at the wrong place, would be another optimiser."""
     sums = fill(stage, chunk_px, (250, 225, 3) if chunk_px == 208 else (70, 45, 3))  # 208: a chunk of two blocks
     arrays = [store.open_array(stage, name) for name in NAMES]
-    made = [update_task(spec) for spec in update_specs(stage, 0, AVERAGING, sums, (7, 2, 5))]
+    made = update_all(stage, sums, (7, 2, 5))
     largest = total = 0.0
     for cy, cx in arrays[0].chunk_indices():
         values = []
@@ -153,7 +161,7 @@ def test_a_task_that_runs_twice_writes_the_same_bytes_and_another_iteration_othe
     sums = fill(stage, 16)
     written = []
     for rounding in ((7, 2, 5), (7, 2, 5), (7, 2, 6), (7, 3, 5), (8, 2, 5)):
-        results = [update_task(spec) for spec in update_specs(stage, 0, AVERAGING, sums, rounding)]
+        results = update_all(stage, sums, rounding)
         written.append((chunk_files(stage, WRITTEN), [result.sums for result in results]))
     assert written[0] == written[1]
     for other in written[2:]:

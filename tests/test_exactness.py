@@ -11,6 +11,7 @@ import math
 import tempfile
 import time
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -589,34 +590,110 @@ def test_random_sizes_tiles_and_layers_are_exact(narrow_weights, case):
 # --- what runs side by side ---
 
 
-def test_the_next_gram_pass_beside_an_update_reads_only_what_is_written(tmp_path, narrow_weights, monkeypatch):
-    """A tile that is read a moment too early mixes two iterations into one picture, and no error would tell."""
-    update_task, rng = update.update_task, np.random.default_rng(0)
-    delays = iter(rng.uniform(0, 0.02, 10_000))
+class Rendering:
+    """The first four iterations of a stage, as `run` does them; any of them may be tried again."""
 
-    def slow_update(spec):
-        time.sleep(next(delays))
-        return update_task(spec)
+    def __init__(self, case: Case) -> None:
+        self._iterations = Iterations(case.stage, case.started.content_energies)
+        self._checksums, self.results = dict(case.started.checksums), list[IterationResult]()
 
-    monkeypatch.setattr(update, "update_task", slow_update)
+    def _commit(self, result: IterationResult) -> bool:
+        self.results.append(result)
+        self._checksums |= result.checksums
+        return True
+
+    def iterate(self) -> None:
+        alpha = self.results[0].alpha if self.results else None
+        self._iterations.iterate(len(self.results), alpha, self._checksums, self._commit)
+
+    def finish(self) -> tuple[list[float], dict[str, str]]:
+        """Objectives and checksums."""
+        while len(self.results) < 4:
+            self.iterate()
+        return [result.objective for result in self.results], self._checksums
+
+
+@pytest.fixture
+def one_after_another(tmp_path, narrow_weights):
+    """A rendering each of whose passes waits for the one before it, and the size of its canvas and tiles."""
+    size, tile_px, finish = (80, 112), 32, Iterations._finish
+
+    def finish_last(iterations, step, alpha, engine):
+        step.found.result()
+        finish(iterations, step, alpha, engine)
+
+    (folder := tmp_path / "one").mkdir()
+    with pytest.MonkeyPatch.context() as patch, prepared(folder, narrow_weights, size, tile_px) as case:
+        patch.setattr(Iterations, "_finish", finish_last)
+        patch.setattr(Iterations, "_gram_ahead", lambda *_args: None)
+        return Rendering(case).finish(), size, tile_px
+
+
+def delayed(task, seconds: Iterator[float]):
+    def slow_task(spec):
+        time.sleep(next(seconds))
+        result = task(spec)
+        time.sleep(next(seconds))
+        return result
+
+    return slow_task
+
+
+def test_passes_beside_each_other_read_only_what_is_written(tmp_path, narrow_weights, monkeypatch, one_after_another):
+    """A chunk that is read a moment too early mixes two iterations into one picture, and no error would tell."""
+    expected, size, tile_px = one_after_another
+    delays = iter(np.random.default_rng(0).uniform(0, 0.02, 100_000))
     monkeypatch.setattr(update, "CHUNKS_PER_TASK", 1)
-    seen = {}
-    for beside in (True, False):
-        (folder := tmp_path / str(beside)).mkdir()
-        with prepared(folder, narrow_weights, (80, 112), 32) as case:
-            checksums, results = dict(case.started.checksums), []
+    monkeypatch.setattr(update, "update_task", delayed(update.update_task, delays))
+    monkeypatch.setattr(passes, "gradient_task", delayed(passes.gradient_task, delays))
+    with prepared(tmp_path, narrow_weights, size, tile_px, chunk_px=16) as case:
+        assert Rendering(case).finish()[0] == expected[0]
 
-            def commit(result, results=results, checksums=checksums, beside=beside):
-                results.append(result)
-                checksums.update(result.checksums)
-                return beside
 
-            iterations = Iterations(case.stage, case.started.content_energies)
-            for number in range(4):
-                iterations.iterate(number, results[0].alpha if results else None, checksums, commit)
-            assert ("gram" in results[3].seconds) and len(results) == 4
-            seen[beside] = [result.objective for result in results], checksums
-    assert seen[True] == seen[False]
+def test_the_update_begins_before_the_last_gradient(tmp_path, narrow_weights, monkeypatch):
+    """On a slow disk its bytes, three quarters of all, would have nothing but the Gram pass beside them."""
+    begun: list[str] = []
+    for module, name in ((passes, "gradient_task"), (update, "update_task")):
+        task = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda spec, name=name, task=task: begun.append(name) or task(spec))
+    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+        rendering = Rendering(case)
+        rendering.iterate()
+        assert begun == sorted(begun)  # the first step size takes all gradients
+        begun.clear()
+        rendering.iterate()
+        assert begun.index("update_task") < len(case.tiles) // 2
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(passes, "gradient_task"), (update, "update_task"), (passes, "gram_task")]
+)
+def test_a_pass_that_fails_ends_the_others_and_is_done_again(
+    tmp_path, narrow_weights, monkeypatch, one_after_another, module, name
+):
+    """The run would wait for ever, tell another error than the one that came first, or mix in what was half done."""
+    (wanted, checksums), size, tile_px = one_after_another
+    task, calls = getattr(module, name), itertools.count()
+    with prepared(tmp_path, narrow_weights, size, tile_px) as case:
+        rendering = Rendering(case)
+        rendering.iterate()
+        done = len(rendering.results)
+        failing_at = 4 if name == "gram_task" else 5
+
+        def failing(spec):
+            if next(calls) == failing_at:
+                raise OSError("no room")
+            return task(spec)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, failing)
+            with pytest.raises(OSError, match="no room"):
+                rendering.iterate()
+            begun = next(calls)
+        assert begun < len(case.tiles)  # the rest was not begun
+        # a Gram pass that is ahead of its iteration costs nothing of that
+        assert len(rendering.results) == done + (name == "gram_task")
+        assert rendering.finish() == (wanted, checksums)
 
 
 def test_a_single_tile_has_one_forward(tmp_path, narrow_weights, monkeypatch):

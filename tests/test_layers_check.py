@@ -75,6 +75,7 @@ HEIGHT = {
     "stage": 9,
     "opening": 10,
     "preparation": 10,
+    "written": 2,
     "iteration": 10,
     "run": 11,
     "vary": 7,

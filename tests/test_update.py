@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,8 @@ import pytest
 from pipeline import adam, store
 from pipeline.arrays import GRADIENT, slot_names
 from pipeline.cost import BLOCK_VALUES
-from pipeline.tiling import Rect
-from pipeline.update import update_specs, update_task
+from pipeline.tiling import Rect, grid
+from pipeline.update import UpdateSpec, update_specs, update_task
 
 STEP = adam.AdamStep(0.9, 0.99, 1e-6, 0.5, clip=True)
 READ, WRITTEN = (GRADIENT, *slot_names(0)), slot_names(1)
@@ -38,12 +40,19 @@ def fill(stage: Path, dtype: str, codec: str) -> tuple[dict[str, np.ndarray], di
     return values, sums
 
 
+def specs_of(stage: Path, sums: Mapping[str, str]) -> list[UpdateSpec]:
+    """The tasks of a canvas whose gradient is written."""
+    specs = update_specs(stage, grid(*SHAPE[:2], 2 * CHUNK_PX), 0, STEP, sums, (0, 0, 0))
+    written = store.open_array(stage, "gradient", sums["gradient"]).checksums
+    return [replace(spec, gradient_sums={chunk: written[chunk] for chunk in spec.chunks}) for spec in specs]
+
+
 @pytest.mark.parametrize(("dtype", "codec"), [("float32", "none"), ("float64", "none"), ("float32", "zstd")])
 def test_block_by_block_it_is_the_step_of_the_whole_canvas(tmp_path, dtype, codec):
     """A row that is skipped or done twice would go on as a seam; other bits would be another picture on a resume."""
     assert 2 * BLOCK_VALUES < CHUNK_PX**2 * 3 < 3 * BLOCK_VALUES
     values, sums = fill(tmp_path / "stage_0", dtype, codec)
-    results = [update_task(spec) for spec in update_specs(tmp_path / "stage_0", 0, STEP, sums, (0, 0, 0))]
+    results = [update_task(spec) for spec in specs_of(tmp_path / "stage_0", sums)]
     gradient, canvas, m, v = (values[name].copy() for name in READ)
     abs_u = adam.update(gradient, canvas, m, v, np.empty_like(canvas), STEP)
     for name, wanted in zip(WRITTEN, (canvas, m, v), strict=True):
@@ -65,6 +74,6 @@ def test_a_damaged_chunk_is_told_of_whatever_block_it_is_in(tmp_path, name, code
     damaged = values[name].copy()
     damaged[-1, -1] += 1  # in the last chunk, in its last block that holds pixels
     array.write_window(Rect(0, SHAPE[0], 0, SHAPE[1]), damaged)
-    (spec,) = update_specs(tmp_path / "stage_0", 0, STEP, sums, (0, 0, 0))
+    (spec,) = specs_of(tmp_path / "stage_0", sums)
     with pytest.raises(store.ChunkError, match=f"{name}/c/1/1/0: is not what was written"):
         update_task(spec)

@@ -150,16 +150,17 @@ def test_a_pass_may_wait_for_another_beside_it(engine):
             written.add(value)
             condition.notify_all()
 
-    def wait_for_spec(spec: tuple[float, float]) -> None:
+    def wait_for_spec(spec: tuple[float, float]) -> tuple[float, float]:
         with condition:
-            assert condition.wait_for(lambda: spec[1] in written, TIMEOUT_S)
+            assert condition.wait_for(lambda: 2 * spec[1] in written, TIMEOUT_S)
+        return spec[0], -spec[1]
 
     values = [float(index) for index in range(30)]
     update = engine.beside(lambda beside: beside.map(double, values, after=add))
     gram = engine.fold(
         sleep_and_give, [(0.01, value) for value in values], lambda a, b: a + b, 0.0, before=wait_for_spec
     )
-    assert gram == sum(values)
+    assert gram == -sum(values)
     assert update.result(TIMEOUT_S) == [2 * value for value in values]
 
 

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from pipeline.arrays import slot_names
 from pipeline.cost import WORKERS
 from pipeline.engine import Engine
 from pipeline.formats import BFLOAT16, FIXED16, RoundingBytes
+from pipeline.tiling import grid
 from pipeline.update import UpdateSpec, update_specs, update_task
 
 STEP = adam.AdamStep(0.9, 0.99, 1e-6, 0.5, clip=True)
@@ -90,11 +91,15 @@ class Bench:
             with (self.flat / name).open("wb") as file:
                 for _ in self.chunks:
                     file.write(data.data)
+        self.gradient = store.open_array(self.folder, "gradient", self.checksums["gradient"])
         self.chunk_bytes = data.nbytes
         self.gigabytes = len(ARRAYS) * data.nbytes * len(self.chunks) / 1e9
 
     def specs(self) -> list[UpdateSpec]:
-        return update_specs(self.folder, self.slot, STEP, self.checksums, (0, 0, self.turns))
+        tiles = grid(*self.gradient.shape[:2], 2 * self.gradient.chunk_px)
+        specs = update_specs(self.folder, tiles, self.slot, STEP, self.checksums, (0, 0, self.turns))
+        sums = self.gradient.checksums
+        return [replace(spec, gradient_sums={chunk: sums[chunk] for chunk in spec.chunks}) for spec in specs]
 
     def update_pass(self, engine: Engine) -> None:
         """The program's own, into the other slot."""

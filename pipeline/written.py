@@ -1,0 +1,45 @@
+"""What a pass has written so far, for the pass that follows it through the canvas, chunk by chunk."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+from pipeline import timeline
+from pipeline.checksums import ChunkSums
+
+
+class NotNeeded(Exception):  # noqa: N818 - an outcome, not an error
+    """The other pass has failed, or ended the stage: what this one does is of no use."""
+
+
+class Written:
+    """The chunks of one array that may be read, with their checksums. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._sums: ChunkSums = {}
+        self._closed = False
+
+    def add(self, sums: ChunkSums) -> None:
+        """These may be read now. Raises NotNeeded after `close`."""
+        with self._condition:
+            if self._closed:
+                raise NotNeeded
+            self._sums.update(sums)
+            self._condition.notify_all()
+
+    def close(self) -> None:
+        """Nothing more will be written, or is wanted: whoever waits gives up."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+
+    def wait_for(self, chunks: Iterable[tuple[int, int]]) -> ChunkSums:
+        """Their checksums, once they are all written. Raises NotNeeded if that will not be."""
+        wanted = list(chunks)
+        with timeline.span("wait"), self._condition:
+            self._condition.wait_for(lambda: self._closed or all(chunk in self._sums for chunk in wanted))
+            if any(chunk not in self._sums for chunk in wanted):
+                raise NotNeeded
+            return {chunk: self._sums[chunk] for chunk in wanted}
