@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from pipeline.errors import MISPLACED, storage_error
+
 Key = tuple[str | int, ...]
 # The template has 4 KB and 80 values. A file within these limits is read in a second, whatever is in it.
 MAX_FILE_BYTES = 2**16
@@ -177,24 +179,13 @@ class Document:
 
 
 def read(path: Path) -> Document:
-    """The YAML file at `path`. A file that cannot be read or parsed gives a `Document` with problems and no data."""
+    """The YAML file at `path`. A file that cannot be read or parsed gives a `Document` with problems and no data.
+
+    Raises StorageError where its disk fails.
+    """
     document = Document(shown(str(path)))
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        document.fail("there is no such file; `pipeline init` writes a config to start from")
-        return document
-    except IsADirectoryError:
-        document.fail("this is a folder; give the config file in it")
-        return document
-    except (OSError, ValueError) as error:
-        document.fail(f"cannot be read: {getattr(error, 'strerror', None) or error}")
-        return document
-    if len(raw) > MAX_FILE_BYTES:
-        document.fail(
-            f"larger than {MAX_FILE_BYTES} bytes, so this is hardly a config file; was an image given instead?"
-        )
+    raw = _read_bytes(path, document)
+    if not document.readable:
         return document
     try:
         text = raw.decode("utf-8-sig")
@@ -212,6 +203,29 @@ def read(path: Path) -> Document:
             else "the top level must be a list of `key: value` lines"
         )
     return document
+
+
+def _read_bytes(path: Path, document: Document) -> bytes:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        document.fail("there is no such file; `pipeline init` writes a config to start from")
+    except IsADirectoryError:
+        document.fail("this is a folder; give the config file in it")
+    except OSError as error:
+        if error.errno not in MISPLACED:
+            raise storage_error(path, error) from error
+        document.fail(f"cannot be read: {error.strerror}")
+    except ValueError as error:  # no path at all
+        document.fail(f"cannot be read: {error}")
+    else:
+        if len(raw) <= MAX_FILE_BYTES:
+            return raw
+        document.fail(
+            f"larger than {MAX_FILE_BYTES} bytes, so this is hardly a config file; was an image given instead?"
+        )
+    return b""
 
 
 def listed(text: str, place: Place) -> tuple[list[str], list[Problem]]:

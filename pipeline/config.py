@@ -289,7 +289,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), varied: Sequenc
 
     Paths in the file are relative to its folder, paths in overrides to the current one. `varied`: overrides that a
     preview makes. Raises `ConfigError` with every problem, one per line, as `file:line:column: key: what`
-    (`--set key=value: key: what` for an override, `--vary …` for a varied one).
+    (`--set key=value: key: what` for an override, `--vary …` for a varied one), StorageError where a disk fails.
     """
     file = Path(path)
     document = read(file)

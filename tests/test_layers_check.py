@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "pipeline"
 # Between the layers of the table stand the parts that were cut from one file of it: _explain and _fields from config,
 # cost from plan, transfer and stage from run and passes, sinks and report from cli.
 HEIGHT = {
-    "errors": 0,
+    "errors": -1,
     "layers": 0,
     "places": 1,
     "pictures": 1,
