@@ -14,11 +14,12 @@ import random
 import shutil
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from e2e import Nursery
+from e2e import TIMEOUT_S, Nursery
 from syscalls import Call, Verdict, Watch
 from torture import KILLED, VARIANTS, Score, Unbroken, at_number, damage, places, start, tree, write_variant
 
@@ -77,19 +78,30 @@ class Disk:
         if self.mode == "none":  # unmounting would write what the kernel still has in memory
             kept = self.image.with_suffix(".kept")
             _call("cp", "--sparse=always", str(self.image), str(kept))
-            _call("umount", str(self.folder))
+            self._unmount()
             kept.replace(self.image)
             subprocess.run(["e2fsck", "-fy", self.image], capture_output=True, check=False)  # exits 1 where it mended
         else:
-            _call("umount", str(self.folder))
+            self._unmount()
         self._mount()
 
     def close(self) -> None:
         """Unmount and delete it."""
-        with contextlib.suppress(subprocess.CalledProcessError):
-            _call("umount", str(self.folder))
+        if self.folder.is_mount():
+            self._unmount()
         self.image.unlink()
         self.folder.rmdir()
+
+    def _unmount(self) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                _call("umount", str(self.folder))
+                return
+            except subprocess.CalledProcessError:  # for a moment somebody may look at it, as a scan of mounts does
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
 
     def _mount(self) -> None:
         # by itself ext4 would sync names every 5 s, which is most of a run here where the machine is busy
