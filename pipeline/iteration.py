@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any
 
 from pipeline import adam, losses, passes, store, timeline, update, zarr_files
-from pipeline.arrays import gram_name, is_averaged, layer_of, slot_names
+from pipeline.arrays import content_features_name, gram_name, is_averaged, layer_of, slot_names
+from pipeline.cost import WORKERS
 from pipeline.engine import Engine
 from pipeline.formats import BFLOAT16_ROUNDING
-from pipeline.layers import halo_px
+from pipeline.layers import LAYER_BY_NAME, halo_px
 from pipeline.losses import Gram
 from pipeline.stage import Stage, merged, positions
 from pipeline.tiling import chunks_of
@@ -184,11 +185,36 @@ class Iterations:
 
         # the canvas is not checked here: the next update reads every chunk whole, and checks it
         checksums = {name: step.checksums[name] for name in stage.model.guides.arrays}
-        sums = stage.gram_sums(stage.canvas_grams(canvas, checksums), "Gram pass", when_written)
+        sums = self._gram_sums(canvas, checksums, when_written)
         self._ahead = {step.iteration + 1: sums}
         ended = time.perf_counter()
         finishing.result()
         self._seconds["gram"] = max(0.0, ended - step.ended)
+
+    def _gram_sums(
+        self,
+        canvas: str,
+        checksums: Mapping[str, str],
+        before: Callable[[passes.GramSpec], passes.GramSpec] = lambda spec: spec,
+    ) -> dict[str, Gram]:
+        """Gram pass over a canvas, the gradient pass of which comes next."""
+        stage = self.stage
+        fetch = partial(self._prefetch, canvas, 2 * halo_px(stage.model.names), stage.model.content_layers)
+        return stage.gram_sums(stage.canvas_grams(canvas, checksums), "Gram pass", before, fetch)
+
+    def _prefetch(self, canvas: str, halo: int, content_layers: Sequence[str] = ()) -> None:
+        """Have a slow disk begin with the first tiles of the next pass, which would have nothing to compute meanwhile.
+
+        `halo`: that of the pass, in px. `content_layers`: those whose content it reads.
+        """
+        pixels = store.open_array(self.stage.stage_dir, canvas)
+        features = {
+            name: store.open_array(self.stage.stage_dir, content_features_name(name)) for name in content_layers
+        }
+        for outer in (tile.outer(halo) for tile in self.stage.tiles[:WORKERS]):
+            pixels.prefetch(outer)
+            for name, array in features.items():
+                array.prefetch(outer.positions(LAYER_BY_NAME[name]))
 
     def _gradient(self, step: _Step) -> tuple[dict[str, losses.StyleTerm], _Gradient]:
         """Gram and gradient pass; of a canvas that is one tile, both in one."""
@@ -213,18 +239,19 @@ class Iterations:
             sums = self._ahead.pop(step.iteration, None)
             if sums is None:
                 with self._timed("gram"):
-                    sums = stage.gram_sums(stage.canvas_grams(canvas, checksums), "Gram pass")
+                    sums = self._gram_sums(canvas, checksums)
             terms = {key: target.term(sums[key]) for key, target in targets.items()}
         seeds = {key: term.seed_CC for key, term in terms.items()}
         specs = [
             passes.GradientSpec(stage.stage_dir, canvas, tile, stage.network, checksums, factors, seeds, **how)
             for tile in stage.tiles
         ]
+        fetch = partial(self._prefetch, f"canvas_{1 - step.iteration % 2}", halo_px(stage.model.style_layers))
         with self._timed("gradient"):
             results = stage.engine.map(
                 passes.gradient_task,
                 specs,
-                stage.counter("gradient pass", len(specs)),
+                stage.counter("gradient pass", len(specs), fetch),
                 after=lambda result: step.gradient.add(result.sums),
             )
         return terms, _gathered(stage, results)

@@ -12,6 +12,7 @@ from pipeline.arrays import ALPHA, GRADIENT, METADATA, content_features_name, gr
 from pipeline.checksums import ChunkSums
 from pipeline.colors import LUMINANCE, ColorMap
 from pipeline.config import Config
+from pipeline.cost import WORKERS
 from pipeline.engine import Engine
 from pipeline.layers import LAYER_BY_NAME
 from pipeline.losses import Gram
@@ -88,22 +89,33 @@ class Stage:
         specs: Sequence[passes.GramSpec],
         what: str,
         before: Callable[[passes.GramSpec], passes.GramSpec] = lambda spec: spec,
+        near_end: Callable[[], None] = lambda: None,
     ) -> dict[str, Gram]:
         """Gram pass over one image: gram_sum by style key, summed in tile order.
 
-        `before` is called before each tile is read, and may wait.
+        `before` is called before each tile is read, and may wait. `near_end` as for `counter`.
         """
-        told = self.counter(what, len(specs))
+        told = self.counter(what, len(specs), near_end)
         return self.engine.fold(passes.gram_task, specs, passes.add_grams, dict[str, Gram](), told, before)
 
     def told(self, what: str) -> Callable[[int, int], None]:
         """Tells the sink (done, total) of `what`."""
         return lambda done, total: self.sink(WorkDone(self.plan.index, what, done, total))
 
-    def counter(self, what: str, total: int) -> Callable[[], None]:
-        """Tells the sink, at every call, that one more of `total` is done."""
+    def counter(self, what: str, total: int, near_end: Callable[[], None] = lambda: None) -> Callable[[], None]:
+        """Tells the sink, at every call, that one more of `total` is done.
+
+        Calls `near_end` once, when no more are left than are in flight.
+        """
         counter = itertools.count(1)
-        return lambda: self.sink(WorkDone(self.plan.index, what, next(counter), total))
+
+        def one_more() -> None:
+            done = next(counter)
+            self.sink(WorkDone(self.plan.index, what, done, total))
+            if done == max(1, total - WORKERS):
+                near_end()
+
+        return one_more
 
 
 def merged(parts: Iterable[ChunkSums]) -> ChunkSums:

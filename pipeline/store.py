@@ -15,7 +15,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -112,6 +112,14 @@ class StageArray:
                 yield part, self._read_strip(cy, cx, rows, columns, scratch()), slice(None)
             else:
                 yield part, self._read_rows(cy, cx, rows, scratch()), columns
+
+    def prefetch(self, rect: Rect) -> None:
+        """Have the kernel begin to read the rectangle's rows; whoever reads them later is told what is wrong there."""
+        row_bytes = self.chunk_px * self.shape[2] * self.dtype.itemsize
+        for cy, cx, part in chunks_of(rect, self.chunk_px):
+            offset = part.y0 % self.chunk_px * row_bytes
+            with suppress(OSError, ChunkError), self.opened_chunk(self.chunk_path(cy, cx), os.O_RDONLY) as descriptor:
+                os.posix_fadvise(descriptor, offset, part.height * row_bytes, os.POSIX_FADV_WILLNEED)
 
     def _read_strip(self, cy: int, cx: int, rows: slice, columns: slice, scratch: NDArray[Any]) -> NDArray[Any]:
         """Some columns of a chunk, row by row, as a part of `scratch`."""

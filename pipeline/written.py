@@ -30,16 +30,16 @@ class Written:
             self._condition.notify_all()
 
     def close(self) -> None:
-        """Nothing more will be written, or is wanted: whoever waits gives up."""
+        """Nothing more will be written, or is wanted: whoever waits, or would, gives up."""
         with self._condition:
             self._closed = True
             self._condition.notify_all()
 
     def wait_for(self, chunks: Iterable[tuple[int, int]]) -> ChunkSums:
-        """Their checksums, once they are all written. Raises NotNeeded if that will not be."""
+        """Their checksums, once they are all written. Raises NotNeeded after `close`."""
         wanted = list(chunks)
         with timeline.span("wait"), self._condition:
             self._condition.wait_for(lambda: self._closed or all(chunk in self._sums for chunk in wanted))
-            if any(chunk not in self._sums for chunk in wanted):
+            if self._closed:
                 raise NotNeeded
             return {chunk: self._sums[chunk] for chunk in wanted}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ import pipeline
 from pipeline import passes, update
 from pipeline.arrays import gram_name
 from pipeline.config import Config, load_config
+from pipeline.cost import WORKERS
 from pipeline.engine import Engine
 from pipeline.iteration import IterationResult, Iterations
 from pipeline.journal import Journal, position_of
@@ -41,10 +43,11 @@ from pipeline.passes import GradientSpec, GramSpec
 from pipeline.preparation import Prepared, prepare
 from pipeline.progress import ignore
 from pipeline.stage import Stage
-from pipeline.store import open_array
+from pipeline.store import StageArray, open_array
 from pipeline.survey import plan
 from pipeline.tiling import Rect
 from pipeline.weights import NetworkSpec, find_weights
+from pipeline.written import Written
 from pipeline.zarr_files import read_gram
 
 EXACT = 1e-10
@@ -596,11 +599,12 @@ class Rendering:
     def __init__(self, case: Case) -> None:
         self._iterations = Iterations(case.stage, case.started.content_energies)
         self._checksums, self.results = dict(case.started.checksums), list[IterationResult]()
+        self.follows = True  # one more iteration
 
     def _commit(self, result: IterationResult) -> bool:
         self.results.append(result)
         self._checksums |= result.checksums
-        return True
+        return self.follows
 
     def iterate(self) -> None:
         alpha = self.results[0].alpha if self.results else None
@@ -663,6 +667,52 @@ def test_the_update_begins_before_the_last_gradient(tmp_path, narrow_weights, mo
         begun.clear()
         rendering.iterate()
         assert begun.index("update_task") < len(case.tiles) // 2
+
+
+def test_a_pass_fetches_what_the_next_one_reads_first_before_it_ends(tmp_path, narrow_weights, monkeypatch):
+    """Behind a slow disk the network would have nothing to do at the begin of every pass."""
+    events: list[str] = []
+
+    def prefetch(array, rect, original=StageArray.prefetch):
+        events.append(array.path.name)
+        original(array, rect)
+
+    monkeypatch.setattr(StageArray, "prefetch", prefetch)
+    for name in ("gram_task", "gradient_task"):
+        task = getattr(passes, name)
+        monkeypatch.setattr(passes, name, lambda spec, name=name, task=task: (task(spec), events.append(name))[0])
+    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+        events.clear()
+        Rendering(case).iterate()
+        first_gram_pass, rest = events[: events.index("gradient_task")], events[events.index("gradient_task") :]
+        assert first_gram_pass.count("gram_task") == len(case.tiles)
+        assert {"canvas_0", "features_conv4_2"} < set(first_gram_pass)
+        last = max(place for place, event in enumerate(rest) if event == "gradient_task")
+        assert "canvas_1" in rest[:last]
+
+
+def test_a_stage_that_ends_early_leaves_the_next_gram_pass(tmp_path, narrow_weights, monkeypatch):
+    """A pass over a thousand tiles for an iteration that nobody wants takes half an hour."""
+    ended, begun = threading.Event(), list[int]()
+
+    def close(written, original=Written.close):
+        original(written)
+        ended.set()
+
+    def gram_task(spec, original=passes.gram_task):
+        begun.append(spec.tile.index)
+        assert ended.wait(60)
+        return original(spec)
+
+    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+        rendering = Rendering(case)
+        rendering.iterate()
+        monkeypatch.setattr(Written, "close", close)
+        monkeypatch.setattr(passes, "gram_task", gram_task)
+        rendering.follows = False
+        rendering.iterate()
+        assert len(rendering.results) == 2
+        assert len(begun) <= WORKERS
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Peak resident memory of every phase of a run, by size of the canvas, beside what the plan projected.
 
-Two stages (half the size, then the size), one iteration each, an export to a TIFF pyramid, and one to DeepZoom by a
+Two stages (half the size, then the size), an export to a TIFF pyramid, and one to DeepZoom by a
 process of its own; with `--deepzoom` the other way round. Every run is a process of its own; the kernel's mark of its
 peak (VmHWM) is reset whenever a phase has ended. `--cap` runs it where the kernel gives it no more: `data` limits its
 private memory (RLIMIT_DATA), `cgroup` all of it, page cache included (needs root and cgroup v1).
@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 import pyvips
 import yaml
+from bench_runs import make_weights
 from rich.console import Console
 from rich.table import Table
 
@@ -133,8 +134,8 @@ def measure(folder: Path, size: int, options: dict[str, Any]) -> dict[str, Any]:
                 "work_dir": f"{size}.run",
                 "size": size,
                 "initial_size": -(-size // 2),
-                "network": {"name": "vgg19-lite"},
-                "optimizer": {"max_iterations": 1},
+                "network": options["network"],
+                "optimizer": {"max_iterations": options["iterations"]},
                 "compute": {"device": "cpu"},
                 "memory": {"limit": options["limit"]},
                 "store": {"state_dtype": options["state_dtype"]},
@@ -185,6 +186,12 @@ def show(rows: list[dict[str, Any]]) -> None:
 @click.option("--sizes", default="2048,4096", show_default=True, help="Long sides in px.")
 @click.option("--limit", default="2GiB", show_default=True, help="memory.limit")
 @click.option("--state-dtype", type=click.Choice(["float", "compact"]), default="float", show_default=True)
+@click.option(
+    "--iterations", default=1, show_default=True, help="Of each stage; the passes of one go on beside others."
+)
+@click.option(
+    "--divide", type=int, help="Random weights of VGG-19's widths divided by this, not vgg19-lite: soon done."
+)
 @click.option("--cap", type=click.Choice(["none", "data", "cgroup"]), default="none", show_default=True)
 @click.option("--deepzoom", is_flag=True, help="The run writes the DeepZoom, a process of its own the TIFF.")
 @click.option("--content", type=click.Path(path_type=Path), help="A picture; default a square of noise.")
@@ -194,7 +201,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 )
 @click.option("--keep", is_flag=True, help="Work in --folder itself, and leave all there: the same command goes on.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
-def main(sizes: str, folder: Path | None, json_path: Path | None, **options: Any) -> None:
+def main(sizes: str, folder: Path | None, json_path: Path | None, divide: int | None, **options: Any) -> None:
     """Print planned and measured memory of every phase."""
     if options["cap"] == "cgroup":
         CGROUP.mkdir(exist_ok=True)
@@ -207,6 +214,12 @@ def main(sizes: str, folder: Path | None, json_path: Path | None, **options: Any
         for image in ("content", "style"):
             noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype="uint8")
             pyvips.Image.new_from_array(noise).write_to_file(f"{name}/{image}.jpg")
+        options["network"] = {"name": "vgg19-lite"}
+        if divide:
+            options["network"] = {
+                "name": "vgg19",
+                "weights": str(make_weights(Path(name) / "random.safetensors", divide)),
+            }
         for size in map(int, sizes.split(",")):
             rows.append(measure(Path(name), size, options))
             show(rows)

@@ -10,6 +10,7 @@ import platform
 import resource
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,7 +70,10 @@ def make_weights(path: Path, divisor: int = 1) -> Path:
 
 @dataclass
 class Taken:
-    """What a run took. `stages`: (height, width), tiles, seconds, and `busy` of the iterations, seconds by kind."""
+    """What a run took. `stages`: (height, width), tiles, seconds, and of the iterations `busy`, seconds by kind.
+
+    And `counted`, which `render` was given something for.
+    """
 
     name: str
     seconds: float = 0.0
@@ -95,17 +99,19 @@ class Taken:
 class Watch:
     """The sink of a run that is measured."""
 
-    def __init__(self, taken: Taken) -> None:
-        self._taken, self._since = taken, time.perf_counter()
+    def __init__(self, taken: Taken, count: Callable[[], Any]) -> None:
+        self._taken, self._count, self._since = taken, count, time.perf_counter()
 
     def __call__(self, event: Event) -> None:
         now = time.perf_counter()
         if isinstance(event, StageStarted):
             size = (event.height_px, event.width_px)
-            self._taken.stages.append({"size": size, "tiles": event.tiles, "busy": [], "objective": [], "started": now})
+            lists: dict[str, list[Any]] = {"busy": [], "objective": [], "counted": []}
+            self._taken.stages.append({"size": size, "tiles": event.tiles, "started": now, **lists})
         elif isinstance(event, IterationDone):
             self._taken.last["busy"].append(dict(event.busy))
             self._taken.last["objective"].append(event.objective)
+            self._taken.last["counted"].append(self._count())
         elif isinstance(event, StageDone):
             self._taken.last["seconds"] = now - self._taken.last.pop("started")
             self._taken.exported_s = now
@@ -113,8 +119,11 @@ class Watch:
             self._taken.notes.append(str(event.message))
 
 
-def render(folder: Path, name: str, config: dict[str, Any]) -> Taken:
-    """Run `config` (without output) in `folder`, and clear away what it made."""
+def render(folder: Path, name: str, config: dict[str, Any], count: Callable[[], Any] = lambda: None) -> Taken:
+    """Run `config` (without output) in `folder`, and clear away what it made.
+
+    `count` is called after every iteration; what it gives is kept.
+    """
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({**config, "output": f"{name}.tif", "work_dir": f"{name}.run"}), encoding="utf-8")
     loaded = pipeline.load_config(path)
@@ -126,7 +135,7 @@ def render(folder: Path, name: str, config: dict[str, Any]) -> Taken:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     try:
-        pipeline.run(loaded, sink=Watch(taken))
+        pipeline.run(loaded, sink=Watch(taken, count))
     finally:
         for left in (folder / f"{name}.run", folder / f"{name}.tif"):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
