@@ -100,7 +100,7 @@ class SlowDevice:
         (self._memory.parent / "cgroup.procs").write_text(str(os.getpid()))
         if self._memory.exists():
             self._memory.rmdir()
-        _output("umount", str(self._folder))
+        _output("umount", "--lazy", str(self._folder))  # libvips keeps pictures open for a while
         _output("losetup", "--detach", str(self._device))
         self._image.unlink()
 
@@ -261,9 +261,9 @@ def main(iterations: int, disk: str, cache: int, folder: Path | None, json_path:
             rows = measure_device(Bench(Path(name) / "disk", options), iterations, device, cache * 2**20)
         else:
             rows = measure_model(Bench(Path(name), options), iterations, disk == "model")
-    show(rows)
-    if json_path:
-        json_path.write_text(json.dumps({"machine": machine(options["device"]), "rows": rows}), "utf-8")
+        show(rows)
+        if json_path:
+            json_path.write_text(json.dumps({"machine": machine(options["device"]), "rows": rows}), "utf-8")
 
 
 if __name__ == "__main__":
