@@ -11,6 +11,8 @@ from __future__ import annotations
 import ctypes
 import os
 
+_LIBRARY = ctypes.CDLL(None)
+_IS_GLIBC = hasattr(_LIBRARY, "gnu_get_libc_version")
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # from malloc.h
 _THRESHOLD_BYTES = 2**20
 
@@ -21,7 +23,13 @@ def return_freed_memory() -> None:
     To be called before torch allocates: it reads its setting for huge pages once.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    library = ctypes.CDLL(None)
-    if hasattr(library, "gnu_get_libc_version"):
-        library.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
-        library.mallopt(_M_ARENA_MAX, 1)  # one heap for what is smaller: every thread's own would keep its largest size
+    if _IS_GLIBC:
+        _LIBRARY.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
+        # one heap for what is smaller: every thread's own would keep its largest size
+        _LIBRARY.mallopt(_M_ARENA_MAX, 1)
+
+
+def trim_heap() -> None:
+    """Give back what lies free between what is in use, which passes leave more and more of; takes up to 25 ms."""
+    if _IS_GLIBC:
+        _LIBRARY.malloc_trim(0)

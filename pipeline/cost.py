@@ -22,8 +22,11 @@ Size = tuple[int, int]  # (height, width) in px
 MIB = 2**20
 # Tasks in flight in a process: one reads the next tile, one computes, one writes the last.
 WORKERS = 3
-# Resident memory of a process beside its pictures: interpreter, torch, dask, zarr, libvips, and what a long run keeps.
-BASE_BYTES = {"cpu": 460 * MIB, "gpu": 1600 * MIB}
+# Resident memory of a process beside its pictures: interpreter, torch, dask, zarr, libvips, and what passes keep.
+BASE_BYTES = {"cpu": 440 * MIB, "gpu": 1600 * MIB}
+# What of that a CPU's process has given back before a stage is prepared, and before the export.
+TRIMMED_BYTES = 50 * MIB
+TRIMMED_PHASES = ("ingest", "upsample", "export")
 # Threads of the update pass where a GPU leaves the cores to it; more do not make it faster (docs/benchmarks.md).
 MAX_UPDATE_THREADS = 8
 # Values of a chunk that the update pass has in hand at a time: 64 rows of 512 px, five arrays of which fit a cache.
@@ -172,10 +175,14 @@ class Workload:
         return picture_kind(self.config.output, export.bits, export.compression, content)
 
     @property
+    def _is_tiff(self) -> bool:
+        form = format_of(self.config.output)
+        return form is not None and form.name == "TIFF"
+
+    @property
     def _has_pyramid(self) -> bool:
         """Whether the output is a TIFF with smaller levels."""
-        form = format_of(self.config.output)
-        return form is not None and form.name == "TIFF" and self.config.export.pyramid
+        return self._is_tiff and self.config.export.pyramid
 
     @property
     def levels_bytes(self) -> int:
@@ -225,7 +232,7 @@ class Workload:
         update = self.update_bytes() * (2 if workers else 1)  # a worker's threads for two passes all take turns
         own = {
             "ingest": self._ingest_bytes(),
-            "export": export_bytes(self.canvases[-1], self.picture, self._has_pyramid),
+            "export": export_bytes(self.canvases[-1], self.picture, tiff=self._is_tiff, pyramid=self._has_pyramid),
         }
         in_tasks = {
             "weights": self.weights_bytes,
@@ -234,7 +241,9 @@ class Workload:
             "update pass": update,
         }
         if workers == 0:
-            return {phase: base + size for phase, size in {**own, **in_tasks}.items()}
+            phases = {phase: base + size for phase, size in {**own, **in_tasks}.items()}
+            trimmed = TRIMMED_BYTES if self.device == "cpu" else 0
+            return phases | {phase: phases[phase] - trimmed for phase in TRIMMED_PHASES}
         idle = self._idle_bytes
         processes = {phase: base + size + workers * idle for phase, size in own.items()}
         processes |= {phase: base + workers * (idle + size) for phase, size in in_tasks.items()}
@@ -316,12 +325,21 @@ def _ingest_bytes(image: ImageSize, width_px: int, band_px: int, kept: PixelKind
     return 40 * MIB + image.decode_bytes + rows * kept.channels // 3 + 3 * band_px * width_px * kept.pixel_bytes
 
 
-def export_bytes(size: Size, kind: PixelKind, pyramid: bool) -> int:
+def export_bytes(size: Size, kind: PixelKind, *, tiff: bool, pyramid: bool) -> int:
     """Two bands of rows, what the encoders hold, and the reader's own rows; fitted to measurements (docs/log.md).
 
     `pyramid`: and those smaller levels of a TIFF that libvips does not put into files until the largest is written.
     """
     height_px, width_px = size
     band = min(64 * MIB, 512 * width_px * kind.pixel_bytes)
-    levels = int(min(height_px * width_px * kind.pixel_bytes, 4 * LEVEL_BYTES) / 3 * 1.02) if pyramid else 0
-    return 40 * MIB + 3 * band + 8_000 * width_px * kind.pixel_bytes // 3 + levels
+    rows = (4_000 if tiff else 8_000) * width_px * kind.pixel_bytes // 3
+    levels = _levels_in_memory(height_px * width_px * kind.pixel_bytes) if pyramid else 0
+    return 40 * MIB + 3 * band + rows + levels
+
+
+def _levels_in_memory(picture_bytes: int) -> int:
+    """Of the smaller levels of a TIFF, each a quarter of the one before it."""
+    level = picture_bytes / 4
+    while level > 1.05 * LEVEL_BYTES:  # sides are rounded
+        level /= 4
+    return int(level * 4 / 3 * 1.02)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import integrity, store, transfer
-from pipeline.allocator import return_freed_memory
+from pipeline.allocator import return_freed_memory, trim_heap
 from pipeline.arrays import kept_files
 from pipeline.config import Config
 from pipeline.cost import WORKERS, update_threads
@@ -194,6 +194,7 @@ class _Rendering:
         check_space(self.config, self.plan, index + in_place)
         self.sink(StageStarted(index, stages, height, width, len(stage.tiles), iteration, settings.max_iterations))
         if not prepared:
+            trim_heap()
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
             made = vars(prepare(stage, previous))
             self._commit({"type": "stage_prepared", "stage": index, "tile_px": stage.tile_px, **made})
@@ -250,6 +251,7 @@ class _Rendering:
             self.sink(Note(f"{output} is already there"))
             return
         check_space(self.config, self.plan, len(self.plan.stages))
+        trim_heap()
         if str(output) not in self.position.claimed:
             # Before the picture gets its name: a crash between that and the record would leave one that nobody made.
             self._commit({"type": "exporting", "output": str(output)})
