@@ -126,7 +126,7 @@ class StageWork:
         """Peak bytes of a CPU's pass without gradient over images of these sizes, and what is in flight beside."""
         outer_px = _largest_outer_px(sizes, tile_px, self.halo_px)
         maps = int(outer_px * self.model.forward_bytes_per_px(self.model.itemsize, 0) * ACTIVATION_OVERHEAD)
-        return maps + 2 * self.model.parameters_bytes() + self.flight_bytes(outer_px)
+        return maps + 2 * self.model.parameters_bytes() + self.flight_bytes(outer_px, windows=1.5)
 
     def gradient_pass_bytes(self, tile_px: int) -> int:
         """Peak bytes of the gradient pass, as above."""
@@ -135,8 +135,11 @@ class StageWork:
         chunks = WORKERS * self.config.store.chunk_px**2 * 3 * self.model.itemsize
         return maps + 2 * self.model.parameters_bytes() + self.flight_bytes(outer_px) + chunks
 
-    def flight_bytes(self, outer_px: int) -> int:
-        """Windows, features and Grams of the tiles in flight, without what they compute with."""
+    def flight_bytes(self, outer_px: int, windows: float = 2.0) -> int:
+        """Windows, features and Grams of the tiles in flight, without what they compute with.
+
+        `windows`: of one tile, on the average: as stored and as numbers, as the network sees them, their gradient.
+        """
         model = self.model
         window = outer_px * 3 * model.itemsize
         features = sum(
@@ -145,7 +148,7 @@ class StageWork:
         )
         window += outer_px * len(model.guides.arrays)
         grams = model.grams_bytes()
-        return WORKERS * (2 * window + features + grams) + 2 * grams
+        return WORKERS * (int(windows * window) + features + grams) + 2 * grams
 
 
 @dataclass(frozen=True)
