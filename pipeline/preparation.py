@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import colors, guidance, integrity, losses, passes, store, transfer, zarr_files
+from pipeline.allocator import trim_heap
 from pipeline.arrays import (
     ALPHA,
     CONTENT,
@@ -56,6 +57,7 @@ def prepare(
     Raises StorageError, InputError for a broken image or a mask that is black, ConfigError for features that are not
     numbers, ChunkError if the previous canvas is damaged.
     """
+    trim_heap()
     with storage(stage.partial_dir):
         return _prepare(stage, stage.partial_dir, previous_canvas, content_colors, is_part)
 

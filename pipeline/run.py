@@ -194,7 +194,6 @@ class _Rendering:
         check_space(self.config, self.plan, index + in_place)
         self.sink(StageStarted(index, stages, height, width, len(stage.tiles), iteration, settings.max_iterations))
         if not prepared:
-            trim_heap()
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
             made = vars(prepare(stage, previous))
             self._commit({"type": "stage_prepared", "stage": index, "tile_px": stage.tile_px, **made})

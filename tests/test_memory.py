@@ -140,6 +140,42 @@ def report(peaks: dict[str, int], planned: Any) -> str:
     return f"MiB measured: {max(peaks.values()) // MIB} ({measured}); planned: {promised}"
 
 
+TRIMMED = """
+import psutil
+from pipeline.allocator import return_freed_memory, trim_heap
+
+return_freed_memory()
+rss = psutil.Process().memory_info
+before = rss().rss
+kept = [bytearray(8000) for _ in range(20_000)][::100]
+freed = rss().rss
+trim_heap()
+print((freed - before) // 2**20, (rss().rss - before) // 2**20)
+"""
+
+
+def test_what_passes_leave_free_in_the_heap_is_given_back():
+    """After days a new stage, or the export, would need it beside all that the plan counts."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRIMMED], capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+    )
+    freed, trimmed = map(int, done.stdout.split())
+    assert freed > 100 and trimmed < 40, done.stdout
+
+
+def test_it_is_given_back_before_every_stage_and_the_export(tmp_path, monkeypatch):
+    """The plan of these phases stands on it."""
+    import pipeline
+    from pipeline import preparation
+
+    config = write_run(tmp_path, (128, 96), (64, 64), optimizer={"max_iterations": 1}, initial_size=64)
+    trims: list[str] = []
+    monkeypatch.setattr(preparation, "trim_heap", lambda: trims.append("stage"))
+    monkeypatch.setattr(sys.modules["pipeline.run"], "trim_heap", lambda: trims.append("export"))
+    pipeline.run(pipeline.load_config(config))
+    assert trims == ["stage", "stage", "export"]
+
+
 LARGE_TILE = {"compute": {"tile_px": 768}, "store": {"chunk_px": 64}}
 SHORT_OF_MEMORY = """
 import resource, sys

@@ -82,8 +82,11 @@ class SlowDevice:
     """A block device in memory whose speed can be limited, mounted at `folder`."""
 
     _memory = Path("/sys/fs/cgroup/memory/pipeline-bench")
+    _speed = Path("/sys/fs/cgroup/blkio")
 
     def __init__(self, folder: Path, size: int) -> None:
+        if os.geteuid() or not all(path.exists() for path in (self._memory.parent, self._speed)):
+            raise click.ClickException("--disk device needs root, and the cgroups memory and blkio of version 1.")
         self._image, self._folder = Path("/dev/shm") / f"{folder.parent.name}.img", folder
         with self._image.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size)
@@ -107,7 +110,7 @@ class SlowDevice:
     def limit(self, read: float, written: float) -> None:
         """Bytes per second; 0: as fast as it goes."""
         for way, speed in (("read", read), ("write", written)):
-            rule = Path(f"/sys/fs/cgroup/blkio/blkio.throttle.{way}_bps_device")
+            rule = self._speed / f"blkio.throttle.{way}_bps_device"
             rule.write_text(f"{self._number} {speed:.0f}")
 
     def bound_memory(self, limit: int) -> None:
