@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pipeline import losses, staging, timeline
 from pipeline.arrays import content_features_name, layer_of
 from pipeline.checksums import ChunkSums
 from pipeline.colors import ColorMap
+from pipeline.disk_turns import TURNS
 from pipeline.errors import ConfigError, DeviceMemoryError
 from pipeline.guidance import GuideMaps, read_guides
 from pipeline.layers import ALIGN_PX, LAYER_BY_NAME, halo_px
@@ -101,7 +102,9 @@ class TileSpec:
     def load(self, name: str, rect: Rect) -> Tensor:
         """A rectangle of an array, (1, C, H, W) in at least float32 on the device. Raises DeviceMemoryError."""
         dtype = torch.float64 if self.network.dtype == "float64" else torch.float32
-        with timeline.span("read", tile=self.tile.index, array=name), _device_memory(self):
+        # a GPU's tiles are read by few large calls, and many threads
+        turn = nullcontext() if self.network.on_gpu else TURNS.reading()
+        with turn, timeline.span("read", tile=self.tile.index, array=name), _device_memory(self):
             return staging.load(self.open(name), rect, self.network.device, dtype)
 
     def read_guides(self, rect: Rect) -> NDArray[np.uint8] | None:

@@ -23,6 +23,7 @@ from pipeline.arrays import GRADIENT, slot_names
 from pipeline.checksums import ChunkSums
 from pipeline.chunk_stream import ChunkReader, ChunkWriter
 from pipeline.cost import update_values
+from pipeline.disk_turns import TURNS
 from pipeline.formats import BFLOAT16, FIXED16, RoundingBytes
 from pipeline.store import StageArray, open_array
 from pipeline.tiling import Tile, chunks_of
@@ -126,6 +127,7 @@ def _update_chunk(
     rows, columns = inner
     total = largest = 0.0
     for y0, stored in blocks:
+        TURNS.give_way()
         with timeline.span("read", chunk=chunk):
             for reader, data in zip(readers, stored, strict=True):
                 reader.read(data)

@@ -28,10 +28,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import pipeline
-from pipeline import passes, update
+from pipeline import passes, staging, update
 from pipeline.arrays import gram_name
 from pipeline.config import Config, load_config
 from pipeline.cost import WORKERS
+from pipeline.disk_turns import GIVE_WAY_TO, TURNS
 from pipeline.engine import Engine
 from pipeline.iteration import IterationResult, Iterations
 from pipeline.journal import Journal, position_of
@@ -667,6 +668,24 @@ def test_the_update_begins_before_the_last_gradient(tmp_path, narrow_weights, mo
         begun.clear()
         rendering.iterate()
         assert begun.index("update_task") < len(case.tiles) // 2
+
+
+def test_the_update_goes_on_when_tiles_are_read(tmp_path, narrow_weights, monkeypatch):
+    """It gives way to them on the disk: without that a slow disk has the network wait, and for ever would be a hang."""
+    reading: list[int] = []
+
+    def give_way(original=TURNS.give_way):
+        reading.append(TURNS._reading)
+        original()
+
+    monkeypatch.setattr(TURNS, "give_way", give_way)
+    load = staging.load
+    monkeypatch.setattr(staging, "load", lambda *args: time.sleep(0.01) or load(*args))
+    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+        rendering = Rendering(case)
+        rendering.iterate()
+        rendering.iterate()
+    assert max(reading) >= GIVE_WAY_TO and TURNS._reading == 0
 
 
 def test_a_pass_fetches_what_the_next_one_reads_first_before_it_ends(tmp_path, narrow_weights, monkeypatch):

@@ -31,6 +31,7 @@ HEIGHT = {
     "download": 1,
     "tiling": 1,
     "timeline": 1,
+    "disk_turns": 2,
     "_yaml": 0,
     "_explain": 1,
     "_fields": 2,

@@ -34,13 +34,18 @@ from pipeline.allocator import return_freed_memory
 
 # How long the bytes of an iteration take, as a share of its computing.
 PARTS = (0.5, 1.0, 2.0)
+# A sleep of some microseconds takes a tenth of a millisecond.
+LEAST_S = 1e-3
 # Iterations that a device's figures leave out: the first has its update after the gradient pass, the next its bytes.
 FIRST = 2
 KINDS = ("compute", "read", "write", "update", "wait")
 
 
 class SlowDisk:
-    """Reads and writes of chunks in this process, one after another at `bytes_per_s`; None only counts them."""
+    """Reads and writes of chunks in this process, one after another at `bytes_per_s`; None only counts them.
+
+    Waits that are shorter than a thread can sleep are saved up, so that small calls have the same speed.
+    """
 
     def __init__(self, bytes_per_s: float | None) -> None:
         self.bytes, self._speed = 0, bytes_per_s
@@ -53,7 +58,7 @@ class SlowDisk:
                 return
             self._free_at = max(self._free_at, time.perf_counter()) + count / self._speed
             wait_s = self._free_at - time.perf_counter()
-        if wait_s > 0:
+        if wait_s > LEAST_S:
             time.sleep(wait_s)
 
     @contextmanager
