@@ -1,13 +1,16 @@
 """Opening source pictures, and what their headers say: kind, size, and the memory that decoding them would take.
 
-A picture may come from a stranger. So only loaders that read pixels and nothing else exist in this process, names are
-never read for options, and everything that a picture may cost is known, and refused, before a pixel is decoded.
+A picture may come from a stranger. So its first bytes choose one of a few loaders that read pixels and nothing else,
+names are never read for options, and everything that a picture may cost is known, and refused, before a pixel is
+decoded.
 """
 
 from __future__ import annotations
 
-import atexit
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,19 @@ from pipeline.pictures import PixelKind
 from pipeline.sections import LimitsConfig
 from pipeline.streams import FileSource, reason
 
-# Loaders that read pixels and nothing else, by libvips' name of their class. Blocking libvips' untrusted ones alone
-# still lets Matlab files through, and a JPEG with a gain map would go to a loader that gives other pixels.
-_CLASSES = {"JPEG": "Jpeg", "PNG": "Png", "TIFF": "Tiff", "WebP": "Webp", "HEIF": "Heif", "GIF": "Nsgif"}
-FORMATS = ", ".join(_CLASSES)
-LOADERS = {f"{name.lower()}load" for name in _CLASSES}
+# By format, what a file begins with, where: (offset, bytes), any of them. libvips is not asked which loader it would
+# take: among its own there are some that read other files, or run programs, and a JPEG with a gain map would go to one
+# that gives other pixels. Nor are those blocked: that would be for the whole process, which may be somebody else's.
+_SIGNATURES: dict[str, tuple[tuple[int, bytes], ...]] = {
+    "JPEG": ((0, b"\xff\xd8\xff"),),
+    "PNG": ((0, b"\x89PNG\r\n\x1a\n"),),
+    "TIFF": ((0, b"II*\0"), (0, b"MM\0*"), (0, b"II+\0"), (0, b"MM\0+")),
+    "WebP": ((8, b"WEBP"),),
+    "HEIF": ((4, b"ftyp"),),
+    "GIF": ((0, b"GIF8"),),
+}
+FORMATS = ", ".join(_SIGNATURES)
+LOADERS = {f"{name.lower()}load" for name in _SIGNATURES}
 
 # Bits of one channel, by libvips' name of the pixel format. Others have no agreed white, unless they are CIELAB.
 _BITS = {"uchar": 8, "ushort": 16}
@@ -36,13 +47,9 @@ MAX_BANDS = 8  # CMYK, and some spot colours
 # Formats that are decoded whole: bytes per px of 8 bits, the decoder's own planes included (measured 4.1, 8.1, 16.5).
 _WHOLE_BYTES_PER_PX = {"gifload": 5, "webpload": 9, "heifload": 18}
 
-pyvips.block_untrusted_set(True)
-pyvips.operation_block_set("VipsForeignLoad", True)
-for _name in _CLASSES.values():
-    pyvips.operation_block_set(f"VipsForeignLoad{_name}", False)
-
 # GLib refuses a size that is out of range with a complaint on stderr, and libvips goes on with a picture of 1 px.
 _complaints: list[str] = []
+_complaints_lock = threading.Lock()
 
 
 @pyvips.ffi.callback("GLogFunc")  # type: ignore[untyped-decorator]
@@ -50,8 +57,17 @@ def _complain(_domain: Any, _level: int, message: Any, _data: Any) -> None:
     _complaints.append(pyvips.ffi.string(message).decode("utf-8", "replace"))
 
 
-_handler = pyvips.glib_lib.g_log_set_handler(b"GLib-GObject", 2**8 - 1, _complain, pyvips.ffi.NULL)
-atexit.register(pyvips.glib_lib.g_log_remove_handler, b"GLib-GObject", _handler)
+@contextmanager
+def _heard_complaints() -> Iterator[list[str]]:
+    """What GLib complains of while the block runs, instead of printing it. One block at a time, for the process."""
+    domain = b"GLib-GObject"
+    with _complaints_lock:
+        _complaints.clear()
+        handler = pyvips.glib_lib.g_log_set_handler(domain, 2**8 - 1, _complain, pyvips.ffi.NULL)
+        try:
+            yield _complaints
+        finally:
+            pyvips.glib_lib.g_log_remove_handler(domain, handler)
 
 
 @dataclass(frozen=True)
@@ -122,19 +138,33 @@ def open_file(path: Path) -> FileSource:
 
 def open_image(file: FileSource, access: str) -> Any:
     """The file as a lazy libvips image; every pixel error in it is fatal. Raises InputError if it is none."""
+    loader = _loader_of(file)
     file.seek(0, os.SEEK_SET)
     source = pyvips.SourceCustom()
     source.on_read(file.read)
     source.on_seek(file.seek)
-    _complaints.clear()
     try:
-        image = pyvips.Image.new_from_source(source, "", access=access, fail_on="error")
+        with _heard_complaints() as complaints:
+            image = pyvips.Operation.call(f"{loader}_source", source, access=access, fail_on="error")
+            complained = complaints[:1]
+        image._references.append(source)  # as new_from_source does: libvips calls it as long as the image lives
     except pyvips.Error as error:
         file.raise_failure()
         raise _no_image(file, reason(error)) from error
-    if _complaints:
-        raise _no_image(file, shown(_complaints[0], 200))
+    if complained:
+        raise _no_image(file, shown(complained[0], 200))
     return image
+
+
+def _loader_of(file: FileSource) -> str:
+    """Libvips' name of the loader for the file, by its first bytes. Raises InputError if it has none of the formats."""
+    file.seek(0, os.SEEK_SET)
+    start = file.read(12) or b""
+    file.raise_failure()
+    for name, signatures in _SIGNATURES.items():
+        if any(start[offset : offset + len(bytes_)] == bytes_ for offset, bytes_ in signatures):
+            return f"{name.lower()}load"
+    raise _no_image(file, "it begins like none of them")
 
 
 def _no_image(file: FileSource, why: str) -> InputError:

@@ -245,18 +245,20 @@ def test_only_loaders_of_pixels_are_there(tmp_path: Path) -> None:
     (tmp_path / "a.hdr").write_bytes(b"#?RADIANCE\n\n-Y 1 +X 1\n\0\0\0\0")
     for name in ("a.v", "a.svg", "a.csv", "a.mat", "a.fits", "a.hdr"):
         assert f"known format ({FORMATS})" in refusal(tmp_path / name)
-        with pytest.raises(pyvips.Error, match="not a known file format"):
-            pyvips.Image.new_from_file(str(tmp_path / name))
+    # and the program around us may go on reading what it likes
+    assert pyvips.Image.new_from_file(str(tmp_path / "a.v")).width == 8
+    assert pyvips.Image.new_from_file(str(tmp_path / "a.csv")).height == 2
 
 
 def test_a_jpeg_with_a_gain_map_is_a_jpeg(tmp_path: Path) -> None:
     """Phones write such files; a loader of their own would give other pixels, or refuse them."""
     assert sorted(LOADERS) == ["gifload", "heifload", "jpegload", "pngload", "tiffload", "webpload"]
     vips(noise(16, 16)).jpegsave(str(tmp_path / "a.jpg"))
+    data = (tmp_path / "a.jpg").read_bytes()
+    gain_map = b"http://ns.adobe.com/hdr-gain-map/1.0/"  # what libvips' own loader of such files looks for
+    app1 = b"\xff\xe1" + struct.pack(">H", 2 + len(gain_map)) + gain_map
+    (tmp_path / "a.jpg").write_bytes(data[:2] + app1 + data[2:] + data)
     assert read_header(tmp_path / "a.jpg").loader == "jpegload"
-    for loader in ("uhdrload", "svgload", "csvload", "matrixload", "vipsload", "rawload"):
-        with pytest.raises(pyvips.Error):
-            pyvips.Operation.call(loader, str(tmp_path / "a.jpg"))
 
 
 def test_options_in_names_are_part_of_the_name(tmp_path: Path) -> None:
