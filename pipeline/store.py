@@ -29,12 +29,9 @@ from numpy.typing import NDArray
 from pipeline._yaml import shown
 from pipeline.arrays import METADATA
 from pipeline.checksums import ChunkSums, checksum, grid_of, packed
-from pipeline.durable import sync_file_system
 from pipeline.errors import DamagedStateError, storage
 from pipeline.formats import ENCODINGS, Encoding
 from pipeline.tiling import Rect, chunks_of
-
-zarr.config.set({"async.concurrency": 1})  # measured best under our own threads
 
 MAX_METADATA_BYTES = 2**20  # it has 700
 
@@ -105,6 +102,7 @@ class StageArray:
         The rows are a part of what `scratch` gives, which is called before each chunk. `strips`: of a narrow part read
         its columns alone, row by row: the fewest bytes, by many calls. Raises ChunkError, StorageError.
         """
+        self._refuse_outside(rect)
         for cy, cx, part in chunks_of(rect, self.chunk_px):
             chunk = Rect(cy * self.chunk_px, (cy + 1) * self.chunk_px, cx * self.chunk_px, (cx + 1) * self.chunk_px)
             rows, columns = part.within(chunk)
@@ -168,11 +166,14 @@ class StageArray:
 
         `data` is stored as it is if it has the stored dtype; float32 values of an encoded array are rounded to nearest.
         Gives the checksum of what was written, padding included. Raises StorageError if the disk refuses, ChunkError
-        if the preallocated chunk is gone.
+        if the preallocated chunk is gone, or if `data` is not all that the array has there.
         """
         if self.encoding and data.dtype == self.value_dtype:
             data = self.encoding.encoded(data)
         assert data.dtype == self.dtype, (data.dtype, self.dtype)  # zarr would cast in silence
+        rows, columns = self.valid_part(cy, cx)
+        if data.shape not in (self.chunk_shape, (rows.stop, columns.stop, self.shape[2])):
+            raise self._other_size(f"{data.shape[1]}×{data.shape[0]} px of chunk row {cy}, column {cx}")
         if data.shape != self.chunk_shape:
             padded = np.zeros(self.chunk_shape, self.dtype)
             padded[: data.shape[0], : data.shape[1]] = data
@@ -187,11 +188,24 @@ class StageArray:
         return checksum(data)
 
     def write_window(self, rect: Rect, data: NDArray[Any]) -> ChunkSums:
-        """Write a rectangle that consists of whole chunks (or ends at the array's border); gives their checksums."""
+        """Write a rectangle that consists of whole chunks (or ends at the array's border); gives their checksums.
+
+        Raises ChunkError for one that is not in the array.
+        """
+        self._refuse_outside(rect)
         return {
             (cy, cx): self.write_chunk(cy, cx, data[part.within(rect)])
             for cy, cx, part in chunks_of(rect, self.chunk_px)
         }
+
+    def _refuse_outside(self, rect: Rect) -> None:
+        """Raise ChunkError for a rectangle that is not in the array: padding and missing pixels are no picture."""
+        if not (0 <= rect.y0 <= rect.y1 <= self.shape[0] and 0 <= rect.x0 <= rect.x1 <= self.shape[1]):
+            raise self._other_size(f"rows {rect.y0} to {rect.y1} and columns {rect.x0} to {rect.x1}")
+
+    def _other_size(self, asked: str) -> ChunkError:
+        what = f"tells of {self.shape[1]}×{self.shape[0]} px, which {asked} do not fit"
+        return ChunkError(self.path / METADATA, "changed", what)
 
     def check_size(self, cy: int, cx: int) -> None:
         """Raise ChunkError for a chunk that is not there or, uncompressed, has not its size; nothing is read."""
@@ -371,12 +385,6 @@ def commit_stage(partial_dir: Path, stage_dir: Path) -> None:
         if stage_dir.exists():
             shutil.rmtree(stage_dir)
         partial_dir.replace(stage_dir)
-
-
-def sync(path: Path) -> None:
-    """Bring everything written to the file system of `path` onto its disk. Raises StorageError if it refuses."""
-    with storage(path):
-        sync_file_system(path)
 
 
 def delete_array(stage_dir: Path, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,23 @@ from numpy.typing import NDArray
 from pipeline import store
 from pipeline.arrays import METADATA, ArraySpec, gram_name
 from pipeline.checksums import checksum, packed, unpacked
-from pipeline.durable import sync_folder
+from pipeline.durable import sync_file_system, sync_folder
 from pipeline.errors import storage
 from pipeline.places import read_regular
 from pipeline.store import MAX_METADATA_BYTES, ChunkError, StageArray
 
 _MAX_GRAM_BYTES = 2**30  # of 11,000 channels
+
+
+def zarr_settings() -> AbstractContextManager[Any]:
+    """Inside, zarr works in the threads that call it: measured best under our own."""
+    return zarr.config.set({"async.concurrency": 1})  # type: ignore[no-any-return]
+
+
+def sync(path: Path) -> None:
+    """Bring everything written to the file system of `path` onto its disk. Raises StorageError if it refuses."""
+    with storage(path):
+        sync_file_system(path)
 
 
 def metadata_checksums(stage_dir: Path) -> dict[str, str]:

@@ -51,6 +51,37 @@ def noise(shape, dtype="float32", seed: int = 0) -> np.ndarray:
 
 
 @codecs
+@pytest.mark.parametrize(
+    "rect",
+    [Rect(0, 71, 0, 45), Rect(64, 80, 0, 45), Rect(0, 70, 32, 46), Rect(-16, 70, 0, 45), Rect(80, 96, 0, 45),
+     Rect(32, 16, 0, 45)],
+)  # fmt: skip
+def test_a_rectangle_outside_the_array_is_refused(stage, codec, rect):
+    """A store of 34 rows and a plan of 35: what a border chunk is padded with would go on as pixels."""
+    array = create(stage, codec)
+    before = noise(array.shape)
+    array.write_window(whole(array), before)
+    with pytest.raises(store.ChunkError, match="tells of 45×70 px"):
+        array.read_window(rect)
+    with pytest.raises(store.ChunkError, match="tells of 45×70 px"):
+        array.write_window(rect, noise((rect.height, rect.width, 3), seed=1))
+    with pytest.raises(store.ChunkError, match="tells of 45×70 px"):
+        list(array.read_parts(rect, lambda: np.empty(array.chunk_shape, array.dtype)))
+    assert np.array_equal(array.read_window(whole(array)), before)
+
+
+@codecs
+@pytest.mark.parametrize("shape", [(7, 16, 3), (6, 14, 3), (16, 15, 3), (17, 16, 3)])
+def test_a_chunk_that_is_not_all_that_the_array_has_there_is_refused(stage, codec, shape):
+    """Each writer's own way to the disk ends here: a row more, or less, would be padding that is taken for pixels."""
+    array = create(stage, codec)
+    with pytest.raises(store.ChunkError, match="do not fit"):
+        array.write_chunk(4, 2, noise(shape))  # the last: 6 rows, 13 columns
+    array.write_chunk(4, 2, noise((6, 13, 3)))
+    array.write_chunk(4, 2, noise((16, 16, 3)))
+
+
+@codecs
 @pytest.mark.parametrize(("dtype", "channels"), [("float32", 3), ("float64", 3), ("uint8", 3), ("float32", 7)])
 def test_a_whole_array_is_read_back_by_us_and_by_zarr(stage, codec, dtype, channels):
     """A picture that changes on the way to the disk and back is another picture."""
