@@ -17,10 +17,11 @@ _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # from malloc.h
 _THRESHOLD_BYTES = 2**20
 
 
-def return_freed_memory() -> None:
-    """Fix glibc's mmap threshold for this process; does nothing under another C library.
+def set_up_process() -> None:
+    """Have this process give freed memory back, as the plan counts on; does nothing under another C library than glibc.
 
-    To be called before torch allocates: it reads its setting for huge pages once.
+    For the start of a program, before torch allocates anything: glibc cannot undo it, so that no function of the
+    library does it by itself. The command line and the worker processes do; a program that calls `run` should.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if _IS_GLIBC:

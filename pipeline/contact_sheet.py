@@ -83,9 +83,15 @@ class ContactSheet:
         """Memory that drawing takes: the highest strip, and the picture that is put into it."""
         return 2 * 3 * self._width_px * max(strip.height_px for strip in self._strips)
 
-    def write(self, output: Path, check: Callable[[], None], on_progress: Callable[[float], None]) -> None:
+    def write(
+        self,
+        output: Path,
+        check: Callable[[], None],
+        on_progress: Callable[[float], None],
+        on_whole: Callable[[Path], None] = lambda partial: None,
+    ) -> None:
         """Write the sheet in the format of the suffix. Raises InputError for a broken picture, else as write_image."""
-        write_rows(self._drawn(check), output, self.size, check, on_progress)
+        write_rows(self._drawn(check), output, self.size, check, on_progress, on_whole)
 
     def _drawn(self, check: Callable[[], None]) -> Iterator[Pixels]:
         for strip in self._strips:

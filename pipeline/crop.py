@@ -26,31 +26,35 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import adam, integrity, store, transfer
 from pipeline.arrays import CONTENT
+from pipeline.computing import Tools, iteration_record, make_stage, prepared_record, tools_for
 from pipeline.config import Config
 from pipeline.cost import WORKERS, Size, StageWork
 from pipeline.device import Device, resolve_device
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError
 from pipeline.image_export import check_output
-from pipeline.journal import Journal, Position, standing
+from pipeline.journal import Journal, standing
 from pipeline.layers import ALIGN_PX, ceil_to, halo_px
 from pipeline.manifest import trusted_manifest
 from pipeline.model import model_of
-from pipeline.opening import identity, journal_path, manifest_path, newest_canvas, refuse_changes
+from pipeline.opening import identity, newest_canvas, refuse_changes, refuse_other_stages
 from pipeline.parts import Part, cut_canvas, cut_file, enlarge, needed, whole
 from pipeline.pictures import RGB8
-from pipeline.places import refuse_links, taken
+from pipeline.places import journal_path, manifest_path, refuse_links, taken
 from pipeline.plan import Plan, plan_stage
+from pipeline.position import Position
 from pipeline.preview_folder import claimed, folder_of
+from pipeline.process import process_settings
 from pipeline.progress import Note, Sink, WorkDone, ignore
-from pipeline.run import Tools, end_reason, make_stage
+from pipeline.records import Iteration
+from pipeline.run import end_reason
 from pipeline.status import finished_stage
 from pipeline.survey import plan_on
 from pipeline.tiling import Rect
@@ -67,6 +71,7 @@ CANVAS = "canvas_0"
 _SPREAD_PX = 96
 
 
+@process_settings()
 def crop(
     config: Config,
     rect: Rect,
@@ -95,11 +100,12 @@ def crop(
     check_output(picture, own.width, own.height, 8, "deflate")
     with Engine(WORKERS, stop) as engine:
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, engine.raise_if_stopped)
-        finished = _finished(config, weights, target, engine)
-        with claimed(config, picture, force) as folder, _emptied(folder / "crop") as aside:
-            rendering = Crop(config, planned, Tools(device, weights, engine, sink), finished, aside)
+        finished = _finished(config, planned, weights, target, engine)
+        with claimed(config, picture, force) as claim, _emptied(claim.folder / "crop") as aside:
+            tools = tools_for(config, planned, device, weights, engine, sink)
+            rendering = Crop(config, planned, tools, finished, aside)
             found = rendering.render(rect, target)
-            cut_canvas(found, own, picture, engine.raise_if_stopped)
+            cut_canvas(found, own, picture, engine.raise_if_stopped, claim.record)
     return picture
 
 
@@ -184,7 +190,7 @@ class _Finished:
     tile_px: int | None
 
 
-def _finished(config: Config, weights: WeightsSource, target: int, engine: Engine) -> _Finished:
+def _finished(config: Config, planned: Plan, weights: WeightsSource, target: int, engine: Engine) -> _Finished:
     """Looks at the run of `config`. Raises ConfigError if it has finished no stage, or is another config's."""
     remedy = "A crop goes on from there: give `pipeline run`, and stop it with Ctrl-C once its first stage has ended."
     if not taken(manifest_path(config.work_dir)):
@@ -197,12 +203,13 @@ def _finished(config: Config, weights: WeightsSource, target: int, engine: Engin
         raise ConfigError(f"{config.work_dir}: the run has not finished its first stage yet. {remedy}")
     manifest = trusted_manifest(manifest_path(config.work_dir), records)
     refuse_changes(config, manifest, identity(config, weights, engine.raise_if_stopped))
+    refuse_other_stages(config, manifest, planned)
     refuse_links(config.work_dir)
     newest = max(stages)
     canvas = newest_canvas(config.work_dir, position, newest)
-    firsts = [one for one in records if one["type"] == "iteration" and (one["stage"], one["iteration"]) == (newest, 0)]
-    first_max_u = firsts[-1]["max_abs_u"] if firsts else 0.0
-    return _Finished(newest, canvas, first_max_u, int(manifest["threads"]), position.tile_px)
+    firsts = [one for one in records if isinstance(one, Iteration) and (one.stage, one.iteration) == (newest, 0)]
+    first_max_u = firsts[-1].max_abs_u if firsts else 0.0
+    return _Finished(newest, canvas, first_max_u, manifest.threads, position.tile_px)
 
 
 @dataclass
@@ -260,8 +267,8 @@ class Crop:
         colors = self._cut(stage, region, size)
         prepared = prepare(stage, self._start(stage, source, region, size), colors, is_part=True)
         energies = {name: energy * known.energies[name] for name, energy in prepared.content_energies.items()}
-        record = {"type": "stage_prepared", "stage": index, **vars(prepared), "content_energies": energies}
-        self._position = Position().after(record)
+        known_prepared = replace(prepared, content_energies=energies)
+        self._position = Position().after(prepared_record(index, stage.tile_px, known_prepared))
         least_max_u = 0.0 if stage.plan.size == size else self._least_max_u(stage)
         iterations = Iterations(stage, energies, prepared.areas, known.grams, least_max_u)
         while end_reason(self._position, stage.config.optimizer) is None:
@@ -299,7 +306,7 @@ class Crop:
     def _commit(self, stage: Stage, result: IterationResult) -> bool:
         """Nothing is recorded: a crop that is stopped begins anew. Gives whether another iteration follows."""
         settings, at = stage.config.optimizer, self._position
-        self._position = at.after({"type": "iteration", "iteration": at.iteration, **vars(result)})
+        self._position = at.after(iteration_record(stage.plan.index, at.iteration, result))
         self._told(f"stage {stage.plan.index} of the crop")(self._position.iteration, settings.max_iterations)
         return end_reason(self._position, settings) is None
 

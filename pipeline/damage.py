@@ -15,9 +15,9 @@ from pipeline.arrays import METADATA, gram_key, is_stage_array, kept_files, slot
 from pipeline.checksums import checksum, unpacked
 from pipeline.engine import Engine
 from pipeline.integrity import CheckSpec, Finding, OnProgress
-from pipeline.journal import Position
 from pipeline.opening import stage_path
 from pipeline.places import store_path
+from pipeline.position import Position
 from pipeline.store import ChunkError, StageArray
 from pipeline.zarr_files import group_metadata
 

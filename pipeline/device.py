@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,27 +49,6 @@ def resolve_device(requested: str) -> Device:
         )
     free_bytes, _ = torch.cuda.mem_get_info(index)
     return Device(f"cuda:{index}", torch.cuda.get_device_name(index), free_bytes)
-
-
-@contextmanager
-def bounded(device: Device, planned_bytes: int) -> Iterator[None]:
-    """Let this process take of a GPU what was planned, and little more.
-
-    Without a bound cuDNN tries kernels whose workspace is all that the device has (132 GiB for a tile of 1,024 px in
-    float32): slow ones, and whether they are to be had, and with them the last bits, would change from run to run.
-    """
-    if not device.is_gpu:
-        yield
-        return
-    import torch  # noqa: PLC0415 - as above
-
-    total = torch.cuda.get_device_properties(device.name).total_memory
-    allowed = max(planned_bytes * 5 // 4, planned_bytes + 2 * 2**30)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device.name)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device.name)
 
 
 def default_threads(workers: int) -> int:

@@ -16,7 +16,8 @@ Every message names the cause, the danger, the remedy and the place.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -70,6 +71,16 @@ class Stopped(PipelineError):  # noqa: N818 - an outcome, not an error
     """The run was asked to stop, and stopped between two tasks; it can go on."""
 
     exit_code = 75
+
+
+def stop_check(stop: threading.Event | None) -> Callable[[], None]:
+    """A function that raises Stopped once `stop` is set."""
+
+    def check() -> None:
+        if stop is not None and stop.is_set():
+            raise Stopped("stopped as asked; the same command goes on from here.")
+
+    return check
 
 
 _ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

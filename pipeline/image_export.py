@@ -37,9 +37,6 @@ COMPRESSIONS = ("deflate", "zstd", "jpeg", "none")
 # The environment is everybody's: one picture at a time changes it.
 _ENVIRONMENT = threading.Lock()
 
-pyvips.cache_set_max(0)
-pyvips.concurrency_set(min(pyvips.concurrency_get(), 4))  # every thread has strips of its own
-
 
 def check_output(path: Path, width_px: int, height_px: int, bits: int, compression: str) -> None:
     """Refuse an output that would fail at the end of a run. `compression` concerns TIFF alone.
@@ -72,6 +69,7 @@ def write_image(
     pyramid: bool = True,
     on_progress: Callable[[float], None] | None = None,
     check: Callable[[], None] = lambda: None,
+    on_whole: Callable[[Path], None] = lambda partial: None,
 ) -> None:
     """Write a picture of sRGB rows as TIFF, PNG, JPEG or DeepZoom, by the suffix of `path`.
 
@@ -80,7 +78,8 @@ def write_image(
     colours. A DeepZoom is a folder: ``name.dz/name.dzi`` beside ``name.dz/name_files/``, of JPEG tiles, with alpha of
     PNG ones. `quality`, 1 to 100, is that of JPEG. `pyramid`: a TIFF has smaller levels, which take
     their own size on the disk a second time until it is whole. on_progress gets the fraction done, at last 1.0.
-    `check` is called several times a second and may raise to give up.
+    `check` is called several times a second and may raise to give up. `on_whole` is called with the file or folder
+    that is whole and on the disk, before it gets its name.
 
     Raises what check_output raises, StorageError where the disk is full or fails, and whatever read_rows, on_progress
     and `check` raise; in all these cases an older output stays as it was.
@@ -98,7 +97,7 @@ def write_image(
             with levels as files_are_open:
                 save = functools.partial(_save, source, partial, path, options, files_are_open)
                 _feed(source, save, path, read_rows, on_progress, check)
-            put_in_place(partial, path)
+            put_in_place(partial, path, on_whole)
         finally:
             with contextlib.suppress(OSError):  # a disk that failed fails here too, and says less
                 _remove(partial)
@@ -305,12 +304,13 @@ def _sync(partial: Path) -> None:
         os.fsync(file.fileno())
 
 
-def put_in_place(partial: Path, path: Path) -> None:
-    """Give a finished picture, file or folder, its name, once it is on the disk.
+def put_in_place(partial: Path, path: Path, on_whole: Callable[[Path], None]) -> None:
+    """Give a finished picture, file or folder, its name, once it is on the disk and `on_whole` has returned.
 
     A folder cannot be replaced at once: the old one steps aside until then.
     """
     _sync(partial)
+    on_whole(partial)
     old = partial.with_name(f"{partial.name}.old")
     if partial.is_dir() and taken(path):
         path.rename(old)  # of a link the link, not what it leads to

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pipeline._yaml import dotted
 from pipeline.config import Config, input_files, result_fields
 from pipeline.damage import Held, Problem, Sample, StoreDamage, foreign_at_the_top, held_by, store_damage
 from pipeline.engine import Engine
 from pipeline.errors import DamagedStateError
-from pipeline.journal import Journal, JournalState, Position, checked_position
+from pipeline.journal import Journal, JournalState
 from pipeline.manifest import OtherFormatError, begun_manifest, read_manifest
-from pipeline.opening import journal_path, lost_its_stages, manifest_path, refuse_changes
-from pipeline.places import links_in_store, store_path
+from pipeline.opening import Identity, lost_its_stages, refuse_changes
+from pipeline.places import journal_path, links_in_store, manifest_path, store_path
+from pipeline.position import Position, checked_position
 from pipeline.progress import Sink, WorkDone
+from pipeline.records import Manifest
 from pipeline.run import end_reason
 from pipeline.weights import sha256_of, weights_path
 
@@ -31,7 +32,7 @@ class Findings:
     """
 
     work_dir: Path
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     config: Config | None
     journal: JournalState
     position: Position
@@ -125,7 +126,7 @@ def _journal_problems(work_dir: Path, journal: JournalState, position: Position)
     return [], notes[: journal.torn]
 
 
-def _manifest(path: Path, journal: JournalState, position: Position) -> tuple[dict[str, Any] | None, list[Problem]]:
+def _manifest(path: Path, journal: JournalState, position: Position) -> tuple[Manifest | None, list[Problem]]:
     """(the manifest, from the journal if need be; what is wrong with its file)."""
     copy = begun_manifest(journal.records)
     try:
@@ -141,34 +142,34 @@ def _manifest(path: Path, journal: JournalState, position: Position) -> tuple[di
     return manifest, []
 
 
-def _config(given: Config | None, manifest: dict[str, Any] | None, position: Position) -> Config | None:
+def _config(given: Config | None, manifest: Manifest | None, position: Position) -> Config | None:
     """The config of the run, with the paths of the given one; None if nothing says what the run began with."""
     if manifest is None:
         return None
     if given is not None and position.slots:
         keys = {dotted(key) for key, _ in input_files(given)} | {"network.weights"}
         same_files = {
-            key: manifest["inputs"].get(key, "not there") for key in keys
+            key: manifest.inputs.get(key, "not there") for key in keys
         }  # their content is a problem of its own
-        refuse_changes(given, manifest, {"result_fields": result_fields(given), "inputs": same_files})
-    return given or Config.model_validate(manifest["config"])
+        refuse_changes(given, manifest, Identity(result_fields(given), same_files))
+    return given or Config.model_validate(manifest.config.model_dump())
 
 
-def _ended(position: Position, config: Config, manifest: dict[str, Any]) -> bool:
-    settings = config.for_stage(max(manifest["stages"][position.stage]["size"])).optimizer
+def _ended(position: Position, config: Config, manifest: Manifest) -> bool:
+    settings = config.for_stage(max(manifest.stages[position.stage].size)).optimizer
     return position.prepared and end_reason(position, settings) is not None
 
 
-def _input_specs(manifest: dict[str, Any], config: Config) -> list[_InputSpec]:
+def _input_specs(manifest: Manifest, config: Config) -> list[_InputSpec]:
     files = {dotted(key): path for key, path in input_files(config)}
     if (weights := weights_path(config.network.name, config.network.weights)) is not None:
         files["network.weights"] = weights
-    return [_InputSpec(key, path, manifest["inputs"][key]) for key, path in files.items()]
+    return [_InputSpec(key, path, manifest.inputs[key]) for key, path in files.items()]
 
 
 def _is_own(path: Path, config: Config | None, position: Position) -> bool:
     """Whether a path in the run directory is the run's picture, a part of it, or an input."""
-    outputs = {Path(output) for output in position.claimed} | ({config.output} if config else set())
+    outputs = {Path(output) for output in position.pictures} | ({config.output} if config else set())
     if any(path.name.startswith(output.stem) and path.parent == output.parent for output in outputs):
         return True  # a DeepZoom picture is a file and a folder
     inputs = [item for _, item in input_files(config)] if config else []

@@ -1,143 +1,30 @@
-"""The record of a run: a manifest written once, a journal appended to, the resume point, and the lock.
+"""The journal of a run: what was committed, one line per record, JSON with a CRC-32C, fsynced.
 
-The journal, not the presence of files, says where a run stands. One line per record, JSON with a CRC-32C, fsynced:
+    {"crc": "89abcdef", "record": {"type": "iteration", "version": 1, "stage": 1, "iteration": 17, ...}}
 
-    {"crc": "89abcdef", "record": {"type": "iteration", "stage": 1, "iteration": 17, ...}}
-
-Every line's CRC goes on from that of the line before, so that a line that was taken out is seen too. A last line that
-was cut short by a crash was never committed, and is dropped. Any other bad line is damage. The first record holds the
-manifest once more. Records of prepared stages and of iterations carry the checksum of every chunk they stand for.
+The journal, not the presence of files, says where a run stands. Every line's CRC goes on from that of the line before,
+so that a line that was taken out is seen too. A last line that was cut short by a crash was never committed, and is
+dropped. Any other bad line is damage. The first record holds the manifest once more. Records of prepared stages and of
+iterations carry the checksum of every chunk they stand for. What a record holds: records.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
-import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import reduce
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from pipeline._yaml import shown
-from pipeline.arrays import kept_files
-from pipeline.checksums import checksum, unpacked
+from pipeline.checksums import checksum
 from pipeline.durable import sync_folder
-from pipeline.errors import DamagedStateError, LockedError, SpaceError, storage
+from pipeline.errors import DamagedStateError, storage
 from pipeline.places import read_regular
-from pipeline.records import MAX_JOURNAL_BYTES, MAX_OWNER_BYTES, check_record, parse_json
-
-# How long a start waits for the worker processes of a run that was killed: the system kills them within a moment.
-_LEFT_BEHIND_S = 10.0
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: what is committed, and so what comes next.
-
-    `prepared`: stage `stage` has its arrays. `iteration`: the next one; it reads slot `iteration % 2`.
-    `alpha`, `mean_abs_u`, `max_abs_u`: of the stage's last iteration, None before its first.
-    `stage_done`: the stage ended. `slots`: where the newest canvas of every stage is. `exported`: pictures made, with
-    their export options.
-    `claimed`: their names, from before the first byte is written.
-    `checksums`: per stage, of the chunks of its arrays (the newest slot's) and of its metadata files, as checksums.py
-    packs them. `tile_px`: the largest tile that the device has room for, None while it is not known to be smaller than
-    the plan's.
-    """
-
-    stage: int = 0
-    prepared: bool = False
-    iteration: int = 0
-    alpha: float | None = None
-    mean_abs_u: float | None = None
-    max_abs_u: float | None = None
-    content_energies: Mapping[str, float] = field(default_factory=dict)
-    areas: Mapping[str, float] = field(default_factory=dict)
-    stage_done: bool = False
-    slots: Mapping[int, int] = field(default_factory=dict)
-    exported: Mapping[str, Any] = field(default_factory=dict)
-    claimed: frozenset[str] = frozenset()
-    checksums: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
-    tile_px: int | None = None
-
-    @property
-    def newest_slot(self) -> int:
-        """The slot of the current stage that holds its newest canvas, m and v."""
-        return self.slots[self.stage]
-
-    def after(self, record: Record) -> Position:
-        """The position once `record` is committed."""
-        kind = record["type"]
-        if kind == "canvas_lost":
-            return replace(
-                self,
-                slots=_without(self.slots, record["stage"]),
-                checksums=_without(self.checksums, record["stage"]),
-            )
-        if kind in ("begun", "smaller_tile"):
-            return replace(self, tile_px=record.get("tile_px", self.tile_px))
-        if kind in ("exporting", "exported"):
-            made = {record["output"]: record.get("options")} if kind == "exported" else {}
-            return replace(self, exported={**self.exported, **made}, claimed=self.claimed | {record["output"]})
-        if kind == "stage_done":
-            sums = self.checksums[self.stage]
-            left = {name: sums[name] for name in kept_files(self.newest_slot, sums)}
-            return replace(self, stage_done=True, checksums={**self.checksums, self.stage: left})
-        if kind == "stage_prepared":
-            return Position(
-                stage=record["stage"],
-                prepared=True,
-                content_energies=record["content_energies"],
-                areas=record.get("areas", {}),
-                slots={**self.slots, record["stage"]: 0},
-                exported=self.exported,
-                claimed=self.claimed,
-                checksums={**self.checksums, record["stage"]: record["checksums"]},
-                tile_px=self.tile_px,
-            )
-        iteration = record["iteration"] + record["stepped"]
-        return replace(
-            self,
-            iteration=iteration,
-            alpha=record["alpha"],
-            mean_abs_u=record["mean_abs_u"],
-            max_abs_u=record["max_abs_u"],
-            slots={**self.slots, self.stage: iteration % 2},
-            checksums={**self.checksums, self.stage: {**self.checksums[self.stage], **record["checksums"]}},
-        )
-
-
-def _without(mapping: Mapping[int, Any], key: int) -> dict[int, Any]:
-    return {other: value for other, value in mapping.items() if other != key}
-
-
-# What stays true however far a repair goes back: whose a picture is, which canvas the disk lost, how large a tile fits.
-_KEPT_ALWAYS = ("exporting", "exported", "canvas_lost", "smaller_tile")
-
-
-def effective(records: Iterable[Record]) -> list[Record]:
-    """The records without those that a repair took back; some are never taken back."""
-    kept: list[Record] = []
-    for record in records:
-        index = record.get("records") if record.get("type") == "rolled_back" else None
-        if isinstance(index, int) and index >= 0:  # any other is no run's, and is refused with the rest
-            taken = kept[index:]
-            kept = kept[:index] + [one for one in taken if one.get("type") in _KEPT_ALWAYS]
-        else:
-            kept.append(record)
-    return kept
-
-
-def position_of(records: Iterable[Record]) -> Position:
-    """The resume point that a journal's records describe."""
-    return reduce(Position.after, records, Position())
+from pipeline.position import Position, checked_position, effective, no_runs_records
+from pipeline.records import MAX_JOURNAL_BYTES, OtherVersionError, Record, as_json, parse_json, parse_record
 
 
 @dataclass(frozen=True)
@@ -163,14 +50,28 @@ class Journal:
         self._crc: int | None = None
 
     def read(self) -> list[Record]:
-        """All committed records that hold. Raises DamagedStateError for a damaged line."""
-        return effective(self._parse().records)
+        """All committed records that hold.
+
+        Raises DamagedStateError for a damaged line, for a record that no run writes, and for one of a later version.
+        """
+        return self._typed(self._parse())
 
     def inspect(self) -> JournalState:
         """What is there, damaged or not: what a repair can build on."""
         found = self._parse(to_damage=True)
         torn = found.damaged_line is None and self.path.exists() and self.path.stat().st_size > found.good_bytes
-        return JournalState(effective(found.records), found.good_bytes, found.damaged_line, torn)
+        return JournalState(self._typed(found), found.good_bytes, found.damaged_line, torn)
+
+    def _typed(self, found: _Lines) -> list[Record]:
+        try:
+            return effective(map(parse_record, found.records))
+        except OtherVersionError as error:
+            raise DamagedStateError(
+                f"{self.path}: holds records of {error}, which a later version of pipeline has written. Nothing is "
+                "damaged: go on with that version."
+            ) from error
+        except ValueError as error:
+            raise no_runs_records(self.path, error) from error
 
     def size_bytes(self) -> int:
         """Of the file, a last line that is being written included; 0 where there is none yet."""
@@ -205,7 +106,7 @@ class Journal:
     def append(self, record: Record) -> None:
         """Commit one record: when this returns, it is on the disk. Raises StorageError."""
         crc = self._parse().crc if self._crc is None else self._crc
-        data = _line_of(record, crc)
+        data = _line_of(as_json(record), crc)
         line = memoryview(data)
         created = not self.path.exists()
         with storage(self.path):
@@ -234,7 +135,7 @@ class Journal:
                 raise DamagedStateError(message) from error
 
     def _parse(self, to_damage: bool = False) -> _Lines:
-        records: list[Record] = []
+        records: list[Mapping[str, Any]] = []
         good_bytes = crc = 0
         damaged_line = None
         lines = self._bytes().splitlines(keepends=True)
@@ -264,31 +165,11 @@ def standing(journal: Journal) -> tuple[list[Record], Position]:
     return records, checked_position(records, journal.path)
 
 
-def checked_position(records: Iterable[Record], path: Path) -> Position:
-    """The resume point of the records in the journal `path`. Raises DamagedStateError for those no run has written."""
-    try:
-        records = list(records)
-        for record in records:
-            check_record(record)
-        position = position_of(records)
-        for stage, slot in position.slots.items():
-            for name in kept_files(slot, position.checksums[stage]):
-                position.checksums[stage][name]  # a LookupError where it is not there
-            for text in position.checksums[stage].values():
-                unpacked(text)[0]  # a ValueError or LookupError where it is no checksum
-        return position
-    except (LookupError, TypeError, ValueError) as error:
-        raise DamagedStateError(
-            f"{path}: its records are not a run's ({shown(str(error), 200)}), so the state they describe "
-            "cannot be trusted. Restore the run directory from a copy, or delete it to render again."
-        ) from error
-
-
 @dataclass(frozen=True)
 class _Lines:
     """Whole lines from the start of a journal, their bytes, what the next one's CRC goes on from, and the bad one."""
 
-    records: list[Record]
+    records: list[Mapping[str, Any]]
     good_bytes: int
     crc: int
     damaged_line: int | None
@@ -298,7 +179,7 @@ _SECTOR_BYTES = 512
 _CRC = slice(len('{"crc": "'), len('{"crc": "89abcdef'))
 
 
-def _line_of(record: Record, previous_crc: int) -> bytes:
+def _line_of(record: Mapping[str, Any], previous_crc: int) -> bytes:
     text = json.dumps(record, allow_nan=False)
     return f'{{"crc": "{checksum(text.encode(), previous_crc):08x}", "record": {text}}}\n'.encode()
 
@@ -307,10 +188,10 @@ def _crc_of(line: bytes) -> int:
     return int(line[_CRC], 16)
 
 
-def _record_of(line: bytes, previous_crc: int) -> Record | None:
+def _record_of(line: bytes, previous_crc: int) -> Mapping[str, Any] | None:
     """The record of a whole line, or None. Whole is what was written, byte for byte: JSON overlooks a changed space."""
     try:
-        record: Record = parse_json(line)["record"]
+        record: Mapping[str, Any] = parse_json(line)["record"]
         return record if _line_of(record, previous_crc) == line else None
     except (ValueError, KeyError, TypeError):
         return None
@@ -327,74 +208,3 @@ def _is_torn(line: bytes, offset: int, previous_crc: int) -> bool:
     if any(sector and not sector.strip(b"\0") for sector in sectors):
         return True
     return not line.endswith(b"\n") and _record_of(line[:-1] + b"\n", previous_crc) is None
-
-
-class RunLock:
-    """Keeps a second run out of a run directory.
-
-    Released by the system however the process ends, once its worker processes, which inherit `descriptor`, have ended
-    too: a file is closed after the last call that writes, so that nothing writes into a directory that can be locked.
-    `named`: others have to be told who works here, which takes room on the disk; else they are if there is some.
-    """
-
-    descriptor: int
-
-    def __init__(self, work_dir: Path, named: bool = True):
-        self._named = named
-        self._owner = work_dir / "lock.owner"
-        self._path = work_dir / "lock"
-
-    def __enter__(self) -> RunLock:
-        with storage(self._path):
-            self.descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            self._acquire()
-        except BaseException:
-            os.close(self.descriptor)
-            raise
-        process = psutil.Process()
-        owner_text = json.dumps({"pid": process.pid, "started": process.create_time()})
-        try:
-            with storage(self._owner):
-                self._owner.write_text(owner_text, encoding="utf-8")
-        except OSError as error:
-            if self._named or not isinstance(error, SpaceError):
-                self.__exit__()
-                raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # it names a process that has ended, which `running_owner` sees
-            self._owner.unlink(missing_ok=True)
-        os.close(self.descriptor)
-
-    def _acquire(self) -> None:
-        """Lock, once what a killed run left has ended. Raises LockedError if a run works here, or that takes long."""
-        deadline = time.monotonic() + _LEFT_BEHIND_S
-        while True:
-            try:
-                with storage(self._path):
-                    fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError as error:
-                owner = running_owner(self._path.parent)
-                if owner is None and time.monotonic() < deadline:
-                    time.sleep(0.05)
-                    continue
-                who = f"another run is working here (process {owner})"
-                left = "the worker processes of a run that was killed have not ended yet"
-                raise LockedError(
-                    f"{self._path.parent}: {left if owner is None else who}. Two runs would destroy each other's "
-                    "state: wait for it, stop it, or choose another work_dir."
-                ) from error
-
-
-def running_owner(work_dir: Path) -> int | None:
-    """The process id of the run that is working in `work_dir`, or None. Never disturbs it."""
-    try:
-        owner = parse_json(read_regular(work_dir / "lock.owner", MAX_OWNER_BYTES))
-        process = psutil.Process(owner["pid"])
-        alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner["started"]) < 1
-        return int(owner["pid"]) if alive else None
-    except (OSError, ValueError, LookupError, TypeError, OverflowError, psutil.Error):
-        return None

@@ -12,25 +12,21 @@ from pipeline._yaml import shown
 from pipeline.checksums import checksum
 from pipeline.durable import sync_folder
 from pipeline.errors import DamagedStateError, storage
-from pipeline.journal import Record
 from pipeline.pictures import PixelKind
 from pipeline.places import read_regular
-from pipeline.records import MAX_MANIFEST_BYTES, check_manifest, parse_json
-
-FORMAT = 2
-MANIFEST_KEYS = {"format", "created", "config", "stages", "threads", "result_fields", "inputs"}
+from pipeline.records import FORMAT, MAX_MANIFEST_BYTES, Begun, Manifest, Record, parse_json, parse_manifest
 
 
 class OtherFormatError(DamagedStateError):
     """A whole manifest, but of a version of pipeline that keeps its runs otherwise."""
 
 
-def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the manifest aside, sync it, and give it its name. Raises StorageError."""
     aside = path.with_name(path.name + ".partial")
     with storage(path):
         with aside.open("wb") as file:
-            file.write(_manifest_text(manifest))
+            file.write(_manifest_text(manifest.model_dump(mode="json")))
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -42,45 +38,41 @@ def _manifest_text(manifest: Mapping[str, Any]) -> bytes:
     return json.dumps({**manifest, "crc": f"{crc:08x}"}, indent=2).encode()
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> Manifest:
     """The manifest. Raises DamagedStateError if it is unreadable or was changed, OtherFormatError."""
     try:
         with storage(path):
             data = read_regular(path, MAX_MANIFEST_BYTES) if path.exists() else b""
-        manifest: dict[str, Any] = parse_json(data)
-        found = manifest["format"]
-        if found == FORMAT and (missing := MANIFEST_KEYS - manifest.keys()):
-            raise KeyError(f"without {', '.join(sorted(missing))}")
+        found: dict[str, Any] = parse_json(data)
+        written_in = found["format"]
         # before the format is believed: that number may be what was changed
-        if (manifest.pop("crc", None) is not None or found == FORMAT) and _manifest_text(manifest) != data:
+        if (found.pop("crc", None) is not None or written_in == FORMAT) and _manifest_text(found) != data:
             raise ValueError("it was changed after it was written")
-        if found == FORMAT:
-            check_manifest(manifest)
+        if written_in == FORMAT:
+            return parse_manifest(found)
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedStateError(
             f"{path}: cannot be read as a run's manifest ({shown(str(error), 200)}). `pipeline verify --repair` can "
             "restore it from the journal."
         ) from error
-    if found != FORMAT:
-        raise OtherFormatError(
-            f"{path}: written in format {shown(str(found))}, but this version of pipeline reads format {FORMAT}. "
-            "Finish the run with the version that began it, or delete the run directory."
-        )
-    return manifest
+    raise OtherFormatError(
+        f"{path}: written in format {shown(str(written_in))}, but this version of pipeline reads format {FORMAT}. "
+        "Finish the run with the version that began it, or delete the run directory."
+    )
 
 
-def content_kind(manifest: Mapping[str, Any]) -> PixelKind:
-    """What the pixels of the run's content are; a run from before that was kept has 8 bits and no alpha."""
-    return PixelKind(**manifest.get("content", {}))
+def content_kind(manifest: Manifest) -> PixelKind:
+    """What the pixels of the run's content are."""
+    return PixelKind(manifest.content.bits, manifest.content.alpha)
 
 
-def begun_manifest(records: Iterable[Record]) -> dict[str, Any] | None:
+def begun_manifest(records: Iterable[Record]) -> Manifest | None:
     """The copy of the manifest that a journal's records hold, if they hold one."""
-    copies: list[dict[str, Any]] = [record["manifest"] for record in records if record.get("type") == "begun"]
+    copies = [record.manifest for record in records if isinstance(record, Begun)]
     return copies[-1] if copies else None
 
 
-def trusted_manifest(path: Path, records: Iterable[Record]) -> dict[str, Any]:
+def trusted_manifest(path: Path, records: Iterable[Record]) -> Manifest:
     """The manifest, which the journal must agree with. Raises DamagedStateError if it cannot be trusted."""
     manifest = read_manifest(path)
     if manifest != begun_manifest(records):

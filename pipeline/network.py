@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -223,25 +223,87 @@ def _input_convolution(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.diag(1 / (255 * std))[:, :, None, None], -mean / std
 
 
-_cache: dict[NetworkSpec, Network] = {}
-_cache_lock = threading.Lock()
+@dataclass(frozen=True)
+class _TorchSettings:
+    """What is torch's for the whole process, and set by `get_network`."""
+
+    threads: int
+    cudnn_tf32: bool
+    matmul_tf32: bool
+    deterministic: bool
+
+    @classmethod
+    def now(cls) -> _TorchSettings:
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        return cls(torch.get_num_threads(), cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic)
+
+    def set(self) -> None:
+        torch.set_num_threads(self.threads)
+        torch.backends.cudnn.allow_tf32 = self.cudnn_tf32
+        torch.backends.cuda.matmul.allow_tf32 = self.matmul_tf32
+        torch.backends.cudnn.deterministic = self.deterministic
+
+
+@dataclass
+class _Process:
+    """The network of this process: one at a time, as the plan counts it. `before`: torch's settings until then."""
+
+    spec: NetworkSpec | None = None
+    network: Network | None = None
+    before: _TorchSettings | None = None
+    bounded_devices: set[str] = field(default_factory=set)
+
+
+_process = _Process()
+_lock = threading.Lock()
 
 
 def get_network(spec: NetworkSpec) -> Network:
-    """The network of `spec`, built once per process.
+    """The network of `spec`, kept until another is asked for, or `release`.
 
     Raises InputError for unusable weights, ConfigError for a dtype that the device has not.
     """
+    with _lock:
+        _process.before = _process.before or _TorchSettings.now()
+        _bound_memory(spec)
+        if spec != _process.spec or _process.network is None:
+            _process.spec = _process.network = None  # freed before the next one takes its place
+            state = random_state(spec.source) if spec.source.path is None else load_state(spec.source.path)
+            _process.network = Network(
+                state, padding=spec.padding, pooling=spec.pooling, dtype=_DTYPES[spec.dtype], device=spec.device
+            )
+            _process.spec = spec
+        network = _process.network
     if spec.threads:
         torch.set_num_threads(spec.threads)  # for this thread and those that follow, so on every call
     _set_precision(spec)  # the process's, so on every call: it may have been another network's turn
-    with _cache_lock:
-        if spec not in _cache:
-            state = random_state(spec.source) if spec.source.path is None else load_state(spec.source.path)
-            _cache[spec] = Network(
-                state, padding=spec.padding, pooling=spec.pooling, dtype=_DTYPES[spec.dtype], device=spec.device
-            )
-        return _cache[spec]
+    return network
+
+
+def release() -> None:
+    """Free the network, and put back what `get_network` has set; to be called when nothing computes any more."""
+    with _lock:
+        _process.spec = _process.network = None
+        for device in _process.bounded_devices:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        _process.bounded_devices.clear()
+        if _process.before is not None:
+            _process.before.set()
+            _process.before = None
+
+
+def _bound_memory(spec: NetworkSpec) -> None:
+    """Let this process take of a GPU what was planned for it, and little more.
+
+    Without a bound cuDNN tries kernels whose workspace is all that the device has (132 GiB for a tile of 1,024 px in
+    float32): slow ones, and whether they are to be had, and with them the last bits, would change from run to run.
+    """
+    if not (spec.on_gpu and spec.gpu_bytes):
+        return
+    total = torch.cuda.get_device_properties(spec.device).total_memory
+    allowed = max(spec.gpu_bytes * 5 // 4, spec.gpu_bytes + 2 * 2**30)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), spec.device)
+    _process.bounded_devices.add(spec.device)
 
 
 def _set_precision(spec: NetworkSpec) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from pipeline.arrays import ALPHA, METADATA, result_name
 from pipeline.config import Config, input_files, result_fields
 from pipeline.device import default_threads
 from pipeline.errors import ConfigError, DamagedStateError
-from pipeline.journal import Journal, Position, Record, standing
-from pipeline.manifest import FORMAT, begun_manifest, read_manifest, trusted_manifest, write_manifest
+from pipeline.journal import Journal, standing
+from pipeline.manifest import begun_manifest, read_manifest, trusted_manifest, write_manifest
 from pipeline.pictures import RGB8
-from pipeline.places import store_path
+from pipeline.places import journal_path, manifest_path, store_path
 from pipeline.plan import Plan
+from pipeline.position import Position
+from pipeline.records import FORMAT, Begun, ContentKind, KeptConfig, Manifest, Record, StageSizes
 from pipeline.survey import check_space
 from pipeline.weights import WeightsSource, sha256_of
 
@@ -49,16 +51,6 @@ def _checked(work_dir: Path, position: Position, stage: int, name: str) -> store
     return store.open_array(folder, name, checksums[name])
 
 
-def journal_path(work_dir: Path) -> Path:
-    """The journal of a run."""
-    return work_dir / "journal.jsonl"
-
-
-def manifest_path(work_dir: Path) -> Path:
-    """The manifest of a run."""
-    return work_dir / "manifest.json"
-
-
 def open_run(config: Config, planned: Plan, weights: WeightsSource, check: Callable[[], None]) -> Journal:
     """The journal of the run directory; begins a run there, or checks that it is the run of this config.
 
@@ -70,7 +62,9 @@ def open_run(config: Config, planned: Plan, weights: WeightsSource, check: Calla
     wanted = identity(config, weights, check)
     records, position = standing(journal)
     if position.slots:
-        refuse_changes(config, trusted_manifest(path, records), wanted)
+        manifest = trusted_manifest(path, records)
+        refuse_changes(config, manifest, wanted)
+        refuse_other_stages(config, manifest, planned)
         journal.repair_tail()
         return journal
     if lost_its_stages(config.work_dir, records):
@@ -82,31 +76,47 @@ def open_run(config: Config, planned: Plan, weights: WeightsSource, check: Calla
     # Nothing is prepared yet, so a config or an image that was corrected after an error is no change. The manifest
     # comes before the store: a folder that holds anything without one is taken for somebody else's.
     journal.repair_tail()
-    stages = [
-        {"size": stage.size, "style_sizes": stage.style_sizes, "max_iterations": stage.max_iterations}
-        for stage in planned.stages
-    ]
-    compute = config.compute
-    manifest = {
-        "format": FORMAT,
-        "created": now(),
-        "config": config.model_dump(mode="json"),
-        "stages": stages,
-        "content": asdict(planned.stages[-1].content or RGB8),
-        "threads": default_threads(compute.workers) if compute.threads == "auto" else compute.threads,
-        **wanted,
-    }
+    manifest = _new_manifest(config, planned, wanted)
     if not (_same_manifest(begun_manifest(records), manifest) and _same_manifest(_manifest_at(path), manifest)):
         write_manifest(path, manifest)
-        journal.append({"type": "begun", "manifest": manifest})
+        journal.append(Begun(manifest=manifest, time=now()))
     zarr_files.create_store(store_path(config.work_dir))
     return journal
 
 
-def identity(config: Config, weights: WeightsSource, check: Callable[[], None]) -> dict[str, dict[str, Any]]:
-    """All that decides the picture, as a manifest keeps it. `check` is called while files are read, and may raise."""
+def _new_manifest(config: Config, planned: Plan, wanted: Identity) -> Manifest:
+    compute = config.compute
+    return Manifest(
+        format=FORMAT,
+        created=now(),
+        config=KeptConfig.model_validate(config.model_dump(mode="json")),
+        stages=_stage_sizes(planned),
+        content=ContentKind(**asdict(planned.stages[-1].content or RGB8)),
+        threads=default_threads(compute.workers) if compute.threads == "auto" else compute.threads,
+        result_fields=wanted.result_fields,
+        inputs=wanted.inputs,
+    )
+
+
+def _stage_sizes(planned: Plan) -> list[StageSizes]:
+    return [
+        StageSizes(size=stage.size, style_sizes=list(stage.style_sizes), max_iterations=stage.max_iterations)
+        for stage in planned.stages
+    ]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that decides a picture: values by config key, and the SHA-256 of every file that is read."""
+
+    result_fields: dict[str, Any]
+    inputs: dict[str, str]
+
+
+def identity(config: Config, weights: WeightsSource, check: Callable[[], None]) -> Identity:
+    """That of a run of `config`. `check` is called while files are read, and may raise."""
     inputs = {dotted(key): sha256_of(path, check) for key, path in input_files(config)}
-    return {"result_fields": result_fields(config), "inputs": inputs | {"network.weights": weights.sha256}}
+    return Identity(result_fields(config), inputs | {"network.weights": weights.sha256})
 
 
 def lost_its_stages(work_dir: Path, records: Sequence[Record]) -> bool:
@@ -115,33 +125,58 @@ def lost_its_stages(work_dir: Path, records: Sequence[Record]) -> bool:
     return stage_path(work_dir, 1).exists() or (not begun and store_path(work_dir).exists())
 
 
-def _manifest_at(path: Path) -> dict[str, Any] | None:
+def _manifest_at(path: Path) -> Manifest | None:
     try:
         return read_manifest(path)
     except DamagedStateError:
         return None
 
 
-def _same_manifest(found: Mapping[str, Any] | None, manifest: Mapping[str, Any]) -> bool:
+def _same_manifest(found: Manifest | None, manifest: Manifest) -> bool:
     """Whether they are the same, but for the time."""
-    return found is not None and found == {**json.loads(json.dumps(manifest)), "created": found["created"]}
+    return found is not None and found == manifest.model_copy(update={"created": found.created})
 
 
-def refuse_changes(config: Config, manifest: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]) -> None:
+def refuse_changes(config: Config, manifest: Manifest, wanted: Identity) -> None:
     """Raise ConfigError with every field of `wanted` that differs from the manifest."""
     changes: list[str] = []
-    for section, what in (("result_fields", "value"), ("inputs", "content of the file")):
-        old, new = manifest[section], wanted[section]
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                was = f" was {old.get(key)}, is {new.get(key)}" if what == "value" else f" the {what} has changed"
-                changes.append(f"  {key}:{was}")
+    for key, was, now_is in _differences(manifest.result_fields, wanted.result_fields):
+        changes.append(f"  {key}: was {was}, is {now_is}")
+    for key, _was, _is in _differences(manifest.inputs, wanted.inputs):
+        changes.append(f"  {key}: the content of the file has changed")
     if changes:
         raise ConfigError(
             f"{config.work_dir} holds a run of another config, and going on would mix two pictures. Changed:\n"
             + "\n".join(changes)
             + "\nPut these back, or give the new config its own work_dir, or delete the old one."
         )
+
+
+def _differences(old: Mapping[str, object], new: Mapping[str, object]) -> Iterator[tuple[str, object, object]]:
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            yield key, old.get(key), new.get(key)
+
+
+def refuse_other_stages(config: Config, manifest: Manifest, planned: Plan) -> None:
+    """Raise ConfigError if the plan's stages are not those of the run, whose arrays have the sizes of the manifest."""
+    old, new = ([(one.size, one.style_sizes) for one in stages] for stages in (manifest.stages, _stage_sizes(planned)))
+    if old == new:
+        return
+    pairs = enumerate(itertools.zip_longest(old, new))
+    number = next(index for index, (one, other) in pairs if one != other)
+    was, now_is = (_told_stage(stages[number]) if number < len(stages) else "not there" for stages in (old, new))
+    raise ConfigError(
+        f"{config.work_dir}: stage {number} of this run is {was}, but this version of pipeline plans it as {now_is}: "
+        "the arrays on disk would not fit. Finish the run with the version that began it, or give this config another "
+        "work_dir."
+    )
+
+
+def _told_stage(stage: tuple[tuple[int, int], list[tuple[int, int]]]) -> str:
+    (height, width), styles = stage
+    beside = ", ".join(f"{style_width}×{style_height}" for style_height, style_width in styles)
+    return f"{width}×{height} px" + (f" with styles of {beside} px" if beside else "")
 
 
 def now() -> str:

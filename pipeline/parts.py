@@ -109,9 +109,11 @@ def _cut_bands(
             yield part.copy()  # the band is not kept for it
 
 
-def cut_canvas(canvas: Part, rect: Rect, output: Path, check: Callable[[], None]) -> None:
+def cut_canvas(
+    canvas: Part, rect: Rect, output: Path, check: Callable[[], None], on_whole: Callable[[Path], None]
+) -> None:
     """Write the rectangle `rect` of the picture that `canvas` keeps a part of, 8 bits a channel, as `output`."""
-    write_rows(_canvas_bands(canvas, rect), output, (rect.height, rect.width), check)
+    write_rows(_canvas_bands(canvas, rect), output, (rect.height, rect.width), check, on_whole=on_whole)
 
 
 def _canvas_bands(canvas: Part, rect: Rect) -> Iterator[NDArray[Any]]:
@@ -127,6 +129,7 @@ def write_rows(
     size: Size,
     check: Callable[[], None],
     on_progress: Callable[[float], None] | None = None,
+    on_whole: Callable[[Path], None] = lambda partial: None,
 ) -> None:
     """Write bands of rows, one below the other, whatever their heights, as a picture of `size`."""
     rest: list[NDArray[Any]] = []
@@ -138,7 +141,9 @@ def write_rows(
         rest[:] = [found[y1 - y0 :]]
         return found[: y1 - y0]
 
-    image_export.write_image(output, size[1], size[0], read_rows, check=check, on_progress=on_progress)
+    image_export.write_image(
+        output, size[1], size[0], read_rows, check=check, on_progress=on_progress, on_whole=on_whole
+    )
 
 
 def tiles_of(rect: Rect, tile_px: int) -> list[Rect]:

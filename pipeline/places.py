@@ -22,6 +22,16 @@ def store_path(work_dir: Path) -> Path:
     return work_dir / STORE
 
 
+def journal_path(work_dir: Path) -> Path:
+    """The journal of a run."""
+    return work_dir / "journal.jsonl"
+
+
+def manifest_path(work_dir: Path) -> Path:
+    """The manifest of a run."""
+    return work_dir / "manifest.json"
+
+
 def refuse_links(work_dir: Path) -> None:
     """Raise DamagedStateError if anything in a run directory is a link, or is neither a file nor a folder."""
     refuse_links_at_top(work_dir)

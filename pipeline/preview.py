@@ -28,6 +28,7 @@ from pipeline.image_export import check_output
 from pipeline.image_header import read_header
 from pipeline.plan import Plan, fit
 from pipeline.preview_folder import claimed, folder_of
+from pipeline.process import process_settings
 from pipeline.progress import Event, IterationDone, Note, PictureDone, Sink, StageStarted, WorkDone, ignore
 from pipeline.run import run
 from pipeline.sections import ExportConfig, StyleConfig
@@ -81,6 +82,7 @@ class Preview:
         return {"sheet": str(self.sheet), "shown_px": self.size_px, "pictures": pictures}
 
 
+@process_settings()
 def preview(
     path: str | Path,
     *,
@@ -109,10 +111,10 @@ def preview(
     contact_sheet = grid.sheet()
     height, width = contact_sheet.size
     check_output(sheet, width, height, 8, "deflate")
-    with claimed(first, sheet, force):
+    with claimed(first, sheet, force) as claim:
         grid.render(sink, stop)
         contact_sheet.write(
-            sheet, check, lambda share: sink(WorkDone(0, "contact sheet", math.floor(share * 100), 100))
+            sheet, check, lambda share: sink(WorkDone(0, "contact sheet", math.floor(share * 100), 100)), claim.record
         )
     return Preview(sheet, grid.rendered(), grid.across, size_px)
 

@@ -2,7 +2,7 @@
 
 out/harbour.png                    the config's output
 out/harbour.preview.png            a contact sheet
-out/harbour.preview/journal.jsonl  which pictures were made here, and may be replaced
+out/harbour.preview/journal.jsonl  what was written here, and may be replaced
 out/harbour.preview/…              what they are made of
 """
 
@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline._yaml import dotted
 from pipeline.config import Config, input_files, same_file
 from pipeline.errors import ConfigError, storage
-from pipeline.journal import Journal, RunLock, standing
-from pipeline.opening import journal_path, manifest_path, now
-from pipeline.places import real, refuse_own_state, taken
-from pipeline.survey import make_work_dir
+from pipeline.journal import Journal, standing
+from pipeline.opening import now
+from pipeline.places import journal_path, manifest_path, real, refuse_own_state, taken
+from pipeline.records import Exporting
+from pipeline.run_folder import locked_folder
+from pipeline.written_picture import refuse_foreign, written_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
@@ -28,9 +31,23 @@ def folder_of(config: Config) -> Path:
     return config.output.with_name(f"{config.output.stem}.preview")
 
 
+@dataclass(frozen=True)
+class Claim:
+    """The right to make `picture` in `folder`, while it is locked."""
+
+    folder: Path
+    picture: Path
+    journal: Journal
+
+    def record(self, whole: Path) -> None:
+        """Remember what is about to get the picture's name: the next preview may replace that, and nothing else."""
+        made = written_picture(whole)
+        self.journal.append(Exporting(output=str(self.picture), picture=made, time=now()))
+
+
 @contextmanager
-def claimed(config: Config, picture: Path, force: bool) -> Iterator[Path]:
-    """The folder of the config's previews, locked, for one that will make `picture`.
+def claimed(config: Config, picture: Path, force: bool) -> Iterator[Claim]:
+    """The folder of the config's previews, locked, for one that will make `picture`; none is left by a refused one.
 
     `force`: replace a picture that no preview of this config made. Raises ConfigError if the picture would replace
     anything else, or the folder is not one of previews; LockedError if another preview works there.
@@ -39,18 +56,13 @@ def claimed(config: Config, picture: Path, force: bool) -> Iterator[Path]:
     _refuse_place(config, folder, picture)
     with storage(folder):
         _refuse_foreign(folder)
-        make_work_dir(folder)
-        with RunLock(folder):
+        with locked_folder(folder):
             journal = Journal(journal_path(folder))
             journal.repair_tail()
-            if str(picture) not in standing(journal)[1].claimed:
-                if taken(picture) and not force:
-                    raise ConfigError(
-                        f"{picture}: exists, and no preview of this config made it; it would be lost. "
-                        "Move it away, choose another name with -o, or give --force."
-                    )
-                journal.append({"type": "exporting", "output": str(picture), "time": now()})
-            yield folder
+            journal.path.touch()  # by this the next preview knows the folder
+            if not force:
+                refuse_foreign(picture, standing(journal)[1].pictures, "no preview of this config made it")
+            yield Claim(folder, picture, journal)
 
 
 def _refuse_place(config: Config, folder: Path, picture: Path) -> None:

@@ -16,19 +16,21 @@ from pathlib import Path
 from pipeline import integrity, store
 from pipeline.arrays import ALPHA, CONTENT, METADATA, is_averaged, slot_names
 from pipeline.checksums import checksum, unpacked
+from pipeline.computing import make_stage, tools_for
 from pipeline.damage import FOREIGN, Held, Problem, group_checksums
 from pipeline.device import resolve_device
 from pipeline.engine import Engine
 from pipeline.errors import PipelineError
 from pipeline.inspection import Findings
-from pipeline.journal import Journal, Position, Record, position_of
+from pipeline.journal import Journal
 from pipeline.manifest import begun_manifest, content_kind, write_manifest
 from pipeline.model import model_of
-from pipeline.opening import journal_path, manifest_path, newest_canvas, now, stage_path
-from pipeline.places import SECOND_NAME, store_path, taken
+from pipeline.opening import newest_canvas, now, refuse_other_stages, stage_path
+from pipeline.places import SECOND_NAME, journal_path, manifest_path, store_path, taken
 from pipeline.plan import arrays_of
+from pipeline.position import Position, position_of
 from pipeline.progress import Sink
-from pipeline.run import Tools, make_stage
+from pipeline.records import Begun, CanvasLost, Iteration, Record, RolledBack, StagePrepared
 from pipeline.store import ChunkError
 from pipeline.survey import plan_on
 from pipeline.weights import find_weights, widths_for_plan
@@ -126,13 +128,13 @@ class Repair:
     def _way_back(self, found: Findings, begin_again: bool) -> _Back | None:
         """The newest position before this one that the store still holds whole."""
         stage, records = found.position.stage, found.journal.records
-        iteration = _last(records, "iteration", stage)
+        iteration = _last(records, Iteration, stage)
         if iteration is not None and not begin_again:
             position = position_of(records[:iteration])
             if self._is_whole(found.work_dir, position):
                 return _Back(iteration, position, None)
         for index in range(stage, -1, -1) if found.inputs_whole else ():
-            prepared = _last(records, "stage_prepared", index)
+            prepared = _last(records, StagePrepared, index)
             assert prepared is not None, index
             position = position_of(records[:prepared])
             if index == 0 or self._is_whole(found.work_dir, position):
@@ -140,14 +142,14 @@ class Repair:
         return None
 
     def _back_step(self, found: Findings, back: _Back) -> Step:
-        lost = sum(record["type"] == "iteration" for record in found.journal.records[back.index :])
+        lost = sum(isinstance(record, Iteration) for record in found.journal.records[back.index :])
         if back.stage is None:
             where = f"stage {back.position.stage} goes on from iteration {back.position.iteration}"
         else:
             where = f"stage {back.stage} begins again"
 
         def take() -> None:
-            _append(found, {"type": "rolled_back", "records": back.index})
+            _append(found, RolledBack(records=back.index))
             if back.stage is not None:
                 self.hopeless.clear()  # everything is made anew
                 for index in range(back.stage, found.position.stage + 1):
@@ -186,12 +188,15 @@ class Repair:
         device = resolve_device(config.compute.device)
         weights = find_weights(config.network.name, config.network.weights, config.seed)
         planned = plan_on(config, device)
-        prepared = _last(records, "stage_prepared", index)
+        assert found.manifest is not None
+        refuse_other_stages(config, found.manifest, planned)
+        prepared = _last(records, StagePrepared, index)
         assert prepared is not None
-        # other tiles would round otherwise
-        stage = make_stage(
-            config, planned.stages[index], Tools(device, weights, self.engine, self.sink), records[prepared]["tile_px"]
-        )
+        record = records[prepared]
+        assert isinstance(record, StagePrepared)
+        tools = tools_for(config, planned, device, weights, self.engine, self.sink)
+        tile_px = record.tile_px or planned.tile_px  # other tiles would round otherwise
+        stage = make_stage(config, planned.stages[index], tools, tile_px)
         sums = found.position.checksums[index]
         made = remake(stage, names, None if CONTENT in names else sums.get(CONTENT))
         for name in names:
@@ -216,7 +221,7 @@ def _metadata_files(found: Findings, problem: Problem) -> Iterator[bytes]:
         return
     config = found.config
     try:
-        height, width = found.manifest["stages"][problem.stage]["size"]
+        height, width = found.manifest.stages[problem.stage].size
         config = config.for_stage(max(height, width))
         model = model_of(config, widths_for_plan(config.network.name, config.network.weights))
     except PipelineError:  # the weights are damaged too: they are a problem of their own
@@ -265,7 +270,7 @@ def _record_steps(found: Findings) -> Iterator[Step]:
         if top.exists():
             yield Step(f"move {top} to {aside}: the run begins again from nothing", lambda: top.rename(aside))
         if begun_manifest(found.journal.records) is None:
-            yield Step(f"begin {path} anew", lambda: _append(found, {"type": "begun", "manifest": manifest}))
+            yield Step(f"begin {path} anew", lambda: _append(found, Begun(manifest=manifest)))
     if manifest_path(found.work_dir) in paths and manifest is not None:
         text = f"restore {manifest_path(found.work_dir)} from the journal"
         yield Step(text, lambda: write_manifest(manifest_path(found.work_dir), manifest))
@@ -297,18 +302,18 @@ def _lost_step(found: Findings, stage: int) -> Step:
     text = (
         f"give up the canvas of stage {stage}: the run does not need it, but `pipeline export --stage` has it no more"
     )
-    return Step(text, lambda: _append(found, {"type": "canvas_lost", "stage": stage}))
+    return Step(text, lambda: _append(found, CanvasLost(stage=stage)))
 
 
 def _append(found: Findings, record: Record) -> None:
     journal = Journal(journal_path(found.work_dir))
     journal.repair_tail()
-    journal.append({**record, "time": now()})
+    journal.append(record.model_copy(update={"time": now()}))
 
 
-def _last(records: Sequence[Record], kind: str, stage: int) -> int | None:
-    """The index of the last record of this type and stage."""
-    found = [index for index, record in enumerate(records) if (record["type"], record.get("stage")) == (kind, stage)]
+def _last(records: Sequence[Record], kind: type[Iteration | StagePrepared], stage: int) -> int | None:
+    """The index of the last record of this kind and stage."""
+    found = [index for index, record in enumerate(records) if isinstance(record, kind) and record.stage == stage]
     return found[-1] if found else None
 
 

@@ -12,65 +12,68 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import integrity, store, transfer
-from pipeline.allocator import return_freed_memory, trim_heap
+from pipeline import integrity, records, store, transfer, zarr_files
+from pipeline.allocator import trim_heap
 from pipeline.arrays import kept_files
+from pipeline.computing import Tools, iteration_record, make_stage, prepared_record, tools_for
 from pipeline.config import Config
 from pipeline.cost import WORKERS, update_threads
-from pipeline.device import Device, bounded, resolve_device
+from pipeline.device import Device, resolve_device
 from pipeline.engine import Engine
-from pipeline.errors import ConfigError, DeviceMemoryError, storage
-from pipeline.journal import Journal, Position, Record, RunLock, standing
+from pipeline.errors import DeviceMemoryError, stop_check, storage
+from pipeline.journal import Journal, standing
 from pipeline.layers import ceil_to
-from pipeline.manifest import read_manifest
-from pipeline.model import model_of
-from pipeline.opening import content_alpha, manifest_path, newest_canvas, now, open_run, stage_path
-from pipeline.places import refuse_links, store_path, taken
+from pipeline.lock import RunLock
+from pipeline.opening import content_alpha, newest_canvas, now, open_run, stage_path
+from pipeline.places import journal_path, manifest_path, refuse_links, store_path, taken
 from pipeline.plan import Plan, StagePlan
+from pipeline.position import Position
+from pipeline.process import process_settings
 from pipeline.progress import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
+from pipeline.run_folder import locked_folder
 from pipeline.sections import OptimizerConfig
-from pipeline.survey import check_space, make_work_dir, plan_on
-from pipeline.weights import NetworkSpec, WeightsSource, find_weights
+from pipeline.survey import check_space, plan_on
+from pipeline.weights import find_weights
+from pipeline.written_picture import is_as_written, refuse_foreign, written_picture
 
 if TYPE_CHECKING:
     from pipeline.iteration import IterationResult
-    from pipeline.stage import Stage
+
+_FOREIGN = "this run did not make it"
 
 
+@process_settings()
 def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threading.Event | None = None) -> Path:
     """Render the picture of `config`, or go on where an earlier run of the same config stopped; gives its path.
 
     `force`: overwrite an output that this run did not make. `stop`: set it from anywhere to stop between two tasks.
     Raises the errors of errors.py; after Stopped, or any crash, the same call goes on.
     """
-    started = time.monotonic()
-    return_freed_memory()
+    started, check = time.monotonic(), stop_check(stop)
     with storage(config.work_dir), ExitStack() as held:
         begun = config.work_dir.exists()
         if begun:  # before all that takes long: a second run is told at once
-            lock = held.enter_context(_locked(config.work_dir))
+            lock = held.enter_context(locked_folder(config.work_dir))
         device = resolve_device(config.compute.device)
         planned = plan_on(config, device)
+        weights = find_weights(config.network.name, config.network.weights, config.seed, sink, check)
+        begun_before = taken(manifest_path(config.work_dir)) or taken(journal_path(config.work_dir))
+        if not (force or begun_before):
+            refuse_foreign(config.output, {}, _FOREIGN)
         if not begun:  # after all that may be refused: then nothing was made
-            lock = held.enter_context(_locked(config.work_dir))
+            lock = held.enter_context(locked_folder(config.work_dir))
         # inside the lock: its tasks have ended before another run may begin
-        held.enter_context(bounded(device, planned.device_bytes))
         engine = held.enter_context(_engine(config, device, lock, sink, stop))
         refuse_links(config.work_dir)
-        check = engine.raise_if_stopped
-        weights = find_weights(config.network.name, config.network.weights, config.seed, sink, check)
         journal = open_run(config, planned, weights, check)
-        rendering = _Rendering(config, planned, device, weights, engine, sink, journal)
-        rendering.refuse_foreign_output(force)
+        tools = tools_for(config, planned, device, weights, engine, sink)
+        rendering = _Rendering(config, planned, tools, journal)
+        if not force:
+            refuse_foreign(config.output, rendering.position.pictures, _FOREIGN, check)
         rendering.render()
         rendering.export()
     sink(RunDone(str(config.output), time.monotonic() - started))
     return config.output
-
-
-def _locked(work_dir: Path) -> RunLock:
-    make_work_dir(work_dir)
-    return RunLock(work_dir)
 
 
 def _engine(config: Config, device: Device, lock: RunLock, sink: Sink, stop: threading.Event | None) -> Engine:
@@ -82,57 +85,13 @@ def _engine(config: Config, device: Device, lock: RunLock, sink: Sink, stop: thr
     return ProcessEngine(config.compute.workers, WORKERS, stop, lock.descriptor, lambda message: sink(Note(message)))
 
 
-@dataclass(frozen=True)
-class Tools:
-    """What computes a stage, whichever it is."""
-
-    device: Device
-    weights: WeightsSource
-    engine: Engine
-    sink: Sink
-
-
-def make_stage(config: Config, plan: StagePlan, tools: Tools, tile_px: int) -> Stage:
-    """A stage of the run of `config`, with its own settings, ready to be prepared or iterated in tiles of `tile_px`."""
-    from pipeline.stage import Stage  # noqa: PLC0415 - brings torch, which export and status do without
-
-    config = config.for_stage(max(plan.size))
-    network = NetworkSpec(
-        tools.weights,
-        config.network.padding,
-        config.network.pooling,
-        config.compute.dtype,
-        tools.device.name,
-        _threads(config),
-    )
-    return Stage(
-        config=config,
-        plan=plan,
-        model=model_of(config, tools.weights.widths),
-        network=network,
-        stage_dir=stage_path(config.work_dir, plan.index),
-        engine=tools.engine,
-        sink=tools.sink,
-        tile_px=tile_px,
-    )
-
-
-def _threads(config: Config) -> int:
-    """CPU threads of one tile: those that the run began with, because other numbers of them round otherwise."""
-    asked = config.compute.threads
-    return int(read_manifest(manifest_path(config.work_dir))["threads"]) if asked == "auto" else asked
-
-
 @dataclass
 class _Rendering:
     """One process's share of a run: everything it holds, and the position it has reached."""
 
     config: Config
     plan: Plan
-    device: Device
-    weights: WeightsSource
-    engine: Engine
-    sink: Sink
+    tools: Tools
     journal: Journal
     position: Position = field(init=False)
     _speed: _Speed = field(init=False)
@@ -140,15 +99,7 @@ class _Rendering:
     def __post_init__(self) -> None:
         _, self.position = standing(self.journal)
         self._speed = _Speed()
-
-    def refuse_foreign_output(self, force: bool) -> None:
-        """Raise ConfigError if the output exists and this run did not make it."""
-        output = self.config.output
-        if taken(output) and str(output) not in self.position.claimed and not force:
-            raise ConfigError(
-                f"output {output}: exists, and this run did not make it; it would be lost. "
-                "Move it away, choose another output, or give --force."
-            )
+        self.sink, self.engine = self.tools.sink, self.tools.engine
 
     def render(self) -> None:
         """Every stage that is not done yet."""
@@ -175,8 +126,8 @@ class _Rendering:
             gc.collect()  # the error is gone now, but its frames hold the tile's tensors, and each other
             smaller = max(chunk_px, tile_px // 2 // chunk_px * chunk_px)
             # recorded: the bits depend on the tiles, and a resume must take the same
-            self._commit({"type": "smaller_tile", "tile_px": smaller})
-            told = f"{self.device.name} has no memory for tiles of {tile_px} px"
+            self._commit(records.SmallerTile(tile_px=smaller))
+            told = f"{self.tools.device.name} has no memory for tiles of {tile_px} px"
             self.sink(Note(f"{told}: going on with tiles of {smaller} px, from the last iteration"))
 
     def _render_in_tiles(self, stage_plan: StagePlan, tile_px: int) -> None:
@@ -185,8 +136,7 @@ class _Rendering:
         from pipeline.preparation import prepare  # noqa: PLC0415
 
         index, settings = stage_plan.index, self._settings(stage_plan)
-        tools = Tools(self.device, self.weights, self.engine, self.sink)
-        stage = make_stage(self.config, stage_plan, tools, tile_px)
+        stage = make_stage(self.config, stage_plan, self.tools, tile_px)
         iteration = self.position.iteration if self.position.stage == index else 0
         stages, (height, width) = len(self.plan.stages), stage_plan.size
         prepared = self.position.prepared and self.position.stage == index
@@ -195,8 +145,8 @@ class _Rendering:
         self.sink(StageStarted(index, stages, height, width, len(stage.tiles), iteration, settings.max_iterations))
         if not prepared:
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
-            made = vars(prepare(stage, previous))
-            self._commit({"type": "stage_prepared", "stage": index, "tile_px": stage.tile_px, **made})
+            made = prepare(stage, previous)
+            self._commit(prepared_record(index, stage.tile_px, made))
         elif end_reason(self.position, settings) is None:
             stage.check(self.position.newest_slot, self.position.checksums[index])
         iterations = Iterations(stage, self.position.content_energies, self.position.areas)
@@ -204,13 +154,13 @@ class _Rendering:
             self.engine.raise_if_stopped()
             commit = partial(self._commit_iteration, stage_plan, self.position.iteration)
             iterations.iterate(self.position.iteration, self.position.alpha, self.position.checksums[index], commit)
-        self._commit({"type": "stage_done", "stage": index, "iterations": self.position.iteration, "reason": reason})
+        self._commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
         self._free_arrays(index)
         self.sink(StageDone(index, self.position.iteration, reason))
 
     def _commit_iteration(self, stage_plan: StagePlan, iteration: int, result: IterationResult) -> bool:
         """Gives whether another iteration follows."""
-        self._commit({"type": "iteration", "stage": stage_plan.index, "iteration": iteration, **vars(result)})
+        self._commit(iteration_record(stage_plan.index, iteration, result))
         self._speed.add(stage_plan.flop_per_iteration, sum(result.seconds.values()))
         self.sink(
             IterationDone(
@@ -246,14 +196,12 @@ class _Rendering:
         options = settings.model_dump(mode="json")
         before = self.position.exported.get(str(output))
         # a key that came after that record says nothing of its picture
-        if before and before == {key: options.get(key) for key in before} and output.exists():
+        same = before and before == {key: options.get(key) for key in before}
+        if same and is_as_written(output, self.position.pictures[str(output)][-1], self.engine.raise_if_stopped):
             self.sink(Note(f"{output} is already there"))
             return
         check_space(self.config, self.plan, len(self.plan.stages))
         trim_heap()
-        if str(output) not in self.position.claimed:
-            # Before the picture gets its name: a crash between that and the record would leave one that nobody made.
-            self._commit({"type": "exporting", "output": str(output)})
         last = self.plan.stages[-1].index
         canvas = newest_canvas(self.config.work_dir, self.position, last)
         alpha = content_alpha(self.config.work_dir, self.position, last) if picture.alpha else None
@@ -261,24 +209,29 @@ class _Rendering:
         integrity.require_intact(
             planes, self.engine, lambda done, total: self.sink(WorkDone(last, "check", done, total))
         )
+        check = self.engine.raise_if_stopped
         transfer.export_canvas(
             canvas,
             alpha,
             output,
             settings,
-            self.engine.raise_if_stopped,
+            check,
             lambda done, total: self.sink(WorkDone(last, "export", done, total)),
+            # recorded before it has its name: a crash in between would leave a picture that nobody made
+            lambda whole: self._commit(records.Exporting(output=str(output), picture=written_picture(whole, check))),
         )
-        self._commit({"type": "exported", "output": str(output), "options": options})
+        written = self.position.pictures[str(output)][-1]
+        self._commit(records.Exported(output=str(output), options=options, picture=written))
 
     def _free_arrays(self, stage: int) -> None:
         keep = set(kept_files(self.position.slots[stage], self.position.checksums[stage]))
         store.delete_arrays(stage_path(self.config.work_dir, stage), keep)
 
-    def _commit(self, record: Record) -> None:
-        if "checksums" in record and self.config.store.durability == "power":
-            store.sync(store_path(self.config.work_dir))
-        self.journal.append({**record, "time": now()})
+    def _commit(self, record: records.Record) -> None:
+        has_pixels = isinstance(record, records.StagePrepared | records.Iteration)
+        if has_pixels and self.config.store.durability == "power":
+            zarr_files.sync(store_path(self.config.work_dir))
+        self.journal.append(record.model_copy(update={"time": now()}))
         self.position = self.position.after(record)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,16 @@ from pipeline.cost import WORKERS
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, Stopped
 from pipeline.image_export import check_output
-from pipeline.journal import Journal, Position, Record, position_of, running_owner, standing
+from pipeline.journal import Journal, standing
+from pipeline.lock import running_owner
 from pipeline.manifest import content_kind, read_manifest
 from pipeline.opening import content_alpha, newest_canvas
 from pipeline.pictures import picture_kind
 from pipeline.places import refuse_links, refuse_own_state, taken
+from pipeline.position import Position, position_of
+from pipeline.process import process_settings
 from pipeline.progress import Sink, WorkDone, ignore
+from pipeline.records import Iteration, Manifest, Record, StageDone, StagePrepared, as_json
 from pipeline.sections import ExportConfig
 from pipeline.store import ChunkError, StageArray
 
@@ -31,9 +35,9 @@ def status(work_dir: Path) -> dict[str, Any]:
     """
     manifest = _manifest_of(work_dir)
     records, position = standing(Journal(work_dir / "journal.jsonl"))
-    iterations = [record for record in records if record["type"] == "iteration"]
+    iterations = [record for record in records if isinstance(record, Iteration)]
     owner = running_owner(work_dir)
-    finished = position.stage_done and position.stage == len(manifest["stages"]) - 1
+    finished = position.stage_done and position.stage == len(manifest.stages) - 1
     return {
         "work_dir": str(work_dir),
         "state": "running" if owner else "done" if finished and position.exported else "stopped",
@@ -42,43 +46,48 @@ def status(work_dir: Path) -> dict[str, Any]:
         "stages": [
             {
                 "stage": index,
-                "height_px": stage["size"][0],
-                "width_px": stage["size"][1],
+                "height_px": stage.size[0],
+                "width_px": stage.size[1],
                 "max_iterations": _max_iterations(manifest, index),
                 **_stage_state(index, records),
             }
-            for index, stage in enumerate(manifest["stages"])
+            for index, stage in enumerate(manifest.stages)
         ],
         "iteration": position.iteration,
         "max_iterations": _max_iterations(manifest, position.stage),
         "last": _without_checksums(iterations[-1]) if iterations else None,
-        "seconds": round(sum(sum(record["seconds"].values()) for record in iterations), 3),
-        "output": manifest["config"]["output"],
+        "seconds": _seconds(iterations),
+        "output": manifest.config.output,
         "exported": sorted(position.exported),
     }
 
 
-def _max_iterations(manifest: dict[str, Any], stage: int) -> int:
-    settings = manifest["config"]["optimizer"]
-    return int(manifest["stages"][stage].get("max_iterations", settings["max_iterations"]))
+def _max_iterations(manifest: Manifest, stage: int) -> int:
+    kept = manifest.stages[stage].max_iterations
+    return manifest.config.optimizer.max_iterations if kept is None else kept
 
 
-def _without_checksums(record: Record) -> Record:
-    return {key: value for key, value in record.items() if key != "checksums"}
+def _without_checksums(record: Record) -> dict[str, Any]:
+    return {key: value for key, value in as_json(record).items() if key != "checksums"}
 
 
-def _stage_state(stage: int, records: list[dict[str, Any]]) -> dict[str, Any]:
-    own = [record for record in records if record.get("stage") == stage]
-    done = next((record for record in own if record["type"] == "stage_done"), None)
-    iterations = [record for record in own if record["type"] == "iteration"]
+def _seconds(iterations: Sequence[Iteration]) -> float:
+    return round(sum(sum(record.seconds.values()) for record in iterations), 3)
+
+
+def _stage_state(stage: int, records: Sequence[Record]) -> dict[str, Any]:
+    own = [one for one in records if isinstance(one, StagePrepared | Iteration | StageDone) and one.stage == stage]
+    done = next((record for record in own if isinstance(record, StageDone)), None)
+    iterations = [record for record in own if isinstance(record, Iteration)]
     return {
         "state": "done" if done else "prepared" if own else "waiting",
         "iterations": len(iterations),
-        "reason": done["reason"] if done else None,
-        "seconds": round(sum(sum(record["seconds"].values()) for record in iterations), 3),
+        "reason": done.reason if done else None,
+        "seconds": _seconds(iterations),
     }
 
 
+@process_settings()
 def export(
     work_dir: Path,
     output: Path,
@@ -133,9 +142,9 @@ def export(
     return output
 
 
-def _check_arrays(canvas: StageArray, alpha: StageArray | None, manifest: dict[str, Any]) -> None:
+def _check_arrays(canvas: StageArray, alpha: StageArray | None, manifest: Manifest) -> None:
     """The arrays are a run's: their own metadata may claim any size, of which a chunk is taken at once."""
-    sizes = [(*stage["size"], 3) for stage in manifest["stages"]]
+    sizes = [(*stage.size, 3) for stage in manifest.stages]
     for array, shapes in ((canvas, sizes), (alpha, [(*canvas.shape[:2], 1)])):
         if array is None:
             continue
@@ -166,7 +175,7 @@ def _choose_stage(work_dir: Path, position: Position, stage: int | None) -> int:
     return chosen
 
 
-def _manifest_of(work_dir: Path) -> dict[str, Any]:
+def _manifest_of(work_dir: Path) -> Manifest:
     if not taken(work_dir / "manifest.json"):
         raise ConfigError(f"{work_dir}: there is no run here. Give the work_dir of one, or the config that began it.")
     return read_manifest(work_dir / "manifest.json")

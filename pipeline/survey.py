@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +9,19 @@ from pathlib import Path
 
 from pipeline.config import Config, input_files
 from pipeline.device import Device, resolve_device
-from pipeline.errors import MISPLACED, ConfigError, SpaceError, storage_error
+from pipeline.errors import SpaceError
 from pipeline.image_export import check_output
 from pipeline.image_header import read_header
-from pipeline.places import refuse_links_at_top, refuse_own_state, unwritable
+from pipeline.places import refuse_own_state
 from pipeline.plan import Plan, make_plan
+from pipeline.process import process_settings
 from pipeline.weights import weights_bytes, widths_for_plan
 
 _BLOCK_BYTES = 4096  # of nearly every file system
 _METADATA_FILES = 64  # of one stage: one per array, and the style's targets
 
 
+@process_settings()
 def plan(config: Config) -> Plan:
     """What a run of `config` will do and need, from the image headers alone; nothing is rendered or written.
 
@@ -120,33 +121,6 @@ def room_taken(folder: Path) -> Room:
 def existing_parent(path: Path) -> Path:
     """The nearest folder at or above `path` that exists."""
     return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def make_work_dir(work_dir: Path) -> None:
-    """Make the run directory, or check that it is one.
-
-    Raises ConfigError if it cannot serve, DamagedStateError if there are links in it, StorageError.
-    """
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno not in MISPLACED:
-            raise storage_error(work_dir, error) from error
-        raise ConfigError(
-            f"work_dir {work_dir}: cannot be made ({error.strerror}). Choose another work_dir."
-        ) from error
-    if (refusal := unwritable(work_dir)) is not None:
-        if refusal.errno == errno.EROFS or (work_dir / "manifest.json").exists():  # it could once
-            raise storage_error(work_dir, refusal)
-        raise ConfigError(f"work_dir {work_dir}: cannot be written to. Change its permissions or choose another.")
-    refuse_links_at_top(work_dir)
-    ours = {"lock", "lock.owner", "manifest.json.partial"}
-    names = {path.name for path in work_dir.iterdir()}
-    if not names & {"manifest.json", "journal.jsonl"} and names - ours:
-        raise ConfigError(
-            f"work_dir {work_dir}: holds files that are not a run's, and a run deletes what it does not know. "
-            "Choose an empty or a new folder."
-        )
 
 
 def _device_of(folder: Path) -> int:

@@ -119,11 +119,12 @@ def export_canvas(
     options: ExportConfig,
     check: Callable[[], None],
     on_progress: OnProgress,
+    on_whole: Callable[[Path], None] = lambda partial: None,
 ) -> None:
     """Write a canvas as the picture `output`, in the format of its suffix; it has its name only when it is whole.
 
     `alpha`: a fourth channel, for formats that have it. `options`: without any auto. `check` is called after every
-    read, and while waiting; it may raise to give up, leaving nothing behind.
+    read, and while waiting; it may raise to give up, leaving nothing behind. `on_whole`: as for write_image.
     Raises StorageError, ConfigError (format limits), or what `check` raises.
     """
     assert options.bits != "auto"
@@ -138,7 +139,7 @@ def export_canvas(
 
     if output.suffix.lower() == ".zarr":
         with storage(output):
-            _export_ome_zarr(output, (height, width), kind, read_rows, check, on_progress)
+            _export_ome_zarr(output, (height, width), kind, read_rows, check, on_progress, on_whole)
         return
     image_export.write_image(
         output,
@@ -151,6 +152,7 @@ def export_canvas(
         pyramid=options.pyramid,
         on_progress=lambda share: on_progress(math.floor(share * 100), 100),
         check=check,
+        on_whole=on_whole,
     )
 
 
@@ -161,6 +163,7 @@ def _export_ome_zarr(
     read_rows: Callable[[int, int], NDArray[Any]],
     check: Callable[[], None],
     on_progress: OnProgress,
+    on_whole: Callable[[Path], None],
 ) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = image_export.new_partial(output)
@@ -173,6 +176,6 @@ def _export_ome_zarr(
         aside.mkdir()
         group = aside / output.name
         ome_zarr.write_ome_zarr(group, size, kind, counted_rows, check=check)
-        image_export.put_in_place(group, output)
+        image_export.put_in_place(group, output, on_whole)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import store
+from pipeline import zarr_files
 from pipeline.config import Config
 from pipeline.cost import WORKERS
 from pipeline.damage import Problem, Sample, as_dict
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError
 from pipeline.inspection import Findings, look
-from pipeline.journal import RunLock
-from pipeline.opening import journal_path, manifest_path
-from pipeline.places import refuse_links_at_top, store_path, taken
+from pipeline.lock import RunLock
+from pipeline.places import journal_path, manifest_path, refuse_links_at_top, store_path, taken
+from pipeline.process import process_settings
 from pipeline.progress import Note, Sink, ignore
 from pipeline.repair import Repair, Step
 
@@ -68,6 +68,7 @@ class Report:
         }
 
 
+@process_settings()
 def verify(
     work_dir: Path,
     *,
@@ -104,7 +105,7 @@ def verify(
                 sink(Note(step.text))
                 step.take()
             if store_path(work_dir).exists():
-                store.sync(store_path(work_dir))
+                zarr_files.sync(store_path(work_dir))
             done += steps
             last = look(work_dir, config, sample, engine, sink)
             steps = mending.steps(last)

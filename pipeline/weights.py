@@ -41,15 +41,13 @@ class WeightsSource:
     widths: Mapping[str, int]
     sha256: str
 
-    def __hash__(self) -> int:
-        return hash((self.path, self.sha256))
-
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Everything needed to build a network anywhere; picklable, and the key of the per-process cache.
+    """Everything needed to build a network anywhere; picklable.
 
     `threads`: how many compute one tile on a CPU, which decides the last bits; 0 leaves that to torch.
+    `gpu_bytes`: of a GPU, what is planned for one process; 0 bounds nothing.
     """
 
     source: WeightsSource
@@ -58,6 +56,7 @@ class NetworkSpec:
     dtype: str
     device: str
     threads: int = 0
+    gpu_bytes: int = 0
 
     @property
     def on_gpu(self) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from distributed import Worker
 
 from pipeline import loopback, timeline
-from pipeline.allocator import return_freed_memory
+from pipeline.allocator import set_up_process
 
 # How often a task may lose its worker and be done again.
 ALLOWED_DEATHS = 3
@@ -48,7 +48,7 @@ def main() -> None:
     """Serve the scheduler at argv[1], as a child of process argv[2], argv[3] tasks per slot; files go to argv[4]."""
     address, parent, tasks, folder = sys.argv[1:]
     _die_with(int(parent))
-    return_freed_memory()
+    set_up_process()
     dask.config.set(SETTINGS)
     logging.getLogger("distributed").setLevel(logging.WARNING)  # that the last words say something
     asyncio.run(_serve(address, int(tasks), folder))

@@ -24,9 +24,11 @@ import pipeline
 from pipeline import store
 from pipeline.arrays import result_name, slot_names
 from pipeline.errors import PipelineError
-from pipeline.journal import Journal, position_of
+from pipeline.journal import Journal
 from pipeline.pictures import RGB8, PixelKind
+from pipeline.position import position_of
 from pipeline.progress import Event, IterationDone, StageDone, WorkDone
+from pipeline.records import CanvasLost, as_json
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"codec": "none"},
@@ -91,7 +93,7 @@ class Base:
     def differences(self) -> list[str]:
         """How the run in the folder ended otherwise than the one that was left alone; lost canvases are left out."""
         records = Journal(self.work_dir / "journal.jsonl").read()
-        lost = tuple(f"stage_{record['stage']}/" for record in records if record["type"] == "canvas_lost")
+        lost = tuple(f"stage_{record.stage}/" for record in records if isinstance(record, CanvasLost))
         found = canvases(self.work_dir)
         wrong = [name for name in self.canvases if found.get(name) != self.canvases[name] and not name.startswith(lost)]
         wrong += ["picture"] if (self.folder / "out.tif").read_bytes() != self.picture else []
@@ -100,7 +102,7 @@ class Base:
 
 def results_of(work_dir: Path) -> list[dict[str, Any]]:
     """The journal's effective records of work, without times."""
-    records = Journal(work_dir / "journal.jsonl").read()
+    records = map(as_json, Journal(work_dir / "journal.jsonl").read())
     kept = [record for record in records if record["type"] in ("stage_prepared", "iteration", "stage_done")]
     return [{key: record[key] for key in record if key not in ("time", "seconds", "busy")} for record in kept]
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 import pipeline
 from pipeline import adam, images
-from pipeline.journal import Journal, position_of
+from pipeline.journal import Journal
 from pipeline.opening import newest_canvas
+from pipeline.position import position_of
 from pipeline.progress import IterationDone
 from pipeline.store import open_array
 from pipeline.tiling import Rect

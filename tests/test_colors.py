@@ -15,8 +15,9 @@ from test_exactness import assert_exact, final_canvas, prepared, read_whole, rel
 import pipeline
 from pipeline import colors
 from pipeline.colors import ColorStatistics
-from pipeline.journal import Journal, position_of
+from pipeline.journal import Journal
 from pipeline.opening import newest_canvas
+from pipeline.position import position_of
 from pipeline.progress import IterationDone
 from pipeline.store import open_array
 

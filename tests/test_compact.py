@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 import pipeline
 from pipeline import adam, store, zarr_files
 from pipeline.formats import BFLOAT16, FIXED16, RoundingBytes
-from pipeline.journal import Journal, position_of
+from pipeline.journal import Journal
 from pipeline.opening import newest_canvas
+from pipeline.position import position_of
 from pipeline.tiling import Rect, grid
 from pipeline.update import UpdateResult, update_specs, update_task
 

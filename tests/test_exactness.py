@@ -35,14 +35,16 @@ from pipeline.cost import WORKERS
 from pipeline.disk_turns import GIVE_WAY_TO, TURNS
 from pipeline.engine import Engine
 from pipeline.iteration import IterationResult, Iterations
-from pipeline.journal import Journal, position_of
+from pipeline.journal import Journal
 from pipeline.layers import halo_px
 from pipeline.model import model_of
 from pipeline.network import Network
 from pipeline.opening import newest_canvas
 from pipeline.passes import GradientSpec, GramSpec
+from pipeline.position import position_of
 from pipeline.preparation import Prepared, prepare
 from pipeline.progress import ignore
+from pipeline.records import as_json
 from pipeline.stage import Stage
 from pipeline.store import StageArray, open_array
 from pipeline.survey import plan
@@ -400,7 +402,7 @@ def final_canvas(folder: Path, weights: Path, tile_px: int, **values) -> tuple[n
     records = Journal(config.work_dir / "journal.jsonl").read()
     canvas = newest_canvas(config.work_dir, position_of(records), 1)
     assert canvas.shape == (83, 131, 3)
-    return read_whole(canvas), records
+    return read_whole(canvas), [as_json(record) for record in records]
 
 
 @pytest.mark.parametrize(
@@ -483,6 +485,7 @@ def test_a_run_of_two_stages_is_the_algorithm(tmp_path, narrow_weights, optimize
     pipeline.run(config)
     records = Journal(config.work_dir / "journal.jsonl").read()
     position = position_of(records)
+    records = [as_json(record) for record in records]
     first, second = (read_whole(newest_canvas(config.work_dir, position, stage)) for stage in (0, 1))
     problem = make_problem(config, content, [style], load_file(narrow_weights))
     wanted, measured = literal_stage(problem, first, config.optimizer)
@@ -509,7 +512,8 @@ def run_in_own_style(folder: Path, weights: Path, **values) -> tuple[np.ndarray,
     config = load_config(path)
     pipeline.run(config)
     records = Journal(config.work_dir / "journal.jsonl").read()
-    return content, read_whole(newest_canvas(config.work_dir, position_of(records), 0)), records
+    canvas = newest_canvas(config.work_dir, position_of(records), 0)
+    return content, read_whole(canvas), [as_json(record) for record in records]
 
 
 @pytest.mark.parametrize("kind", ["normalized", "gatys"])

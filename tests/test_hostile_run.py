@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e import Outcome, make_call, write_run
+from e2e import Outcome, make_call, write_journal, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,8 @@ from pipeline import records
 from pipeline.checksums import checksum, packed
 from pipeline.config import load_config
 from pipeline.errors import DamagedStateError
-from pipeline.journal import Journal, running_owner, standing
+from pipeline.journal import Journal, standing
+from pipeline.lock import running_owner
 from pipeline.manifest import _manifest_text, read_manifest
 
 Json = dict[str, Any]
@@ -55,16 +56,6 @@ def refused(call: Callable[..., Outcome], run: Path, *words: str) -> None:
         for word in (str(run), *words):
             assert word in outcome.err, outcome.err
     assert not (run.parent / "x.png").exists()
-
-
-def write_journal(path: Path, some: list[Json]) -> None:
-    """A journal whose lines are whole, whatever they hold: a crc is no signature."""
-    crc, lines = 0, []
-    for record in some:
-        text = json.dumps(record)
-        crc = checksum(text.encode(), crc)
-        lines.append(f'{{"crc": "{crc:08x}", "record": {text}}}\n')
-    path.write_text("".join(lines))
 
 
 def records_of(run: Path) -> list[Json]:
@@ -295,4 +286,4 @@ def test_every_record_of_a_run_is_known(finished):
     kinds = {record["type"] for record in records_of(finished)}
     assert kinds == {"begun", "stage_prepared", "iteration", "stage_done", "exporting", "exported"}
     for record in records_of(finished):
-        records.check_record(record)
+        records.parse_record(record)

@@ -16,28 +16,35 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import journal as journal_module
+from pipeline import lock as lock_module
 from pipeline.errors import DamagedStateError, LockedError, StorageError
-from pipeline.journal import (
-    Journal,
-    JournalState,
-    Position,
-    RunLock,
-    position_of,
-    running_owner,
+from pipeline.journal import Journal, JournalState, standing
+from pipeline.lock import RunLock, running_owner
+from pipeline.manifest import OtherFormatError, _manifest_text, read_manifest, trusted_manifest, write_manifest
+from pipeline.position import Position, position_of
+from pipeline.records import (
+    FORMAT,
+    VERSION,
+    Begun,
+    CanvasLost,
+    Exported,
+    Exporting,
+    Iteration,
+    KeptConfig,
+    Manifest,
+    Record,
+    RolledBack,
+    SmallerTile,
+    StageDone,
+    StagePrepared,
+    WrittenPicture,
+    as_json,
+    parse_record,
 )
-from pipeline.manifest import FORMAT, read_manifest, trusted_manifest, write_manifest
 
 SAME_FOLDER = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
-records = st.dictionaries(
-    st.text(), st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
-)
-RECORDS = [
-    {"type": "stage_prepared", "stage": 0, "content_energies": {"conv4_2": 12.25}},
-    {"type": "iteration", "stage": 0, "iteration": 0, "alpha": 1e-05, "stepped": True, "note": "harbour é 港\n"},
-    {"type": "stage_done", "stage": 0, "iterations": 1, "reason": "converged"},
-]
+PICTURE = WrittenPicture(size_bytes=3, modified_ns=10**18, sha256="0" * 64)
+LOSSES = {"objective": 2.5, "content_loss": 0.5, "style_loss": 2.0, "seconds": {"gram": 0.1}}
 
 
 def written_by(number: int) -> dict:
@@ -45,16 +52,61 @@ def written_by(number: int) -> dict:
     return {f"{name}_{(number + 1) % 2}": f"{name} after {number}" for name in ("canvas", "m", "v")}
 
 
-def iteration(number: int, **values) -> dict:
+def iteration(number: int, stage: int = 0, **values) -> Iteration:
     base = {"alpha": 0.5, "mean_abs_u": 0.2, "max_abs_u": 0.9, "stepped": True, "checksums": written_by(number)}
-    return {"type": "iteration", "iteration": number, **base, **values}
+    return Iteration(stage=stage, iteration=number, **(LOSSES | base | values))
 
 
-def prepared(stage: int) -> dict:
+def prepared(stage: int) -> StagePrepared:
     sums = {name: name for name in ("canvas_0", "m_0", "v_0", "gram_conv1_1", "zarr.json")}
     sums |= {f"{name}_{slot}/zarr.json": "meta" for name in ("canvas", "m", "v") for slot in (0, 1)}
-    energies = {"conv4_2": 1.5 + stage}
-    return {"type": "stage_prepared", "stage": stage, "content_energies": energies, "checksums": sums}
+    return StagePrepared(stage=stage, content_energies={"conv4_2": 1.5 + stage}, checksums=sums)
+
+
+def done(stage: int, iterations: int = 1) -> StageDone:
+    return StageDone(stage=stage, iterations=iterations, reason="converged")
+
+
+RECORDS = [prepared(0), iteration(0, alpha=1e-05, layer_losses={"harbour é 港": 0.1}), done(0)]
+
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+texts = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=9)
+sides = st.integers(1, 10**6)
+stages = st.integers(0, 63)
+sums = st.dictionaries(st.sampled_from(["canvas_0", "m_1", "zarr.json", "v_0/zarr.json"]), st.text(max_size=9))
+losses = st.dictionaries(texts, numbers, max_size=3)
+pictures = st.builds(
+    WrittenPicture,
+    size_bytes=st.integers(0, 2**62),
+    modified_ns=st.integers(0, 2**62),
+    sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
+)
+some_records = st.one_of(
+    st.builds(
+        StagePrepared, time=texts, stage=stages, tile_px=st.none() | sides, content_energies=losses, checksums=sums
+    ),
+    st.builds(
+        Iteration,
+        stage=stages,
+        iteration=st.integers(0, 10**5),
+        objective=numbers,
+        content_loss=numbers,
+        style_loss=numbers,
+        layer_losses=losses,
+        mean_abs_u=numbers,
+        max_abs_u=numbers,
+        alpha=st.none() | numbers,
+        seconds=losses,
+        busy=losses,
+        stepped=st.booleans(),
+        checksums=sums,
+    ),
+    st.builds(StageDone, stage=stages, iterations=st.integers(0, 10**5), reason=texts),
+    st.builds(SmallerTile, tile_px=sides),
+    st.builds(Exporting, output=texts, picture=st.none() | pictures),
+    st.builds(Exported, output=texts, options=st.just({"bits": 8, "quality": None}), picture=pictures),
+    st.builds(CanvasLost, stage=stages),
+)
 
 
 def written(path: Path, some=RECORDS) -> Journal:
@@ -76,8 +128,8 @@ def test_no_journal_is_an_empty_one(tmp_path):
     assert not (tmp_path / "journal.jsonl").exists()
 
 
-@given(st.lists(records, max_size=4))
-@settings(SAME_FOLDER, max_examples=50)
+@given(st.lists(some_records, max_size=4))
+@settings(SAME_FOLDER, max_examples=80)
 def test_records_are_read_back_as_written(tmp_path, some):
     """Losses, step sizes and slots decide how the run goes on; floats must come back to the last bit."""
     assert written(tmp_path / "journal.jsonl", some).read() == some
@@ -86,8 +138,10 @@ def test_records_are_read_back_as_written(tmp_path, some):
 def test_values_that_json_has_not_are_refused_and_leave_the_journal_whole(tmp_path):
     """A NaN loss would make a journal that other JSON readers cannot read."""
     journal = written(tmp_path / "journal.jsonl")
-    with pytest.raises(ValueError, match="JSON compliant"):
-        journal.append({"loss": float("nan")})
+    with pytest.raises(ValueError, match="finite number"):
+        iteration(1, objective=float("nan"))
+    with pytest.raises(ValueError, match="JSON compliant"):  # not even by a way around the check
+        journal.append(iteration(1).model_copy(update={"objective": float("nan")}))
     assert journal.read() == RECORDS
 
 
@@ -95,7 +149,7 @@ def test_lines_are_plain_json(tmp_path):
     """Users read the journal with their own tools."""
     journal = written(tmp_path / "journal.jsonl")
     lines = journal.path.read_text().splitlines()
-    assert [json.loads(line)["record"] for line in lines] == RECORDS
+    assert [json.loads(line)["record"] for line in lines] == [as_json(record) for record in RECORDS]
 
 
 # --- torn and damaged lines ---
@@ -134,7 +188,7 @@ def test_a_tail_of_zeros_is_dropped(tmp_path):
 def test_a_last_line_without_some_of_its_sectors_is_dropped(tmp_path, data):
     """A disk writes sectors in any order: power lost in the middle of a long record would be called damage."""
     path = tmp_path / "journal.jsonl"
-    long = {"type": "iteration", "checksums": {"m_0": "A" * data.draw(st.integers(0, 3000), label="length")}}
+    long = iteration(1, checksums={"m_0": "A" * data.draw(st.integers(0, 3000), label="length")})
     last = len(written(path).path.read_bytes())
     whole = written(path, [*RECORDS, long]).path.read_bytes()
     sectors = range(last // 512, -(-len(whole) // 512))
@@ -234,20 +288,20 @@ def test_last_lines_missing_are_an_earlier_position(tmp_path):
 
 def test_what_a_repair_took_back_is_gone_but_for_claims(tmp_path):
     """A repair that goes back an iteration must not make the run forget that a picture is its own."""
-    claim = {"type": "exporting", "output": "/a.png"}
-    some = [prepared(0), iteration(0), claim, iteration(1), {"type": "rolled_back", "records": 1}, iteration(0)]
+    claim = Exporting(output="/a.png", picture=PICTURE)
+    some = [prepared(0), iteration(0), claim, iteration(1), RolledBack(records=1), iteration(0)]
     journal = written(tmp_path / "journal.jsonl", some)
     assert journal.read() == [prepared(0), claim, iteration(0)]
-    lost = {"type": "canvas_lost", "stage": 0}
+    lost = CanvasLost(stage=0)
     journal.append(lost)
-    journal.append({"type": "rolled_back", "records": 0})
+    journal.append(RolledBack(records=0))
     assert journal.read() == [claim, lost]
 
 
 def test_a_lost_canvas_has_no_slot_until_its_stage_is_rendered_again(tmp_path):
     """`export --stage` would offer a picture that the disk has lost; or never again one that was made anew."""
-    some = [prepared(0), iteration(0), {"type": "stage_done", "stage": 0}, prepared(1)]
-    lost = {"type": "canvas_lost", "stage": 0}
+    some = [prepared(0), iteration(0), done(0), prepared(1)]
+    lost = CanvasLost(stage=0)
     position = position_of([*some, lost])
     assert position.slots == {1: 0} and set(position.checksums) == {1}
     assert position_of([lost, prepared(0)]) == position_of([prepared(0)])
@@ -262,11 +316,12 @@ def test_an_append_that_fails_leaves_no_half_line(tmp_path):
         "from pathlib import Path\n"
         "from pipeline.errors import SpaceError\n"
         "from pipeline.journal import Journal\n"
+        "from pipeline.records import Exporting\n"
         "path = Path(sys.argv[1])\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20,) * 2)\n"
         "try:\n"
-        "    Journal(path).append({'type': 'iteration', 'text': 'x' * 100})\n"
+        "    Journal(path).append(Exporting(output='x' * 100))\n"
         "except SpaceError as error:\n"
         "    print('refused', error)\n"
     )
@@ -280,7 +335,7 @@ def test_an_append_that_fails_leaves_no_half_line(tmp_path):
 def test_a_journal_that_cannot_be_written_says_so(tmp_path):
     """No room and no permission look alike to a user: a sentence, not a traceback."""
     with pytest.raises(StorageError, match=r"journal\.jsonl"):
-        Journal(tmp_path / "gone" / "journal.jsonl").append({"type": "exported", "output": "x"})
+        Journal(tmp_path / "gone" / "journal.jsonl").append(Exporting(output="x"))
 
 
 # --- the position that records describe ---
@@ -316,7 +371,7 @@ def test_checksums_are_those_of_what_was_written_last():
     position = position_of([prepared(0), iteration(0), iteration(1)])
     sums = position.checksums[0]
     assert sums["canvas_0"] == "canvas after 1" and sums["m_1"] == "m after 0" and sums["gram_conv1_1"]
-    ended = position.after({"type": "stage_done", "stage": 0})
+    ended = position.after(done(0, 2))
     assert ended.checksums[0] == {"canvas_0": "canvas after 1", "canvas_0/zarr.json": "meta", "zarr.json": "zarr.json"}
     assert ended.after(prepared(1)).checksums[0] == ended.checksums[0]
 
@@ -329,7 +384,7 @@ def test_an_iteration_that_made_no_step_leaves_the_slot():
 
 def test_the_next_stage_forgets_step_size_and_moments_but_not_canvases():
     """α is set anew at every stage, and the canvas of the stage before is still needed."""
-    some = [prepared(0), iteration(0), {"type": "stage_done", "stage": 0, "iterations": 1, "reason": "converged"}]
+    some = [prepared(0), iteration(0), done(0)]
     ended = position_of(some)
     assert ended.stage_done and ended.slots == {0: 1}
     following = position_of([*some, prepared(1)])
@@ -341,41 +396,131 @@ def test_the_next_stage_forgets_step_size_and_moments_but_not_canvases():
 
 def test_exported_pictures_are_remembered_across_stages():
     """A finished run must not render its picture again, nor overwrite one that it does not own."""
+    other = PICTURE.model_copy(update={"size_bytes": 4})
     some = [
         prepared(0),
-        {"type": "exported", "output": "/a.png"},
+        Exported(output="/a.png", options={"bits": 8}, picture=PICTURE),
         prepared(1),
-        {"type": "exported", "output": "/b.tif"},
+        Exporting(output="/a.png", picture=other),
+        Exported(output="/b.tif", picture=PICTURE),
     ]
-    assert set(position_of(some).exported) == position_of(some).claimed == {"/a.png", "/b.tif"}
+    assert set(position_of(some).exported) == {"/a.png", "/b.tif"}
+    # the one before too: a kill before the new one has its name leaves the old one there
+    assert position_of(some).pictures == {"/a.png": (PICTURE, other), "/b.tif": (PICTURE,)}
 
 
-def test_a_picture_is_claimed_before_it_is_made():
-    """A kill in the middle of an export leaves a file that the next start may overwrite, and no one else's."""
-    position = position_of([prepared(0), {"type": "exporting", "output": "/a.png"}])
-    assert position.claimed == {"/a.png"} and not position.exported
+def test_a_picture_is_known_before_it_has_its_name():
+    """A kill between the name and the record leaves a picture that the next start may overwrite, and no one else's."""
+    position = position_of([prepared(0), Exporting(output="/a.png", picture=PICTURE)])
+    assert position.pictures == {"/a.png": (PICTURE,)} and not position.exported
+
+
+# --- records of other versions ---
+
+OLD = [
+    {"type": "stage_prepared", "stage": 0, "content_energies": {"conv4_2": 12}, "checksums": prepared(0).checksums},
+    {
+        **{"type": "iteration", "stage": 0, "iteration": 0, "alpha": 0.5, "mean_abs_u": 0.2, "max_abs_u": 0.9},
+        **{"stepped": True, "checksums": written_by(0), "time": "2026-01-01T00:00:00+00:00", "note": "of its time"},
+        **LOSSES,
+    },
+    {"type": "exporting", "output": "/a.png"},
+    {"type": "exported", "output": "/a.png", "options": {"bits": 8}},
+]
+
+
+def test_old_journals_are_understood():
+    """A run that was begun before records had versions would have to be rendered again."""
+    first, second, *pictures = map(parse_record, OLD)
+    assert first == prepared(0).model_copy(update={"content_energies": {"conv4_2": 12.0}})
+    assert second == iteration(0, time="2026-01-01T00:00:00+00:00")
+    assert position_of([first, second, *pictures]).pictures == {"/a.png": (None,)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {"seconds": {"gram": "0.1"}},
+            {"seconds": {"gram": True}},
+            {"stepped": 1},
+            {"stage": "0"},
+            {"iteration": 0.0},
+        ),
+        *({"alpha": "0.5"}, {"objective": None}, {"checksums": {"../x": ""}}, {"busy": [1]}, {"time": 3}),
+        *({"note": "of a version that is not there"}, {"version": "1"}, {"version": 0}, {"version": None}),
+    ],
+)
+def test_records_are_strict(change):
+    """What `status` adds up, and a resume computes with, would be text, or a field that means something else by now."""
+    data = as_json(iteration(0))
+    assert parse_record(data) == iteration(0)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        parse_record(data | change)
+
+
+def test_old_records_are_strict_too():
+    """`"seconds": {"gram": "0.1"}` passed, and `status` ended in a TypeError."""
+    with pytest.raises(ValueError, match=r"seconds\.gram"):
+        parse_record(OLD[1] | {"seconds": {"gram": "0.1"}})
+
+
+def test_the_names_on_disk_are_those_of_the_schema():
+    """A variable that is renamed somewhere must not change what a journal holds: these names are for ever."""
+    both, losses = "type version time stage", "objective content_loss style_loss layer_losses"
+    names = (
+        (iteration(0), f"{both} iteration {losses} mean_abs_u max_abs_u alpha seconds busy stepped checksums"),
+        (prepared(0), f"{both} tile_px content_energies areas checksums"),
+        (done(0), f"{both} iterations reason"),
+        (Exported(output="x"), "type version time output options picture"),
+    )
+    for record, wanted in names:
+        assert sorted(as_json(record)) == sorted(wanted.split())
+    assert VERSION == 1  # a field more, or less, is a new version
+
+
+def test_records_of_a_later_version_are_named_as_such(tmp_path):
+    """They are no damage, and the advice for damage is to delete the run."""
+    journal = written(tmp_path / "journal.jsonl", [prepared(0)])
+    later = iteration(0).model_copy(update={"version": VERSION + 1})
+    journal.append(later)
+    for read in (journal.read, journal.inspect, lambda: standing(journal)):
+        with pytest.raises(DamagedStateError, match=f"version {VERSION + 1}.*later version of pipeline"):
+            read()
 
 
 # --- the manifest ---
 
-MANIFEST = {
-    "format": FORMAT,
-    "created": "now",
-    "config": {"size": 3, "name": "é", "output": "/o.tif", "optimizer": {"max_iterations": 2}},
-    "stages": [{"size": [3, 2], "style_sizes": [[1, 1]]}],
-    "threads": 2,
-    "result_fields": {},
-    "inputs": {},
-}
+MANIFEST = Manifest(
+    format=FORMAT,
+    created="now",
+    config=KeptConfig.model_validate({"size": 3, "name": "é", "output": "/o.tif", "optimizer": {"max_iterations": 2}}),
+    stages=[{"size": [3, 2], "style_sizes": [[1, 1]]}],
+    threads=2,
+    result_fields={"loss.content_weight": 0.05, "size": 3, "optimizer.clip": True, "init": "noise", "styles.0": None},
+    inputs={},
+)
+MANIFEST_JSON = MANIFEST.model_dump(mode="json")
 
 
 def test_the_manifest_is_read_back_and_leaves_nothing_beside_it(tmp_path):
     """Resume compares the config with it."""
     write_manifest(tmp_path / "manifest.json", MANIFEST)
-    assert read_manifest(tmp_path / "manifest.json") == MANIFEST
-    write_manifest(tmp_path / "manifest.json", MANIFEST | {"more": 1})
-    assert read_manifest(tmp_path / "manifest.json")["more"] == 1
+    found = read_manifest(tmp_path / "manifest.json")
+    assert found == MANIFEST and found.config.model_dump()["name"] == "é"
+    assert found.result_fields["optimizer.clip"] is True and type(found.result_fields["size"]) is int
+    other = MANIFEST.model_copy(update={"inputs": {"content": "0" * 64}})
+    write_manifest(tmp_path / "manifest.json", other)
+    assert read_manifest(tmp_path / "manifest.json") == other
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_older_manifests_are_understood(tmp_path):
+    """From before content kinds and each stage's iterations were kept."""
+    old = {key: value for key, value in MANIFEST_JSON.items() if key != "content"}
+    old["stages"] = [{"size": [3, 2], "style_sizes": [[1, 1]]}]
+    (tmp_path / "manifest.json").write_bytes(_manifest_text(old))
+    assert read_manifest(tmp_path / "manifest.json") == MANIFEST
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"config": {}}'])
@@ -413,7 +558,9 @@ def test_a_manifest_of_another_run_is_not_trusted(tmp_path):
     """A whole file, but of another run: its result fields would be compared, and two pictures mixed."""
     path = tmp_path / "manifest.json"
     write_manifest(path, MANIFEST)
-    begun = [{"type": "begun", "manifest": {**MANIFEST, "created": "before"}}, {"type": "begun", "manifest": MANIFEST}]
+    before = MANIFEST.model_copy(update={"created": "before"})
+    begun: list[Record] = [Begun(manifest=before), Begun(manifest=MANIFEST)]
+    assert parse_record(as_json(begun[1])) == begun[1]
     assert trusted_manifest(path, begun) == MANIFEST
     for records in ([], begun[:1]):
         with pytest.raises(DamagedStateError, match=r"another run.*--repair"):
@@ -428,8 +575,8 @@ def test_a_missing_manifest_is_damage(tmp_path):
 
 def test_a_manifest_of_another_format_is_refused_by_number(tmp_path):
     """A newer version must not misread an old run, nor an old version a new one."""
-    write_manifest(tmp_path / "manifest.json", {"format": FORMAT + 1})
-    with pytest.raises(DamagedStateError, match=f"format {FORMAT + 1}.*format {FORMAT}"):
+    (tmp_path / "manifest.json").write_bytes(_manifest_text({"format": FORMAT + 1}))
+    with pytest.raises(OtherFormatError, match=f"format {FORMAT + 1}.*format {FORMAT}"):
         read_manifest(tmp_path / "manifest.json")
 
 
@@ -439,7 +586,7 @@ HOLD = """
 import sys
 import threading
 from pathlib import Path
-from pipeline.journal import RunLock
+from pipeline.lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -498,7 +645,7 @@ def test_a_lock_is_free_after_its_owner_was_killed(tmp_path, holder):
 HOLD_WITH_WORKER = """
 import subprocess, sys
 from pathlib import Path
-from pipeline.journal import RunLock
+from pipeline.lock import RunLock
 with RunLock(Path(sys.argv[1])) as lock:
     worker = subprocess.Popen(["sleep", "600"], pass_fds=[lock.descriptor], stdout=subprocess.DEVNULL)
     print(worker.pid, flush=True)
@@ -520,7 +667,7 @@ def worker_left(tmp_path):
 
 def test_a_lock_is_not_free_while_a_worker_of_its_owner_lives(tmp_path, worker_left, monkeypatch):
     """A worker that outlives a killed run would write an old iteration's chunks into the run that goes on."""
-    monkeypatch.setattr(journal_module, "_LEFT_BEHIND_S", 0.3)
+    monkeypatch.setattr(lock_module, "_LEFT_BEHIND_S", 0.3)
     with pytest.raises(LockedError, match="worker processes of a run that was killed have not ended"):
         RunLock(tmp_path).__enter__()
     os.kill(worker_left, signal.SIGKILL)
@@ -550,7 +697,8 @@ def test_a_broken_owner_file_is_nobody(tmp_path, text):
 
 def test_a_manifest_with_parts_missing_is_damage(tmp_path):
     """A traceback tells nobody that a file of the run was emptied."""
-    for key in MANIFEST.keys() - {"format"}:
-        write_manifest(tmp_path / "manifest.json", {name: value for name, value in MANIFEST.items() if name != key})
+    for key in MANIFEST_JSON.keys() - {"format", "content"}:
+        text = _manifest_text({name: value for name, value in MANIFEST_JSON.items() if name != key})
+        (tmp_path / "manifest.json").write_bytes(text)
         with pytest.raises(DamagedStateError, match=key):
             read_manifest(tmp_path / "manifest.json")

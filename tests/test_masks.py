@@ -16,8 +16,9 @@ from pipeline import load_config
 from pipeline.arrays import gram_key, is_guide, is_stage_array
 from pipeline.config import result_fields
 from pipeline.errors import ConfigError, InputError
-from pipeline.journal import Journal, position_of
+from pipeline.journal import Journal
 from pipeline.opening import newest_canvas
+from pipeline.position import position_of
 from pipeline.progress import IterationDone
 from pipeline.regions import UNGUIDED, Guides, regions_of
 

@@ -142,9 +142,9 @@ def report(peaks: dict[str, int], planned: Any) -> str:
 
 TRIMMED = """
 import psutil
-from pipeline.allocator import return_freed_memory, trim_heap
+from pipeline.allocator import set_up_process, trim_heap
 
-return_freed_memory()
+set_up_process()
 rss = psutil.Process().memory_info
 before = rss().rss
 kept = [bytearray(8000) for _ in range(20_000)][::100]

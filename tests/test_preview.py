@@ -18,7 +18,7 @@ from e2e import canvases, journal, make_call, read_picture, run_pipeline, write_
 from pipeline import load_config, preview, run
 from pipeline.contact_sheet import ContactSheet, Picture, Row, shortened
 from pipeline.errors import ConfigError, Stopped
-from pipeline.journal import RunLock
+from pipeline.lock import RunLock
 from pipeline.progress import PictureDone
 from pipeline.vary import MAX_VARIATIONS, load_variations
 

@@ -18,9 +18,11 @@ import pipeline
 from pipeline import images, load_config
 from pipeline.config import result_fields
 from pipeline.errors import ConfigError, InputError, Stopped
-from pipeline.journal import Journal, position_of
+from pipeline.journal import Journal
 from pipeline.opening import newest_canvas
+from pipeline.position import position_of
 from pipeline.progress import IterationDone
+from pipeline.records import as_json
 from pipeline.status import status
 
 EXACT = {"compute": {"dtype": "float64", "device": "cpu", "tile_px": 32}, "store": {"chunk_px": 32}}
@@ -31,7 +33,8 @@ def ended(config) -> tuple[list[np.ndarray], list[dict]]:
     pipeline.run(config)
     records = Journal(config.work_dir / "journal.jsonl").read()
     position = position_of(records)
-    return [read_whole(newest_canvas(config.work_dir, position, stage)) for stage in sorted(position.slots)], records
+    canvases = [read_whole(newest_canvas(config.work_dir, position, stage)) for stage in sorted(position.slots)]
+    return canvases, [as_json(record) for record in records]
 
 
 def stop_after_an_iteration(config) -> None:

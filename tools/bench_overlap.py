@@ -30,7 +30,7 @@ from bench_runs import Taken, machine, make_picture, make_weights, render
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.allocator import return_freed_memory
+from pipeline.allocator import set_up_process
 
 # How long the bytes of an iteration take, as a share of its computing.
 PARTS = (0.5, 1.0, 2.0)
@@ -258,7 +258,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
 def main(iterations: int, disk: str, cache: int, folder: Path | None, json_path: Path | None, **options: Any) -> None:
     """Print what an iteration's time goes to."""
-    return_freed_memory()
+    set_up_process()
     if disk == "device" and iterations < FIRST + 2:
         raise click.UsageError(f"--disk device needs --iterations {FIRST + 2}: the first {FIRST} are not counted.")
     with ExitStack() as stack:

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import adam, store
-from pipeline.allocator import return_freed_memory
+from pipeline.allocator import set_up_process
 from pipeline.arrays import slot_names
 from pipeline.cost import WORKERS
 from pipeline.engine import Engine
@@ -246,7 +246,7 @@ def main(
     sizes: tuple[int, ...], states: tuple[str, ...], chunk: int, turns: int, folder: Path | None, json_path: Path | None
 ) -> None:
     """Print speed, memory and scheduling cost of the update pass."""
-    return_freed_memory()
+    set_up_process()
     rows: list[Row] = []
     for state in states:
         for size in sizes:

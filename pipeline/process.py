@@ -1,0 +1,43 @@
+"""What is one for the whole process while a call of ours runs, and put back when the last of them has ended.
+
+Settings of zarr, libvips and torch, and the network in memory. A program that imports this package, or calls it, keeps
+its own. (malloc's settings cannot be put back: see allocator.py.)
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from pipeline import images, zarr_files
+
+_lock = threading.Lock()
+_calls = 0
+_put_back = ExitStack()
+
+
+@contextmanager
+def process_settings() -> Iterator[None]:
+    """Inside, libraries are set as we need them. Calls may be nested, and run on several threads at once."""
+    global _calls  # noqa: PLW0603 - one process, one count
+    with _lock:
+        if _calls == 0:
+            _put_back.enter_context(zarr_files.zarr_settings())
+            _put_back.enter_context(images.vips_settings())
+            _put_back.callback(_release_network)
+        _calls += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _calls -= 1
+            if _calls == 0:
+                _put_back.close()
+
+
+def _release_network() -> None:
+    """Frees the network, and puts torch's settings back, if anything was computed: else torch is not even there."""
+    if (network := sys.modules.get("pipeline.network")) is not None:
+        network.release()

@@ -1,0 +1,83 @@
+"""What a run wrote under a picture's name, so that nothing else there is taken for its own.
+
+Size, time and hash are in the journal before the picture gets its name. Where size and time are as they were, nothing
+is read; else the hash decides: a copied or moved picture has another time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+from pipeline.places import taken
+from pipeline.records import WrittenPicture
+
+_BLOCK_BYTES = 4 * 2**20
+# By name, what was written under it, the newest last; None where an older version kept no more than the name.
+Pictures = Mapping[str, Sequence[WrittenPicture | None]]
+
+
+def written_picture(path: Path, check: Callable[[], None] = lambda: None) -> WrittenPicture:
+    """Size, time and hash of a picture, file or folder. `check` is called while it is read, and may raise."""
+    size_bytes, modified_ns = _size_and_time(path)
+    digest = hashlib.sha256()
+    for file in _files(path):
+        if file != path:
+            digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as opened:
+            while block := opened.read(_BLOCK_BYTES):
+                digest.update(block)
+                check()
+    return WrittenPicture(size_bytes=size_bytes, modified_ns=modified_ns, sha256=digest.hexdigest())
+
+
+def is_as_written(path: Path, picture: WrittenPicture | None, check: Callable[[], None] = lambda: None) -> bool:
+    """Whether what is under this name is that picture; without a picture to compare, whether it is any.
+
+    An empty file or folder is none.
+    """
+    if not (path.is_file() or path.is_dir()):
+        return False
+    size_bytes, modified_ns = _size_and_time(path)
+    if picture is None:
+        return size_bytes > 0
+    if size_bytes != picture.size_bytes:
+        return False
+    return modified_ns == picture.modified_ns or written_picture(path, check).sha256 == picture.sha256
+
+
+def refuse_foreign(output: Path, pictures: Pictures, foreign: str, check: Callable[[], None] = lambda: None) -> None:
+    """Raise ConfigError if `output` is taken by anything that would be lost: all that is not one of `pictures`.
+
+    `foreign`: what is said of one whose name is not among them.
+    """
+    if not taken(output) or _is_empty(output):
+        return
+    own = pictures.get(str(output), ())
+    known = [picture for some in pictures.values() for picture in some if picture is not None]
+    if (own and own[-1] is None) or any(is_as_written(output, picture, check) for picture in known):
+        return
+    what = "it is not what was written there" if own else foreign
+    raise ConfigError(
+        f"output {output}: exists, and {what}; it would be lost. Move it away, choose another output, or give --force."
+    )
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a file or folder has nothing in it that could be lost."""
+    if path.is_dir():
+        return next(path.iterdir(), None) is None
+    return path.is_file() and path.stat().st_size == 0
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or all files of a folder, in the order of their names."""
+    return sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Bytes of all files, and the time of the newest of them."""
+    statuses = [file.stat() for file in _files(path)]
+    return sum(one.st_size for one in statuses), max((one.st_mtime_ns for one in statuses), default=0)
