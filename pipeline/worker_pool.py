@@ -66,9 +66,15 @@ class WorkerPool:
         call: Future[Any] = self._client.submit(worker.run_packed, packed, used, pure=False, resources={slot: 1})
         return call
 
-    def when_done(self, call: Future[Any], tell: Callable[[], None]) -> None:
-        """Have `tell` called, on another thread, once a task is done or has failed."""
-        call.add_done_callback(lambda _call: tell())  # type: ignore[no-untyped-call]
+    def when_done(self, call: Future[Any], tell: Callable[[], None], tell_error: Callable[[Future[Any]], None]) -> None:
+        """Have `tell` called, on another thread, once a task is done or has failed; if so, `tell_error` before it."""
+
+        def done(call: Future[Any]) -> None:
+            if call.status == "error":
+                tell_error(call)
+            tell()
+
+        call.add_done_callback(done)  # type: ignore[no-untyped-call]
 
     def fetch(self, calls: list[Future[Any]]) -> futures.Future[list[tuple[Any, Mapping[str, float]]]]:
         """Begin to fetch results, each with the seconds that its process spent since the last one."""

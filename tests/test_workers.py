@@ -164,6 +164,24 @@ def test_a_pass_may_wait_for_another_beside_it(engine):
     assert update.result(TIMEOUT_S) == [2 * value for value in values]
 
 
+@pytest.mark.parametrize("how", ["map", "fold"])
+def test_an_error_releases_the_tasks_that_wait(how):
+    """A full disk would be told only when the pass that they wait for has come so far: minutes, or never."""
+    released = threading.Event()
+
+    def before(number: int) -> int:
+        if number:
+            assert released.wait(TIMEOUT_S)
+            raise RuntimeError("follows from the error")
+        return number
+
+    with ProcessEngine(1, 2) as engine, pytest.raises(ConfigError, match="wrong key"):
+        if how == "map":
+            engine.map(fail, [0, 1], before=before, on_error=released.set)
+        else:
+            engine.fold(fail, [0, 1], lambda total, _: total, 0, before=before, on_error=released.set)
+
+
 def test_an_error_leaves_the_pass_beside_it_alone(tmp_path):
     """A Gram pass that fails, or is not needed, must not cost the update that is being committed."""
     notes: list[str] = []
