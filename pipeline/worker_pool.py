@@ -43,6 +43,7 @@ class WorkerPool:
 
     def __init__(self, processes: int, tasks: int, lock: int | None, note: Callable[[str], None]):
         self._processes, self._tasks, self._lock, self._note = processes, tasks, lock, note
+        self._environment = dict(os.environ)  # a worker that is started later computes as the first ones do
         self._starting = threading.Lock()
         self._opened: ExitStack | None = None
         self._keepers: list[threading.Thread] = []
@@ -177,7 +178,7 @@ class WorkerPool:
                 return None
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", "from pipeline.worker import main; main()", *arguments],
-                env={**os.environ, "PYTHONPATH": path},
+                env={**self._environment, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

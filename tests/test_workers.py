@@ -22,6 +22,7 @@ from e2e import TIMEOUT_S, Child, Nursery, canvases, results, write_run
 import pipeline
 from pipeline.engine_processes import ProcessEngine
 from pipeline.errors import ConfigError, SpaceError, Stopped
+from pipeline.image_export import _libvips_files_in
 from pipeline.progress import Event, Note, WorkDone
 from pipeline.store import ChunkError
 from pipeline.worker import ALLOWED_DEATHS
@@ -60,6 +61,10 @@ ERRORS = [
     ChunkError(Path("/a/b"), "changed", "is not what was written there"),
     TimeoutError("of the task itself"),
 ]
+
+
+def variable(name: str) -> str | None:
+    return os.environ.get(name)
 
 
 def fail(number: int) -> None:
@@ -263,6 +268,24 @@ def test_a_dead_workers_tasks_are_done_again(tmp_path):
         assert engine.map(die_once, specs) == list(range(12))
     assert len(notes) == 1
     assert "SIGKILL" in notes[0]
+
+
+def test_an_export_changes_no_workers_environment(tmp_path):
+    """A worker that is started during an export would have its files in a folder that is removed with the export."""
+    wanted = [os.environ.get("TMPDIR")]
+    with ProcessEngine(1, 1) as engine, _libvips_files_in(tmp_path / "levels"):
+        assert engine.map(variable, ["TMPDIR"]) == wanted  # as of one that is started anew
+        with ProcessEngine(1, 1) as other:
+            assert other.map(variable, ["TMPDIR"]) == wanted
+        told = subprocess.run(["sh", "-c", "echo $TMPDIR"], env=dict(os.environ), capture_output=True, check=True)
+        assert told.stdout.decode().strip() == (wanted[0] or "")
+
+
+def test_a_worker_that_is_started_later_has_the_same_environment(monkeypatch):
+    """With OMP_NUM_THREADS changed meanwhile, a worker that takes a dead one's place would round otherwise."""
+    with ProcessEngine(1, 1) as engine:
+        monkeypatch.setenv("OMP_NUM_THREADS", "17")
+        assert engine.map(variable, ["OMP_NUM_THREADS"]) != ["17"]
 
 
 def test_results_that_died_with_their_worker_are_made_again(tmp_path):
