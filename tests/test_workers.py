@@ -23,7 +23,7 @@ import pipeline
 from pipeline.engine_processes import ProcessEngine
 from pipeline.errors import ConfigError, SpaceError, Stopped
 from pipeline.image_export import _libvips_files_in
-from pipeline.progress import Event, Note, WorkDone
+from pipeline.progress import Event, IterationDone, Note, WorkDone
 from pipeline.store import ChunkError
 from pipeline.worker import ALLOWED_DEATHS
 
@@ -440,6 +440,20 @@ def test_a_worker_may_die_in_every_pass(tmp_path, unbroken):
     unbroken.assert_same(tmp_path)
     assert {"style Gram", "canvas", "content features", "Gram pass", "gradient pass", "update pass"} <= set(killed)
     assert len([note for note in notes if "died" in note or "killed" in note]) == len(killed)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_chunk_that_is_lost_is_told_as_such(tmp_path, workers):
+    """The update that fails over it stops the gradients beside it: told of them, nobody would know what to mend."""
+
+    def sink(event: Event) -> None:
+        if isinstance(event, IterationDone) and (event.stage, event.iteration) == (1, 0):
+            for chunk in (tmp_path / "run" / "store.zarr" / "stage_1" / "m_1").rglob("0"):
+                if chunk.is_file():
+                    chunk.unlink()
+
+    with pytest.raises(ChunkError, match=r"m_1.*is missing"):
+        pipeline.run(pipeline.load_config(write_two_stages(tmp_path, workers=workers)), sink=sink)
 
 
 @pytest.fixture(scope="module")
