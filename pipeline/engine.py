@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dask import threaded  # as an object: its name would make dask import distributed, and that torch
 from dask.base import compute
@@ -51,29 +52,24 @@ class Engine:
         on_done: Callable[[], None] = lambda: None,
         before: Callable[[S], S] = lambda spec: spec,
         after: Callable[[R], None] = lambda result: None,
+        on_error: Callable[[], None] = lambda: None,
     ) -> list[R]:
         """`task` of every spec, results in the order of `specs`.
 
         `before` is called with each spec, may wait, and gives the spec to run. `after` is called with each result, then
-        `on_done`; all on any thread. Raises Stopped when the stop flag is set, else what a task or one of these raised;
-        then nothing runs any more.
+        `on_done`; all on any thread. Raises Stopped when the stop flag is set, else what a task or one of these raised
+        first; then nothing runs any more. `on_error` is called at once when that is raised, on any thread, while other
+        tasks may still run or wait: it has to release those that wait.
         """
-        return [result for batch in self._batches(specs) for result in self._map(task, batch, on_done, before, after)]
-
-    def _map(
-        self,
-        task: Callable[[S], R],
-        specs: Sequence[S],
-        on_done: Callable[[], None],
-        before: Callable[[S], S],
-        after: Callable[[R], None],
-    ) -> tuple[R, ...]:
-        # dask takes independent tasks by name, last first; its own names are random, and so would be the way over the
-        # canvas, where neighbouring tiles share the rows of their halos
-        names = (f"task-{number:09}" for number in range(len(specs), 0, -1))
-        return self._compute(
-            [self._node(task, spec, on_done, before, after, name) for spec, name in zip(specs, names, strict=True)]
-        )
+        results: list[R] = []
+        for batch in self._batches(specs):
+            one_pass = _Pass(task, on_done, before, after, on_error, self.raise_if_stopped)
+            # dask takes independent tasks by name, last first; its own names are random, and so would be the way over
+            # the canvas, where neighbouring tiles share the rows of their halos
+            names = (f"task-{number:09}" for number in range(len(batch), 0, -1))
+            nodes = [one_pass.node(spec, name) for spec, name in zip(batch, names, strict=True)]
+            results += self._compute(one_pass, nodes)
+        return results
 
     def _batches(self, specs: Sequence[S]) -> Iterator[Sequence[S]]:
         for first in range(0, len(specs), _BATCH):
@@ -88,17 +84,19 @@ class Engine:
         initial: A,
         on_done: Callable[[], None] = lambda: None,
         before: Callable[[S], S] = lambda spec: spec,
+        on_error: Callable[[], None] = lambda: None,
     ) -> A:
         """Combine the results of `task` one by one, in the order of `specs`, keeping only a few in memory.
 
-        `on_done` and `before` as for `map`. Raises like `map`.
+        `on_done`, `before` and `on_error` as for `map`. Raises like `map`.
         """
         result = initial
         for batch in self._batches(specs):
+            one_pass = _Pass(task, on_done, before, lambda _result: None, on_error, self.raise_if_stopped)
             total: Any = delayed(result, traverse=False)
             for spec in batch:
-                total = delayed(combine, pure=False)(total, self._node(task, spec, on_done, before))
-            (result,) = self._compute([total])
+                total = delayed(partial(one_pass.guarded, combine), pure=False)(total, one_pass.node(spec))
+            (result,) = self._compute(one_pass, [total])
         return result
 
     def beside(self, work: Callable[[Engine], R]) -> Future[R]:
@@ -120,44 +118,57 @@ class Engine:
             self.raise_if_stopped()
             yield item
 
-    def _node(
-        self,
-        task: Callable[[S], R],
-        spec: S,
-        on_done: Callable[[], None],
-        before: Callable[[S], S],
-        after: Callable[[R], None] = lambda result: None,
-        name: str | None = None,
-    ) -> Any:
-        # a partial without arguments: dask would otherwise look for tasks inside the spec
-        return delayed(partial(self._run_task, task, spec, on_done, before, after), pure=False)(dask_key_name=name)
-
-    def _run_task(
-        self,
-        task: Callable[[S], R],
-        spec: S,
-        on_done: Callable[[], None],
-        before: Callable[[S], S],
-        after: Callable[[R], None],
-    ) -> R:
-        self.raise_if_stopped()
-        result = task(before(spec))
-        after(result)
-        on_done()
-        return result
-
-    def _compute(self, nodes: list[Any]) -> tuple[Any, ...]:
+    def _compute(self, one_pass: _Pass[Any, Any], nodes: list[Any]) -> tuple[Any, ...]:
         try:
             return tuple(
                 compute(  # type: ignore[no-untyped-call]
                     *nodes, scheduler=threaded.get, pool=self._pool, num_workers=self._workers, optimize_graph=False
                 )
             )
-        except BaseException:
+        except BaseException as error:
             # dask does not wait: what still runs would write beside whatever comes next
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = self._new_pool()
+            if isinstance(error, Exception) and one_pass.error not in (None, error):
+                raise one_pass.error from None  # dask has heard first of one that only followed from it
             raise
 
     def _new_pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self._workers, thread_name_prefix="task")
+
+
+@dataclass
+class _Pass(Generic[S, R]):
+    """A task with what is called around it, as the nodes of one graph. `error`: the first that was raised in it."""
+
+    task: Callable[[S], R]
+    on_done: Callable[[], None]
+    before: Callable[[S], S]
+    after: Callable[[R], None]
+    on_error: Callable[[], None]
+    check: Callable[[], None]
+    error: BaseException | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def node(self, spec: S, name: str | None = None) -> Any:
+        # a partial without arguments: dask would otherwise look for tasks inside the spec
+        return delayed(partial(self.guarded, self._run, spec), pure=False)(dask_key_name=name)
+
+    def guarded(self, function: Callable[..., A], *args: Any) -> A:
+        """Call the function; if it raises the first error of the pass, `on_error` is called at once."""
+        try:
+            return function(*args)
+        except BaseException as error:
+            with self._lock:
+                if is_first := self.error is None:
+                    self.error = error
+            if is_first:
+                self.on_error()
+            raise
+
+    def _run(self, spec: S) -> R:
+        self.check()
+        result = self.task(self.before(spec))
+        self.after(result)
+        self.on_done()
+        return result

@@ -56,9 +56,10 @@ class ProcessEngine(Engine):
         on_done: Callable[[], None] = lambda: None,
         before: Callable[[S], S] = lambda spec: spec,
         after: Callable[[R], None] = lambda result: None,
+        on_error: Callable[[], None] = lambda: None,
     ) -> list[R]:
         """As in Engine; `on_done`, `before` and `after` are called on this thread."""
-        with closing(self._results(task, specs, on_done, before, after)) as results:
+        with closing(self._results(task, specs, on_done, before, after, on_error)) as results:
             return list(results)
 
     def fold(
@@ -69,10 +70,11 @@ class ProcessEngine(Engine):
         initial: A,
         on_done: Callable[[], None] = lambda: None,
         before: Callable[[S], S] = lambda spec: spec,
+        on_error: Callable[[], None] = lambda: None,
     ) -> A:
         """As in Engine; `combine`, `on_done` and `before` are called on this thread."""
         total = initial
-        with closing(self._results(task, specs, on_done, before)) as results:
+        with closing(self._results(task, specs, on_done, before, lambda _result: None, on_error)) as results:
             for result in results:
                 total = combine(total, result)
         return total
@@ -89,11 +91,18 @@ class ProcessEngine(Engine):
         specs: Sequence[S],
         on_done: Callable[[], None],
         before: Callable[[S], S],
-        after: Callable[[R], None] = lambda result: None,
+        after: Callable[[R], None],
+        on_error: Callable[[], None],
     ) -> Generator[R]:
         """The results in the order of `specs`; at most `_in_flight` are on their way, or wait for one before them."""
         self.raise_if_stopped()
         finished = queue.SimpleQueue[int]()
+        failed: list[Future[Any]] = []
+
+        def fail(call: Future[Any]) -> None:  # on another thread: this one may wait in `before`
+            failed.append(call)
+            on_error()
+
         calls: dict[int, Future[Any]] = {}
         shared: dict[int, Future[Any]] = {}
         arrived: dict[int, R] = {}
@@ -102,7 +111,7 @@ class ProcessEngine(Engine):
             for wanted in range(len(specs)):
                 while sent < min(wanted + self._in_flight, len(specs)):
                     calls[sent] = self._processes.submit(task, before(specs[sent]), shared, self._slot)
-                    self._processes.when_done(calls[sent], partial(finished.put, sent))
+                    self._processes.when_done(calls[sent], partial(finished.put, sent), fail)
                     sent += 1
                 while wanted not in arrived:
                     numbers = self._finished(finished)
@@ -114,9 +123,13 @@ class ProcessEngine(Engine):
                         on_done()
                 yield arrived.pop(wanted)
         except BaseException as error:
+            on_error()
+            first = _first_error(error, failed)
             self._processes.drop(calls.values())
-            if isinstance(error, KilledWorker):
-                raise self._processes.killer_error() from error
+            if isinstance(first, KilledWorker):
+                raise self._processes.killer_error() from first
+            if first is not error:
+                raise first from None
             raise
 
     def _finished(self, finished: queue.SimpleQueue[int]) -> list[int]:
@@ -145,3 +158,10 @@ class ProcessEngine(Engine):
     def _check(self) -> None:
         self.raise_if_stopped()
         self._processes.raise_if_broken()
+
+
+def _first_error(error: BaseException, failed: Sequence[Future[Any]]) -> BaseException:
+    """What came first: `error`, which this thread has met, may only follow from a task that has failed before."""
+    if failed and isinstance(error, Exception):
+        return failed[0].exception() or error  # type: ignore[no-untyped-call]
+    return error

@@ -17,7 +17,6 @@ import functools
 import os
 import secrets
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ from pipeline.streams import POLL_S, FileTarget, Rows, RowSource
 
 COMPRESSIONS = ("deflate", "zstd", "jpeg", "none")
 
-# The environment is everybody's: one picture at a time changes it.
+# The C library's environment is everybody's: one picture at a time changes it.
 _ENVIRONMENT = threading.Lock()
 
 
@@ -185,26 +184,26 @@ def _libvips_files_in(folder: Path) -> Iterator[Callable[[], None]]:
 
     It asks the environment, every time; by default they would be in /tmp, which may be small, or memory. Where the file
     system can, they have no names; else those that a killed process leaves go with the folder: see new_partial.
+    os.environ, which Python's tempfile reads and worker processes inherit, stays as it is.
     """
-    with contextlib.suppress(OSError):
-        tempfile.gettempdir()  # Python asks the environment once, and keeps the answer: it must not be this folder
     folder.mkdir(0o700)
     try:
         with contextlib.ExitStack() as changes:
             changes.enter_context(_ENVIRONMENT)
-            changes.callback(_set_variable, "TMPDIR", os.environ.get("TMPDIR"))
-            _set_variable("TMPDIR", os.fspath(folder))
+            changes.callback(_set_back, "TMPDIR")
+            os.putenv("TMPDIR", folder)
             yield changes.close
     finally:
         with contextlib.suppress(OSError):
             _remove(folder)
 
 
-def _set_variable(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
+def _set_back(name: str) -> None:
+    """Have the C library's environment say what os.environ says."""
+    if name in os.environ:
+        os.putenv(name, os.environ[name])
     else:
-        os.environ[name] = value
+        os.unsetenv(name)
 
 
 def _feed(

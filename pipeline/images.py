@@ -9,7 +9,7 @@ caller receives bands of rows. The few files that cannot be decoded in strips sa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,7 +53,7 @@ def stream_rgb(
     band_px: int,
     check: Callable[[], None] = lambda: None,
     kind: PixelKind = RGB8,
-) -> Iterator[tuple[int, Rows]]:
+) -> Generator[tuple[int, Rows]]:
     """Decode, convert to sRGB and resize a picture; yield its rows in bands of a fixed height.
 
     Yields ``(y0, rows)`` from the top, rows of shape (band_px, width_px, channels), uint8 or uint16, the last band what

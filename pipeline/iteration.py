@@ -9,19 +9,21 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from pipeline import adam, losses, passes, store, timeline, update, zarr_files
-from pipeline.arrays import content_features_name, gram_name, is_averaged, layer_of, slot_names
+from pipeline import adam, losses, passes, store, timeline, update
+from pipeline.arrays import content_features_name, is_averaged, slot_names
 from pipeline.cost import WORKERS
 from pipeline.engine import Engine
 from pipeline.formats import BFLOAT16_ROUNDING
 from pipeline.layers import LAYER_BY_NAME, halo_px
 from pipeline.losses import Gram
-from pipeline.stage import Stage, merged, positions
+from pipeline.stage import Stage, content_scales, merged, style_targets
 from pipeline.tiling import chunks_of
 from pipeline.variation import CHANNELS
 from pipeline.written import NotNeeded, Written
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class _Step:
     """An iteration under way.
 
     `gradient`, `canvas`: chunks that are written of the gradient and of the next canvas. `found`: style terms, what the
-    gradient pass measured, and the time of its end. `ended`: that of the update pass.
+    gradient pass measured, and the time of its end. `ended`: that of the update pass. `failed`: the passes that have
+    failed, in that order.
     """
 
     iteration: int
@@ -79,6 +82,18 @@ class _Step:
     canvas: Written = field(default_factory=Written)
     found: Future[tuple[Mapping[str, losses.StyleTerm], _Gradient, float]] = field(default_factory=Future)
     ended: float = 0.0
+    failed: list[str] = field(default_factory=list)
+
+    def fail(self, which: str) -> None:
+        """The iteration has come to nothing: what waits for one of its passes gives up, what runs does so soon."""
+        self.failed.append(which)
+        self.gradient.close()
+        self.canvas.close()
+
+    def wanted(self, spec: S) -> S:
+        """The spec itself. Raises NotNeeded once the iteration has come to nothing."""
+        self.gradient.raise_if_closed()
+        return spec
 
 
 @dataclass
@@ -133,6 +148,9 @@ class Iterations:
                 self._gram_ahead(step, finishing)
         except NotNeeded:
             pass
+        except Exception:
+            if step.failed[:1] != ["update"]:  # else that error came first, and is raised below
+                raise
         finally:
             wait([finishing])
         finishing.result()
@@ -152,7 +170,7 @@ class Iterations:
         try:
             terms, gradient = self._gradient(step)
         except BaseException as error:
-            step.gradient.close()
+            step.fail("gradient")
             step.found.set_exception(error)
             raise
         step.found.set_result((terms, gradient, time.perf_counter()))
@@ -170,8 +188,7 @@ class Iterations:
             if not step.commit(self._result(terms, gradient, alpha, updated)):
                 step.canvas.close()
         except BaseException:
-            step.gradient.close()
-            step.canvas.close()
+            step.fail("update")
             raise
 
     def _gram_ahead(self, step: _Step, finishing: Future[None]) -> None:
@@ -185,7 +202,7 @@ class Iterations:
 
         # the canvas is not checked here: the next update reads every chunk whole, and checks it
         checksums = {name: step.checksums[name] for name in stage.model.guides.arrays}
-        sums = self._gram_sums(canvas, checksums, when_written)
+        sums = self._gram_sums(canvas, checksums, when_written, step.canvas.leave)
         self._ahead = {step.iteration + 1: sums}
         ended = time.perf_counter()
         finishing.result()
@@ -195,12 +212,13 @@ class Iterations:
         self,
         canvas: str,
         checksums: Mapping[str, str],
-        before: Callable[[passes.GramSpec], passes.GramSpec] = lambda spec: spec,
+        before: Callable[[passes.GramSpec], passes.GramSpec],
+        on_error: Callable[[], None] = lambda: None,
     ) -> dict[str, Gram]:
         """Gram pass over a canvas, the gradient pass of which comes next."""
         stage = self.stage
         fetch = partial(self._prefetch, canvas, 2 * halo_px(stage.model.names), stage.model.content_layers)
-        return stage.gram_sums(stage.canvas_grams(canvas, checksums), "Gram pass", before, fetch)
+        return stage.gram_sums(stage.canvas_grams(canvas, checksums), "Gram pass", before, fetch, on_error)
 
     def _prefetch(self, canvas: str, halo: int, content_layers: Sequence[str] = ()) -> None:
         """Have a slow disk begin with the first tiles of the next pass, which would have nothing to compute meanwhile.
@@ -219,14 +237,14 @@ class Iterations:
     def _gradient(self, step: _Step) -> tuple[dict[str, losses.StyleTerm], _Gradient]:
         """Gram and gradient pass; of a canvas that is one tile, both in one."""
         stage, checksums, canvas = self.stage, step.checksums, f"canvas_{step.iteration % 2}"
-        targets = _style_targets(stage, self.areas, checksums, self.known_grams)
+        targets = style_targets(stage, self.areas, checksums, self.known_grams)
         how: dict[str, Any] = {
             "tv_weight": stage.config.loss.tv_weight,
             "color": stage.color,
             "guides": stage.model.guides,
         }
         factor = 2 * stage.plan.pixels * stage.config.loss.content_weight
-        factors = {layer: factor * scale for layer, scale in _content_scales(stage, self.content_energies).items()}
+        factors = {layer: factor * scale for layer, scale in content_scales(stage, self.content_energies).items()}
         if len(stage.tiles) == 1:
             (tile,) = stage.tiles
             spec = passes.WholeSpec(stage.stage_dir, canvas, tile, stage.network, checksums, factors, targets, **how)
@@ -239,7 +257,7 @@ class Iterations:
             sums = self._ahead.pop(step.iteration, None)
             if sums is None:
                 with self._timed("gram"):
-                    sums = self._gram_sums(canvas, checksums)
+                    sums = self._gram_sums(canvas, checksums, step.wanted)
             terms = {key: target.term(sums[key]) for key, target in targets.items()}
         seeds = {key: term.seed_CC for key, term in terms.items()}
         specs = [
@@ -252,7 +270,9 @@ class Iterations:
                 passes.gradient_task,
                 specs,
                 stage.counter("gradient pass", len(specs), fetch),
+                before=step.wanted,
                 after=lambda result: step.gradient.add(result.sums),
+                on_error=partial(step.fail, "gradient"),
             )
         return terms, _gathered(stage, results)
 
@@ -292,6 +312,7 @@ class Iterations:
             stage.counter("update pass", len(specs)),
             before=lambda spec: replace(spec, gradient_sums=step.gradient.wait_for(spec.chunks)),
             after=lambda result: step.canvas.add(result.sums[canvas]),
+            on_error=partial(step.fail, "update"),
         )
         total = math.fsum(value for result in results for value in result.sums_abs_u)
         packed = {
@@ -304,7 +325,7 @@ class Iterations:
         self, terms: Mapping[str, losses.StyleTerm], gradient: _Gradient, alpha: float | None, updated: _Updated
     ) -> IterationResult:
         stage, squares = self.stage, gradient.squares
-        scales = _content_scales(stage, self.content_energies)
+        scales = content_scales(stage, self.content_energies)
         content = {layer: scale * squares[layer] for layer, scale in scales.items()}
         style = {key: term.loss for key, term in terms.items()}
         content_loss, style_loss = math.fsum(content.values()), math.fsum(style.values())
@@ -339,40 +360,6 @@ class Iterations:
         start = time.perf_counter()
         yield
         self._seconds[what] = time.perf_counter() - start
-
-
-def _style_targets(
-    stage: Stage, areas: Mapping[str, float], checksums: Mapping[str, str], known_grams: Mapping[str, Gram]
-) -> dict[str, losses.StyleTarget]:
-    """By style key; without those of regions that have no position at a layer. `areas`: n_r,l of each."""
-    targets = {}
-    for key in stage.model.style_keys:
-        layer = layer_of(key)
-        whole = positions(stage.plan.size, layer)
-        if (area := areas.get(key, whole)) > 0:
-            targets[key] = losses.StyleTarget(
-                stage.config.loss.kind,
-                zarr_files.read_gram(stage.stage_dir, key, checksums[gram_name(key)]),
-                area,
-                stage.config.network.style_layers[layer],
-                stage.plan.pixels * stage.config.loss.style_weight,
-                area / whole,
-                known_grams.get(key),
-            )
-    return targets
-
-
-def _content_scales(stage: Stage, energies: Mapping[str, float]) -> dict[str, float]:
-    return {
-        layer: losses.content_scale(
-            stage.config.loss.kind,
-            energies[layer],
-            stage.model.widths[layer],
-            positions(stage.plan.size, layer),
-            stage.config.network.content_layers[layer],
-        )
-        for layer in stage.model.content_layers
-    }
 
 
 def _gathered(stage: Stage, results: Sequence[passes.GradientResult]) -> _Gradient:

@@ -31,8 +31,10 @@ def write_ome_zarr(
     group = zarr.create_group(path, overwrite=True)
     level = _create_level(path / "0", (height, width), kind, chunk_px)
     for y0 in range(0, height, chunk_px):
-        y1 = min(y0 + chunk_px, height)
-        level[:, y0:y1, :] = np.moveaxis(read_rows(y0, y1), 2, 0)
+        rows_CHW = np.moveaxis(read_rows(y0, min(y0 + chunk_px, height)), 2, 0)
+        # a call per chunk: of several at once, zarr would go on with the others after one has failed
+        for x0 in range(0, width, chunk_px):
+            level.set_block_selection((0, y0 // chunk_px, x0 // chunk_px), rows_CHW[:, :, x0 : x0 + chunk_px])
     levels = 1
     while max(height, width) > chunk_px:
         height, width = max(1, height // 2), max(1, width // 2)

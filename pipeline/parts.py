@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,12 @@ def cut_file(path: Path, size: Size, rect: Rect, output: Path, check: Callable[[
     `check` raises.
     """
     seen: list[tuple[colors.Matrix, colors.Matrix]] = []
-    bands = _cut_bands(images.stream_rgb(path, size[1], size[0], min(_BAND_PX, size[0]), check), rect, seen)
-    write_rows(bands, output, (rect.height, rect.width), check)
-    for _ in bands:
-        raise AssertionError("a cut has no more rows than its rectangle")
+    # closed when a write fails: the error keeps this frame, and with it the decoder's thread and the open file
+    with closing(images.stream_rgb(path, size[1], size[0], min(_BAND_PX, size[0]), check)) as decoded:
+        bands = _cut_bands(decoded, rect, seen)
+        write_rows(bands, output, (rect.height, rect.width), check)
+        for _ in bands:
+            raise AssertionError("a cut has no more rows than its rectangle")
     return colors.statistics_of(seen, size[0] * size[1])
 
 

@@ -1,9 +1,9 @@
 """Pictures at low resolution: what settings do is seen, and chosen, before the run that takes a day.
 
-A preview is the run itself, up to a size: where one of the run's stages has that size, its canvas is the picture. So a
-key in px means what it means in the run, and `initial_size` has its effect: no picture is rendered smaller than the
-largest `initial_size` of all, however small it is shown. What the run adds at larger sizes, detail finer than the
-pixels of a preview, is not there.
+A preview is the run itself, up to a size: where one of the run's stages has that size, its canvas is the picture, and
+at the size of the result the picture is the result (run_to_size.py). So a key in px means what it means in the run, and
+`initial_size` has its effect: no picture is rendered smaller than the largest `initial_size` of all, however small it
+is shown. What the run adds at larger sizes, detail finer than the pixels of a preview, is not there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline._yaml import dotted, shown
 from pipeline.config import Config, input_files, result_fields
@@ -31,10 +31,12 @@ from pipeline.preview_folder import claimed, folder_of
 from pipeline.process import process_settings
 from pipeline.progress import Event, IterationDone, Note, PictureDone, Sink, StageStarted, WorkDone, ignore
 from pipeline.run import run
-from pipeline.sections import ExportConfig, StyleConfig
+from pipeline.run_to_size import at_size
 from pipeline.survey import plan_on
 from pipeline.vary import Axis, Variation, load_variations
 from pipeline.weights import sha256_of
+
+T = TypeVar("T")
 
 DEFAULT_PX = 512
 # A row of more pictures than this is shown as several.
@@ -113,6 +115,7 @@ def preview(
     check_output(sheet, width, height, 8, "deflate")
     with claimed(first, sheet, force) as claim:
         grid.render(sink, stop)
+        grid.tell_idle(sink, check)
         contact_sheet.write(
             sheet, check, lambda share: sink(WorkDone(0, "contact sheet", math.floor(share * 100), 100)), claim.record
         )
@@ -170,7 +173,7 @@ class _Grid:
         """Plan every picture. Raises ConfigError, InputError, for any that cannot be rendered, before the first is."""
         hashes: dict[Path, str] = {}
         for variation in self._row_by_row():
-            config = at_size(variation.config, min(self.rendered_px, full_px(variation.config)))
+            config = at_size(_without_idle_seed(variation.config), self.rendered_px)
             # before any is hashed, files that cannot serve are told
             plan = plan_on(_in_folder(config, folder), self._device)
             for _, path in input_files(config):
@@ -178,24 +181,47 @@ class _Grid:
             config = _in_folder(config, folder / _name(config, hashes))
             canvas = plan.stages[-1].size
             self._planned.append(_Planned(variation, config, plan, fit(canvas, min(self._size_px, max(canvas)))))
-        self._refuse_idle()
+        self._refuse_idle(hashes)
 
     def _row_by_row(self) -> list[Variation]:
         """The variations as they stand on the sheet: the first axis runs across, all others down."""
         down = len(self._variations) // len(self._axes[0].values) if self._axes else 1
         return [one for row in range(down) for one in self._variations[row::down]]
 
-    def _refuse_idle(self) -> None:
+    def _along(self, number: int, found: Mapping[tuple[str, ...], T]) -> dict[tuple[str, ...], set[T]]:
+        """What was found for the variations that differ in axis `number` alone, by their other settings."""
+        together: dict[tuple[str, ...], set[T]] = {}
+        for settings, value in found.items():
+            together.setdefault((*settings[:number], *settings[number + 1 :]), set()).add(value)
+        return together
+
+    def _refuse_idle(self, hashes: Mapping[Path, str]) -> None:
         """Raise ConfigError for a key whose values all give the same pictures."""
-        names = {one.variation.settings: one.config.work_dir for one in self._planned}
+        names = {one.variation.settings: one.config.work_dir.parent.name for one in self._planned}
+        runs = {one.settings: _name(_without_idle_seed(one.config), hashes) for one in self._variations}
         for number, axis in enumerate(self._axes):
-            first = self._variations[0].settings
-            alike = {names[(*first[:number], f"{axis.key}={value}", *first[number + 1 :])] for value in axis.values}
-            if len(set(axis.values)) > 1 and len(alike) == 1:
+            if len(set(axis.values)) == 1 or any(len(found) > 1 for found in self._along(number, names).values()):
+                continue
+            if any(len(found) > 1 for found in self._along(number, runs).values()):
                 raise ConfigError(
-                    f"--vary {shown(axis.key)}: changes nothing in the picture, so all would be the same. Vary a key "
-                    "that decides it."
+                    f"--vary {shown(axis.key)}: changes nothing at {self.rendered_px} px, so all pictures would be the "
+                    "same; the run it may change later, at larger sizes. Give a larger --size, or vary another key."
                 )
+            raise ConfigError(
+                f"--vary {shown(axis.key)}: changes nothing in the picture, so all would be the same. Vary a key "
+                "that decides it."
+            )
+
+    def tell_idle(self, sink: Sink, check: Callable[[], None]) -> None:
+        """Tell which keys made no difference, as the pictures show: nobody should look for one that is not there."""
+        pictures = {one.variation.settings: sha256_of(one.config.output, check) for one in self._planned}
+        for number, axis in enumerate(self._axes):
+            together = self._along(number, pictures)
+            same = [", ".join(others) for others, found in together.items() if len(found) == 1]
+            if len(set(axis.values)) == 1 or not same:
+                continue
+            where = "" if len(same) == len(together) else f" with {_some(same)}"
+            sink(Note(f"{shown(axis.key)} made no difference{where}: its pictures are the same, byte for byte"))
 
     def sheet(self) -> ContactSheet:
         """The sheet of all pictures. Raises ConfigError if it would take more memory than the config allows."""
@@ -260,45 +286,6 @@ def _refuse_fixed(axes: Sequence[Axis]) -> None:
             raise ConfigError(f"--vary {shown(axis.key)}: {_FIXED[key]}. Vary a key that decides the picture.")
 
 
-def full_px(config: Config) -> int:
-    """The long side of the run's result. Raises InputError for a content that is no picture."""
-    if config.target_px is not None:
-        return config.target_px
-    assert config.content is not None  # the config refuses it
-    header = read_header(config.content, config.limits)
-    return max(header.width_px, header.height_px)
-
-
-def at_size(config: Config, long_px: int) -> Config:
-    """`config` for a result of this long side, whose stages are, but for the last, those of the run.
-
-    Styles are no larger beside the last canvas than they are there in the run, which takes them further.
-    """
-    size: int | tuple[int, int] = long_px
-    if isinstance(config.size, tuple):
-        width, height = config.size
-        shape = fit((height, width), long_px)
-        size = shape[1], shape[0]
-    # an entry that no stage heeds would be refused
-    floors = [0, *(entry.up_to for entry in config.stages)]
-    entries = [entry for floor, entry in zip(floors, config.stages, strict=False) if floor < long_px]
-    stages = tuple(
-        entry.model_copy(update={"styles": _styles_at(entry.styles, long_px)}) if entry.styles else entry
-        for entry in entries
-    )
-    return config.model_copy(
-        update={"size": size, "styles": _styles_at(config.styles, long_px), "stages": stages, "export": ExportConfig()}
-    )
-
-
-def _styles_at(styles: Sequence[StyleConfig], long_px: int) -> tuple[StyleConfig, ...]:
-    largest = [math.floor(long_px * max(style.scale, 1.0)) for style in styles]
-    return tuple(
-        style.model_copy(update={"max_size": min(most, style.max_size or most)})
-        for style, most in zip(styles, largest, strict=True)
-    )
-
-
 def _in_folder(config: Config, folder: Path) -> Config:
     """The config with its picture and its run in a folder of their own."""
     return config.model_copy(update={"output": folder / "picture.png", "work_dir": folder / "run"})
@@ -306,9 +293,22 @@ def _in_folder(config: Config, folder: Path) -> Config:
 
 def _name(config: Config, hashes: Mapping[Path, str]) -> str:
     """The folder of a picture: the same for the same settings and inputs, another for any others."""
-    inputs = {dotted(key): hashes[path] for key, path in input_files(config)}
+    inputs = {dotted(key): hashes.get(path, str(path)) for key, path in input_files(config)}
     text = json.dumps([result_fields(config), inputs], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_idle_seed(config: Config) -> Config:
+    """The config, with the default seed where nothing is drawn from it: no noise, no weights, no rounding by chance."""
+    random_weights = config.network.name == "random" and config.network.weights is None
+    if config.init == "noise" or random_weights or config.state == "compact":
+        return config
+    return config.model_copy(update={"seed": Config.model_fields["seed"].default})
+
+
+def _some(texts: Sequence[str], most: int = 3) -> str:
+    more = [f"{len(texts) - most} more"] if len(texts) > most else []
+    return "; ".join([*texts[:most], *more])
 
 
 def _label(axes: Sequence[Axis], settings: Sequence[str]) -> Label:

@@ -1,4 +1,4 @@
-"""What a stage of a run is: its plan, its folder, its tiles, and what preparation.py and iteration.py share."""
+"""What a stage of a run is: its plan, its folder, its tiles, its objective, for preparation.py and iteration.py."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import integrity, passes, store, zarr_files
-from pipeline.arrays import ALPHA, GRADIENT, METADATA, content_features_name, gram_name, is_averaged, slot_names
+from pipeline import integrity, losses, passes, store, zarr_files
+from pipeline.arrays import (
+    ALPHA,
+    GRADIENT,
+    METADATA,
+    content_features_name,
+    gram_name,
+    is_averaged,
+    layer_of,
+    slot_names,
+)
 from pipeline.checksums import ChunkSums
 from pipeline.colors import LUMINANCE, ColorMap
 from pipeline.config import Config
@@ -90,13 +99,15 @@ class Stage:
         what: str,
         before: Callable[[passes.GramSpec], passes.GramSpec] = lambda spec: spec,
         near_end: Callable[[], None] = lambda: None,
+        on_error: Callable[[], None] = lambda: None,
     ) -> dict[str, Gram]:
         """Gram pass over one image: gram_sum by style key, summed in tile order.
 
-        `before` is called before each tile is read, and may wait. `near_end` as for `counter`.
+        `before` is called before each tile is read, and may wait; `on_error` has to end that. `near_end` as for
+        `counter`.
         """
         told = self.counter(what, len(specs), near_end)
-        return self.engine.fold(passes.gram_task, specs, passes.add_grams, dict[str, Gram](), told, before)
+        return self.engine.fold(passes.gram_task, specs, passes.add_grams, dict[str, Gram](), told, before, on_error)
 
     def told(self, what: str) -> Callable[[int, int], None]:
         """Tells the sink (done, total) of `what`."""
@@ -127,3 +138,38 @@ def positions(size: tuple[int, int], layer: str) -> int:
     """n_l: positions of a layer on an image of this (height, width)."""
     stride = LAYER_BY_NAME[layer].stride
     return (size[0] // stride) * (size[1] // stride)
+
+
+def style_targets(
+    stage: Stage, areas: Mapping[str, float], checksums: Mapping[str, str], known_grams: Mapping[str, Gram]
+) -> dict[str, losses.StyleTarget]:
+    """By style key; without those of regions that have no position at a layer. `areas`: n_r,l of each."""
+    targets = {}
+    for key in stage.model.style_keys:
+        layer = layer_of(key)
+        whole = positions(stage.plan.size, layer)
+        if (area := areas.get(key, whole)) > 0:
+            targets[key] = losses.StyleTarget(
+                stage.config.loss.kind,
+                zarr_files.read_gram(stage.stage_dir, key, checksums[gram_name(key)]),
+                area,
+                stage.config.network.style_layers[layer],
+                stage.plan.pixels * stage.config.loss.style_weight,
+                area / whole,
+                known_grams.get(key),
+            )
+    return targets
+
+
+def content_scales(stage: Stage, energies: Mapping[str, float]) -> dict[str, float]:
+    """By content layer: what Σ(φ_l(p) − φ_l(o))² is multiplied by. `energies`: ‖φ_l(o)‖² of each."""
+    return {
+        layer: losses.content_scale(
+            stage.config.loss.kind,
+            energies[layer],
+            stage.model.widths[layer],
+            positions(stage.plan.size, layer),
+            stage.config.network.content_layers[layer],
+        )
+        for layer in stage.model.content_layers
+    }

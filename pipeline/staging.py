@@ -10,10 +10,11 @@ Axes in names: 1 batch, C channels, H rows, W columns.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from pipeline.device import STAGING_THREADS
 from pipeline.formats import BFLOAT16, FIXED16
 from pipeline.store import StageArray
 from pipeline.tiling import Rect, chunks_of
+
+R = TypeVar("R")
 
 
 def load(array: StageArray, rect: Rect, device: str, dtype: torch.dtype) -> Tensor:
@@ -39,8 +42,7 @@ def load_staged(array: StageArray, rect: Rect, device: torch.device, dtype: torc
     with _LANES.of(device).running():
         out = torch.empty((rect.height, rect.width, array.shape[2]), dtype=dtype, device=device)
     bands = list(_bands(rect, array.chunk_px))
-    for _ in _READERS.map(lambda band: _load_band(array, band, out[band.within(rect)]), bands):
-        pass
+    _of_every_band(lambda band: _load_band(array, band, out[band.within(rect)]), bands)
     return out.permute(2, 0, 1)[None]
 
 
@@ -70,8 +72,25 @@ def save(array: StageArray, rect: Rect, tensor_CHW: Tensor) -> ChunkSums:
 def save_staged(array: StageArray, rect: Rect, tensor_HWC: Tensor) -> ChunkSums:
     """Likewise, by way of the buffers; the device may be any."""
     bands = list(_bands(rect, array.chunk_px))
-    found = _READERS.map(lambda band: _save_band(array, band, tensor_HWC[band.within(rect)]), bands)
+    found = _of_every_band(lambda band: _save_band(array, band, tensor_HWC[band.within(rect)]), bands)
     return {index: value for sums in found for index, value in sums.items()}
+
+
+def _of_every_band(work: Callable[[Rect], R], bands: Sequence[Rect]) -> list[R]:
+    """`work` of each band on the staging threads, in the order of `bands`.
+
+    If one fails, the bands that have not begun are cancelled, and the first error in that order is raised once the
+    others have ended: a pass that is tried again must not find an old thread that still writes its chunks, or that
+    still holds a tile on the device.
+    """
+    futures = [_READERS.submit(work, band) for band in bands]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+    return [future.result() for future in futures if not future.cancelled()]
 
 
 def _bands(rect: Rect, chunk_px: int) -> Iterator[Rect]:

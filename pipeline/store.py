@@ -204,8 +204,8 @@ class StageArray:
             raise self._other_size(f"rows {rect.y0} to {rect.y1} and columns {rect.x0} to {rect.x1}")
 
     def _other_size(self, asked: str) -> ChunkError:
-        what = f"tells of {self.shape[1]}×{self.shape[0]} px, which {asked} do not fit"
-        return ChunkError(self.path / METADATA, "changed", what)
+        height, width, _ = self.shape
+        return ChunkError(self.path / METADATA, "changed", f"tells of {width}×{height} px, which {asked} do not fit")
 
     def check_size(self, cy: int, cx: int) -> None:
         """Raise ChunkError for a chunk that is not there or, uncompressed, has not its size; nothing is read."""
@@ -350,8 +350,7 @@ def open_array(stage_dir: Path, name: str, checksums: str | None = None) -> Stag
             array = _open_array(path, metadata.st_mtime_ns)
             if checksums is None:
                 return array
-            sides = [-(-side // array.chunk_px) for side in array.shape[:2]]
-            return replace(array, checksums=grid_of(checksums, sides))
+            return replace(array, checksums=grid_of(checksums, [-(-side // array.chunk_px) for side in array.shape[:2]]))
         except FileNotFoundError as error:
             raise ChunkError(path / METADATA, "missing", "is missing") from error
         except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:

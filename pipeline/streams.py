@@ -15,7 +15,7 @@ import stat
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class BandPump:
         self._queue: queue.Queue[tuple[int, Rows] | Exception | None] = queue.Queue(maxsize=1)
         self._stop = threading.Event()
 
-    def bands(self, check: Callable[[], None]) -> Iterator[tuple[int, Rows]]:
+    def bands(self, check: Callable[[], None]) -> Generator[tuple[int, Rows]]:
         """Yield ``(y0, rows)``; leaving the iteration early ends the thread."""
         path = self._file.path
         thread = threading.Thread(target=self._run, name=f"decode {path.name}", daemon=True)

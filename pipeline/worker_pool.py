@@ -43,6 +43,7 @@ class WorkerPool:
 
     def __init__(self, processes: int, tasks: int, lock: int | None, note: Callable[[str], None]):
         self._processes, self._tasks, self._lock, self._note = processes, tasks, lock, note
+        self._environment = dict(os.environ)  # a worker that is started later computes as the first ones do
         self._starting = threading.Lock()
         self._opened: ExitStack | None = None
         self._keepers: list[threading.Thread] = []
@@ -66,9 +67,15 @@ class WorkerPool:
         call: Future[Any] = self._client.submit(worker.run_packed, packed, used, pure=False, resources={slot: 1})
         return call
 
-    def when_done(self, call: Future[Any], tell: Callable[[], None]) -> None:
-        """Have `tell` called, on another thread, once a task is done or has failed."""
-        call.add_done_callback(lambda _call: tell())  # type: ignore[no-untyped-call]
+    def when_done(self, call: Future[Any], tell: Callable[[], None], tell_error: Callable[[Future[Any]], None]) -> None:
+        """Have `tell` called, on another thread, once a task is done or has failed; if so, `tell_error` before it."""
+
+        def done(call: Future[Any]) -> None:
+            if call.status == "error":
+                tell_error(call)
+            tell()
+
+        call.add_done_callback(done)  # type: ignore[no-untyped-call]
 
     def fetch(self, calls: list[Future[Any]]) -> futures.Future[list[tuple[Any, Mapping[str, float]]]]:
         """Begin to fetch results, each with the seconds that its process spent since the last one."""
@@ -171,7 +178,7 @@ class WorkerPool:
                 return None
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", "from pipeline.worker import main; main()", *arguments],
-                env={**os.environ, "PYTHONPATH": path},
+                env={**self._environment, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -34,7 +34,7 @@ from pipeline.config import Config, load_config
 from pipeline.cost import WORKERS
 from pipeline.disk_turns import GIVE_WAY_TO, TURNS
 from pipeline.engine import Engine
-from pipeline.iteration import IterationResult, Iterations
+from pipeline.iteration import IterationResult, Iterations, _Step
 from pipeline.journal import Journal
 from pipeline.layers import halo_px
 from pipeline.model import model_of
@@ -767,6 +767,97 @@ def test_a_pass_that_fails_ends_the_others_and_is_done_again(
         # a Gram pass that is ahead of its iteration costs nothing of that
         assert len(rendering.results) == done + (name == "gram_task")
         assert rendering.finish() == (wanted, checksums)
+
+
+def test_an_update_that_fails_is_told_at_once(tmp_path, narrow_weights, monkeypatch):
+    """A full disk would be told when every gradient is computed that a task of the update waits for: after minutes."""
+    closed, begun, waiting = threading.Event(), list[int](), threading.Semaphore(0)
+
+    def close(written, original=Written.close):
+        original(written)
+        closed.set()
+
+    def wait_for(written, chunks, original=Written.wait_for):
+        waiting.release()
+        return original(written, chunks)
+
+    def gradient_task(spec, original=passes.gradient_task):
+        begun.append(spec.tile.index)
+        if spec.tile.index:  # the first is enough for the update to fail, and the others are not needed to tell it
+            assert closed.wait(60)
+        return original(spec)
+
+    def update_task(_spec):
+        assert waiting.acquire(timeout=60) and waiting.acquire(timeout=60)  # the other thread waits for a gradient
+        raise OSError("no room")
+
+    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+        rendering = Rendering(case)
+        rendering.iterate()
+        monkeypatch.setattr(Written, "close", close)
+        monkeypatch.setattr(Written, "wait_for", wait_for)
+        monkeypatch.setattr(passes, "gradient_task", gradient_task)
+        monkeypatch.setattr(update, "update_task", update_task)
+        with pytest.raises(OSError, match="no room"):
+            rendering.iterate()
+        assert len(begun) <= 3  # two were under way, and none was begun after that
+        assert len(rendering.results) == 1
+
+
+def test_the_first_of_two_errors_is_told(tmp_path, narrow_weights, monkeypatch):
+    """A damaged chunk would be hidden by the device that has no memory, or the other way: the remedy would be wrong."""
+    failed = threading.Event()
+
+    def gradient_task(spec, original=passes.gradient_task):
+        if spec.tile.index:
+            assert failed.wait(60)
+            raise ValueError("came later")
+        return original(spec)
+
+    def update_task(_spec):
+        raise OSError("no room")
+
+    def fail(step, which, original=_Step.fail):
+        original(step, which)
+        failed.set()
+
+    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+        rendering = Rendering(case)
+        rendering.iterate()
+        monkeypatch.setattr(_Step, "fail", fail)
+        monkeypatch.setattr(passes, "gradient_task", gradient_task)
+        monkeypatch.setattr(update, "update_task", update_task)
+        with pytest.raises(OSError, match="no room"):
+            rendering.iterate()
+
+
+def test_a_gram_pass_that_fails_ahead_begins_no_more_tiles(tmp_path, narrow_weights, monkeypatch):
+    """Its other tiles would wait for the whole update, and be computed for nothing; the update itself is kept."""
+    begun, failed, halted = list[int](), threading.Event(), iter([True])
+
+    def gram_task(spec):
+        begun.append(spec.tile.index)
+        raise OSError("no room")
+
+    def leave(written, original=Written.leave):
+        original(written)
+        failed.set()
+
+    def update_task(spec, original=update.update_task):
+        if (19, 0) in spec.chunks and next(halted, False):
+            assert failed.wait(60)  # the update takes long
+        return original(spec)
+
+    with prepared(tmp_path, narrow_weights, (320, 80), 32) as case:
+        rendering = Rendering(case)
+        rendering.iterate()
+        monkeypatch.setattr(passes, "gram_task", gram_task)
+        monkeypatch.setattr(Written, "leave", leave)
+        monkeypatch.setattr(update, "update_task", update_task)
+        with pytest.raises(OSError, match="no room"):
+            rendering.iterate()
+        assert len(rendering.results) == 2
+        assert len(begun) <= WORKERS
 
 
 def test_a_single_tile_has_one_forward(tmp_path, narrow_weights, monkeypatch):

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import pyvips
 
-from pipeline.errors import ConfigError, InputError, SpaceError
+from pipeline.errors import ConfigError, InputError, SpaceError, Stopped
 from pipeline.image_export import check_output, write_image
 from pipeline.image_header import read_header
 from pipeline.images import resize_window, source_window, stream_rgb
+from pipeline.parts import cut_file
 from pipeline.pictures import PixelKind
+from pipeline.tiling import Rect
 
 
 def picture(height_px: int, width_px: int, seed: int = 0, bits: int = 8) -> np.ndarray:
@@ -413,8 +415,23 @@ def test_leaving_early_ends_the_thread(tmp_path: Path, bands: int) -> None:
     iterator = stream_rgb(path, 900, 1100, 10)
     for _ in range(bands):
         next(iterator)
-    iterator.close()  # type: ignore[attr-defined]
+    iterator.close()
     assert not decoders()
+
+
+def test_no_thread_decodes_for_a_cut_that_was_given_up(tmp_path: Path) -> None:
+    """Whoever keeps the error, to show it or to try again, would keep a decoder, its memory and the open file."""
+    path = tmp_path / "a.png"
+    vips(picture(3000, 300)).pngsave(str(path))
+
+    def check() -> None:  # is called when the last row of the cut is with the saver
+        raise Stopped
+
+    with pytest.raises(Stopped) as caught:
+        cut_file(path, (3000, 300), Rect(0, 1000, 0, 300), tmp_path / "cut.png", check)
+    assert caught.value.__traceback__ is not None
+    assert not decoders()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
 # Export --------------------------------------------------------------------------------------------------------------

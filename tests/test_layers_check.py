@@ -65,6 +65,7 @@ HEIGHT = {
     "worker_pool": 3,
     "engine_processes": 7,
     "survey": 9,
+    "run_to_size": 9,
     "integrity": 7,
     "transfer": 8,
     "colors": 7,

@@ -8,18 +8,24 @@ import shlex
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pyvips
-from e2e import canvases, journal, make_call, read_picture, run_pipeline, write_picture, write_run
+from e2e import canvases, journal, make_call, read_picture, results, run_pipeline, write_picture, write_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline import load_config, preview, run
+from pipeline.config import Config, input_files
 from pipeline.contact_sheet import ContactSheet, Picture, Row, shortened
 from pipeline.errors import ConfigError, Stopped
 from pipeline.lock import RunLock
-from pipeline.progress import PictureDone
+from pipeline.plan import _check_overrides, stage_sizes
+from pipeline.progress import Note, PictureDone
+from pipeline.run_to_size import at_size
 from pipeline.vary import MAX_VARIATIONS, load_variations
 
 CONTENT_PX = (130, 100)
@@ -122,6 +128,103 @@ def test_preview_is_the_runs_own_stage_of_that_size(config, call):
     assert (read_picture(found.pictures[0].picture) != read_picture(found.pictures[1].picture)).any()
 
 
+@pytest.mark.parametrize(
+    ("style_px", "settings"),
+    [
+        ((300, 260), ()),
+        ((300, 260), ("styles.0.scale=1.3",)),
+        ((300, 260), ("styles.0.scale=0.6", "styles.0.max_size=100")),
+        ((300, 260), ("stages=[{up_to: 96, optimizer: {max_iterations: 2}}, {up_to: 500}]",)),
+        ((60, 50), ("stages=[{up_to: 48, styles: [{image: style.png, max_size: 32}]}]",)),
+    ],
+)
+def test_preview_is_the_run(config, call, monkeypatch, style_px, settings):
+    """The choice would be made by pictures that the run does not make: with a large style they were 17 dB apart."""
+    monkeypatch.chdir(config.parent)
+    write_picture(config.parent / "style.png", *style_px, seed=5)
+    run(load_config(config, settings))
+    whole = preview(config, overrides=settings, size_px=130).pictures[0].picture
+    np.testing.assert_array_equal(read_picture(whole), read_picture(config.parent / "out.png"))
+    call("export", "-c", config, *(f"--set={one}" for one in settings), "--stage", 1, "-o", "stage.png")
+    part = preview(config, overrides=settings, size_px=96).pictures[0].picture
+    np.testing.assert_array_equal(read_picture(part), read_picture(config.parent / "stage.png"))
+    mine, runs = results(part.parent / "run"), results(config.parent / "run")
+    assert mine == runs[: len(mine)]  # every number of every iteration, and the checksum of every chunk
+
+
+def test_stages_that_a_large_style_adds_are_there(config, call):
+    """A key that makes fog of a painting was said to change nothing."""
+    write_picture(config.parent / "style.png", 400, 300, seed=5)
+    found = preview(config, vary=("styles.0.max_size=100,6400",), size_px=130)
+    for one in found.pictures:
+        run(load_config(config, (*one.settings, f"work_dir={one.picture.parent}/whole")), force=True)
+        np.testing.assert_array_equal(read_picture(one.picture), read_picture(config.parent / "out.png"))
+    assert (read_picture(found.pictures[0].picture) != read_picture(found.pictures[1].picture)).any()
+    outcome = call("preview", "-c", config, "--size", 96, "--vary", "styles.0.max_size=200,6400")
+    assert outcome.code == 3 and "changes nothing at 96 px" in outcome.err and "--size" in outcome.err
+
+
+@dataclass(frozen=True)
+class Header:
+    width_px: int
+    height_px: int
+
+
+@st.composite
+def runs_and_sizes(draw):
+    """A config, the headers of its images, and the size of a preview, often that of a stage or of the run."""
+    px, scales = st.integers(16, 900), st.sampled_from([0.3, 0.5, 1.0, 1.3, 1.7, 2.0, 3.33, 99.999])
+    start, target = draw(px), draw(px)
+
+    def styles(prefix: str) -> list[dict]:
+        return [
+            {
+                "image": f"{prefix}{index}.png",
+                "scale": draw(scales | st.floats(0.05, 100)),
+                "max_size": draw(st.none() | st.integers(16, 3000)),
+            }
+            for index in range(draw(st.integers(1, 3)))
+        ]
+
+    values = {"content": "content.png", "output": "out.png", "size": target, "initial_size": start}
+    canvases = [canvas for power in range(8) if (canvas := start << power) < target] + [target]
+    entries = []
+    for up_to in sorted(draw(st.sets(st.sampled_from(canvases), max_size=3))):
+        others = {"styles": styles("other")} if draw(st.booleans()) else {}
+        entries.append({"up_to": up_to, "optimizer": {"max_iterations": draw(st.integers(1, 9))}, **others})
+    if entries and draw(st.booleans()):
+        entries[-1]["up_to"] += draw(st.integers(0, 500))
+    values |= {"styles": styles("style"), "stages": entries}
+    config = Config.model_validate(values, context={"base": Path("/")})
+    sides = st.integers(20, 3000)
+    images = {path: Header(draw(sides), draw(sides)) for _, path in input_files(config)}
+    return config, images, draw(px | st.sampled_from(canvases))
+
+
+@given(runs_and_sizes())
+@settings(max_examples=400)
+def test_stages_of_a_preview_are_those_of_the_run(found):
+    """A style of another size at one stage, or a stage more, is another picture than the run's."""
+    config, images, long_px = found
+    shorter = at_size(config, long_px)
+    wanted, stages = stage_sizes(config, images), stage_sizes(shorter, images)
+    _check_overrides(shorter, [max(canvas) for canvas, _ in stages])  # all that it says is heeded
+    Config.model_validate(shorter.model_dump(mode="json"), context={"base": Path("/")})  # as a manifest is read
+    if long_px >= config.size:
+        assert stages == wanted and shorter == config
+        return
+    assert max(stages[-1][0]) == long_px
+    is_the_runs = any(long_px == config.initial_size << power for power in range(8))
+    same = len(stages) if is_the_runs else len(stages) - 1
+    assert stages[:same] == wanted[:same]
+    for (canvas, styles), (whole, largest) in zip(stages, wanted, strict=False):
+        mine, theirs = shorter.for_stage(max(canvas)), config.for_stage(max(canvas))
+        assert (mine.optimizer, mine.loss, mine.network) == (theirs.optimizer, theirs.loss, theirs.network)
+        assert [one.image for one in mine.styles] == [one.image for one in theirs.styles]
+        if theirs.styles == config.for_stage(max(whole)).styles:
+            assert all(max(one) <= max(most) for one, most in zip(styles, largest, strict=True))
+
+
 def test_initial_size_above_the_shown_size_has_its_effect(config, call):
     """At 64 px all sweeps of `initial_size` from there on would look alike, and one be chosen for nothing."""
     outcome = call("preview", "-c", config, "--size", 64, "--vary", "initial_size=48,96", "--json")
@@ -169,6 +272,49 @@ def test_keys_that_are_printed_make_the_picture(config, call, monkeypatch):
     outcome = call("preview", "-c", config, "--size", 64, "--vary", "styles=[{image: 'style.png', weight: 3}]")
     words = shlex.split(outcome.out.splitlines()[1])
     assert words[0] == "--set" and load_config(config, words[1:2]).styles[0].weight == 3
+
+
+# --- keys that change nothing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["content", "noise", "gray"])
+@pytest.mark.parametrize("network", ["random", "a file"])
+@pytest.mark.parametrize("state", ["float", "compact"])
+def test_a_seed_that_nothing_is_drawn_from_is_refused(tmp_path, narrow_weights, init, network, state):
+    """All pictures of `--vary seed=1,2` were the same, and nothing said so; nor may one that matters be refused."""
+    of_file = {"name": "vgg19", "weights": str(narrow_weights)}
+    keys = {"init": init, "network": {"name": "random"} if network == "random" else of_file}
+    config = write_run(tmp_path, store={"chunk_px": 32, "state_dtype": state}, **keys)
+    matters = init == "noise" or network == "random" or state == "compact"
+    try:
+        found = preview(config, vary=("seed=1,2",), size_px=48)
+    except ConfigError as error:
+        assert "--vary seed: changes nothing in the picture" in str(error)
+        assert not matters and not (tmp_path / "out.preview").exists()
+        for number in (1, 2):
+            run(load_config(config, (f"seed={number}", f"work_dir={tmp_path / str(number)}")), force=True)
+        assert canvases(tmp_path / "1") == canvases(tmp_path / "2")
+        return
+    one, two = (canvases(picture.picture.parent / "run") for picture in found.pictures)
+    assert matters and one != two
+
+
+def test_keys_that_made_no_difference_are_told(config, narrow_weights):
+    """The user would look for a difference between pictures that have none; a seed that matters in a row must stay."""
+    vary = ("init=content,noise", "seed=1,2", "styles.0.weight=1,3", "loss.style_weight=1,2")
+    notes: list[str] = []
+    preview(
+        config,
+        vary=vary,
+        overrides=(f"network={{name: vgg19, weights: {narrow_weights}}}",),
+        size_px=48,
+        sink=lambda event: notes.append(event.message) if isinstance(event, Note) else None,
+    )
+    (weight,) = (note for note in notes if note.startswith("styles.0.weight"))
+    assert weight == "styles.0.weight made no difference: its pictures are the same, byte for byte"
+    (seed,) = (note for note in notes if note.startswith("seed"))
+    assert "with init=content, styles.0.weight=1, loss.style_weight=1;" in seed and "init=noise" not in seed
+    assert not any(note.startswith(("init", "loss")) for note in notes)
 
 
 # --- resume, locks, what is overwritten -------------------------------------------------------------------------------

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from pipeline import staging, store
+from pipeline.device import STAGING_THREADS
+from pipeline.store import StageArray
 from pipeline.tiling import Rect
 
 SIZE, CHUNK = (70, 90), 32
@@ -46,3 +51,60 @@ def test_what_is_saved_by_the_buffers_is_what_numpy_would_write(tmp_path, form):
     assert sums.keys() == {(cy, cx) for cy in (1, 2) for cx in (0, 1, 2)}
     whole = Rect(0, SIZE[0], 0, SIZE[1])
     assert np.array_equal(one.read_window(whole), other.read_window(whole))
+
+
+class BandError(Exception):
+    """Says which band has failed."""
+
+
+class SlowDisk:
+    """Slows down every chunk that is read or written; the bands `failing` fail once another one is under way."""
+
+    def __init__(self, monkeypatch, failing: set[int]) -> None:
+        self._failing, self._lock = failing, threading.Lock()
+        self._under_way = threading.Event()
+        self.begun, self.running = set[int](), 0
+        for name, row in (("write_chunk", lambda cy, *_: cy), ("read_parts", lambda rect, *_: rect.y0 // CHUNK)):
+            monkeypatch.setattr(StageArray, name, self._slowed(getattr(StageArray, name), row))
+
+    def _slowed(self, method, row):
+        def slow_method(array, *args, **options):
+            band = row(*args)
+            with self._lock:
+                self.begun.add(band)
+                self.running += 1
+            try:
+                if band in self._failing:
+                    assert self._under_way.wait(60)
+                    time.sleep(0.02 * (10 - band))  # a later band fails earlier
+                    raise BandError(band)
+                self._under_way.set()
+                time.sleep(0.3)
+                return method(array, *args, **options)
+            finally:
+                with self._lock:
+                    self.running -= 1
+
+        return slow_method
+
+
+@pytest.mark.parametrize("way", ["save", "load"])
+def test_when_a_band_fails_no_other_is_at_work_any_more(tmp_path, monkeypatch, way):
+    """A tile tried again in smaller ones would have chunks of the old one written over it, with other checksums."""
+    bands = STAGING_THREADS + 4
+    array, _ = made(tmp_path / "stage_0", "float32")
+    store.create_array(tmp_path / "stage_0", "tall", (bands * CHUNK, CHUNK, 3), CHUNK, "float32", "none")
+    array, rect = store.open_array(tmp_path / "stage_0", "tall"), Rect(0, bands * CHUNK, 0, CHUNK)
+    if way == "load":
+        array.write_window(rect, np.zeros(array.shape, np.float32))
+    disk = SlowDisk(monkeypatch, failing={1, 3})
+    with pytest.raises(BandError, match="1"):
+        if way == "save":
+            staging.save_staged(array, rect, torch.zeros(array.shape))
+        else:
+            staging.load_staged(array, rect, torch.device("cpu"), torch.float32)
+    assert disk.running == 0
+    begun = set(disk.begun)
+    assert len(begun) < bands  # those that had not begun do not begin
+    time.sleep(0.5)
+    assert disk.begun == begun

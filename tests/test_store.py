@@ -569,3 +569,19 @@ def test_an_ome_zarr_replaces_an_older_one_whole(tmp_path):
     levels = pyramid(tmp_path / "p.zarr", np.full((10, 10, 3), 7, np.uint8), 16)
     assert len(levels) == 1 and (levels[0] == 7).all()
     assert sorted(path.name for path in (tmp_path / "p.zarr").iterdir()) == ["0", "zarr.json"]
+
+
+def test_an_ome_zarr_that_fails_is_left_alone(tmp_path):
+    """The half of it that is removed then would be written again meanwhile, and stay beside the output for ever."""
+    path, width = tmp_path / "p.zarr", 16 * 40
+
+    def read_rows(y0: int, y1: int) -> np.ndarray:
+        if y0 == 16:
+            (path / "0" / "c" / "0" / "1" / "0" / "in the way").mkdir(parents=True)
+        return np.full((y1 - y0, width, 3), 7, np.uint8)
+
+    with pytest.raises(IsADirectoryError):
+        ome_zarr.write_ome_zarr(path, (48, width), PixelKind(8, alpha=False), read_rows, 16)
+    time.sleep(0.5)
+    written = [file for file in (path / "0" / "c" / "0").rglob("*") if file.is_file()]
+    assert {file.parent.name for file in written} == {"0"} and len(written) == 40

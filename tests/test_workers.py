@@ -22,7 +22,8 @@ from e2e import TIMEOUT_S, Child, Nursery, canvases, results, write_run
 import pipeline
 from pipeline.engine_processes import ProcessEngine
 from pipeline.errors import ConfigError, SpaceError, Stopped
-from pipeline.progress import Event, Note, WorkDone
+from pipeline.image_export import _libvips_files_in
+from pipeline.progress import Event, IterationDone, Note, WorkDone
 from pipeline.store import ChunkError
 from pipeline.worker import ALLOWED_DEATHS
 
@@ -60,6 +61,10 @@ ERRORS = [
     ChunkError(Path("/a/b"), "changed", "is not what was written there"),
     TimeoutError("of the task itself"),
 ]
+
+
+def variable(name: str) -> str | None:
+    return os.environ.get(name)
 
 
 def fail(number: int) -> None:
@@ -164,6 +169,24 @@ def test_a_pass_may_wait_for_another_beside_it(engine):
     assert update.result(TIMEOUT_S) == [2 * value for value in values]
 
 
+@pytest.mark.parametrize("how", ["map", "fold"])
+def test_an_error_releases_the_tasks_that_wait(how):
+    """A full disk would be told only when the pass that they wait for has come so far: minutes, or never."""
+    released = threading.Event()
+
+    def before(number: int) -> int:
+        if number:
+            assert released.wait(TIMEOUT_S)
+            raise RuntimeError("follows from the error")
+        return number
+
+    with ProcessEngine(1, 2) as engine, pytest.raises(ConfigError, match="wrong key"):
+        if how == "map":
+            engine.map(fail, [0, 1], before=before, on_error=released.set)
+        else:
+            engine.fold(fail, [0, 1], lambda total, _: total, 0, before=before, on_error=released.set)
+
+
 def test_an_error_leaves_the_pass_beside_it_alone(tmp_path):
     """A Gram pass that fails, or is not needed, must not cost the update that is being committed."""
     notes: list[str] = []
@@ -245,6 +268,24 @@ def test_a_dead_workers_tasks_are_done_again(tmp_path):
         assert engine.map(die_once, specs) == list(range(12))
     assert len(notes) == 1
     assert "SIGKILL" in notes[0]
+
+
+def test_an_export_changes_no_workers_environment(tmp_path):
+    """A worker that is started during an export would have its files in a folder that is removed with the export."""
+    wanted = [os.environ.get("TMPDIR")]
+    with ProcessEngine(1, 1) as engine, _libvips_files_in(tmp_path / "levels"):
+        assert engine.map(variable, ["TMPDIR"]) == wanted  # as of one that is started anew
+        with ProcessEngine(1, 1) as other:
+            assert other.map(variable, ["TMPDIR"]) == wanted
+        told = subprocess.run(["sh", "-c", "echo $TMPDIR"], env=dict(os.environ), capture_output=True, check=True)
+        assert told.stdout.decode().strip() == (wanted[0] or "")
+
+
+def test_a_worker_that_is_started_later_has_the_same_environment(monkeypatch):
+    """With OMP_NUM_THREADS changed meanwhile, a worker that takes a dead one's place would round otherwise."""
+    with ProcessEngine(1, 1) as engine:
+        monkeypatch.setenv("OMP_NUM_THREADS", "17")
+        assert engine.map(variable, ["OMP_NUM_THREADS"]) != ["17"]
 
 
 def test_results_that_died_with_their_worker_are_made_again(tmp_path):
@@ -399,6 +440,20 @@ def test_a_worker_may_die_in_every_pass(tmp_path, unbroken):
     unbroken.assert_same(tmp_path)
     assert {"style Gram", "canvas", "content features", "Gram pass", "gradient pass", "update pass"} <= set(killed)
     assert len([note for note in notes if "died" in note or "killed" in note]) == len(killed)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_chunk_that_is_lost_is_told_as_such(tmp_path, workers):
+    """The update that fails over it stops the gradients beside it: told of them, nobody would know what to mend."""
+
+    def sink(event: Event) -> None:
+        if isinstance(event, IterationDone) and (event.stage, event.iteration) == (1, 0):
+            for chunk in (tmp_path / "run" / "store.zarr" / "stage_1" / "m_1").rglob("0"):
+                if chunk.is_file():
+                    chunk.unlink()
+
+    with pytest.raises(ChunkError, match=r"m_1.*is missing"):
+        pipeline.run(pipeline.load_config(write_two_stages(tmp_path, workers=workers)), sink=sink)
 
 
 @pytest.fixture(scope="module")
