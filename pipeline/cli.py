@@ -18,6 +18,7 @@ from pipeline import config as config_module
 from pipeline import report, timeline
 from pipeline._fields import MAX_SIDE_PX
 from pipeline._yaml import printable
+from pipeline.allocator import set_up_process
 from pipeline.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.interrupts import drop_unwritable_stdout, steadfast_stderr, stop_on_signals
 from pipeline.preview import DEFAULT_PX
@@ -36,6 +37,7 @@ Exit codes: 0 done, 1 a bug of ours, 2 wrong usage, 3 wrong config or input,
 
 def main() -> NoReturn:
     """Entry point: run a command and exit with its code (see errors.py)."""
+    set_up_process()
     with steadfast_stderr():
         try:
             cli.main(standalone_mode=False)

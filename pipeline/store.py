@@ -350,7 +350,7 @@ def open_array(stage_dir: Path, name: str, checksums: str | None = None) -> Stag
             array = _open_array(path, metadata.st_mtime_ns)
             if checksums is None:
                 return array
-            return replace(array, checksums=grid_of(checksums, [-(-side // array.chunk_px) for side in array.shape[:2]]))
+            return replace(array, checksums=grid_of(checksums, [-(-n // array.chunk_px) for n in array.shape[:2]]))
         except FileNotFoundError as error:
             raise ChunkError(path / METADATA, "missing", "is missing") from error
         except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
