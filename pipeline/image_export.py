@@ -15,7 +15,6 @@ import contextlib
 import errno
 import functools
 import os
-import secrets
 import shutil
 import tempfile
 import threading
@@ -23,10 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyvips
 
-from pipeline.durable import sync_file_system, sync_folder
+from pipeline.durable import new_partial, partial_name, remove, sync_file_system, sync_folder
 from pipeline.errors import ConfigError, StorageError, storage, storage_error
 from pipeline.pictures import FORMATS, OUTPUT_SUFFIXES, RGB8, Format, PixelKind, format_of
 from pipeline.places import taken, unwritable
@@ -93,7 +91,7 @@ def write_image(
         options = {"compression": compression, "Q": quality, "pyramid": pyramid}
         levels: contextlib.AbstractContextManager[Callable[[], None]] = contextlib.nullcontext(lambda: None)
         if pyramid and _format_of(path).name == "TIFF":
-            levels = _libvips_files_in(path.with_name(_partial_name(path)).absolute())
+            levels = _libvips_files_in(path.with_name(partial_name(path)).absolute())
         try:
             with levels as files_are_open:
                 save = functools.partial(_save, source, partial, path, options, files_are_open)
@@ -101,7 +99,7 @@ def write_image(
             put_in_place(partial, path)
         finally:
             with contextlib.suppress(OSError):  # a disk that failed fails here too, and says less
-                _remove(partial)
+                remove(partial)
     if on_progress is not None:
         on_progress(1.0)
 
@@ -163,7 +161,7 @@ def _check_place(path: Path, form: Format) -> None:
 
 def _check_name(path: Path) -> None:
     try:
-        path.with_name(f"{_partial_name(path)}.old").lstat()  # the longest name that is made of it
+        path.with_name(f"{partial_name(path)}.old").lstat()  # the longest name that is made of it
     except OSError as error:  # most likely there is no such file
         if error.errno == errno.ENAMETOOLONG:
             raise ConfigError(f"{path}: its name is too long for the file system. Choose a shorter one.") from error
@@ -198,7 +196,7 @@ def _libvips_files_in(folder: Path) -> Iterator[Callable[[], None]]:
             yield changes.close
     finally:
         with contextlib.suppress(OSError):
-            _remove(folder)
+            remove(folder)
 
 
 def _set_variable(name: str, value: str | None) -> None:
@@ -321,38 +319,4 @@ def put_in_place(partial: Path, path: Path) -> None:
             old.rename(path)
         raise
     sync_folder(path.parent)
-    _remove(old)
-
-
-def new_partial(path: Path) -> Path:
-    """A free name beside `path` for what is not whole yet; what exports of this machine left when killed is removed."""
-    prefix = _partial_prefix(path)
-    for entry in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
-        pid = entry.name.removeprefix(prefix).partition("-")[0]
-        ours = entry.name.removesuffix(".old").endswith(path.suffix)
-        if ours and pid.isdigit() and not _is_at_work(int(pid), entry):
-            _remove(entry)
-    return path.with_name(_partial_name(path))
-
-
-def _partial_prefix(path: Path) -> str:
-    return f".{path.stem}.partial-{os.uname().nodename}-"
-
-
-def _partial_name(path: Path) -> str:
-    return f"{_partial_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
-
-
-def _is_at_work(pid: int, partial: Path) -> bool:
-    """Whether a process of this number runs that can have made `partial`: after a restart another has the number."""
-    try:
-        return psutil.Process(pid).create_time() <= partial.lstat().st_mtime + 1
-    except (psutil.Error, OSError):
-        return False
-
-
-def _remove(partial: Path) -> None:
-    if partial.is_dir() and not partial.is_symlink():
-        shutil.rmtree(partial)
-    else:
-        partial.unlink(missing_ok=True)
+    remove(old)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline import store
 from pipeline.arrays import METADATA, ArraySpec, gram_name
 from pipeline.checksums import checksum, packed, unpacked
-from pipeline.durable import sync_folder
+from pipeline.durable import sync_folder, write_whole
 from pipeline.errors import storage
 from pipeline.places import read_regular
 from pipeline.store import MAX_METADATA_BYTES, ChunkError, StageArray
@@ -103,13 +102,7 @@ def create_store(path: Path) -> None:
 def write_metadata(path: Path, data: bytes) -> None:
     """Write a metadata file aside, sync it, and give it its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
+    write_whole(path, data)
 
 
 def make_room_again(array: StageArray, cy: int, cx: int) -> None:

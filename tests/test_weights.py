@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import os
 import pickle
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +20,7 @@ import reference
 import torch
 
 from pipeline import weights
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Stopped
 from pipeline.layers import VGG19_WIDTHS
 from pipeline.weights import RANDOM_WIDTHS, NetworkSpec, WeightsSource, find_weights, sha256_of, widths_for_plan
 
@@ -124,6 +128,52 @@ def test_a_download_that_fails_says_what_to_do(served, hub, answer):
     assert left_in(hub) == []
     served.answer = "whole"
     assert find_weights("vgg19", None, 0).path == hub / "vgg19-made.pth"
+
+
+def test_a_download_that_is_stopped_at_once_leaves_nothing(served, hub):
+    """The thread would still make its file after the stop had deleted it, and it stays there."""
+    # a system that is busy gives the thread its turn late
+    opened = threading.Event()
+    thread_run = threading.Thread.run
+
+    def late(self: threading.Thread) -> None:
+        if self.name == "download":
+            opened.wait(30)
+        thread_run(self)
+
+    def stop() -> None:
+        raise Stopped("as asked")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "run", late)
+        with pytest.raises(Stopped):
+            find_weights("vgg19", None, 0, check=stop)
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "download"]
+    opened.set()
+    thread.join(30)
+    assert left_in(hub) == []
+
+
+KILLED = """
+import os, signal, sys, threading
+from pathlib import Path
+from pipeline.download import download
+
+def seen(done, total):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+download(sys.argv[1], Path(sys.argv[2]), "", on_progress=seen)
+"""
+
+
+def test_what_a_killed_download_leaves_is_removed_by_the_next(served, hub):
+    """Every kill would take half a gigabyte of the disk for ever, in a folder where nobody looks."""
+    command = [sys.executable, "-c", KILLED, served.url, str(hub / "vgg19-made.pth")]
+    killed = subprocess.run(command, env={**os.environ, "no_proxy": "127.0.0.1"}, check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(left_in(hub)) == 1
+    find_weights("vgg19", None, 0)
+    assert left_in(hub) == ["vgg19-made.pth"]
 
 
 def closed_port() -> int:
