@@ -27,7 +27,7 @@ import pyvips
 from pipeline.durable import new_partial, partial_name, remove, sync_file_system, sync_folder
 from pipeline.errors import ConfigError, StorageError, storage, storage_error
 from pipeline.pictures import FORMATS, OUTPUT_SUFFIXES, RGB8, Format, PixelKind, format_of
-from pipeline.places import taken, unwritable
+from pipeline.places import names_in, taken, unwritable
 from pipeline.streams import POLL_S, FileTarget, Rows, RowSource
 
 COMPRESSIONS = ("deflate", "zstd", "jpeg", "none")
@@ -170,12 +170,12 @@ def _check_name(path: Path) -> None:
 def _is_deepzoom(path: Path) -> bool:
     """Whether a folder holds a DeepZoom of its own name, and nothing else."""
     names = {f"{path.stem}.dzi", f"{path.stem}_files"}
-    return path.is_dir() and {entry.name for entry in path.iterdir()} <= names
+    return path.is_dir() and names_in(path) <= names
 
 
 def _is_ome_zarr(path: Path) -> bool:
     """Whether a folder holds levels of a pyramid, and nothing else."""
-    return path.is_dir() and all(entry.name == "zarr.json" or entry.name.isdigit() for entry in path.iterdir())
+    return path.is_dir() and all(name == "zarr.json" or name.isdigit() for name in names_in(path))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from pipeline.config import Config, input_files, same_file
 from pipeline.errors import ConfigError, storage
 from pipeline.journal import Journal, RunLock, standing
 from pipeline.opening import journal_path, manifest_path, now
-from pipeline.places import real, refuse_own_state, taken
+from pipeline.places import names_in, real, refuse_own_state, taken
 from pipeline.survey import make_work_dir
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -75,8 +75,7 @@ def _refuse_place(config: Config, folder: Path, picture: Path) -> None:
 def _refuse_foreign(folder: Path) -> None:
     if taken(manifest_path(folder)):
         raise ConfigError(f"{folder}: previews would be kept here, but it is a run's folder. Choose another output.")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names - {"lock", "lock.owner"} and not taken(journal_path(folder)):
+    if names_in(folder) - {"lock", "lock.owner"} and not taken(journal_path(folder)):
         raise ConfigError(
             f"{folder}: previews would be kept here, but it holds files that are none. Move it away, or choose "
             "another output."

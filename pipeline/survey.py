@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pipeline.device import Device, resolve_device
 from pipeline.errors import MISPLACED, ConfigError, SpaceError, storage_error
 from pipeline.image_export import check_output
 from pipeline.image_header import read_header
-from pipeline.places import refuse_links_at_top, refuse_own_state, unwritable
+from pipeline.places import names_in, refuse_links_at_top, refuse_own_state, unwritable
 from pipeline.plan import Plan, make_plan
 from pipeline.weights import weights_bytes, widths_for_plan
 
@@ -113,8 +114,15 @@ def _shown(size_bytes: int) -> str:
 
 def room_taken(folder: Path) -> Room:
     """What all files and folders below `folder` take; nothing if it does not exist."""
-    blocks = [path.lstat().st_blocks for path in folder.rglob("*")]
+    blocks = list(_blocks(folder))
     return Room(512 * sum(blocks), len(blocks))
+
+
+def _blocks(folder: Path) -> Iterator[int]:
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with contextlib.suppress(FileNotFoundError):  # a file server deletes what it has made there
+                yield Path(parent, name).lstat().st_blocks
 
 
 def existing_parent(path: Path) -> Path:
@@ -141,7 +149,7 @@ def make_work_dir(work_dir: Path) -> None:
         raise ConfigError(f"work_dir {work_dir}: cannot be written to. Change its permissions or choose another.")
     refuse_links_at_top(work_dir)
     ours = {"lock", "lock.owner", "manifest.json.partial"}
-    names = {path.name for path in work_dir.iterdir()}
+    names = names_in(work_dir)
     if not names & {"manifest.json", "journal.jsonl"} and names - ours:
         raise ConfigError(
             f"work_dir {work_dir}: holds files that are not a run's, and a run deletes what it does not know. "

@@ -16,7 +16,7 @@ from pipeline.arrays import METADATA, ArraySpec, gram_name
 from pipeline.checksums import checksum, packed, unpacked
 from pipeline.durable import sync_folder, write_whole
 from pipeline.errors import storage
-from pipeline.places import read_regular
+from pipeline.places import is_of_the_system, read_regular
 from pipeline.store import MAX_METADATA_BYTES, ChunkError, StageArray
 
 _MAX_GRAM_BYTES = 2**30  # of 11,000 channels
@@ -24,7 +24,8 @@ _MAX_GRAM_BYTES = 2**30  # of 11,000 channels
 
 def metadata_checksums(stage_dir: Path) -> dict[str, str]:
     """The checksum of every metadata file of a stage, under its path within the stage."""
-    paths = sorted(stage_dir.glob(METADATA)) + sorted(stage_dir.glob(f"*/{METADATA}"))
+    arrays = [path for path in sorted(stage_dir.glob(f"*/{METADATA}")) if not is_of_the_system(path.parent.name)]
+    paths = [stage_dir / METADATA, *arrays]
     return {str(path.relative_to(stage_dir)): packed([checksum(path.read_bytes())]) for path in paths}
 
 

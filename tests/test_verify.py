@@ -367,6 +367,36 @@ def test_foreign_files_are_moved_not_deleted(base):
         assert (base.work_dir / "foreign-files" / name).read_text() == name
 
 
+OF_THE_SYSTEM = (
+    ".DS_Store",
+    "._canvas_0",
+    "Thumbs.db",
+    "desktop.ini",
+    ".directory",
+    "@eaDir/x",
+    ".nfs00000000018c2a5b00000007",
+)
+
+
+def test_files_of_desktops_and_file_servers_are_no_damage(base, call):
+    """Looked at with Finder, or kept on a Synology, every whole run would be called damaged."""
+    base.put_back(MID)
+    places = ("", "store.zarr", "store.zarr/stage_1", "store.zarr/stage_2/canvas_1/c/0")
+    paths = [base.work_dir / place / name for place in places for name in OF_THE_SYSTEM]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("icons")
+    outcome = call("verify", "--run", base.work_dir)
+    assert outcome.code == 0, outcome.out
+    assert "left over, read by nothing" in outcome.out
+    found = pipeline.verify(base.work_dir, repair=True)
+    listed = {path if path.parent.name != "@eaDir" else path.parent for path in paths}
+    assert found.found == () and set(found.leftovers) == listed
+    assert all(path.read_text() == "icons" for path in paths)  # they are not ours to move
+    pipeline.run(pipeline.load_config(base.config))
+    assert base.differences() == []
+
+
 def test_links_are_foreign_and_nothing_is_read_through_them(base):
     """A chunk that is another file's name changes when that file does."""
     base.put_back(MID)
