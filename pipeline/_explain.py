@@ -193,6 +193,11 @@ def _not_null(annotation: Any) -> Any:
     return members[0] if is_union and len(members) == 1 else annotation
 
 
+def field_at(model: type[BaseModel], key: Key) -> FieldInfo:
+    """The field of `model` that a key names; one that takes nothing where there is none."""
+    return _resolve(model, key)[2]
+
+
 def _resolve(model: type[BaseModel], location: Sequence[str | int]) -> tuple[Key, type[BaseModel], FieldInfo]:
     """The config key of a pydantic location, the model around it and the field (or the type of a list's entry) there.
 

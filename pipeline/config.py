@@ -338,7 +338,8 @@ def _values(
             inner, marks = getattr(value, name), field.json_schema_extra
             own = marks.get("resume") if isinstance(marks, dict) else None
             if own == NEW["resume"]:
-                own = HARMLESS["resume"] if inner == field.get_default() else None
+                # in a stage, a default that is given differs from what it would be else
+                own = HARMLESS["resume"] if inner == field.get_default() and not given else None
             if not given or name in value.model_fields_set:
                 yield from _values(inner, (*key, name), mark or own, given or isinstance(value, StageConfig))
     elif isinstance(value, tuple):

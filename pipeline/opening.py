@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import store, zarr_files
-from pipeline._yaml import dotted
+from pipeline._explain import field_at
+from pipeline._yaml import dotted, shown, undotted
 from pipeline.arrays import ALPHA, METADATA, result_name
 from pipeline.config import Config, input_files, result_fields
 from pipeline.device import default_threads
@@ -20,6 +21,7 @@ from pipeline.manifest import FORMAT, begun_manifest, read_manifest, trusted_man
 from pipeline.pictures import RGB8
 from pipeline.places import store_path
 from pipeline.plan import Plan
+from pipeline.sections import NEW
 from pipeline.survey import check_space
 from pipeline.weights import WeightsSource, sha256_of
 
@@ -129,19 +131,52 @@ def _same_manifest(found: Mapping[str, Any] | None, manifest: Mapping[str, Any])
 
 def refuse_changes(config: Config, manifest: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise ConfigError with every field of `wanted` that differs from the manifest."""
+    old, new = manifest["result_fields"], wanted["result_fields"]
+    before, now_given = manifest["config"], config.model_dump(mode="json")
     changes: list[str] = []
-    for section, what in (("result_fields", "value"), ("inputs", "content of the file")):
-        old, new = manifest[section], wanted[section]
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                was = f" was {old.get(key)}, is {new.get(key)}" if what == "value" else f" the {what} has changed"
-                changes.append(f"  {key}:{was}")
+    for key in sorted(old.keys() | new.keys()):
+        was, becomes = _value(key, old, before), _value(key, new, now_given)
+        if was != becomes:
+            changes.append(f"  {key}: was {was}, is {becomes}")
+    old, new = manifest["inputs"], wanted["inputs"]
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changes += [f"  {key}: the content of the file has changed" for key in changed]
     if changes:
         raise ConfigError(
             f"{config.work_dir} holds a run of another config, and going on would mix two pictures. Changed:\n"
             + "\n".join(changes)
             + "\nPut these back, or give the new config its own work_dir, or delete the old one."
         )
+
+
+_NOT_GIVEN = "not given"
+
+
+def _value(key: str, fields: Mapping[str, Any], config: object) -> object:
+    """What a dotted key is in a run: not all that have their default are among its result fields.
+
+    `config`: as a manifest keeps it. A key that came later has its default there; what a stage does not say is as for
+    the others.
+    """
+    parts = undotted(key)
+    if parts[0] == "stages" and len(parts) == 3 and fields.get(key) is None:
+        return _NOT_GIVEN  # a section of a stage, whose own keys are compared
+    if key in fields:
+        return fields[key]
+    inner = config
+    for depth, part in enumerate(parts):
+        if isinstance(inner, Mapping) and part in inner:
+            inner = inner[part]
+        elif isinstance(inner, list) and part in range(len(inner)):
+            inner = inner[int(part)]
+        elif parts[0] == "stages" and depth in (2, 3) and parts[2] != "styles":
+            return _value(dotted(parts[2:]), fields, config)
+        elif isinstance(inner, Mapping) and depth == len(parts) - 1:
+            field = field_at(Config, parts)
+            return field.default if field.json_schema_extra == NEW else _NOT_GIVEN
+        else:
+            return _NOT_GIVEN
+    return inner if inner is None or isinstance(inner, int | float) else shown(str(inner), 200)
 
 
 def now() -> str:
