@@ -131,6 +131,13 @@ def validate(model: type[_M], document: Document, base: Path) -> _M | None:
     return None
 
 
+def faults_in(error: ValidationError, model: type[BaseModel]) -> str:
+    """Everything that pydantic found wrong with data that no file of the user's holds, on one line."""
+    conflicts = [f"{dotted(one.keys[0])}: {one.text}" for one in _conflicts(error)]
+    faults = [f"{one.key}: {one.text}" for one in _explain(error, model, Document("")).values()]
+    return shown("; ".join(conflicts + faults), 500)
+
+
 def _conflicts(error: ValidationError) -> list[Conflict]:
     causes = [detail.get("ctx", {}).get("error") for detail in error.errors(include_url=False)]
     return [one for cause in causes if isinstance(cause, ConflictsError) for one in cause.conflicts]

@@ -129,6 +129,15 @@ def _same_manifest(found: Mapping[str, Any] | None, manifest: Mapping[str, Any])
     return found is not None and found == {**json.loads(json.dumps(manifest)), "created": found["created"]}
 
 
+def refuse_other_stages(work_dir: Path, manifest: Mapping[str, Any], position: Position) -> None:
+    """Raise DamagedStateError if the journal stands at a stage that the manifest does not know."""
+    if position.stage >= (known := len(manifest["stages"])):
+        raise DamagedStateError(
+            f"{journal_path(work_dir)}: stands at stage {position.stage}, but the manifest beside it knows stages 0 to "
+            f"{known - 1} alone, so the two are not of one run. Restore the run directory from a copy."
+        )
+
+
 def refuse_changes(config: Config, manifest: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise ConfigError with every field of `wanted` that differs from the manifest."""
     old, new = manifest["result_fields"], wanted["result_fields"]

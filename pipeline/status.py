@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, Stopped
 from pipeline.image_export import check_output
 from pipeline.journal import Journal, Position, Record, position_of, running_owner, standing
 from pipeline.manifest import content_kind, read_manifest
-from pipeline.opening import content_alpha, newest_canvas
+from pipeline.opening import content_alpha, newest_canvas, refuse_other_stages
 from pipeline.pictures import picture_kind
 from pipeline.places import refuse_links, refuse_own_state, taken
 from pipeline.progress import Sink, WorkDone, ignore
@@ -31,6 +31,7 @@ def status(work_dir: Path) -> dict[str, Any]:
     """
     manifest = _manifest_of(work_dir)
     records, position = standing(Journal(work_dir / "journal.jsonl"))
+    refuse_other_stages(work_dir, manifest, position)
     iterations = [record for record in records if record["type"] == "iteration"]
     owner = running_owner(work_dir)
     finished = position.stage_done and position.stage == len(manifest["stages"]) - 1

@@ -7,7 +7,9 @@ import os
 import random
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rot
@@ -19,6 +21,8 @@ from pipeline.errors import ConfigError, DamagedStateError, LockedError, Stopped
 from pipeline.journal import Journal, RunLock
 from pipeline.manifest import FORMAT, write_manifest
 from pipeline.verify import Report
+
+Json = dict[str, Any]
 
 MID = "after an iteration"  # stage 2, three iterations done, the other slot whole
 UPDATE = "in an update"  # the other slot half overwritten
@@ -502,6 +506,66 @@ def test_a_run_of_another_version_is_left_alone(base):
     with pytest.raises(DamagedStateError, match=f"format {FORMAT + 1}"):
         pipeline.verify(base.work_dir, repair=True)
     assert path.read_bytes() == before
+
+
+LATER = {"loss": {"sparkle": 0.5}, "palette": "warm"}
+
+
+@pytest.mark.parametrize("repair", [[], ["--repair"]])
+def test_a_manifest_whose_config_does_not_work_here(base, call, repair):
+    """A traceback says that it is a bug of ours; what has become of the run's files would be left to guess."""
+    base.put_back(MID)
+    (base.folder / "out.tif").unlink(missing_ok=True)
+    (base.folder / "out.tif").symlink_to("content.png")
+    before = rot.tree_of(base)
+    outcome = call("verify", "--run", base.work_dir, *repair)
+    assert (outcome.code, outcome.err.count("\n")) == (6, 1), outcome.err
+    for words in (str(base.work_dir / "manifest.json"), "output: the same file as content", "--config"):
+        assert words in outcome.err
+    assert rot.tree_of(base) == before
+    outcome = call("verify", "-c", base.config, "--set", f"output={base.folder / 'other.tif'}", *repair)
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_manifest_with_keys_of_a_later_version(base, call):
+    """The same where a run was begun with a newer version than this one, and copied here."""
+    base.put_back(MID)
+    rewrite_manifest(base, lambda config: config.update({**LATER, "loss": {**config["loss"], **LATER["loss"]}}))
+    outcome = call("verify", "--run", base.work_dir)
+    assert (outcome.code, outcome.err.count("\n")) == (6, 1), outcome.err
+    assert "loss.sparkle: unknown key" in outcome.err and "palette: unknown key" in outcome.err
+    assert call("verify", "-c", base.config).code == 0
+
+
+def test_how_a_picture_was_to_be_written_is_no_matter_of_the_state(base, call):
+    """A run from before options that a format passes over were refused would be called damaged for them."""
+    base.put_back(MID)
+    rewrite_manifest(base, lambda config: config.update(output=str(base.folder / "x.png"), export={"quality": 7}))
+    assert call("verify", "--run", base.work_dir).code == 0
+
+
+def test_a_manifest_without_the_hash_of_an_input(base, call):
+    """An input that is in its config but not among its hashes: such a manifest comes from elsewhere."""
+    base.put_back(MID)
+    rewrite_manifest(base, lambda config: None, lambda manifest: manifest["inputs"].pop("content"))
+    outcome = call("verify", "--run", base.work_dir)
+    assert (outcome.code, outcome.err.count("\n")) == (6, 1), outcome.err
+    assert "has no hash of what its config reads as content" in outcome.err
+
+
+def rewrite_manifest(
+    base: Base, change: Callable[[Json], object], also: Callable[[Json], object] = lambda manifest: None
+) -> None:
+    """Change the config that a run began with, in both its manifests, as if it had begun like that."""
+    path = base.work_dir / "journal.jsonl"
+    records = Journal(path).read()
+    manifest = records[0]["manifest"]
+    change(manifest["config"])
+    also(manifest)
+    path.unlink()
+    for record in records:
+        Journal(path).append(record)
+    write_manifest(base.work_dir / "manifest.json", manifest)
 
 
 def test_moved_runs_can_be_mended(base, tmp_path):
