@@ -18,7 +18,7 @@ from pipeline._explain import Conflict, ConflictsError, placeholders, validate, 
 from pipeline._fields import MAX_STAGES, MAX_STYLES, File, Int, Output, SidePx, Start
 from pipeline._yaml import Key, dotted, read, told
 from pipeline.errors import ConfigError
-from pipeline.pictures import OUTPUT_SUFFIXES, format_of, is_jpeg_inside
+from pipeline.pictures import OUTPUT_SUFFIXES, format_of, is_jpeg_inside, unheeded
 from pipeline.places import real
 from pipeline.regions import regions_of, shared_masks
 from pipeline.sections import (
@@ -246,6 +246,8 @@ class Config(Section):
             yield Conflict(
                 (compression, bits, ("output",)), "jpeg stores 8 bits only; choose another, or export.bits 8"
             )
+        for option, why in unheeded(self.output, export.changed):
+            yield Conflict((("export", option), ("output",)), why)
 
     def _path_conflicts(self) -> Iterator[Conflict]:
         output_key, work_dir_key = ("output",), ("work_dir",)

@@ -46,7 +46,7 @@ from pipeline.model import model_of
 from pipeline.opening import identity, journal_path, manifest_path, newest_canvas, refuse_changes
 from pipeline.parts import Part, cut_canvas, cut_file, enlarge, needed, whole
 from pipeline.pictures import RGB8
-from pipeline.places import refuse_links, taken
+from pipeline.places import refuse_links, refuse_missing_folder, taken
 from pipeline.plan import Plan, plan_stage
 from pipeline.preview_folder import claimed, folder_of
 from pipeline.progress import Note, Sink, WorkDone, ignore
@@ -92,6 +92,8 @@ def crop(
         raise ConfigError(f"--stage {target}: the run's stages are 0 to {last}.")
     _refuse_outside(rect, planned.stages[last].size)
     own = scaled(rect, planned.stages[last].size, planned.stages[target].size)
+    if output is not None:
+        refuse_missing_folder(output)
     check_output(picture, own.width, own.height, 8, "deflate")
     with Engine(WORKERS, stop) as engine:
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, engine.raise_if_stopped)

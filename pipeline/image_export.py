@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,9 @@ import pyvips
 
 from pipeline.durable import new_partial, partial_name, remove, sync_file_system, sync_folder
 from pipeline.errors import ConfigError, StorageError, storage, storage_error
-from pipeline.pictures import FORMATS, OUTPUT_SUFFIXES, RGB8, Format, PixelKind, format_of
+from pipeline.pictures import COMPRESSIONS, FORMATS, OUTPUT_SUFFIXES, RGB8, Format, PixelKind, format_of, unheeded
 from pipeline.places import names_in, taken, unwritable
 from pipeline.streams import POLL_S, FileTarget, Rows, RowSource
-
-COMPRESSIONS = ("deflate", "zstd", "jpeg", "none")
 
 # The environment is everybody's: one picture at a time changes it.
 _ENVIRONMENT = threading.Lock()
@@ -56,6 +54,12 @@ def check_output(path: Path, width_px: int, height_px: int, bits: int, compressi
         raise ConfigError(f"{path}: {form.name} is not written with {bits} bits a channel.{_use(other)}")
     _check_compression(path, form, bits, compression)
     _check_place(path, form)
+
+
+def refuse_unheeded(path: Path, options: Mapping[str, object], alpha: bool = False) -> None:
+    """Raise ConfigError for options of an export that the format passes over; see pictures.unheeded."""
+    if wrong := [f"{option}: {why}" for option, why in unheeded(path, options, alpha)]:
+        raise ConfigError(f"{path}: {'. '.join(wrong)}.")
 
 
 def write_image(

@@ -104,6 +104,16 @@ def refuse_own_state(output: Path, work_dir: Path) -> None:
         )
 
 
+def refuse_missing_folder(output: Path) -> None:
+    """Raise ConfigError if a picture that the command line names would need a folder made for it.
+
+    A mistyped name would else become a tree of folders, which stays there whatever becomes of the picture.
+    """
+    folder = output.absolute().parent
+    if not os.access(folder, os.F_OK):
+        raise ConfigError(f"{output}: there is no folder {folder}. Make it, or correct the name.")
+
+
 def real(path: Path) -> Path:
     """`path` with links followed, as far as they lead anywhere."""
     try:

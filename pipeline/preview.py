@@ -26,6 +26,7 @@ from pipeline.device import Device, resolve_device
 from pipeline.errors import ConfigError, Stopped
 from pipeline.image_export import check_output
 from pipeline.image_header import read_header
+from pipeline.places import refuse_missing_folder
 from pipeline.plan import Plan, fit
 from pipeline.preview_folder import claimed, folder_of
 from pipeline.progress import Event, IterationDone, Note, PictureDone, Sink, StageStarted, WorkDone, ignore
@@ -108,6 +109,8 @@ def preview(
     grid.plan(folder_of(first), check)
     contact_sheet = grid.sheet()
     height, width = contact_sheet.size
+    if output is not None:
+        refuse_missing_folder(output)
     check_output(sheet, width, height, 8, "deflate")
     with claimed(first, sheet, force):
         grid.render(sink, stop)

@@ -13,12 +13,12 @@ from pipeline.arrays import METADATA
 from pipeline.cost import WORKERS
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, Stopped
-from pipeline.image_export import check_output
+from pipeline.image_export import check_output, refuse_unheeded
 from pipeline.journal import Journal, Position, Record, position_of, running_owner, standing
 from pipeline.manifest import content_kind, read_manifest
 from pipeline.opening import content_alpha, newest_canvas, refuse_other_stages
 from pipeline.pictures import picture_kind
-from pipeline.places import refuse_links, refuse_own_state, taken
+from pipeline.places import refuse_links, refuse_missing_folder, refuse_own_state, taken
 from pipeline.progress import Sink, WorkDone, ignore
 from pipeline.sections import ExportConfig
 from pipeline.store import ChunkError, StageArray
@@ -92,10 +92,12 @@ def export(
 ) -> Path:
     """Write the canvas of any stage (default: the newest) as a picture, at any time; gives its path.
 
-    Raises ConfigError if there is no such stage, the format cannot hold it, or `output` exists without `force`.
+    Raises ConfigError if there is no such stage, the format cannot hold it or passes over an option, `output` exists
+    without `force`, or its folder does not.
     """
     options = options or ExportConfig()
     refuse_own_state(output, work_dir)
+    refuse_missing_folder(output)
     if taken(output) and not force:
         raise ConfigError(f"output {output}: exists and would be lost. Choose another name, or give --force.")
     manifest = _manifest_of(work_dir)
@@ -105,6 +107,7 @@ def export(
     chosen = _choose_stage(work_dir, position, stage)
     refuse_links(work_dir)
     kind = picture_kind(output, options.bits, options.compression, content_kind(manifest))
+    refuse_unheeded(output, options.changed, kind.alpha)
     options = options.model_copy(update={"bits": kind.bits})
     canvas = newest_canvas(work_dir, position, chosen)
     alpha = content_alpha(work_dir, position, chosen) if kind.alpha else None

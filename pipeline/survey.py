@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.config import Config, input_files
 from pipeline.device import Device, resolve_device
 from pipeline.errors import MISPLACED, ConfigError, SpaceError, storage_error
-from pipeline.image_export import check_output
+from pipeline.image_export import check_output, refuse_unheeded
 from pipeline.image_header import read_header
 from pipeline.places import names_in, refuse_links_at_top, refuse_own_state, unwritable
 from pipeline.plan import Plan, make_plan
@@ -41,6 +41,7 @@ def plan_on(config: Config, device: Device) -> Plan:
     planned = make_plan(config, images, widths, weights, device.name, device.memory_bytes)
     height, width = planned.stages[-1].size
     check_output(config.output, width, height, planned.picture.bits, config.export.compression)
+    refuse_unheeded(config.output, config.export.changed, planned.picture.alpha)
     return planned
 
 

@@ -144,7 +144,7 @@ def test_nothing_is_written_or_deleted_through_links(folder, call, plant, how):
     if how == "from the start":
         (run / "journal.jsonl").unlink()
     PLANTS[plant](run, victim)
-    settings = ["--set=export.quality=7"] if how == "going on" else []
+    settings = ["--set=export.bits=16"] if how == "going on" else []
     refused(call("run", "-c", folder / "config.yaml", "--force", *settings), 6, str(run), "no run makes one")
     assert snapshot(victim) == before
 
