@@ -131,6 +131,13 @@ def validate(model: type[_M], document: Document, base: Path) -> _M | None:
     return None
 
 
+def faults_in(error: ValidationError, model: type[BaseModel]) -> str:
+    """Everything that pydantic found wrong with data that no file of the user's holds, on one line."""
+    conflicts = [f"{dotted(one.keys[0])}: {one.text}" for one in _conflicts(error)]
+    faults = [f"{one.key}: {one.text}" for one in _explain(error, model, Document("")).values()]
+    return shown("; ".join(conflicts + faults), 500)
+
+
 def _conflicts(error: ValidationError) -> list[Conflict]:
     causes = [detail.get("ctx", {}).get("error") for detail in error.errors(include_url=False)]
     return [one for cause in causes if isinstance(cause, ConflictsError) for one in cause.conflicts]
@@ -191,6 +198,11 @@ def _not_null(annotation: Any) -> Any:
     members = [member for member in get_args(annotation) if member is not types.NoneType]
     is_union = get_origin(annotation) in (Union, types.UnionType)
     return members[0] if is_union and len(members) == 1 else annotation
+
+
+def field_at(model: type[BaseModel], key: Key) -> FieldInfo:
+    """The field of `model` that a key names; one that takes nothing where there is none."""
+    return _resolve(model, key)[2]
 
 
 def _resolve(model: type[BaseModel], location: Sequence[str | int]) -> tuple[Key, type[BaseModel], FieldInfo]:

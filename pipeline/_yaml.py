@@ -93,6 +93,11 @@ def dotted(key: Key) -> str:
     return shown(".".join(str(part) for part in key))
 
 
+def undotted(text: str) -> Key:
+    """The key that `dotted` wrote: parts that are numbers are places in lists."""
+    return tuple(int(part) if re.fullmatch("[0-9]{1,4}", part) else part for part in text.split("."))
+
+
 @dataclass
 class Document:
     """Plain data, the places of its keys and values, and the problems met so far."""

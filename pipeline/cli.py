@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
 import pipeline
 from pipeline import config as config_module
@@ -20,7 +21,9 @@ from pipeline._fields import MAX_SIDE_PX
 from pipeline._yaml import printable
 from pipeline.allocator import set_up_process
 from pipeline.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
+from pipeline.image_export import refuse_unheeded
 from pipeline.interrupts import drop_unwritable_stdout, steadfast_stderr, stop_on_signals
+from pipeline.pictures import COMPRESSIONS
 from pipeline.preview import DEFAULT_PX
 from pipeline.sections import ExportConfig
 from pipeline.sinks import make_sink, with_profile
@@ -293,13 +296,14 @@ def verify(
     show_default=True,
     help="Of a channel; auto is 16 where content and format have them, else 8.",
 )
-@click.option(
-    "--compression", type=click.Choice(["deflate", "zstd", "jpeg", "none"]), default="deflate", show_default=True
-)
+@click.option("--compression", type=click.Choice(COMPRESSIONS), default="deflate", show_default=True, help="Of a TIFF.")
 @click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG.")
 @click.option("--pyramid/--no-pyramid", default=True, show_default=True, help="Smaller levels in a TIFF, for viewers.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.pass_context
 def export(
+    context: click.Context,
+    /,
     config_path: Path | None,
     overrides: tuple[str, ...],
     run_dir: Path | None,
@@ -312,6 +316,9 @@ def export(
     bits = options["bits"] if options["bits"] == "auto" else int(options["bits"])
     export_config = ExportConfig.model_validate({**options, "bits": bits})
     work_dir = _work_dir(config_path, overrides, run_dir)
+    # what was asked for, even if it is the default
+    given = [name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    refuse_unheeded(output, {name: options[name] for name in given})
     with make_sink("auto") as sink, stop_on_signals(sink) as stop:
         path = pipeline.export(
             work_dir, output.absolute(), stage=stage, options=export_config, force=force, sink=sink, stop=stop

@@ -18,7 +18,7 @@ from pipeline._explain import Conflict, ConflictsError, placeholders, validate, 
 from pipeline._fields import MAX_STAGES, MAX_STYLES, File, Int, Output, SidePx, Start
 from pipeline._yaml import Key, dotted, read, told
 from pipeline.errors import ConfigError
-from pipeline.pictures import OUTPUT_SUFFIXES, format_of, is_jpeg_inside
+from pipeline.pictures import OUTPUT_SUFFIXES, format_of, is_jpeg_inside, unheeded
 from pipeline.places import real
 from pipeline.regions import regions_of, shared_masks
 from pipeline.sections import (
@@ -246,6 +246,8 @@ class Config(Section):
             yield Conflict(
                 (compression, bits, ("output",)), "jpeg stores 8 bits only; choose another, or export.bits 8"
             )
+        for option, why in unheeded(self.output, export.changed):
+            yield Conflict((("export", option), ("output",)), why)
 
     def _path_conflicts(self) -> Iterator[Conflict]:
         output_key, work_dir_key = ("output",), ("work_dir",)
@@ -338,7 +340,8 @@ def _values(
             inner, marks = getattr(value, name), field.json_schema_extra
             own = marks.get("resume") if isinstance(marks, dict) else None
             if own == NEW["resume"]:
-                own = HARMLESS["resume"] if inner == field.get_default() else None
+                # in a stage, a default that is given differs from what it would be else
+                own = HARMLESS["resume"] if inner == field.get_default() and not given else None
             if not given or name in value.model_fields_set:
                 yield from _values(inner, (*key, name), mark or own, given or isinstance(value, StageConfig))
     elif isinstance(value, tuple):

@@ -47,7 +47,7 @@ from pipeline.model import model_of
 from pipeline.opening import identity, newest_canvas, refuse_changes, refuse_other_stages
 from pipeline.parts import Part, cut_canvas, cut_file, enlarge, needed, whole
 from pipeline.pictures import RGB8
-from pipeline.places import journal_path, manifest_path, refuse_links, taken
+from pipeline.places import journal_path, manifest_path, refuse_links, refuse_missing_folder, taken
 from pipeline.plan import Plan, plan_stage
 from pipeline.position import Position
 from pipeline.preview_folder import claimed, folder_of
@@ -97,6 +97,8 @@ def crop(
         raise ConfigError(f"--stage {target}: the run's stages are 0 to {last}.")
     _refuse_outside(rect, planned.stages[last].size)
     own = scaled(rect, planned.stages[last].size, planned.stages[target].size)
+    if output is not None:
+        refuse_missing_folder(output)
     check_output(picture, own.width, own.height, 8, "deflate")
     with Engine(WORKERS, stop) as engine:
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, engine.raise_if_stopped)

@@ -16,7 +16,7 @@ from pipeline.checksums import checksum, unpacked
 from pipeline.engine import Engine
 from pipeline.integrity import CheckSpec, Finding, OnProgress
 from pipeline.opening import stage_path
-from pipeline.places import store_path
+from pipeline.places import is_of_the_system, store_path
 from pipeline.position import Position
 from pipeline.store import ChunkError, StageArray
 from pipeline.zarr_files import group_metadata
@@ -204,7 +204,7 @@ def problem_of(finding: Finding, held: Sequence[Held]) -> Problem:
 def _check_names(
     work_dir: Path, held: Sequence[Held], arrays: Mapping[Path, StageArray | None], found: StoreDamage
 ) -> None:
-    """Tell what a killed run left, and what nobody here has made."""
+    """Tell what is left over, and what nobody here has made."""
     last = max((stage.stage for stage in held), default=-1)
     known = {stage.folder: stage for stage in held}
     top = store_path(work_dir)
@@ -212,7 +212,7 @@ def _check_names(
         stage_number = _STAGE.fullmatch(path.name)
         if path in known:
             _check_stage_names(known[path], arrays, known[path].stage == last, found)
-        elif stage_number or path.name.endswith(".partial"):
+        elif stage_number or _is_left_over(path):
             # a stage that was prepared but not committed, or that a repair took back: prepared anew, it is replaced
             found.leftovers.append(path)
         elif path.name != METADATA:
@@ -226,7 +226,7 @@ def _check_stage_names(stage: Held, arrays: Mapping[Path, StageArray | None], ne
             keys = _chunk_files(path, array)
             if keys is not None:
                 _check_array_names(path, {*keys, path / METADATA}, stage.stage, found)
-        elif path.name.endswith(".partial") or (newest and is_stage_array(path.name)):
+        elif _is_left_over(path) or (newest and is_stage_array(path.name)):
             found.leftovers.append(path)  # the stage has ended, and the next run frees it
         elif path.name != METADATA:
             found.problems.append(_foreign(path, stage.stage, None))
@@ -244,7 +244,7 @@ def _check_array_names(array_dir: Path, files: Collection[Path], stage: int, fou
     for path in _walk(array_dir, folders):
         if path in files:
             continue
-        if path.name.endswith(".partial"):
+        if _is_left_over(path):
             found.leftovers.append(path)
         else:
             found.problems.append(_foreign(path, stage, array_dir.name))
@@ -263,6 +263,11 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
+def _is_left_over(path: Path) -> bool:
+    """Whether nothing reads a file: what a killed run left, or a desktop or a file server put there."""
+    return path.name.endswith(".partial") or is_of_the_system(path.name)
+
+
 def _foreign(path: Path, stage: int | None, array: str | None) -> Problem:
     return Problem(path, "foreign", "is nothing that a run makes", stage, array)
 
@@ -271,7 +276,7 @@ def foreign_at_the_top(work_dir: Path, own: Callable[[Path], bool]) -> tuple[lis
     """(foreign files, leftovers) in the run directory itself. `own`: whether a path is a picture or an input."""
     problems, leftovers = [], []
     for path in _entries(work_dir):
-        if path.name.endswith(".partial") or ".partial-" in path.name:
+        if _is_left_over(path) or ".partial-" in path.name:
             leftovers.append(path)
         elif not _ROOT.fullmatch(path.name) and not own(path):
             problems.append(_foreign(path, None, None))

@@ -8,7 +8,9 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
+from pipeline.durable import new_partial, remove, sync_folder
 from pipeline.errors import InputError, StorageError, storage
 
 _BLOCK_BYTES = 2**20
@@ -33,16 +35,19 @@ def download(
     `check` is called several times a second, and may raise to give up. on_progress gets MiB done and in all.
     Raises DownloadError, StorageError.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    fetching = _Fetching(url, partial, on_progress)
-    # In a thread: a server that says nothing would keep a stop waiting.
-    thread = threading.Thread(target=fetching.run, name="download", daemon=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DownloadError(str(error)) from error
+    with storage(path):
+        partial = new_partial(path)
+    fetching = _Fetching(url, partial, on_progress)
     try:
         with storage(path):
+            # Opened in this thread: the other would still make the file after this one has given up and deleted it.
+            file = partial.open("xb")
+            # In a thread: a server that says nothing would keep a stop waiting.
+            thread = threading.Thread(target=fetching.run, args=(file,), name="download", daemon=True)
             thread.start()
             while thread.is_alive():
                 thread.join(_POLL_S)
@@ -52,10 +57,11 @@ def download(
             if not fetching.sha256.startswith(sha256_prefix):
                 raise DownloadError(f"its hash begins with {fetching.sha256[:8]}, not with {sha256_prefix}")
             partial.replace(path)
+            sync_folder(path.parent)
     finally:
         fetching.cancelled.set()
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            remove(partial)
 
 
 class _Fetching:
@@ -67,34 +73,32 @@ class _Fetching:
         self.failure: Exception | None = None
         self.sha256 = ""
 
-    def run(self) -> None:
+    def run(self, file: BinaryIO) -> None:
         try:
-            self._fetch()
+            with file:
+                self._fetch(file)
         except Exception as error:  # raised again in the caller's thread
             self.failure = error
 
-    def _fetch(self) -> None:
+    def _fetch(self, file: BinaryIO) -> None:
         from http.client import HTTPException  # noqa: PLC0415 - for the one download in the life of a machine
         from urllib.request import urlopen  # noqa: PLC0415
 
         digest, done = hashlib.sha256(), 0
+        try:
+            with urlopen(self._url, timeout=_TIMEOUT_S) as response:
+                total = int(response.headers.get("Content-Length") or 0)
+                while (block := response.read(_BLOCK_BYTES)) and not self.cancelled.is_set():
+                    with storage(self._partial):
+                        file.write(block)
+                    digest.update(block)
+                    done += len(block)
+                    self._on_progress(done // _MIB, max(done, total) // _MIB)
+        except StorageError:
+            raise
+        except (OSError, HTTPException, ValueError) as error:
+            raise DownloadError(str(error)) from error
         with storage(self._partial):
-            file = self._partial.open("wb")
-        with file:
-            try:
-                with urlopen(self._url, timeout=_TIMEOUT_S) as response:
-                    total = int(response.headers.get("Content-Length") or 0)
-                    while (block := response.read(_BLOCK_BYTES)) and not self.cancelled.is_set():
-                        with storage(self._partial):
-                            file.write(block)
-                        digest.update(block)
-                        done += len(block)
-                        self._on_progress(done // _MIB, max(done, total) // _MIB)
-            except StorageError:
-                raise
-            except (OSError, HTTPException, ValueError) as error:
-                raise DownloadError(str(error)) from error
-            with storage(self._partial):
-                file.flush()
-                os.fsync(file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
         self.sha256 = digest.hexdigest()

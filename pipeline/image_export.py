@@ -15,23 +15,19 @@ import contextlib
 import errno
 import functools
 import os
-import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyvips
 
-from pipeline.durable import sync_file_system, sync_folder
+from pipeline.durable import new_partial, partial_name, remove, sync_file_system, sync_folder
 from pipeline.errors import ConfigError, StorageError, storage, storage_error
-from pipeline.pictures import FORMATS, OUTPUT_SUFFIXES, RGB8, Format, PixelKind, format_of
-from pipeline.places import taken, unwritable
+from pipeline.pictures import COMPRESSIONS, FORMATS, OUTPUT_SUFFIXES, RGB8, Format, PixelKind, format_of, unheeded
+from pipeline.places import names_in, taken, unwritable
 from pipeline.streams import POLL_S, FileTarget, Rows, RowSource
-
-COMPRESSIONS = ("deflate", "zstd", "jpeg", "none")
 
 # The C library's environment is everybody's: one picture at a time changes it.
 _ENVIRONMENT = threading.Lock()
@@ -54,6 +50,12 @@ def check_output(path: Path, width_px: int, height_px: int, bits: int, compressi
         raise ConfigError(f"{path}: {form.name} is not written with {bits} bits a channel.{_use(other)}")
     _check_compression(path, form, bits, compression)
     _check_place(path, form)
+
+
+def refuse_unheeded(path: Path, options: Mapping[str, object], alpha: bool = False) -> None:
+    """Raise ConfigError for options of an export that the format passes over; see pictures.unheeded."""
+    if wrong := [f"{option}: {why}" for option, why in unheeded(path, options, alpha)]:
+        raise ConfigError(f"{path}: {'. '.join(wrong)}.")
 
 
 def write_image(
@@ -91,7 +93,7 @@ def write_image(
         options = {"compression": compression, "Q": quality, "pyramid": pyramid}
         levels: contextlib.AbstractContextManager[Callable[[], None]] = contextlib.nullcontext(lambda: None)
         if pyramid and _format_of(path).name == "TIFF":
-            levels = _libvips_files_in(path.with_name(_partial_name(path)).absolute())
+            levels = _libvips_files_in(path.with_name(partial_name(path)).absolute())
         try:
             with levels as files_are_open:
                 save = functools.partial(_save, source, partial, path, options, files_are_open)
@@ -99,7 +101,7 @@ def write_image(
             put_in_place(partial, path, on_whole)
         finally:
             with contextlib.suppress(OSError):  # a disk that failed fails here too, and says less
-                _remove(partial)
+                remove(partial)
     if on_progress is not None:
         on_progress(1.0)
 
@@ -161,7 +163,7 @@ def _check_place(path: Path, form: Format) -> None:
 
 def _check_name(path: Path) -> None:
     try:
-        path.with_name(f"{_partial_name(path)}.old").lstat()  # the longest name that is made of it
+        path.with_name(f"{partial_name(path)}.old").lstat()  # the longest name that is made of it
     except OSError as error:  # most likely there is no such file
         if error.errno == errno.ENAMETOOLONG:
             raise ConfigError(f"{path}: its name is too long for the file system. Choose a shorter one.") from error
@@ -170,12 +172,12 @@ def _check_name(path: Path) -> None:
 def _is_deepzoom(path: Path) -> bool:
     """Whether a folder holds a DeepZoom of its own name, and nothing else."""
     names = {f"{path.stem}.dzi", f"{path.stem}_files"}
-    return path.is_dir() and {entry.name for entry in path.iterdir()} <= names
+    return path.is_dir() and names_in(path) <= names
 
 
 def _is_ome_zarr(path: Path) -> bool:
     """Whether a folder holds levels of a pyramid, and nothing else."""
-    return path.is_dir() and all(entry.name == "zarr.json" or entry.name.isdigit() for entry in path.iterdir())
+    return path.is_dir() and all(name == "zarr.json" or name.isdigit() for name in names_in(path))
 
 
 @contextlib.contextmanager
@@ -195,7 +197,7 @@ def _libvips_files_in(folder: Path) -> Iterator[Callable[[], None]]:
             yield changes.close
     finally:
         with contextlib.suppress(OSError):
-            _remove(folder)
+            remove(folder)
 
 
 def _set_back(name: str) -> None:
@@ -320,38 +322,4 @@ def put_in_place(partial: Path, path: Path, on_whole: Callable[[Path], None]) ->
             old.rename(path)
         raise
     sync_folder(path.parent)
-    _remove(old)
-
-
-def new_partial(path: Path) -> Path:
-    """A free name beside `path` for what is not whole yet; what exports of this machine left when killed is removed."""
-    prefix = _partial_prefix(path)
-    for entry in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
-        pid = entry.name.removeprefix(prefix).partition("-")[0]
-        ours = entry.name.removesuffix(".old").endswith(path.suffix)
-        if ours and pid.isdigit() and not _is_at_work(int(pid), entry):
-            _remove(entry)
-    return path.with_name(_partial_name(path))
-
-
-def _partial_prefix(path: Path) -> str:
-    return f".{path.stem}.partial-{os.uname().nodename}-"
-
-
-def _partial_name(path: Path) -> str:
-    return f"{_partial_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
-
-
-def _is_at_work(pid: int, partial: Path) -> bool:
-    """Whether a process of this number runs that can have made `partial`: after a restart another has the number."""
-    try:
-        return psutil.Process(pid).create_time() <= partial.lstat().st_mtime + 1
-    except (psutil.Error, OSError):
-        return False
-
-
-def _remove(partial: Path) -> None:
-    if partial.is_dir() and not partial.is_symlink():
-        shutil.rmtree(partial)
-    else:
-        partial.unlink(missing_ok=True)
+    remove(old)

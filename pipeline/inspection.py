@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from pipeline._explain import faults_in
 from pipeline._yaml import dotted
 from pipeline.config import Config, input_files, result_fields
 from pipeline.damage import Held, Problem, Sample, StoreDamage, foreign_at_the_top, held_by, store_damage
@@ -13,7 +16,7 @@ from pipeline.engine import Engine
 from pipeline.errors import DamagedStateError
 from pipeline.journal import Journal, JournalState
 from pipeline.manifest import OtherFormatError, begun_manifest, read_manifest
-from pipeline.opening import Identity, lost_its_stages, refuse_changes
+from pipeline.opening import Identity, lost_its_stages, refuse_changes, refuse_unknown_stage
 from pipeline.places import journal_path, links_in_store, manifest_path, store_path
 from pipeline.position import Position, checked_position
 from pipeline.progress import Sink, WorkDone
@@ -78,9 +81,11 @@ def look(work_dir: Path, config: Config | None, sample: Sample | None, engine: E
     position = checked_position(journal.records, journal_path(work_dir))
     problems, notes = _journal_problems(work_dir, journal, position)
     manifest, manifest_problems = _manifest(manifest_path(work_dir), journal, position)
-    config = _config(config, manifest, position)
+    if manifest is not None:
+        refuse_unknown_stage(work_dir, manifest, position)
+    config = _config(work_dir, config, manifest, position)
     ended = position.stage_done or bool(config and manifest and position.slots and _ended(position, config, manifest))
-    specs = _input_specs(manifest, config) if position.slots and manifest and config else []
+    specs = _input_specs(work_dir, manifest, config) if position.slots and manifest and config else []
     inputs = [found for found in engine.map(input_task, specs) if found is not None]
     held = held_by(work_dir, position, ended)
     if links := [Problem(path, "foreign", f"{what}, and no run makes one") for path, what in links_in_store(work_dir)]:
@@ -142,8 +147,11 @@ def _manifest(path: Path, journal: JournalState, position: Position) -> tuple[Ma
     return manifest, []
 
 
-def _config(given: Config | None, manifest: Manifest | None, position: Position) -> Config | None:
-    """The config of the run, with the paths of the given one; None if nothing says what the run began with."""
+def _config(work_dir: Path, given: Config | None, manifest: Manifest | None, position: Position) -> Config | None:
+    """The config of the run, with the paths of the given one; None if nothing says what the run began with.
+
+    Raises DamagedStateError for one in the manifest that is none here and now.
+    """
     if manifest is None:
         return None
     if given is not None and position.slots:
@@ -152,7 +160,17 @@ def _config(given: Config | None, manifest: Manifest | None, position: Position)
             key: manifest.inputs.get(key, "not there") for key in keys
         }  # their content is a problem of its own
         refuse_changes(given, manifest, Identity(result_fields(given), same_files))
-    return given or Config.model_validate(manifest.config.model_dump())
+    if given is not None:
+        return given
+    try:
+        # how a picture is written is no part of the state, and may be corrected at any time
+        return Config.model_validate({**manifest.config.model_dump(), "export": {}})
+    except ValidationError as error:
+        raise DamagedStateError(
+            f"{manifest_path(work_dir)}: the run's config in it does not work here and now "
+            f"({faults_in(error, Config)}), so nothing can be checked against it. Correct the cause, or give the run's "
+            "config with --config."
+        ) from error
 
 
 def _ended(position: Position, config: Config, manifest: Manifest) -> bool:
@@ -160,10 +178,16 @@ def _ended(position: Position, config: Config, manifest: Manifest) -> bool:
     return position.prepared and end_reason(position, settings) is not None
 
 
-def _input_specs(manifest: Manifest, config: Config) -> list[_InputSpec]:
+def _input_specs(work_dir: Path, manifest: Manifest, config: Config) -> list[_InputSpec]:
+    """Raises DamagedStateError if the manifest's config reads what its inputs do not name."""
     files = {dotted(key): path for key, path in input_files(config)}
     if (weights := weights_path(config.network.name, config.network.weights)) is not None:
         files["network.weights"] = weights
+    if missing := files.keys() - manifest.inputs.keys():
+        raise DamagedStateError(
+            f"{manifest_path(work_dir)}: has no hash of what its config reads as {', '.join(sorted(missing))}, so the "
+            "two are not of one run. Restore the run directory from a copy."
+        )
     return [_InputSpec(key, path, manifest.inputs[key]) for key, path in files.items()]
 
 

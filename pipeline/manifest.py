@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline._yaml import shown
 from pipeline.checksums import checksum
-from pipeline.durable import sync_folder
+from pipeline.durable import write_whole
 from pipeline.errors import DamagedStateError, storage
 from pipeline.pictures import PixelKind
 from pipeline.places import read_regular
@@ -23,14 +22,8 @@ class OtherFormatError(DamagedStateError):
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the manifest aside, sync it, and give it its name. Raises StorageError."""
-    aside = path.with_name(path.name + ".partial")
     with storage(path):
-        with aside.open("wb") as file:
-            file.write(_manifest_text(manifest.model_dump(mode="json")))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync_folder(path.parent)
+        write_whole(path, _manifest_text(manifest.model_dump(mode="json")))
 
 
 def _manifest_text(manifest: Mapping[str, Any]) -> bytes:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline import store, zarr_files
-from pipeline._yaml import dotted
+from pipeline._explain import field_at
+from pipeline._yaml import dotted, shown, undotted
 from pipeline.arrays import ALPHA, METADATA, result_name
 from pipeline.config import Config, input_files, result_fields
 from pipeline.device import default_threads
@@ -22,6 +23,7 @@ from pipeline.places import journal_path, manifest_path, store_path
 from pipeline.plan import Plan
 from pipeline.position import Position
 from pipeline.records import FORMAT, Begun, ContentKind, KeptConfig, Manifest, Record, StageSizes
+from pipeline.sections import NEW
 from pipeline.survey import check_space
 from pipeline.weights import WeightsSource, sha256_of
 
@@ -137,13 +139,27 @@ def _same_manifest(found: Manifest | None, manifest: Manifest) -> bool:
     return found is not None and found == manifest.model_copy(update={"created": found.created})
 
 
+def refuse_unknown_stage(work_dir: Path, manifest: Manifest, position: Position) -> None:
+    """Raise DamagedStateError if the journal stands at a stage that the manifest does not know."""
+    if position.stage >= (known := len(manifest.stages)):
+        raise DamagedStateError(
+            f"{journal_path(work_dir)}: stands at stage {position.stage}, but the manifest beside it knows stages 0 to "
+            f"{known - 1} alone, so the two are not of one run. Restore the run directory from a copy."
+        )
+
+
 def refuse_changes(config: Config, manifest: Manifest, wanted: Identity) -> None:
     """Raise ConfigError with every field of `wanted` that differs from the manifest."""
+    old, new = manifest.result_fields, wanted.result_fields
+    before, now_given = manifest.config.model_dump(), config.model_dump(mode="json")
     changes: list[str] = []
-    for key, was, now_is in _differences(manifest.result_fields, wanted.result_fields):
-        changes.append(f"  {key}: was {was}, is {now_is}")
-    for key, _was, _is in _differences(manifest.inputs, wanted.inputs):
-        changes.append(f"  {key}: the content of the file has changed")
+    for key in sorted(old.keys() | new.keys()):
+        was, becomes = _value(key, old, before), _value(key, new, now_given)
+        if was != becomes:
+            changes.append(f"  {key}: was {was}, is {becomes}")
+    files, files_now = manifest.inputs, wanted.inputs
+    changed = [key for key in sorted(files.keys() | files_now.keys()) if files.get(key) != files_now.get(key)]
+    changes += [f"  {key}: the content of the file has changed" for key in changed]
     if changes:
         raise ConfigError(
             f"{config.work_dir} holds a run of another config, and going on would mix two pictures. Changed:\n"
@@ -152,10 +168,34 @@ def refuse_changes(config: Config, manifest: Manifest, wanted: Identity) -> None
         )
 
 
-def _differences(old: Mapping[str, object], new: Mapping[str, object]) -> Iterator[tuple[str, object, object]]:
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            yield key, old.get(key), new.get(key)
+_NOT_GIVEN = "not given"
+
+
+def _value(key: str, fields: Mapping[str, Any], config: object) -> object:
+    """What a dotted key is in a run: not all that have their default are among its result fields.
+
+    `config`: as a manifest keeps it. A key that came later has its default there; what a stage does not say is as for
+    the others.
+    """
+    parts = undotted(key)
+    if parts[0] == "stages" and len(parts) == 3 and fields.get(key) is None:
+        return _NOT_GIVEN  # a section of a stage, whose own keys are compared
+    if key in fields:
+        return fields[key]
+    inner = config
+    for depth, part in enumerate(parts):
+        if isinstance(inner, Mapping) and part in inner:
+            inner = inner[part]
+        elif isinstance(inner, list) and part in range(len(inner)):
+            inner = inner[int(part)]
+        elif parts[0] == "stages" and depth in (2, 3) and parts[2] != "styles":
+            return _value(dotted(parts[2:]), fields, config)
+        elif isinstance(inner, Mapping) and depth == len(parts) - 1:
+            field = field_at(Config, parts)
+            return field.default if field.json_schema_extra == NEW else _NOT_GIVEN
+        else:
+            return _NOT_GIVEN
+    return inner if inner is None or isinstance(inner, int | float) else shown(str(inner), 200)
 
 
 def refuse_other_stages(config: Config, manifest: Manifest, planned: Plan) -> None:

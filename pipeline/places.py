@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,22 @@ def journal_path(work_dir: Path) -> Path:
 def manifest_path(work_dir: Path) -> Path:
     """The manifest of a run."""
     return work_dir / "manifest.json"
+
+
+# What desktops (macOS, Windows, KDE) and file servers (Synology, NFS) put into any folder that they show or serve.
+_SYSTEM_NAMES = re.compile(
+    r"\.DS_Store|\._.*|\.AppleDouble|Thumbs\.db|desktop\.ini|\.directory|@eaDir|\.nfs[0-9a-f]+", re.IGNORECASE
+)
+
+
+def is_of_the_system(name: str) -> bool:
+    """Whether a name is one that a desktop or a file server gives: it says nothing of whose a folder is."""
+    return _SYSTEM_NAMES.fullmatch(name) is not None
+
+
+def names_in(folder: Path) -> set[str]:
+    """The names in a folder, but those that a desktop or a file server put there; none where there is no folder."""
+    return {path.name for path in folder.iterdir() if not is_of_the_system(path.name)} if folder.is_dir() else set()
 
 
 def refuse_links(work_dir: Path) -> None:
@@ -66,14 +83,18 @@ SECOND_NAME = "has a second name elsewhere (a hard link)"
 
 
 def _link(entry: os.DirEntry[str]) -> str | None:
-    """What an entry is that no run makes; None for a folder or a file of one name."""
+    """What an entry is that no run makes; None for a folder or a file of one name, and for what is gone by now."""
     if entry.is_dir(follow_symlinks=False):
         return None
-    if entry.is_symlink():
+    try:
+        status = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:  # a run at work has deleted it
+        return None
+    if stat.S_ISLNK(status.st_mode):
         return "is a link"
-    if not entry.is_file(follow_symlinks=False):
+    if not stat.S_ISREG(status.st_mode):
         return "is a pipe, a socket or a device"
-    return SECOND_NAME if _names(entry) > 1 else None
+    return SECOND_NAME if status.st_nlink > 1 else None
 
 
 def _link_error(path: Path, what: str) -> DamagedStateError:
@@ -81,13 +102,6 @@ def _link_error(path: Path, what: str) -> DamagedStateError:
         f"{path}: {what}, and no run makes one. Going on would read or change what is not this run's. Delete it, "
         "and copy here what it stands for if that is yours, or use another work_dir."
     )
-
-
-def _names(entry: os.DirEntry[str]) -> int:
-    try:
-        return entry.stat(follow_symlinks=False).st_nlink
-    except FileNotFoundError:  # a run at work has deleted it
-        return 1
 
 
 def refuse_own_state(output: Path, work_dir: Path) -> None:
@@ -98,6 +112,16 @@ def refuse_own_state(output: Path, work_dir: Path) -> None:
             f"output {output}: is, or is in, the state of the run in {work_dir}, which the picture would replace. "
             "Choose another name."
         )
+
+
+def refuse_missing_folder(output: Path) -> None:
+    """Raise ConfigError if a picture that the command line names would need a folder made for it.
+
+    A mistyped name would else become a tree of folders, which stays there whatever becomes of the picture.
+    """
+    folder = output.absolute().parent
+    if not os.access(folder, os.F_OK):
+        raise ConfigError(f"{output}: there is no folder {folder}. Make it, or correct the name.")
 
 
 def real(path: Path) -> Path:

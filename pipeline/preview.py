@@ -26,6 +26,7 @@ from pipeline.device import Device, resolve_device
 from pipeline.errors import ConfigError, Stopped
 from pipeline.image_export import check_output
 from pipeline.image_header import read_header
+from pipeline.places import refuse_missing_folder
 from pipeline.plan import Plan, fit
 from pipeline.preview_folder import claimed, folder_of
 from pipeline.process import process_settings
@@ -112,6 +113,8 @@ def preview(
     grid.plan(folder_of(first), check)
     contact_sheet = grid.sheet()
     height, width = contact_sheet.size
+    if output is not None:
+        refuse_missing_folder(output)
     check_output(sheet, width, height, 8, "deflate")
     with claimed(first, sheet, force) as claim:
         grid.render(sink, stop)

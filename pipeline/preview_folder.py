@@ -18,7 +18,7 @@ from pipeline.config import Config, input_files, same_file
 from pipeline.errors import ConfigError, storage
 from pipeline.journal import Journal, standing
 from pipeline.opening import now
-from pipeline.places import journal_path, manifest_path, real, refuse_own_state, taken
+from pipeline.places import journal_path, manifest_path, names_in, real, refuse_own_state, taken
 from pipeline.records import Exporting
 from pipeline.run_folder import locked_folder
 from pipeline.written_picture import refuse_foreign, written_picture
@@ -87,8 +87,7 @@ def _refuse_place(config: Config, folder: Path, picture: Path) -> None:
 def _refuse_foreign(folder: Path) -> None:
     if taken(manifest_path(folder)):
         raise ConfigError(f"{folder}: previews would be kept here, but it is a run's folder. Choose another output.")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names - {"lock", "lock.owner"} and not taken(journal_path(folder)):
+    if names_in(folder) - {"lock", "lock.owner"} and not taken(journal_path(folder)):
         raise ConfigError(
             f"{folder}: previews would be kept here, but it holds files that are none. Move it away, or choose "
             "another output."

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.errors import MISPLACED, ConfigError, InputError, PipelineError, SpaceError, storage_error
 from pipeline.journal import Journal, standing
 from pipeline.lock import RunLock
-from pipeline.places import STORE, journal_path, manifest_path, refuse_links_at_top, taken, unwritable
+from pipeline.places import STORE, journal_path, manifest_path, names_in, refuse_links_at_top, taken, unwritable
 
 # What a start makes before anything is rendered; the lock last, so that it is there as long as anything else.
 _BEGUN = ("manifest.json", "manifest.json.partial", "journal.jsonl", f"{STORE}.partial", STORE, "lock.owner", "lock")
@@ -46,7 +46,7 @@ def _holds_stage(folder: Path) -> bool:
 
 def _take_back(folder: Path, made: Sequence[Path]) -> None:
     """Only what a start makes, and only if there is nothing else: pictures of a preview are kept, with its journal."""
-    if {path.name for path in folder.iterdir()} - set(_BEGUN):
+    if names_in(folder) - set(_BEGUN):
         return
     for path in (folder / name for name in _BEGUN):
         if path.is_dir():
@@ -76,7 +76,7 @@ def make_work_dir(work_dir: Path) -> None:
         raise ConfigError(f"work_dir {work_dir}: cannot be written to. Change its permissions or choose another.")
     refuse_links_at_top(work_dir)
     ours = {"lock", "lock.owner", "manifest.json.partial"}
-    names = {path.name for path in work_dir.iterdir()}
+    names = names_in(work_dir)
     if not names & {"manifest.json", "journal.jsonl"} and names - ours:
         raise ConfigError(
             f"work_dir {work_dir}: holds files that are not a run's, and a run deletes what it does not know. "

@@ -29,7 +29,7 @@ from pipeline._fields import (
     SidePx,
 )
 from pipeline.layers import ALIGN_PX
-from pipeline.pictures import Bits
+from pipeline.pictures import Bits, Compression
 
 NetworkName = Literal["vgg19", "vgg19-lite", "random"]
 # Both are left out of `result_fields`; files of the second kind decide the picture by their content, not their name.
@@ -213,8 +213,13 @@ class ExportConfig(Section):
     """How the finished picture is written."""
 
     bits: Bits = Field("auto", description="bits per channel; auto: 16 where content and format have them, else 8")
-    compression: Literal["deflate", "zstd", "jpeg", "none"] = Field("deflate", description="compression of a TIFF")
+    compression: Compression = Field("deflate", description="compression of a TIFF")
     quality: Int = Field(95, ge=1, le=100, description="JPEG quality")
     pyramid: StrictBool = Field(
         True, description="smaller levels in a TIFF, for viewers; a third more on the disk, twice while it is written"
     )
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """What differs from its default: a config may give any format a default, because `pipeline init` writes all."""
+        return self.model_dump(exclude_defaults=True)

@@ -13,13 +13,13 @@ from pipeline.arrays import METADATA
 from pipeline.cost import WORKERS
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, Stopped
-from pipeline.image_export import check_output
+from pipeline.image_export import check_output, refuse_unheeded
 from pipeline.journal import Journal, standing
 from pipeline.lock import running_owner
 from pipeline.manifest import content_kind, read_manifest
-from pipeline.opening import content_alpha, newest_canvas
+from pipeline.opening import content_alpha, newest_canvas, refuse_unknown_stage
 from pipeline.pictures import picture_kind
-from pipeline.places import refuse_links, refuse_own_state, taken
+from pipeline.places import refuse_links, refuse_missing_folder, refuse_own_state, taken
 from pipeline.position import Position, position_of
 from pipeline.process import process_settings
 from pipeline.progress import Sink, WorkDone, ignore
@@ -35,6 +35,7 @@ def status(work_dir: Path) -> dict[str, Any]:
     """
     manifest = _manifest_of(work_dir)
     records, position = standing(Journal(work_dir / "journal.jsonl"))
+    refuse_unknown_stage(work_dir, manifest, position)
     iterations = [record for record in records if isinstance(record, Iteration)]
     owner = running_owner(work_dir)
     finished = position.stage_done and position.stage == len(manifest.stages) - 1
@@ -100,10 +101,12 @@ def export(
 ) -> Path:
     """Write the canvas of any stage (default: the newest) as a picture, at any time; gives its path.
 
-    Raises ConfigError if there is no such stage, the format cannot hold it, or `output` exists without `force`.
+    Raises ConfigError if there is no such stage, the format cannot hold it or passes over an option, `output` exists
+    without `force`, or its folder does not.
     """
     options = options or ExportConfig()
     refuse_own_state(output, work_dir)
+    refuse_missing_folder(output)
     if taken(output) and not force:
         raise ConfigError(f"output {output}: exists and would be lost. Choose another name, or give --force.")
     manifest = _manifest_of(work_dir)
@@ -113,6 +116,7 @@ def export(
     chosen = _choose_stage(work_dir, position, stage)
     refuse_links(work_dir)
     kind = picture_kind(output, options.bits, options.compression, content_kind(manifest))
+    refuse_unheeded(output, options.changed, kind.alpha)
     options = options.model_copy(update={"bits": kind.bits})
     canvas = newest_canvas(work_dir, position, chosen)
     alpha = content_alpha(work_dir, position, chosen) if kind.alpha else None

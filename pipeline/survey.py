@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, input_files
 from pipeline.device import Device, resolve_device
 from pipeline.errors import SpaceError
-from pipeline.image_export import check_output
+from pipeline.image_export import check_output, refuse_unheeded
 from pipeline.image_header import read_header
 from pipeline.places import refuse_own_state
 from pipeline.plan import Plan, make_plan
@@ -41,6 +42,7 @@ def plan_on(config: Config, device: Device) -> Plan:
     planned = make_plan(config, images, widths, weights, device.name, device.memory_bytes)
     height, width = planned.stages[-1].size
     check_output(config.output, width, height, planned.picture.bits, config.export.compression)
+    refuse_unheeded(config.output, config.export.changed, planned.picture.alpha)
     return planned
 
 
@@ -114,8 +116,15 @@ def _shown(size_bytes: int) -> str:
 
 def room_taken(folder: Path) -> Room:
     """What all files and folders below `folder` take; nothing if it does not exist."""
-    blocks = [path.lstat().st_blocks for path in folder.rglob("*")]
+    blocks = list(_blocks(folder))
     return Room(512 * sum(blocks), len(blocks))
+
+
+def _blocks(folder: Path) -> Iterator[int]:
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with contextlib.suppress(FileNotFoundError):  # a file server deletes what it has made there
+                yield Path(parent, name).lstat().st_blocks
 
 
 def existing_parent(path: Path) -> Path:

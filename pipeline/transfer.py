@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline import colors, image_export, images, ome_zarr
 from pipeline.checksums import ChunkSums
+from pipeline.durable import new_partial
 from pipeline.engine import Engine
 from pipeline.errors import storage
 from pipeline.pictures import PixelKind
@@ -166,7 +167,7 @@ def _export_ome_zarr(
     on_whole: Callable[[Path], None],
 ) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = image_export.new_partial(output)
+    aside = new_partial(output)
 
     def counted_rows(y0: int, y1: int) -> NDArray[Any]:
         on_progress(y1, size[0])

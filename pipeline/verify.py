@@ -33,7 +33,7 @@ class Report:
 
     `found`: all damage at first. `remaining`: what is damaged now. `steps`: what --repair would do first, or has done.
     `iterations_lost`: by them. `stage`, `iteration`: where the run goes on. `checked` of `total` chunks were read;
-    `sample` says which. `leftovers`: what a killed run left; nothing reads it.
+    `sample` says which. `leftovers`: what a killed run left, or a desktop or file server put there; nothing reads it.
     """
 
     work_dir: Path

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from pipeline.places import taken
+from pipeline.places import is_of_the_system, names_in, taken
 from pipeline.records import WrittenPicture
 
 _BLOCK_BYTES = 4 * 2**20
@@ -68,13 +68,15 @@ def refuse_foreign(output: Path, pictures: Pictures, foreign: str, check: Callab
 def _is_empty(path: Path) -> bool:
     """Whether a file or folder has nothing in it that could be lost."""
     if path.is_dir():
-        return next(path.iterdir(), None) is None
+        return not names_in(path)
     return path.is_file() and path.stat().st_size == 0
 
 
 def _files(path: Path) -> list[Path]:
-    """The file itself, or all files of a folder, in the order of their names."""
-    return sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    """The file itself, or all files of a folder, in the order of their names; none that a desktop put there."""
+    if not path.is_dir():
+        return [path]
+    return sorted(one for one in path.rglob("*") if one.is_file() and not is_of_the_system(one.name))
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,9 +15,9 @@ from numpy.typing import NDArray
 from pipeline import store
 from pipeline.arrays import METADATA, ArraySpec, gram_name
 from pipeline.checksums import checksum, packed, unpacked
-from pipeline.durable import sync_file_system, sync_folder
+from pipeline.durable import sync_file_system, sync_folder, write_whole
 from pipeline.errors import storage
-from pipeline.places import read_regular
+from pipeline.places import is_of_the_system, read_regular
 from pipeline.store import MAX_METADATA_BYTES, ChunkError, StageArray
 
 _MAX_GRAM_BYTES = 2**30  # of 11,000 channels
@@ -37,7 +36,8 @@ def sync(path: Path) -> None:
 
 def metadata_checksums(stage_dir: Path) -> dict[str, str]:
     """The checksum of every metadata file of a stage, under its path within the stage."""
-    paths = sorted(stage_dir.glob(METADATA)) + sorted(stage_dir.glob(f"*/{METADATA}"))
+    arrays = [path for path in sorted(stage_dir.glob(f"*/{METADATA}")) if not is_of_the_system(path.parent.name)]
+    paths = [stage_dir / METADATA, *arrays]
     return {str(path.relative_to(stage_dir)): packed([checksum(path.read_bytes())]) for path in paths}
 
 
@@ -115,13 +115,7 @@ def create_store(path: Path) -> None:
 def write_metadata(path: Path, data: bytes) -> None:
     """Write a metadata file aside, sync it, and give it its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
+    write_whole(path, data)
 
 
 def make_room_again(array: StageArray, cy: int, cx: int) -> None:

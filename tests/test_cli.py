@@ -26,6 +26,8 @@ from e2e import (
     write_run,
 )
 
+from pipeline.pictures import PixelKind
+
 
 @pytest.fixture
 def call(capfd, monkeypatch):
@@ -143,6 +145,7 @@ def test_changed_export_settings_make_the_picture_anew(finished, call):
 @pytest.mark.parametrize("suffix", [".tif", ".png", ".jpg", ".dz", ".zarr"])
 def test_export_of_every_stage_in_every_format(finished, call, suffix):
     """A stage could not be looked at, or not in the format that a printer or a viewer wants."""
+    (finished / "exports").mkdir()
     for stage, size in ((0, (37, 48, 3)), (1, (70, 90, 3))):
         output = finished / "exports" / f"stage_{stage}{suffix}"
         outcome = call("export", "--run", finished / "run", "--stage", stage, "-o", output)
@@ -162,7 +165,7 @@ def test_export_of_every_stage_in_every_format(finished, call, suffix):
 
 def test_a_suffix_in_capitals_is_the_same_format(finished, call):
     """The check before the run took .ZARR, and the writer after it did not: a day's render without its picture."""
-    output = finished / "exports" / "capitals.ZARR"
+    output = finished / "capitals.ZARR"
     assert call("export", "--run", finished / "run", "--stage", 0, "-o", output).code == 0
     assert (output / "0" / "zarr.json").is_file()
 
@@ -214,6 +217,101 @@ def test_export_options_and_mistakes(finished, call):
         assert (outcome.code, "Traceback" in outcome.err) == (code, False), outcome.err
         assert re.search(what, outcome.err), outcome.err
     assert not list(finished.glob("x.*"))
+
+
+@pytest.mark.parametrize("command", ["export", "preview --size 48", "preview --crop 0,0,20,20"])
+def test_no_folder_is_made_for_a_picture_that_the_command_line_names(finished, call, command):
+    """A mistyped name would become a tree of folders, which stays even where the picture is refused or stopped."""
+    before = sorted(finished.rglob("*"))
+    for name in ("some/new/tree/x.png", "neu/x.png"):
+        outcome = call(*command.split(), "-c", finished / "config.yaml", "-o", finished / name)
+        assert (outcome.code, outcome.out, outcome.err.count("\n")) == (3, "", 1), outcome
+        assert f"there is no folder {(finished / name).parent}. Make it" in outcome.err
+        assert sorted(finished.rglob("*")) == before
+    (finished / "neu").mkdir()
+    outcome = call(*command.split(), "-c", finished / "config.yaml", "-o", finished / "neu" / "x.png")
+    assert outcome.code == 0, outcome.err
+
+
+def test_the_configs_own_output_may_be_in_a_new_folder(tmp_path, call):
+    """The quickstart has one: a config that was copied with its pictures must run as it is."""
+    config = write_run(tmp_path, output="out/new/x.png")
+    assert call("run", "-c", config).code == 0
+    assert (tmp_path / "out" / "new" / "x.png").exists()
+
+
+UNHEEDED = [
+    ("x.png", ["--compression", "jpeg"], "compression: PNG has deflate alone, not jpeg", ".tif or .jpg or .dz"),
+    ("x.jpg", ["--compression", "zstd"], "compression: JPEG has jpeg alone, not zstd", ".tif or .zarr"),
+    ("x.dz", ["--compression", "deflate"], "compression: DeepZoom has jpeg alone, not deflate", ".tif or .png"),
+    ("x.zarr", ["--compression", "none"], "compression: OME-Zarr has zstd alone, not none", ".tif"),
+    ("x.png", ["--quality", "95"], "quality: it is that of JPEG, which PNG does not hold", ".jpg or .dz, or .tif with"),
+    ("x.zarr", ["--quality", "5"], "quality: it is that of JPEG, which OME-Zarr does not hold", ".jpg"),
+    ("x.tif", ["--quality", "5"], "which TIFF with compression deflate does not hold", "or .tif with compression jpeg"),
+    ("x.dz", ["--no-pyramid"], "pyramid: DeepZoom always has smaller levels", ".tif or .png or .jpg"),
+    ("x.zarr", ["--no-pyramid"], "pyramid: OME-Zarr always has smaller levels", ".tif or .png or .jpg"),
+    ("x.png", ["--pyramid"], "pyramid: PNG has no smaller levels", ".tif or .dz or .zarr"),
+    ("x.png", ["--compression", "jpeg", "--quality", "7"], "quality: it is that of JPEG", "compression: PNG has"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "why", "instead"), UNHEEDED)
+def test_options_that_a_format_passes_over_are_refused(finished, call, name, options, why, instead):
+    """Asked for a small file, or for none but exact pixels, the user would get another, without a word."""
+    outcome = call("export", "--run", finished / "run", "-o", finished / name, *options)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (3, "", 1), outcome
+    assert str(finished / name) in outcome.err and why in outcome.err and instead in outcome.err
+    assert not (finished / name).exists()
+
+
+HEEDED = [
+    ("x.tif", ["--compression", "jpeg", "--quality", "95"]),
+    ("x.tif", ["--no-pyramid", "--compression", "deflate"]),
+    ("x.png", ["--compression", "deflate", "--no-pyramid"]),
+    ("x.jpg", ["--compression", "jpeg", "--quality", "95"]),
+    ("x.dz", ["--compression", "jpeg", "--quality", "95", "--pyramid"]),
+    ("x.zarr", ["--compression", "zstd", "--pyramid"]),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), HEEDED)
+def test_options_that_say_what_a_format_does_are_taken(finished, call, name, options):
+    """A script that names what it gets would stop working."""
+    outcome = call("export", "--run", finished / "run", "-o", finished / name, *options)
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_config_may_give_its_defaults_to_any_format(tmp_path, call):
+    """`pipeline init` writes all keys: every format but TIFF would be refused with them."""
+    export = {"bits": "auto", "compression": "deflate", "quality": 95, "pyramid": True}
+    for suffix in (".tif", ".png", ".jpg", ".dz", ".zarr"):
+        config = write_run(tmp_path, export=export, output=f"out{suffix}")
+        outcome = call("plan", "-c", config)
+        assert outcome.code == 0, outcome.err
+
+
+def test_a_config_with_options_that_its_format_passes_over(tmp_path, call):
+    """The same before a run of a day, with all that is wrong at once; an old run goes on when the key is corrected."""
+    config = write_run(tmp_path, export={"compression": "zstd", "quality": 80})
+    outcome = call("run", "-c", config)
+    assert outcome.code == 3
+    for line in ("export.compression: PNG has deflate alone", "export.quality: it is that of JPEG"):
+        assert line in outcome.err
+    assert not (tmp_path / "run").exists()
+    assert call("plan", "-c", config, "--set", "export.pyramid=false", "--set", "output=x.zarr").code == 3
+
+
+def test_quality_of_tiles_that_are_png(tmp_path, call):
+    """A DeepZoom of a picture with alpha has PNG tiles: what the config asks for is known to be idle only then."""
+    config = write_run(tmp_path, content_kind=PixelKind(8, alpha=True), output="out.dz", export={"quality": 50})
+    for command in ("plan", "run"):
+        outcome = call(command, "-c", config)
+        assert (outcome.code, outcome.err.count("\n")) == (3, 1), outcome
+        assert "quality: it is that of JPEG, which DeepZoom with alpha does not hold" in outcome.err
+    assert not (tmp_path / "run").exists()
+    assert call("run", "-c", config, "--set", "export.quality=95").code == 0
+    outcome = call("export", "-c", config, "--set", "export.quality=95", "-o", tmp_path / "x.dz", "--quality", 50)
+    assert outcome.code == 3 and "DeepZoom with alpha" in outcome.err
 
 
 def test_doctor(call):

@@ -204,6 +204,20 @@ def test_records_in_an_order_that_no_run_writes(run, call):
             refused(call, run, "journal.jsonl", "are not a run's")
 
 
+def test_a_manifest_that_knows_fewer_stages_than_the_journal(run, call):
+    """Both are whole, and of two runs: the first look at them would end in a traceback."""
+    manifest = json.loads((run / "manifest.json").read_bytes())
+    del manifest["crc"], manifest["stages"][1:]
+    (run / "manifest.json").write_bytes(_manifest_text(manifest))
+    refused(call, run)
+    write_journal(run / "journal.jsonl", [{**records_of(run)[0], "manifest": manifest}, *records_of(run)[1:]])
+    refused(call, run)
+    for command in (["status"], ["verify"], ["verify", "--repair"]):
+        outcome = call(*command, "--run", run)
+        assert (outcome.code, outcome.err.count("\n")) == (6, 1), outcome
+        assert "the manifest beside it knows stages 0 to 0 alone" in outcome.err
+
+
 METADATA: dict[str, Callable[[Json], Any]] = {
     "nothing": lambda old: None,
     "another shape": lambda old: old.update(shape=[1_000_000, 1_000_000, 3]),

@@ -28,7 +28,7 @@ HEIGHT = {
     "formats": 1,
     "loopback": 1,
     "progress": 1,
-    "download": 1,
+    "download": 2,
     "tiling": 1,
     "timeline": 1,
     "disk_turns": 2,

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from e2e import Outcome, make_call, write_config, write_run
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, DamagedStateError
 from pipeline.image_export import check_output
-from pipeline.places import read_regular, refuse_links
+from pipeline.places import links_in_store, read_regular, refuse_links
 
 Call = Callable[..., Outcome]
 
@@ -142,7 +144,7 @@ def test_nothing_is_written_or_deleted_through_links(folder, call, plant, how):
     if how == "from the start":
         (run / "journal.jsonl").unlink()
     PLANTS[plant](run, victim)
-    settings = ["--set=export.quality=7"] if how == "going on" else []
+    settings = ["--set=export.bits=16"] if how == "going on" else []
     refused(call("run", "-c", folder / "config.yaml", "--force", *settings), 6, str(run), "no run makes one")
     assert snapshot(victim) == before
 
@@ -166,6 +168,54 @@ def test_a_run_at_work_is_not_disturbed_by_the_look(tmp_path):
     refuse_links(tmp_path)
     shutil.rmtree(tmp_path / "store.zarr")
     refuse_links(tmp_path)
+
+
+class Untyped:
+    """A real entry of a folder on a file system that keeps no types beside names: each question asks the file anew.
+
+    Python has these where readdir(3) says DT_UNKNOWN: no file system that does can be mounted here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = str(path), path.name
+
+    def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+        return self._is(stat.S_ISDIR)
+
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:
+        return self._is(stat.S_ISREG)
+
+    def is_symlink(self) -> bool:
+        return self._is(stat.S_ISLNK)
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        return Path(self.path).lstat()
+
+    def _is(self, kind: Callable[[int], bool]) -> bool:
+        try:
+            return kind(Path(self.path).lstat().st_mode)
+        except FileNotFoundError:  # as Python's own entries answer
+            return False
+
+
+def test_a_file_that_a_run_deletes_during_the_look_is_no_pipe(tmp_path, monkeypatch):
+    """On such a disk `export` beside a run at work would refuse a whole run, and say to delete what is gone."""
+    store = tmp_path / "store.zarr"
+    store.mkdir()
+
+    @contextmanager
+    def scandir(folder: str) -> Iterator[list[Untyped]]:
+        found = [Untyped(path) for path in sorted(Path(folder).iterdir())]
+        (store / "gone").unlink(missing_ok=True)
+        yield found
+
+    (store / "gone").touch()
+    os.mkfifo(store / "pipe")
+    (store / "stays").touch()
+    (store / "link").symlink_to("stays")
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = {path.name: what for path, what in links_in_store(tmp_path)}
+    assert found == {"pipe": "is a pipe, a socket or a device", "link": "is a link"}
 
 
 def test_the_work_dir_itself_may_be_a_link(folder, call):
@@ -236,6 +286,38 @@ def test_a_folder_that_is_no_pyramid_is_never_replaced(tmp_path):
     (tmp_path / "c.zarr").touch()
     with pytest.raises(ConfigError, match="would be lost"):
         check_output(tmp_path / "c.zarr", 10, 10, 8, "deflate")
+
+
+OF_THE_SYSTEM = [".DS_Store", "._0", "Thumbs.db", "Desktop.ini", ".directory", "@eaDir", ".nfs000000000000000100000001"]
+
+
+def test_a_folder_that_a_desktop_has_looked_at_is_still_empty(tmp_path, call):
+    """Made and opened in Finder, a new folder would be refused as somebody else's, because of a file that none sees."""
+    config = write_run(tmp_path)
+    for folder in (tmp_path / "run", tmp_path / "out.preview"):
+        folder.mkdir()
+        for name in OF_THE_SYSTEM:
+            (folder / name).touch()
+    assert call("run", "-c", config).code == 0
+    assert call("preview", "-c", config, "--size", 48).code == 0
+    for folder in (tmp_path / "run2", tmp_path / "other.preview"):
+        folder.mkdir()
+        (folder / ".DS_Store").touch()
+        (folder / "thesis.txt").touch()
+    refused(call("run", "-c", config, f"--set=work_dir={tmp_path / 'run2'}"), 3, "not a run's")
+    refused(call("preview", "-c", config, f"--set=output={tmp_path / 'other.png'}"), 3, "that are none")
+
+
+@pytest.mark.parametrize("suffix", [".dz", ".zarr"])
+def test_a_pyramid_that_a_desktop_has_looked_at_is_replaced(folder, call, suffix):
+    """Looked at in Finder, yesterday's picture could be replaced by nothing but hand."""
+    picture = folder / f"out{suffix}"
+    command = ["export", "--run", folder / "run", "-o", picture]
+    assert call(*command).code == 0
+    for name in OF_THE_SYSTEM:
+        (picture / name).touch()
+    assert call(*command, "--force").code == 0
+    assert not {entry.name for entry in picture.iterdir()} & {*OF_THE_SYSTEM}
 
 
 def test_a_name_that_leaves_no_room_for_the_unfinished_picture(tmp_path):

@@ -397,7 +397,7 @@ def test_styles_may_not_come_or_go(killed, call):
     write_config(killed, **{**THREE_STAGES, "styles": [{"image": "style.png", "weight": 2.0}]})
     outcome = call("run", "-c", killed / "config.yaml")
     assert outcome.code == 3
-    assert "styles.1.weight: was 1.0, is None" in outcome.err
+    assert "styles.1.weight: was 1.0, is not given" in outcome.err
     assert "styles.1.image: the content of the file has changed" in outcome.err
 
 

@@ -123,7 +123,7 @@ def test_changing_a_stage_of_a_run_is_refused(tmp_path, make_config):
     write_image(tmp_path / "other.png", 40, 40, seed=3)
     pipeline.run(config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"max_iterations": 1})}))
     again = load_config(tmp_path / "config.yaml", ["optimizer.max_iterations=1", "stages.0.loss={style_weight: 3}"])
-    with pytest.raises(ConfigError, match=r"stages\.0\.loss\.style_weight: was None, is 3"):
+    with pytest.raises(ConfigError, match=r"stages\.0\.loss\.style_weight: was 1.0, is 3"):
         pipeline.run(again)
     write_image(tmp_path / "other.png", 40, 40, seed=4)
     with pytest.raises(ConfigError, match=r"stages\.0\.styles\.0\.image: the content of the file has changed"):

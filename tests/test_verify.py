@@ -7,11 +7,13 @@ import os
 import random
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rot
-from e2e import journal, make_call, write_config
+from e2e import journal, make_call, write_config, write_journal
 from rot import FINISHED, ITERATIONS, RUN, STATES, Base, flip
 
 import pipeline
@@ -22,6 +24,8 @@ from pipeline.lock import RunLock
 from pipeline.manifest import _manifest_text
 from pipeline.records import FORMAT, Iteration, StagePrepared
 from pipeline.verify import Report
+
+Json = dict[str, Any]
 
 MID = "after an iteration"  # stage 2, three iterations done, the other slot whole
 UPDATE = "in an update"  # the other slot half overwritten
@@ -373,6 +377,36 @@ def test_foreign_files_are_moved_not_deleted(base):
         assert (base.work_dir / "foreign-files" / name).read_text() == name
 
 
+OF_THE_SYSTEM = (
+    ".DS_Store",
+    "._canvas_0",
+    "Thumbs.db",
+    "desktop.ini",
+    ".directory",
+    "@eaDir/x",
+    ".nfs00000000018c2a5b00000007",
+)
+
+
+def test_files_of_desktops_and_file_servers_are_no_damage(base, call):
+    """Looked at with Finder, or kept on a Synology, every whole run would be called damaged."""
+    base.put_back(MID)
+    places = ("", "store.zarr", "store.zarr/stage_1", "store.zarr/stage_2/canvas_1/c/0")
+    paths = [base.work_dir / place / name for place in places for name in OF_THE_SYSTEM]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("icons")
+    outcome = call("verify", "--run", base.work_dir)
+    assert outcome.code == 0, outcome.out
+    assert "left over, read by nothing" in outcome.out
+    found = pipeline.verify(base.work_dir, repair=True)
+    listed = {path if path.parent.name != "@eaDir" else path.parent for path in paths}
+    assert found.found == () and set(found.leftovers) == listed
+    assert all(path.read_text() == "icons" for path in paths)  # they are not ours to move
+    pipeline.run(pipeline.load_config(base.config))
+    assert base.differences() == []
+
+
 def test_links_are_foreign_and_nothing_is_read_through_them(base):
     """A chunk that is another file's name changes when that file does."""
     base.put_back(MID)
@@ -478,6 +512,63 @@ def test_a_run_of_another_version_is_left_alone(base):
     with pytest.raises(DamagedStateError, match=f"format {FORMAT + 1}"):
         pipeline.verify(base.work_dir, repair=True)
     assert path.read_bytes() == before
+
+
+LATER = {"loss": {"sparkle": 0.5}, "palette": "warm"}
+
+
+@pytest.mark.parametrize("repair", [[], ["--repair"]])
+def test_a_manifest_whose_config_does_not_work_here(base, call, repair):
+    """A traceback says that it is a bug of ours; what has become of the run's files would be left to guess."""
+    base.put_back(MID)
+    (base.folder / "out.tif").unlink(missing_ok=True)
+    (base.folder / "out.tif").symlink_to("content.png")
+    before = rot.tree_of(base)
+    outcome = call("verify", "--run", base.work_dir, *repair)
+    assert (outcome.code, outcome.err.count("\n")) == (6, 1), outcome.err
+    for words in (str(base.work_dir / "manifest.json"), "output: the same file as content", "--config"):
+        assert words in outcome.err
+    assert rot.tree_of(base) == before
+    outcome = call("verify", "-c", base.config, "--set", f"output={base.folder / 'other.tif'}", *repair)
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_manifest_with_keys_of_a_later_version(base, call):
+    """The same where a run was begun with a newer version than this one, and copied here."""
+    base.put_back(MID)
+    rewrite_manifest(base, lambda config: config.update({**LATER, "loss": {**config["loss"], **LATER["loss"]}}))
+    outcome = call("verify", "--run", base.work_dir)
+    assert (outcome.code, outcome.err.count("\n")) == (6, 1), outcome.err
+    assert "loss.sparkle: unknown key" in outcome.err and "palette: unknown key" in outcome.err
+    assert call("verify", "-c", base.config).code == 0
+
+
+def test_how_a_picture_was_to_be_written_is_no_matter_of_the_state(base, call):
+    """A run from before options that a format passes over were refused would be called damaged for them."""
+    base.put_back(MID)
+    rewrite_manifest(base, lambda config: config.update(output=str(base.folder / "x.png"), export={"quality": 7}))
+    assert call("verify", "--run", base.work_dir).code == 0
+
+
+def test_a_manifest_without_the_hash_of_an_input(base, call):
+    """An input that is in its config but not among its hashes: such a manifest comes from elsewhere."""
+    base.put_back(MID)
+    rewrite_manifest(base, lambda config: None, lambda manifest: manifest["inputs"].pop("content"))
+    outcome = call("verify", "--run", base.work_dir)
+    assert (outcome.code, outcome.err.count("\n")) == (6, 1), outcome.err
+    assert "has no hash of what its config reads as content" in outcome.err
+
+
+def rewrite_manifest(
+    base: Base, change: Callable[[Json], object], also: Callable[[Json], object] = lambda manifest: None
+) -> None:
+    """Change the config that a run began with, in both its manifests, as if it had begun like that."""
+    records = journal(base.work_dir)
+    manifest = records[0]["manifest"]
+    change(manifest["config"])
+    also(manifest)
+    write_journal(base.work_dir / "journal.jsonl", records)
+    (base.work_dir / "manifest.json").write_bytes(_manifest_text(manifest))
 
 
 def test_moved_runs_can_be_mended(base, tmp_path):

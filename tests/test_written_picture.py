@@ -13,7 +13,14 @@ from e2e import Nursery, Outcome, journal, make_call, write_journal, write_pictu
 
 from pipeline.written_picture import is_as_written, written_picture
 
-SUFFIXES = (".png", ".tif", ".jpg", ".dz", ".zarr")
+# By format, an option that makes another picture of it.
+OPTIONS = {
+    ".png": "export.bits=16",
+    ".tif": "export.compression=none",
+    ".jpg": "export.quality=50",
+    ".dz": "export.quality=50",
+    ".zarr": "export.bits=16",
+}
 
 
 @pytest.fixture
@@ -21,7 +28,7 @@ def call(capfd, monkeypatch) -> Callable[..., Outcome]:
     return make_call(capfd, monkeypatch)
 
 
-@pytest.fixture(params=SUFFIXES)
+@pytest.fixture(params=OPTIONS)
 def made(request, tmp_path, call) -> tuple[Path, Path]:
     """The config of a run that has ended, and its picture."""
     config = write_run(tmp_path, output=f"out{request.param}", optimizer={"max_iterations": 1})
@@ -55,7 +62,7 @@ def test_a_retouched_picture_is_not_overwritten(made, call):
     config, picture = made
     retouch(a_file_of(picture))
     before = bytes_of(picture)
-    for options in ((), ("--set", "export.quality=50")):
+    for options in ((), ("--set", OPTIONS[picture.suffix])):
         outcome = call("run", "-c", config, *options)
         assert outcome.code == 3 and outcome.err.count("\n") == 1, outcome
         assert "is not what was written there" in outcome.err and "--force" in outcome.err
@@ -117,7 +124,7 @@ def test_an_older_picture_of_its_own_is_replaced_after_a_crash_before_the_rename
     config, picture = made
     old = bytes_of(picture)
     (picture if picture.is_file() else picture.parent / picture.name).rename(config.with_name("aside"))
-    assert call("run", "-c", config, "--set", "export.quality=50", "--set", "export.pyramid=true").code == 0
+    assert call("run", "-c", config, "--set", OPTIONS[picture.suffix]).code == 0
     path = config.with_name("run") / "journal.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
     shutil.rmtree(picture) if picture.is_dir() else picture.unlink()
@@ -150,9 +157,9 @@ def test_a_run_of_an_older_version_goes_on(made, call):
     assert "already there" in call("run", "-c", config).err
     retouch(a_file_of(picture))
     assert "already there" in call("run", "-c", config).err
-    assert call("run", "-c", config, "--set", "export.quality=50").code == 0
+    assert call("run", "-c", config, "--set", OPTIONS[picture.suffix]).code == 0
     retouch(a_file_of(picture))
-    assert call("run", "-c", config, "--set", "export.quality=50").code == 3
+    assert call("run", "-c", config, "--set", OPTIONS[picture.suffix]).code == 3
 
 
 def test_a_retouched_sheet_or_crop_is_not_overwritten(tmp_path, call):
