@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 Bits = Literal["auto", 8, 16]
+# A million px are 85 m at 300 dpi.
+MAX_SIDE_PX = 1_000_000
+# Long side of a preview's pictures, unless another is asked for.
+PREVIEW_PX = 512
 
 
 @dataclass(frozen=True)
