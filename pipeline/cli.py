@@ -27,8 +27,7 @@ from pipeline.progress import Note, Sink
 if TYPE_CHECKING:
     from pipeline.tiling import Rect
 
-_AGAIN = "run the same command again to resume."
-
+_AGAIN = "run the same command again to resume."  # as __main__ says it
 
 _EXIT_CODES = """\b
 Exit codes: 0 done, 1 a bug of ours, 2 wrong usage, 3 wrong config or input,

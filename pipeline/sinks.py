@@ -120,7 +120,7 @@ class LiveSink(EventSink):
         stage, eta = f"stage {event.stage}", f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
         losses = f"content {event.content_loss:.3g} style {event.style_loss:.3g}"
         update = f"mean|u| {event.mean_abs_u:.3f}"
-        texts = (f"{stage}: {losses} {update}{eta}", f"{stage}: {losses}{eta}", f"{stage}{eta}")
+        texts = (f"{stage}: {losses} {update}{eta}", f"{stage}: {update}{eta}", f"{stage}{eta}")
         numbers = f"{event.max_iterations}/{event.max_iterations}"
         room = self._progress.console.width - _FREE_COLUMNS - _BAR_COLUMNS - len(numbers)
         return next((text for text in texts if len(text) <= room), stage)
