@@ -1,14 +1,56 @@
 """Neural style transfer at print size: exact tiles, disk-backed state, bounded memory, exact resume.
 
-The public surface, beside the CLI, the config schema and the layout on disk.
+The public surface, beside the CLI, the config schema and the layout on disk. A name is imported when it is first used:
+the command can listen to signals before anything slow is imported, and `import pipeline` changes nothing else.
 """
 
-from pipeline.config import Config, load_config
-from pipeline.crop import crop
-from pipeline.preview import preview
-from pipeline.run import run
-from pipeline.status import export, status
-from pipeline.survey import plan
-from pipeline.verify import verify
+from __future__ import annotations
 
-__all__ = ["Config", "crop", "export", "load_config", "plan", "preview", "run", "status", "verify"]
+import sys
+from types import ModuleType
+
+TYPE_CHECKING = False  # typing would be the slowest import before the command listens to signals
+if TYPE_CHECKING:
+    from pipeline.allocator import set_up_process
+    from pipeline.config import Config, load_config
+    from pipeline.crop import crop
+    from pipeline.preview import preview
+    from pipeline.run import run
+    from pipeline.status import export, status
+    from pipeline.survey import plan
+    from pipeline.verify import verify
+
+__all__ = ["Config", "crop", "export", "load_config", "plan", "preview", "run", "set_up_process", "status", "verify"]
+
+# The module of each name that is not in the module of the same name.
+_HOMES = {
+    "Config": "config",
+    "export": "status",
+    "load_config": "config",
+    "plan": "survey",
+    "set_up_process": "allocator",
+}
+
+
+class _Package(ModuleType):
+    """This package. A function that is called like its module hides it, whichever of them was imported first."""
+
+    def __getattr__(self, name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        from importlib import import_module  # noqa: PLC0415 - see above
+
+        value: object = getattr(import_module(f"pipeline.{_HOMES.get(name, name)}"), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in __all__ and isinstance(value, ModuleType):
+            return  # the import system puts every module that it has imported into its package
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -13,13 +13,13 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Strict, ValidationInfo
 
+from pipeline import pictures
 from pipeline._explain import Wanted, allowed
 from pipeline._yaml import CommandLineText, shown
 from pipeline.layers import ALIGN_PX, CONV_NAMES
 from pipeline.pictures import OUTPUT_SUFFIXES
 
-# A million px are 85 m at 300 dpi.
-MAX_SIDE_PX = 1_000_000
+MAX_SIDE_PX = pictures.MAX_SIDE_PX
 MAX_PIXELS = MAX_SIDE_PX**2
 # One chunk, the least that is read or written at once, of 16,384 px is 3 GiB.
 MAX_CHUNK_PX = 2**14

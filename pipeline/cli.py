@@ -1,35 +1,34 @@
-"""The command line: arguments to calls, exceptions to exit codes."""
+"""The command line: arguments to calls, exceptions to exit codes.
+
+What is slow to import is imported by the commands that need it, once they listen to signals.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import click
 from click.core import ParameterSource
 
 import pipeline
-from pipeline import config as config_module
-from pipeline import report, timeline
-from pipeline._fields import MAX_SIDE_PX
-from pipeline._yaml import printable
-from pipeline.allocator import set_up_process
+from pipeline import timeline
+from pipeline.arguments import parse_rect, parse_share, with_config, with_log_format, with_run
 from pipeline.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
-from pipeline.image_export import refuse_unheeded
 from pipeline.interrupts import drop_unwritable_stdout, steadfast_stderr, stop_on_signals
-from pipeline.pictures import COMPRESSIONS
-from pipeline.preview import DEFAULT_PX
-from pipeline.sections import ExportConfig
-from pipeline.sinks import make_sink, with_profile
-from pipeline.tiling import Rect
+from pipeline.pictures import COMPRESSIONS, MAX_SIDE_PX, PREVIEW_PX
+from pipeline.progress import Note, Sink
 
-F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from pipeline.tiling import Rect
+
+_AGAIN = "run the same command again to resume."  # as __main__ says it
 
 _EXIT_CODES = """\b
 Exit codes: 0 done, 1 a bug of ours, 2 wrong usage, 3 wrong config or input,
@@ -40,7 +39,6 @@ Exit codes: 0 done, 1 a bug of ours, 2 wrong usage, 3 wrong config or input,
 
 def main() -> NoReturn:
     """Entry point: run a command and exit with its code (see errors.py)."""
-    set_up_process()
     with steadfast_stderr():
         try:
             cli.main(standalone_mode=False)
@@ -50,8 +48,8 @@ def main() -> NoReturn:
         except click.ClickException as error:
             error.show()
             code = error.exit_code
-        except (click.Abort, KeyboardInterrupt):
-            code = 130
+        except (click.Abort, KeyboardInterrupt):  # of a caller that has Python's own handler
+            code = _tell(Stopped(_AGAIN))
         except PipelineError as error:
             code = _tell(error)
         except OSError as error:
@@ -64,6 +62,8 @@ def main() -> NoReturn:
 
 
 def _tell(error: PipelineError) -> int:
+    from pipeline._yaml import printable
+
     word = "stopped" if isinstance(error, Stopped) else "error"
     text = printable(str(error))
     gap = "\n" if "\n" in text else " "  # several problems, each on a line of its own
@@ -77,38 +77,34 @@ def _tell_bug() -> int:
     return 1
 
 
-def with_config(required: bool) -> Callable[[F], F]:
-    """The options that name a config and change its values."""
+@contextmanager
+def _working(log_format: str) -> Iterator[tuple[Sink, threading.Event]]:
+    """The sink and the stop flag of a command that takes its time, the imports at its beginning included."""
+    from pipeline.sinks import make_sink
 
-    def add(command: F) -> F:
-        command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value.")(
-            command
-        )
-        path = click.Path(path_type=Path)
-        return click.option("-c", "--config", "config_path", type=path, required=required)(command)
-
-    return add
-
-
-def with_run(command: F) -> F:
-    """The options that name a run: its config, or its folder."""
-    path = click.Path(path_type=Path, file_okay=False)
-    command = click.option("--run", "run_dir", type=path, help="The run's work_dir, instead of its config.")(command)
-    return with_config(required=False)(command)
+    sink = make_sink(log_format)
+    with (
+        stop_on_signals(sink, sink.farewell) as stop,
+        sink,
+    ):  # the terminal is changed only while signals are listened to
+        if sys.stderr.isatty():  # somebody waits; in a log, what is refused stays one line
+            sink(Note("starting"))
+        yield sink, stop
 
 
-with_log_format = click.option(
-    "--log-format",
-    type=click.Choice(["auto", "live", "plain", "json"]),
-    default="auto",
-    show_default=True,
-    help="How progress is shown on stderr; auto is live on a terminal, else plain.",
-)
+def _raise_if_stopped(stop: threading.Event) -> None:
+    """Raise Stopped if a signal came during the imports."""
+    if stop.is_set():
+        raise Stopped(_AGAIN)
+
+
+def _one_of(config_path: Path | None, run_dir: Path | None) -> None:
+    if (config_path is None) == (run_dir is None):
+        raise click.UsageError("give either --config or --run")
 
 
 def _work_dir(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None) -> Path:
-    if (config_path is None) == (run_dir is None):
-        raise click.UsageError("give either --config or --run")
+    _one_of(config_path, run_dir)
     return run_dir if run_dir is not None else pipeline.load_config(cast(Path, config_path), overrides).work_dir
 
 
@@ -129,9 +125,13 @@ def cli() -> None:
 )
 def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: str, profile: Path | None) -> None:
     """Render the picture of a config, or go on where it stopped."""
-    config = pipeline.load_config(config_path, overrides)
-    with make_sink(log_format) as sink, stop_on_signals(sink) as stop, timeline.recording(profile):
-        pipeline.run(config, force=force, sink=with_profile(sink) if profile else sink, stop=stop)
+    with _working(log_format) as (sink, stop):
+        from pipeline.sinks import with_profile
+
+        config, work = pipeline.load_config(config_path, overrides), pipeline.run  # which imports it
+        _raise_if_stopped(stop)
+        with timeline.recording(profile):
+            work(config, force=force, sink=with_profile(sink) if profile else sink, stop=stop)
 
 
 @cli.command()
@@ -144,18 +144,9 @@ def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(planned.as_dict(), indent=2))
     else:
+        from pipeline import report
+
         report.print_plan(config, planned)
-
-
-def _rect(_context: click.Context, _option: click.Parameter, value: str | None) -> Rect | None:
-    """`x,y,width,height` in px."""
-    if value is None:
-        return None
-    match = re.fullmatch(r"([0-9]{1,7}),([0-9]{1,7}),([0-9]{1,7}),([0-9]{1,7})", value.replace(" ", ""))
-    if match is None:
-        raise click.BadParameter(f"{value!r} is not x,y,width,height in whole px, such as 1200,800,400,300")
-    x, y, width, height = map(int, match.groups())
-    return Rect(y, y + height, x, x + width)
 
 
 @cli.command(epilog=_EXIT_CODES)
@@ -171,12 +162,12 @@ def _rect(_context: click.Context, _option: click.Parameter, value: str | None) 
     "size_px",
     type=click.IntRange(32, MAX_SIDE_PX),
     metavar="PX",
-    help=f"Long side of each picture as shown; default {DEFAULT_PX}, at most the run's own.",
+    help=f"Long side of each picture as shown; default {PREVIEW_PX}, at most the run's own.",
 )
 @click.option(
     "--crop",
     "rect",
-    callback=_rect,
+    callback=parse_rect,
     metavar="X,Y,W,H",
     help="Render this part at full resolution, in px of the finished picture, from the last finished stage of the run.",
 )
@@ -211,17 +202,21 @@ def preview(
         raise click.UsageError("--crop is at full resolution, of one config: leave out --vary, --size and --json")
     if rect is None and stage is not None:
         raise click.UsageError("--stage goes with --crop: give --size for the grid")
-    with make_sink(log_format) as sink, stop_on_signals(sink) as stop:
+    with _working(log_format) as (sink, stop):
         told: dict[str, Any] = {"output": output and output.absolute(), "force": force, "sink": sink, "stop": stop}
         if rect is not None:
-            config = pipeline.load_config(config_path, overrides)
-            click.echo(pipeline.crop(config, rect, stage=stage, **told))
+            config, crop = pipeline.load_config(config_path, overrides), pipeline.crop
+            _raise_if_stopped(stop)
+            click.echo(crop(config, rect, stage=stage, **told))
             return
-        size = DEFAULT_PX if size_px is None else size_px
-        found = pipeline.preview(config_path, vary=vary, overrides=overrides, size_px=size, **told)
+        work, size = pipeline.preview, PREVIEW_PX if size_px is None else size_px
+        _raise_if_stopped(stop)
+        found = work(config_path, vary=vary, overrides=overrides, size_px=size, **told)
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=2))
     else:
+        from pipeline import report
+
         report.print_preview(found)
 
 
@@ -234,25 +229,14 @@ def status(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path |
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
+        from pipeline import report
+
         report.print_status(found)
-
-
-def _share(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
-    """A share above 0 and up to 1: `5%` and `0.05` are the same."""
-    if value is None:
-        return None
-    try:
-        share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
-    except ValueError:
-        share = math.nan
-    if not 0 < share <= 1:
-        raise click.BadParameter(f"{value!r} is no share above 0 and up to 100 %, such as 5%")
-    return share
 
 
 @cli.command(epilog=_EXIT_CODES)
 @with_run
-@click.option("--sample", "share", callback=_share, metavar="5%", help="Read only this share of the chunks.")
+@click.option("--sample", "share", callback=parse_share, metavar="5%", help="Read only this share of the chunks.")
 @click.option("--seed", type=click.IntRange(0), help="Choose the same sample again.")
 @click.option("--repair", is_flag=True, help="Mend what can be mended, and say what is lost.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -271,12 +255,14 @@ def verify(
     """
     if repair and share is not None:
         raise click.UsageError("--repair looks at everything: leave out --sample")
-    if (config_path is None) == (run_dir is None):
-        raise click.UsageError("give either --config or --run")
-    config = pipeline.load_config(config_path, overrides) if config_path is not None else None
-    work_dir = config.work_dir if config is not None else cast(Path, run_dir)
-    with make_sink("auto") as sink, stop_on_signals(sink) as stop:
-        found = pipeline.verify(work_dir, config=config, share=share, seed=seed, repair=repair, sink=sink, stop=stop)
+    _one_of(config_path, run_dir)
+    with _working("auto") as (sink, stop):
+        from pipeline import report
+
+        config = pipeline.load_config(config_path, overrides) if config_path is not None else None
+        work_dir, work = config.work_dir if config is not None else cast(Path, run_dir), pipeline.verify
+        _raise_if_stopped(stop)
+        found = work(work_dir, config=config, share=share, seed=seed, repair=repair, sink=sink, stop=stop)
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=2))
     else:
@@ -314,15 +300,18 @@ def export(
 ) -> None:
     """Write the canvas of any stage as a picture, at any time."""
     bits = options["bits"] if options["bits"] == "auto" else int(options["bits"])
-    export_config = ExportConfig.model_validate({**options, "bits": bits})
-    work_dir = _work_dir(config_path, overrides, run_dir)
+    _one_of(config_path, run_dir)
     # what was asked for, even if it is the default
     given = [name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
-    refuse_unheeded(output, {name: options[name] for name in given})
-    with make_sink("auto") as sink, stop_on_signals(sink) as stop:
-        path = pipeline.export(
-            work_dir, output.absolute(), stage=stage, options=export_config, force=force, sink=sink, stop=stop
-        )
+    with _working("auto") as (sink, stop):
+        from pipeline.image_export import refuse_unheeded
+        from pipeline.sections import ExportConfig
+
+        export_config = ExportConfig.model_validate({**options, "bits": bits})
+        work_dir, work = _work_dir(config_path, overrides, run_dir), pipeline.export
+        refuse_unheeded(output, {name: options[name] for name in given})
+        _raise_if_stopped(stop)
+        path = work(work_dir, output.absolute(), stage=stage, options=export_config, force=force, sink=sink, stop=stop)
     click.echo(path)
 
 
@@ -330,12 +319,15 @@ def export(
 @click.argument("path", type=click.Path(path_type=Path), default="pipeline.yaml")
 def init(path: Path) -> None:
     """Write a commented config to PATH (default pipeline.yaml; - for stdout)."""
+    from pipeline.config import template
+
+    text = template()
     if str(path) == "-":
-        click.echo(config_module.template(), nl=False)
+        click.echo(text, nl=False)
         return
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(config_module.template())
+            file.write(text)
     except FileExistsError as error:
         raise ConfigError(f"{path}: exists, and would be lost. Choose another name.") from error
     except OSError as error:
@@ -346,4 +338,6 @@ def init(path: Path) -> None:
 @cli.command()
 def doctor() -> None:
     """Show versions, devices, memory and disk."""
+    from pipeline import report
+
     report.print_doctor()

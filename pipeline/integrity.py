@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.engine import Engine
+from pipeline.progress import in_order
 from pipeline.store import ChunkError, StageArray
 
 OnProgress = Callable[[int, int], None]
@@ -50,8 +51,7 @@ def specs_of(array: StageArray, chunks: Sequence[tuple[int, int]]) -> list[Check
 
 def damage(specs: Sequence[CheckSpec], engine: Engine, on_progress: OnProgress) -> list[Finding]:
     """All chunks that are not what was written, in the order of the specs."""
-    done = itertools.count(1)
-    found = engine.map(check_task, specs, lambda: on_progress(next(done), len(specs)))
+    found = engine.map(check_task, specs, in_order(on_progress, len(specs)))
     return list(itertools.chain.from_iterable(found))
 
 

@@ -10,6 +10,10 @@ from typing import Literal, get_args
 Bits = Literal["auto", 8, 16]
 Compression = Literal["deflate", "zstd", "jpeg", "none"]
 COMPRESSIONS: tuple[str, ...] = get_args(Compression)
+# A million px are 85 m at 300 dpi.
+MAX_SIDE_PX = 1_000_000
+# Long side of a preview's pictures, unless another is asked for.
+PREVIEW_PX = 512
 
 
 @dataclass(frozen=True)

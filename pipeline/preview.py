@@ -26,6 +26,7 @@ from pipeline.device import Device, resolve_device
 from pipeline.errors import ConfigError, Stopped
 from pipeline.image_export import check_output
 from pipeline.image_header import read_header
+from pipeline.pictures import PREVIEW_PX
 from pipeline.places import refuse_missing_folder
 from pipeline.plan import Plan, fit
 from pipeline.preview_folder import claimed, folder_of
@@ -39,7 +40,6 @@ from pipeline.weights import sha256_of
 
 T = TypeVar("T")
 
-DEFAULT_PX = 512
 # A row of more pictures than this is shown as several.
 _MOST_ACROSS = 6
 _MOST_REFERENCES = 8
@@ -91,7 +91,7 @@ def preview(
     *,
     vary: Sequence[str] = (),
     overrides: Sequence[str] = (),
-    size_px: int = DEFAULT_PX,
+    size_px: int = PREVIEW_PX,
     output: Path | None = None,
     force: bool = False,
     sink: Sink = ignore,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -103,3 +105,21 @@ Sink = Callable[[Event], None]
 
 def ignore(_event: Event) -> None:
     """The sink of those who do not listen."""
+
+
+def in_order(
+    tell: Callable[[int, int], None], total: int, then: Callable[[int], None] = lambda done: None
+) -> Callable[[], None]:
+    """For tasks to call when they are done, on any thread: tells 1, 2, … of `total`, and then calls `then` with it.
+
+    Counting and telling are one step. Else a thread held up between them would take a bar back, or leave it unfinished.
+    """
+    telling, numbers = threading.Lock(), itertools.count(1)
+
+    def one_more() -> None:
+        with telling:
+            done = next(numbers)
+            tell(done, total)
+        then(done)
+
+    return one_more

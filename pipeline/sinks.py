@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Self
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from pipeline.progress import Event, IterationDone, Note, PictureDone, RunDone, Sink, StageDone, StageStarted, WorkDone
 
+# Columns left free beside the bars: the terminal writes ^C where the cursor stands, at the end of the last bar. Were
+# there no room, it would go to another line, and the bars above would not be erased any more.
+_FREE_COLUMNS = 6
+# The least that a bar takes, with the gaps beside it.
+_BAR_COLUMNS = 6
 
-def make_sink(log_format: str) -> AbstractContextManager[Sink]:
+
+def make_sink(log_format: str) -> EventSink:
     """The sink for `--log-format`: live, plain, json, or auto (live on a terminal, else plain)."""
     if log_format == "json":
         return JsonSink()
@@ -22,76 +31,135 @@ def make_sink(log_format: str) -> AbstractContextManager[Sink]:
     return LiveSink() if live else PlainSink()
 
 
-class PlainSink:
-    """One line per event worth a line; for logs and pipes."""
-
-    def __enter__(self) -> Sink:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def __call__(self, event: Event) -> None:
-        """Print the event's line, if it has one."""
-        if (line := line_of(event)) is not None:
-            print(line, file=sys.stderr, flush=True)
-
-
-class JsonSink(PlainSink):
-    """Every event as one JSON object per line."""
+class EventSink(ABC):
+    """Shows events one at a time: they come from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:  # noqa: B027 - most leave nothing behind
+        """Leave the terminal as it was."""
+
     def __call__(self, event: Event) -> None:
-        """Print the event as JSON; events come from several threads."""
+        """Show the event."""
         with self._lock:
-            print(json.dumps(event.as_dict()), file=sys.stderr, flush=True)
+            self._show(event)
+
+    def farewell(self) -> bytes:
+        """What leaves the terminal as it was, where the process ends without `__exit__`."""
+        return b""
+
+    @abstractmethod
+    def _show(self, event: Event) -> None:
+        """The same, while no other thread does."""
 
 
-class LiveSink:
-    """Two live lines under the log: the stage's iterations, and the pass that is being computed."""
+class PlainSink(EventSink):
+    """One line per event worth a line; for logs and pipes."""
+
+    def _show(self, event: Event) -> None:
+        if (line := line_of(event)) is not None:
+            print(line, file=sys.stderr, flush=True)
+
+
+class JsonSink(EventSink):
+    """Every event as one JSON object per line."""
+
+    def _show(self, event: Event) -> None:
+        print(json.dumps(event.as_dict()), file=sys.stderr, flush=True)
+
+
+class LiveSink(EventSink):
+    """Live lines under the log: the stage's iterations, and one for each pass that is under way."""
 
     def __init__(self) -> None:
+        super().__init__()
         console = Console(stderr=True, markup=False, emoji=False)  # a path may hold what rich takes for markup
-        columns = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn()]
-        self._progress = Progress(*columns, console=console, expand=True, transient=True)
+        numbers = MofNCompleteColumn(table_column=Column(no_wrap=True))
+        columns = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), numbers]
+        self._progress = _Bars(*columns, console=console, expand=True, transient=True)
         self._iterations: TaskID | None = None
-        self._work: TaskID | None = None
+        self._passes: dict[TaskID, WorkDone] = {}  # the last event on each of their lines
 
-    def __enter__(self) -> Sink:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def __call__(self, event: Event) -> None:
+    def farewell(self) -> bytes:
+        """Without the lock: a thread that cannot write to the terminal may hold it."""
+        if not self._progress.console.is_terminal:
+            return b""
+        lines = len(self._passes) + (self._iterations is not None)
+        return b"\r\x1b[2K" + b"\x1b[A\x1b[2K" * (lines - 1) + b"\x1b[?25h"
+
+    def _show(self, event: Event) -> None:
         """Move a bar, or print a line above the bars."""
         if isinstance(event, WorkDone):
             self._show_work(event)
         elif isinstance(event, IterationDone):
-            eta = f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
-            losses = f"content {event.content_loss:.3g} style {event.style_loss:.3g}"
-            text = f"stage {event.stage}: {losses} mean|u| {event.mean_abs_u:.3f}{eta}"
             if self._iterations is not None:
+                text = self._describe(event)
                 self._progress.update(self._iterations, completed=event.iteration + 1, description=text)
         else:
-            self._show_line(event)
+            self._progress.console.print(line_of(event), highlight=False, soft_wrap=True)
+            if isinstance(event, StageStarted | StageDone | PictureDone | RunDone):
+                self._clear()
+            if isinstance(event, StageStarted):
+                self._iterations = self._progress.add_task(
+                    f"stage {event.stage}", total=event.max_iterations, completed=event.iteration
+                )
+
+    def _describe(self, event: IterationDone) -> str:
+        """As much as leaves room for the bar and its numbers."""
+        stage, eta = f"stage {event.stage}", f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
+        losses = f"content {event.content_loss:.3g} style {event.style_loss:.3g}"
+        update = f"mean|u| {event.mean_abs_u:.3f}"
+        texts = (f"{stage}: {losses} {update}{eta}", f"{stage}: {update}{eta}", f"{stage}{eta}")
+        numbers = f"{event.max_iterations}/{event.max_iterations}"
+        room = self._progress.console.width - _FREE_COLUMNS - _BAR_COLUMNS - len(numbers)
+        return next((text for text in texts if len(text) <= room), stage)
 
     def _show_work(self, event: WorkDone) -> None:
-        if self._work is None:
-            self._work = self._progress.add_task("")
-        self._progress.update(self._work, description=event.what, completed=event.done, total=event.total)
+        """On the line of its pass, else on that of one which is over, else on a new one."""
+        shown = self._passes.items()
+        lines = [line for line, last in shown if last.what == event.what]
+        lines = lines or [line for line, last in shown if last.done >= last.total]
+        if lines:
+            line = lines[0]
+            self._progress.update(line, description=event.what, completed=event.done, total=event.total)
+        else:
+            line = self._progress.add_task(event.what, completed=event.done, total=event.total)
+        self._passes[line] = event
 
-    def _show_line(self, event: Event) -> None:
-        self._progress.console.print(line_of(event), highlight=False, soft_wrap=True)
-        if isinstance(event, StageStarted):
-            if self._iterations is not None:
-                self._progress.remove_task(self._iterations)
-            self._iterations = self._progress.add_task(
-                f"stage {event.stage}", total=event.max_iterations, completed=event.iteration
-            )
+    def _clear(self) -> None:
+        """No bar: what they showed is over."""
+        for line in self._progress.task_ids:
+            self._progress.remove_task(line)
+        self._passes.clear()
+        self._iterations = None
+
+
+class _Bars(Progress):
+    """Bars that leave the last columns of the terminal free."""
+
+    def get_renderable(self) -> RenderableType:
+        return _Narrower(super().get_renderable())
+
+
+@dataclass(frozen=True)
+class _Narrower:
+    """What is shown, on fewer columns than there are."""
+
+    whole: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.whole, options.update_width(max(1, options.max_width - _FREE_COLUMNS)))
 
 
 def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one for each kind

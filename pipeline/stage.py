@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from pipeline.layers import LAYER_BY_NAME
 from pipeline.losses import Gram
 from pipeline.model import Model
 from pipeline.plan import StagePlan
-from pipeline.progress import Sink, WorkDone
+from pipeline.progress import Sink, WorkDone, in_order
 from pipeline.regions import UNGUIDED
 from pipeline.tiling import Tile, grid
 from pipeline.weights import NetworkSpec
@@ -118,15 +117,8 @@ class Stage:
 
         Calls `near_end` once, when no more are left than are in flight.
         """
-        counter = itertools.count(1)
-
-        def one_more() -> None:
-            done = next(counter)
-            self.sink(WorkDone(self.plan.index, what, done, total))
-            if done == max(1, total - WORKERS):
-                near_end()
-
-        return one_more
+        nearly = max(1, total - WORKERS)
+        return in_order(self.told(what), total, lambda done: near_end() if done == nearly else None)
 
 
 def merged(parts: Iterable[ChunkSums]) -> ChunkSums:

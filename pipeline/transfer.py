@@ -18,6 +18,7 @@ from pipeline.durable import new_partial
 from pipeline.engine import Engine
 from pipeline.errors import storage
 from pipeline.pictures import PixelKind
+from pipeline.progress import in_order
 from pipeline.sections import ExportConfig
 from pipeline.store import StageArray
 from pipeline.tiling import Rect, chunks_of
@@ -88,9 +89,8 @@ def fill_canvas(source: StageArray, target: StageArray, engine: Engine, on_progr
     task = copy_task if source.shape == target.shape else enlarge_task
     rows = range(0, height, target.chunk_px)
     specs = [CopySpec(source, target, Rect(y0, min(y0 + target.chunk_px, height), 0, width)) for y0 in rows]
-    done = iter(range(1, len(specs) + 1))
     sums: ChunkSums = {}
-    for written in engine.map(task, specs, lambda: on_progress(next(done), len(specs))):
+    for written in engine.map(task, specs, in_order(on_progress, len(specs))):
         sums |= written
     return target.packed(sums)
 

@@ -198,6 +198,8 @@ def gradient_tiles(events: list[Event]) -> int:
 _PRELOADED = [
     "pytest",
     "pipeline.cli",
+    "pipeline.crop",
+    "pipeline.report",
     "pipeline.iteration",
     "pipeline.preparation",
     "pyvips",
@@ -354,9 +356,9 @@ def _child(argv: list[str], log: str, kill_before: int, watch: tuple[str, bool] 
         _kill_before_commit(kill_before)
     if watch:
         be_watched(*watch)
-    from pipeline import cli
+    from pipeline.__main__ import main
 
-    cli.main()
+    main()
 
 
 def _kill_before_commit(number: int) -> None:

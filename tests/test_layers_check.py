@@ -96,6 +96,7 @@ HEIGHT = {
     "sinks": 13,
     "interrupts": 12,
     "report": 17,
+    "arguments": 17,
     "cli": 18,
     "computing": 11,
     "lock": 4,
@@ -103,6 +104,7 @@ HEIGHT = {
     "process": 8,
     "run_folder": 6,
     "written_picture": 4,
+    "__main__": 19,
 }
 # Lazy imports that go upward: opening a .pth takes torch, and only network may have it.
 LAZY_UPWARD = {("weights", "network")}
@@ -116,7 +118,7 @@ ONLY = {
     "pyvips": {"image_header", "images", "image_export", "contact_sheet", "streams", "report"},
     "safetensors": {"network"},
     "torch": {"network", "padding", "losses", "passes", "staging", "guidance", "variation", "device", "weights"},
-    "click": {"cli"},
+    "click": {"arguments", "cli"},
     "rich": {"sinks", "report"},
     "yaml": {"_yaml", "config"},
 }
@@ -211,11 +213,43 @@ def loaded_after(code: str, *arguments: str) -> set[str]:
     return set(json.loads(out.stdout.splitlines()[-1]))
 
 
-def test_importing_the_package_does_not_load_torch():
-    """Every command would start seconds later."""
-    modules = loaded_after("import pipeline, pipeline.cli")
+SLOW = {"torch", "distributed", "dask", "zarr", "numcodecs", "pyvips", "numpy", "pydantic", "yaml", "rich"}
+
+
+def test_importing_the_package_loads_nothing_slow():
+    """Every command would start later, and Ctrl-C meanwhile would end it in a traceback."""
+    modules = loaded_after("import pipeline, pipeline.__main__")
+    assert {name for name in modules if name.startswith("pipeline.")} == {"pipeline.__main__"}
+    assert not {*SLOW, "click"} & modules
+    assert not SLOW & loaded_after("import pipeline.cli")
+
+
+def test_a_name_of_the_package_loads_its_own_module():
+    """A script that reads a config would wait for torch."""
+    assert not {"torch", "distributed", "zarr", "dask"} & loaded_after("import pipeline; pipeline.load_config")
+    modules = loaded_after("from pipeline import run; assert callable(run)")
     assert "pipeline.run" in modules
     assert not {"torch", "distributed"} & modules
+
+
+@pytest.mark.parametrize("first", ["", "import pipeline.run, pipeline.plan, pipeline.crop, pipeline.status"])
+def test_names_of_the_package_are_what_they_are_in_any_order_of_imports(first):
+    """`pipeline.run(config)` would fail, because a module of that name had been imported before."""
+    loaded_after(
+        f"""
+{first}
+import sys, pipeline
+from pipeline import *
+import pipeline.verify, pipeline.preview
+names = "Config crop export load_config plan preview run set_up_process status verify"
+assert pipeline.__all__ == names.split()
+assert all(callable(getattr(pipeline, name)) for name in pipeline.__all__)
+assert pipeline.plan is plan is sys.modules["pipeline.survey"].plan
+assert pipeline.run is run is sys.modules["pipeline.run"].run
+assert {{*pipeline.__all__, "__doc__"}} <= {{*dir(pipeline)}}
+assert not hasattr(pipeline, "rnu")
+"""
+    )
 
 
 COMMAND = """
@@ -252,10 +286,20 @@ def test_a_run_in_one_process_does_not_load_distributed(tmp_path, narrow_weights
     assert not {"distributed", "pipeline.engine_processes"} & modules
 
 
-@pytest.mark.parametrize("command", ["plan", "plan --json", "status", "export -o {}/again.tif", "verify"])
+@pytest.mark.parametrize("command", ["plan", "plan --json", "status", "export -o {}/again.tif", "verify", "run"])
 def test_commands_that_compute_nothing_do_not_load_torch(finished_run, command):
     """They answer at once, and on a machine that has not torch's memory to spare."""
     name, *options = command.format(finished_run.parent).split()
     modules = loaded_after(COMMAND, name, *options, "--config", str(finished_run))
     assert "pipeline.plan" in modules
     assert not {"torch", "pipeline.network", "pipeline.passes", "distributed"} & modules
+
+
+@pytest.mark.parametrize("command", ["--help", "run --help", "init -", "doctor"])
+def test_commands_without_a_run_do_not_load_torch(command):
+    """The first that a newcomer types would take seconds."""
+    if command == "doctor" and any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        pytest.skip("torch is what knows the GPU")
+    modules = loaded_after(COMMAND, *command.split())
+    assert not {"torch", "pipeline.network", "pipeline.passes", "distributed"} & modules
+    assert "help" not in command or not SLOW & modules

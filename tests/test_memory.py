@@ -140,7 +140,7 @@ def test_measured_memory_is_what_was_planned(tmp_path, make):
 MEASURED_COMMAND = """
 import atexit, sys
 from pathlib import Path
-from pipeline.cli import main
+from pipeline.__main__ import main
 
 def told():
     status = Path("/proc/self/status").read_text()
@@ -259,7 +259,7 @@ SHORT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
 import pipeline.passes
-from pipeline.cli import main
+from pipeline.__main__ import main
 
 status = Path("/proc/self/status").read_text()
 now = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData"))

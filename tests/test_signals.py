@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -242,6 +244,30 @@ def test_a_terminal_that_is_closed_stops_the_run_in_order(tmp_path):
     os.close(ours)  # the kernel sends HUP, and every write fails from now on
     assert process.wait(TIMEOUT_S) == 75
     assert damage(places(config)[0]) == []
+
+
+def test_a_second_signal_ends_at_once_where_the_terminal_takes_nothing():
+    """A terminal that is stopped (Ctrl-S), or whose connection hangs, would keep the process from ending."""
+    code = """
+import os, threading
+from pipeline.interrupts import stop_on_signals
+with stop_on_signals(lambda event: threading.Event().wait(), lambda: b"farewell"):
+    print("listening", flush=True)
+    threading.Event().wait()
+"""
+    hearing, full = os.pipe()
+    os.set_blocking(full, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(full, bytes(4096))
+    os.set_blocking(full, True)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full)
+    assert process.stdout is not None and process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)  # another: two of a kind may become one
+    assert process.wait(TIMEOUT_S) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    os.close(hearing)
+    os.close(full)
 
 
 @pytest.mark.parametrize("log_format", ["plain", "json", "live"])
