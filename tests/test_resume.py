@@ -273,12 +273,12 @@ def test_one_signal_stops_between_two_tasks(nursery, unbroken, tmp_path, call, n
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_second_signal_ends_at_once(nursery, tmp_path, number, code):
     """Somebody in a hurry would have to wait for a tile, which may take minutes."""
-    # one tile of a second or so, so that the second signal finds the first one waiting
+    # one tile of some seconds, so that the second signal finds the first one waiting, on a busy machine too
     config = write_run(
         tmp_path,
-        (640, 640),
-        initial_size=640,
-        compute={"tile_px": 640, "dtype": "float64"},
+        (1024, 1024),
+        initial_size=1024,
+        compute={"tile_px": 1024, "dtype": "float64"},
         loss={"content_weight": 0.0},
     )
     child = start(nursery, config)
