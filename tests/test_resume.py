@@ -273,16 +273,17 @@ def test_one_signal_stops_between_two_tasks(nursery, unbroken, tmp_path, call, n
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_second_signal_ends_at_once(nursery, tmp_path, number, code):
     """Somebody in a hurry would have to wait for a tile, which may take minutes."""
-    # one tile of some seconds, so that the second signal finds the first one waiting, on a busy machine too
+    # two tiles of some seconds: when the first is done, the second is being computed, and a stop has to wait for it
     config = write_run(
         tmp_path,
-        (1024, 1024),
-        initial_size=1024,
-        compute={"tile_px": 1024, "dtype": "float64"},
+        (1536, 768),
+        initial_size=1536,
+        compute={"tile_px": 768, "dtype": "float64"},
+        store={"chunk_px": 256},
         loss={"content_weight": 0.0},
     )
     child = start(nursery, config)
-    assert child.wait_until(lambda events: any(event.get("what") == "canvas" for event in events)), child.err
+    assert child.wait_until(lambda events: any(event.get("what") == "Gram pass" for event in events)), child.err
     child.signal(number)
     deadline = time.monotonic() + TIMEOUT_S
     while "once more to abort" not in child.err and time.monotonic() < deadline:
