@@ -38,10 +38,18 @@ class Claim:
     folder: Path
     picture: Path
     journal: Journal
+    force: bool
+
+    def refuse_foreign(self) -> None:
+        """Raise ConfigError if there is a picture of that name which no preview of the config wrote."""
+        if not self.force:
+            pictures = standing(self.journal)[1].pictures
+            refuse_foreign(self.picture, pictures, "no preview of this config made it")
 
     def record(self, whole: Path) -> None:
         """Remember what is about to get the picture's name: the next preview may replace that, and nothing else."""
         made = written_picture(whole)
+        self.refuse_foreign()
         self.journal.append(Exporting(output=str(self.picture), picture=made, time=now()))
 
 
@@ -60,9 +68,9 @@ def claimed(config: Config, picture: Path, force: bool) -> Iterator[Claim]:
             journal = Journal(journal_path(folder))
             journal.repair_tail()
             journal.path.touch()  # by this the next preview knows the folder
-            if not force:
-                refuse_foreign(picture, standing(journal)[1].pictures, "no preview of this config made it")
-            yield Claim(folder, picture, journal)
+            claim = Claim(folder, picture, journal, force)
+            claim.refuse_foreign()
+            yield claim
 
 
 def _refuse_place(config: Config, folder: Path, picture: Path) -> None:

@@ -67,9 +67,8 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
         refuse_links(config.work_dir)
         journal = open_run(config, planned, weights, check)
         tools = tools_for(config, planned, device, weights, engine, sink)
-        rendering = _Rendering(config, planned, tools, journal)
-        if not force:
-            refuse_foreign(config.output, rendering.position.pictures, _FOREIGN, check)
+        rendering = _Rendering(config, planned, tools, journal, force)
+        rendering.refuse_foreign_output()
         rendering.render()
         rendering.export()
     sink(RunDone(str(config.output), time.monotonic() - started))
@@ -93,6 +92,7 @@ class _Rendering:
     plan: Plan
     tools: Tools
     journal: Journal
+    force: bool
     position: Position = field(init=False)
     _speed: _Speed = field(init=False)
 
@@ -100,6 +100,14 @@ class _Rendering:
         _, self.position = standing(self.journal)
         self._speed = _Speed()
         self.sink, self.engine = self.tools.sink, self.tools.engine
+
+    def refuse_foreign_output(self) -> None:
+        """Raise ConfigError if there is anything under the output's name that this run did not write.
+
+        Looked for at the start, and again at the end: in a day somebody may have saved a picture there.
+        """
+        if not self.force:
+            refuse_foreign(self.config.output, self.position.pictures, _FOREIGN, self.engine.raise_if_stopped)
 
     def render(self) -> None:
         """Every stage that is not done yet."""
@@ -217,11 +225,16 @@ class _Rendering:
             settings,
             check,
             lambda done, total: self.sink(WorkDone(last, "export", done, total)),
-            # recorded before it has its name: a crash in between would leave a picture that nobody made
-            lambda whole: self._commit(records.Exporting(output=str(output), picture=written_picture(whole, check))),
+            self._record_picture,
         )
         written = self.position.pictures[str(output)][-1]
         self._commit(records.Exported(output=str(output), options=options, picture=written))
+
+    def _record_picture(self, whole: Path) -> None:
+        """What gets the output's name next: a crash between the name and a record would leave a picture of nobody's."""
+        made = written_picture(whole, self.engine.raise_if_stopped)
+        self.refuse_foreign_output()
+        self._commit(records.Exporting(output=str(self.config.output), picture=made))
 
     def _free_arrays(self, stage: int) -> None:
         keep = set(kept_files(self.position.slots[stage], self.position.checksums[stage]))

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from e2e import Nursery, Outcome, journal, make_call, write_journal, write_picture, write_run
 
+import pipeline
+from pipeline.errors import ConfigError
+from pipeline.progress import Event, StageDone
 from pipeline.written_picture import is_as_written, written_picture
 
 # By format, an option that makes another picture of it.
@@ -70,6 +73,23 @@ def test_a_retouched_picture_is_not_overwritten(made, call):
     assert call("run", "-c", config, "--force").code == 0
     assert bytes_of(picture) != before
     assert "already there" in call("run", "-c", config).err  # and now it is the run's again
+
+
+def test_a_picture_that_is_saved_there_meanwhile_is_not_overwritten(tmp_path):
+    """A run takes a day: what somebody saves under the output's name in the afternoon would be gone in the evening."""
+    config, foreign = write_run(tmp_path, optimizer={"max_iterations": 1}), b"somebody's"
+
+    def sink(event: Event) -> None:
+        if isinstance(event, StageDone) and event.stage == 0:
+            (tmp_path / "out.png").write_bytes(foreign)
+
+    with pytest.raises(ConfigError, match="this run did not make it"):
+        pipeline.run(pipeline.load_config(config), sink=sink)
+    assert (tmp_path / "out.png").read_bytes() == foreign
+    (tmp_path / "out.png").rename(tmp_path / "mine.png")
+    before = len([record for record in journal(tmp_path / "run") if record["type"] == "iteration"])
+    pipeline.run(pipeline.load_config(config))  # nothing that was rendered is lost
+    assert len([record for record in journal(tmp_path / "run") if record["type"] == "iteration"]) == before
 
 
 def test_a_picture_of_another_size_or_a_foreign_one_is_not_overwritten(made, call):
