@@ -28,8 +28,6 @@ from pipeline.progress import Note, Sink
 if TYPE_CHECKING:
     from pipeline.tiling import Rect
 
-_AGAIN = "run the same command again to resume."  # as __main__ says it
-
 _EXIT_CODES = """\b
 Exit codes: 0 done, 1 a bug of ours, 2 wrong usage, 3 wrong config or input,
 4 another run works there, 5 a disk that is full, read-only or failing,
@@ -49,7 +47,7 @@ def main() -> NoReturn:
             error.show()
             code = error.exit_code
         except (click.Abort, KeyboardInterrupt):  # of a caller that has Python's own handler
-            code = _tell(Stopped(_AGAIN))
+            code = _tell(Stopped())
         except PipelineError as error:
             code = _tell(error)
         except OSError as error:
@@ -95,7 +93,7 @@ def _working(log_format: str) -> Iterator[tuple[Sink, threading.Event]]:
 def _raise_if_stopped(stop: threading.Event) -> None:
     """Raise Stopped if a signal came during the imports."""
     if stop.is_set():
-        raise Stopped(_AGAIN)
+        raise Stopped()
 
 
 def _one_of(config_path: Path | None, run_dir: Path | None) -> None:

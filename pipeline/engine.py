@@ -110,7 +110,7 @@ class Engine:
     def raise_if_stopped(self) -> None:
         """Raise Stopped if the run was asked to stop."""
         if self.stop.is_set():
-            raise Stopped("stopped as asked; the same command goes on from here.")
+            raise Stopped
 
     def checked(self, items: Iterable[S]) -> Iterable[S]:
         """`items`, ending in Stopped once the run is asked to stop."""

@@ -72,13 +72,16 @@ class Stopped(PipelineError):  # noqa: N818 - an outcome, not an error
 
     exit_code = 75
 
+    def __init__(self, message: str = "run the same command again to resume."):  # as __main__ says it
+        super().__init__(message)
+
 
 def stop_check(stop: threading.Event | None) -> Callable[[], None]:
     """A function that raises Stopped once `stop` is set."""
 
     def check() -> None:
         if stop is not None and stop.is_set():
-            raise Stopped("stopped as asked; the same command goes on from here.")
+            raise Stopped
 
     return check
 

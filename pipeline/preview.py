@@ -23,7 +23,7 @@ from pipeline.config import Config, input_files, result_fields
 from pipeline.contact_sheet import ContactSheet, Label, Picture, Row
 from pipeline.cost import BASE_BYTES, Size
 from pipeline.device import Device, resolve_device
-from pipeline.errors import ConfigError, Stopped
+from pipeline.errors import ConfigError, stop_check
 from pipeline.image_export import check_output
 from pipeline.image_header import read_header
 from pipeline.pictures import PREVIEW_PX
@@ -108,7 +108,7 @@ def preview(
     first = variations[0].config
     sheet = output or folder_of(first).with_name(f"{folder_of(first).name}.png")
     _refuse_fixed(axes)
-    check = _check(sheet, stop)
+    check = stop_check(stop)
     grid = _Grid(Path(path).name, axes, variations, size_px, resolve_device(first.compute.device))
     grid.plan(folder_of(first), check)
     contact_sheet = grid.sheet()
@@ -123,14 +123,6 @@ def preview(
             sheet, check, lambda share: sink(WorkDone(0, "contact sheet", math.floor(share * 100), 100)), claim.record
         )
     return Preview(sheet, grid.rendered(), grid.across, size_px)
-
-
-def _check(sheet: Path, stop: threading.Event | None) -> Callable[[], None]:
-    def check() -> None:
-        if stop is not None and stop.is_set():
-            raise Stopped(f"preview {sheet} stopped as asked; the same command goes on from here.")
-
-    return check
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pipeline._fields import MAX_CHUNK_PX
 from pipeline.arrays import METADATA
 from pipeline.cost import WORKERS
 from pipeline.engine import Engine
-from pipeline.errors import ConfigError, Stopped
+from pipeline.errors import ConfigError, stop_check
 from pipeline.image_export import check_output, refuse_unheeded
 from pipeline.journal import Journal, standing
 from pipeline.lock import running_owner
@@ -124,10 +124,11 @@ def export(
     height, width, _channels = canvas.shape
     check_output(output, width, height, kind.bits, options.compression)
 
+    check_stop = stop_check(stop)
+
     def check() -> None:
         nonlocal seen_bytes
-        if stop is not None and stop.is_set():
-            raise Stopped(f"export of {output} stopped as asked; nothing was written.")
+        check_stop()
         # several times a second: a long journal is read only when it has grown
         if not finished_stage(position, chosen) and (now_bytes := journal.size_bytes()) != seen_bytes:
             seen_bytes = now_bytes

@@ -266,7 +266,7 @@ def test_one_signal_stops_between_two_tasks(nursery, unbroken, tmp_path, call, n
     assert wait_for_rank(child, unbroken["none"].ranks, moment)
     child.signal(number)
     assert child.wait() == 75
-    assert "the same command goes on" in child.err
+    assert "run the same command again" in child.err
     assert "Traceback" not in child.err
     assert not (tmp_path / "out.tif").exists()
     assert json.loads(call("status", "-c", config, "--json").out)["state"] == "stopped"
