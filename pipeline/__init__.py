@@ -36,10 +36,12 @@ class _Package(ModuleType):
     """This package. A function that is called like its module hides it, whichever of them was imported first."""
 
     def __getattr__(self, name: str) -> object:
-        if name not in __all__:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         from importlib import import_module  # noqa: PLC0415 - see above
 
+        if name == "errors":  # what the functions raise, to be caught as pipeline.errors.Stopped
+            return import_module("pipeline.errors")
+        if name not in __all__:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         value: object = getattr(import_module(f"pipeline.{_HOMES.get(name, name)}"), name)
         setattr(self, name, value)
         return value

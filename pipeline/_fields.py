@@ -7,7 +7,6 @@ name: what is bounded only by the machine (memory, disk) is for the plan to refu
 from __future__ import annotations
 
 import re
-import unicodedata
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +17,7 @@ from pipeline._explain import Wanted, allowed
 from pipeline._yaml import CommandLineText, shown
 from pipeline.layers import ALIGN_PX, CONV_NAMES
 from pipeline.pictures import OUTPUT_SUFFIXES
+from pipeline.places import unnameable
 
 MAX_SIDE_PX = pictures.MAX_SIDE_PX
 MAX_PIXELS = MAX_SIDE_PX**2
@@ -50,11 +50,11 @@ def _absolute(value: object, info: ValidationInfo) -> object:
     text = str(value)
     if not text:
         raise ValueError("an empty path")
-    if any(unicodedata.category(char) == "Cc" for char in text):  # it would break the line of every message about it
-        raise ValueError("a path cannot contain a NUL, a line break or another control character")
+    base = Path.cwd() if isinstance(value, CommandLineText) or not info.context else info.context["base"]
+    if fault := unnameable(base / text):
+        raise ValueError(fault)
     if any(len(part.encode()) > MAX_NAME_BYTES for part in Path(text).parts) or len(text.encode()) > MAX_PATH_BYTES:
         raise ValueError(f"a name longer than {MAX_NAME_BYTES} bytes, or a path longer than {MAX_PATH_BYTES}")
-    base = Path.cwd() if isinstance(value, CommandLineText) or not info.context else info.context["base"]
     try:
         path = base / Path(text).expanduser()
         # without `..`, and with the name as given: a link's own name says the format, its target's may not

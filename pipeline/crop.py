@@ -108,6 +108,7 @@ def crop(
             rendering = Crop(config, planned, tools, finished, aside)
             found = rendering.render(rect, target)
             cut_canvas(found, own, picture, engine.raise_if_stopped, claim.record)
+            claim.done()
     return picture
 
 

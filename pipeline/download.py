@@ -35,6 +35,7 @@ def download(
     `check` is called several times a second, and may raise to give up. on_progress gets MiB done and in all.
     Raises DownloadError, StorageError.
     """
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -62,6 +63,8 @@ def download(
         fetching.cancelled.set()
         with contextlib.suppress(OSError):
             remove(partial)
+            for folder in made if not path.exists() else ():  # those that nothing came into
+                folder.rmdir()
 
 
 class _Fetching:

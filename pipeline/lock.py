@@ -36,10 +36,14 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         with storage(self._path):
-            self.descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                self.descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError as error:
+                raise self._removed() from error
         try:
             self._acquire()
-            self._refuse_removed()
+            if not self._is_there():
+                raise self._removed()
         except BaseException:
             os.close(self.descriptor)
             raise
@@ -55,15 +59,20 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # it names a process that has ended, which `running_owner` sees
-            self._owner.unlink(missing_ok=True)
+        if self._is_there():
+            with contextlib.suppress(OSError):  # it names a process that has ended, which `running_owner` sees
+                self._owner.unlink(missing_ok=True)
         os.close(self.descriptor)
 
-    def _refuse_removed(self) -> None:
-        """Raise LockedError if the run that held the lock has taken its folder away: another may be there by now."""
-        with storage(self._path):
-            if not os.path.samestat(os.fstat(self.descriptor), self._path.stat()):
-                raise LockedError(f"{self._path.parent}: was removed, and made again, by another run. Try again.")
+    def _is_there(self) -> bool:
+        """Whether the lock is still the folder's: a refused start takes both away, and another makes them anew."""
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), self._path.stat())
+        except OSError:
+            return False
+
+    def _removed(self) -> LockedError:
+        return LockedError(f"{self._path.parent}: was removed by another run, which did not begin. Try again.")
 
     def _acquire(self) -> None:
         """Lock, once what a killed run left has ended. Raises LockedError if a run works here, or that takes long."""

@@ -13,7 +13,16 @@ from pipeline.durable import write_whole
 from pipeline.errors import DamagedStateError, storage
 from pipeline.pictures import PixelKind
 from pipeline.places import read_regular
-from pipeline.records import FORMAT, MAX_MANIFEST_BYTES, Begun, Manifest, Record, parse_json, parse_manifest
+from pipeline.records import (
+    FORMAT,
+    MAX_MANIFEST_BYTES,
+    Begun,
+    Manifest,
+    OtherVersionError,
+    Record,
+    parse_json,
+    parse_manifest,
+)
 
 
 class OtherFormatError(DamagedStateError):
@@ -43,6 +52,11 @@ def read_manifest(path: Path) -> Manifest:
             raise ValueError("it was changed after it was written")
         if written_in == FORMAT:
             return parse_manifest(found)
+    except OtherVersionError as error:
+        raise OtherFormatError(
+            f"{path}: is of {error}, which a later version of pipeline has written. Nothing is damaged: go on with "
+            "that version."
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedStateError(
             f"{path}: cannot be read as a run's manifest ({shown(str(error), 200)}). `pipeline verify --repair` can "

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline import callers
 from pipeline._yaml import shown
 from pipeline.errors import ConfigError, InputError
 from pipeline.layers import CONV_NAMES, Layer, needed_layers
@@ -246,10 +247,9 @@ class _TorchSettings:
 
 @dataclass
 class _Process:
-    """The network of this process: one at a time, as the plan counts it. `before`: torch's settings until then."""
+    """The networks of this process, that in use last at the end. `before`: torch's settings until the first."""
 
-    spec: NetworkSpec | None = None
-    network: Network | None = None
+    networks: list[tuple[NetworkSpec, Network]] = field(default_factory=list)
     before: _TorchSettings | None = None
     bounded_devices: set[str] = field(default_factory=set)
 
@@ -259,21 +259,22 @@ _lock = threading.Lock()
 
 
 def get_network(spec: NetworkSpec) -> Network:
-    """The network of `spec`, kept until another is asked for, or `release`.
+    """The network of `spec`, kept until another is asked for, or `release`: one, as the plan counts.
 
-    Raises InputError for unusable weights, ConfigError for a dtype that the device has not.
+    Where several threads run something, as many are kept. Raises InputError for unusable weights, ConfigError for a
+    dtype that the device has not.
     """
     with _lock:
         _process.before = _process.before or _TorchSettings.now()
         _bound_memory(spec)
-        if spec != _process.spec or _process.network is None:
-            _process.spec = _process.network = None  # freed before the next one takes its place
+        network = next((network for known, network in _process.networks if known == spec), None)
+        if network is None:
+            del _process.networks[: max(0, len(_process.networks) + 1 - max(1, callers.number()))]  # freed before
             state = random_state(spec.source) if spec.source.path is None else load_state(spec.source.path)
-            _process.network = Network(
+            network = Network(
                 state, padding=spec.padding, pooling=spec.pooling, dtype=_DTYPES[spec.dtype], device=spec.device
             )
-            _process.spec = spec
-        network = _process.network
+            _process.networks.append((spec, network))
     if spec.threads:
         torch.set_num_threads(spec.threads)  # for this thread and those that follow, so on every call
     _set_precision(spec)  # the process's, so on every call: it may have been another network's turn
@@ -281,9 +282,9 @@ def get_network(spec: NetworkSpec) -> Network:
 
 
 def release() -> None:
-    """Free the network, and put back what `get_network` has set; to be called when nothing computes any more."""
+    """Free the networks, and put back what `get_network` has set; to be called when nothing computes any more."""
     with _lock:
-        _process.spec = _process.network = None
+        _process.networks.clear()
         for device in _process.bounded_devices:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
         _process.bounded_devices.clear()

@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,17 @@ def is_of_the_system(name: str) -> bool:
 def names_in(folder: Path) -> set[str]:
     """The names in a folder, but those that a desktop or a file server put there; none where there is no folder."""
     return {path.name for path in folder.iterdir() if not is_of_the_system(path.name)} if folder.is_dir() else set()
+
+
+def unnameable(path: Path) -> str:
+    """Why a name cannot be kept in a journal or shown on a line; empty if it can."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return "its name, or that of a folder around it, is no UTF-8, which the run's records could not keep"
+    if any(unicodedata.category(char) == "Cc" for char in str(path)):
+        return "a path cannot contain a NUL, a line break or another control character"
+    return ""
 
 
 def refuse_links(work_dir: Path) -> None:

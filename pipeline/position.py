@@ -72,10 +72,7 @@ class Position:
                 left = {name: sums[name] for name in kept_files(self.newest_slot, sums)}
                 return replace(self, stage_done=True, checksums={**self.checksums, self.stage: left})
             case Exporting() | Exported():
-                made = {record.output: record.options} if isinstance(record, Exported) else {}
-                known = tuple(one for one in self.pictures.get(record.output, ()) if one != record.picture)
-                pictures = {**self.pictures, record.output: (*known, record.picture)}
-                return replace(self, exported={**self.exported, **made}, pictures=pictures)
+                return self._after_export(record)
             case CanvasLost():
                 slots = _without(self.slots, record.stage)
                 return replace(self, slots=slots, checksums=_without(self.checksums, record.stage))
@@ -95,6 +92,14 @@ class Position:
             checksums={**self.checksums, record.stage: record.checksums},
             tile_px=self.tile_px,
         )
+
+    def _after_export(self, record: Exporting | Exported) -> Position:
+        made = {record.output: record.options} if isinstance(record, Exported) else {}
+        known = [one for one in self.pictures.get(record.output, ()) if one != record.picture]
+        if isinstance(record, Exported) and record.picture is not None:  # it has taken the place of any other
+            known = [one for one in known if one is not None]
+        pictures = {**self.pictures, record.output: (*known, record.picture)}
+        return replace(self, exported={**self.exported, **made}, pictures=pictures)
 
     def _after_iteration(self, record: Iteration) -> Position:
         iteration = record.iteration + record.stepped

@@ -122,6 +122,7 @@ def preview(
         contact_sheet.write(
             sheet, check, lambda share: sink(WorkDone(0, "contact sheet", math.floor(share * 100), 100)), claim.record
         )
+        claim.done()
     return Preview(sheet, grid.rendered(), grid.across, size_px)
 
 

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline._yaml import dotted
+from pipeline._yaml import dotted, shown
 from pipeline.config import Config, input_files, same_file
+from pipeline.durable import write_whole
 from pipeline.errors import ConfigError, storage
 from pipeline.journal import Journal, standing
 from pipeline.opening import now
-from pipeline.places import journal_path, manifest_path, names_in, real, refuse_own_state, taken
-from pipeline.records import Exporting
+from pipeline.places import journal_path, manifest_path, names_in, real, refuse_own_state, taken, unnameable
+from pipeline.records import Exported, Exporting
 from pipeline.run_folder import locked_folder
 from pipeline.written_picture import refuse_foreign, written_picture
 
@@ -52,6 +53,11 @@ class Claim:
         self.refuse_foreign()
         self.journal.append(Exporting(output=str(self.picture), picture=made, time=now()))
 
+    def done(self) -> None:
+        """The picture has its name: whatever had it before is gone."""
+        picture = standing(self.journal)[1].pictures[str(self.picture)][-1]
+        self.journal.append(Exported(output=str(self.picture), picture=picture, time=now()))
+
 
 @contextmanager
 def claimed(config: Config, picture: Path, force: bool) -> Iterator[Claim]:
@@ -67,7 +73,8 @@ def claimed(config: Config, picture: Path, force: bool) -> Iterator[Claim]:
         with locked_folder(folder):
             journal = Journal(journal_path(folder))
             journal.repair_tail()
-            journal.path.touch()  # by this the next preview knows the folder
+            if not taken(journal.path):  # by this the next preview knows the folder
+                write_whole(journal.path, b"")
             claim = Claim(folder, picture, journal, force)
             claim.refuse_foreign()
             yield claim
@@ -75,6 +82,8 @@ def claimed(config: Config, picture: Path, force: bool) -> Iterator[Claim]:
 
 def _refuse_place(config: Config, folder: Path, picture: Path) -> None:
     """Raise ConfigError if the picture, or the folder, would be in place of what the config reads or makes."""
+    if fault := unnameable(picture):
+        raise ConfigError(f"-o {shown(str(picture))}: {fault}. Choose another name.")
     if picture.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{picture}: a preview is one file; give a name that ends in {', '.join(SUFFIXES)}.")
     named = [*((dotted(key), path) for key, path in input_files(config)), ("output", config.output)]

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from pipeline import images, zarr_files
+from pipeline import callers, images, zarr_files
 
 _lock = threading.Lock()
 _calls = 0
@@ -29,7 +29,8 @@ def process_settings() -> Iterator[None]:
             _put_back.callback(_release_network)
         _calls += 1
     try:
-        yield
+        with callers.inside():
+            yield
     finally:
         with _lock:
             _calls -= 1

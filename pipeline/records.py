@@ -85,6 +85,7 @@ class ContentKind(_Strict):
 class Manifest(_Strict):
     """What a run began with. `threads`: CPU threads of one tile. `inputs`: SHA-256 by config key."""
 
+    version: Literal[1] = 1  # those from before there were versions have the same fields
     format: int
     created: _Line
     config: KeptConfig
@@ -221,20 +222,27 @@ def as_json(record: Record) -> dict[str, Any]:
 
 def parse_record(data: Any) -> Record:
     """The record that a journal's line holds. Raises ValueError for what is none, OtherVersionError for a later one."""
+    _refuse_later(data)
     kind = data.get("type") if isinstance(data, dict) else None
     if not isinstance(kind, str) or kind not in _BY_TYPE:
         raise ValueError(f"type: {shown(str(kind), 100)} is no kind of record")
     model = _BY_TYPE[kind]
     if "version" not in data:
         data = {name: value for name, value in data.items() if name in model.model_fields}
-    elif isinstance(data["version"], int) and data["version"] > VERSION:
-        raise OtherVersionError(f"version {data['version']}")
     return _validated(model, data)
 
 
 def parse_manifest(data: Any) -> Manifest:
-    """The manifest that a file holds. Raises ValueError for what is none."""
+    """The manifest that a file holds. Raises ValueError for what is none, OtherVersionError for a later one."""
+    _refuse_later(data)
     return _validated(Manifest, data)
+
+
+def _refuse_later(data: Any) -> None:
+    """Before anything else of it is looked at: a later version may have other kinds, and other fields."""
+    version = data.get("version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise OtherVersionError(f"version {version}")
 
 
 def _validated(model: type[M], value: object) -> M:

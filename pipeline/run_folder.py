@@ -8,13 +8,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.errors import MISPLACED, ConfigError, InputError, PipelineError, SpaceError, storage_error
+from pipeline.errors import (
+    MISPLACED,
+    ConfigError,
+    DamagedStateError,
+    InputError,
+    PipelineError,
+    SpaceError,
+    storage_error,
+)
 from pipeline.journal import Journal, standing
 from pipeline.lock import RunLock
-from pipeline.places import STORE, journal_path, manifest_path, names_in, refuse_links_at_top, taken, unwritable
+from pipeline.manifest import OtherFormatError, read_manifest
+from pipeline.places import (
+    STORE,
+    journal_path,
+    manifest_path,
+    names_in,
+    refuse_links_at_top,
+    store_path,
+    taken,
+    unwritable,
+)
 
 # What a start makes before anything is rendered; the lock last, so that it is there as long as anything else.
-_BEGUN = ("manifest.json", "manifest.json.partial", "journal.jsonl", f"{STORE}.partial", STORE, "lock.owner", "lock")
+_LOCK = ("lock.owner", "lock")
+_BEGUN = ("manifest.json", "manifest.json.partial", "journal.jsonl", f"{STORE}.partial", STORE, *_LOCK)
 
 
 @contextmanager
@@ -22,18 +41,18 @@ def locked_folder(folder: Path) -> Iterator[RunLock]:
     """The folder, made if it is not there, and its lock.
 
     When the block is refused before a stage is prepared, what was begun is taken back, and the folders that were made.
-    Raises what make_work_dir raises, LockedError.
+    Nothing is that was there before. Raises what make_work_dir raises, LockedError.
     """
-    new = not (taken(journal_path(folder)) or taken(manifest_path(folder)))
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    before = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
     make_work_dir(folder)
     with RunLock(folder) as lock:
         try:
             yield lock
-        except (ConfigError, InputError, SpaceError):
-            if new and not _holds_stage(folder):
-                with suppress(OSError):  # the refusal says more
-                    _take_back(folder, made)
+        except (ConfigError, InputError, SpaceError, DamagedStateError):
+            new = not before & {"manifest.json", "journal.jsonl"} and not _holds_stage(folder)
+            with suppress(OSError):  # the refusal says more
+                _take_back(folder, made, [name for name in (_BEGUN if new else _LOCK) if name not in before])
             raise
 
 
@@ -44,17 +63,30 @@ def _holds_stage(folder: Path) -> bool:
         return True  # for all we know
 
 
-def _take_back(folder: Path, made: Sequence[Path]) -> None:
-    """Only what a start makes, and only if there is nothing else: pictures of a preview are kept, with its journal."""
+def _take_back(folder: Path, made: Sequence[Path], names: Sequence[str]) -> None:
+    """Delete these, and the folders. Pictures of a preview that are there keep its journal, which knows them."""
     if names_in(folder) - set(_BEGUN):
-        return
-    for path in (folder / name for name in _BEGUN):
+        names = [name for name in names if name in _LOCK]
+    for path in (folder / name for name in names):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     for path in made:  # the innermost first; one that holds anything else stays
         path.rmdir()
+
+
+def _is_a_runs(work_dir: Path) -> bool:
+    """Whether there is a run, whole or not. Its manifest is its first file, and others have files of that name."""
+    if taken(journal_path(work_dir)) or taken(store_path(work_dir)):
+        return True
+    try:
+        read_manifest(manifest_path(work_dir))
+    except OtherFormatError:
+        return True
+    except DamagedStateError:
+        return False
+    return True
 
 
 def make_work_dir(work_dir: Path) -> None:
@@ -77,7 +109,8 @@ def make_work_dir(work_dir: Path) -> None:
     refuse_links_at_top(work_dir)
     ours = {"lock", "lock.owner", "manifest.json.partial"}
     names = names_in(work_dir)
-    if not names & {"manifest.json", "journal.jsonl"} and names - ours:
+    known = names & {"manifest.json", "journal.jsonl"}
+    if (names - ours and not known) or (known and not _is_a_runs(work_dir)):
         raise ConfigError(
             f"work_dir {work_dir}: holds files that are not a run's, and a run deletes what it does not know. "
             "Choose an empty or a new folder."

@@ -57,7 +57,7 @@ def refuse_foreign(output: Path, pictures: Pictures, foreign: str, check: Callab
         return
     own = pictures.get(str(output), ())
     known = [picture for some in pictures.values() for picture in some if picture is not None]
-    if (own and own[-1] is None) or any(is_as_written(output, picture, check) for picture in known):
+    if None in own or any(is_as_written(output, picture, check) for picture in known):
         return
     what = "it is not what was written there" if own else foreign
     raise ConfigError(
@@ -80,6 +80,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
-    """Bytes of all files, and the time of the newest of them."""
-    statuses = [file.stat() for file in _files(path)]
-    return sum(one.st_size for one in statuses), max((one.st_mtime_ns for one in statuses), default=0)
+    """Bytes of all files, and the newest time of any file or folder: one that was renamed changes its folder's."""
+    files = [file.stat() for file in _files(path)]
+    folders = [one.stat() for one in (path, *path.rglob("*")) if one.is_dir()]
+    return sum(one.st_size for one in files), max(one.st_mtime_ns for one in (*files, *folders))

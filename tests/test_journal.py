@@ -32,6 +32,7 @@ from pipeline.records import (
     Iteration,
     KeptConfig,
     Manifest,
+    OtherVersionError,
     Record,
     RolledBack,
     SmallerTile,
@@ -434,7 +435,11 @@ def test_old_journals_are_understood():
     first, second, *pictures = map(parse_record, OLD)
     assert first == prepared(0).model_copy(update={"content_energies": {"conv4_2": 12.0}})
     assert second == iteration(0, time="2026-01-01T00:00:00+00:00")
-    assert position_of([first, second, *pictures]).pictures == {"/a.png": (None,)}
+    position = position_of([first, second, *pictures])
+    assert position.pictures == {"/a.png": (None,)}
+    position = position.after(Exporting(output="/a.png", picture=PICTURE))
+    assert position.pictures == {"/a.png": (None, PICTURE)}  # until the new one has the name, the old one may have it
+    assert position.after(Exported(output="/a.png", picture=PICTURE)).pictures == {"/a.png": (PICTURE,)}
 
 
 @pytest.mark.parametrize(
@@ -487,6 +492,12 @@ def test_records_of_a_later_version_are_named_as_such(tmp_path):
     for read in (journal.read, journal.inspect, lambda: standing(journal)):
         with pytest.raises(DamagedStateError, match=f"version {VERSION + 1}.*later version of pipeline"):
             read()
+    with pytest.raises(OtherVersionError):  # a kind that is not known here is what comes first in a later version
+        parse_record({"type": "color_matched", "version": VERSION + 1, "stage": 1})
+    manifest = {**MANIFEST_JSON, "version": VERSION + 1, "palette": "warm"}
+    (tmp_path / "manifest.json").write_bytes(_manifest_text(manifest))
+    with pytest.raises(OtherFormatError, match=f"version {VERSION + 1}.*later version of pipeline"):
+        read_manifest(tmp_path / "manifest.json")
 
 
 # --- the manifest ---
@@ -517,7 +528,7 @@ def test_the_manifest_is_read_back_and_leaves_nothing_beside_it(tmp_path):
 
 def test_older_manifests_are_understood(tmp_path):
     """From before content kinds and each stage's iterations were kept."""
-    old = {key: value for key, value in MANIFEST_JSON.items() if key != "content"}
+    old = {key: value for key, value in MANIFEST_JSON.items() if key not in ("content", "version")}
     old["stages"] = [{"size": [3, 2], "style_sizes": [[1, 1]]}]
     (tmp_path / "manifest.json").write_bytes(_manifest_text(old))
     assert read_manifest(tmp_path / "manifest.json") == MANIFEST
@@ -697,7 +708,7 @@ def test_a_broken_owner_file_is_nobody(tmp_path, text):
 
 def test_a_manifest_with_parts_missing_is_damage(tmp_path):
     """A traceback tells nobody that a file of the run was emptied."""
-    for key in MANIFEST_JSON.keys() - {"format", "content"}:
+    for key in MANIFEST_JSON.keys() - {"format", "content", "version"}:
         text = _manifest_text({name: value for name, value in MANIFEST_JSON.items() if name != key})
         (tmp_path / "manifest.json").write_bytes(text)
         with pytest.raises(DamagedStateError, match=key):

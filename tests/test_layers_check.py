@@ -105,6 +105,7 @@ HEIGHT = {
     "run_folder": 6,
     "written_picture": 4,
     "__main__": 19,
+    "callers": 0,
 }
 # Lazy imports that go upward: opening a .pth takes torch, and only network may have it.
 LAZY_UPWARD = {("weights", "network")}
@@ -248,6 +249,7 @@ assert pipeline.plan is plan is sys.modules["pipeline.survey"].plan
 assert pipeline.run is run is sys.modules["pipeline.run"].run
 assert {{*pipeline.__all__, "__doc__"}} <= {{*dir(pipeline)}}
 assert not hasattr(pipeline, "rnu")
+assert issubclass(pipeline.errors.Stopped, pipeline.errors.PipelineError)
 """
     )
 

@@ -136,6 +136,36 @@ def test_one_network_at_a_time_is_in_memory(narrow_weights):
     assert second() is None
 
 
+def test_runs_on_several_threads_keep_their_networks(make_config, tmp_path):
+    """Two renders side by side would read their weights anew for every tile."""
+    made: list[str] = []
+    original = network.Network.__init__
+
+    def counted(self: Any, *arguments: Any, **keys: Any) -> None:
+        made.append(keys["pooling"])
+        original(self, *arguments, **keys)
+
+    def render(number: int) -> None:
+        options = [
+            "optimizer.max_iterations=3",
+            f"output={tmp_path / f'{number}.png'}",
+            f"work_dir={tmp_path / f'{number}'}",
+        ]
+        options.append(f"network.pooling={('max', 'average')[number]}")
+        pipeline.run(pipeline.load_config(tmp_path / "config.yaml", options))
+
+    make_config(initial_size=64, compute={"device": "cpu", "tile_px": 32, "threads": 1}, store={"chunk_px": 32})
+    threads = [threading.Thread(target=render, args=(number,)) for number in (0, 1)]
+    with pytest.MonkeyPatch.context() as patch, process_settings():
+        patch.setattr(network.Network, "__init__", counted)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(made) in (["average", "max"], ["average", "max", "max"], ["average", "average", "max"])
+    network.release()
+
+
 def test_a_call_leaves_no_network_behind(make_config):
     """A notebook would keep the weights of every network that it ever rendered with."""
     made: list[weakref.ref[Any]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from e2e import Outcome, journal, make_call, write_journal, write_picture, write
 import pipeline
 from pipeline import weights
 from pipeline.errors import LockedError, Stopped
-from pipeline.lock import RunLock
+from pipeline.lock import RunLock, running_owner
 from pipeline.manifest import _manifest_text
 from pipeline.progress import IterationDone
 
@@ -137,6 +138,57 @@ def test_files_of_others_in_a_folder_are_left_alone(tmp_path, call):
     (tmp_path / "run" / "store.zarr" / "mine").write_text("mine")
     assert call("run", "-c", config).code == 3
     assert (tmp_path / "run" / "store.zarr" / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["lock", "lock.owner", "manifest.json.partial"])
+def test_files_of_the_names_of_a_start_are_left_alone(tmp_path, call, name):
+    """They are taken for what a start left that was killed; a refused one must not tidy them away for that."""
+    config = write_run(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    write_picture(tmp_path / "out.png", 9, 9)
+    before = tree(tmp_path)
+    assert call("run", "-c", config).code == 3
+    assert tree(tmp_path) | {"run/lock.owner"} == before | {"run/lock.owner"}
+
+
+def test_a_folder_with_a_manifest_of_its_own_is_no_runs(tmp_path, call):
+    """`manifest.json` is in every web project: it would be replaced, and the files beside it be taken for a run's."""
+    config = write_run(tmp_path)
+    (tmp_path / "run").mkdir()
+    for name, text in (("manifest.json", '{"name": "my web app"}'), ("style.css", "b {}")):
+        (tmp_path / "run" / name).write_text(text)
+    before = tree(tmp_path)
+    outcome = call("run", "-c", config)
+    assert outcome.code == 3 and "holds files that are not a run's" in outcome.err
+    assert tree(tmp_path) == before
+    assert (tmp_path / "run" / "manifest.json").read_text() == '{"name": "my web app"}'
+
+
+def test_a_foreign_journal_gets_no_lock_beside_it(tmp_path, call):
+    """Whatever it is, it is not ours, and nothing of ours should lie there."""
+    config = write_run(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "journal.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    before = tree(tmp_path)
+    assert call("run", "-c", config).code == 6
+    assert tree(tmp_path) == before
+
+
+def test_a_lock_that_was_made_anew_keeps_its_owner(tmp_path):
+    """The end of a refused start would take the name of the run that has begun there since, and call it stopped."""
+    first = RunLock(tmp_path).__enter__()
+    (tmp_path / "lock").unlink()
+    with RunLock(tmp_path):
+        first.__exit__()
+        assert running_owner(tmp_path) == os.getpid()
+    assert running_owner(tmp_path) is None
+
+
+def test_a_lock_in_a_folder_that_is_gone_is_told_as_such(tmp_path):
+    """A start that was just beside a refused one would be told that a disk fails."""
+    with pytest.raises(LockedError, match="Try again"), RunLock(tmp_path / "gone"):
+        pass
 
 
 def test_a_lock_on_a_folder_that_was_taken_away_is_none(tmp_path, monkeypatch):

@@ -213,6 +213,46 @@ def test_a_kill_before_any_commit_of_an_export_leaves_its_own_picture(tmp_path):
         nursery.close()
 
 
+def test_the_picture_of_an_old_run_is_its_own_after_a_crash_before_the_rename(made, call):
+    """The record of the new one is there, the old one, of which the name alone is known, still has that name."""
+    config, picture = made
+    without_pictures(config.with_name("run") / "journal.jsonl")
+    picture.rename(config.with_name("aside"))
+    assert call("run", "-c", config, "--set", OPTIONS[picture.suffix]).code == 0
+    path = config.with_name("run") / "journal.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    shutil.rmtree(picture) if picture.is_dir() else picture.unlink()
+    config.with_name("aside").rename(picture)
+    assert call("run", "-c", config, "--set", OPTIONS[picture.suffix]).code == 0
+
+
+def test_tiles_that_changed_places_are_another_picture(tmp_path):
+    """Neither the size of all of them nor the time of any says so."""
+    for name in ("a", "b"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / name).write_bytes(name.encode())
+    picture = written_picture(tmp_path / "x")
+    (tmp_path / "x" / "a").rename(tmp_path / "c")
+    (tmp_path / "x" / "b").rename(tmp_path / "x" / "a")
+    (tmp_path / "c").rename(tmp_path / "x" / "b")
+    assert not is_as_written(tmp_path / "x", picture)
+
+
+def test_names_that_a_record_cannot_keep_are_refused_at_once(tmp_path, call):
+    """After a day's rendering the journal would refuse them, with a traceback."""
+    config = write_run(tmp_path)
+    for name in ("a\nb.png", os.fsdecode(b"\xff.png")):
+        for command in (("preview",), ("preview", "--crop", "0,0,32,32")):
+            outcome = call(*command, "-c", config, "-o", str(tmp_path / name))
+            assert outcome.code == 3 and "Traceback" not in outcome.err, outcome
+    (tmp_path / "project").mkdir()
+    write_run(tmp_path / "project")
+    folder = (tmp_path / "project").rename(tmp_path / os.fsdecode(b"\xff"))
+    outcome = call("run", "-c", folder / "config.yaml")
+    assert outcome.code == 3 and "no UTF-8" in outcome.err, outcome
+    assert not (folder / "run").exists()
+
+
 def test_a_folder_differs_by_any_of_its_files(tmp_path):
     """A tile that was exchanged for another of the same size, or renamed, is another picture."""
     for name in ("a", "b/c"):
