@@ -156,6 +156,17 @@ def results(work_dir: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in ("time", "seconds", "busy")} for record in kept]
 
 
+def run_until(config: Path, last: Callable[[Any], bool]) -> None:
+    """Run a config in this process, and stop it behind the first event that `last` says is the last."""
+    import pipeline
+    from pipeline.errors import Stopped
+
+    stop = threading.Event()
+    with contextlib.suppress(Stopped):
+        pipeline.run(pipeline.load_config(config), sink=lambda event: last(event) and stop.set(), stop=stop)
+    assert stop.is_set()
+
+
 def canvases(work_dir: Path) -> dict[str, bytes]:
     """Every file of the store by its path: a finished run keeps one canvas of each stage.
 

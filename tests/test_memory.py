@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e import TIMEOUT_S, canvases, results, write_picture, write_run
+from e2e import TIMEOUT_S, canvases, results, run_until, write_picture, write_run
 
 from pipeline.errors import Stopped
 from pipeline.progress import IterationDone, WorkDone
@@ -168,18 +168,10 @@ def peak_of_command(*arguments: object) -> int:
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The config of a run of 16 tiles that has finished its first stage, and is in its second."""
-    import pipeline
-
     folder = tmp_path_factory.mktemp("begun")
     keys = {"initial_size": 512, "compute": {"device": "cpu", "tile_px": 256}, "store": {"chunk_px": 64}}
     config = write_run(folder, (1024, 900), (512, 400), optimizer={"max_iterations": 2}, **keys)
-    stop = threading.Event()
-    with pytest.raises(Stopped):
-        pipeline.run(
-            pipeline.load_config(config),
-            sink=lambda event: stop.set() if isinstance(event, IterationDone) and event.stage == 1 else None,
-            stop=stop,
-        )
+    run_until(config, lambda event: isinstance(event, IterationDone) and event.stage == 1)
     return config
 
 

@@ -10,19 +10,18 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from e2e import TIMEOUT_S, Outcome, make_call, write_run
+from e2e import TIMEOUT_S, Outcome, make_call, run_until, write_run
 
 import pipeline
 from pipeline import network, passes
 from pipeline.device import Device
-from pipeline.errors import Stopped
 from pipeline.process import process_settings
-from pipeline.progress import Event, IterationDone, StageDone
+from pipeline.progress import IterationDone, StageDone
 from pipeline.survey import plan_on
 from pipeline.weights import NetworkSpec, find_weights
 
@@ -200,26 +199,20 @@ def bounds(monkeypatch) -> list[int]:
         return network.get_network(spec)
 
     for module in ("run", "crop", "repair"):
-        monkeypatch.setattr(sys.modules[f"pipeline.{module}"], "plan_on", planned)
+        monkeypatch.setattr(import_module(f"pipeline.{module}"), "plan_on", planned)
     monkeypatch.setattr(passes, "get_network", get_network)
     return found
-
-
-def stopped_at(config: Path, last: Callable[[Event], bool]) -> None:
-    stop = threading.Event()
-    with pytest.raises(Stopped):
-        pipeline.run(pipeline.load_config(config), sink=lambda event: last(event) and stop.set(), stop=stop)
 
 
 def test_run_crop_and_repair_compute_within_the_same_bound(tmp_path, call, bounds):
     """Without it cuDNN takes workspaces of 132 GiB, and a crop's or a repair's bits differ from the run's."""
     config = write_run(tmp_path, (96, 80), optimizer={"max_iterations": 3})
-    stopped_at(config, lambda event: isinstance(event, StageDone))
+    run_until(config, lambda event: isinstance(event, StageDone))
     assert bounds and set(bounds) == {GPU_BYTES}
     bounds.clear()
     assert call("preview", "-c", config, "--crop", "8,8,40,40").code == 0
     assert bounds and set(bounds) == {GPU_BYTES}
-    stopped_at(config, lambda event: isinstance(event, IterationDone) and event.stage == 1)
+    run_until(config, lambda event: isinstance(event, IterationDone) and event.stage == 1)
     bounds.clear()
     features = next((tmp_path / "run" / "store.zarr" / "stage_1").glob("features_*/c/0/0/0"))
     features.write_bytes(bytes(features.stat().st_size))

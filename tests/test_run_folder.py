@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e import Outcome, journal, make_call, write_journal, write_picture, write_run
+from e2e import Outcome, journal, make_call, run_until, write_journal, write_picture, write_run
 
-import pipeline
 from pipeline import weights
-from pipeline.errors import LockedError, Stopped
+from pipeline.errors import LockedError
 from pipeline.lock import RunLock, running_owner
 from pipeline.manifest import _manifest_text
 from pipeline.progress import IterationDone
@@ -250,13 +248,7 @@ def test_a_resume_compares_its_plan_with_the_runs_stages(tmp_path, call, change)
 def test_a_repair_compares_them_too(tmp_path, call):
     """It would make content of other sizes anew, in the place of the run's."""
     config = write_run(tmp_path, optimizer={"max_iterations": 3})
-    stop = threading.Event()
-    with pytest.raises(Stopped):
-        pipeline.run(
-            pipeline.load_config(config),
-            sink=lambda event: stop.set() if isinstance(event, IterationDone) and event.stage == 1 else None,
-            stop=stop,
-        )
+    run_until(config, lambda event: isinstance(event, IterationDone) and event.stage == 1)
     features = next((tmp_path / "run" / "store.zarr" / "stage_1").glob("features_*/c/0/0/0"))
     features.write_bytes(bytes(features.stat().st_size))
     forge_stages(tmp_path / "run", another_style_size)
