@@ -11,6 +11,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import dask.config
@@ -19,6 +20,7 @@ from distributed import Worker
 
 from pipeline import loopback, timeline
 from pipeline.allocator import set_up_process
+from pipeline.process import process_settings
 
 # How often a task may lose its worker and be done again.
 ALLOWED_DEATHS = 3
@@ -51,6 +53,8 @@ def main() -> None:
     set_up_process()
     dask.config.set(SETTINGS)
     logging.getLogger("distributed").setLevel(logging.WARNING)  # that the last words say something
+    kept = ExitStack()  # and never put back: nobody else is in this process, and its end waits for nothing
+    kept.enter_context(process_settings())
     asyncio.run(_serve(address, int(tasks), folder))
     os._exit(0)  # without waiting for tasks that still run: the scheduler has given them to others, or is gone
 

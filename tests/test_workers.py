@@ -67,6 +67,14 @@ def variable(name: str) -> str | None:
     return os.environ.get(name)
 
 
+def settings_of(_spec: int) -> tuple[int, int]:
+    """What a task computes under: zarr's threads for one call, and what libvips keeps of operations."""
+    import pyvips
+    import zarr
+
+    return zarr.config.get("async.concurrency"), pyvips.cache_get_max()
+
+
 def fail(number: int) -> None:
     raise ERRORS[number]
 
@@ -247,6 +255,11 @@ def test_a_stop_ends_the_work_and_the_processes():
         with pytest.raises(Stopped):
             engine.map(double, [1.0])
     assert set(workers_of()) == others
+
+
+def test_tasks_in_workers_find_the_settings_of_the_run(engine):
+    """Memory is planned for them, and compressed chunks would be read by ten threads of zarr's own for each of ours."""
+    assert set(engine.map(settings_of, [0] * 4)) == {(1, 0)}
 
 
 def test_signals_of_the_terminal_are_for_the_parent(engine):
