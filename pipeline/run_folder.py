@@ -44,9 +44,10 @@ def locked_folder(folder: Path) -> Iterator[RunLock]:
     Nothing is that was there before. Raises what make_work_dir raises, LockedError.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    before = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
+    locks = {name for name in _LOCK if not taken(folder / name)}  # those that this start makes
     make_work_dir(folder)
     with RunLock(folder) as lock:
+        before = {path.name for path in folder.iterdir()} - locks  # in the lock: nobody adds anything any more
         try:
             yield lock
         except (ConfigError, InputError, SpaceError, DamagedStateError):
