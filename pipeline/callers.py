@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 _lock = threading.Lock()
 _inside: Counter[int] = Counter()
 
 
-@contextmanager
-def inside() -> Iterator[None]:
-    """This thread is inside one more call while the block runs."""
+def enter() -> None:
+    """This thread is inside one more call."""
+    with _lock:
+        _inside[threading.get_ident()] += 1
+
+
+def leave() -> None:
+    """And one less."""
     thread = threading.get_ident()
     with _lock:
-        _inside[thread] += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside[thread] -= 1
-            if not _inside[thread]:
-                del _inside[thread]
+        _inside[thread] -= 1
+        if not _inside[thread]:
+            del _inside[thread]
 
 
 def number() -> int:

@@ -247,7 +247,7 @@ class _TorchSettings:
 
 @dataclass
 class _Process:
-    """The networks of this process, that in use last at the end. `before`: torch's settings until the first."""
+    """The networks of this process, the one asked for last at the end. `before`: torch's settings until the first."""
 
     networks: list[tuple[NetworkSpec, Network]] = field(default_factory=list)
     before: _TorchSettings | None = None
@@ -267,18 +267,21 @@ def get_network(spec: NetworkSpec) -> Network:
     with _lock:
         _process.before = _process.before or _TorchSettings.now()
         _bound_memory(spec)
-        network = next((network for known, network in _process.networks if known == spec), None)
-        if network is None:
+        found = next((one for one in _process.networks if one[0] == spec), None)
+        if found is not None:
+            _process.networks.remove(found)  # put back behind all others
+        else:
             del _process.networks[: max(0, len(_process.networks) + 1 - max(1, callers.number()))]  # freed before
             state = random_state(spec.source) if spec.source.path is None else load_state(spec.source.path)
             network = Network(
                 state, padding=spec.padding, pooling=spec.pooling, dtype=_DTYPES[spec.dtype], device=spec.device
             )
-            _process.networks.append((spec, network))
+            found = spec, network
+        _process.networks.append(found)
     if spec.threads:
         torch.set_num_threads(spec.threads)  # for this thread and those that follow, so on every call
     _set_precision(spec)  # the process's, so on every call: it may have been another network's turn
-    return network
+    return found[1]
 
 
 def release() -> None:

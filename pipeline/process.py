@@ -14,27 +14,24 @@ from contextlib import ExitStack, contextmanager
 from pipeline import callers, images, zarr_files
 
 _lock = threading.Lock()
-_calls = 0
 _put_back = ExitStack()
 
 
 @contextmanager
 def process_settings() -> Iterator[None]:
     """Inside, libraries are set as we need them. Calls may be nested, and run on several threads at once."""
-    global _calls  # noqa: PLW0603 - one process, one count
     with _lock:
-        if _calls == 0:
+        if not callers.number():
             _put_back.enter_context(zarr_files.zarr_settings())
             _put_back.enter_context(images.vips_settings())
             _put_back.callback(_release_network)
-        _calls += 1
+        callers.enter()
     try:
-        with callers.inside():
-            yield
+        yield
     finally:
         with _lock:
-            _calls -= 1
-            if _calls == 0:
+            callers.leave()
+            if not callers.number():
                 _put_back.close()
 
 
