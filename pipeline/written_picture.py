@@ -38,14 +38,21 @@ def is_as_written(path: Path, picture: WrittenPicture | None, check: Callable[[]
 
     An empty file or folder is none.
     """
+    if picture is None:
+        return (path.is_file() or path.is_dir()) and _size_and_time(path)[0] > 0
+    return _is_one_of(path, [picture], check)
+
+
+def _is_one_of(path: Path, pictures: Sequence[WrittenPicture], check: Callable[[], None]) -> bool:
+    """The same for any of several; it is read once at most."""
     if not (path.is_file() or path.is_dir()):
         return False
     size_bytes, modified_ns = _size_and_time(path)
-    if picture is None:
-        return size_bytes > 0
-    if size_bytes != picture.size_bytes:
-        return False
-    return modified_ns == picture.modified_ns or written_picture(path, check).sha256 == picture.sha256
+    as_large = [picture for picture in pictures if picture.size_bytes == size_bytes]
+    if not as_large or any(picture.modified_ns == modified_ns for picture in as_large):
+        return bool(as_large)
+    sha256 = written_picture(path, check).sha256
+    return any(picture.sha256 == sha256 for picture in as_large)
 
 
 def refuse_foreign(output: Path, pictures: Pictures, foreign: str, check: Callable[[], None] = lambda: None) -> None:
@@ -57,7 +64,7 @@ def refuse_foreign(output: Path, pictures: Pictures, foreign: str, check: Callab
         return
     own = pictures.get(str(output), ())
     known = [picture for some in pictures.values() for picture in some if picture is not None]
-    if None in own or any(is_as_written(output, picture, check) for picture in known):
+    if None in own or _is_one_of(output, known, check):
         return
     what = "it is not what was written there" if own else foreign
     raise ConfigError(
