@@ -156,6 +156,34 @@ def results(work_dir: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in ("time", "seconds", "busy")} for record in kept]
 
 
+# A command as it is typed, and behind its output the peak of its process in KiB.
+MEASURED_COMMAND = """
+import atexit, sys
+from pathlib import Path
+from pipeline.__main__ import main
+
+def told():
+    status = Path("/proc/self/status").read_text()
+    print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+atexit.register(told)
+main()
+"""
+
+
+def peak_of_command(*arguments: object) -> int:
+    """Bytes."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED_COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=3 * TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1]) * 1024
+
+
 def run_until(config: Path, last: Callable[[Any], bool]) -> None:
     """Run a config in this process, and stop it behind the first event that `last` says is the last."""
     import pipeline

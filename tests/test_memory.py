@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e import TIMEOUT_S, canvases, results, run_until, write_picture, write_run
+from e2e import TIMEOUT_S, canvases, peak_of_command, results, run_until, write_picture, write_run
 
 from pipeline.errors import Stopped
 from pipeline.progress import IterationDone, WorkDone
@@ -135,34 +135,6 @@ def test_measured_memory_is_what_was_planned(tmp_path, make):
         if (phase := PHASES.get(what.partition(" ")[2])) is not None:
             assert peak <= planned.host_bytes[phase], (what, told)
     print(told)
-
-
-# A command as it is typed, and behind its output the peak of its process in KiB.
-MEASURED_COMMAND = """
-import atexit, sys
-from pathlib import Path
-from pipeline.__main__ import main
-
-def told():
-    status = Path("/proc/self/status").read_text()
-    print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
-
-atexit.register(told)
-main()
-"""
-
-
-def peak_of_command(*arguments: object) -> int:
-    """Bytes."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED_COMMAND, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=3 * TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.splitlines()[-1]) * 1024
 
 
 @pytest.fixture(scope="module")

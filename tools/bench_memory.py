@@ -8,12 +8,9 @@ Every one is a process of its own; its peak is the kernel's own figure (VmHWM).
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -23,8 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 import pipeline
-from pipeline.errors import Stopped
-from pipeline.progress import Event, IterationDone
+from pipeline.progress import IterationDone
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from e2e import peak_of_command, run_until
 
 # (canvas px, tile px, dtype): one tile, many tiles, and the precision of the proofs
 CASES = (
@@ -45,24 +45,6 @@ COMMANDS: dict[str, Callable[[Path], list[str]]] = {
     ],
     "repair": lambda config: ["verify", "--run", str(_damaged(config)), "--repair"],
 }
-COMMAND = """
-import atexit, sys
-from pathlib import Path
-from pipeline.__main__ import main
-
-def told():
-    status = Path('/proc/self/status').read_text()
-    print(next(line.split()[1] for line in status.splitlines() if line.startswith('VmHWM')))
-
-atexit.register(told)
-main()
-"""
-
-
-def peak_bytes(*arguments: str) -> int:
-    """Of a command, as it is typed."""
-    done = subprocess.run([sys.executable, "-c", COMMAND, *arguments], check=True, capture_output=True, text=True)
-    return int(done.stdout.splitlines()[-1]) * 1024
 
 
 def write_config(folder: Path, name: str, weights: Path | None, **keys: object) -> Path:
@@ -86,21 +68,15 @@ def measure(folder: Path, weights: Path | None, size: int, tile_px: int, dtype: 
     keys = {"size": size, "initial_size": size, "compute": {"tile_px": tile_px, "dtype": dtype}}
     config = write_config(folder, f"{size}-{tile_px}-{dtype}", weights, **keys)
     projected = pipeline.plan(pipeline.load_config(config)).projected_mem_bytes
-    return projected, peak_bytes("run", "-c", str(config))
+    return projected, peak_of_command("run", "-c", str(config))
 
 
 def begin(folder: Path, weights: Path | None) -> Path:
     """The config of a run that was stopped in its second stage."""
     size, tile_px = STAGED
     keys = {"size": size, "initial_size": size // 2, "compute": {"tile_px": tile_px}, "styles": [_style(size // 2)]}
-    config, stop = write_config(folder, "staged", weights, **keys), threading.Event()
-
-    def sink(event: Event) -> None:
-        if isinstance(event, IterationDone) and event.stage == 1:
-            stop.set()
-
-    with suppress(Stopped):
-        pipeline.run(pipeline.load_config(config), sink=sink, stop=stop)
+    config = write_config(folder, "staged", weights, **keys)
+    run_until(config, lambda event: isinstance(event, IterationDone) and event.stage == 1)
     return config
 
 
@@ -135,7 +111,7 @@ def main(weights: Path | None, json_path: Path | None) -> None:
         for what, command in COMMANDS.items():
             size = GRID_PX if what == "grid" else STAGED[0]
             projected = pipeline.plan(pipeline.load_config(config, [f"size={size}"])).projected_mem_bytes
-            found.append((what, size, STAGED[1], "float32", projected, peak_bytes(*command(config))))
+            found.append((what, size, STAGED[1], "float32", projected, peak_of_command(*command(config))))
         for what, size, tile_px, dtype, projected, measured in found:
             names = ("what", "size", "tile_px", "dtype", "projected", "measured")
             rows.append(dict(zip(names, (what, size, tile_px, dtype, projected, measured), strict=True)))
