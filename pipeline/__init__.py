@@ -11,24 +11,29 @@ from types import ModuleType
 
 TYPE_CHECKING = False  # typing would be the slowest import before the command listens to signals
 if TYPE_CHECKING:
-    from pipeline.allocator import set_up_process
-    from pipeline.config import Config, load_config
-    from pipeline.crop import crop
-    from pipeline.preview import preview
-    from pipeline.run import run
-    from pipeline.status import export, status
-    from pipeline.survey import plan
-    from pipeline.verify import verify
+    from pipeline.commands.preview.crop import crop
+    from pipeline.commands.preview.preview import preview
+    from pipeline.commands.run import run
+    from pipeline.commands.status import export, status
+    from pipeline.commands.verify.verify import verify
+    from pipeline.config.config import Config, load_config
+    from pipeline.core.allocator import set_up_process
+    from pipeline.rundir.preflight import plan
 
 __all__ = ["Config", "crop", "export", "load_config", "plan", "preview", "run", "set_up_process", "status", "verify"]
 
-# The module of each name that is not in the module of the same name.
+# The module of each name.
 _HOMES = {
-    "Config": "config",
-    "export": "status",
-    "load_config": "config",
-    "plan": "survey",
-    "set_up_process": "allocator",
+    "Config": "config.config",
+    "crop": "commands.preview.crop",
+    "export": "commands.status",
+    "load_config": "config.config",
+    "plan": "rundir.preflight",
+    "preview": "commands.preview.preview",
+    "run": "commands.run",
+    "set_up_process": "core.allocator",
+    "status": "commands.status",
+    "verify": "commands.verify.verify",
 }
 
 
@@ -39,10 +44,10 @@ class _Package(ModuleType):
         from importlib import import_module  # noqa: PLC0415 - see above
 
         if name == "errors":  # what the functions raise, to be caught as pipeline.errors.Stopped
-            return import_module("pipeline.errors")
+            return import_module("pipeline.core.errors")
         if name not in __all__:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        value: object = getattr(import_module(f"pipeline.{_HOMES.get(name, name)}"), name)
+        value: object = getattr(import_module(f"pipeline.{_HOMES[name]}"), name)
         setattr(self, name, value)
         return value
 

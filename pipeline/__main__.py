@@ -25,11 +25,12 @@ def main() -> NoReturn:
         signal.signal(number, _stop)
     # Registered first and so called last. After that the interpreter would restore the default: death by the signal.
     atexit.register(_set_all, listened, signal.SIG_IGN)
-    from pipeline import allocator, cli  # noqa: PLC0415 - slow
+    from pipeline.cli import app
+    from pipeline.core import allocator  # noqa: PLC0415 - slow
 
     allocator.set_up_process()
     try:
-        cli.main()
+        app.main()
     except SystemExit as end:
         code = int(end.code or 0)
         _set_all(listened, lambda *_: os._exit(code))  # done: a signal changes the outcome no more

@@ -25,8 +25,8 @@ import numpy as np
 import yaml
 from syscalls import Watch, be_watched
 
-from pipeline.checksums import checksum
-from pipeline.pictures import RGB8, PixelKind
+from pipeline.core.image_formats import RGB8, PixelKind
+from pipeline.store.checksums import checksum
 
 PIPELINE = Path(sys.executable).with_name("pipeline")
 # Half a second of work each; the limit is for a machine that does other things too, and more so in long tortures.
@@ -119,13 +119,13 @@ def run_pipeline(*argv: object, **environment: str) -> Outcome:
 
 def make_call(capfd: Any, monkeypatch: Any) -> Callable[..., Outcome]:
     """The command line in this process: `call("plan", "-c", path)`."""
-    from pipeline import cli
+    from pipeline.cli import app
 
     def call(*argv: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["pipeline", *map(str, argv)])
         capfd.readouterr()
         try:
-            cli.main()
+            app.main()
         except SystemExit as stop:
             return Outcome(int(stop.code or 0), *capfd.readouterr())
         raise AssertionError("cli.main returned")
@@ -187,7 +187,7 @@ def peak_of_command(*arguments: object) -> int:
 def run_until(config: Path, last: Callable[[Any], bool]) -> None:
     """Run a config in this process, and stop it behind the first event that `last` says is the last."""
     import pipeline
-    from pipeline.errors import Stopped
+    from pipeline.core.errors import Stopped
 
     stop = threading.Event()
     with contextlib.suppress(Stopped):
@@ -236,11 +236,11 @@ def gradient_tiles(events: list[Event]) -> int:
 # All that a run imports on its way; torch's own, when it computes the first gradient, would be half of a small run.
 _PRELOADED = [
     "pytest",
-    "pipeline.cli",
-    "pipeline.crop",
-    "pipeline.report",
-    "pipeline.iteration",
-    "pipeline.preparation",
+    "pipeline.cli.app",
+    "pipeline.commands.preview.crop",
+    "pipeline.cli.reports",
+    "pipeline.render.iteration",
+    "pipeline.render.preparation",
     "pyvips",
     "torch.fx.experimental.symbolic_shapes",
 ]

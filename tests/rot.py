@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 
 import pipeline
 from pipeline import store
-from pipeline.arrays import result_name, slot_names
-from pipeline.errors import PipelineError
-from pipeline.journal import Journal
-from pipeline.pictures import RGB8, PixelKind
-from pipeline.position import position_of
-from pipeline.progress import Event, IterationDone, StageDone, WorkDone
-from pipeline.records import CanvasLost, as_json
+from pipeline.core.errors import PipelineError
+from pipeline.core.events import Event, IterationDone, StageDone, WorkDone
+from pipeline.core.image_formats import RGB8, PixelKind
+from pipeline.rundir.journal import Journal
+from pipeline.rundir.position import position_of
+from pipeline.rundir.records import CanvasLost, as_json
+from pipeline.store.layout import result_name, slot_names
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"codec": "none"},

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.adam import AdamStep, bias_correction, first_max_update, schedule_factor, update
+from pipeline.render.adam import AdamStep, bias_correction, first_max_update, schedule_factor, update
 
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-6
 
@@ -45,7 +45,7 @@ def literal(canvas, all_gradients, target_pixel_change=12.8, schedule="constant"
 
 
 def ours(canvas, all_gradients, dtype, target_pixel_change=12.8, schedule="constant", clip=True):
-    """The same with pipeline.adam, chained as stage.py chains it."""
+    """The same with render/adam.py, chained as stage.py chains it."""
     p, m, v = canvas.astype(dtype), np.zeros(canvas.shape, dtype), np.zeros(canvas.shape, dtype)
     scratch, alpha, states = np.empty_like(p), None, []
     for j, gradient in enumerate(all_gradients):

@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline import adam, images
-from pipeline.journal import Journal
-from pipeline.opening import newest_canvas
-from pipeline.position import position_of
-from pipeline.progress import IterationDone
-from pipeline.store import open_array
-from pipeline.tiling import Rect
+from pipeline import images
+from pipeline.core.events import IterationDone
+from pipeline.core.tiling import Rect
+from pipeline.render import adam
+from pipeline.rundir.journal import Journal
+from pipeline.rundir.open import newest_canvas
+from pipeline.rundir.position import position_of
+from pipeline.store.array import open_array
 
 # Two stages of one and of four tiles.
 TWO_STAGES: dict[str, Any] = {"output": "out.tif", "initial_size": 64, "compute": {"tile_px": 64}}
@@ -204,7 +205,7 @@ def test_another_decay_is_another_picture_and_none_is_what_older_runs_did(tmp_pa
     refused = call("run", "-c", config, "--set", "optimizer.average=0.8")
     assert refused.code == 3 and "optimizer.average: was 0.9, is 0.8" in refused.err
     plain = pipeline.load_config(config, ["optimizer.average=0"])
-    assert "optimizer.average" not in pipeline.config.result_fields(plain)
+    assert "optimizer.average" not in pipeline.config.config.result_fields(plain)
 
 
 def test_the_plan_knows_the_average(tmp_path):

@@ -438,8 +438,8 @@ def test_disk_full_at_export(tmp_path, call, small_disk, suffix):
 def make_stopped(folder: Path, codec: str) -> Path:
     """A run that was stopped after the first iteration of its second stage."""
     from pipeline import load_config, run
-    from pipeline.errors import Stopped
-    from pipeline.progress import Event, IterationDone
+    from pipeline.core.errors import Stopped
+    from pipeline.core.events import Event, IterationDone
 
     config = write_run(folder, (90, 70), store={"codec": codec})
     stop = threading.Event()
@@ -538,7 +538,7 @@ def test_undamaged_copies_go_on(stopped_runs, tmp_path, call):
 def test_changed_file_in_one_process_is_noticed(tmp_path):
     """A notebook that runs, changes an image and runs again would mix two pictures."""
     from pipeline import load_config, run
-    from pipeline.errors import ConfigError
+    from pipeline.core.errors import ConfigError
 
     config = write_run(tmp_path, optimizer={"max_iterations": 1})
     run(load_config(config))

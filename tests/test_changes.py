@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from conftest import write_config, write_image
 
-from pipeline.config import Config, load_config, result_fields
-from pipeline.errors import ConfigError
-from pipeline.opening import Identity, refuse_changes
-from pipeline.records import FORMAT, parse_manifest
+from pipeline.config.config import Config, load_config, result_fields
+from pipeline.core.errors import ConfigError
+from pipeline.rundir.open import Identity, refuse_changes
+from pipeline.rundir.records import FORMAT, parse_manifest
 
 Json = dict[str, Any]
 

@@ -26,7 +26,7 @@ from e2e import (
     write_run,
 )
 
-from pipeline.pictures import PixelKind
+from pipeline.core.image_formats import PixelKind
 
 
 @pytest.fixture
@@ -616,8 +616,8 @@ def test_weights_files_of_both_kinds_run(tmp_path, call):
     import torch
     from safetensors.torch import save_file
 
-    from pipeline.network import random_state
-    from pipeline.weights import find_weights
+    from pipeline.network.vgg import random_state
+    from pipeline.network.weights import find_weights
 
     state = random_state(find_weights("random", None, 0))
     torch.save(state, tmp_path / "w.pth")

@@ -13,13 +13,13 @@ from test_config import problems
 from test_exactness import assert_exact, final_canvas, prepared, read_whole, relative
 
 import pipeline
-from pipeline import colors
-from pipeline.colors import ColorStatistics
-from pipeline.journal import Journal
-from pipeline.opening import newest_canvas
-from pipeline.position import position_of
-from pipeline.progress import IterationDone
-from pipeline.store import open_array
+from pipeline.core.events import IterationDone
+from pipeline.losses import color as colors
+from pipeline.losses.color import ColorStatistics
+from pipeline.rundir.journal import Journal
+from pipeline.rundir.open import newest_canvas
+from pipeline.rundir.position import position_of
+from pipeline.store.array import open_array
 
 
 def statistics_of(pixels: np.ndarray) -> ColorStatistics:

@@ -15,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline import adam, store, zarr_files
-from pipeline.formats import BFLOAT16, FIXED16, RoundingBytes
-from pipeline.journal import Journal
-from pipeline.opening import newest_canvas
-from pipeline.position import position_of
-from pipeline.tiling import Rect, grid
-from pipeline.update import UpdateResult, update_specs, update_task
+from pipeline import store
+from pipeline.core.tiling import Rect, grid
+from pipeline.render import adam
+from pipeline.render.update import UpdateResult, update_specs, update_task
+from pipeline.rundir.journal import Journal
+from pipeline.rundir.open import newest_canvas
+from pipeline.rundir.position import position_of
+from pipeline.store import metadata
+from pipeline.store.encodings import BFLOAT16, FIXED16, RoundingBytes
 
 COMPACT = {"state_dtype": "compact", "chunk_px": 32}
 STEP = adam.AdamStep(beta1=0.9, beta2=0.99, epsilon=1e-6, size=0.8, clip=True)
@@ -44,7 +46,7 @@ def whole(array) -> Rect:
 
 @pytest.fixture
 def stage(tmp_path) -> Path:
-    zarr_files.create_store(tmp_path / "store.zarr")
+    metadata.create_store(tmp_path / "store.zarr")
     store.create_stage(tmp_path / "store.zarr" / "stage_0")
     return tmp_path / "store.zarr" / "stage_0"
 

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from pipeline._explain import wanted
-from pipeline._fields import OUTPUT_SUFFIXES
-from pipeline.config import Config, load_config, result_fields, template
-from pipeline.errors import ConfigError
+from pipeline.config.config import Config, load_config, result_fields, template
+from pipeline.config.fields import OUTPUT_SUFFIXES
+from pipeline.config.messages import wanted
+from pipeline.core.errors import ConfigError
 
 LINE = re.compile(r"(.+\.yaml:[1-9]\d*:[1-9]\d*|--set .*?): \S.*")
 SMALL = "content: a.tif\nstyles: [{image: s.jpg}]\noutput: out/r.tif\n"

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import crop, images, load_config, run
-from pipeline.crop import regions, scaled
-from pipeline.errors import Stopped
-from pipeline.known import Known, Whole
-from pipeline.layers import ALIGN_PX
-from pipeline.progress import StageStarted
-from pipeline.tiling import Rect
+from pipeline.commands.preview.crop import regions, scaled
+from pipeline.commands.preview.whole_image import Known, Whole
+from pipeline.core.errors import Stopped
+from pipeline.core.events import StageStarted
+from pipeline.core.tiling import Rect
+from pipeline.core.vgg_layers import ALIGN_PX
 
 CONTENT_PX = (150, 110)
 # Deep layers have a halo that is larger than such a picture; of these, the region is a part.
@@ -81,7 +81,7 @@ def test_crop_of_everything_is_the_run(config):
 
 def test_crop_is_closer_to_the_run_with_the_whole_pictures_grams(config, monkeypatch):
     """A corner alone would be given the style of the whole picture, and look otherwise than it will."""
-    module: Any = sys.modules["pipeline.crop"]
+    module: Any = sys.modules["pipeline.commands.preview.crop"]
     monkeypatch.setattr(module, "_SPREAD_PX", 0)
     rect = Rect(40, 72, 100, 150)
     with_whole = read_picture(crop(load_config(config), rect)).astype(float)

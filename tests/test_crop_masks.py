@@ -19,18 +19,18 @@ from test_masks import ramp
 
 import pipeline
 from pipeline import crop, load_config, run
-from pipeline.device import Device
-from pipeline.engine import Engine
-from pipeline.errors import ConfigError
-from pipeline.iteration import Iterations
-from pipeline.known import Known, Whole
-from pipeline.layers import LAYER_BY_NAME
-from pipeline.plan import Plan
-from pipeline.preparation import Prepared, prepare
-from pipeline.regions import Guides
-from pipeline.stage import Stage
-from pipeline.store import open_array
-from pipeline.tiling import Rect
+from pipeline.commands.preview.whole_image import Known, Whole
+from pipeline.config.regions import Guides
+from pipeline.core.errors import ConfigError
+from pipeline.core.tiling import Rect
+from pipeline.core.vgg_layers import LAYER_BY_NAME
+from pipeline.executors.threads import Engine
+from pipeline.plan.device import Device
+from pipeline.plan.plan import Plan
+from pipeline.render.iteration import Iterations
+from pipeline.render.preparation import Prepared, prepare
+from pipeline.render.stage import Stage
+from pipeline.store.array import open_array
 
 EVERYTHING = Rect(0, 110, 0, 150)
 KEYS: dict[str, Any] = {
@@ -166,7 +166,7 @@ def test_crop_of_everything_with_masks_is_the_run(config, begun):
 )
 def test_corner_is_closer_to_the_run_with_every_masks_own_grams(config, begun, monkeypatch, rect, black):
     """The part would be given each style as if it were all that the mask has, and look otherwise than it will."""
-    monkeypatch.setattr(sys.modules["pipeline.crop"], "_SPREAD_PX", 0)
+    monkeypatch.setattr(sys.modules["pipeline.commands.preview.crop"], "_SPREAD_PX", 0)
     areas: list[Any] = []
     iterations = Iterations.__post_init__
     monkeypatch.setattr(Iterations, "__post_init__", lambda one: (areas.append(one.areas), iterations(one))[1])
@@ -187,7 +187,7 @@ def test_content_map_alone(tmp_path, monkeypatch):
     config = write_run(tmp_path, CONTENT_PX, loss={"content_mask": content_mask, "content_weight": 0.5}, **KEYS)
     stopped_before(config, 1)
     found = read_picture(crop(load_config(config), EVERYTHING))
-    monkeypatch.setattr(sys.modules["pipeline.crop"], "_SPREAD_PX", 0)
+    monkeypatch.setattr(sys.modules["pipeline.commands.preview.crop"], "_SPREAD_PX", 0)
     rect = Rect(0, 30, 110, 150)
     with_whole = read_picture(crop(load_config(config), rect))
     alone(monkeypatch)
@@ -204,7 +204,7 @@ def test_content_map_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("tv_weight", "most"), [(0.0, 0), (1.0, 3)])
 def test_part_that_nothing_paints_is_left_as_the_run_leaves_it(tmp_path, monkeypatch, tv_weight, most):
     """No style and no content has a say there: 0/0 would be a crop of NaN, or a step of fixed size one of noise."""
-    monkeypatch.setattr(sys.modules["pipeline.crop"], "_SPREAD_PX", 0)
+    monkeypatch.setattr(sys.modules["pipeline.commands.preview.crop"], "_SPREAD_PX", 0)
     write_picture(tmp_path / "start.png", *CONTENT_PX, seed=5)
     styles = [{"image": "style.png", "mask": write_mask(tmp_path, 255 - ramp(110, 150, 0.1, 0.2))}]
     loss = {"content_weight": 0.0, "tv_weight": tv_weight}
@@ -237,7 +237,7 @@ def test_grams_of_the_whole_are_planned(tmp_path):
     keys = {"network": network, "compute": {"device": "cpu", "tile_px": "auto"}, "store": {"chunk_px": 32}}
     config = load_config(write_run(tmp_path, size, styles=styles, **{**KEYS, **keys}))
     plan, held = pipeline.plan(config), 3 * 2 * 128**2 * 8
-    module: Any = sys.modules["pipeline.crop"]
+    module: Any = sys.modules["pipeline.commands.preview.crop"]
 
     def planned(limit: int) -> Plan:
         memory = config.memory.model_copy(update={"limit": limit})

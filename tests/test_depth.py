@@ -13,13 +13,14 @@ import zarr
 from e2e import make_call, read_picture, write_config, write_picture, write_run
 
 import pipeline
-from pipeline import colors, images, store
-from pipeline.engine import Engine
-from pipeline.image_export import write_image
-from pipeline.image_header import read_header
-from pipeline.manifest import _manifest_text
-from pipeline.pictures import RGB8, PixelKind, picture_kind
-from pipeline.tiling import Rect
+from pipeline import images, store
+from pipeline.core.image_formats import RGB8, PixelKind, picture_kind
+from pipeline.core.tiling import Rect
+from pipeline.executors.threads import Engine
+from pipeline.images.header import read_header
+from pipeline.images.writer import write_image
+from pipeline.losses import color as colors
+from pipeline.rundir.manifest import _manifest_text
 
 RGB16, RGBA8, RGBA16 = PixelKind(16), PixelKind(8, alpha=True), PixelKind(16, alpha=True)
 KINDS = [RGB8, RGB16, RGBA8, RGBA16]

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from pipeline.disk_turns import GIVE_WAY_TO, DiskTurns
+from pipeline.executors.disk_turns import GIVE_WAY_TO, DiskTurns
 
 
 def gives_way(turns: DiskTurns) -> threading.Thread:

@@ -16,11 +16,11 @@ from click.testing import CliRunner
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from pipeline.layers import CONV_NAMES, LAYER_BY_NAME
-from pipeline.network import Network, load_state
-from pipeline.sections import NetworkName
-from pipeline.tiling import Rect
-from pipeline.weights import PACKAGED, find_weights, widths_for_plan
+from pipeline.config.sections import NetworkName
+from pipeline.core.tiling import Rect
+from pipeline.core.vgg_layers import CONV_NAMES, LAYER_BY_NAME
+from pipeline.network.vgg import Network, load_state
+from pipeline.network.weights import PACKAGED, find_weights, widths_for_plan
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))

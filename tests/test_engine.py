@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.engine import Engine
-from pipeline.errors import Stopped
+from pipeline.core.errors import Stopped
+from pipeline.executors.threads import Engine
 
 
 def sleep_and_give(spec: tuple[float, object]) -> object:

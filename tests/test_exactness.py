@@ -28,30 +28,30 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import pipeline
-from pipeline import passes, staging, update
-from pipeline.arrays import gram_name
-from pipeline.config import Config, load_config
-from pipeline.cost import WORKERS
-from pipeline.disk_turns import GIVE_WAY_TO, TURNS
-from pipeline.engine import Engine
-from pipeline.iteration import IterationResult, Iterations, _Step
-from pipeline.journal import Journal
-from pipeline.layers import halo_px
-from pipeline.model import model_of
-from pipeline.network import Network
-from pipeline.opening import newest_canvas
-from pipeline.passes import GradientSpec, GramSpec
-from pipeline.position import position_of
-from pipeline.preparation import Prepared, prepare
-from pipeline.progress import ignore
-from pipeline.records import as_json
-from pipeline.stage import Stage
-from pipeline.store import StageArray, open_array
-from pipeline.survey import plan
-from pipeline.tiling import Rect
-from pipeline.weights import NetworkSpec, find_weights
-from pipeline.written import Written
-from pipeline.zarr_files import read_gram
+from pipeline.config.config import Config, load_config
+from pipeline.core.events import ignore
+from pipeline.core.tiling import Rect
+from pipeline.core.vgg_layers import halo_px
+from pipeline.executors.disk_turns import GIVE_WAY_TO, TURNS
+from pipeline.executors.threads import Engine
+from pipeline.network.vgg import Network
+from pipeline.network.weights import NetworkSpec, find_weights
+from pipeline.plan.memory import WORKERS
+from pipeline.plan.network_cost import model_of
+from pipeline.render import device_io, tile_tasks, update
+from pipeline.render.iteration import IterationResult, Iterations, _Step
+from pipeline.render.preparation import Prepared, prepare
+from pipeline.render.stage import Stage
+from pipeline.render.tile_tasks import GradientSpec, GramSpec
+from pipeline.render.written import Written
+from pipeline.rundir.journal import Journal
+from pipeline.rundir.open import newest_canvas
+from pipeline.rundir.position import position_of
+from pipeline.rundir.preflight import plan
+from pipeline.rundir.records import as_json
+from pipeline.store.array import StageArray, open_array
+from pipeline.store.layout import gram_name
+from pipeline.store.metadata import read_gram
 
 EXACT = 1e-10
 DEFAULT_STYLE = {f"conv{block}_1": 0.2 for block in range(1, 6)}
@@ -333,7 +333,7 @@ def test_a_gradient_halo_16_px_smaller_is_seen(tmp_path, narrow_weights, monkeyp
         wanted = case.problem.gradient(case.canvas)
         case.iterate()
         assert relative(case.read("gradient"), wanted) < EXACT
-        monkeypatch.setattr(passes, "halo_px", lambda names: halo_px(names) - 16)
+        monkeypatch.setattr(tile_tasks, "halo_px", lambda names: halo_px(names) - 16)
         case.iterate()
         assert relative(case.read("gradient"), wanted) > 1e-6
 
@@ -349,16 +349,16 @@ def test_a_gram_halo_16_px_smaller_is_seen(tmp_path, narrow_weights, monkeypatch
             GramSpec(case.stage.stage_dir, "canvas_0", tile, case.stage.network, {}, (layer,))
             for tile in case.stage.tiles
         ]
-        assert relative(sum(passes.gram_task(spec)[layer] for spec in specs), wanted) < EXACT
-        monkeypatch.setattr(passes, "halo_px", lambda names: halo_px(names) - 16)
-        assert relative(sum(passes.gram_task(spec)[layer] for spec in specs), wanted) > 1e-6
+        assert relative(sum(tile_tasks.gram_task(spec)[layer] for spec in specs), wanted) < EXACT
+        monkeypatch.setattr(tile_tasks, "halo_px", lambda names: halo_px(names) - 16)
+        assert relative(sum(tile_tasks.gram_task(spec)[layer] for spec in specs), wanted) > 1e-6
 
 
 def test_tasks_give_the_same_bits_when_run_twice(tmp_path, narrow_weights):
     """A task that is repeated after a kill must not change the picture."""
     with prepared(tmp_path, narrow_weights, (65, 113), 48) as case:
         gram = GramSpec(case.stage.stage_dir, "canvas_0", case.stage.tiles[1], case.stage.network, {}, ("conv3_1",))
-        assert np.array_equal(passes.gram_task(gram)["conv3_1"], passes.gram_task(gram)["conv3_1"])
+        assert np.array_equal(tile_tasks.gram_task(gram)["conv3_1"], tile_tasks.gram_task(gram)["conv3_1"])
         first = case.iterate()
         before = {name: case.read(name) for name in ("gradient", "canvas_1", "m_1", "v_1")}
         second = case.iterate()
@@ -375,7 +375,7 @@ def test_a_gradient_that_is_not_finite_is_refused(tmp_path, narrow_weights):
         )
         before = case.read("gradient")
         with pytest.raises(pipeline.errors.ConfigError, match="not finite"):
-            passes.gradient_task(spec)
+            tile_tasks.gradient_task(spec)
         assert np.array_equal(case.read("gradient"), before)
 
 
@@ -654,7 +654,7 @@ def test_passes_beside_each_other_read_only_what_is_written(tmp_path, narrow_wei
     delays = iter(np.random.default_rng(0).uniform(0, 0.02, 100_000))
     monkeypatch.setattr(update, "CHUNKS_PER_TASK", 1)
     monkeypatch.setattr(update, "update_task", delayed(update.update_task, delays))
-    monkeypatch.setattr(passes, "gradient_task", delayed(passes.gradient_task, delays))
+    monkeypatch.setattr(tile_tasks, "gradient_task", delayed(tile_tasks.gradient_task, delays))
     with prepared(tmp_path, narrow_weights, size, tile_px, chunk_px=16) as case:
         assert Rendering(case).finish()[0] == expected[0]
 
@@ -662,7 +662,7 @@ def test_passes_beside_each_other_read_only_what_is_written(tmp_path, narrow_wei
 def test_the_update_begins_before_the_last_gradient(tmp_path, narrow_weights, monkeypatch):
     """On a slow disk its bytes, three quarters of all, would have nothing but the Gram pass beside them."""
     begun: list[str] = []
-    for module, name in ((passes, "gradient_task"), (update, "update_task")):
+    for module, name in ((tile_tasks, "gradient_task"), (update, "update_task")):
         task = getattr(module, name)
         monkeypatch.setattr(module, name, lambda spec, name=name, task=task: begun.append(name) or task(spec))
     with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
@@ -683,8 +683,8 @@ def test_the_update_goes_on_when_tiles_are_read(tmp_path, narrow_weights, monkey
         original()
 
     monkeypatch.setattr(TURNS, "give_way", give_way)
-    load = staging.load
-    monkeypatch.setattr(staging, "load", lambda *args: time.sleep(0.01) or load(*args))
+    load = device_io.load
+    monkeypatch.setattr(device_io, "load", lambda *args: time.sleep(0.01) or load(*args))
     with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
         rendering = Rendering(case)
         rendering.iterate()
@@ -702,8 +702,8 @@ def test_a_pass_fetches_what_the_next_one_reads_first_before_it_ends(tmp_path, n
 
     monkeypatch.setattr(StageArray, "prefetch", prefetch)
     for name in ("gram_task", "gradient_task"):
-        task = getattr(passes, name)
-        monkeypatch.setattr(passes, name, lambda spec, name=name, task=task: (task(spec), events.append(name))[0])
+        task = getattr(tile_tasks, name)
+        monkeypatch.setattr(tile_tasks, name, lambda spec, name=name, task=task: (task(spec), events.append(name))[0])
     with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
         events.clear()
         Rendering(case).iterate()
@@ -722,7 +722,7 @@ def test_a_stage_that_ends_early_leaves_the_next_gram_pass(tmp_path, narrow_weig
         original(written)
         ended.set()
 
-    def gram_task(spec, original=passes.gram_task):
+    def gram_task(spec, original=tile_tasks.gram_task):
         begun.append(spec.tile.index)
         assert ended.wait(60)
         return original(spec)
@@ -731,7 +731,7 @@ def test_a_stage_that_ends_early_leaves_the_next_gram_pass(tmp_path, narrow_weig
         rendering = Rendering(case)
         rendering.iterate()
         monkeypatch.setattr(Written, "close", close)
-        monkeypatch.setattr(passes, "gram_task", gram_task)
+        monkeypatch.setattr(tile_tasks, "gram_task", gram_task)
         rendering.follows = False
         rendering.iterate()
         assert len(rendering.results) == 2
@@ -739,7 +739,7 @@ def test_a_stage_that_ends_early_leaves_the_next_gram_pass(tmp_path, narrow_weig
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(passes, "gradient_task"), (update, "update_task"), (passes, "gram_task")]
+    ("module", "name"), [(tile_tasks, "gradient_task"), (update, "update_task"), (tile_tasks, "gram_task")]
 )
 def test_a_pass_that_fails_ends_the_others_and_is_done_again(
     tmp_path, narrow_weights, monkeypatch, one_after_another, module, name
@@ -781,7 +781,7 @@ def test_an_update_that_fails_is_told_at_once(tmp_path, narrow_weights, monkeypa
         waiting.release()
         return original(written, chunks)
 
-    def gradient_task(spec, original=passes.gradient_task):
+    def gradient_task(spec, original=tile_tasks.gradient_task):
         begun.append(spec.tile.index)
         if spec.tile.index:  # the first is enough for the update to fail, and the others are not needed to tell it
             assert closed.wait(60)
@@ -796,7 +796,7 @@ def test_an_update_that_fails_is_told_at_once(tmp_path, narrow_weights, monkeypa
         rendering.iterate()
         monkeypatch.setattr(Written, "close", close)
         monkeypatch.setattr(Written, "wait_for", wait_for)
-        monkeypatch.setattr(passes, "gradient_task", gradient_task)
+        monkeypatch.setattr(tile_tasks, "gradient_task", gradient_task)
         monkeypatch.setattr(update, "update_task", update_task)
         with pytest.raises(OSError, match="no room"):
             rendering.iterate()
@@ -808,7 +808,7 @@ def test_the_first_of_two_errors_is_told(tmp_path, narrow_weights, monkeypatch):
     """A damaged chunk would be hidden by the device that has no memory, or the other way: the remedy would be wrong."""
     failed = threading.Event()
 
-    def gradient_task(spec, original=passes.gradient_task):
+    def gradient_task(spec, original=tile_tasks.gradient_task):
         if spec.tile.index:
             assert failed.wait(60)
             raise ValueError("came later")
@@ -825,7 +825,7 @@ def test_the_first_of_two_errors_is_told(tmp_path, narrow_weights, monkeypatch):
         rendering = Rendering(case)
         rendering.iterate()
         monkeypatch.setattr(_Step, "fail", fail)
-        monkeypatch.setattr(passes, "gradient_task", gradient_task)
+        monkeypatch.setattr(tile_tasks, "gradient_task", gradient_task)
         monkeypatch.setattr(update, "update_task", update_task)
         with pytest.raises(OSError, match="no room"):
             rendering.iterate()
@@ -851,7 +851,7 @@ def test_a_gram_pass_that_fails_ahead_begins_no_more_tiles(tmp_path, narrow_weig
     with prepared(tmp_path, narrow_weights, (320, 80), 32) as case:
         rendering = Rendering(case)
         rendering.iterate()
-        monkeypatch.setattr(passes, "gram_task", gram_task)
+        monkeypatch.setattr(tile_tasks, "gram_task", gram_task)
         monkeypatch.setattr(Written, "leave", leave)
         monkeypatch.setattr(update, "update_task", update_task)
         with pytest.raises(OSError, match="no room"):

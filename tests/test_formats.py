@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.errors import DamagedStateError
-from pipeline.formats import BFLOAT16, BFLOAT16_ROUNDING, ENCODINGS, FIXED16, RoundingBytes
+from pipeline.core.errors import DamagedStateError
+from pipeline.store.encodings import BFLOAT16, BFLOAT16_ROUNDING, ENCODINGS, FIXED16, RoundingBytes
 
 ALL_CODES = np.arange(65536, dtype=np.uint16)
 any_floats = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(width=32))

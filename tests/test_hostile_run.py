@@ -15,13 +15,13 @@ from e2e import Outcome, make_call, write_journal, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import records
-from pipeline.checksums import checksum, packed
-from pipeline.config import load_config
-from pipeline.errors import DamagedStateError
-from pipeline.journal import Journal, standing
-from pipeline.lock import running_owner
-from pipeline.manifest import _manifest_text, read_manifest
+from pipeline.config.config import load_config
+from pipeline.core.errors import DamagedStateError
+from pipeline.rundir import records
+from pipeline.rundir.journal import Journal, standing
+from pipeline.rundir.lock import running_owner
+from pipeline.rundir.manifest import _manifest_text, read_manifest
+from pipeline.store.checksums import checksum, packed
 
 Json = dict[str, Any]
 

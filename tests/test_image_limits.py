@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import pyvips
 
-from pipeline import _tiff
-from pipeline.errors import InputError
-from pipeline.image_header import FORMATS, LOADERS, read_header
-from pipeline.sections import LimitsConfig
+from pipeline.config.sections import LimitsConfig
+from pipeline.core.errors import InputError
+from pipeline.images import tiff as _tiff
+from pipeline.images.header import FORMATS, LOADERS, read_header
 
 
 def noise(height_px: int, width_px: int, bands: int = 3) -> np.ndarray:
@@ -162,7 +162,7 @@ MEMORY = """
     import sys, threading
     from pathlib import Path
     import psutil
-    from pipeline.images import stream_rgb
+    from pipeline.images.reader import stream_rgb
 
     process = psutil.Process()
     peak, base, done = 0, process.memory_info().rss, threading.Event()

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import pyvips
 
-from pipeline.errors import ConfigError, InputError, SpaceError, Stopped
-from pipeline.image_export import check_output, write_image
-from pipeline.image_header import read_header
-from pipeline.images import resize_window, source_window, stream_rgb
-from pipeline.parts import cut_file
-from pipeline.pictures import PixelKind
-from pipeline.tiling import Rect
+from pipeline.core.errors import ConfigError, InputError, SpaceError, Stopped
+from pipeline.core.image_formats import PixelKind
+from pipeline.core.tiling import Rect
+from pipeline.images.header import read_header
+from pipeline.images.reader import resize_window, source_window, stream_rgb
+from pipeline.images.writer import check_output, write_image
+from pipeline.render.resample import cut_file
 
 
 def picture(height_px: int, width_px: int, seed: int = 0, bits: int = 8) -> np.ndarray:
@@ -563,7 +563,7 @@ def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
         import os, signal, sys
         from pathlib import Path
         import numpy as np
-        from pipeline.image_export import write_image
+        from pipeline.images.writer import write_image
         def read_rows(y0, y1):
             if y0 >= 1024:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -664,8 +664,8 @@ MEMORY = """
     import sys, threading, time
     from pathlib import Path
     import numpy as np, psutil
-    from pipeline.image_export import write_image
-    from pipeline.images import stream_rgb
+    from pipeline.images.writer import write_image
+    from pipeline.images.reader import stream_rgb
 
     process = psutil.Process()
     peak, base, done = 0, process.memory_info().rss, threading.Event()

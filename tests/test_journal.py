@@ -16,13 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import lock as lock_module
-from pipeline.errors import DamagedStateError, LockedError, StorageError
-from pipeline.journal import Journal, JournalState, standing
-from pipeline.lock import RunLock, running_owner
-from pipeline.manifest import OtherFormatError, _manifest_text, read_manifest, trusted_manifest, write_manifest
-from pipeline.position import Position, position_of
-from pipeline.records import (
+from pipeline.core.errors import DamagedStateError, LockedError, StorageError
+from pipeline.rundir import lock as lock_module
+from pipeline.rundir.journal import Journal, JournalState, standing
+from pipeline.rundir.lock import RunLock, running_owner
+from pipeline.rundir.manifest import OtherFormatError, _manifest_text, read_manifest, trusted_manifest, write_manifest
+from pipeline.rundir.position import Position, position_of
+from pipeline.rundir.records import (
     FORMAT,
     VERSION,
     Begun,
@@ -315,9 +315,9 @@ def test_an_append_that_fails_leaves_no_half_line(tmp_path):
     code = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from pipeline.errors import SpaceError\n"
-        "from pipeline.journal import Journal\n"
-        "from pipeline.records import Exporting\n"
+        "from pipeline.core.errors import SpaceError\n"
+        "from pipeline.rundir.journal import Journal\n"
+        "from pipeline.rundir.records import Exporting\n"
         "path = Path(sys.argv[1])\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20,) * 2)\n"
@@ -597,7 +597,7 @@ HOLD = """
 import sys
 import threading
 from pathlib import Path
-from pipeline.lock import RunLock
+from pipeline.rundir.lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -656,7 +656,7 @@ def test_a_lock_is_free_after_its_owner_was_killed(tmp_path, holder):
 HOLD_WITH_WORKER = """
 import subprocess, sys
 from pathlib import Path
-from pipeline.lock import RunLock
+from pipeline.rundir.lock import RunLock
 with RunLock(Path(sys.argv[1])) as lock:
     worker = subprocess.Popen(["sleep", "600"], pass_fds=[lock.descriptor], stdout=subprocess.DEVNULL)
     print(worker.pid, flush=True)

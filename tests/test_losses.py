@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import ConfigError
-from pipeline.losses import ROUNDING, StyleTarget, content_scale, gram_sum, mean_gram, objective, relative_error
+from pipeline.core.errors import ConfigError
+from pipeline.losses.objective import (
+    ROUNDING,
+    StyleTarget,
+    content_scale,
+    gram_sum,
+    mean_gram,
+    objective,
+    relative_error,
+)
 
 KINDS = ["normalized", "gatys"]
 

@@ -13,14 +13,14 @@ from test_exactness import EXACT, assert_exact, prepared, read_whole, write_mask
 
 import pipeline
 from pipeline import load_config
-from pipeline.arrays import gram_key, is_guide, is_stage_array
-from pipeline.config import result_fields
-from pipeline.errors import ConfigError, InputError
-from pipeline.journal import Journal
-from pipeline.opening import newest_canvas
-from pipeline.position import position_of
-from pipeline.progress import IterationDone
-from pipeline.regions import UNGUIDED, Guides, regions_of
+from pipeline.config.config import result_fields
+from pipeline.config.regions import UNGUIDED, Guides, regions_of
+from pipeline.core.errors import ConfigError, InputError
+from pipeline.core.events import IterationDone
+from pipeline.rundir.journal import Journal
+from pipeline.rundir.open import newest_canvas
+from pipeline.rundir.position import position_of
+from pipeline.store.layout import gram_key, is_guide, is_stage_array
 
 SIZES = {"style_sizes": ((50, 67), (40, 33), (33, 48)), "style_weights": (1.0, 2.0, 0.5)}
 SMALL_LAYERS = {"content_layers": {"conv3_1": 1.0}, "style_layers": {"conv1_1": 1.0, "conv4_1": 0.5}}

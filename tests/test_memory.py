@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from e2e import TIMEOUT_S, canvases, peak_of_command, results, run_until, write_picture, write_run
 
-from pipeline.errors import Stopped
-from pipeline.progress import IterationDone, WorkDone
+from pipeline.core.errors import Stopped
+from pipeline.core.events import IterationDone, WorkDone
 
 MIB = 2**20
 
@@ -44,7 +44,7 @@ import json, sys
 from pathlib import Path
 import psutil
 import pipeline
-from pipeline.allocator import set_up_process
+from pipeline.core.allocator import set_up_process
 
 peaks = {}
 
@@ -184,7 +184,7 @@ def report(peaks: dict[str, int], planned: Any) -> str:
 
 TRIMMED = """
 import psutil
-from pipeline.allocator import set_up_process, trim_heap
+from pipeline.core.allocator import set_up_process, trim_heap
 
 set_up_process()
 rss = psutil.Process().memory_info
@@ -208,12 +208,12 @@ def test_what_passes_leave_free_in_the_heap_is_given_back():
 def test_it_is_given_back_before_every_stage_and_the_export(tmp_path, monkeypatch):
     """The plan of these phases stands on it."""
     import pipeline
-    from pipeline import preparation
+    from pipeline.render import preparation
 
     config = write_run(tmp_path, (128, 96), (64, 64), optimizer={"max_iterations": 1}, initial_size=64)
     trims: list[str] = []
     monkeypatch.setattr(preparation, "trim_heap", lambda: trims.append("stage"))
-    monkeypatch.setattr(import_module("pipeline.run"), "trim_heap", lambda: trims.append("export"))
+    monkeypatch.setattr(import_module("pipeline.commands.run"), "trim_heap", lambda: trims.append("export"))
     pipeline.run(pipeline.load_config(config))
     assert trims == ["stage", "stage", "export"]
 
@@ -223,7 +223,8 @@ LARGE_TILE = {"compute": {"tile_px": 1536}, "store": {"chunk_px": 64}}
 SHORT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
-import pipeline.crop, pipeline.passes, pipeline.report  # all that a run imports: the limit is for what it computes
+# all that a run imports: the limit is for what it computes
+import pipeline.commands.preview.crop, pipeline.render.tile_tasks, pipeline.cli.reports
 from pipeline.__main__ import main
 
 status = Path("/proc/self/status").read_text()
@@ -271,10 +272,10 @@ class Card:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_at: int = -1):
         import torch
 
-        from pipeline import passes
+        from pipeline.render import tile_tasks
 
         self.stop, self.tiles = threading.Event(), 0
-        self._full, self._stop_at, computing = False, stop_at, passes._computing
+        self._full, self._stop_at, computing = False, stop_at, tile_tasks._computing
 
         @contextmanager
         def crowded(spec: Any) -> Iterator[None]:
@@ -283,7 +284,7 @@ class Card:
                     raise torch.OutOfMemoryError("CUDA out of memory")
                 yield
 
-        monkeypatch.setattr(passes, "_computing", crowded)
+        monkeypatch.setattr(tile_tasks, "_computing", crowded)
 
     def __call__(self, event: Any) -> None:
         """The sink of a run on it."""

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from pipeline.errors import ConfigError, InputError
-from pipeline.layers import LAYER_BY_NAME
-from pipeline.network import Network, Step, get_network, load_state, random_state
-from pipeline.tiling import Rect, grid
-from pipeline.weights import RANDOM_WIDTHS, NetworkSpec, WeightsSource, check_shapes, find_weights, read_widths
+from pipeline.core.errors import ConfigError, InputError
+from pipeline.core.tiling import Rect, grid
+from pipeline.core.vgg_layers import LAYER_BY_NAME
+from pipeline.network.vgg import Network, Step, get_network, load_state, random_state
+from pipeline.network.weights import RANDOM_WIDTHS, NetworkSpec, WeightsSource, check_shapes, find_weights, read_widths
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from e2e import Outcome, make_call, write_config, write_run
 
-from pipeline.config import load_config
-from pipeline.errors import ConfigError, DamagedStateError
-from pipeline.image_export import check_output
-from pipeline.places import links_in_store, read_regular, refuse_links
+from pipeline.config.config import load_config
+from pipeline.core.errors import ConfigError, DamagedStateError
+from pipeline.images.writer import check_output
+from pipeline.rundir.paths import links_in_store, read_regular, refuse_links
 
 Call = Callable[..., Outcome]
 

@@ -13,19 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline.arrays import content_features_name
-from pipeline.config import Config
-from pipeline.cost import BASE_BYTES
-from pipeline.engine import Engine
-from pipeline.errors import ConfigError, InputError
-from pipeline.layers import VGG19_WIDTHS, halo_px
-from pipeline.model import Model, model_of
-from pipeline.pictures import RGB8, PixelKind
-from pipeline.plan import Plan, computed_px, fit, make_plan, stage_sizes
-from pipeline.preparation import prepare
-from pipeline.stage import Stage
-from pipeline.tiling import grid
-from pipeline.weights import NetworkSpec, find_weights
+from pipeline.config.config import Config
+from pipeline.core.errors import ConfigError, InputError
+from pipeline.core.image_formats import RGB8, PixelKind
+from pipeline.core.tiling import grid
+from pipeline.core.vgg_layers import VGG19_WIDTHS, halo_px
+from pipeline.executors.threads import Engine
+from pipeline.network.weights import NetworkSpec, find_weights
+from pipeline.plan.memory import BASE_BYTES
+from pipeline.plan.network_cost import Model, model_of
+from pipeline.plan.plan import Plan, computed_px, fit, make_plan, stage_sizes
+from pipeline.render.preparation import prepare
+from pipeline.render.stage import Stage
+from pipeline.store.layout import content_features_name
 
 MIB, GIB = 2**20, 2**30
 

@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import load_config, preview, run
-from pipeline.config import Config, input_files
-from pipeline.contact_sheet import ContactSheet, Picture, Row, shortened
-from pipeline.errors import ConfigError, Stopped
-from pipeline.lock import RunLock
-from pipeline.plan import _check_overrides, stage_sizes
-from pipeline.progress import Note, PictureDone
-from pipeline.run_to_size import at_size
-from pipeline.vary import MAX_VARIATIONS, load_variations
+from pipeline.commands.preview.at_size import at_size
+from pipeline.commands.preview.contact_sheet import ContactSheet, Picture, Row, shortened
+from pipeline.commands.preview.sweep import MAX_VARIATIONS, load_variations
+from pipeline.config.config import Config, input_files
+from pipeline.core.errors import ConfigError, Stopped
+from pipeline.core.events import Note, PictureDone
+from pipeline.plan.plan import _check_overrides, stage_sizes
+from pipeline.rundir.lock import RunLock
 
 CONTENT_PX = (130, 100)
 
@@ -520,7 +520,10 @@ def test_middle_of_long_names_is_left_out():
 def test_labels_need_no_fonts_on_the_machine(tmp_path):
     """In a container without fonts every letter would be the same box."""
     (tmp_path / "fonts.conf").write_text(f"<fontconfig><cachedir>{tmp_path}</cachedir></fontconfig>")
-    code = "from pipeline.contact_sheet import _mask\nprint(*(int((_mask(c, 20) > 128).sum()) for c in 'il.m'))"
+    code = """
+from pipeline.commands.preview.contact_sheet import _mask
+print(*(int((_mask(c, 20) > 128).sum()) for c in 'il.m'))
+"""
     out = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "FONTCONFIG_FILE": str(tmp_path / "fonts.conf")},

@@ -18,12 +18,13 @@ import torch
 from e2e import TIMEOUT_S, Outcome, make_call, run_until, write_run
 
 import pipeline
-from pipeline import network, passes
-from pipeline.device import Device
-from pipeline.process import process_settings
-from pipeline.progress import IterationDone, StageDone
-from pipeline.survey import plan_on
-from pipeline.weights import NetworkSpec, find_weights
+from pipeline.core.events import IterationDone, StageDone
+from pipeline.network import vgg
+from pipeline.network.weights import NetworkSpec, find_weights
+from pipeline.plan.device import Device
+from pipeline.render import tile_tasks
+from pipeline.render.process import process_settings
+from pipeline.rundir.preflight import plan_on
 
 # Prints, as JSON, what of a process a library can change, before and after the code in the middle.
 SETTINGS = """
@@ -71,7 +72,7 @@ def call(capfd, monkeypatch) -> Callable[..., Outcome]:
 @pytest.mark.parametrize(
     "code",
     [
-        "import pipeline, pipeline.cli, pipeline.preparation, pipeline.iteration",
+        "import pipeline, pipeline.cli.app, pipeline.render.preparation, pipeline.render.iteration",
         "import pipeline; pipeline.run(pipeline.load_config(sys.argv[1] + '/config.yaml'))",
         "import pipeline; pipeline.preview(sys.argv[1] + '/config.yaml')",
         "import pipeline; pipeline.plan(pipeline.load_config(sys.argv[1] + '/config.yaml'))",
@@ -126,11 +127,11 @@ def test_settings_are_put_back_by_the_last_call(tmp_path):
 def test_one_network_at_a_time_is_in_memory(narrow_weights):
     """A preview over paddings and poolings grew by a VGG-19 with each of them: 431 MiB where 104 were planned."""
     spec = NetworkSpec(find_weights("vgg19", narrow_weights, 0), "zeros", "max", "float32", "cpu")
-    first = weakref.ref(network.get_network(spec))
-    second = weakref.ref(network.get_network(replace(spec, pooling="average")))
+    first = weakref.ref(vgg.get_network(spec))
+    second = weakref.ref(vgg.get_network(replace(spec, pooling="average")))
     gc.collect()
     assert first() is None and second() is not None
-    network.release()
+    vgg.release()
     gc.collect()
     assert second() is None
 
@@ -138,7 +139,7 @@ def test_one_network_at_a_time_is_in_memory(narrow_weights):
 def test_runs_on_several_threads_keep_their_networks(make_config, tmp_path):
     """Two renders side by side would read their weights anew for every tile."""
     made: list[str] = []
-    original = network.Network.__init__
+    original = vgg.Network.__init__
 
     def counted(self: Any, *arguments: Any, **keys: Any) -> None:
         made.append(keys["pooling"])
@@ -156,26 +157,26 @@ def test_runs_on_several_threads_keep_their_networks(make_config, tmp_path):
     make_config(initial_size=64, compute={"device": "cpu", "tile_px": 32, "threads": 1}, store={"chunk_px": 32})
     threads = [threading.Thread(target=render, args=(number,)) for number in (0, 1)]
     with pytest.MonkeyPatch.context() as patch, process_settings():
-        patch.setattr(network.Network, "__init__", counted)
+        patch.setattr(vgg.Network, "__init__", counted)
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     assert sorted(made) in (["average", "max"], ["average", "max", "max"], ["average", "average", "max"])
-    network.release()
+    vgg.release()
 
 
 def test_a_call_leaves_no_network_behind(make_config):
     """A notebook would keep the weights of every network that it ever rendered with."""
     made: list[weakref.ref[Any]] = []
-    original = network.Network.__init__
+    original = vgg.Network.__init__
 
     def counted(self: Any, *arguments: Any, **keys: Any) -> None:
         original(self, *arguments, **keys)
         made.append(weakref.ref(self))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network.Network, "__init__", counted)
+        patch.setattr(vgg.Network, "__init__", counted)
         pipeline.run(make_config(initial_size=64, optimizer={"max_iterations": 1}, compute={"device": "cpu"}))
     gc.collect()
     assert made and all(one() is None for one in made)
@@ -194,13 +195,13 @@ def bounds(monkeypatch) -> list[int]:
     def planned(config: Any, device: Device) -> Any:
         return replace(plan_on(config, device), device_bytes=GPU_BYTES)
 
-    def get_network(spec: NetworkSpec) -> network.Network:
+    def get_network(spec: NetworkSpec) -> vgg.Network:
         found.append(spec.gpu_bytes)
-        return network.get_network(spec)
+        return vgg.get_network(spec)
 
     for module in ("run", "crop", "repair"):
         monkeypatch.setattr(import_module(f"pipeline.{module}"), "plan_on", planned)
-    monkeypatch.setattr(passes, "get_network", get_network)
+    monkeypatch.setattr(tile_tasks, "get_network", get_network)
     return found
 
 
@@ -223,9 +224,9 @@ def test_run_crop_and_repair_compute_within_the_same_bound(tmp_path, call, bound
 @pytest.mark.parametrize(("workers", "each"), [(0, GPU_BYTES), (1, GPU_BYTES), (4, GPU_BYTES // 4)])
 def test_worker_processes_share_what_was_planned(make_config, workers, each):
     """The plan counts all of them: each may take its part, and says so to every task, wherever that runs."""
-    from pipeline.computing import make_stage, tools_for
-    from pipeline.engine import Engine
-    from pipeline.progress import ignore
+    from pipeline.core.events import ignore
+    from pipeline.executors.threads import Engine
+    from pipeline.render.context import make_stage, tools_for
 
     config = make_config(compute={"device": "cpu", "workers": workers, "threads": 1}, initial_size=64)
     device = Device("cpu", "CPU", 2**33)
@@ -245,7 +246,7 @@ def test_every_process_bounds_its_gpu_before_it_builds_a_network(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *call: calls.append(call))
     spec = NetworkSpec(find_weights("random", None, 0), "zeros", "max", "float32", "cuda:0", gpu_bytes=GPU_BYTES)
     with pytest.raises(Exception, match=r"(?i)cuda|nvidia"):  # there is none here, which the network finds
-        network.get_network(spec)
+        vgg.get_network(spec)
     assert calls == [((GPU_BYTES + 2 * 2**30) / (80 * 2**30), "cuda:0")]
-    network.release()
+    vgg.release()
     assert calls[1:] == [(1.0, "cuda:0")]

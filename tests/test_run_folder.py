@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from e2e import Outcome, journal, make_call, run_until, write_journal, write_picture, write_run
 
-from pipeline import weights
-from pipeline.errors import LockedError
-from pipeline.lock import RunLock, running_owner
-from pipeline.manifest import _manifest_text
-from pipeline.progress import IterationDone
+from pipeline.core.errors import LockedError
+from pipeline.core.events import IterationDone
+from pipeline.network import weights
+from pipeline.rundir.lock import RunLock, running_owner
+from pipeline.rundir.manifest import _manifest_text
 
 Refusal = Callable[[Path, pytest.MonkeyPatch], list[str]]
 

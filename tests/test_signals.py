@@ -250,7 +250,7 @@ def test_a_second_signal_ends_at_once_where_the_terminal_takes_nothing():
     """A terminal that is stopped (Ctrl-S), or whose connection hangs, would keep the process from ending."""
     code = """
 import os, threading
-from pipeline.interrupts import stop_on_signals
+from pipeline.cli.signals import stop_on_signals
 with stop_on_signals(lambda event: threading.Event().wait(), lambda: b"farewell"):
     print("listening", flush=True)
     threading.Event().wait()

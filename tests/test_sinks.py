@@ -13,8 +13,8 @@ import pytest
 from e2e import PIPELINE, TIMEOUT_S, write_run
 from terminal import Screen, Terminal
 
-from pipeline.progress import Event, IterationDone, Note, StageDone, StageStarted, WorkDone, in_order
-from pipeline.sinks import LiveSink, make_sink
+from pipeline.cli.display import LiveSink, make_sink
+from pipeline.core.events import Event, IterationDone, Note, StageDone, StageStarted, WorkDone, in_order
 
 THREADS = 8
 

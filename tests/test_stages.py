@@ -16,14 +16,14 @@ from test_plan import headers, planned, sizes_of
 
 import pipeline
 from pipeline import images, load_config
-from pipeline.config import result_fields
-from pipeline.errors import ConfigError, InputError, Stopped
-from pipeline.journal import Journal
-from pipeline.opening import newest_canvas
-from pipeline.position import position_of
-from pipeline.progress import IterationDone
-from pipeline.records import as_json
-from pipeline.status import status
+from pipeline.commands.status import status
+from pipeline.config.config import result_fields
+from pipeline.core.errors import ConfigError, InputError, Stopped
+from pipeline.core.events import IterationDone
+from pipeline.rundir.journal import Journal
+from pipeline.rundir.open import newest_canvas
+from pipeline.rundir.position import position_of
+from pipeline.rundir.records import as_json
 
 EXACT = {"compute": {"dtype": "float64", "device": "cpu", "tile_px": 32}, "store": {"chunk_px": 32}}
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import staging, store
-from pipeline.device import STAGING_THREADS
-from pipeline.store import StageArray
-from pipeline.tiling import Rect
+from pipeline import store
+from pipeline.core.tiling import Rect
+from pipeline.plan.device import STAGING_THREADS
+from pipeline.render import device_io
+from pipeline.store.array import StageArray
 
 SIZE, CHUNK = (70, 90), 32
 
@@ -33,10 +34,10 @@ def test_a_window_that_is_staged_is_the_window(tmp_path, form, rect):
     """A GPU that saw other bits than the CPU would paint another picture; a buffer used too early, a torn one."""
     array, _ = made(tmp_path / "stage_0", form)
     wanted = array.read_window(rect).astype(np.float32)
-    found = staging.load_staged(array, rect, torch.device("cpu"), torch.float32)
+    found = device_io.load_staged(array, rect, torch.device("cpu"), torch.float32)
     assert found.shape == (1, 3, rect.height, rect.width) and found.is_contiguous(memory_format=torch.channels_last)
     assert np.array_equal(found[0].permute(1, 2, 0).numpy(), wanted)
-    assert torch.equal(staging.load(array, rect, "cpu", torch.float32), found)
+    assert torch.equal(device_io.load(array, rect, "cpu", torch.float32), found)
 
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16"])
@@ -46,8 +47,8 @@ def test_what_is_saved_by_the_buffers_is_what_numpy_would_write(tmp_path, form):
     values = torch.from_numpy(np.random.default_rng(1).normal(0, 1, (38, 90, 3)).astype(np.float32))
     one, _ = made(tmp_path / "a" / "stage_0", form)
     other, _ = made(tmp_path / "b" / "stage_0", form)
-    sums = staging.save_staged(one, rect, values)
-    assert sums == staging.save(other, rect, values.permute(2, 0, 1))
+    sums = device_io.save_staged(one, rect, values)
+    assert sums == device_io.save(other, rect, values.permute(2, 0, 1))
     assert sums.keys() == {(cy, cx) for cy in (1, 2) for cx in (0, 1, 2)}
     whole = Rect(0, SIZE[0], 0, SIZE[1])
     assert np.array_equal(one.read_window(whole), other.read_window(whole))
@@ -100,9 +101,9 @@ def test_when_a_band_fails_no_other_is_at_work_any_more(tmp_path, monkeypatch, w
     disk = SlowDisk(monkeypatch, failing={1, 3})
     with pytest.raises(BandError, match="1"):
         if way == "save":
-            staging.save_staged(array, rect, torch.zeros(array.shape))
+            device_io.save_staged(array, rect, torch.zeros(array.shape))
         else:
-            staging.load_staged(array, rect, torch.device("cpu"), torch.float32)
+            device_io.load_staged(array, rect, torch.device("cpu"), torch.float32)
     assert disk.running == 0
     begun = set(disk.begun)
     assert len(begun) < bands  # those that had not begun do not begin

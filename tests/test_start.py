@@ -30,7 +30,7 @@ seen = -1
 
 def hook(event, args, kill=os.kill, pid=os.getpid(), moment=sys.argv[1], number=int(sys.argv[2]), write=os.write):
     global seen
-    if event == "import" and (seen >= 0 or args[0] == "pipeline.cli"):
+    if event == "import" and (seen >= 0 or args[0] == "pipeline.cli.app"):
         seen += 1
         if moment == str(seen):
             kill(pid, number)
@@ -151,12 +151,12 @@ def test_a_signal_that_is_ignored_stays_so_during_the_start():
 
 def test_ctrl_c_in_a_process_of_somebody_else_is_a_stop_as_well(call, monkeypatch):
     """Where another program calls `cli.main` it has Python's own handler, and would get another exit code."""
-    from pipeline import report
+    from pipeline.cli import reports
 
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report, "print_doctor", interrupted)
+    monkeypatch.setattr(reports, "print_doctor", interrupted)
     outcome = call("doctor")
     assert outcome.code == 75
     assert outcome.err.strip() == LINE.strip()

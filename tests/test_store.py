@@ -18,10 +18,11 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import ome_zarr, store, zarr_files
-from pipeline.errors import DamagedStateError
-from pipeline.pictures import PixelKind
-from pipeline.tiling import Rect
+from pipeline import store
+from pipeline.core.errors import DamagedStateError
+from pipeline.core.image_formats import PixelKind
+from pipeline.core.tiling import Rect
+from pipeline.store import metadata, ome_zarr
 
 CODECS = ["none", "zstd", "lz4"]
 codecs = pytest.mark.parametrize("codec", CODECS)
@@ -29,7 +30,7 @@ codecs = pytest.mark.parametrize("codec", CODECS)
 
 @pytest.fixture
 def stage(tmp_path) -> Path:
-    zarr_files.create_store(tmp_path / "store.zarr")
+    metadata.create_store(tmp_path / "store.zarr")
     store.create_stage(tmp_path / "store.zarr" / "stage_0")
     return tmp_path / "store.zarr" / "stage_0"
 
@@ -400,16 +401,16 @@ def test_style_targets_are_kept_to_the_last_bit(stage):
     """The loss after a resume must be the loss before it."""
     gram = noise((5, 5), "float64") / 3
     for layer, target in (("conv1_1", gram), ("conv2_1", np.zeros((5, 5)))):
-        sums = zarr_files.write_gram(stage, layer, target)
-        assert np.array_equal(zarr_files.read_gram(stage, layer, sums), target)
+        sums = metadata.write_gram(stage, layer, target)
+        assert np.array_equal(metadata.read_gram(stage, layer, sums), target)
         assert np.array_equal(zarr.open_array(stage / f"gram_{layer}", mode="r")[...], target)
 
 
 def test_a_large_style_target_is_one_file(stage):
     """VGG-19's are 512 × 512; cut into chunks, a missing one would read as zeros."""
     gram = noise((512, 512), "float64")
-    sums = zarr_files.write_gram(stage, "conv5_1", gram)
-    assert np.array_equal(zarr_files.read_gram(stage, "conv5_1", sums), gram)
+    sums = metadata.write_gram(stage, "conv5_1", gram)
+    assert np.array_equal(metadata.read_gram(stage, "conv5_1", sums), gram)
     (path,) = (path for path in (stage / "gram_conv5_1" / "c").rglob("*") if path.is_file())
     assert path.stat().st_size == 512 * 512 * 8
 
@@ -417,7 +418,7 @@ def test_a_large_style_target_is_one_file(stage):
 @pytest.mark.parametrize("damage", ["missing", "no chunk", "short", "flipped"])
 def test_a_damaged_style_target_is_named(stage, damage):
     """Zeros as a target would take the style out of the picture without a word."""
-    sums = zarr_files.write_gram(stage, "conv1_1", noise((5, 5), "float64"))
+    sums = metadata.write_gram(stage, "conv1_1", noise((5, 5), "float64"))
     path = stage / "gram_conv1_1"
     chunk = path / "c" / "0" / "0"
     if damage == "missing":
@@ -429,7 +430,7 @@ def test_a_damaged_style_target_is_named(stage, damage):
     else:
         chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
     with pytest.raises(DamagedStateError, match=str(path)):
-        zarr_files.read_gram(stage, "conv1_1", sums)
+        metadata.read_gram(stage, "conv1_1", sums)
 
 
 def test_a_prepared_stage_takes_its_name_at_once(stage):
@@ -467,7 +468,7 @@ import resource, signal, sys
 from pathlib import Path
 import numpy as np
 from pipeline import store
-from pipeline.errors import SpaceError
+from pipeline.core.errors import SpaceError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 stage, codec = Path(sys.argv[1]), sys.argv[2]
 store.create_array(stage, "small", (16, 16, 3), 16, "float32", codec)

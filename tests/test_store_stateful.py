@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from pipeline import store
-from pipeline.checksums import checksum
-from pipeline.tiling import Rect, chunks_of
+from pipeline.core.tiling import Rect, chunks_of
+from pipeline.store.checksums import checksum
 
 SIDES = st.integers(1, 50)
 

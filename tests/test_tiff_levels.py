@@ -17,10 +17,10 @@ from e2e import Outcome, make_call, write_run
 from test_images import measured_mb, picture, small_disk, write
 from test_plan import config_of, planned
 
-from pipeline.cost import export_bytes
-from pipeline.errors import SpaceError
-from pipeline.pictures import PixelKind
-from pipeline.survey import check_space
+from pipeline.core.errors import SpaceError
+from pipeline.core.image_formats import PixelKind
+from pipeline.plan.memory import export_bytes
+from pipeline.rundir.preflight import check_space
 
 __all__ = ["small_disk"]
 
@@ -29,8 +29,8 @@ CHILD = """
     import ctypes, os, signal, sys, tempfile
     from pathlib import Path
     import numpy as np
-    from pipeline import image_export, streams
-    from pipeline.errors import PipelineError
+    from pipeline.images import writer as image_export, streams
+    from pipeline.core.errors import PipelineError
 
     def files():
         for link in Path("/proc/self/fd").iterdir():

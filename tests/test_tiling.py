@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import CONVS, STRIDES, TORCHVISION_INDICES
 
-from pipeline.layers import ALIGN_PX, CONV_NAMES, LAYER_BY_NAME, LAYERS, VGG19_WIDTHS, halo_px, min_side_px
-from pipeline.layers import needed_layers as needed
-from pipeline.tiling import Rect, chunks_of, grid
+from pipeline.core.tiling import Rect, chunks_of, grid
+from pipeline.core.vgg_layers import ALIGN_PX, CONV_NAMES, LAYER_BY_NAME, LAYERS, VGG19_WIDTHS, halo_px, min_side_px
+from pipeline.core.vgg_layers import needed_layers as needed
 
 sides = st.integers(1, 400)
 multiples = st.integers(1, 12).map(lambda k: 16 * k)

@@ -9,46 +9,46 @@ import time
 import pytest
 from e2e import run_pipeline, write_run
 
-from pipeline import timeline
-from pipeline.errors import ConfigError
-from pipeline.sinks import busy_line
+from pipeline.cli.display import busy_line
+from pipeline.core import profiler
+from pipeline.core.errors import ConfigError
 
 
 def test_seconds_are_summed_by_kind_over_threads():
     """Who tunes a disk or a GPU by these sums must not miss the threads beside the main one."""
-    timeline.take()
+    profiler.take()
 
     def work() -> None:
-        with timeline.span("read"):
+        with profiler.span("read"):
             time.sleep(0.02)
 
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
-    with timeline.span("write"):
+    with profiler.span("write"):
         time.sleep(0.01)
     for thread in threads:
         thread.join()
-    taken = timeline.take()
+    taken = profiler.take()
     assert taken["read"] >= 0.06 and taken["write"] >= 0.01 and taken.keys() == {"read", "write"}
-    assert timeline.take() == {}
+    assert profiler.take() == {}
 
 
 def test_a_failed_span_counts_too():
     """The time that ended in an error was spent all the same."""
-    timeline.take()
-    with pytest.raises(ZeroDivisionError), timeline.span("compute"):
+    profiler.take()
+    with pytest.raises(ZeroDivisionError), profiler.span("compute"):
         raise ZeroDivisionError
-    assert "compute" in timeline.take()
+    assert "compute" in profiler.take()
 
 
 def test_a_trace_is_one_list_even_after_going_on(tmp_path):
     """A run that was stopped goes on with the same command, and the viewer shows both halves."""
     path = tmp_path / "trace.json"
     for tile in range(2):
-        with timeline.recording(path), timeline.span("compute", tile=tile):
+        with profiler.recording(path), profiler.span("compute", tile=tile):
             pass
-        with timeline.span("compute", tile="unrecorded"):
+        with profiler.span("compute", tile="unrecorded"):
             pass
     events = json.loads(path.read_text().rstrip().rstrip(",") + "]")
     assert [event["args"] for event in events] == [{"tile": 0}, {"tile": 1}]
@@ -60,10 +60,10 @@ def test_another_file_is_left_alone(tmp_path):
     """A wrong path after --profile must not cost somebody a picture."""
     path = tmp_path / "picture.png"
     path.write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(ConfigError, match="is no timeline"), timeline.recording(path):
+    with pytest.raises(ConfigError, match="is no timeline"), profiler.recording(path):
         pass
     assert path.read_bytes() == b"\x89PNG\r\n"
-    with pytest.raises(ConfigError, match="cannot be written"), timeline.recording(tmp_path / "gone" / "t.json"):
+    with pytest.raises(ConfigError, match="cannot be written"), profiler.recording(tmp_path / "gone" / "t.json"):
         pass
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import adam, store
-from pipeline.arrays import GRADIENT, slot_names
-from pipeline.cost import BLOCK_VALUES
-from pipeline.tiling import Rect, grid
-from pipeline.update import UpdateSpec, update_specs, update_task
+from pipeline import store
+from pipeline.core.tiling import Rect, grid
+from pipeline.plan.memory import BLOCK_VALUES
+from pipeline.render import adam
+from pipeline.render.update import UpdateSpec, update_specs, update_task
+from pipeline.store.layout import GRADIENT, slot_names
 
 STEP = adam.AdamStep(0.9, 0.99, 1e-6, 0.5, clip=True)
 READ, WRITTEN = (GRADIENT, *slot_names(0)), slot_names(1)

@@ -8,8 +8,8 @@ import torch
 from conftest import write_image
 from test_exactness import EXACT, assert_exact, final_canvas, prepared, relative
 
-from pipeline.tiling import grid
-from pipeline.variation import variation
+from pipeline.core.tiling import grid
+from pipeline.losses.total_variation import variation
 
 
 @pytest.mark.parametrize(("size", "tile_px"), [((64, 96), 96), ((65, 113), 48), ((33, 300), 96)])

@@ -17,13 +17,13 @@ from e2e import journal, make_call, write_config, write_journal
 from rot import FINISHED, ITERATIONS, RUN, STATES, Base, flip
 
 import pipeline
-from pipeline.checksums import packed, unpacked
-from pipeline.errors import ConfigError, DamagedStateError, LockedError, Stopped
-from pipeline.journal import Journal
-from pipeline.lock import RunLock
-from pipeline.manifest import _manifest_text
-from pipeline.records import FORMAT, Iteration, StagePrepared
-from pipeline.verify import Report
+from pipeline.commands.verify.verify import Report
+from pipeline.core.errors import ConfigError, DamagedStateError, LockedError, Stopped
+from pipeline.rundir.journal import Journal
+from pipeline.rundir.lock import RunLock
+from pipeline.rundir.manifest import _manifest_text
+from pipeline.rundir.records import FORMAT, Iteration, StagePrepared
+from pipeline.store.checksums import packed, unpacked
 
 Json = dict[str, Any]
 
@@ -107,7 +107,7 @@ def test_a_run_that_was_stopped_anywhere_is_clean_and_untouched(base, call, stat
 
 def test_a_run_that_has_not_begun_is_clean(tmp_path):
     """Killed before its first stage was there, a run would seem to be damaged."""
-    from pipeline.errors import PipelineError
+    from pipeline.core.errors import PipelineError
 
     config = pipeline.load_config(rot.write_run(tmp_path, **RUN | {"network": {"name": "random"}}))
 

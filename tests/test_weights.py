@@ -19,10 +19,10 @@ import pytest
 import reference
 import torch
 
-from pipeline import weights
-from pipeline.errors import InputError, Stopped
-from pipeline.layers import VGG19_WIDTHS
-from pipeline.weights import RANDOM_WIDTHS, NetworkSpec, WeightsSource, find_weights, sha256_of, widths_for_plan
+from pipeline.core.errors import InputError, Stopped
+from pipeline.core.vgg_layers import VGG19_WIDTHS
+from pipeline.network import weights
+from pipeline.network.weights import RANDOM_WIDTHS, NetworkSpec, WeightsSource, find_weights, sha256_of, widths_for_plan
 
 
 @dataclass
@@ -157,7 +157,7 @@ def test_a_download_that_is_stopped_at_once_leaves_nothing(served, hub):
 KILLED = """
 import os, signal, sys, threading
 from pathlib import Path
-from pipeline.download import download
+from pipeline.network.download import download
 
 def seen(done, total):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -21,10 +21,10 @@ from e2e import make_call, write_config, write_run
 from reference import narrow_state
 from safetensors.torch import save_file
 
-from pipeline.errors import InputError
-from pipeline.network import load_state
-from pipeline.weights import find_weights, widths_for_plan
-from pipeline.weights_file import MAX_HEADER_BYTES, safetensors_shapes
+from pipeline.core.errors import InputError
+from pipeline.network.vgg import load_state
+from pipeline.network.weights import find_weights, widths_for_plan
+from pipeline.network.weights_file import MAX_HEADER_BYTES, safetensors_shapes
 
 ROOT = Path(__file__).parents[1]
 

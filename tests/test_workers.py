@@ -20,12 +20,12 @@ import pytest
 from e2e import TIMEOUT_S, Child, Nursery, canvases, results, write_run
 
 import pipeline
-from pipeline.engine_processes import ProcessEngine
-from pipeline.errors import ConfigError, SpaceError, Stopped
-from pipeline.image_export import _libvips_files_in
-from pipeline.progress import Event, IterationDone, Note, WorkDone
-from pipeline.store import ChunkError
-from pipeline.worker import ALLOWED_DEATHS
+from pipeline.core.errors import ConfigError, SpaceError, Stopped
+from pipeline.core.events import Event, IterationDone, Note, WorkDone
+from pipeline.executors.processes import ProcessEngine
+from pipeline.executors.worker import ALLOWED_DEATHS
+from pipeline.images.writer import _libvips_files_in
+from pipeline.store.array import ChunkError
 
 # --- tasks: found by name in the workers ------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ def workers_of(pid: int | None = None) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(pid).children():
         try:
-            if any("pipeline.worker" in argument for argument in process.cmdline()):
+            if any("pipeline.executors.worker" in argument for argument in process.cmdline()):
                 found.append(process)
         except psutil.Error:  # it ended while we looked
             continue

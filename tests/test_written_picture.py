@@ -12,9 +12,9 @@ import pytest
 from e2e import Nursery, Outcome, journal, make_call, write_journal, write_picture, write_run
 
 import pipeline
-from pipeline.errors import ConfigError
-from pipeline.progress import Event, StageDone
-from pipeline.written_picture import is_as_written, written_picture
+from pipeline.core.errors import ConfigError
+from pipeline.core.events import Event, StageDone
+from pipeline.rundir.results import is_as_written, written_picture
 
 # By format, an option that makes another picture of it.
 OPTIONS = {

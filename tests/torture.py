@@ -16,7 +16,7 @@ import yaml
 from e2e import Child, Event, Nursery, canvases, gradient_tiles, keys_of, leftovers, results, write_run
 from syscalls import HALVED, Call, Verdict, Watch
 
-from pipeline.pictures import PixelKind
+from pipeline.core.image_formats import PixelKind
 
 KILLED = -signal.SIGKILL
 
@@ -120,7 +120,7 @@ class Score:
 def damage(work_dir: Path) -> list[str]:
     """What is wrong with the state that a run left in `work_dir`, by its own checksums; nothing if it can go on."""
     from pipeline import verify
-    from pipeline.errors import PipelineError
+    from pipeline.core.errors import PipelineError
 
     if not {"manifest.json", "journal.jsonl"} & {path.name for path in work_dir.glob("*")}:
         return []  # killed before it had begun

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pipeline
-from pipeline.progress import Event, IterationDone
+from pipeline.core.events import Event, IterationDone
 
 SAMPLES = Path(__file__).parents[1] / "configs" / "samples"
 SMOOTH = {

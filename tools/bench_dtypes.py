@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pipeline import losses
-from pipeline.losses import Gram
-from pipeline.network import FeatureMap, Network, Step, get_network
-from pipeline.sections import LossConfig, NetworkConfig
-from pipeline.tiling import Rect
-from pipeline.weights import NetworkSpec, find_weights
+from pipeline.config.sections import LossConfig, NetworkConfig
+from pipeline.core.tiling import Rect
+from pipeline.losses import objective
+from pipeline.losses.objective import Gram
+from pipeline.network.vgg import FeatureMap, Network, Step, get_network
+from pipeline.network.weights import NetworkSpec, find_weights
 
 STYLE, CONTENT = NetworkConfig().style_layers, NetworkConfig().content_layers
 DTYPES = ("float32", "tf32", "bfloat16")
@@ -77,7 +77,7 @@ class Problem:
             for one in self.pictures
         )
         with torch.no_grad():
-            targets = {name: losses.gram_sum(x[0]) / x[0, 0].numel() for name, x in features(network, style, STYLE)}
+            targets = {name: objective.gram_sum(x[0]) / x[0, 0].numel() for name, x in features(network, style, STYLE)}
             wanted = dict(features(network, content, CONTENT))
             start = synchronised(self.device)
             found = self._gradient(network, canvas, targets, wanted)
@@ -93,20 +93,20 @@ class Problem:
             if name in STYLE:
                 positions = x[0, 0].numel()
                 factor = height * width * settings.style_weight
-                target = losses.StyleTarget(settings.kind, targets[name], positions, STYLE[name], factor)
-                grams[name] = losses.gram_sum(x[0])
+                target = objective.StyleTarget(settings.kind, targets[name], positions, STYLE[name], factor)
+                grams[name] = objective.gram_sum(x[0])
                 terms[name] = target.term(grams[name])
         squares: dict[str, float] = {}
 
         def seed(found: FeatureMap) -> Tensor | None:
             name, x = found.layer.name, found.features_1CHW
             if name in terms:
-                return losses.style_seed(x, terms[name].seed_CC)
+                return objective.style_seed(x, terms[name].seed_CC)
             if name not in CONTENT:
                 return None
-            scale = CONTENT[name] / losses.energy(wanted[name][0])
+            scale = CONTENT[name] / objective.energy(wanted[name][0])
             difference = x - wanted[name]
-            squares[name] = scale * float(losses.squares(difference[0]))
+            squares[name] = scale * float(objective.squares(difference[0]))
             return (2 * height * width * settings.content_weight * scale * difference).to(x)
 
         gradient = network.gradient(way, seed)[0].permute(1, 2, 0).double().cpu().numpy()

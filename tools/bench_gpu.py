@@ -25,7 +25,7 @@ from bench_runs import Taken, machine, make_picture, make_weights, render, synch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.allocator import set_up_process
+from pipeline.core.allocator import set_up_process
 
 PAPER_S = {"paper-4k": 5258.7, "paper-8k": 23504.1}
 SIZES = {"paper-4k": (2160, 4096), "paper-8k": (4320, 7680)}

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pipeline
-from pipeline.progress import Event, IterationDone, WorkDone
+from pipeline.core.events import Event, IterationDone, WorkDone
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pipeline
-from pipeline.progress import IterationDone
+from pipeline.core.events import IterationDone
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -30,7 +30,7 @@ from bench_runs import Taken, machine, make_picture, make_weights, render
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.allocator import set_up_process
+from pipeline.core.allocator import set_up_process
 
 # How long the bytes of an iteration take, as a share of its computing.
 PARTS = (0.5, 1.0, 2.0)

@@ -32,13 +32,13 @@ from rich.table import Table
 
 import pipeline
 from pipeline import store
-from pipeline.arrays import stage_arrays
-from pipeline.config import NetworkConfig
-from pipeline.layers import LAYER_BY_NAME, halo_px
-from pipeline.network import get_network
-from pipeline.progress import Event, IterationDone, WorkDone
-from pipeline.tiling import Rect, grid
-from pipeline.weights import NetworkSpec, find_weights
+from pipeline.config.config import NetworkConfig
+from pipeline.core.events import Event, IterationDone, WorkDone
+from pipeline.core.tiling import Rect, grid
+from pipeline.core.vgg_layers import LAYER_BY_NAME, halo_px
+from pipeline.network.vgg import get_network
+from pipeline.network.weights import NetworkSpec, find_weights
+from pipeline.store.layout import stage_arrays
 
 STYLE, CONTENT = tuple(NetworkConfig().style_layers), tuple(NetworkConfig().content_layers)
 MIB = 2**20

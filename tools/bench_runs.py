@@ -24,10 +24,10 @@ import yaml
 from safetensors.torch import save_file
 
 import pipeline
-from pipeline.layers import VGG19_WIDTHS
-from pipeline.network import random_state
-from pipeline.progress import Event, IterationDone, Note, StageDone, StageStarted
-from pipeline.weights import WeightsSource
+from pipeline.core.events import Event, IterationDone, Note, StageDone, StageStarted
+from pipeline.core.vgg_layers import VGG19_WIDTHS
+from pipeline.network.vgg import random_state
+from pipeline.network.weights import WeightsSource
 
 
 def synchronised(device: str) -> float:

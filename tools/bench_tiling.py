@@ -25,15 +25,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import losses, passes, store
-from pipeline.cost import WORKERS
-from pipeline.engine import Engine
-from pipeline.layers import ALIGN_PX, LAYER_BY_NAME, ceil_to, halo_px
-from pipeline.network import get_network
-from pipeline.plan import computed_px
-from pipeline.sections import NetworkConfig
-from pipeline.tiling import Rect, Tile, grid
-from pipeline.weights import NetworkSpec, find_weights
+from pipeline import store
+from pipeline.config.sections import NetworkConfig
+from pipeline.core.tiling import Rect, Tile, grid
+from pipeline.core.vgg_layers import ALIGN_PX, LAYER_BY_NAME, ceil_to, halo_px
+from pipeline.executors.threads import Engine
+from pipeline.losses import objective as losses
+from pipeline.network.vgg import get_network
+from pipeline.network.weights import NetworkSpec, find_weights
+from pipeline.plan.memory import WORKERS
+from pipeline.plan.plan import computed_px
+from pipeline.render import tile_tasks
 
 STYLE = tuple(NetworkConfig().style_layers)
 CONTENT = tuple(NetworkConfig().content_layers)
@@ -67,14 +69,17 @@ class Bench:
             store.create_array(self.folder, f"features_{layer}", shape, chunk // stride, "float32", "none")
 
     def gram_pass(self, engine: Engine, tiles: tuple[Tile, ...]) -> dict[str, losses.Gram]:
-        specs = [passes.GramSpec(self.folder, "canvas_0", tile, self.network, {}, STYLE) for tile in tiles]
-        return engine.fold(passes.gram_task, specs, passes.add_grams, dict[str, losses.Gram]())
+        specs = [tile_tasks.GramSpec(self.folder, "canvas_0", tile, self.network, {}, STYLE) for tile in tiles]
+        return engine.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, dict[str, losses.Gram]())
 
     def gradient_pass(self, engine: Engine, tiles: tuple[Tile, ...], seeds: dict[str, losses.Gram]) -> None:
         factors = dict.fromkeys(CONTENT, 1.0)
         engine.map(
-            passes.gradient_task,
-            [passes.GradientSpec(self.folder, "canvas_0", tile, self.network, {}, factors, seeds) for tile in tiles],
+            tile_tasks.gradient_task,
+            [
+                tile_tasks.GradientSpec(self.folder, "canvas_0", tile, self.network, {}, factors, seeds)
+                for tile in tiles
+            ],
         )
 
     def autograd(self) -> None:

@@ -31,14 +31,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import adam, store
-from pipeline.allocator import set_up_process
-from pipeline.arrays import slot_names
-from pipeline.cost import WORKERS
-from pipeline.engine import Engine
-from pipeline.formats import BFLOAT16, FIXED16, RoundingBytes
-from pipeline.tiling import grid
-from pipeline.update import UpdateSpec, update_specs, update_task
+from pipeline import store
+from pipeline.core.allocator import set_up_process
+from pipeline.core.tiling import grid
+from pipeline.executors.threads import Engine
+from pipeline.plan.memory import WORKERS
+from pipeline.render import adam
+from pipeline.render.update import UpdateSpec, update_specs, update_task
+from pipeline.store.encodings import BFLOAT16, FIXED16, RoundingBytes
+from pipeline.store.layout import slot_names
 
 STEP = adam.AdamStep(0.9, 0.99, 1e-6, 0.5, clip=True)
 ARRAYS = ("gradient", "canvas_0", "m_0", "v_0", "canvas_1", "m_1", "v_1")

@@ -24,12 +24,12 @@ import yaml
 from make_controls import GAP_PX, ROOT, SAMPLES, draw_masks, labelled, save
 
 import pipeline
-from pipeline.errors import Stopped
-from pipeline.known import Known, Whole
-from pipeline.network import get_network
-from pipeline.progress import StageStarted
-from pipeline.tiling import Rect
-from pipeline.weights import NetworkSpec, find_weights
+from pipeline.commands.preview.whole_image import Known, Whole
+from pipeline.core.errors import Stopped
+from pipeline.core.events import StageStarted
+from pipeline.core.tiling import Rect
+from pipeline.network.vgg import get_network
+from pipeline.network.weights import NetworkSpec, find_weights
 
 LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv4_1", "conv5_1")
 LAST = 2

@@ -30,11 +30,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from training_images import list_images
 
-from pipeline.errors import PipelineError
-from pipeline.layers import ALIGN_PX, CONV_NAMES, min_side_px
-from pipeline.network import load_state
-from pipeline.padding import PADDINGS
-from pipeline.weights import sha256_of
+from pipeline.core.errors import PipelineError
+from pipeline.core.vgg_layers import ALIGN_PX, CONV_NAMES, min_side_px
+from pipeline.network.padding import PADDINGS
+from pipeline.network.vgg import load_state
+from pipeline.network.weights import sha256_of
 
 CHECKPOINT_EVERY_S = 60
 EXIT_STOPPED = 75

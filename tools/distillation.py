@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from training_images import make_batch, read_image, to_batch
 
-from pipeline.layers import CONV_NAMES, LAYER_BY_NAME
-from pipeline.network import Network
-from pipeline.padding import PADDINGS
-from pipeline.tiling import Rect
-from pipeline.weights import conv_key
+from pipeline.core.tiling import Rect
+from pipeline.core.vgg_layers import CONV_NAMES, LAYER_BY_NAME
+from pipeline.network.padding import PADDINGS
+from pipeline.network.vgg import Network
+from pipeline.network.weights import conv_key
 
 State = dict[str, Tensor]
 HELD_OUT_EVERY = 10  # of the images in the order of their names, the first, the eleventh, … are never trained on

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipeline.config import Config, template
-from pipeline.layers import CONV_NAMES
+from pipeline.config.config import Config, template
+from pipeline.core.vgg_layers import CONV_NAMES
 
 # --- text ---
 

@@ -21,7 +21,7 @@ import torch
 import yaml
 from safetensors.torch import save
 
-from pipeline.layers import CONV_NAMES
+from pipeline.core.vgg_layers import CONV_NAMES
 
 WIDTH_PX, HEIGHT_PX = 57, 43
 # What a small picture is rendered with: a tenth of a second.

@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 import pipeline
-from pipeline.plan import fit
-from pipeline.sections import NetworkConfig
-from pipeline.weights import NetworkSpec, find_weights
+from pipeline.config.sections import NetworkConfig
+from pipeline.network.weights import NetworkSpec, find_weights
+from pipeline.plan.plan import fit
 
 FONT = Path(pipeline.__file__).parent / "assets" / "DejaVuSans.ttf"
 GAP_PX = 6

@@ -15,9 +15,9 @@ import torch
 from paper_measures import features, read
 from safetensors.torch import save_file
 
-from pipeline.layers import CONV_NAMES, LAYER_BY_NAME
-from pipeline.network import load_state
-from pipeline.weights import NetworkSpec, conv_key
+from pipeline.core.vgg_layers import CONV_NAMES, LAYER_BY_NAME
+from pipeline.network.vgg import load_state
+from pipeline.network.weights import NetworkSpec, conv_key
 
 VGG_CHANNELS = 512  # of conv4_2
 

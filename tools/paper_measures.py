@@ -13,14 +13,15 @@ import numpy as np
 import pyvips
 import torch
 
-from pipeline import losses, passes
-from pipeline.layers import ALIGN_PX
-from pipeline.losses import Gram
-from pipeline.network import get_network
-from pipeline.plan import fit
-from pipeline.stage import Stage
-from pipeline.tiling import Rect, Tile
-from pipeline.weights import NetworkSpec
+from pipeline.core.tiling import Rect, Tile
+from pipeline.core.vgg_layers import ALIGN_PX
+from pipeline.losses import objective
+from pipeline.losses.objective import Gram
+from pipeline.network.vgg import get_network
+from pipeline.network.weights import NetworkSpec
+from pipeline.plan.plan import fit
+from pipeline.render import tile_tasks
+from pipeline.render.stage import Stage
 
 STRIP_PX = 32
 
@@ -68,8 +69,10 @@ def drift(stage: Stage, canvas: str) -> Drift:
     layers = stage.model.style_layers
 
     def grams(rect: Rect) -> dict[str, Gram]:
-        spec = passes.GramSpec(stage.stage_dir, canvas, Tile(0, rect, height, width), stage.network, {}, layers)
-        return {layer: total / rect.positions(_LAYERS[layer]).area for layer, total in passes.gram_task(spec).items()}
+        spec = tile_tasks.GramSpec(stage.stage_dir, canvas, Tile(0, rect, height, width), stage.network, {}, layers)
+        return {
+            layer: total / rect.positions(_LAYERS[layer]).area for layer, total in tile_tasks.gram_task(spec).items()
+        }
 
     full = [tile.inner for tile in stage.tiles if tile.inner.area == stage.tile_px**2]
     tiles = [grams(rect) for rect in full or [tile.inner for tile in stage.tiles]]
@@ -81,7 +84,7 @@ def drift(stage: Stage, canvas: str) -> Drift:
     return Drift(float(variance), float(on), float(off))
 
 
-_LAYERS = passes.LAYER_BY_NAME
+_LAYERS = tile_tasks.LAYER_BY_NAME
 
 
 def _variance(grams: Sequence[Gram]) -> float:
@@ -148,7 +151,7 @@ def features(network: NetworkSpec, picture: np.ndarray) -> dict[str, torch.Tenso
 
 
 def _mean_gram(features_CHW: torch.Tensor) -> Gram:
-    return losses.gram_sum(features_CHW) / features_CHW[0].numel()
+    return objective.gram_sum(features_CHW) / features_CHW[0].numel()
 
 
 def detail(picture: np.ndarray, sigma: float = 3.0) -> float:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pipeline
-from pipeline.engine import Engine
+from pipeline.executors.threads import Engine
 
 TILES_PX = (1024, 512, 384)
 CHUNK_PX = 128  # divides them all

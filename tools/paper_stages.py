@@ -14,18 +14,19 @@ import numpy as np
 import yaml
 
 import pipeline
-from pipeline import preparation, store
-from pipeline.arrays import GRADIENT
-from pipeline.config import Config
-from pipeline.device import default_threads
-from pipeline.engine import Engine
-from pipeline.iteration import IterationResult, Iterations
-from pipeline.model import model_of
-from pipeline.plan import StagePlan
-from pipeline.progress import ignore
-from pipeline.stage import Stage
-from pipeline.tiling import Rect
-from pipeline.weights import NetworkSpec, find_weights
+from pipeline import store
+from pipeline.config.config import Config
+from pipeline.core.events import ignore
+from pipeline.core.tiling import Rect
+from pipeline.executors.threads import Engine
+from pipeline.network.weights import NetworkSpec, find_weights
+from pipeline.plan.device import default_threads
+from pipeline.plan.network_cost import model_of
+from pipeline.plan.plan import StagePlan
+from pipeline.render import preparation
+from pipeline.render.iteration import IterationResult, Iterations
+from pipeline.render.stage import Stage
+from pipeline.store.layout import GRADIENT
 
 SAMPLES = Path(__file__).parent.parent / "configs" / "samples"
 CONTENT, STYLE = SAMPLES / "landscape.jpg", SAMPLES / "strokes.jpg"

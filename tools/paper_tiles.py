@@ -13,16 +13,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline import losses, passes, store, zarr_files
-from pipeline.arrays import CONTENT, GRADIENT, content_features_name, gram_name
-from pipeline.config import Config
-from pipeline.engine import Engine
-from pipeline.losses import Gram
-from pipeline.model import model_of
-from pipeline.pictures import RGB8
-from pipeline.plan import arrays_of
-from pipeline.stage import positions
-from pipeline.tiling import Rect, Tile
+from pipeline import store
+from pipeline.config.config import Config
+from pipeline.core.image_formats import RGB8
+from pipeline.core.tiling import Rect, Tile
+from pipeline.executors.threads import Engine
+from pipeline.losses import objective
+from pipeline.losses.objective import Gram
+from pipeline.plan.network_cost import model_of
+from pipeline.plan.plan import arrays_of
+from pipeline.render import tile_tasks
+from pipeline.render.stage import positions
+from pipeline.store import metadata
+from pipeline.store.layout import CONTENT, GRADIENT, content_features_name, gram_name
 
 Task = Callable[[Any], Any]
 
@@ -51,32 +54,34 @@ class Faults:
 
     def engine(self, workers: int) -> Engine:
         """An engine whose tiles are at fault."""
-        return OtherTasks(workers, {passes.gram_task: self.gram, passes.gradient_task: self.gradient})
+        return OtherTasks(workers, {tile_tasks.gram_task: self.gram, tile_tasks.gradient_task: self.gradient})
 
-    def gram(self, spec: passes.GramSpec) -> dict[str, Gram]:
+    def gram(self, spec: tile_tasks.GramSpec) -> dict[str, Gram]:
         """The Gram pass of one tile."""
         on_canvas = spec.array.startswith("canvas")
-        return passes.gram_task(spec if self.halo or not on_canvas else _alone(self.config, spec))
+        return tile_tasks.gram_task(spec if self.halo or not on_canvas else _alone(self.config, spec))
 
-    def gradient(self, spec: passes.GradientSpec) -> passes.GradientResult:
+    def gradient(self, spec: tile_tasks.GradientSpec) -> tile_tasks.GradientResult:
         """The gradient pass of one tile."""
         if not self.whole_grams:
             spec = replace(spec, style_seeds_CC=self._own_seeds(spec))
         if self.halo:
-            return passes.gradient_task(spec)
+            return tile_tasks.gradient_task(spec)
         alone = _alone(self.config, spec)
-        found = passes.gradient_task(alone)
+        found = tile_tasks.gradient_task(alone)
         values = store.open_array(alone.stage_dir, GRADIENT).read_window(alone.tile.inner)
         return replace(found, sums=store.open_array(spec.stage_dir, GRADIENT).write_window(spec.tile.inner, values))
 
-    def _own_seeds(self, spec: passes.GradientSpec) -> dict[str, Gram]:
+    def _own_seeds(self, spec: tile_tasks.GradientSpec) -> dict[str, Gram]:
         """The seeds of a tile that knows no Gram matrices but its own."""
         layers, inner, loss = tuple(spec.style_seeds_CC), spec.tile.inner, self.config.loss
-        sums = self.gram(passes.GramSpec(spec.stage_dir, spec.array, spec.tile, spec.network, spec.checksums, layers))
+        sums = self.gram(
+            tile_tasks.GramSpec(spec.stage_dir, spec.array, spec.tile, spec.network, spec.checksums, layers)
+        )
         return {
-            layer: losses.StyleTarget(
+            layer: objective.StyleTarget(
                 loss.kind,
-                zarr_files.read_gram(spec.stage_dir, layer, spec.checksums[gram_name(layer)]),
+                metadata.read_gram(spec.stage_dir, layer, spec.checksums[gram_name(layer)]),
                 positions((inner.height, inner.width), layer),
                 self.config.network.style_layers[layer],
                 inner.area * loss.style_weight,
@@ -107,4 +112,4 @@ def _make_alone(config: Config, spec: Any, tile: Tile) -> None:
         store.create_array(folder, name, arrays[name].shape, arrays[name].chunk_px, arrays[name].form, "none")
     pixels = store.open_array(spec.stage_dir, CONTENT).read_window(spec.tile.inner)
     store.open_array(folder, CONTENT).write_window(tile.inner, pixels)
-    passes.content_task(passes.ContentSpec(folder, CONTENT, tile, spec.network, {}, layers))
+    tile_tasks.content_task(tile_tasks.ContentSpec(folder, CONTENT, tile, spec.network, {}, layers))

@@ -99,7 +99,7 @@ def serve(connection: Any, folder: str) -> None:
     """Run the cases that come, until None comes."""
     import torch  # noqa: PLC0415
 
-    from pipeline import cli  # noqa: PLC0415 - here, so that the process that asks stays small
+    from pipeline.cli import app  # noqa: PLC0415 - here, so that the process that asks stays small
 
     torch.set_num_threads(1)
     os.chdir(folder)
@@ -107,7 +107,7 @@ def serve(connection: Any, folder: str) -> None:
     os.dup2(log, 0)
     connection.send("ready")
     while (case := connection.recv()) is not None:
-        connection.send(run_case(case, cli.main))
+        connection.send(run_case(case, app.main))
 
 
 def run_case(case: Case, main: Callable[[], Any]) -> Outcome:

@@ -1,0 +1,68 @@
+"""Options of the command line that several commands have, and how the values of others are read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from pipeline.core.tiling import Rect
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def with_config(required: bool) -> Callable[[F], F]:
+    """The options that name a config and change its values."""
+
+    def add(command: F) -> F:
+        command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value.")(
+            command
+        )
+        path = click.Path(path_type=Path)
+        return click.option("-c", "--config", "config_path", type=path, required=required)(command)
+
+    return add
+
+
+def with_run(command: F) -> F:
+    """The options that name a run: its config, or its folder."""
+    path = click.Path(path_type=Path, file_okay=False)
+    command = click.option("--run", "run_dir", type=path, help="The run's work_dir, instead of its config.")(command)
+    return with_config(required=False)(command)
+
+
+with_log_format = click.option(
+    "--log-format",
+    type=click.Choice(["auto", "live", "plain", "json"]),
+    default="auto",
+    show_default=True,
+    help="How progress is shown on stderr; auto is live on a terminal, else plain.",
+)
+
+
+def parse_rect(_context: click.Context, _option: click.Parameter, value: str | None) -> Rect | None:
+    """`x,y,width,height` in px."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,7}),([0-9]{1,7}),([0-9]{1,7}),([0-9]{1,7})", value.replace(" ", ""))
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not x,y,width,height in whole px, such as 1200,800,400,300")
+    x, y, width, height = map(int, match.groups())
+    return Rect(y, y + height, x, x + width)
+
+
+def parse_share(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
+    """A share above 0 and up to 1: `5%` and `0.05` are the same."""
+    if value is None:
+        return None
+    try:
+        share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise click.BadParameter(f"{value!r} is no share above 0 and up to 100 %, such as 5%")
+    return share

@@ -1,0 +1,234 @@
+"""Where a run's events go: a live display, plain lines, or JSON lines; all on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+
+from pipeline.core.events import (
+    Event,
+    IterationDone,
+    Note,
+    PictureDone,
+    RunDone,
+    Sink,
+    StageDone,
+    StageStarted,
+    WorkDone,
+)
+
+# Columns left free beside the bars: the terminal writes ^C where the cursor stands, at the end of the last bar. Were
+# there no room, it would go to another line, and the bars above would not be erased any more.
+_FREE_COLUMNS = 6
+# The least that a bar takes, with the gaps beside it.
+_BAR_COLUMNS = 6
+
+
+def make_sink(log_format: str) -> EventSink:
+    """The sink for `--log-format`: live, plain, json, or auto (live on a terminal, else plain)."""
+    if log_format == "json":
+        return JsonSink()
+    live = log_format == "live" or (log_format == "auto" and sys.stderr.isatty())
+    return LiveSink() if live else PlainSink()
+
+
+class EventSink(ABC):
+    """Shows events one at a time: they come from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:  # noqa: B027 - most leave nothing behind
+        """Leave the terminal as it was."""
+
+    def __call__(self, event: Event) -> None:
+        """Show the event."""
+        with self._lock:
+            self._show(event)
+
+    def farewell(self) -> bytes:
+        """What leaves the terminal as it was, where the process ends without `__exit__`."""
+        return b""
+
+    @abstractmethod
+    def _show(self, event: Event) -> None:
+        """The same, while no other thread does."""
+
+
+class PlainSink(EventSink):
+    """One line per event worth a line; for logs and pipes."""
+
+    def _show(self, event: Event) -> None:
+        if (line := line_of(event)) is not None:
+            print(line, file=sys.stderr, flush=True)
+
+
+class JsonSink(EventSink):
+    """Every event as one JSON object per line."""
+
+    def _show(self, event: Event) -> None:
+        print(json.dumps(event.as_dict()), file=sys.stderr, flush=True)
+
+
+class LiveSink(EventSink):
+    """Live lines under the log: the stage's iterations, and one for each pass that is under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        console = Console(stderr=True, markup=False, emoji=False)  # a path may hold what rich takes for markup
+        numbers = MofNCompleteColumn(table_column=Column(no_wrap=True))
+        columns = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), numbers]
+        self._progress = _Bars(*columns, console=console, expand=True, transient=True)
+        self._iterations: TaskID | None = None
+        self._passes: dict[TaskID, WorkDone] = {}  # the last event on each of their lines
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def farewell(self) -> bytes:
+        """Without the lock: a thread that cannot write to the terminal may hold it."""
+        if not self._progress.console.is_terminal:
+            return b""
+        lines = len(self._passes) + (self._iterations is not None)
+        return b"\r\x1b[2K" + b"\x1b[A\x1b[2K" * (lines - 1) + b"\x1b[?25h"
+
+    def _show(self, event: Event) -> None:
+        """Move a bar, or print a line above the bars."""
+        if isinstance(event, WorkDone):
+            self._show_work(event)
+        elif isinstance(event, IterationDone):
+            if self._iterations is not None:
+                text = self._describe(event)
+                self._progress.update(self._iterations, completed=event.iteration + 1, description=text)
+        else:
+            self._progress.console.print(line_of(event), highlight=False, soft_wrap=True)
+            if isinstance(event, StageStarted | StageDone | PictureDone | RunDone):
+                self._clear()
+            if isinstance(event, StageStarted):
+                self._iterations = self._progress.add_task(
+                    f"stage {event.stage}", total=event.max_iterations, completed=event.iteration
+                )
+
+    def _describe(self, event: IterationDone) -> str:
+        """As much as leaves room for the bar and its numbers."""
+        stage, eta = f"stage {event.stage}", f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
+        losses = f"content {event.content_loss:.3g} style {event.style_loss:.3g}"
+        update = f"mean|u| {event.mean_abs_u:.3f}"
+        texts = (f"{stage}: {losses} {update}{eta}", f"{stage}: {update}{eta}", f"{stage}{eta}")
+        numbers = f"{event.max_iterations}/{event.max_iterations}"
+        room = self._progress.console.width - _FREE_COLUMNS - _BAR_COLUMNS - len(numbers)
+        return next((text for text in texts if len(text) <= room), stage)
+
+    def _show_work(self, event: WorkDone) -> None:
+        """On the line of its pass, else on that of one which is over, else on a new one."""
+        shown = self._passes.items()
+        lines = [line for line, last in shown if last.what == event.what]
+        lines = lines or [line for line, last in shown if last.done >= last.total]
+        if lines:
+            line = lines[0]
+            self._progress.update(line, description=event.what, completed=event.done, total=event.total)
+        else:
+            line = self._progress.add_task(event.what, completed=event.done, total=event.total)
+        self._passes[line] = event
+
+    def _clear(self) -> None:
+        """No bar: what they showed is over."""
+        for line in self._progress.task_ids:
+            self._progress.remove_task(line)
+        self._passes.clear()
+        self._iterations = None
+
+
+class _Bars(Progress):
+    """Bars that leave the last columns of the terminal free."""
+
+    def get_renderable(self) -> RenderableType:
+        return _Narrower(super().get_renderable())
+
+
+@dataclass(frozen=True)
+class _Narrower:
+    """What is shown, on fewer columns than there are."""
+
+    whole: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.whole, options.update_width(max(1, options.max_width - _FREE_COLUMNS)))
+
+
+def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one for each kind
+    """The event as one line of text, or None if it is not worth one."""
+    match event:
+        case Note():
+            return event.message
+        case StageStarted():
+            size, tiles = f"{event.width_px}×{event.height_px} px", count(event.tiles, "tile")
+            return f"stage {event.stage} (0 to {event.stages - 1}): {size}, {tiles}"
+        case IterationDone():
+            seconds = " ".join(f"{name} {value:.1f}s" for name, value in event.seconds.items())
+            eta = f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
+            return (
+                f"  iteration {event.iteration + 1}/{event.max_iterations}: content {event.content_loss:.4g}, "
+                f"style {event.style_loss:.4g}, mean|u| {event.mean_abs_u:.3f}; {seconds}{eta}"
+            )
+        case StageDone():
+            return f"  stage {event.stage} ended after {count(event.iterations, 'iteration')}: {event.reason}"
+        case PictureDone():
+            what = " ".join(event.settings) or "as the config says"
+            took = "rendered before" if event.seconds is None else duration(event.seconds)
+            return f"picture {event.picture} of {event.pictures}: {what}: {took}"
+        case RunDone():
+            return f"done in {duration(event.seconds)}: {event.output}"
+    return None
+
+
+def with_profile(sink: Sink) -> Sink:
+    """`sink`, told after every iteration how busy the threads were."""
+
+    def told(event: Event) -> None:
+        sink(event)
+        if isinstance(event, IterationDone):
+            sink(Note(f"  busy: {busy_line(event.busy)}"))
+
+    return told
+
+
+def busy_line(busy: Mapping[str, float]) -> str:
+    """Thread seconds by kind of work, and how much of the time the device computed."""
+    wall = busy["wall"]
+    kinds = ", ".join(f"{kind} {busy.get(kind, 0.0):.1f}s" for kind in ("read", "write", "update", "wait"))
+    computing = busy.get("compute", 0.0)
+    return f"computing {computing:.1f}s of {wall:.1f}s ({computing / wall:.0%}); on other threads {kinds}"
+
+
+def count(number: int, noun: str) -> str:
+    """`number` with its noun, in the plural where it needs one."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42s, 3m 10s, 5h 02m, 2d 03h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600:02}h"

@@ -1,0 +1,1 @@
+"""Previews: sweeps over settings, contact sheets, crops at full size."""

@@ -1,0 +1,87 @@
+"""The run of a config up to a size: a config with the stages of another one's run, whose result is smaller.
+
+For a run of 130 px with `initial_size: 48` they are
+
+    at 96 px       48 ── 96                         stages of the run
+    at 100 px      48 ── 96 ── 100                  the last canvas alone has another size
+    at 130 px      48 ── 96 ── 130 ( ── 130 ── …)   the run itself, as far as a large style comes to its full size
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pipeline.config.config import Config
+from pipeline.config.fields import MAX_SIDE_PX
+from pipeline.config.sections import ExportConfig, StageConfig, StyleConfig
+from pipeline.images.header import read_header
+from pipeline.plan.plan import fit
+
+
+def full_px(config: Config) -> int:
+    """The long side of the run's result. Raises InputError for a content that is no picture."""
+    if config.target_px is not None:
+        return config.target_px
+    assert config.content is not None  # the config refuses it
+    header = read_header(config.content, config.limits)
+    return max(header.width_px, header.height_px)
+
+
+def at_size(config: Config, long_px: int) -> Config:
+    """The config of the run up to its stage of this long side, exported by default; of the whole run if that is less.
+
+    Where the run has no stage of that size, one takes the place of its next stage; no style is larger beside it.
+    """
+    if long_px >= full_px(config):
+        return config.model_copy(update={"export": ExportConfig()})
+    size: int | tuple[int, int] = long_px
+    if isinstance(config.size, tuple):
+        width, height = config.size
+        shape = fit((height, width), long_px)
+        size = shape[1], shape[0]
+    # an entry that no stage heeds would be refused
+    floors = [0, *(entry.up_to for entry in config.stages)]
+    entries = [entry for floor, entry in zip(floors, config.stages, strict=False) if floor < long_px]
+    stages = tuple(
+        entry.model_copy(update={"styles": _no_larger(entry.styles, long_px)}) if entry.styles else entry
+        for entry in entries
+    )
+    styles = _no_larger(config.styles, long_px)
+    shorter = config.model_copy(update={"size": size, "styles": styles, "stages": stages, "export": ExportConfig()})
+    last = tuple(_full_at(style, long_px) for style in shorter.for_stage(long_px).styles)
+    return shorter.model_copy(update={"stages": _with_last_styles(shorter, long_px, last)})
+
+
+def _no_larger(styles: Sequence[StyleConfig], long_px: int) -> tuple[StyleConfig, ...]:
+    """The styles, no larger than they are in the run beside a canvas of this size, so that they add no stages."""
+    largest = [min(round(long_px * max(style.scale, 1.0)), MAX_SIDE_PX) for style in styles]
+    return tuple(
+        style.model_copy(update={"max_size": min(most, style.max_size or most)})
+        for style, most in zip(styles, largest, strict=True)
+    )
+
+
+def _full_at(style: StyleConfig, long_px: int) -> StyleConfig:
+    """The style, with its full size, max_size, at this size: if that was rounded up, it would add a stage for it."""
+    assert style.max_size is not None
+    if math.ceil(style.max_size / max(style.scale, 1.0)) <= long_px:
+        return style
+    scale = style.max_size / long_px
+    if math.ceil(style.max_size / scale) > long_px:
+        scale = math.nextafter(scale, math.inf)
+    return style.model_copy(update={"scale": scale})
+
+
+def _with_last_styles(config: Config, long_px: int, styles: tuple[StyleConfig, ...]) -> tuple[StageConfig, ...]:
+    """The entries of `stages`, with one for the last stage, of this size, if its styles are not those of the others."""
+    if styles == config.for_stage(long_px).styles:
+        return config.stages
+    entries = [entry for entry in config.stages if entry.up_to < long_px]
+    last = next((entry for entry in config.stages if entry.up_to >= long_px), StageConfig(up_to=long_px))
+    before_px = config.initial_size
+    while 2 * before_px < long_px:
+        before_px *= 2
+    if (entries[-1].up_to if entries else 0) < before_px < long_px:  # what was said of it as well
+        entries.append(last.model_copy(update={"up_to": long_px - 1}))
+    return (*entries, last.model_copy(update={"up_to": long_px, "styles": styles}))

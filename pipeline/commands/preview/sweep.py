@@ -1,0 +1,79 @@
+"""Variations of a config: every combination of the values that a preview is to compare."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.config import Config, load_config
+from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, listed, shown, told
+from pipeline.core.errors import ConfigError
+
+# A sheet that one can compare by looking; each of them is a render of some minutes.
+MAX_VARIATIONS = 64
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A key that is varied, and its values as the user wrote them."""
+
+    key: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One combination: its `key=value` settings, in the order of the axes, and the config with them."""
+
+    settings: tuple[str, ...]
+    config: Config
+
+
+def load_variations(
+    path: str | Path, overrides: Sequence[str], vary: Sequence[str]
+) -> tuple[tuple[Axis, ...], list[Variation]]:
+    """The axes that `vary` names, each `key=value,value`, and all combinations of their values, the last axis fastest.
+
+    Values are YAML: a comma inside [], {} or quotes parts nothing. Raises ConfigError with every problem of every
+    combination, each told once.
+    """
+    axes = tuple(_axes(vary))
+    if (number := math.prod(len(axis.values) for axis in axes)) > MAX_VARIATIONS:
+        raise ConfigError(
+            f"--vary {' --vary '.join(vary)}: {number:,} combinations, each a picture to render, and "
+            f"{MAX_VARIATIONS} is the most. Give fewer values, or vary one key after the other."
+        )
+    variations: list[Variation] = []
+    problems: dict[str, None] = {}
+    for values in itertools.product(*(axis.values for axis in axes)):
+        settings = tuple(f"{axis.key}={value}" for axis, value in zip(axes, values, strict=True))
+        try:
+            variations.append(Variation(settings, load_config(path, overrides, settings)))
+        except ConfigError as error:
+            problems |= dict.fromkeys(str(error).splitlines())
+    if problems:
+        more = [f"and {len(problems) - MAX_PROBLEMS} more problems"] if len(problems) > MAX_PROBLEMS else []
+        raise ConfigError("\n".join([*list(problems)[:MAX_PROBLEMS], *more]))
+    return axes, variations
+
+
+def _axes(vary: Sequence[str]) -> list[Axis]:
+    axes: list[Axis] = []
+    problems: list[Problem] = []
+    for number, text in enumerate(vary):
+        place = Place(number + 1, 0, f"--vary {shown(text)}")
+        key, _, values_text = text.partition("=")
+        values, wrong = listed(values_text, place)
+        if not wrong and not (key and values):
+            example = "this is not key=value,value, such as initial_size=384,512 or loss.style_weight=0.5,1,2"
+            wrong = [Problem(place, "", example)]
+        elif any(axis.key == key for axis in axes):
+            wrong = [Problem(place, key, "varied twice; give all its values in one --vary")]
+        problems += wrong
+        axes.append(Axis(key, tuple(values)))
+    if problems:
+        raise ConfigError(told(problems))
+    return axes

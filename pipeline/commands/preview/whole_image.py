@@ -1,0 +1,127 @@
+"""What is known of a whole picture while a region of it is rendered alone: its last finished stage.
+
+There the whole is compared with a part of it (crop.py has the formulas), style term by style term: with masks, a Gram
+is the mean that guidance.py weighs, over the whole picture or over the part. The masks are those of the stage to come,
+at the size of the finished one, whose own may have been others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pipeline import store
+from pipeline.config.regions import UNGUIDED, Guides
+from pipeline.core.tiling import Rect, Tile
+from pipeline.core.vgg_layers import LAYER_BY_NAME
+from pipeline.losses import masks
+from pipeline.losses.objective import Gram
+from pipeline.plan.memory import Size
+from pipeline.render import tile_tasks
+from pipeline.render.preparation import ingest_guides
+from pipeline.render.resample import tiles_of
+from pipeline.render.stage import Stage
+
+
+@dataclass(frozen=True)
+class Known:
+    """`grams`: G_whole − G_part, by style key. `energies`: E_whole/E_part per position, by content layer.
+
+    A style key is left out where nothing is known of it: its mask is black in the part, or everywhere.
+    """
+
+    grams: Mapping[str, Gram]
+    energies: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Guided:
+    """The masks of styles at the size of the finished stage: their folder, and their arrays' checksums."""
+
+    folder: Path
+    guides: Guides = UNGUIDED
+    checksums: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The finished stage `index`: its canvas, and the content at its size. `folder`: for the masks at its size."""
+
+    index: int
+    canvas: store.StageArray
+    content: store.StageArray | None
+    tile_px: int
+    folder: Path
+
+    @property
+    def size(self) -> Size:
+        """(height, width) in px."""
+        return self.canvas.shape[:2]
+
+    def known(self, stage: Stage, part: Rect) -> Known:
+        """What to add to a region's mean Grams, and what to multiply its energies by, for those of the whole.
+
+        `stage`: the one to come, with the masks of the whole picture. `part`: the region, at the finished stage.
+        Raises InputError for a broken mask.
+        """
+        everything = Rect(0, self.size[0], 0, self.size[1])
+        canvas, layers, guided = self.canvas, stage.model.style_layers, self._guided(stage)
+        of_whole, of_part = (self._mean_grams(stage, canvas, layers, one, guided) for one in (everything, part))
+        grams = {key: of_whole[key] - of_part[key] for key in of_whole if key in of_part}
+        if self.content is None:
+            return Known(grams, {})
+        # the energy per position is the sum of the mean Gram's diagonal; a map of the content's weight is not in it
+        content, layers, guided = self.content, stage.model.content_layers, _Guided(self.folder)
+        of_whole, of_part = (self._mean_grams(stage, content, layers, one, guided) for one in (everything, part))
+        return Known(grams, {layer: _ratio(of_whole[layer].trace(), of_part[layer].trace()) for layer in layers})
+
+    def _guided(self, stage: Stage) -> _Guided:
+        """Makes the masks of the stage's styles."""
+        guides = replace(stage.model.guides, content=False)
+        store.create_stage(self.folder)
+        for name in guides.arrays:
+            store.create_array(self.folder, name, (*self.size, 1), stage.config.store.chunk_px, "uint8", "none")
+        return _Guided(self.folder, guides, ingest_guides(stage, self.folder, guides.arrays))
+
+    def _mean_grams(
+        self, stage: Stage, array: store.StageArray, layers: tuple[str, ...], rect: Rect, guided: _Guided
+    ) -> dict[str, Gram]:
+        """Mean Grams over a rectangle of a picture, read with its real surroundings; none of what is not there."""
+        if not layers:
+            return {}
+        tiles = [Tile(index, inner, *self.size) for index, inner in enumerate(tiles_of(rect, self.tile_px))]
+        specs = [
+            tile_tasks.GramSpec(
+                array.path.parent,
+                array.path.name,
+                tile,
+                stage.network,
+                guided.checksums,
+                layers,
+                color=stage.color,
+                guides=guided.guides,
+                guides_dir=guided.folder,
+            )
+            for tile in tiles
+        ]
+        told = stage.counter(f"Gram pass of stage {self.index}", len(specs))
+        sums = stage.engine.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, dict[str, Gram](), told)
+        counted = _counted(stage, tiles, layers, guided)
+        return {key: total / counted[key] for key, total in sums.items() if counted[key] > 0}
+
+
+def _counted(stage: Stage, tiles: list[Tile], layers: tuple[str, ...], guided: _Guided) -> dict[str, float]:
+    """Positions by style key; of regions, the sums of their shares."""
+    if not guided.guides.regions:
+        return {name: float(sum(tile.inner.positions(LAYER_BY_NAME[name]).area for tile in tiles)) for name in layers}
+    specs = [masks.AreaSpec(guided.folder, tile, guided.guides, layers, guided.checksums) for tile in tiles]
+    results = stage.engine.map(masks.area_task, specs)
+    keys = [key for name in layers for key in guided.guides.keys(name)]
+    return {key: math.fsum(result.get(key, 0.0) for result in results) for key in keys}
+
+
+def _ratio(whole_energy: float, part_energy: float) -> float:
+    """1 where the part's content says nothing to a layer: nothing can be told from it."""
+    return whole_energy / part_energy if part_energy > 0 else 1.0

@@ -1,0 +1,279 @@
+"""The coarse-to-fine loop and its resume. No maths here: stage.py and the passes below it do the work."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import store
+from pipeline.config.config import Config
+from pipeline.config.sections import OptimizerConfig
+from pipeline.core.allocator import trim_heap
+from pipeline.core.errors import DeviceMemoryError, stop_check, storage
+from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
+from pipeline.core.vgg_layers import ceil_to
+from pipeline.executors.threads import Engine
+from pipeline.network.weights import find_weights
+from pipeline.plan.device import Device, resolve_device
+from pipeline.plan.memory import WORKERS, update_threads
+from pipeline.plan.plan import Plan, StagePlan
+from pipeline.render import ingest
+from pipeline.render.context import Tools, iteration_record, make_stage, prepared_record, tools_for
+from pipeline.render.process import process_settings
+from pipeline.rundir import records
+from pipeline.rundir.journal import Journal, standing
+from pipeline.rundir.lock import RunLock
+from pipeline.rundir.open import content_alpha, newest_canvas, now, open_run, stage_path
+from pipeline.rundir.paths import journal_path, manifest_path, refuse_links, store_path, taken
+from pipeline.rundir.position import Position
+from pipeline.rundir.preflight import check_space, plan_on
+from pipeline.rundir.results import is_as_written, refuse_foreign, written_picture
+from pipeline.rundir.run_folder import locked_folder
+from pipeline.store import integrity, metadata
+from pipeline.store.layout import kept_files
+
+if TYPE_CHECKING:
+    from pipeline.render.iteration import IterationResult
+
+_FOREIGN = "this run did not make it"
+
+
+@process_settings()
+def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threading.Event | None = None) -> Path:
+    """Render the picture of `config`, or go on where an earlier run of the same config stopped; gives its path.
+
+    `force`: overwrite an output that this run did not make. `stop`: set it from anywhere to stop between two tasks.
+    Raises the errors of errors.py; after Stopped, or any crash, the same call goes on.
+    """
+    started, check = time.monotonic(), stop_check(stop)
+    with storage(config.work_dir), ExitStack() as held:
+        begun = config.work_dir.exists()
+        if begun:  # before all that takes long: a second run is told at once
+            lock = held.enter_context(locked_folder(config.work_dir))
+        device = resolve_device(config.compute.device)
+        planned = plan_on(config, device)
+        weights = find_weights(config.network.name, config.network.weights, config.seed, sink, check)
+        begun_before = taken(manifest_path(config.work_dir)) or taken(journal_path(config.work_dir))
+        if not (force or begun_before):
+            refuse_foreign(config.output, {}, _FOREIGN)
+        if not begun:  # after all that may be refused: then nothing was made
+            lock = held.enter_context(locked_folder(config.work_dir))
+        # inside the lock: its tasks have ended before another run may begin
+        engine = held.enter_context(_engine(config, device, lock, sink, stop))
+        refuse_links(config.work_dir)
+        journal = open_run(config, planned, weights, check)
+        tools = tools_for(config, planned, device, weights, engine, sink)
+        rendering = _Rendering(config, planned, tools, journal, force)
+        rendering.refuse_foreign_output()
+        rendering.render()
+        rendering.export()
+    sink(RunDone(str(config.output), time.monotonic() - started))
+    return config.output
+
+
+def _engine(config: Config, device: Device, lock: RunLock, sink: Sink, stop: threading.Event | None) -> Engine:
+    """The threads of this process, or worker processes."""
+    if config.compute.workers == 0:
+        return Engine(WORKERS, stop, update_threads(device.name))
+    from pipeline.executors.processes import ProcessEngine  # noqa: PLC0415 - brings distributed, for this case only
+
+    return ProcessEngine(config.compute.workers, WORKERS, stop, lock.descriptor, lambda message: sink(Note(message)))
+
+
+@dataclass
+class _Rendering:
+    """One process's share of a run: everything it holds, and the position it has reached."""
+
+    config: Config
+    plan: Plan
+    tools: Tools
+    journal: Journal
+    force: bool
+    position: Position = field(init=False)
+    _speed: _Speed = field(init=False)
+
+    def __post_init__(self) -> None:
+        _, self.position = standing(self.journal)
+        self._speed = _Speed()
+        self.sink, self.engine = self.tools.sink, self.tools.engine
+
+    def refuse_foreign_output(self) -> None:
+        """Raise ConfigError if there is anything under the output's name that this run did not write.
+
+        Looked for at the start, and again at the end: in a day somebody may have saved a picture there.
+        """
+        if not self.force:
+            refuse_foreign(self.config.output, self.position.pictures, _FOREIGN, self.engine.raise_if_stopped)
+
+    def render(self) -> None:
+        """Every stage that is not done yet."""
+        if self.position.prepared:
+            self.sink(Note(f"going on at stage {self.position.stage}, iteration {self.position.iteration}"))
+        for stage_plan in self.plan.stages[self.position.stage :]:
+            if self.position.stage_done and self.position.stage == stage_plan.index:
+                self._free_arrays(stage_plan.index)
+                continue
+            self._render_stage(stage_plan)
+
+    def _render_stage(self, stage_plan: StagePlan) -> None:
+        """One stage, in smaller tiles where the device has no memory for those of the plan."""
+        chunk_px = self.config.store.chunk_px
+        longest = ceil_to(max(*stage_plan.size, *chain.from_iterable(stage_plan.style_sizes)), chunk_px)
+        while True:
+            tile_px = min(self.position.tile_px or longest, self.plan.tile_px, longest)
+            try:
+                self._render_in_tiles(stage_plan, tile_px)
+                return
+            except DeviceMemoryError:
+                if tile_px == chunk_px:
+                    raise
+            gc.collect()  # the error is gone now, but its frames hold the tile's tensors, and each other
+            smaller = max(chunk_px, tile_px // 2 // chunk_px * chunk_px)
+            # recorded: the bits depend on the tiles, and a resume must take the same
+            self._commit(records.SmallerTile(tile_px=smaller))
+            told = f"{self.tools.device.name} has no memory for tiles of {tile_px} px"
+            self.sink(Note(f"{told}: going on with tiles of {smaller} px, from the last iteration"))
+
+    def _render_in_tiles(self, stage_plan: StagePlan, tile_px: int) -> None:
+        # these bring torch, which export and status do without
+        from pipeline.render.iteration import Iterations  # noqa: PLC0415
+        from pipeline.render.preparation import prepare  # noqa: PLC0415
+
+        index, settings = stage_plan.index, self._settings(stage_plan)
+        stage = make_stage(self.config, stage_plan, self.tools, tile_px)
+        iteration = self.position.iteration if self.position.stage == index else 0
+        stages, (height, width) = len(self.plan.stages), stage_plan.size
+        prepared = self.position.prepared and self.position.stage == index
+        in_place = prepared and self.config.store.codec == "none"  # it has its room already, and writes nowhere else
+        check_space(self.config, self.plan, index + in_place)
+        self.sink(StageStarted(index, stages, height, width, len(stage.tiles), iteration, settings.max_iterations))
+        if not prepared:
+            previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
+            made = prepare(stage, previous)
+            self._commit(prepared_record(index, stage.tile_px, made))
+        elif end_reason(self.position, settings) is None:
+            stage.check(self.position.newest_slot, self.position.checksums[index])
+        iterations = Iterations(stage, self.position.content_energies, self.position.areas)
+        while (reason := end_reason(self.position, settings)) is None:
+            self.engine.raise_if_stopped()
+            commit = partial(self._commit_iteration, stage_plan, self.position.iteration)
+            iterations.iterate(self.position.iteration, self.position.alpha, self.position.checksums[index], commit)
+        self._commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
+        self._free_arrays(index)
+        self.sink(StageDone(index, self.position.iteration, reason))
+
+    def _commit_iteration(self, stage_plan: StagePlan, iteration: int, result: IterationResult) -> bool:
+        """Gives whether another iteration follows."""
+        self._commit(iteration_record(stage_plan.index, iteration, result))
+        self._speed.add(stage_plan.flop_per_iteration, sum(result.seconds.values()))
+        self.sink(
+            IterationDone(
+                stage=stage_plan.index,
+                iteration=iteration,
+                max_iterations=stage_plan.max_iterations,
+                objective=result.objective,
+                content_loss=result.content_loss,
+                style_loss=result.style_loss,
+                mean_abs_u=result.mean_abs_u,
+                max_abs_u=result.max_abs_u,
+                alpha=result.alpha,
+                seconds=result.seconds,
+                busy=result.busy,
+                eta_s=self._speed.seconds_for(self._remaining_flop(stage_plan.index)),
+            )
+        )
+        return end_reason(self.position, self._settings(stage_plan)) is None
+
+    def _remaining_flop(self, index: int) -> int:
+        """Work to the end if no stage stops early."""
+        now, *later = self.plan.stages[index:]
+        here = now.flop_per_iteration * (now.max_iterations - self.position.iteration)
+        return here + sum(stage.flop_per_iteration * stage.max_iterations for stage in later)
+
+    def _settings(self, stage_plan: StagePlan) -> OptimizerConfig:
+        return self.config.for_stage(max(stage_plan.size)).optimizer
+
+    def export(self) -> None:
+        """The last stage's canvas, as the picture asked for; not again if it stands there already."""
+        output, picture = self.config.output, self.plan.picture
+        settings = self.config.export.model_copy(update={"bits": picture.bits})
+        options = settings.model_dump(mode="json")
+        before = self.position.exported.get(str(output))
+        # a key that came after that record says nothing of its picture
+        same = before and before == {key: options.get(key) for key in before}
+        if same and is_as_written(output, self.position.pictures[str(output)][-1], self.engine.raise_if_stopped):
+            self.sink(Note(f"{output} is already there"))
+            return
+        check_space(self.config, self.plan, len(self.plan.stages))
+        trim_heap()
+        last = self.plan.stages[-1].index
+        canvas = newest_canvas(self.config.work_dir, self.position, last)
+        alpha = content_alpha(self.config.work_dir, self.position, last) if picture.alpha else None
+        planes = [canvas] if alpha is None else [canvas, alpha]
+        integrity.require_intact(
+            planes, self.engine, lambda done, total: self.sink(WorkDone(last, "check", done, total))
+        )
+        check = self.engine.raise_if_stopped
+        ingest.export_canvas(
+            canvas,
+            alpha,
+            output,
+            settings,
+            check,
+            lambda done, total: self.sink(WorkDone(last, "export", done, total)),
+            self._record_picture,
+        )
+        written = self.position.pictures[str(output)][-1]
+        self._commit(records.Exported(output=str(output), options=options, picture=written))
+
+    def _record_picture(self, whole: Path) -> None:
+        """What gets the output's name next: a crash between the name and a record would leave a picture of nobody's."""
+        made = written_picture(whole, self.engine.raise_if_stopped)
+        self.refuse_foreign_output()
+        self._commit(records.Exporting(output=str(self.config.output), picture=made))
+
+    def _free_arrays(self, stage: int) -> None:
+        keep = set(kept_files(self.position.slots[stage], self.position.checksums[stage]))
+        store.delete_arrays(stage_path(self.config.work_dir, stage), keep)
+
+    def _commit(self, record: records.Record) -> None:
+        has_pixels = isinstance(record, records.StagePrepared | records.Iteration)
+        if has_pixels and self.config.store.durability == "power":
+            metadata.sync(store_path(self.config.work_dir))
+        self.journal.append(record.model_copy(update={"time": now()}))
+        self.position = self.position.after(record)
+
+
+def end_reason(position: Position, settings: OptimizerConfig) -> str | None:
+    """Why the stage ends at this position, or None if it goes on. Once it ends, only its newest canvas is needed."""
+    if position.max_abs_u == 0:
+        return "converged"
+    if position.mean_abs_u is not None and position.mean_abs_u < settings.stop_condition:
+        return "stop_condition"
+    return "max_iterations" if position.iteration >= settings.max_iterations else None
+
+
+class _Speed:
+    """Seconds per floating-point operation, as measured so far in this process."""
+
+    def __init__(self) -> None:
+        self._flop = 0.0
+        self._seconds = 0.0
+        self._warm = False
+
+    def add(self, flop: int, seconds: float) -> None:
+        if not self._warm:  # the first iteration loads weights and compiles kernels
+            self._warm = True
+            return
+        # older iterations count less: they were of smaller stages, where overheads weigh more
+        self._flop, self._seconds = self._flop * 0.8 + flop, self._seconds * 0.8 + seconds
+
+    def seconds_for(self, flop: int) -> float | None:
+        return flop * self._seconds / self._flop if self._flop else None

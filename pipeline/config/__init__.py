@@ -1,0 +1,1 @@
+"""The configuration: its fields, its YAML reader and its error messages."""

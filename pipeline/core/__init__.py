@@ -1,0 +1,1 @@
+"""What every room may use: errors, events, tiles, the layer table, files and text."""

@@ -1,0 +1,101 @@
+"""Where the threads of this process spend their time: sums by kind of work, and a Chrome trace if one is asked for.
+
+    with span("read"): …          the kinds: read, compute, write, update, and wait (for the device, or another pass)
+
+The sums are always kept; a span costs microseconds, and there are a few per tile. A trace is opened with
+chrome://tracing or https://ui.perfetto.dev.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from pipeline.core.errors import ConfigError
+
+_lock = threading.Lock()
+_seconds: defaultdict[str, float] = defaultdict(float)
+_trace: TextIO | None = None
+
+
+@contextmanager
+def span(kind: str, **details: object) -> Iterator[None]:
+    """Count the time of the block as `kind`; `details` go into the trace."""
+    start = time.perf_counter_ns()
+    try:
+        yield
+    finally:
+        _add(kind, start, time.perf_counter_ns(), details)
+
+
+def _add(kind: str, start_ns: int, end_ns: int, details: dict[str, object]) -> None:
+    with _lock:
+        _seconds[kind] += (end_ns - start_ns) / 1e9
+        if _trace is not None:
+            event = {
+                "name": kind,
+                "ph": "X",
+                "ts": start_ns / 1000,
+                "dur": (end_ns - start_ns) / 1000,
+                "pid": 0,
+                "tid": threading.get_native_id(),
+                "args": details,
+            }
+            _trace.write(f"{json.dumps(event)},\n")
+
+
+def add(seconds: Mapping[str, float]) -> None:
+    """Count what another process has taken; its spans do not get into the trace."""
+    with _lock:
+        for kind, value in seconds.items():
+            _seconds[kind] += value
+
+
+def take() -> dict[str, float]:
+    """Seconds by kind, summed over all threads since the last call."""
+    with _lock:
+        taken = dict(_seconds)
+        _seconds.clear()
+    return taken
+
+
+@contextmanager
+def recording(path: Path | None) -> Iterator[None]:
+    """Append every span of the block to the Chrome trace `path`; None writes nothing.
+
+    The list of events is never closed, so that the same command can go on with it; viewers take it as it is.
+    Raises ConfigError if `path` cannot be written, or is something else.
+    """
+    global _trace  # noqa: PLW0603 - one process, one timeline
+    if path is None:
+        yield
+        return
+    with _opened(path) as file:
+        with _lock:
+            _trace = file
+        try:
+            yield
+        finally:
+            with _lock:
+                _trace = None
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        file = path.open("a+", encoding="utf-8", errors="replace")
+        file.seek(0)
+        start = file.read(2)
+        if not start:
+            file.write("[\n")
+    except OSError as error:
+        raise ConfigError(f"--profile {path}: cannot be written ({error.strerror}). Choose another place.") from error
+    if start not in ("", "[\n"):
+        file.close()
+        raise ConfigError(f"--profile {path}: exists and is no timeline; it would be spoilt. Choose another name.")
+    return file

@@ -1,0 +1,1 @@
+"""Running task graphs on threads or worker processes: the only importer of dask and distributed."""

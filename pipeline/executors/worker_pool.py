@@ -1,0 +1,230 @@
+"""Worker processes on this machine, and the scheduler of dask.distributed that hands tasks to them.
+
+    this process                                 worker processes (worker.py)
+      the run's lock ─────── inherited ─────────►  hold it too: no run begins here while one of them lives
+      scheduler and client ── 127.0.0.1 ────────►  a few tasks in flight each, one of them computing
+      a keeper thread each ── starts, awaits ───►  killed by the system when their keeper ends
+
+A worker that dies is replaced, and its tasks, which may run twice, are done again. Tasks that nobody waits for any more
+are ended with their processes: nothing of an old pass may be written during a later one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from concurrent import futures
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import dask.config
+from distributed import Client, Future, LocalCluster, Scheduler
+from distributed.diagnostics.plugin import SchedulerPlugin
+
+from pipeline.core.errors import ConfigError
+from pipeline.executors import loopback, worker
+
+# How often in a row a worker may die before it is ready for tasks.
+_STARTS = 3
+# Ctrl-C and the end of a terminal reach the whole process group, but to stop the workers is for their parent.
+_PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class WorkerPool:
+    """A scheduler and a client in this process, and the worker processes with their keepers; started when needed."""
+
+    def __init__(self, processes: int, tasks: int, lock: int | None, note: Callable[[str], None]):
+        self._processes, self._tasks, self._lock, self._note = processes, tasks, lock, note
+        self._environment = dict(os.environ)  # a worker that is started later computes as the first ones do
+        self._starting = threading.Lock()
+        self._opened: ExitStack | None = None
+        self._keepers: list[threading.Thread] = []
+        self._state = threading.Lock()  # of the workers, by process id, those that we killed, and whether it is over
+        self._workers: dict[int, subprocess.Popen[bytes]] = {}
+        self._dropped: set[int] = set()
+        self._closing = False
+        self._last_end = ""
+        self._broken: Exception | None = None
+
+    def submit(
+        self, task: Callable[[Any], Any], spec: object, shared: dict[int, Future[Any]], slot: str
+    ) -> Future[Any]:
+        """Hand out one task. `shared` has what is large in the specs so far, and takes up what is in this one."""
+        self._start()
+        packed, large = worker.pack(task, spec)
+        for key, value in large.items():
+            if key not in shared:
+                shared[key] = self._client.submit(worker.give, value, pure=False)
+        used = {key: shared[key] for key in large}
+        call: Future[Any] = self._client.submit(worker.run_packed, packed, used, pure=False, resources={slot: 1})
+        return call
+
+    def when_done(self, call: Future[Any], tell: Callable[[], None], tell_error: Callable[[Future[Any]], None]) -> None:
+        """Have `tell` called, on another thread, once a task is done or has failed; if so, `tell_error` before it."""
+
+        def done(call: Future[Any]) -> None:
+            if call.status == "error":
+                tell_error(call)
+            tell()
+
+        call.add_done_callback(done)  # type: ignore[no-untyped-call]
+
+    def fetch(self, calls: list[Future[Any]]) -> futures.Future[list[tuple[Any, Mapping[str, float]]]]:
+        """Begin to fetch results, each with the seconds that its process spent since the last one."""
+        gathering: Coroutine[Any, Any, list[Any]] = self._client.gather(calls, asynchronous=True)
+        return asyncio.run_coroutine_threadsafe(gathering, self._loop)
+
+    def drop(self, calls: Collection[Future[Any]]) -> None:
+        """End these tasks, running or not: kill all workers. What others wait for is done again by new ones."""
+        if not calls:
+            return
+        self._client.cancel(list(calls), force=True)
+        with self._state:
+            killed = list(self._workers.values())
+            for process in killed:
+                self._dropped.add(process.pid)
+                process.kill()
+        for process in killed:
+            process.wait()
+
+    def raise_if_broken(self) -> None:
+        """Raise what keeps workers from being started."""
+        if self._broken is not None:
+            raise self._broken
+
+    def killer_error(self) -> ConfigError:
+        """The error of a task over which worker after worker died."""
+        return ConfigError(
+            f"{worker.ALLOWED_DEATHS + 1} worker processes died over the same task; the last {self._last_end}. Most "
+            "likely this machine's memory does not suffice, or another program took it. Nothing that was committed is "
+            "lost: give the same command with fewer compute.workers, a smaller compute.tile_px or memory.limit, or "
+            "when there is more memory."
+        )
+
+    def close(self) -> None:
+        """Kill the workers, wait for their end, and close the scheduler."""
+        with self._state:
+            self._closing = True
+            for process in self._workers.values():
+                process.kill()
+        for keeper in self._keepers:
+            keeper.join()
+        if self._opened is not None:
+            self._opened.close()
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._opened is not None:
+                return
+            with ExitStack() as opened:
+                self._folder = Path(opened.enter_context(TemporaryDirectory(prefix="pipeline-")))
+                opened.enter_context(dask.config.set(worker.SETTINGS))
+                cluster = LocalCluster(  # type: ignore[no-untyped-call]
+                    n_workers=0,
+                    host="127.0.0.1",
+                    protocol=loopback.SCHEME,
+                    dashboard_address="127.0.0.1:0",
+                    scheduler_kwargs={"dashboard": False},
+                    silence_logs=logging.CRITICAL,
+                )
+                opened.enter_context(cluster)
+                client = Client(cluster, set_as_default=False)  # type: ignore[no-untyped-call]
+                self._client = opened.enter_context(client)
+                self._loop: asyncio.AbstractEventLoop = cast(Any, client.loop).asyncio_loop
+                self._address = cluster.scheduler_address
+                self._register = _Register(self._kill)
+                cast(Scheduler, cluster.scheduler).add_plugin(self._register)
+                self._opened = opened.pop_all()
+            self._keepers = [threading.Thread(target=self._keep, daemon=True) for _ in range(self._processes)]
+            for keeper in self._keepers:
+                keeper.start()
+
+    def _keep(self) -> None:
+        """Start a worker, await its end, start the next. The end of this thread is the end of its worker."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)  # inherited by the worker
+        vain = 0
+        try:
+            while (process := self._start_worker()) is not None:
+                how = _ending(process.wait())
+                with self._state:
+                    del self._workers[process.pid]
+                    if self._closing or process.pid in self._dropped:
+                        continue
+                    self._last_end = how
+                vain = 0 if process.pid in self._register.pids else vain + 1
+                if vain == _STARTS:
+                    raise self._start_error(f"{_STARTS} worker processes ended before they could work; the last {how}")
+                self._note(f"worker process {process.pid} {how}; a new one does its tasks again")
+        except OSError as error:
+            self._broken = self._start_error(f"a worker process could not be started ({error.strerror})")
+        except Exception as error:  # whatever it is: a thread that waits for tasks has to hear of it
+            self._broken = error
+
+    def _start_worker(self) -> subprocess.Popen[bytes] | None:
+        """A new worker process, or None if the cluster closes."""
+        arguments = [self._address, str(os.getpid()), str(self._tasks), str(self._folder)]
+        # everything that tasks can be imported from here; -P keeps the current folder out
+        path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+        with self._state, self._log.open("ab") as log:
+            if self._closing:
+                return None
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", "from pipeline.executors.worker import main; main()", *arguments],
+                env={**self._environment, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=() if self._lock is None else (self._lock,),
+            )
+            self._workers[process.pid] = process
+            return process
+
+    @property
+    def _log(self) -> Path:
+        """What workers print: distributed's words on how they ended."""
+        return self._folder / "workers.log"
+
+    def _start_error(self, what: str) -> ConfigError:
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = next((f" Their last words: {line.strip()}" for line in reversed(lines) if line.strip()), "")
+        return ConfigError(
+            f"compute.workers: {what}.{said} Nothing is lost: correct the cause, or use compute.workers: 0, which "
+            "computes in one process."
+        )
+
+    def _kill(self, pid: int) -> None:
+        with self._state:
+            if pid in self._workers:
+                self._workers[pid].kill()
+
+
+class _Register(SchedulerPlugin):
+    """The workers that were ready once; `kill` ends the process of one that the scheduler gives up."""
+
+    def __init__(self, kill: Callable[[int], None]):
+        self.pids: set[int] = set()
+        self._by_address: dict[str, int] = {}
+        self._kill = kill
+
+    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
+        self._by_address[worker] = int(str(scheduler.workers[worker].name))
+        self.pids.add(self._by_address[worker])
+
+    def remove_worker(self, scheduler: Scheduler, worker: str, **_: object) -> None:
+        self._kill(self._by_address.pop(worker))
+
+
+def _ending(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"ended with code {code}"
+    hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{hint}"

@@ -1,0 +1,199 @@
+"""Source pictures: streaming decode, streaming resize.
+
+Axes in names: H rows, W columns, C channels. Rectangles are ``(y0, y1, x0, x1)`` in px, half-open; sizes ``(H, W)``.
+
+The picture is never whole in memory: libvips decodes and resizes strip by strip in a thread of its own, and the
+caller receives bands of rows. The few files that cannot be decoded in strips say so in `ImageHeader.decode_bytes`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyvips
+from numpy.typing import NDArray
+
+from pipeline.core.errors import InputError
+from pipeline.core.image_formats import RGB8, PixelKind
+from pipeline.images.header import describe, needs_random_access, open_file, open_image
+from pipeline.images.vips_streams import BandPump, Rows, reason
+
+# The window of `resize_window` reaches this far beyond the outermost sample: 2 px feed the bicubic, 2 px are slack.
+_MARGIN_PX = 4
+
+Box = tuple[int, int, int, int]
+FloatT = TypeVar("FloatT", np.float32, np.float64)
+
+# Every thread has strips of its own: 16 take 1.7 GB to enlarge to 40,000 px where 4 take 0.45, and are not faster.
+_MOST_THREADS = 4
+
+
+@contextmanager
+def vips_settings() -> Iterator[None]:
+    """Inside, libvips keeps no more in memory than the plan counts."""
+    cached, threads = pyvips.cache_get_max(), pyvips.concurrency_get()
+    pyvips.cache_set_max(0)  # it would keep decoders, and with them whole bands, alive after their last use
+    pyvips.concurrency_set(min(threads, _MOST_THREADS))
+    try:
+        yield
+    finally:
+        pyvips.concurrency_set(threads)
+        pyvips.cache_set_max(cached)
+
+
+def stream_rgb(
+    path: Path,
+    width_px: int,
+    height_px: int,
+    band_px: int,
+    check: Callable[[], None] = lambda: None,
+    kind: PixelKind = RGB8,
+) -> Generator[tuple[int, Rows]]:
+    """Decode, convert to sRGB and resize a picture; yield its rows in bands of a fixed height.
+
+    Yields ``(y0, rows)`` from the top, rows of shape (band_px, width_px, channels), uint8 or uint16, the last band what
+    is left. At most three bands are in memory at once. Downward the kernel is Lanczos-3, upward centred bicubic, axis
+    by axis. Colours are on white where the picture is transparent; with `kind.alpha`, which is for pictures that have
+    it, its alpha comes with them, resized by itself.
+    `check` is called several times a second while a band is waited for, and may raise to give up.
+
+    Raises InputError at the call where the header is bad, and while iterating where the pixels are; StorageError where
+    the disk fails.
+    """
+    if min(width_px, height_px, band_px) < 1:
+        raise ValueError(f"size and band must be at least 1 px, not {width_px}×{height_px} in bands of {band_px}")
+    file = open_file(path)
+    image = open_image(file, "sequential")
+    describe(file, image)
+    try:
+        if needs_random_access(image):
+            file = open_file(path)
+            image = open_image(file, "random")
+        image = _to_srgb(image.autorot(), kind.alpha)
+        bits = 16 if image.format == "ushort" else 8
+        if kind.bits == 16 and (image.width, image.height) != (width_px, height_px):
+            image = image.cast("float")  # by weights of 12 bits, as libvips sums 16, it is off by up to 28 of 65535
+        image = _to_bits(_resize(image, width_px, height_px), bits, kind.bits)
+    except pyvips.Error as error:
+        raise InputError(f"{path}: cannot be converted to sRGB: {reason(error)}. Convert it to RGB first.") from error
+    assert (image.width, image.height, image.bands) == (width_px, height_px, kind.channels)
+    return BandPump(file, image, band_px).bands(check)
+
+
+def source_window(target: Box, source_size: tuple[int, int], target_size: tuple[int, int]) -> Box:
+    """The rectangle of the source that `resize_window` needs for one rectangle of the target."""
+    y0, y1, x0, x1 = target
+    rows = _source_range(y0, y1, source_size[0], target_size[0])
+    columns = _source_range(x0, x1, source_size[1], target_size[1])
+    return (*rows, *columns)
+
+
+def resize_window(
+    window_HWC: NDArray[FloatT], window: Box, source_size: tuple[int, int], target_size: tuple[int, int], target: Box
+) -> NDArray[FloatT]:
+    """Resize one rectangle upward, centred bicubic (Catmull-Rom), edges repeated. Values are not clipped.
+
+    window_HWC holds the rectangle `window` of the source; the result is the rectangle `target` of the target. Taps
+    and weights follow from the target pixel's own coordinates alone, so that any partition gives the same bits as
+    the whole image. (libvips' affine rounds the phase of 8-bit, 16-bit and float32 pixels to 1/64 px; this does not.)
+    """
+    assert window_HWC.shape[:2] == (window[1] - window[0], window[3] - window[2])
+    y0, y1, x0, x1 = target
+    taps_y, weights_y = _taps(y0, y1, source_size[0], target_size[0])
+    taps_x, weights_x = _taps(x0, x1, source_size[1], target_size[1])
+    dtype = window_HWC.dtype
+    rows = _weighted(window_HWC, 0, taps_y - window[0], weights_y.astype(dtype)[:, :, None, None])
+    return _weighted(rows, 1, taps_x - window[2], weights_x.astype(dtype)[:, None, :, None])
+
+
+def _to_srgb(image: Any, keep_alpha: bool) -> Any:
+    """Three bands of sRGB, 8 or 16 bit, transparent parts on white; and the alpha as a fourth, if it is to be kept."""
+    deep = image.format == "ushort"
+    image = _apply_profile(image, deep)
+    wanted = "rgb16" if deep else "srgb"
+    if image.interpretation != wanted:
+        image = image.colourspace(wanted)
+    alpha = image.extract_band(image.bands - 1)
+    if image.hasalpha():
+        # Before the resize: a flattened pixel is the premultiplied one plus white, so no hidden colour bleeds in.
+        image = image.flatten(background=[65535 if deep else 255] * 3)
+    colours = image.extract_band(0, n=3)
+    return colours.bandjoin(alpha) if keep_alpha else colours
+
+
+def _apply_profile(image: Any, deep: bool) -> Any:
+    """Bring an embedded ICC profile to sRGB. A profile that libvips cannot use is passed over, as browsers do."""
+    if not image.get_typeof("icc-profile-data") or image.get("icc-profile-data") == _srgb_profile():
+        return image  # our own exports come back bit by bit
+    try:
+        return image.icc_transform(
+            "srgb", embedded=True, intent="relative", black_point_compensation=True, depth=16 if deep else 8
+        )
+    except pyvips.Error:
+        return image
+
+
+@functools.cache
+def _srgb_profile() -> bytes:
+    return bytes(pyvips.Operation.call("profile_load", "srgb"))
+
+
+def _resize(image: Any, width_px: int, height_px: int) -> Any:
+    """Lanczos-3 on the axes that shrink, then bicubic on those that grow. Both keep the centre where it was."""
+    shrunk_width_px, shrunk_height_px = min(width_px, image.width), min(height_px, image.height)
+    if (shrunk_width_px, shrunk_height_px) != (image.width, image.height):
+        scale, vscale = shrunk_width_px / image.width, shrunk_height_px / image.height
+        image = image.resize(scale, vscale=vscale, kernel="lanczos3")
+    if (width_px, height_px) == (image.width, image.height):
+        return image
+    # Not Image.resize: upward it shifts the picture by half an output pixel (libvips before 8.19).
+    # In double: libvips' other bicubics round the phase to 1/64 px, which is up to 4 levels at an edge.
+    return image.cast("double").affine(
+        (width_px / image.width, 0, 0, height_px / image.height),
+        interpolate=pyvips.Interpolate.new("bicubic"),
+        oarea=[0, 0, width_px, height_px],
+        idx=0.5 * (1 - image.width / width_px),
+        idy=0.5 * (1 - image.height / height_px),
+        extend="copy",
+        premultiplied=True,  # as it comes: a fourth band is a picture of its own here
+    )
+
+
+def _to_bits(image: Any, has: int, wanted: int) -> Any:
+    """8 or 16 bits a channel, clipped and rounded; libvips' own shift of 16 bits by 8 darkens by half a level."""
+    if image.format == ("uchar" if wanted == 8 else "ushort"):
+        return image
+    factor = (2**wanted - 1) / (2**has - 1)
+    return image.linear(factor, 0.5, uchar=True) if wanted == 8 else image.linear(factor, 0.5).cast("ushort")
+
+
+def _source_range(t0: int, t1: int, source: int, target: int) -> tuple[int, int]:
+    """Source pixels under the target pixels [t0, t1), with the margin, clipped to the image."""
+    first, last = (((2 * t + 1) * source - target) // (2 * target) for t in (t0, t1 - 1))
+    return max(first - _MARGIN_PX, 0), min(last + 1 + _MARGIN_PX, source)
+
+
+def _taps(t0: int, t1: int, source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Indices and weights, each (4, t1 − t0), of the bicubic taps of the target pixels [t0, t1) on one axis."""
+    assert source <= target, f"resize_window only enlarges, not {source} to {target} px"
+    # Position (t + ½)·source/target − ½ as a fraction of integers: the phase is exact whatever the window.
+    numerator = (2 * np.arange(t0, t1, dtype=np.int64) + 1) * source - target
+    base = numerator // (2 * target)
+    f = (numerator - base * 2 * target) / (2 * target)
+    g = 1 - f
+    weights = np.stack([-0.5 * f * g * g, 1 + f * f * (1.5 * f - 2.5), 1 + g * g * (1.5 * g - 2.5), -0.5 * f * f * g])
+    # Clipping an index repeats the edge.
+    return np.clip(base + np.arange(-1, 3)[:, None], 0, source - 1), weights
+
+
+def _weighted(values: NDArray[FloatT], axis: int, taps: NDArray[np.int64], weights: NDArray[Any]) -> NDArray[FloatT]:
+    """Sum over the four taps of weight × value, always in the same order."""
+    total: NDArray[FloatT] = np.take(values, taps[0], axis) * weights[0]
+    for tap, weight in zip(taps[1:], weights[1:], strict=True):
+        total += np.take(values, tap, axis) * weight
+    return total

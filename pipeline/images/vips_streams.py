@@ -1,0 +1,367 @@
+"""The ends of libvips pipelines: a file that a decoder reads, bands of what it gives; bands for a saver, its file.
+
+    FileSource ──► decoder, resize ──► BandPump ──► (y0, rows) …        … rows ──► RowSource ──► saver ──► FileTarget
+
+libvips works in threads of its own. Each end can be cut off, so that the work stops within the piece it is at, and
+keeps the OSError that it met, which libvips and the libraries below it only tell in words, if at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import stat
+import struct
+import threading
+import weakref
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyvips
+from numpy.typing import NDArray
+
+from pipeline.config.yaml_reader import shown
+from pipeline.core.errors import InputError, storage_error
+from pipeline.core.image_formats import PixelKind
+
+Rows = NDArray[np.uint8] | NDArray[np.uint16]
+
+# How often a wait for libvips looks whether the caller wants to go on.
+POLL_S = 0.2
+BAND_BYTES = 64 * 2**20  # upper bound of one band; two are in memory while writing
+BAND_ROWS_PX = 512  # as many rows as a chunk of the store has, where BAND_BYTES allows it
+# What is written goes to the disk in steps of this size: the last sync, which nothing can interrupt, is then short.
+_SYNC_BYTES = 256 * 2**20
+
+
+class FileSource:
+    """A file as libvips' custom source reads it.
+
+    Not libvips' own: that one maps the file, so that all of it counts as our memory, and a file cut while it is
+    read kills the process (SIGBUS); nor by name: a name may carry loader options in brackets.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._failure: OSError | None = None
+        self._closed = False
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for somebody to write into it
+            what = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
+            raise OSError(errno.EINVAL, f"it is {what}, not an image file")
+        descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        self._descriptor = descriptor
+        self.size_bytes = os.fstat(descriptor).st_size
+        self._position = 0
+
+    def read_at(self, offset: int, count: int) -> bytes:
+        """At most `count` bytes from `offset` on; none where the disk fails or no file can be so long."""
+        try:
+            return os.pread(self._descriptor, count, offset)
+        except (OSError, OverflowError):
+            return b""
+
+    def read(self, count: int) -> bytes | None:
+        """The next bytes; None, the end, where the disk fails or nobody wants more: the decoder then gives up."""
+        if self._closed:
+            return None
+        try:
+            data = os.pread(self._descriptor, count, self._position)
+        except OSError as error:
+            self._failure = error
+            return None
+        self._position += len(data)
+        return data
+
+    def end(self) -> None:
+        """Pretend that the file ends here: a decoder that reads a whole picture at once listens to nothing else."""
+        self._closed = True
+
+    def raise_failure(self) -> None:
+        """Raise what the disk answered instead of bytes, if it did: the decoder calls the file cut off."""
+        if self._failure is not None:
+            raise storage_error(self.path, self._failure)
+
+    def seek(self, offset: int, whence: int) -> int:
+        """Move as io.seek does, and say where to."""
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size_bytes}[whence]
+        return self._position
+
+
+class BandPump:
+    """Runs a libvips pipeline in a thread and hands its pixels over, band by band."""
+
+    def __init__(self, file: FileSource, image: Any, band_px: int) -> None:
+        self._file = file
+        self._image = image
+        self._band_px = band_px
+        self._written = 0  # bytes of the picture that libvips has delivered
+        self._dtype = np.dtype(np.uint16 if image.format == "ushort" else np.uint8)
+        self._band: NDArray[np.uint8] | None = None  # as bytes
+        # One band waits here, one is being filled, one is with the caller.
+        self._queue: queue.Queue[tuple[int, Rows] | Exception | None] = queue.Queue(maxsize=1)
+        self._stop = threading.Event()
+
+    def bands(self, check: Callable[[], None]) -> Generator[tuple[int, Rows]]:
+        """Yield ``(y0, rows)``; leaving the iteration early ends the thread."""
+        path = self._file.path
+        thread = threading.Thread(target=self._run, name=f"decode {path.name}", daemon=True)
+        thread.start()
+        try:
+            while (item := self._next(check)) is not None:
+                if isinstance(item, pyvips.Error):
+                    self._file.raise_failure()
+                    raise InputError(
+                        f"{path}: cannot be decoded; it is damaged or cut off, or cut into too large strips: "
+                        f"{reason(item)}. Give an intact copy, saved anew."
+                    ) from item
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                del item  # else this frame keeps the band through the next wait
+            self._file.raise_failure()
+        finally:
+            self._stop.set()
+            self._image.set_kill(True)
+            self._file.end()
+            thread.join()
+
+    def _next(self, check: Callable[[], None]) -> tuple[int, Rows] | Exception | None:
+        while True:
+            try:
+                return self._queue.get(timeout=POLL_S)
+            except queue.Empty:
+                check()
+
+    def _run(self) -> None:
+        target = pyvips.TargetCustom()
+        target.on_write(self._write)
+        try:
+            self._image.rawsave_target(target)
+        except Exception as error:  # handed to the caller's thread
+            self._put(error)
+        else:
+            self._put(None)
+
+    def _write(self, data: Any) -> int:
+        """Take bytes from libvips; -1 tells it to stop."""
+        pixels = np.frombuffer(data, np.uint8)
+        width_px, height_px, channels = self._image.width, self._image.height, self._image.bands
+        row_bytes = channels * width_px * self._dtype.itemsize
+        taken = 0
+        while taken < pixels.size:
+            y0 = self._written // (self._band_px * row_bytes) * self._band_px
+            if self._band is None:
+                self._band = np.empty(min(self._band_px, height_px - y0) * row_bytes, np.uint8)
+            start = self._written - y0 * row_bytes
+            count = min(self._band.size - start, pixels.size - taken)
+            self._band[start : start + count] = pixels[taken : taken + count]
+            taken += count
+            self._written += count
+            if start + count == self._band.size:
+                band, self._band = self._band, None
+                if not self._put((y0, band.view(self._dtype).reshape(-1, width_px, channels))):
+                    return -1
+        return taken
+
+    def _put(self, item: tuple[int, Rows] | Exception | None) -> bool:
+        """Wait for room in the queue; False when nobody will take the item any more."""
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+
+def reason(error: Exception) -> str:
+    """The first line that libvips wrote about an error, without its full stop."""
+    detail = str(getattr(error, "detail", error)).strip()
+    return shown((detail.splitlines() or [str(error)])[0].strip().rstrip("."), 200)
+
+
+class RowSource:
+    """An uncompressed strip BigTIFF whose rows are made while it is read.
+
+    Two bands exist at once: the one libvips reads, and the next, waiting or being made.
+    """
+
+    def __init__(self, width_px: int, height_px: int, kind: PixelKind) -> None:
+        self.width_px, self.height_px, self.kind = width_px, height_px, kind
+        row_bytes = width_px * kind.pixel_bytes
+        self.band_px = max(1, min(BAND_BYTES // row_bytes, BAND_ROWS_PX))
+        self._header = _tiff_header(width_px, height_px, kind)
+        self._size = len(self._header) + height_px * row_bytes
+        self._position = 0
+        self._start, self._bytes = 0, memoryview(self._header)  # what is at hand: offset and content
+        self._queue: queue.Queue[memoryview | None] = queue.Queue()
+        self._room = threading.Semaphore(1)
+        self._image: Any = None
+        self.cancelled = threading.Event()
+
+    def image(self) -> Any:
+        """The picture as libvips sees it, with the sRGB profile attached."""
+        source = pyvips.SourceCustom()
+        source.on_read(self._read)
+        source.on_seek(self._seek)
+        image = pyvips.Image.new_from_source(source, "", access="sequential", fail_on="error").copy()
+        profile = pyvips.Operation.call("profile_load", "srgb")
+        image.set_type(pyvips.GValue.blob_type, "icc-profile-data", profile)
+        self._image = image
+        return image
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Wait until one more band may be made, or nobody will read it; False if the time is over before."""
+        return self._room.acquire(timeout=timeout_s)
+
+    def put(self, rows: Rows, y0: int, y1: int) -> None:
+        """Hand over the band [y0, y1)."""
+        shape = y1 - y0, self.width_px, self.kind.channels
+        assert (rows.shape, rows.itemsize) == (shape, self.kind.bits // 8), f"{rows.shape} {rows.dtype}"
+        self._queue.put(np.ascontiguousarray(rows).data.cast("B"))
+
+    def cancel(self) -> None:
+        """Wake both sides up: no more bands will come or be read."""
+        self.cancelled.set()
+        if self._image is not None:
+            self._image.set_kill(True)  # what libvips has read already is not computed to the end
+        self._queue.put(None)
+        self._room.release()
+
+    def _read(self, count: int) -> memoryview | None:
+        """Bytes at the position; None, the end, after cancel()."""
+        while self._start + len(self._bytes) <= self._position < self._size:
+            self._start += len(self._bytes)
+            self._bytes = memoryview(b"")  # before the wait: the next band is being made meanwhile
+            band = None if self.cancelled.is_set() else self._next()
+            if band is None:
+                return None
+            self._bytes = band
+        offset = self._position - self._start
+        if offset < 0:  # libtiff goes back to the header at times, never to pixels
+            assert self._position < len(self._header), "libvips read rows a second time"
+            data = memoryview(self._header)[self._position : self._position + count]
+        else:
+            data = self._bytes[offset : offset + count]
+        self._position += len(data)
+        return data
+
+    def _next(self) -> memoryview | None:
+        band = self._queue.get()
+        self._room.release()
+        return band
+
+    def _seek(self, offset: int, whence: int) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        return self._position
+
+
+class FileTarget:
+    """A new file that a saver writes. The first error is kept: not every library under a saver passes it on.
+
+    on_begin() is called once, in libvips' thread, before anything is written: it has opened its other files by then.
+    """
+
+    def __init__(self, path: Path, cancelled: threading.Event, on_begin: Callable[[], None]) -> None:
+        self._file = path.open("x+b", buffering=0)
+        self._cancelled = cancelled
+        self._on_begin: Callable[[], None] | None = on_begin
+        self._unsynced = 0
+        self._failure: OSError | None = None
+
+    def target(self) -> Any:
+        """The file as libvips sees it."""
+        target = _target_with_a_name()
+        target.on_write(self._write)
+        target.on_read(self._read)  # libtiff reads its own directories
+        target.on_seek(self._seek)
+        return target
+
+    def close(self) -> None:
+        """Close the file. Raises the OSError that a write met, whatever the saver made of it."""
+        self._file.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _write(self, data: Any) -> int:
+        """Take all bytes; -1 tells libvips to give up."""
+        self._begin()
+        view = memoryview(data)
+        try:
+            while view and self._failure is None and not self._cancelled.is_set():
+                view = view[self._file.write(view) :]
+            self._unsynced += len(data)
+            if self._unsynced > _SYNC_BYTES:
+                os.fdatasync(self._file.fileno())
+                self._unsynced = 0
+        except OSError as error:
+            self._failure = error
+        return -1 if view or self._failure else len(data)
+
+    def _read(self, count: int) -> bytes | None:
+        try:
+            return self._file.read(count)
+        except OSError as error:
+            self._failure = error
+            return None
+
+    def _seek(self, offset: int, whence: int) -> int:
+        self._begin()
+        return self._file.seek(offset, whence)
+
+    def _begin(self) -> None:
+        if self._on_begin is not None:
+            self._on_begin()
+            self._on_begin = None
+
+
+def _target_with_a_name() -> Any:
+    """A custom target that libvips takes for a named file: then it puts what it keeps aside into files, not in memory.
+
+    A name can be given before a target is built alone, and building one would open the file of that name. Unbuilt ones
+    do as well: all that comes with the name, and no file, is its mention in errors.
+    """
+    target = pyvips.TargetCustom.__new__(pyvips.TargetCustom)
+    kind = pyvips.type_from_name("VipsTargetCustom")
+    pyvips.Target.__init__(target, pyvips.ffi.cast("VipsTarget*", pyvips.GObject.new_pointer_from_gtype(kind)))
+    target.set("filename", "the picture")
+    return target
+
+
+def _tiff_header(width_px: int, height_px: int, kind: PixelKind) -> bytes:
+    """All of an uncompressed RGB or RGBA BigTIFF but its pixels: little-endian, one strip per row.
+
+    Fields are (tag, type, values); a value block longer than 8 bytes follows the directory, in order.
+    """
+    row_bytes = width_px * kind.pixel_bytes
+    types = {3: "H", 4: "I", 16: "Q"}
+    fields: list[tuple[int, int, Any]] = [
+        (256, 4, [width_px]),
+        (257, 4, [height_px]),
+        (258, 3, [kind.bits] * kind.channels),
+        (259, 3, [1]),  # no compression
+        (262, 3, [2]),  # RGB
+        (273, 16, range(height_px)),  # where the rows are: filled in below
+        (277, 3, [kind.channels]),
+        (278, 4, [1]),  # rows per strip
+        (279, 4, [row_bytes] * height_px),
+        (284, 3, [1]),  # interleaved
+        *([(338, 3, [2])] if kind.alpha else []),  # the colours are not multiplied by it
+    ]
+    directory_end = 16 + 8 + 20 * len(fields) + 8
+    sizes = [struct.calcsize(f"<{len(values)}{types[number_type]}") for _, number_type, values in fields]
+    pixels_at = directory_end + sum(size for size in sizes if size > 8)
+    head = struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, len(fields))
+    blocks = b""
+    for tag, number_type, values in fields:
+        numbers = [pixels_at + row * row_bytes for row in values] if tag == 273 else values
+        packed = struct.pack(f"<{len(numbers)}{types[number_type]}", *numbers)
+        if len(packed) > 8:
+            packed, blocks = struct.pack("<Q", directory_end + len(blocks)), blocks + packed
+        head += struct.pack("<HHQ", tag, number_type, len(numbers)) + packed.ljust(8, b"\0")
+    return head + struct.pack("<Q", 0) + blocks

@@ -1,0 +1,1 @@
+"""The mathematics of the losses: no store, no files."""

@@ -1,0 +1,1 @@
+"""The VGG network and its weights."""

@@ -1,0 +1,204 @@
+"""Finding the weights of a network, and what can be known of them without torch.
+
+Kept apart from network.py so that `plan` and `status` start without importing torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from pipeline.config.fields import MAX_BYTES
+from pipeline.config.yaml_reader import shown
+from pipeline.core.errors import InputError, StorageError, storage
+from pipeline.core.events import Note, Sink, WorkDone, ignore
+from pipeline.core.vgg_layers import CONV_NAMES, LAYER_BY_NAME, VGG19_WIDTHS
+from pipeline.network.download import DownloadError, download
+from pipeline.network.weights_file import check_file, safetensors_shapes
+
+VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+VGG19_SHA256_PREFIX = "dcbb9e9d"
+VGG19_FILE_BYTES = 574_673_361
+_HASH_BLOCK_BYTES = 4 * 2**20
+# Networks whose weights come with the package: docs/networks.md tells how each was made.
+PACKAGED: Mapping[str, Path] = {"vgg19-lite": Path(__file__).parents[1] / "assets" / "vgg19-lite.safetensors"}
+# Narrow, because random features are for tests: a sixteenth of VGG-19's arithmetic.
+RANDOM_WIDTHS: Mapping[str, int] = {name: VGG19_WIDTHS[name] // 4 for name in CONV_NAMES}
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """Where a network's weights come from: a file, or a seed when `path` is None.
+
+    `widths` gives the output channels of every convolution, `sha256` names the content for the manifest.
+    """
+
+    path: Path | None
+    seed: int
+    widths: Mapping[str, int]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Everything needed to build a network anywhere; picklable.
+
+    `threads`: how many compute one tile on a CPU, which decides the last bits; 0 leaves that to torch.
+    `gpu_bytes`: of a GPU, what is planned for one process; 0 bounds nothing.
+    """
+
+    source: WeightsSource
+    padding: str
+    pooling: str
+    dtype: str
+    device: str
+    threads: int = 0
+    gpu_bytes: int = 0
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device has memory and streams of its own."""
+        return self.device != "cpu"
+
+
+def find_weights(
+    name: str, path: Path | None, seed: int, sink: Sink = ignore, check: Callable[[], None] = lambda: None
+) -> WeightsSource:
+    """Locate the weights of network `name`; without a path, its own: packaged, seeded, or (VGG-19's) downloaded.
+
+    `check` is called while a file is fetched or read, and may raise to give up.
+    Raises InputError if the file is missing, is not a weights file, or cannot be downloaded.
+    """
+    if path is None and name == "random":
+        return WeightsSource(None, seed, RANDOM_WIDTHS, "random")
+    path = path or PACKAGED.get(name) or download_vgg19(sink, check)
+    return WeightsSource(path, seed, read_widths(path), sha256_of(path, check))
+
+
+def weights_path(name: str, path: Path | None) -> Path | None:
+    """The file that `find_weights` would read, there or not; None for random weights."""
+    path = path or PACKAGED.get(name)
+    return path if path is not None or name == "random" else _vgg19_path()
+
+
+def widths_for_plan(name: str, path: Path | None, max_bytes: int = MAX_BYTES) -> Mapping[str, int]:
+    """Channel widths of the network that `find_weights` would give, without downloading anything.
+
+    Raises InputError for a file that cannot be used, or has more than `max_bytes`.
+    """
+    path = path or PACKAGED.get(name)
+    if path is not None:
+        check_file(path, max_bytes)
+        return read_widths(path)
+    return RANDOM_WIDTHS if name == "random" else VGG19_WIDTHS
+
+
+def weights_bytes(name: str, path: Path | None) -> int:
+    """Size of the weights file that `find_weights` would give, without downloading anything."""
+    path = path or PACKAGED.get(name)
+    if path is not None:
+        return path.stat().st_size
+    return 0 if name == "random" else VGG19_FILE_BYTES
+
+
+def conv_key(name: str, names: set[str]) -> str | None:
+    """The stem under which a state dict with the keys `names` holds convolution `name`: ours or torchvision's."""
+    for stem in (name, f"features.{LAYER_BY_NAME[name].torchvision_index}"):
+        if f"{stem}.weight" in names and f"{stem}.bias" in names:
+            return stem
+    return None
+
+
+def read_widths(path: Path) -> Mapping[str, int]:
+    """Output channels of every convolution in a weights file.
+
+    Raises InputError if it is no weights file, or not of a VGG-19-shaped network.
+    """
+    check_file(path, MAX_BYTES)
+    return _read_widths(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _read_widths(path: Path, _modified_ns: int) -> Mapping[str, int]:
+    shapes = safetensors_shapes(path) if path.suffix == ".safetensors" else _pickle_shapes(path)
+    return check_shapes(shapes, path)
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, int]:
+    """Check that tensors of these shapes chain up to a VGG-19 topology; gives each convolution's output channels."""
+    widths: dict[str, int] = {}
+    channels = 3
+    for name in CONV_NAMES:
+        key = conv_key(name, set(shapes))
+        if key is None:
+            if widths:
+                break  # a network cut off after some layer still serves the layers it has
+            raise InputError(
+                f"weights file {path}: has no {name}.weight or features.0.weight, so it is not a VGG-19-shaped "
+                f"network (first keys: {shown(', '.join(list(shapes)[:3])) or 'none'}). Give torchvision's VGG-19 or "
+                "one with its layer names in network.weights."
+            )
+        weight, bias = shapes[f"{key}.weight"], shapes[f"{key}.bias"]
+        if len(weight) != 4 or weight[1:] != (channels, 3, 3) or bias != weight[:1]:
+            raise InputError(
+                f"weights file {path}: {key}.weight is {weight} with bias {bias}, but {name} needs "
+                f"(channels, {channels}, 3, 3) with as many biases: these are another network's weights."
+            )
+        widths[name] = channels = weight[0]
+    first = shapes.get("input.weight"), shapes.get("input.bias")
+    if first not in ((None, None), ((3, 3, 1, 1), (3,))):
+        raise InputError(
+            f"weights file {path}: input.weight is {first[0]} with bias {first[1]}, but an input convolution is "
+            "(3, 3, 1, 1) with 3 biases: these are another network's weights."
+        )
+    return widths
+
+
+def _pickle_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    from pipeline.network.vgg import load_state  # noqa: PLC0415 - torch is needed to open a .pth, and only for that
+
+    return {key: tuple(value.shape) for key, value in load_state(path).items()}
+
+
+def download_vgg19(sink: Sink, check: Callable[[], None]) -> Path:
+    """Torchvision's VGG-19 file in torch's hub folder, downloaded and hash-checked the first time.
+
+    Raises InputError, saying what to do, when there is no network or the file is not what it should be; StorageError.
+    """
+    path = _vgg19_path()
+    if path.is_file():
+        return path
+    sink(Note(f"downloading VGG-19's weights, {VGG19_FILE_BYTES / 2**20:.0f} MiB, to {path}"))
+    try:
+        download(
+            VGG19_URL,
+            path,
+            VGG19_SHA256_PREFIX,
+            check,
+            lambda done, total: sink(WorkDone(0, "download", done, total)),
+        )
+    except (DownloadError, StorageError) as error:
+        raise type(error)(
+            f"VGG-19's weights could not be downloaded from {VGG19_URL} ({error}). Download that file elsewhere and "
+            f"put it at {path}, or name a weights file in network.weights."
+        ) from error
+    return path
+
+
+def _vgg19_path() -> Path:
+    import torch  # noqa: PLC0415 - only to know the hub folder
+
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG19_URL).name
+
+
+def sha256_of(path: Path, check: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of a file, in hex. `check` is called several times a second, and may raise to give up."""
+    digest = hashlib.sha256()
+    with storage(path), path.open("rb", buffering=0) as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+            check()
+    return digest.hexdigest()

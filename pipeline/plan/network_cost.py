@@ -1,0 +1,119 @@
+"""The network as the plan sees it: its layers in use, their widths, and what they cost per pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.config.config import Config
+from pipeline.config.regions import UNGUIDED, Guides, guides_of
+from pipeline.core.errors import InputError
+from pipeline.core.vgg_layers import LAYER_BY_NAME, Layer, needed_layers
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network as the plan sees it: widths and the layers that the losses use."""
+
+    widths: Mapping[str, int]
+    style_layers: tuple[str, ...]
+    content_layers: tuple[str, ...]
+    itemsize: int
+    guides: Guides = UNGUIDED
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All layers in use."""
+        return self.style_layers + self.content_layers
+
+    @property
+    def content_widths(self) -> dict[str, int]:
+        """Channels of each content layer."""
+        return {layer: self.widths[layer] for layer in self.content_layers}
+
+    @property
+    def style_keys(self) -> tuple[str, ...]:
+        """The names of all style terms: the style layers, or those of every region."""
+        return tuple(key for layer in self.style_layers for key in self.guides.keys(layer))
+
+    def channels(self) -> list[tuple[Layer, int, int]]:
+        """(layer, channels in, channels out) of every row of the table that runs."""
+        rows, channels = [], 3
+        for layer in needed_layers(self.names):
+            out = self.widths.get(layer.name, channels)
+            rows.append((layer, channels, out))
+            channels = out
+        return rows
+
+    def flop_per_px(self) -> int:
+        """Forward floating-point operations per canvas pixel: 2·9·C_in·C_out per position."""
+        return sum(
+            18 * c_in * c_out // layer.stride**2 for layer, c_in, c_out in self.channels() if layer.kind == "conv"
+        )
+
+    def gradient_bytes_per_px(self, itemsize: int) -> int:
+        """Device bytes per outer pixel of the gradient pass, `itemsize` of them per value of a feature map.
+
+        On the way back what is kept becomes less, and the maps become larger: the peak is at one of the layers.
+        """
+        kept, peak = 4 * 3 * self.itemsize, 0  # the tile, its scaled copy and their gradients
+        for layer, c_in, c_out in self.channels():
+            positions = 1 / layer.stride**2
+            kept += int(c_out * positions * itemsize)
+            if layer.kind == "pool":
+                kept += int(c_out * positions * 8)  # int64 indices of the maxima
+            # the gradient that comes, the layer's own seed, and the gradient that goes on, padded and not
+            working = int((2 * c_out + c_in * (4 if layer.kind == "pool" else 2)) * positions * itemsize)
+            peak = max(peak, kept + max(working, self._columns_bytes(layer, c_in)))
+        return peak + self._guides_bytes_per_px()
+
+    def _guides_bytes_per_px(self) -> int:
+        """Device bytes per outer pixel of the guides: maps, shares, their means, and two products with features."""
+        if not self.guides.arrays:
+            return 0
+        maps = len(self.guides.arrays) + 3 * (self.guides.regions + 1)
+        products = max((2 * self.widths[name] // LAYER_BY_NAME[name].stride ** 2 for name in self.names), default=0)
+        return (maps + products) * self.itemsize
+
+    def _columns_bytes(self, layer: Layer, c_in: int) -> int:
+        """The unfolded input of a float64 convolution on the CPU, which has no direct kernel."""
+        return 9 * c_in * self.itemsize // layer.stride**2 if self.itemsize == 8 and layer.kind == "conv" else 0
+
+    def grams_bytes(self) -> int:
+        """The Grams of one tile, float64."""
+        return max(1, self.guides.regions) * sum(self.widths[name] ** 2 * 8 for name in self.style_layers)
+
+    def parameters_bytes(self) -> int:
+        """The convolutions' weights, once."""
+        return self.itemsize * sum(9 * c_in * c_out for layer, c_in, c_out in self.channels() if layer.kind == "conv")
+
+    def forward_bytes_per_px(self, itemsize: int, copies: int) -> int:
+        """Device bytes per outer pixel of a pass without gradient: its two largest neighbouring maps.
+
+        `copies`: of both, in another layout, which some libraries make.
+        """
+        return max(
+            (c_in * (4 if layer.kind == "pool" else 1) + 2 * c_out + copies * (c_in + c_out))
+            * itemsize
+            // layer.stride**2
+            + self._columns_bytes(layer, c_in)
+            for layer, c_in, c_out in self.channels()
+        ) + (self._guides_bytes_per_px() if self.guides.regions else 0)
+
+    def largest_values_per_px(self) -> float:
+        """Values of the largest feature map per pixel."""
+        return max(c_out / layer.stride**2 for layer, _, c_out in self.channels())
+
+
+def model_of(config: Config, widths: Mapping[str, int]) -> Model:
+    """The layers that carry weight in `config`. Raises InputError if the weights file lacks one of them."""
+    style = tuple(config.network.style_layers) if config.loss.style_weight > 0 else ()
+    content = tuple(config.network.content_layers) if config.loss.content_weight > 0 else ()
+    missing = [name for name in style + content if name not in widths]
+    if missing:
+        raise InputError(
+            f"{config.network.weights}: has no layer {', '.join(missing)}, which network.style_layers or "
+            f"content_layers asks for. It has {', '.join(widths)}."
+        )
+    guides = guides_of(config.styles if style else (), config.loss.content_mask if content else None)
+    return Model(widths, style, content, 8 if config.compute.dtype == "float64" else 4, guides)

@@ -1,0 +1,1 @@
+"""Rendering a stage: tile tasks, the Adam update, ingest and export."""

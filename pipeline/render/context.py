@@ -1,0 +1,103 @@
+"""What computes a stage, and how what it found is recorded: the same for a run, a crop and a repair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.config.config import Config
+from pipeline.core.events import Sink
+from pipeline.executors.threads import Engine
+from pipeline.network.weights import NetworkSpec, WeightsSource
+from pipeline.plan.device import Device
+from pipeline.plan.network_cost import model_of
+from pipeline.plan.plan import Plan, StagePlan
+from pipeline.rundir.manifest import read_manifest
+from pipeline.rundir.open import stage_path
+from pipeline.rundir.paths import manifest_path
+from pipeline.rundir.records import Iteration, StagePrepared
+
+if TYPE_CHECKING:
+    from pipeline.render.iteration import IterationResult
+    from pipeline.render.preparation import Prepared
+    from pipeline.render.stage import Stage
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Device, weights, threads or processes, and who is told. `gpu_bytes`: what one process may take of a GPU."""
+
+    device: Device
+    weights: WeightsSource
+    engine: Engine
+    sink: Sink
+    gpu_bytes: int
+
+
+def tools_for(
+    config: Config, planned: Plan, device: Device, weights: WeightsSource, engine: Engine, sink: Sink
+) -> Tools:
+    """Those of a run of `config`, whose plan is for all its worker processes together."""
+    return Tools(device, weights, engine, sink, planned.device_bytes // max(1, config.compute.workers))
+
+
+def make_stage(config: Config, plan: StagePlan, tools: Tools, tile_px: int) -> Stage:
+    """A stage of the run of `config`, with its own settings, ready to be prepared or iterated in tiles of `tile_px`."""
+    from pipeline.render.stage import Stage  # noqa: PLC0415 - brings torch, which export and status do without
+
+    config = config.for_stage(max(plan.size))
+    network = NetworkSpec(
+        tools.weights,
+        config.network.padding,
+        config.network.pooling,
+        config.compute.dtype,
+        tools.device.name,
+        _threads(config),
+        tools.gpu_bytes,
+    )
+    return Stage(
+        config=config,
+        plan=plan,
+        model=model_of(config, tools.weights.widths),
+        network=network,
+        stage_dir=stage_path(config.work_dir, plan.index),
+        engine=tools.engine,
+        sink=tools.sink,
+        tile_px=tile_px,
+    )
+
+
+def _threads(config: Config) -> int:
+    """CPU threads of one tile: those that the run began with, because other numbers of them round otherwise."""
+    asked = config.compute.threads
+    return read_manifest(manifest_path(config.work_dir)).threads if asked == "auto" else asked
+
+
+def prepared_record(stage: int, tile_px: int, made: Prepared) -> StagePrepared:
+    """What a journal keeps of a prepared stage."""
+    return StagePrepared(
+        stage=stage,
+        tile_px=tile_px,
+        content_energies=dict(made.content_energies),
+        areas=dict(made.areas),
+        checksums=dict(made.checksums),
+    )
+
+
+def iteration_record(stage: int, iteration: int, result: IterationResult) -> Iteration:
+    """What a journal keeps of an iteration."""
+    return Iteration(
+        stage=stage,
+        iteration=iteration,
+        objective=result.objective,
+        content_loss=result.content_loss,
+        style_loss=result.style_loss,
+        layer_losses=dict(result.layer_losses),
+        mean_abs_u=result.mean_abs_u,
+        max_abs_u=result.max_abs_u,
+        alpha=result.alpha,
+        seconds=dict(result.seconds),
+        busy=dict(result.busy),
+        stepped=result.stepped,
+        checksums=dict(result.checksums),
+    )

@@ -1,0 +1,189 @@
+"""Rectangles of the store's arrays on the device that computes, and back.
+
+On the CPU they are tensors over numpy's memory. For a GPU they never exist in host memory: a few threads read chunk by
+chunk into two small page-locked buffers each, and the device takes what is in one while the next chunk comes into the
+other, on a stream of the thread's own, beside what is being computed.
+
+Axes in names: 1 batch, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.core.tiling import Rect, chunks_of
+from pipeline.plan.device import STAGING_THREADS
+from pipeline.store.array import StageArray
+from pipeline.store.checksums import ChunkSums
+from pipeline.store.encodings import BFLOAT16, FIXED16
+
+R = TypeVar("R")
+
+
+def load(array: StageArray, rect: Rect, device: str, dtype: torch.dtype) -> Tensor:
+    """(1, C, H, W), channels-last, complete. Raises ChunkError, StorageError, torch's errors for want of memory."""
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(array.read_window(rect)).to(dtype).permute(2, 0, 1)[None]
+    return load_staged(array, rect, torch.device(device), dtype)
+
+
+def load_staged(array: StageArray, rect: Rect, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Likewise, by way of the buffers; the device may be any."""
+    with _LANES.of(device).running():
+        out = torch.empty((rect.height, rect.width, array.shape[2]), dtype=dtype, device=device)
+    bands = list(_bands(rect, array.chunk_px))
+    _of_every_band(lambda band: _load_band(array, band, out[band.within(rect)]), bands)
+    return out.permute(2, 0, 1)[None]
+
+
+def _load_band(array: StageArray, band: Rect, out_HWC: Tensor) -> None:
+    """Fill what is another thread's, on this thread's lane."""
+    lane = _LANES.of(out_HWC.device)
+    decode = _DECODERS[array.encoding.name] if array.encoding else _as_it_is
+    with lane.running():
+        buffer = partial(lane.buffer, array.chunk_shape, array.dtype)
+        # whole rows: a call per row would keep Python's lock from the thread that gives the GPU its work
+        for part, rows, columns in array.read_parts(band, buffer, strips=False):
+            stored = torch.from_numpy(rows).to(out_HWC.device, non_blocking=True)[:, columns]
+            lane.sent()
+            out_HWC[part.within(band)].copy_(decode(stored))
+
+
+def save(array: StageArray, rect: Rect, tensor_CHW: Tensor) -> ChunkSums:
+    """Write a rectangle of whole chunks (or up to the array's border); gives their checksums. Raises StorageError."""
+    tensor_HWC = tensor_CHW.permute(1, 2, 0)
+    if tensor_CHW.device.type == "cpu":
+        if tensor_CHW.dtype == torch.bfloat16:
+            tensor_HWC = tensor_HWC.float()
+        return array.write_window(rect, np.ascontiguousarray(tensor_HWC.numpy()).astype(array.value_dtype, copy=False))
+    return save_staged(array, rect, tensor_HWC)
+
+
+def save_staged(array: StageArray, rect: Rect, tensor_HWC: Tensor) -> ChunkSums:
+    """Likewise, by way of the buffers; the device may be any."""
+    bands = list(_bands(rect, array.chunk_px))
+    found = _of_every_band(lambda band: _save_band(array, band, tensor_HWC[band.within(rect)]), bands)
+    return {index: value for sums in found for index, value in sums.items()}
+
+
+def _of_every_band(work: Callable[[Rect], R], bands: Sequence[Rect]) -> list[R]:
+    """`work` of each band on the staging threads, in the order of `bands`.
+
+    If one fails, the bands that have not begun are cancelled, and the first error in that order is raised once the
+    others have ended: a pass that is tried again must not find an old thread that still writes its chunks, or that
+    still holds a tile on the device.
+    """
+    futures = [_READERS.submit(work, band) for band in bands]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+    return [future.result() for future in futures if not future.cancelled()]
+
+
+def _bands(rect: Rect, chunk_px: int) -> Iterator[Rect]:
+    """The rectangle row of chunks by row of chunks."""
+    for y0 in range(rect.y0 // chunk_px * chunk_px, rect.y1, chunk_px):
+        yield Rect(max(rect.y0, y0), min(rect.y1, y0 + chunk_px), rect.x0, rect.x1)
+
+
+def _save_band(array: StageArray, band: Rect, tensor_HWC: Tensor) -> ChunkSums:
+    lane = _LANES.of(tensor_HWC.device)
+    sums: ChunkSums = {}
+    with lane.running():
+        for cy, cx, part in chunks_of(band, array.chunk_px):
+            piece = tensor_HWC[part.within(band)]
+            host = lane.buffer((part.height, part.width, array.shape[2]), array.value_dtype)
+            # in one piece on the device first: the bus takes only such
+            torch.from_numpy(host).copy_(piece.to(torch.from_numpy(host).dtype).contiguous(), non_blocking=True)
+            lane.wait()
+            sums[cy, cx] = array.write_chunk(cy, cx, host)
+    return sums
+
+
+def _as_it_is(stored: Tensor) -> Tensor:
+    return stored
+
+
+def _from_bfloat16(stored: Tensor) -> Tensor:
+    return stored.view(torch.bfloat16)
+
+
+def _from_fixed16(stored: Tensor) -> Tensor:
+    codes = (stored.view(torch.int16).to(torch.int32) & 0xFFFF).float()
+    return codes / torch.full((), 257.0, device=stored.device)  # by a number, torch would multiply by its inverse
+
+
+# As formats.py decodes, to the bit.
+_DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = {BFLOAT16.name: _from_bfloat16, FIXED16.name: _from_fixed16}
+
+
+class _Lane:
+    """A thread's way to one device: its stream, and two buffers that take turns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+        self._sent: list[torch.cuda.Event | None] = [None, None]
+        self._turn = 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What the block starts on the device runs on this stream, and has ended with the block."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            try:
+                yield
+            finally:
+                self._stream.synchronize()
+
+    def buffer(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+        """The other buffer, once the device has taken what was in it, as an array of unknown values."""
+        self._turn = 1 - self._turn
+        if (sent := self._sent[self._turn]) is not None:
+            sent.synchronize()
+        size = int(np.prod(shape)) * dtype.itemsize
+        if self._buffers[self._turn].numel() < size:
+            self._buffers[self._turn] = torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None)
+        found: NDArray[np.generic] = self._buffers[self._turn].numpy()[:size].view(dtype).reshape(shape)
+        return found
+
+    def sent(self) -> None:
+        """The buffer that was given last is on its way to the device."""
+        if self._stream is not None:
+            event = self._sent[self._turn] = self._sent[self._turn] or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+
+    def wait(self) -> None:
+        """Return when the device has done what this thread asked for."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+class _Lanes(threading.local):
+    def __init__(self) -> None:
+        self._lanes: dict[torch.device, _Lane] = {}
+
+    def of(self, device: torch.device) -> _Lane:
+        """This thread's lane to `device`."""
+        if device not in self._lanes:
+            self._lanes[device] = _Lane(device)
+        return self._lanes[device]
+
+
+_LANES = _Lanes()
+_READERS = ThreadPoolExecutor(STAGING_THREADS, thread_name_prefix="staging")

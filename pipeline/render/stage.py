@@ -1,0 +1,172 @@
+"""What a stage of a run is: its plan, its folder, its tiles, its objective, for preparation.py and iteration.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import store
+from pipeline.config.config import Config
+from pipeline.config.regions import UNGUIDED
+from pipeline.core.events import Sink, WorkDone, in_order
+from pipeline.core.tiling import Tile, grid
+from pipeline.core.vgg_layers import LAYER_BY_NAME
+from pipeline.executors.threads import Engine
+from pipeline.losses import objective
+from pipeline.losses.color import LUMINANCE, ColorMap
+from pipeline.losses.objective import Gram
+from pipeline.network.weights import NetworkSpec
+from pipeline.plan.memory import WORKERS
+from pipeline.plan.network_cost import Model
+from pipeline.plan.plan import StagePlan
+from pipeline.render import tile_tasks
+from pipeline.store import integrity, metadata
+from pipeline.store.checksums import ChunkSums
+from pipeline.store.layout import (
+    ALPHA,
+    GRADIENT,
+    METADATA,
+    content_features_name,
+    gram_name,
+    is_averaged,
+    layer_of,
+    slot_names,
+)
+
+
+@dataclass
+class Stage:
+    """A stage of a run: its plan, its folder in the store, and what its passes need."""
+
+    config: Config
+    plan: StagePlan
+    model: Model
+    network: NetworkSpec
+    stage_dir: Path
+    engine: Engine
+    sink: Sink
+    tile_px: int
+
+    @property
+    def partial_dir(self) -> Path:
+        """Where the stage is prepared, before it is whole."""
+        return self.stage_dir.with_name(self.stage_dir.name + ".partial")
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """The tiles of the canvas."""
+        return grid(*self.plan.size, self.tile_px)
+
+    @property
+    def color(self) -> ColorMap | None:
+        """What the network sees of canvas and content, if not their pixels."""
+        return LUMINANCE if self.config.color == "luminance" else None
+
+    def check(self, slot: int, checksums: Mapping[str, str]) -> None:
+        """Raise ChunkError if anything that the stage still reads is not what was written, or it has no room."""
+        for name in checksums:
+            if name.endswith(METADATA):
+                metadata.check_metadata(self.stage_dir, name, checksums[name])
+        for key in self.model.style_keys:
+            metadata.read_gram(self.stage_dir, key, checksums[gram_name(key)])
+        features = map(content_features_name, self.model.content_layers)
+        newest, idle = (slot_names(one, averaged=is_averaged(checksums)) for one in (slot, 1 - slot))
+        alpha = [ALPHA] if ALPHA in checksums else []  # read at the very end: a day before that is better
+        names = (*newest, *features, *self.model.guides.arrays, *alpha)
+        arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in names]
+        arrays += [store.open_array(self.stage_dir, name) for name in (*idle, GRADIENT)]
+        integrity.require_intact(arrays, self.engine, self.told("check"))
+
+    def canvas_grams(self, canvas: str, checksums: Mapping[str, str]) -> list[tile_tasks.GramSpec]:
+        """The tasks of the Gram pass over a canvas."""
+        guides = self.model.guides if self.model.guides.regions else UNGUIDED  # the content's map is not for Grams
+        return [
+            tile_tasks.GramSpec(
+                self.stage_dir,
+                canvas,
+                tile,
+                self.network,
+                checksums,
+                self.model.style_layers,
+                color=self.color,
+                guides=guides,
+            )
+            for tile in self.tiles
+        ]
+
+    def gram_sums(
+        self,
+        specs: Sequence[tile_tasks.GramSpec],
+        what: str,
+        before: Callable[[tile_tasks.GramSpec], tile_tasks.GramSpec] = lambda spec: spec,
+        near_end: Callable[[], None] = lambda: None,
+        on_error: Callable[[], None] = lambda: None,
+    ) -> dict[str, Gram]:
+        """Gram pass over one image: gram_sum by style key, summed in tile order.
+
+        `before` is called before each tile is read, and may wait; `on_error` has to end that. `near_end` as for
+        `counter`.
+        """
+        told = self.counter(what, len(specs), near_end)
+        return self.engine.fold(
+            tile_tasks.gram_task, specs, tile_tasks.add_grams, dict[str, Gram](), told, before, on_error
+        )
+
+    def told(self, what: str) -> Callable[[int, int], None]:
+        """Tells the sink (done, total) of `what`."""
+        return lambda done, total: self.sink(WorkDone(self.plan.index, what, done, total))
+
+    def counter(self, what: str, total: int, near_end: Callable[[], None] = lambda: None) -> Callable[[], None]:
+        """Tells the sink, at every call, that one more of `total` is done.
+
+        Calls `near_end` once, when no more are left than are in flight.
+        """
+        nearly = max(1, total - WORKERS)
+        return in_order(self.told(what), total, lambda done: near_end() if done == nearly else None)
+
+
+def merged(parts: Iterable[ChunkSums]) -> ChunkSums:
+    """The checksums of all parts of an array."""
+    return {index: value for part in parts for index, value in part.items()}
+
+
+def positions(size: tuple[int, int], layer: str) -> int:
+    """n_l: positions of a layer on an image of this (height, width)."""
+    stride = LAYER_BY_NAME[layer].stride
+    return (size[0] // stride) * (size[1] // stride)
+
+
+def style_targets(
+    stage: Stage, areas: Mapping[str, float], checksums: Mapping[str, str], known_grams: Mapping[str, Gram]
+) -> dict[str, objective.StyleTarget]:
+    """By style key; without those of regions that have no position at a layer. `areas`: n_r,l of each."""
+    targets = {}
+    for key in stage.model.style_keys:
+        layer = layer_of(key)
+        whole = positions(stage.plan.size, layer)
+        if (area := areas.get(key, whole)) > 0:
+            targets[key] = objective.StyleTarget(
+                stage.config.loss.kind,
+                metadata.read_gram(stage.stage_dir, key, checksums[gram_name(key)]),
+                area,
+                stage.config.network.style_layers[layer],
+                stage.plan.pixels * stage.config.loss.style_weight,
+                area / whole,
+                known_grams.get(key),
+            )
+    return targets
+
+
+def content_scales(stage: Stage, energies: Mapping[str, float]) -> dict[str, float]:
+    """By content layer: what Σ(φ_l(p) − φ_l(o))² is multiplied by. `energies`: ‖φ_l(o)‖² of each."""
+    return {
+        layer: objective.content_scale(
+            stage.config.loss.kind,
+            energies[layer],
+            stage.model.widths[layer],
+            positions(stage.plan.size, layer),
+            stage.config.network.content_layers[layer],
+        )
+        for layer in stage.model.content_layers
+    }

@@ -1,0 +1,399 @@
+"""The tasks on tiles: Gram, content and gradient pass. Each reads a tile, computes, and writes whole chunks.
+
+Every task is a pure function of its spec: it may run twice, and writes the same bytes. Axes in names: 1 batch,
+C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.config.regions import UNGUIDED, Guides
+from pipeline.core import profiler
+from pipeline.core.errors import ConfigError, DeviceMemoryError
+from pipeline.core.tiling import Rect, Tile
+from pipeline.core.vgg_layers import ALIGN_PX, LAYER_BY_NAME, halo_px
+from pipeline.executors.disk_turns import TURNS
+from pipeline.losses import objective
+from pipeline.losses.color import ColorMap
+from pipeline.losses.masks import GuideMaps, read_guides
+from pipeline.losses.objective import Gram
+from pipeline.losses.total_variation import variation
+from pipeline.network.vgg import FeatureMap, Step, get_network
+from pipeline.network.weights import NetworkSpec
+from pipeline.render import device_io
+from pipeline.store.array import StageArray, open_array
+from pipeline.store.checksums import ChunkSums
+from pipeline.store.layout import content_features_name, layer_of
+
+# One tile computes at a time: its neighbours in flight read and write. Memory is planned for one.
+_COMPUTE = threading.Semaphore(1)
+# On the CPU, the out-of-memory errors of torch and oneDNN have no class of their own.
+_NO_MEMORY = re.compile(r"can't allocate memory|could not create a (primitive|memory)")
+
+
+@contextmanager
+def _computing(spec: TileSpec) -> Iterator[None]:
+    """The device, for one tile alone, until it has done everything. Raises DeviceMemoryError."""
+    with _device_memory(spec):
+        with profiler.span("wait"):
+            _COMPUTE.acquire()
+        try:
+            with profiler.span("compute", tile=spec.tile.index, array=spec.array), torch.no_grad():
+                yield
+                if spec.network.on_gpu:
+                    torch.cuda.current_stream(spec.network.device).synchronize()
+        finally:
+            _COMPUTE.release()
+
+
+@contextmanager
+def _device_memory(spec: TileSpec) -> Iterator[None]:
+    """Raises DeviceMemoryError where the device has not the memory that the block wants."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        inner = spec.tile.inner
+        raise DeviceMemoryError(
+            f"{spec.network.device} has no memory for tile {spec.tile.index} of {spec.stage_dir.name}, "
+            f"{inner.width}×{inner.height} px and its halo: something else uses it, or the plan is wrong. Nothing is "
+            "lost: the same command goes on once there is more, or with a smaller store.chunk_px in a new work_dir."
+        ) from error
+
+
+@dataclass(frozen=True)
+class TileSpec:
+    """A tile of one array of a stage, and the network that sees it.
+
+    `checksums`: of the arrays that the task reads, by name; those without are not checked. `color`: what becomes of the
+    pixels before the network sees them. `guides`: of the stage, where the losses are guided; `guides_dir`: where they
+    are, if not in the stage.
+    """
+
+    stage_dir: Path
+    array: str
+    tile: Tile
+    network: NetworkSpec
+    checksums: Mapping[str, str]
+    color: ColorMap | None = field(default=None, kw_only=True)
+    guides: Guides = field(default=UNGUIDED, kw_only=True)
+    guides_dir: Path | None = field(default=None, kw_only=True)
+
+    def open(self, name: str) -> StageArray:
+        """An array to read, which checks itself."""
+        return open_array(self.stage_dir, name, self.checksums.get(name))
+
+    def read_outer(self, halo: int) -> tuple[Tensor, Rect]:
+        """The tile's pixels with their halo, (1, 3, H, W) on the device, and the rectangle that they cover."""
+        outer = self.tile.outer(halo)
+        return self.load(self.array, outer), outer
+
+    def load(self, name: str, rect: Rect) -> Tensor:
+        """A rectangle of an array, (1, C, H, W) in at least float32 on the device. Raises DeviceMemoryError."""
+        dtype = torch.float64 if self.network.dtype == "float64" else torch.float32
+        # a GPU's tiles are read by few large calls, and many threads
+        turn = nullcontext() if self.network.on_gpu else TURNS.reading()
+        with turn, profiler.span("read", tile=self.tile.index, array=name), _device_memory(self):
+            return device_io.load(self.open(name), rect, self.network.device, dtype)
+
+    def read_guides(self, rect: Rect) -> NDArray[np.uint8] | None:
+        """The guides of a rectangle of the canvas, None where there are none."""
+        if not self.guides.arrays:
+            return None
+        with profiler.span("read", tile=self.tile.index, array="guides"):
+            return read_guides(self.guides_dir or self.stage_dir, self.guides, self.checksums, rect)
+
+
+@dataclass(frozen=True)
+class GramSpec(TileSpec):
+    """Sum the Grams of `layers` over the tile's inner rectangle, per region if there are some."""
+
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ContentSpec(TileSpec):
+    """Store the features of `layers` of the content image, and measure their energy."""
+
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SeedSpec(TileSpec):
+    """A tile whose gradient is asked for.
+
+    `content_factors`: per layer, what turns φ(p) − φ(o) into the seed. `tv_weight`: w_tv; 0 leaves it out. A `color` is
+    luminance here: the gradient is that of moving along the greys, dJ/dY, in all three channels.
+    """
+
+    content_factors: Mapping[str, float]
+    tv_weight: float = field(default=0.0, kw_only=True)
+
+    def read_content(self, outer: Rect) -> dict[str, tuple[Tensor, Rect]]:
+        """The content's features at every position of `outer`, per layer, and what positions these are."""
+        regions = {name: outer.positions(LAYER_BY_NAME[name]) for name in self.content_factors}
+        return {name: (self.load(content_features_name(name), region), region) for name, region in regions.items()}
+
+
+@dataclass(frozen=True)
+class GradientSpec(SeedSpec):
+    """The gradient of the tile's inner rectangle. `style_seeds_CC`: by style key, what turns features into the seed."""
+
+    style_seeds_CC: Mapping[str, Gram]
+
+
+@dataclass(frozen=True)
+class WholeSpec(SeedSpec):
+    """The gradient of a canvas that is one tile: its own Grams are those of the whole, and one forward is enough."""
+
+    style_targets: Mapping[str, objective.StyleTarget]
+
+
+@dataclass(frozen=True)
+class ContentResult:
+    """Per content layer ‖φ_l(o)‖² over the inner rectangle, and the checksums of the chunks of its features."""
+
+    energies: Mapping[str, float]
+    sums: Mapping[str, ChunkSums]
+
+
+@dataclass(frozen=True)
+class GradientResult:
+    """Per content layer Σ(φ(p) − φ(o))² over the inner rectangle, the largest |g| there, and its chunks' checksums.
+
+    `variation`: the tile's share of 3N·Ltv, 0 where it is left out.
+    """
+
+    content_squares: Mapping[str, float]
+    max_abs_gradient: float
+    sums: ChunkSums
+    variation: float = 0.0
+
+
+@dataclass(frozen=True)
+class WholeResult:
+    """What the Gram and the gradient pass give, of one task."""
+
+    terms: Mapping[str, objective.StyleTerm]
+    gradient: GradientResult
+
+
+def gram_task(spec: GramSpec) -> dict[str, Gram]:
+    """gram_sum of every style key over the positions of the tile's inner rectangle (eqs. 14, 15)."""
+    pixels_1CHW, outer = spec.read_outer(halo_px(spec.layers))
+    guide_pixels = spec.read_guides(spec.tile.inner)
+    sums: dict[str, Gram] = {}
+    with _computing(spec):
+        seen_1CHW = _seen(spec, pixels_1CHW)
+        maps = _guide_maps(spec, guide_pixels, spec.tile.inner, seen_1CHW)
+        for found in _features(spec, seen_1CHW, outer, set(spec.layers), spec.tile.inner):
+            sums |= _gram_sums(spec, found, maps)
+    return sums
+
+
+def _gram_sums(spec: TileSpec, found: FeatureMap, maps: GuideMaps | None) -> dict[str, Gram]:
+    """gram_sum of one layer over the inner rectangle: one, or one per region."""
+    features_CHW, keys = _inner_features(found, spec.tile).detach(), spec.guides.keys(found.layer.name)
+    if maps is None or not spec.guides.regions:
+        (key,) = keys
+        return {key: objective.gram_sum(features_CHW)}
+    shares_RHW = maps.shares(found.layer, spec.tile.inner.positions(found.layer))
+    return {key: objective.gram_sum(features_CHW, share_HW) for key, share_HW in zip(keys, shares_RHW, strict=True)}
+
+
+def add_grams(total: dict[str, Gram], tile: dict[str, Gram]) -> dict[str, Gram]:
+    """`total` with one more tile: the combine step of the fold, called in tile order."""
+    return {**total, **{layer: total[layer] + gram if layer in total else gram for layer, gram in tile.items()}}
+
+
+def content_task(spec: ContentSpec) -> ContentResult:
+    """Write the content's features over the inner rectangle."""
+    pixels_1CHW, outer = spec.read_outer(halo_px(spec.layers))
+    with _computing(spec):
+        computed = {
+            found.layer.name: (found.layer, _inner_features(found, spec.tile).clone())
+            for found in _features(spec, _seen(spec, pixels_1CHW), outer, set(spec.layers), spec.tile.inner)
+        }
+    energies: dict[str, float] = {}
+    sums: dict[str, ChunkSums] = {}
+    for name, (layer, features_CHW) in computed.items():
+        array = open_array(spec.stage_dir, content_features_name(name))
+        with profiler.span("write", tile=spec.tile.index, array=array.path.name), _device_memory(spec):
+            sums[name] = device_io.save(array, spec.tile.inner.positions(layer), features_CHW)
+        energies[name] = objective.energy(features_CHW)
+    return ContentResult(energies, sums)
+
+
+def gradient_task(spec: GradientSpec) -> GradientResult:
+    """Write dJ/dp of the tile's inner rectangle (eq. 21), from local seeds and whole-image totals.
+
+    Raises ConfigError if the gradient is not finite.
+    """
+    names = {*map(layer_of, spec.style_seeds_CC), *spec.content_factors}
+    halo = halo_px(names) or ALIGN_PX  # the variation looks around where nothing else does
+    pixels_1CHW, outer = spec.read_outer(2 * halo)
+    guide_pixels = spec.read_guides(outer)
+    seeds = _Seeds(spec, dict(spec.style_seeds_CC), spec.read_content(outer))
+    with _computing(spec):
+        seen_1CHW, way = _seen(spec, pixels_1CHW), list[Step]()
+        needed = spec.tile.inner.grown(halo, spec.tile.height, spec.tile.width)
+        seeds.maps = _guide_maps(spec, guide_pixels, outer, seen_1CHW)
+        for _ in _features(spec, seen_1CHW, outer, names, needed, way):
+            pass
+        gradient_CHW, roughness = _gradient(spec, seen_1CHW, outer, way, seeds)
+    return _written(spec, gradient_CHW, seeds, roughness)
+
+
+def whole_task(spec: WholeSpec) -> WholeResult:
+    """Gram and gradient pass of a canvas that is one tile, by one forward. Raises ConfigError like gradient_task."""
+    pixels_1CHW, outer = spec.read_outer(0)
+    guide_pixels = spec.read_guides(outer)
+    seeds = _Seeds(spec, {}, spec.read_content(outer))
+    names = {*map(layer_of, spec.style_targets), *spec.content_factors}
+    terms: dict[str, objective.StyleTerm] = {}
+    with _computing(spec):
+        seen_1CHW, way = _seen(spec, pixels_1CHW), list[Step]()
+        seeds.maps = _guide_maps(spec, guide_pixels, outer, seen_1CHW)
+        for found in _features(spec, seen_1CHW, outer, names, outer, way):
+            if any(key in spec.style_targets for key in spec.guides.keys(found.layer.name)):
+                sums = _gram_sums(spec, found, seeds.maps)
+                terms |= {key: spec.style_targets[key].term(sums[key]) for key in sums if key in spec.style_targets}
+        seeds.style_CC |= {key: term.seed_CC for key, term in terms.items()}
+        gradient_CHW, roughness = _gradient(spec, seen_1CHW, outer, way, seeds)
+    return WholeResult(terms, _written(spec, gradient_CHW, seeds, roughness))
+
+
+@dataclass
+class _Seeds:
+    """dJ/dφ of a tile, layer by layer on all positions. Each layer is asked for once, and its content freed then.
+
+    `maps`: of the guides, None without. `squares`: of the content layers asked for so far, Σ(φ(p) − φ(o))² over the
+    inner positions.
+    """
+
+    spec: SeedSpec
+    style_CC: dict[str, Gram]
+    content: dict[str, tuple[Tensor, Rect]]
+    maps: GuideMaps | None = None
+    squares: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, found: FeatureMap) -> Tensor | None:
+        """Like the features; None where J does not look."""
+        name, features_1CHW = found.layer.name, found.features_1CHW
+        style = self._style(found)
+        if name not in self.content:
+            return style
+        target_1CHW, region = self.content.pop(name)
+        rows, columns = found.region.within(region)
+        # subtract in the precision of the store: bfloat16 would lose what is left of nearly equal numbers
+        difference = features_1CHW - target_1CHW[:, :, rows, columns]
+        weight_1HW = None if self.maps is None else self.maps.content_weight(found.layer, found.region)
+        rows, columns = self.spec.tile.inner.positions(found.layer).within(found.region)
+        inner_weight_1HW = None if weight_1HW is None else weight_1HW[:, rows, columns]
+        self.squares[name] = objective.squares(difference[0, :, rows, columns], inner_weight_1HW)
+        if weight_1HW is not None:
+            difference *= weight_1HW
+        content = (self.spec.content_factors[name] * difference).to(features_1CHW)
+        return content if style is None else style + content
+
+    def _style(self, found: FeatureMap) -> Tensor | None:
+        """d(N·w_s·Ls)/dφ on all positions of a layer, summed over the regions; None where no style looks at it."""
+        features_1CHW, guides, total = found.features_1CHW, self.spec.guides, None
+        guided = self.maps if guides.regions > 0 else None
+        shares_RHW = None if guided is None else guided.shares(found.layer, found.region).to(features_1CHW)
+        for region, key in enumerate(guides.keys(found.layer.name)):
+            if key in self.style_CC:
+                seed_1CHW = objective.style_seed(features_1CHW, self.style_CC[key])
+                if shares_RHW is not None:
+                    seed_1CHW *= shares_RHW[region]
+                total = seed_1CHW if total is None else total.add_(seed_1CHW)
+        return total
+
+
+def _gradient(spec: SeedSpec, seen_1CHW: Tensor, outer: Rect, way: list[Step], seeds: _Seeds) -> tuple[Tensor, float]:
+    """(the gradient of the inner rectangle, (3, H, W), its share of 3N·Ltv)."""
+    # a part of a picture may be none that a style or the content has a say in
+    gradient_1CHW = get_network(spec.network).gradient(way, seeds.of) if way else torch.zeros_like(seen_1CHW)
+    rows, columns = spec.tile.inner.within(outer)
+    gradient_CHW, roughness = gradient_1CHW[0, :, rows, columns], 0.0
+    if spec.tv_weight:
+        roughness, smoothing_CHW = variation(seen_1CHW, outer.y0, outer.x0, spec.tile)
+        gradient_CHW = gradient_CHW + spec.tv_weight * smoothing_CHW
+    if spec.color is not None:
+        gradient_CHW = gradient_CHW.sum(0, keepdim=True).expand(3, -1, -1)
+    return gradient_CHW, roughness
+
+
+def _written(spec: TileSpec, gradient_CHW: Tensor, seeds: _Seeds, roughness: float) -> GradientResult:
+    gradient = open_array(spec.stage_dir, "gradient")
+    # rounding keeps the order: the largest stays it
+    max_abs = gradient.kept(float(torch.linalg.vector_norm(gradient_CHW, float("inf"))))
+    if not np.isfinite(max_abs):
+        raise ConfigError(
+            f"the gradient of tile {spec.tile.index} of {spec.stage_dir.name} is not finite: compute.dtype "
+            f"{spec.network.dtype} overflows with these weights and losses. Use float32 or smaller weights."
+        )
+    with profiler.span("write", tile=spec.tile.index, array="gradient"), _device_memory(spec):
+        sums = device_io.save(gradient, spec.tile.inner, gradient_CHW)
+    return GradientResult({name: float(value) for name, value in seeds.squares.items()}, max_abs, sums, roughness)
+
+
+def _features(
+    spec: TileSpec,
+    pixels_1CHW: Tensor,
+    outer: Rect,
+    layers: set[str],
+    required: Rect,
+    way: list[Step] | None = None,
+) -> Iterator[FeatureMap]:
+    size = (spec.tile.height, spec.tile.width)
+    return get_network(spec.network).features(pixels_1CHW, outer, size, layers, required, way)
+
+
+def _inner_features(found: FeatureMap, tile: Tile) -> Tensor:
+    """(C, H, W) of the positions that belong to the tile's inner rectangle."""
+    rows, columns = tile.inner.positions(found.layer).within(found.region)
+    return found.features_1CHW[0, :, rows, columns]
+
+
+def _guide_maps(spec: TileSpec, pixels_HWK: NDArray[np.uint8] | None, rect: Rect, like: Tensor) -> GuideMaps | None:
+    return None if pixels_HWK is None else GuideMaps(spec.guides, pixels_HWK, rect, like)
+
+
+def _seen(spec: TileSpec, pixels_1CHW: Tensor) -> Tensor:
+    """The pixels as the network sees them."""
+    color = spec.color
+    if color is None:
+        return pixels_1CHW
+    # no convolution: its kernels, and tf32, would round otherwise from tile to tile
+    columns_C1C11 = pixels_1CHW.new_tensor(color.matrix).T[:, None, :, None, None]
+    mapped_1CHW = pixels_1CHW.new_tensor(color.bias)[None, :, None, None].expand(pixels_1CHW.shape)
+    for index, column_1C11 in enumerate(columns_C1C11):
+        mapped_1CHW = mapped_1CHW + column_1C11 * pixels_1CHW[:, index : index + 1]
+    return mapped_1CHW.clamp_(0, 255) if color.clip else mapped_1CHW
+
+
+def initial_gray(_seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:
+    """One chunk of the middle between black and white."""
+    rows, columns = array.valid_part(cy, cx)
+    return np.full((rows.stop, columns.stop, 3), 127.5, array.value_dtype)
+
+
+def initial_noise(seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:
+    """Uniform noise 0..255 of one chunk; the same for the same seed, whatever is drawn before or beside it."""
+    rows, columns = array.valid_part(cy, cx)
+    generator = np.random.default_rng([seed, cy, cx])
+    return generator.uniform(0, 255, (rows.stop, columns.stop, 3)).astype(array.value_dtype)

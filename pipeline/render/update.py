@@ -1,0 +1,210 @@
+"""The update pass: one Adam step, chunk by chunk, from the slot that is read into the other. Numpy alone.
+
+A task goes through its chunks by blocks of rows: reads gradient, canvas, m and v, and the average of the canvases where
+there is one, into arrays that its thread keeps, steps, and writes all but the gradient. A block stays in the
+processor's cache from its reading to its writing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core import profiler
+from pipeline.core.tiling import Tile, chunks_of
+from pipeline.executors.disk_turns import TURNS
+from pipeline.plan.memory import update_values
+from pipeline.render import adam
+from pipeline.store.array import StageArray, open_array
+from pipeline.store.checksums import ChunkSums
+from pipeline.store.chunk_io import ChunkReader, ChunkWriter
+from pipeline.store.encodings import BFLOAT16, FIXED16, RoundingBytes
+from pipeline.store.layout import GRADIENT, slot_names
+
+Array = NDArray[Any]
+# Chunks per task: enough to make the scheduler's cost per chunk small, few enough to keep workers busy.
+CHUNKS_PER_TASK = 8
+
+
+@dataclass(frozen=True)
+class UpdateSpec:
+    """One Adam step of a few chunks, from slot `slot` into the other.
+
+    `checksums`: of the arrays that are read, but for the gradient; of that, `gradient_sums`: of these chunks alone.
+    `rounding`: (seed, stage, iteration), which decide how a compact state is rounded. `block_values`: how many of a
+    chunk's values are in hand at a time.
+    """
+
+    stage_dir: Path
+    chunks: tuple[tuple[int, int], ...]
+    slot: int
+    step: adam.AdamStep
+    checksums: Mapping[str, str]
+    rounding: tuple[int, int, int]
+    block_values: int
+    gradient_sums: ChunkSums = field(default_factory=ChunkSums)
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """Σ|u| of every chunk, max|u| over them all, and the checksums of what was written, by array."""
+
+    sums_abs_u: tuple[float, ...]
+    max_abs_u: float
+    sums: Mapping[str, ChunkSums]
+
+
+def update_specs(
+    stage_dir: Path,
+    tiles: Sequence[Tile],
+    slot: int,
+    step: adam.AdamStep,
+    checksums: Mapping[str, str],
+    rounding: tuple[int, int, int],
+    device: str = "cpu",
+) -> list[UpdateSpec]:
+    """The tasks of one update pass, tile by tile as their gradients come, in a run that computes on `device`.
+
+    They lack their `gradient_sums`.
+    """
+    chunk_px = open_array(stage_dir, GRADIENT).chunk_px
+    values = update_values(device, chunk_px)
+    each = CHUNKS_PER_TASK if device == "cpu" else CHUNKS_PER_TASK // 4  # there are more threads to keep busy
+    specs = []
+    for tile in tiles:
+        chunks = [(cy, cx) for cy, cx, _ in chunks_of(tile.inner, chunk_px)]
+        specs += [
+            UpdateSpec(stage_dir, tuple(chunks[first : first + each]), slot, step, checksums, rounding, values)
+            for first in range(0, len(chunks), each)
+        ]
+    return specs
+
+
+def update_task(spec: UpdateSpec) -> UpdateResult:
+    """Read gradient, canvas, m, v, maybe average of each chunk, step, and write all but the first into the other slot.
+
+    Raises ChunkError, StorageError, and DamagedStateError for a canvas that a compact state cannot hold.
+    """
+    averaged = spec.step.average_weight is not None
+    read, write = (slot_names(slot, averaged=averaged) for slot in (spec.slot, 1 - spec.slot))
+    gradient = replace(open_array(spec.stage_dir, GRADIENT), checksums=spec.gradient_sums)
+    sources = [gradient, *(open_array(spec.stage_dir, name, spec.checksums[name]) for name in read)]
+    targets = [open_array(spec.stage_dir, name) for name in write]
+    written: dict[str, ChunkSums] = {name: {} for name in write}
+    sums: list[float] = []
+    largest = 0.0
+    for chunk in spec.chunks:
+        with ExitStack() as opened:  # whose end tells a damaged chunk: what is written before is not committed
+            readers = [opened.enter_context(ChunkReader(source, chunk)) for source in sources]
+            writers = [opened.enter_context(ChunkWriter(target, chunk)) for target in targets]
+            random = RoundingBytes(*spec.rounding, chunk) if sources[0].encoding else None
+            blocks = _blocks(sources, spec.block_values)
+            update_block = partial(_update_block, spec.step, random)
+            total, most = _update_chunk(readers, writers, blocks, sources[0].valid_part(*chunk), chunk, update_block)
+        for target, writer in zip(targets, writers, strict=True):
+            written[target.path.name][chunk] = writer.checksum
+        sums.append(total)
+        largest = max(largest, most)
+    return UpdateResult(tuple(sums), largest, written)
+
+
+def _update_chunk(
+    readers: Sequence[ChunkReader],
+    writers: Sequence[ChunkWriter],
+    blocks: Iterator[tuple[int, list[Array]]],
+    inner: tuple[slice, slice],
+    chunk: tuple[int, int],
+    update_block: Callable[[Sequence[Array]], Array],
+) -> tuple[float, float]:
+    """(Σ|u|, max|u|) of the chunk's pixels, `inner`; its padding is nobody's."""
+    rows, columns = inner
+    total = largest = 0.0
+    for y0, stored in blocks:
+        TURNS.give_way()
+        with profiler.span("read", chunk=chunk):
+            for reader, data in zip(readers, stored, strict=True):
+                reader.read(data)
+        with profiler.span("update", chunk=chunk):
+            abs_u = update_block(stored)
+            inside = abs_u[: max(0, rows.stop - y0), columns]
+            total += float(inside.sum(dtype=np.float64))
+            largest = max(largest, float(inside.max(initial=0)))
+        with profiler.span("write", chunk=chunk):
+            for writer, data in zip(writers, stored[1:], strict=True):
+                writer.write(data)
+    return total, largest
+
+
+def _blocks(sources: Sequence[StageArray], values: int) -> Iterator[tuple[int, list[Array]]]:
+    """The first row of every block of a chunk, and where gradient, canvas, m, v and average of it are kept."""
+    chunk_rows, columns, channels = sources[0].chunk_shape
+    rows = min(chunk_rows, max(1, values // (columns * channels)))
+    kept = [
+        _BUFFERS.array(source.path.name.split("_")[0], (rows, columns, channels), source.dtype) for source in sources
+    ]
+    for y0 in range(0, chunk_rows, rows):
+        yield y0, [data[: chunk_rows - y0] for data in kept]  # the last one may have fewer rows
+
+
+def _update_block(step: adam.AdamStep, random: RoundingBytes | None, stored: Sequence[Array]) -> Array:
+    """Advance `stored` (gradient, canvas, m, v, maybe average, as on disk) in place; gives |u|.
+
+    `random`: for compact ones.
+    """
+    if random is not None:
+        return _compact_update(stored, step, random)
+    gradient, canvas, m, v, *average = stored
+    abs_u = adam.update(gradient, canvas, m, v, _BUFFERS.array("abs_u", gradient.shape, gradient.dtype), step)
+    if step.average_weight is not None:
+        adam.move_average(average[0], canvas, gradient, step.average_weight)
+    return abs_u
+
+
+def _compact_update(stored: Sequence[Array], step: adam.AdamStep, random: RoundingBytes) -> Array:
+    """As above, for a compact state.
+
+    Canvas, v and average are rounded by chance, with the same random bytes: each is fair, and their errors need not be
+    independent of each other. m changes by a tenth per iteration, and is rounded to nearest.
+    """
+    names = ("values_0", "values_1", "values_2", "values_3", "abs_u")
+    *values, abs_u = (_BUFFERS.array(name, stored[0].shape, np.dtype(np.float32)) for name in names)
+    gradient, canvas, m, v = values
+    for encoding, data, into in zip((BFLOAT16, FIXED16, BFLOAT16, BFLOAT16), stored[:4], values, strict=True):
+        encoding.decode(data, into)
+    adam.update(gradient, canvas, m, v, abs_u, step)
+    bytes_ = random.take(canvas.shape)
+    scratch = gradient.view(np.uint32)  # it has served
+    FIXED16.encode_stochastic(canvas, bytes_, stored[1], scratch)
+    BFLOAT16.encode(m, stored[2])
+    BFLOAT16.encode_stochastic(v, bytes_, stored[3], scratch)
+    if step.average_weight is not None:
+        average = m  # so has this
+        FIXED16.decode(stored[4], average)
+        adam.move_average(average, canvas, gradient, step.average_weight)
+        FIXED16.encode_stochastic(average, bytes_, stored[4], scratch)
+    return abs_u
+
+
+class _Buffers(threading.local):
+    """Memory that a thread keeps from task to task: the kernel would have to clear new pages."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Array] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array of unknown values, in the memory of the last one of this name where that is large enough."""
+        kept, count = self._kept.get(name), int(np.prod(shape))
+        if kept is None or kept.size < count or kept.dtype != dtype:
+            kept = self._kept[name] = np.empty(count, dtype)
+        return kept[:count].reshape(shape)
+
+
+_BUFFERS = _Buffers()

@@ -1,0 +1,90 @@
+"""What a run began with: written once, with a checksum, and kept once more in the journal's first record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.yaml_reader import shown
+from pipeline.core.errors import DamagedStateError, storage
+from pipeline.core.files import write_whole
+from pipeline.core.image_formats import PixelKind
+from pipeline.rundir.paths import read_regular
+from pipeline.rundir.records import (
+    FORMAT,
+    MAX_MANIFEST_BYTES,
+    Begun,
+    Manifest,
+    OtherVersionError,
+    Record,
+    parse_json,
+    parse_manifest,
+)
+from pipeline.store.checksums import checksum
+
+
+class OtherFormatError(DamagedStateError):
+    """A whole manifest, but of a version of pipeline that keeps its runs otherwise."""
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the manifest aside, sync it, and give it its name. Raises StorageError."""
+    with storage(path):
+        write_whole(path, _manifest_text(manifest.model_dump(mode="json")))
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> bytes:
+    crc = checksum(json.dumps(manifest).encode())
+    return json.dumps({**manifest, "crc": f"{crc:08x}"}, indent=2).encode()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest. Raises DamagedStateError if it is unreadable or was changed, OtherFormatError."""
+    try:
+        with storage(path):
+            data = read_regular(path, MAX_MANIFEST_BYTES) if path.exists() else b""
+        found: dict[str, Any] = parse_json(data)
+        written_in = found["format"]
+        # before the format is believed: that number may be what was changed
+        if (found.pop("crc", None) is not None or written_in == FORMAT) and _manifest_text(found) != data:
+            raise ValueError("it was changed after it was written")
+        if written_in == FORMAT:
+            return parse_manifest(found)
+    except OtherVersionError as error:
+        raise OtherFormatError(
+            f"{path}: is of {error}, which a later version of pipeline has written. Nothing is damaged: go on with "
+            "that version."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedStateError(
+            f"{path}: cannot be read as a run's manifest ({shown(str(error), 200)}). `pipeline verify --repair` can "
+            "restore it from the journal."
+        ) from error
+    raise OtherFormatError(
+        f"{path}: written in format {shown(str(written_in))}, but this version of pipeline reads format {FORMAT}. "
+        "Finish the run with the version that began it, or delete the run directory."
+    )
+
+
+def content_kind(manifest: Manifest) -> PixelKind:
+    """What the pixels of the run's content are."""
+    return PixelKind(manifest.content.bits, manifest.content.alpha)
+
+
+def begun_manifest(records: Iterable[Record]) -> Manifest | None:
+    """The copy of the manifest that a journal's records hold, if they hold one."""
+    copies = [record.manifest for record in records if isinstance(record, Begun)]
+    return copies[-1] if copies else None
+
+
+def trusted_manifest(path: Path, records: Iterable[Record]) -> Manifest:
+    """The manifest, which the journal must agree with. Raises DamagedStateError if it cannot be trusted."""
+    manifest = read_manifest(path)
+    if manifest != begun_manifest(records):
+        raise DamagedStateError(
+            f"{path}: is whole, but not the manifest that the journal beside it began with: it belongs to another run, "
+            "and going on would mix two. `pipeline verify --repair` restores it from the journal."
+        )
+    return manifest

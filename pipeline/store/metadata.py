@@ -1,0 +1,135 @@
+"""The single files of a store: metadata and style targets, written, checked, and made anew as they were."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from pipeline import store
+from pipeline.core.errors import storage
+from pipeline.core.files import sync_file_system, sync_folder, write_whole
+from pipeline.rundir.paths import is_of_the_system, read_regular
+from pipeline.store.array import MAX_METADATA_BYTES, ChunkError, StageArray
+from pipeline.store.checksums import checksum, packed, unpacked
+from pipeline.store.layout import METADATA, ArraySpec, gram_name
+
+_MAX_GRAM_BYTES = 2**30  # of 11,000 channels
+
+
+def zarr_settings() -> AbstractContextManager[Any]:
+    """Inside, zarr works in the threads that call it: measured best under our own."""
+    return zarr.config.set({"async.concurrency": 1})  # type: ignore[no-any-return]
+
+
+def sync(path: Path) -> None:
+    """Bring everything written to the file system of `path` onto its disk. Raises StorageError if it refuses."""
+    with storage(path):
+        sync_file_system(path)
+
+
+def metadata_checksums(stage_dir: Path) -> dict[str, str]:
+    """The checksum of every metadata file of a stage, under its path within the stage."""
+    arrays = [path for path in sorted(stage_dir.glob(f"*/{METADATA}")) if not is_of_the_system(path.parent.name)]
+    paths = [stage_dir / METADATA, *arrays]
+    return {str(path.relative_to(stage_dir)): packed([checksum(path.read_bytes())]) for path in paths}
+
+
+def check_metadata(stage_dir: Path, name: str, checksums: str) -> None:
+    """Raise ChunkError if a metadata file is not what was written, StorageError if the disk refuses."""
+    _read_checked(stage_dir / name, checksums)
+
+
+def _read_checked(path: Path, checksums: str) -> bytes:
+    """A whole small file, which must be what was written."""
+    with storage(path):
+        try:
+            data = read_regular(path, MAX_METADATA_BYTES if path.name == METADATA else _MAX_GRAM_BYTES)
+            intact = checksum(data) == unpacked(checksums)[0]
+        except FileNotFoundError as error:
+            raise ChunkError(path, "missing", "is missing") from error
+        except (ValueError, IndexError):  # another kind of file, or a checksum that is none
+            intact = False
+    if not intact:
+        raise ChunkError(path, "changed", "is not what was written there")
+    return data
+
+
+def write_gram(stage_dir: Path, key: str, gram_CC: NDArray[np.float64]) -> str:
+    """Store the style target of a style key, (C, C) float64; gives its packed checksum. Raises StorageError."""
+    with storage(stage_dir / gram_name(key)):
+        array = zarr.create_array(
+            stage_dir / gram_name(key),
+            shape=gram_CC.shape,
+            chunks=gram_CC.shape,  # one file, which is there or not
+            dtype="float64",
+            compressors=None,
+            config={"write_empty_chunks": True},
+        )
+        array[...] = gram_CC
+    return packed([checksum(np.ascontiguousarray(gram_CC))])
+
+
+def read_gram(stage_dir: Path, key: str, checksums: str) -> NDArray[np.float64]:
+    """The style target of a style key. Raises ChunkError if it is not there or not what was written."""
+    data = _read_checked(stage_dir / gram_name(key) / "c" / "0" / "0", checksums)
+    side = math.isqrt(len(data) // 8)
+    return np.frombuffer(data, "<f8").reshape(side, side)
+
+
+def group_metadata() -> bytes:
+    """The metadata file of every group of a run."""
+    files: dict[str, Any] = {}
+    zarr.create_group(files, zarr_format=3)
+    return bytes(files[METADATA].to_bytes())
+
+
+def array_metadata(spec: ArraySpec, codec: str) -> bytes:
+    """The metadata file of an array of a stage."""
+    files: dict[str, Any] = {}
+    store.new_array(files, spec.shape, spec.chunk_px, spec.form, codec)
+    return bytes(files[METADATA].to_bytes())
+
+
+def create_store(path: Path) -> None:
+    """Make the run's Zarr group, replacing what an interrupted start left there. Raises StorageError.
+
+    It is made aside: under its name it is whole, and on the disk, whatever `store.durability` is.
+    """
+    aside = path.with_name(path.name + ".partial")
+    with storage(path):
+        for old in (aside, path):
+            if old.exists():
+                shutil.rmtree(old)
+        write_metadata(aside / METADATA, group_metadata())
+        aside.replace(path)
+        sync_folder(path.parent)
+
+
+def write_metadata(path: Path, data: bytes) -> None:
+    """Write a metadata file aside, sync it, and give it its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, data)
+
+
+def make_room_again(array: StageArray, cy: int, cx: int) -> None:
+    """Make the file of a chunk anew whose content is nobody's."""
+    path = array.chunk_path(cy, cx)
+    path.unlink(missing_ok=True)  # its sectors may be what is bad
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if array.raw:
+        store.preallocate(path, int(np.prod(array.chunk_shape)) * array.dtype.itemsize)
+    else:
+        array.write_chunk(cy, cx, np.zeros(array.chunk_shape, array.dtype))
+
+
+def replace_array(source: Path, target: Path) -> None:
+    """Put an array that was made anew in the place of a damaged one."""
+    shutil.rmtree(target, ignore_errors=True)
+    source.replace(target)

@@ -1,0 +1,90 @@
+"""Writing a picture as an OME-Zarr image pyramid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from pipeline.core.image_formats import PixelKind
+from pipeline.core.tiling import Rect, chunks_of
+
+
+def write_ome_zarr(
+    path: Path,
+    size: tuple[int, int],
+    kind: PixelKind,
+    read_rows: Callable[[int, int], NDArray[Any]],
+    chunk_px: int = 512,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Write an OME-Zarr 0.5 image pyramid, axes (c, y, x), each level the 2×2 means of the one before.
+
+    `size`: (H, W). `read_rows(y0, y1)` gives (rows, W, channels) of uint8 or uint16, as `kind` says. At most one band
+    of chunk rows is in memory. `check` is called between chunks and may raise to give up.
+    """
+    height, width = size
+    group = zarr.create_group(path, overwrite=True)
+    level = _create_level(path / "0", (height, width), kind, chunk_px)
+    for y0 in range(0, height, chunk_px):
+        rows_CHW = np.moveaxis(read_rows(y0, min(y0 + chunk_px, height)), 2, 0)
+        # a call per chunk: of several at once, zarr would go on with the others after one has failed
+        for x0 in range(0, width, chunk_px):
+            level.set_block_selection((0, y0 // chunk_px, x0 // chunk_px), rows_CHW[:, :, x0 : x0 + chunk_px])
+    levels = 1
+    while max(height, width) > chunk_px:
+        height, width = max(1, height // 2), max(1, width // 2)
+        level = _halve(level, _create_level(path / str(levels), (height, width), kind, chunk_px), check)
+        levels += 1
+    group.attrs["ome"] = _ome_metadata(path.stem, levels)
+
+
+def _create_level(path: Path, size: tuple[int, int], kind: PixelKind, chunk_px: int) -> Any:
+    return zarr.create_array(
+        path,
+        shape=(kind.channels, *size),
+        chunks=(kind.channels, chunk_px, chunk_px),
+        dtype=f"uint{kind.bits}",
+        dimension_names=("c", "y", "x"),
+        config={"write_empty_chunks": True},
+    )
+
+
+def _halve(fine: Any, coarse: Any, check: Callable[[], None]) -> Any:
+    """Fill `coarse`, chunk by chunk, with the means of 2×2 squares of `fine` (a last odd row or column is dropped)."""
+    _, height, width = coarse.shape
+    for cy, cx, part in chunks_of(Rect(0, height, 0, width), coarse.chunks[1]):
+        check()
+        block = np.asarray(fine[:, 2 * part.y0 : 2 * part.y1, 2 * part.x0 : 2 * part.x1], np.uint32)
+        missing = (2 * part.height - block.shape[1], 2 * part.width - block.shape[2])  # a fine side of 1 px has no pair
+        block = np.pad(block, ((0, 0), (0, missing[0]), (0, missing[1])), mode="edge")
+        summed = block[:, 0::2, 0::2] + block[:, 0::2, 1::2] + block[:, 1::2, 0::2] + block[:, 1::2, 1::2]
+        coarse.set_block_selection((0, cy, cx), ((summed + 2) // 4).astype(coarse.dtype))
+    return coarse
+
+
+def _ome_metadata(name: str, levels: int) -> dict[str, Any]:
+    return {
+        "version": "0.5",
+        "multiscales": [
+            {
+                "name": name,
+                "axes": [
+                    {"name": "c", "type": "channel"},
+                    {"name": "y", "type": "space"},
+                    {"name": "x", "type": "space"},
+                ],
+                "datasets": [
+                    {
+                        "path": str(level),
+                        "coordinateTransformations": [{"type": "scale", "scale": [1.0, 2.0**level, 2.0**level]}],
+                    }
+                    for level in range(levels)
+                ],
+            }
+        ],
+    }
