@@ -11,10 +11,11 @@ from types import ModuleType
 
 TYPE_CHECKING = False  # typing would be the slowest import before the command listens to signals
 if TYPE_CHECKING:
+    from pipeline.commands.export import export
     from pipeline.commands.preview.crop import crop
     from pipeline.commands.preview.preview import preview
     from pipeline.commands.run import run
-    from pipeline.commands.status import export, status
+    from pipeline.commands.status import status
     from pipeline.commands.verify.verify import verify
     from pipeline.config.config import Config, load_config
     from pipeline.core.allocator import set_up_process
@@ -26,7 +27,7 @@ __all__ = ["Config", "crop", "export", "load_config", "plan", "preview", "run", 
 _HOMES = {
     "Config": "config.config",
     "crop": "commands.preview.crop",
-    "export": "commands.status",
+    "export": "commands.export",
     "load_config": "config.config",
     "plan": "rundir.preflight",
     "preview": "commands.preview.preview",

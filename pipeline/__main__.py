@@ -25,7 +25,7 @@ def main() -> NoReturn:
         signal.signal(number, _stop)
     # Registered first and so called last. After that the interpreter would restore the default: death by the signal.
     atexit.register(_set_all, listened, signal.SIG_IGN)
-    from pipeline.cli import app
+    from pipeline.cli import app  # noqa: PLC0415 - slow
     from pipeline.core import allocator  # noqa: PLC0415 - slow
 
     allocator.set_up_process()

@@ -16,6 +16,7 @@ import pipeline
 from pipeline.core.events import IterationDone
 from pipeline.losses import color as colors
 from pipeline.losses.color import ColorStatistics
+from pipeline.render import color_tasks
 from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
@@ -110,7 +111,7 @@ def test_statistics_are_whole_numbers_until_they_are_divided(tmp_path, narrow_we
         (folder := tmp_path / str(chunk_px)).mkdir()
         with prepared(folder, narrow_weights, (64, 96), 48, chunk_px=chunk_px) as case:
             array = open_array(case.stage.stage_dir, "content", case.started.checksums["content"])
-            found.append(colors.statistics(array, case.stage.engine))
+            found.append(color_tasks.statistics(array, case.stage.engine))
             wanted = statistics_of(case.problem.content)
     assert np.array_equal(found[0].mean, found[1].mean) and np.array_equal(found[0].covariance, found[1].covariance)
     assert relative(found[0].mean, wanted.mean) < 1e-13 and relative(found[0].covariance, wanted.covariance) < 1e-10

@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.config import Config, load_config, result_fields, template
+from pipeline.config.config import Config, load_config, result_fields
 from pipeline.config.fields import OUTPUT_SUFFIXES
 from pipeline.config.messages import wanted
+from pipeline.config.template import template
 from pipeline.core.errors import ConfigError
 
 LINE = re.compile(r"(.+\.yaml:[1-9]\d*:[1-9]\d*|--set .*?): \S.*")

@@ -20,7 +20,6 @@ from test_masks import ramp
 import pipeline
 from pipeline import crop, load_config, run
 from pipeline.commands.preview.whole_image import Known, Whole
-from pipeline.config.regions import Guides
 from pipeline.core.errors import ConfigError
 from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import LAYER_BY_NAME
@@ -31,6 +30,7 @@ from pipeline.render.iteration import Iterations
 from pipeline.render.preparation import Prepared, prepare
 from pipeline.render.stage import Stage
 from pipeline.store.array import open_array
+from pipeline.store.guides import Guides
 
 EVERYTHING = Rect(0, 110, 0, 150)
 KEYS: dict[str, Any] = {

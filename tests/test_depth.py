@@ -19,7 +19,7 @@ from pipeline.core.tiling import Rect
 from pipeline.executors.threads import Engine
 from pipeline.images.header import read_header
 from pipeline.images.writer import write_image
-from pipeline.losses import color as colors
+from pipeline.render import color_tasks
 from pipeline.rundir.manifest import _manifest_text
 
 RGB16, RGBA8, RGBA16 = PixelKind(16), PixelKind(8, alpha=True), PixelKind(16, alpha=True)
@@ -308,7 +308,7 @@ def test_colours_of_16_bits_are_counted_as_they_are(tmp_path):
     codes = np.random.default_rng(0).integers(0, 65536, (70, 45, 3)).astype(np.uint16)
     array.write_window(Rect(0, 70, 0, 45), codes)
     with Engine(1) as engine:
-        found = colors.statistics(array, engine)
+        found = color_tasks.statistics(array, engine)
     pixels = codes.reshape(-1, 3) / 257
     assert np.abs(found.mean - pixels.mean(0)).max() < 1e-4
     assert np.abs(found.covariance - np.cov(pixels.T, bias=True)).max() < 1e-2

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from pipeline.config.sections import NetworkName
 from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import CONV_NAMES, LAYER_BY_NAME
-from pipeline.network.vgg import Network, load_state
+from pipeline.network.vgg import Network
 from pipeline.network.weights import PACKAGED, find_weights, widths_for_plan
+from pipeline.network.weights_file import load_state
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))

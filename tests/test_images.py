@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import pyvips
 
+from pipeline.commands.preview.cut import cut_file
 from pipeline.core.errors import ConfigError, InputError, SpaceError, Stopped
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
 from pipeline.images.header import read_header
-from pipeline.images.reader import resize_window, source_window, stream_rgb
+from pipeline.images.reader import stream_rgb
+from pipeline.images.resize import resize_window, source_window
 from pipeline.images.writer import check_output, write_image
-from pipeline.render.resample import cut_file
 
 
 def picture(height_px: int, width_px: int, seed: int = 0, bits: int = 8) -> np.ndarray:

@@ -14,12 +14,13 @@ from test_exactness import EXACT, assert_exact, prepared, read_whole, write_mask
 import pipeline
 from pipeline import load_config
 from pipeline.config.config import result_fields
-from pipeline.config.regions import UNGUIDED, Guides, regions_of
+from pipeline.config.regions import regions_of
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.events import IterationDone
 from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
+from pipeline.store.guides import UNGUIDED, Guides
 from pipeline.store.layout import gram_key, is_guide, is_stage_array
 
 SIZES = {"style_sizes": ((50, 67), (40, 33), (33, 48)), "style_weights": (1.0, 2.0, 0.5)}

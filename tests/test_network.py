@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.tiling import Rect, grid
 from pipeline.core.vgg_layers import LAYER_BY_NAME
-from pipeline.network.vgg import Network, Step, get_network, load_state, random_state
-from pipeline.network.weights import RANDOM_WIDTHS, NetworkSpec, WeightsSource, check_shapes, find_weights, read_widths
+from pipeline.network.vgg import Network, Step, get_network, random_state
+from pipeline.network.weights import RANDOM_WIDTHS, NetworkSpec, WeightsSource, find_weights, read_widths
+from pipeline.network.weights_file import check_shapes, load_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}

@@ -16,8 +16,9 @@ from e2e import Outcome, make_call, write_config, write_run
 
 from pipeline.config.config import load_config
 from pipeline.core.errors import ConfigError, DamagedStateError
+from pipeline.core.files import read_regular
 from pipeline.images.writer import check_output
-from pipeline.rundir.paths import links_in_store, read_regular, refuse_links
+from pipeline.rundir.paths import links_in_store, refuse_links
 
 Call = Callable[..., Outcome]
 

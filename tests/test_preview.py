@@ -521,8 +521,8 @@ def test_labels_need_no_fonts_on_the_machine(tmp_path):
     """In a container without fonts every letter would be the same box."""
     (tmp_path / "fonts.conf").write_text(f"<fontconfig><cachedir>{tmp_path}</cachedir></fontconfig>")
     code = """
-from pipeline.commands.preview.contact_sheet import _mask
-print(*(int((_mask(c, 20) > 128).sum()) for c in 'il.m'))
+from pipeline.images.text import text_mask
+print(*(int((text_mask(c, 20) > 128).sum()) for c in 'il.m'))
 """
     out = subprocess.run(
         [sys.executable, "-c", code],

@@ -23,8 +23,8 @@ from pipeline.network import vgg
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.device import Device
 from pipeline.render import tile_tasks
-from pipeline.render.process import process_settings
 from pipeline.rundir.preflight import plan_on
+from pipeline.rundir.process_settings import process_settings
 
 # Prints, as JSON, what of a process a library can change, before and after the code in the middle.
 SETTINGS = """

@@ -20,7 +20,7 @@ from test_plan import config_of, planned
 from pipeline.core.errors import SpaceError
 from pipeline.core.image_formats import PixelKind
 from pipeline.plan.memory import export_bytes
-from pipeline.rundir.preflight import check_space
+from pipeline.rundir.space import check_space
 
 __all__ = ["small_disk"]
 

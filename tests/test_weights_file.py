@@ -22,9 +22,8 @@ from reference import narrow_state
 from safetensors.torch import save_file
 
 from pipeline.core.errors import InputError
-from pipeline.network.vgg import load_state
 from pipeline.network.weights import find_weights, widths_for_plan
-from pipeline.network.weights_file import MAX_HEADER_BYTES, safetensors_shapes
+from pipeline.network.weights_file import MAX_HEADER_BYTES, load_state, safetensors_shapes
 
 ROOT = Path(__file__).parents[1]
 

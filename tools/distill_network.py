@@ -33,8 +33,8 @@ from training_images import list_images
 from pipeline.core.errors import PipelineError
 from pipeline.core.vgg_layers import ALIGN_PX, CONV_NAMES, min_side_px
 from pipeline.network.padding import PADDINGS
-from pipeline.network.vgg import load_state
 from pipeline.network.weights import sha256_of
+from pipeline.network.weights_file import load_state
 
 CHECKPOINT_EVERY_S = 60
 EXIT_STOPPED = 75

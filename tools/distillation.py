@@ -25,7 +25,7 @@ from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import CONV_NAMES, LAYER_BY_NAME
 from pipeline.network.padding import PADDINGS
 from pipeline.network.vgg import Network
-from pipeline.network.weights import conv_key
+from pipeline.network.weights_file import conv_key
 
 State = dict[str, Tensor]
 HELD_OUT_EVERY = 10  # of the images in the order of their names, the first, the eleventh, … are never trained on

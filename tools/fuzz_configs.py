@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipeline.config.config import Config, template
+from pipeline.config.config import Config
+from pipeline.config.template import template
 from pipeline.core.vgg_layers import CONV_NAMES
 
 # --- text ---

@@ -16,8 +16,8 @@ from paper_measures import features, read
 from safetensors.torch import save_file
 
 from pipeline.core.vgg_layers import CONV_NAMES, LAYER_BY_NAME
-from pipeline.network.vgg import load_state
-from pipeline.network.weights import NetworkSpec, conv_key
+from pipeline.network.weights import NetworkSpec
+from pipeline.network.weights_file import conv_key, load_state
 
 VGG_CHANNELS = 512  # of conv4_2
 

@@ -60,7 +60,7 @@ def main() -> NoReturn:
 
 
 def _tell(error: PipelineError) -> int:
-    from pipeline.config.yaml_reader import printable
+    from pipeline.core.text import printable
 
     word = "stopped" if isinstance(error, Stopped) else "error"
     text = printable(str(error))
@@ -317,7 +317,7 @@ def export(
 @click.argument("path", type=click.Path(path_type=Path), default="pipeline.yaml")
 def init(path: Path) -> None:
     """Write a commented config to PATH (default pipeline.yaml; - for stdout)."""
-    from pipeline.config.config import template
+    from pipeline.config.template import template
 
     text = template()
     if str(path) == "-":

@@ -25,6 +25,7 @@ from pipeline.core.events import (
     StageStarted,
     WorkDone,
 )
+from pipeline.core.text import count, duration
 
 # Columns left free beside the bars: the terminal writes ^C where the cursor stands, at the end of the last bar. Were
 # there no room, it would go to another line, and the bars above would not be erased any more.
@@ -215,20 +216,3 @@ def busy_line(busy: Mapping[str, float]) -> str:
     kinds = ", ".join(f"{kind} {busy.get(kind, 0.0):.1f}s" for kind in ("read", "write", "update", "wait"))
     computing = busy.get("compute", 0.0)
     return f"computing {computing:.1f}s of {wall:.1f}s ({computing / wall:.0%}); on other threads {kinds}"
-
-
-def count(number: int, noun: str) -> str:
-    """`number` with its noun, in the plural where it needs one."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 42s, 3m 10s, 5h 02m, 2d 03h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02}s"
-    if whole < 86400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02}m"
-    return f"{whole // 86400}d {whole % 86400 // 3600:02}h"

@@ -15,10 +15,10 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cli.display import count, duration
 from pipeline.commands.preview.preview import Preview
 from pipeline.commands.verify.verify import Report
 from pipeline.config.config import Config
+from pipeline.core.text import count, duration
 from pipeline.plan.device import resolve_device
 from pipeline.plan.plan import Plan
 
@@ -176,9 +176,9 @@ def print_doctor() -> None:
     console.print(f"python     {platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in _PACKAGES:
         console.print(f"{package:<10} {version(package)}")
-    import pyvips  # noqa: PLC0415
+    from pipeline import images  # noqa: PLC0415
 
-    console.print(f"libvips    {'.'.join(str(pyvips.version(part)) for part in range(3))}")
+    console.print(f"libvips    {images.vips_version()}")
     device = resolve_device("auto")
     console.print(f"device     {device.name}: {device.label}, {gib(device.memory_bytes)}")
     memory = psutil.virtual_memory()

@@ -18,24 +18,26 @@ from pipeline.config.sections import OptimizerConfig
 from pipeline.core.allocator import trim_heap
 from pipeline.core.errors import DeviceMemoryError, stop_check, storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
+from pipeline.core.files import taken
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.executors.threads import Engine
 from pipeline.network.weights import find_weights
 from pipeline.plan.device import Device, resolve_device
 from pipeline.plan.memory import WORKERS, update_threads
 from pipeline.plan.plan import Plan, StagePlan
-from pipeline.render import ingest
+from pipeline.render import export
 from pipeline.render.context import Tools, iteration_record, make_stage, prepared_record, tools_for
-from pipeline.render.process import process_settings
 from pipeline.rundir import records
 from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.lock import RunLock
 from pipeline.rundir.open import content_alpha, newest_canvas, now, open_run, stage_path
-from pipeline.rundir.paths import journal_path, manifest_path, refuse_links, store_path, taken
+from pipeline.rundir.paths import journal_path, manifest_path, refuse_links, store_path
 from pipeline.rundir.position import Position
-from pipeline.rundir.preflight import check_space, plan_on
+from pipeline.rundir.preflight import plan_on
+from pipeline.rundir.process_settings import process_settings
 from pipeline.rundir.results import is_as_written, refuse_foreign, written_picture
 from pipeline.rundir.run_folder import locked_folder
+from pipeline.rundir.space import check_space
 from pipeline.store import integrity, metadata
 from pipeline.store.layout import kept_files
 
@@ -221,7 +223,7 @@ class _Rendering:
             planes, self.engine, lambda done, total: self.sink(WorkDone(last, "check", done, total))
         )
         check = self.engine.raise_if_stopped
-        ingest.export_canvas(
+        export.export_canvas(
             canvas,
             alpha,
             output,

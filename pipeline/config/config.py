@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, model_validator
 
 from pipeline.config.fields import MAX_STAGES, MAX_STYLES, File, Int, Output, SidePx, Start
-from pipeline.config.messages import Conflict, ConflictsError, placeholders, validate, wanted
+from pipeline.config.messages import Conflict, ConflictsError, validate
 from pipeline.config.regions import regions_of, shared_masks
 from pipeline.config.sections import (
     COMPARED_BY_CONTENT,
@@ -35,8 +34,8 @@ from pipeline.config.sections import (
 )
 from pipeline.config.yaml_reader import Key, dotted, read, told
 from pipeline.core.errors import ConfigError
+from pipeline.core.files import real
 from pipeline.core.image_formats import OUTPUT_SUFFIXES, format_of, is_jpeg_inside, unheeded
-from pipeline.rundir.paths import real
 
 
 def _default_work_dir(data: dict[str, Any]) -> Path:
@@ -352,32 +351,3 @@ def _values(
             yield from _values(entry, (*key, name), mark, given)
     else:
         yield key, value, mark
-
-
-def template() -> str:
-    """A config file with every key, its default and what it is for; files are placeholders to be replaced."""
-    config = Config.model_validate(placeholders(Config), context={"base": Path()})
-    head = (
-        "# Every setting with its default; one behind # takes its default from others. Paths are relative to this file."
-    )
-    return "\n".join([head, *_template_lines(config)]) + "\n"
-
-
-def _template_lines(section: BaseModel) -> Iterator[str]:
-    plain = section.model_dump(mode="json")
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield f"{name}:  # {field.description}"
-            yield from (f"  {line}" for line in _template_lines(value))
-        elif isinstance(value, tuple) and value:
-            yield f"{name}:  # {field.description}; {wanted(field.annotation, field.metadata)}"
-            for entry in value:
-                first, *others = _template_lines(entry)
-                yield from (f"  - {first}", *(f"    {line}" for line in others))
-        else:
-            # A default that follows from another key is only shown: written down, it would no longer follow.
-            follows = "# " if field.default_factory_takes_validated_data else ""
-            flow = yaml.safe_dump([plain[name]], default_flow_style=True, width=math.inf, sort_keys=False).strip()[1:-1]
-            takes = wanted(field.annotation, field.metadata)
-            yield f"{follows}{name}: {flow}  # {field.description}; {takes}"

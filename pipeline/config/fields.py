@@ -13,11 +13,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Strict, ValidationInfo
 
 from pipeline.config.messages import Wanted, allowed
-from pipeline.config.yaml_reader import CommandLineText, shown
+from pipeline.config.yaml_reader import CommandLineText
 from pipeline.core import image_formats
+from pipeline.core.files import unnameable
 from pipeline.core.image_formats import OUTPUT_SUFFIXES
+from pipeline.core.text import _BYTE_UNITS, bytes_text, shown
 from pipeline.core.vgg_layers import ALIGN_PX, CONV_NAMES
-from pipeline.rundir.paths import unnameable
 
 MAX_SIDE_PX = image_formats.MAX_SIDE_PX
 MAX_PIXELS = MAX_SIDE_PX**2
@@ -37,11 +38,6 @@ MAX_WEIGHT = 1e12
 MAX_BYTES = 2**60
 # What Linux and its file systems take. What is made of a name (a run's folder, an unfinished picture) is checked later.
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
-_BYTE_UNITS = {"B": 1} | {
-    f"{prefix}{unit}": base ** (power + 1)
-    for unit, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT")
-}
 
 
 def _absolute(value: object, info: ValidationInfo) -> object:
@@ -83,12 +79,6 @@ def _bytes_from(value: object) -> object:
     if match is None or match[2].lower() not in factors:
         return value
     return int(float(match[1]) * factors[match[2].lower()])
-
-
-def bytes_text(size_bytes: int) -> str | int:
-    """The shortest exact spelling of a size, as a config takes it."""
-    unit, factor = max(_BYTE_UNITS.items(), key=lambda item: (size_bytes % item[1] == 0, item[1]))
-    return f"{size_bytes // factor}{unit}"
 
 
 Int = Annotated[int, Strict()]

@@ -15,7 +15,8 @@ from annotated_types import MaxLen
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from pipeline.config.yaml_reader import Document, Key, Problem, dotted, shown
+from pipeline.config.yaml_reader import Document, Key, Problem, dotted
+from pipeline.core.text import shown
 
 _M = TypeVar("_M", bound=BaseModel)
 _PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.sections import StyleConfig
-from pipeline.store.layout import CONTENT_GUIDE, guide_name, style_key
 
 
 @dataclass(frozen=True)
@@ -44,36 +43,3 @@ def shared_masks(styles: Sequence[StyleConfig], start: str) -> Iterator[tuple[st
     for region in regions_of(styles):
         if region.mask is not None:
             yield from ((f"{start}styles.{index}.mask_of", region.styles[0]) for index in region.styles[1:])
-
-
-@dataclass(frozen=True)
-class Guides:
-    """What guides the losses of a stage: this many masks of styles; maybe styles for the rest; maybe a content map."""
-
-    masks: int = 0
-    rest: bool = False
-    content: bool = False
-
-    @property
-    def regions(self) -> int:
-        """Regions with Grams of their own; 0 where all styles paint the whole canvas."""
-        return self.masks + self.rest if self.masks else 0
-
-    @property
-    def arrays(self) -> tuple[str, ...]:
-        """The stage's arrays that keep them, one channel of 0..255 each."""
-        return *map(guide_name, range(self.masks)), *([CONTENT_GUIDE] if self.content else [])
-
-    def keys(self, layer: str) -> tuple[str, ...]:
-        """The style terms of a layer: itself, or one per region."""
-        return tuple(style_key(layer, region) for region in range(self.regions)) or (layer,)
-
-
-UNGUIDED = Guides()
-
-
-def guides_of(styles: Sequence[StyleConfig], content_mask: Path | None) -> Guides:
-    """The guides of a stage with these styles, of those that count in it."""
-    regions = regions_of(styles)
-    masks = sum(region.mask is not None for region in regions)
-    return Guides(masks, masks < len(regions) if masks else False, content_mask is not None)

@@ -7,7 +7,6 @@ aliases and tags are refused, so that a config is only ever what it looks like. 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from pipeline.core.errors import MISPLACED, storage_error
+from pipeline.core.text import shown
 
 Key = tuple[str | int, ...]
 # The template has 4 KB and 80 values. A file within these limits is read in a second, whatever is in it.
@@ -73,19 +73,6 @@ class CommandLineText(str):
     """Text that came from `--set`: as a path it is relative to the current folder, not to the config file's."""
 
     __slots__ = ()
-
-
-def shown(text: str, max_chars: int = 80) -> str:
-    """`text` shortened and on one line, so that one problem stays one line whatever the user, or a file, says."""
-    short = text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
-    return short if short.isprintable() else repr(short)[1:-1]
-
-
-def printable(text: str) -> str:
-    """`text` without what a terminal would obey: the names in a message may be anybody's."""
-    return "".join(
-        char if char == "\n" or unicodedata.category(char) not in ("Cc", "Cs") else repr(char)[1:-1] for char in text
-    )
 
 
 def dotted(key: Key) -> str:

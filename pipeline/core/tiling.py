@@ -107,3 +107,6 @@ def chunks_of(rect: Rect, chunk_px: int) -> Iterator[tuple[int, int, Rect]]:
         for cx in range(rect.x0 // chunk_px, ceil_to(rect.x1, chunk_px) // chunk_px):
             chunk = Rect(cy * chunk_px, (cy + 1) * chunk_px, cx * chunk_px, (cx + 1) * chunk_px)
             yield cy, cx, rect.intersection(chunk)
+
+
+Size = tuple[int, int]  # (height, width) in px

@@ -21,7 +21,7 @@ from distributed import Worker
 from pipeline.core import profiler
 from pipeline.core.allocator import set_up_process
 from pipeline.executors import loopback
-from pipeline.render.process import process_settings
+from pipeline.rundir.process_settings import process_settings
 
 # How often a task may lose its worker and be done again.
 ALLOWED_DEATHS = 3

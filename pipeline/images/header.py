@@ -17,11 +17,11 @@ from typing import Any
 
 import pyvips
 
-from pipeline.config.fields import MAX_SIDE_PX, bytes_text
+from pipeline.config.fields import MAX_SIDE_PX
 from pipeline.config.sections import LimitsConfig
-from pipeline.config.yaml_reader import shown
 from pipeline.core.errors import MISPLACED, InputError, storage_error
 from pipeline.core.image_formats import PixelKind
+from pipeline.core.text import bytes_text, shown
 from pipeline.images import tiff
 from pipeline.images.vips_streams import FileSource, reason
 

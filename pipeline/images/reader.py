@@ -12,25 +12,22 @@ import functools
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import pyvips
-from numpy.typing import NDArray
 
 from pipeline.core.errors import InputError
 from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.images.header import describe, needs_random_access, open_file, open_image
 from pipeline.images.vips_streams import BandPump, Rows, reason
 
-# The window of `resize_window` reaches this far beyond the outermost sample: 2 px feed the bicubic, 2 px are slack.
-_MARGIN_PX = 4
-
-Box = tuple[int, int, int, int]
-FloatT = TypeVar("FloatT", np.float32, np.float64)
-
 # Every thread has strips of its own: 16 take 1.7 GB to enlarge to 40,000 px where 4 take 0.45, and are not faster.
 _MOST_THREADS = 4
+
+
+def vips_version() -> str:
+    """The version of libvips."""
+    return ".".join(str(pyvips.version(part)) for part in range(3))
 
 
 @contextmanager
@@ -83,32 +80,6 @@ def stream_rgb(
         raise InputError(f"{path}: cannot be converted to sRGB: {reason(error)}. Convert it to RGB first.") from error
     assert (image.width, image.height, image.bands) == (width_px, height_px, kind.channels)
     return BandPump(file, image, band_px).bands(check)
-
-
-def source_window(target: Box, source_size: tuple[int, int], target_size: tuple[int, int]) -> Box:
-    """The rectangle of the source that `resize_window` needs for one rectangle of the target."""
-    y0, y1, x0, x1 = target
-    rows = _source_range(y0, y1, source_size[0], target_size[0])
-    columns = _source_range(x0, x1, source_size[1], target_size[1])
-    return (*rows, *columns)
-
-
-def resize_window(
-    window_HWC: NDArray[FloatT], window: Box, source_size: tuple[int, int], target_size: tuple[int, int], target: Box
-) -> NDArray[FloatT]:
-    """Resize one rectangle upward, centred bicubic (Catmull-Rom), edges repeated. Values are not clipped.
-
-    window_HWC holds the rectangle `window` of the source; the result is the rectangle `target` of the target. Taps
-    and weights follow from the target pixel's own coordinates alone, so that any partition gives the same bits as
-    the whole image. (libvips' affine rounds the phase of 8-bit, 16-bit and float32 pixels to 1/64 px; this does not.)
-    """
-    assert window_HWC.shape[:2] == (window[1] - window[0], window[3] - window[2])
-    y0, y1, x0, x1 = target
-    taps_y, weights_y = _taps(y0, y1, source_size[0], target_size[0])
-    taps_x, weights_x = _taps(x0, x1, source_size[1], target_size[1])
-    dtype = window_HWC.dtype
-    rows = _weighted(window_HWC, 0, taps_y - window[0], weights_y.astype(dtype)[:, :, None, None])
-    return _weighted(rows, 1, taps_x - window[2], weights_x.astype(dtype)[:, None, :, None])
 
 
 def _to_srgb(image: Any, keep_alpha: bool) -> Any:
@@ -170,30 +141,3 @@ def _to_bits(image: Any, has: int, wanted: int) -> Any:
         return image
     factor = (2**wanted - 1) / (2**has - 1)
     return image.linear(factor, 0.5, uchar=True) if wanted == 8 else image.linear(factor, 0.5).cast("ushort")
-
-
-def _source_range(t0: int, t1: int, source: int, target: int) -> tuple[int, int]:
-    """Source pixels under the target pixels [t0, t1), with the margin, clipped to the image."""
-    first, last = (((2 * t + 1) * source - target) // (2 * target) for t in (t0, t1 - 1))
-    return max(first - _MARGIN_PX, 0), min(last + 1 + _MARGIN_PX, source)
-
-
-def _taps(t0: int, t1: int, source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Indices and weights, each (4, t1 − t0), of the bicubic taps of the target pixels [t0, t1) on one axis."""
-    assert source <= target, f"resize_window only enlarges, not {source} to {target} px"
-    # Position (t + ½)·source/target − ½ as a fraction of integers: the phase is exact whatever the window.
-    numerator = (2 * np.arange(t0, t1, dtype=np.int64) + 1) * source - target
-    base = numerator // (2 * target)
-    f = (numerator - base * 2 * target) / (2 * target)
-    g = 1 - f
-    weights = np.stack([-0.5 * f * g * g, 1 + f * f * (1.5 * f - 2.5), 1 + g * g * (1.5 * g - 2.5), -0.5 * f * f * g])
-    # Clipping an index repeats the edge.
-    return np.clip(base + np.arange(-1, 3)[:, None], 0, source - 1), weights
-
-
-def _weighted(values: NDArray[FloatT], axis: int, taps: NDArray[np.int64], weights: NDArray[Any]) -> NDArray[FloatT]:
-    """Sum over the four taps of weight × value, always in the same order."""
-    total: NDArray[FloatT] = np.take(values, taps[0], axis) * weights[0]
-    for tap, weight in zip(taps[1:], weights[1:], strict=True):
-        total += np.take(values, tap, axis) * weight
-    return total

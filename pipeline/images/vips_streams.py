@@ -23,9 +23,9 @@ import numpy as np
 import pyvips
 from numpy.typing import NDArray
 
-from pipeline.config.yaml_reader import shown
 from pipeline.core.errors import InputError, storage_error
 from pipeline.core.image_formats import PixelKind
+from pipeline.core.text import shown
 
 Rows = NDArray[np.uint8] | NDArray[np.uint16]
 

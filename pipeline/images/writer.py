@@ -21,10 +21,21 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyvips
+from numpy.typing import NDArray
 
 from pipeline.core.errors import ConfigError, StorageError, storage, storage_error
-from pipeline.core.files import new_partial, partial_name, remove, sync_file_system, sync_folder
+from pipeline.core.files import (
+    names_in,
+    new_partial,
+    partial_name,
+    remove,
+    sync_file_system,
+    sync_folder,
+    taken,
+    unwritable,
+)
 from pipeline.core.image_formats import (
     COMPRESSIONS,
     FORMATS,
@@ -35,8 +46,8 @@ from pipeline.core.image_formats import (
     format_of,
     unheeded,
 )
+from pipeline.core.tiling import Size
 from pipeline.images.vips_streams import POLL_S, FileTarget, Rows, RowSource
-from pipeline.rundir.paths import names_in, taken, unwritable
 
 # The C library's environment is everybody's: one picture at a time changes it.
 _ENVIRONMENT = threading.Lock()
@@ -332,3 +343,24 @@ def put_in_place(partial: Path, path: Path, on_whole: Callable[[Path], None]) ->
         raise
     sync_folder(path.parent)
     remove(old)
+
+
+def write_rows(
+    bands: Iterator[NDArray[Any]],
+    output: Path,
+    size: Size,
+    check: Callable[[], None],
+    on_progress: Callable[[float], None] | None = None,
+    on_whole: Callable[[Path], None] = lambda partial: None,
+) -> None:
+    """Write bands of rows, one below the other, whatever their heights, as a picture of `size`."""
+    rest: list[NDArray[Any]] = []
+
+    def read_rows(y0: int, y1: int) -> NDArray[Any]:
+        while sum(map(len, rest)) < y1 - y0:
+            rest.append(next(bands))
+        found = np.concatenate(rest)
+        rest[:] = [found[y1 - y0 :]]
+        return found[: y1 - y0]
+
+    write_image(output, size[1], size[0], read_rows, check=check, on_progress=on_progress, on_whole=on_whole)

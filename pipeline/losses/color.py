@@ -11,17 +11,12 @@ is affine, pixel by pixel, so tiles stay exact; its numbers are of whole images.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from pipeline.core.tiling import Rect, chunks_of
-from pipeline.executors.threads import Engine
-from pipeline.store.array import StageArray
-from pipeline.store.checksums import ChunkSums
 
 Matrix = NDArray[np.float64]
 
@@ -89,30 +84,10 @@ def style_map(color: str, style: ColorStatistics, content: ColorStatistics) -> C
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _RowSpec:
-    """A row of chunks of an image."""
-
-    array: StageArray
-    rect: Rect
-
-
-def moments_task(spec: _RowSpec) -> tuple[Matrix, Matrix]:
-    """(Σx, Σx·xᵀ) over a row of chunks; of 8-bit pixels whole numbers below 2^53, so that their sum has no rounding."""
-    parts = [moments(spec.array.read_window(part)) for _, _, part in chunks_of(spec.rect, spec.array.chunk_px)]
-    return sum((total for total, _ in parts), np.zeros(3)), sum((squares for _, squares in parts), np.zeros((3, 3)))
-
-
 def moments(pixels_HWC: NDArray[Any]) -> tuple[Matrix, Matrix]:
     """(Σx, Σx·xᵀ) of pixels."""
     pixels_n3 = pixels_HWC.reshape(-1, 3).astype(np.float64)
     return pixels_n3.sum(0), pixels_n3.T @ pixels_n3
-
-
-def statistics(array: StageArray, engine: Engine) -> ColorStatistics:
-    """The statistics of a whole image in the store, the same bits whatever the tiles. Raises ChunkError."""
-    height, width, _ = array.shape
-    return statistics_of(engine.map(moments_task, [_RowSpec(array, rect) for rect in _rows(array)]), height * width)
 
 
 def statistics_of(found: Sequence[tuple[Matrix, Matrix]], pixels: int) -> ColorStatistics:
@@ -122,12 +97,6 @@ def statistics_of(found: Sequence[tuple[Matrix, Matrix]], pixels: int) -> ColorS
     return ColorStatistics(mean, second - np.outer(mean, mean))
 
 
-def _rows(array: StageArray) -> Iterator[Rect]:
-    height, width, _ = array.shape
-    for y0 in range(0, height, array.chunk_px):
-        yield Rect(y0, min(y0 + array.chunk_px, height), 0, width)
-
-
 # --- the canvas of `color: luminance` --------------------------------------------------------------------------------
 
 
@@ -135,33 +104,3 @@ def luminance(pixels_HWC: NDArray[Any]) -> NDArray[Any]:
     """Y of every pixel, (H, W, 1), in the precision of the pixels."""
     y_HW1: NDArray[Any] = (pixels_HWC @ _WEIGHTS.astype(pixels_HWC.dtype))[..., None]
     return y_HW1
-
-
-@dataclass(frozen=True)
-class RecolorSpec:
-    """One row of chunks of `target`: the luminance of `source` in the colours of `content`; all have one size."""
-
-    source: StageArray
-    content: StageArray
-    target: StageArray
-    rect: Rect
-
-
-def recolor_task(spec: RecolorSpec) -> ChunkSums:
-    """Write content + (Y(source) − Y(content)), clipped to 0..255: the content itself where that is the source."""
-    sums: ChunkSums = {}
-    for _, _, part in chunks_of(spec.rect, spec.target.chunk_px):
-        content = spec.content.read_window(part).astype(spec.target.value_dtype)
-        source = spec.source.read_window(part).astype(spec.target.value_dtype)
-        colored = content + (luminance(source) - luminance(content))
-        sums |= spec.target.write_window(part, np.clip(colored, 0, 255))
-    return sums
-
-
-def recolor(source: StageArray, content: StageArray, target: StageArray, engine: Engine) -> str:
-    """Fill `target` with the luminance of `source` in the colours of `content`; gives the packed checksums.
-
-    The target is another array than the source: a task that is done again must find what it found before.
-    """
-    specs = [RecolorSpec(source, content, target, rect) for rect in _rows(target)]
-    return target.packed({index: value for part in engine.map(recolor_task, specs) for index, value in part.items()})

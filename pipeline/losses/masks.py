@@ -10,21 +10,15 @@ the same way. Axes in names: 1 batch, K guides, R regions, C channels, H rows, W
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import store
-from pipeline.config.regions import Guides
-from pipeline.core.tiling import Rect, Tile
-from pipeline.core.vgg_layers import LAYER_BY_NAME, Layer
+from pipeline.core.tiling import Rect
+from pipeline.core.vgg_layers import Layer
+from pipeline.store.guides import Guides
 
 
 class GuideMaps:
@@ -53,33 +47,3 @@ class GuideMaps:
     def _at(self, maps_KHW: Tensor, layer: Layer, region: Rect) -> Tensor:
         rows, columns = Rect(*(edge * layer.stride for edge in region)).within(self._rect)
         return F.avg_pool2d(maps_KHW[None, :, rows, columns], layer.stride)[0]
-
-
-def read_guides(stage_dir: Path, guides: Guides, checksums: Mapping[str, str], rect: Rect) -> NDArray[np.uint8]:
-    """The guides of a rectangle of the canvas, (H, W, K). Raises ChunkError."""
-    windows = [store.open_array(stage_dir, name, checksums.get(name)).read_window(rect) for name in guides.arrays]
-    return np.concatenate(windows, axis=-1)
-
-
-@dataclass(frozen=True)
-class AreaSpec:
-    """Sum the regions' shares of the tile's inner rectangle, at every position of `layers`."""
-
-    stage_dir: Path
-    tile: Tile
-    guides: Guides
-    layers: tuple[str, ...]
-    checksums: Mapping[str, str]
-
-
-def area_task(spec: AreaSpec) -> dict[str, float]:
-    """The tile's part of n_r,l, by style key."""
-    inner = spec.tile.inner
-    pixels_HWK = read_guides(spec.stage_dir, spec.guides, spec.checksums, inner)
-    maps = GuideMaps(spec.guides, pixels_HWK, inner, torch.empty(0, dtype=torch.float64))
-    found: dict[str, Any] = {}
-    for name in spec.layers:
-        layer = LAYER_BY_NAME[name]
-        if (region := inner.positions(layer)).area:
-            found |= zip(spec.guides.keys(name), maps.shares(layer, region).sum((1, 2)).tolist(), strict=True)
-    return found

@@ -6,25 +6,20 @@ Axes in names: 1 batch, C channels, H rows, W columns.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.config.yaml_reader import shown
 from pipeline.core import callers
-from pipeline.core.errors import ConfigError, InputError
+from pipeline.core.errors import ConfigError
 from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import CONV_NAMES, Layer, needed_layers
 from pipeline.network.padding import PADDINGS, Cut, padded, unpadded
-from pipeline.network.weights import NetworkSpec, WeightsSource, check_shapes, conv_key
-from pipeline.network.weights_file import PickleFile, check_zip, is_zip
+from pipeline.network.weights import NetworkSpec, WeightsSource
+from pipeline.network.weights_file import conv_key, load_state
 
 # What torchvision's weights expect: RGB in [0, 1], shifted and scaled per channel.
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -320,50 +315,6 @@ def _set_precision(spec: NetworkSpec) -> None:
     torch.backends.cudnn.allow_tf32 = spec.dtype == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = False  # Grams are matrix products; seeds are 1×1 convolutions
     torch.backends.cudnn.deterministic = True
-
-
-def load_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth file.
-
-    Raises InputError if it cannot be read, or is a pickle of anything but tensors.
-    """
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
-    except FileNotFoundError as error:
-        raise InputError(f"weights file {path}: not found. Correct network.weights.") from error
-    except Exception as error:  # of damaged bytes the unpickler raises nearly everything, AssertionError included
-        reason = shown(next(iter(str(error).splitlines()), type(error).__name__), 200)
-        raise InputError(f"weights file {path}: cannot be read as weights ({reason}).") from error
-    if not isinstance(state, dict) or not all(_is_plain(key, value) for key, value in state.items()):
-        raise InputError(
-            f"weights file {path}: holds no state dict of tensors. Save model.state_dict(), not the model."
-        )
-    if sum(value.nbytes for value in state.values()) > path.stat().st_size:
-        raise InputError(f"weights file {path}: claims more weights than it has bytes. Give an intact copy.")
-    check_shapes({key: tuple(value.shape) for key, value in state.items()}, path)
-    return state
-
-
-def _unpickled(path: Path) -> Any:
-    """What a .pth file holds, read so that nothing in it is run, whatever TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the pickle's age, which is its maker's business
-        if not is_zip(path):  # torchvision's own file, of 2017, is not
-            with PickleFile(path) as file:
-                return torch.load(file, map_location="cpu", weights_only=True)
-        check_zip(path)
-        # mapped: of a VGG-19 file the classifier, most of its 0.5 GB, is never touched
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _is_plain(key: object, value: object) -> bool:
-    """Whether this is a tensor of numbers in memory under a name: a pickle can also make sparse or empty ones."""
-    return (
-        isinstance(key, str)
-        and isinstance(value, Tensor)
-        and (value.layout, value.device.type) == (torch.strided, "cpu")
-        and not value.is_quantized
-    )
 
 
 def random_state(source: WeightsSource) -> dict[str, Tensor]:

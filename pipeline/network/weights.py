@@ -12,12 +12,11 @@ from functools import cache
 from pathlib import Path
 
 from pipeline.config.fields import MAX_BYTES
-from pipeline.config.yaml_reader import shown
-from pipeline.core.errors import InputError, StorageError, storage
+from pipeline.core.errors import StorageError, storage
 from pipeline.core.events import Note, Sink, WorkDone, ignore
-from pipeline.core.vgg_layers import CONV_NAMES, LAYER_BY_NAME, VGG19_WIDTHS
+from pipeline.core.vgg_layers import CONV_NAMES, VGG19_WIDTHS
 from pipeline.network.download import DownloadError, download
-from pipeline.network.weights_file import check_file, safetensors_shapes
+from pipeline.network.weights_file import check_file, check_shapes, safetensors_shapes
 
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 VGG19_SHA256_PREFIX = "dcbb9e9d"
@@ -104,14 +103,6 @@ def weights_bytes(name: str, path: Path | None) -> int:
     return 0 if name == "random" else VGG19_FILE_BYTES
 
 
-def conv_key(name: str, names: set[str]) -> str | None:
-    """The stem under which a state dict with the keys `names` holds convolution `name`: ours or torchvision's."""
-    for stem in (name, f"features.{LAYER_BY_NAME[name].torchvision_index}"):
-        if f"{stem}.weight" in names and f"{stem}.bias" in names:
-            return stem
-    return None
-
-
 def read_widths(path: Path) -> Mapping[str, int]:
     """Output channels of every convolution in a weights file.
 
@@ -127,38 +118,8 @@ def _read_widths(path: Path, _modified_ns: int) -> Mapping[str, int]:
     return check_shapes(shapes, path)
 
 
-def check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, int]:
-    """Check that tensors of these shapes chain up to a VGG-19 topology; gives each convolution's output channels."""
-    widths: dict[str, int] = {}
-    channels = 3
-    for name in CONV_NAMES:
-        key = conv_key(name, set(shapes))
-        if key is None:
-            if widths:
-                break  # a network cut off after some layer still serves the layers it has
-            raise InputError(
-                f"weights file {path}: has no {name}.weight or features.0.weight, so it is not a VGG-19-shaped "
-                f"network (first keys: {shown(', '.join(list(shapes)[:3])) or 'none'}). Give torchvision's VGG-19 or "
-                "one with its layer names in network.weights."
-            )
-        weight, bias = shapes[f"{key}.weight"], shapes[f"{key}.bias"]
-        if len(weight) != 4 or weight[1:] != (channels, 3, 3) or bias != weight[:1]:
-            raise InputError(
-                f"weights file {path}: {key}.weight is {weight} with bias {bias}, but {name} needs "
-                f"(channels, {channels}, 3, 3) with as many biases: these are another network's weights."
-            )
-        widths[name] = channels = weight[0]
-    first = shapes.get("input.weight"), shapes.get("input.bias")
-    if first not in ((None, None), ((3, 3, 1, 1), (3,))):
-        raise InputError(
-            f"weights file {path}: input.weight is {first[0]} with bias {first[1]}, but an input convolution is "
-            "(3, 3, 1, 1) with 3 biases: these are another network's weights."
-        )
-    return widths
-
-
 def _pickle_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    from pipeline.network.vgg import load_state  # noqa: PLC0415 - torch is needed to open a .pth, and only for that
+    from pipeline.network.weights_file import load_state  # noqa: PLC0415 - torch is needed to open a .pth, and only for that
 
     return {key: tuple(value.shape) for key, value in load_state(path).items()}
 

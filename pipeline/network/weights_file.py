@@ -10,14 +10,18 @@ import io
 import json
 import math
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config.fields import bytes_text
-from pipeline.config.yaml_reader import shown
 from pipeline.core.errors import InputError, StorageError, storage
+from pipeline.core.text import bytes_text, shown
+from pipeline.core.vgg_layers import CONV_NAMES, LAYER_BY_NAME
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_HEADER_BYTES = 2**20  # of JSON; VGG-19's has 5 KB
 MAX_PICKLE_BYTES = 2**23  # without the numbers, which are not in it; VGG-19's has 10 KB
@@ -136,3 +140,91 @@ class PickleFile(io.BufferedReader):
         self._bytes += len(data)
         if self._reads > MAX_PICKLE_READS or self._bytes > MAX_PICKLE_BYTES:
             raise ValueError("it holds far more than weights")
+
+
+def conv_key(name: str, names: set[str]) -> str | None:
+    """The stem under which a state dict with the keys `names` holds convolution `name`: ours or torchvision's."""
+    for stem in (name, f"features.{LAYER_BY_NAME[name].torchvision_index}"):
+        if f"{stem}.weight" in names and f"{stem}.bias" in names:
+            return stem
+    return None
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, int]:
+    """Check that tensors of these shapes chain up to a VGG-19 topology; gives each convolution's output channels."""
+    widths: dict[str, int] = {}
+    channels = 3
+    for name in CONV_NAMES:
+        key = conv_key(name, set(shapes))
+        if key is None:
+            if widths:
+                break  # a network cut off after some layer still serves the layers it has
+            raise InputError(
+                f"weights file {path}: has no {name}.weight or features.0.weight, so it is not a VGG-19-shaped "
+                f"network (first keys: {shown(', '.join(list(shapes)[:3])) or 'none'}). Give torchvision's VGG-19 or "
+                "one with its layer names in network.weights."
+            )
+        weight, bias = shapes[f"{key}.weight"], shapes[f"{key}.bias"]
+        if len(weight) != 4 or weight[1:] != (channels, 3, 3) or bias != weight[:1]:
+            raise InputError(
+                f"weights file {path}: {key}.weight is {weight} with bias {bias}, but {name} needs "
+                f"(channels, {channels}, 3, 3) with as many biases: these are another network's weights."
+            )
+        widths[name] = channels = weight[0]
+    first = shapes.get("input.weight"), shapes.get("input.bias")
+    if first not in ((None, None), ((3, 3, 1, 1), (3,))):
+        raise InputError(
+            f"weights file {path}: input.weight is {first[0]} with bias {first[1]}, but an input convolution is "
+            "(3, 3, 1, 1) with 3 biases: these are another network's weights."
+        )
+    return widths
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file.
+
+    Raises InputError if it cannot be read, or is a pickle of anything but tensors.
+    """
+    from safetensors.torch import load_file  # noqa: PLC0415 - loads torch, which the shapes of a file do not need
+
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+    except FileNotFoundError as error:
+        raise InputError(f"weights file {path}: not found. Correct network.weights.") from error
+    except Exception as error:  # of damaged bytes the unpickler raises nearly everything, AssertionError included
+        reason = shown(next(iter(str(error).splitlines()), type(error).__name__), 200)
+        raise InputError(f"weights file {path}: cannot be read as weights ({reason}).") from error
+    if not isinstance(state, dict) or not all(_is_plain(key, value) for key, value in state.items()):
+        raise InputError(
+            f"weights file {path}: holds no state dict of tensors. Save model.state_dict(), not the model."
+        )
+    if sum(value.nbytes for value in state.values()) > path.stat().st_size:
+        raise InputError(f"weights file {path}: claims more weights than it has bytes. Give an intact copy.")
+    check_shapes({key: tuple(value.shape) for key, value in state.items()}, path)
+    return state
+
+
+def _unpickled(path: Path) -> Any:
+    """What a .pth file holds, read so that nothing in it is run, whatever TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says."""
+    import torch  # noqa: PLC0415 - as above
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the pickle's age, which is its maker's business
+        if not is_zip(path):  # torchvision's own file, of 2017, is not
+            with PickleFile(path) as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+        check_zip(path)
+        # mapped: of a VGG-19 file the classifier, most of its 0.5 GB, is never touched
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _is_plain(key: object, value: object) -> bool:
+    """Whether this is a tensor of numbers in memory under a name: a pickle can also make sparse or empty ones."""
+    import torch  # noqa: PLC0415 - as above
+
+    return (
+        isinstance(key, str)
+        and isinstance(value, torch.Tensor)
+        and (value.layout, value.device.type) == (torch.strided, "cpu")
+        and not value.is_quantized
+    )

@@ -13,11 +13,10 @@ from typing import Protocol
 
 from pipeline.config.config import Config
 from pipeline.core.image_formats import RGB8, PixelKind, format_of, picture_kind
+from pipeline.core.tiling import Size
 from pipeline.core.vgg_layers import LAYER_BY_NAME, halo_px
 from pipeline.plan.device import STAGING_THREADS
 from pipeline.plan.network_cost import Model
-
-Size = tuple[int, int]  # (height, width) in px
 
 MIB = 2**20
 # Tasks in flight in a process: one reads the next tile, one computes, one writes the last.

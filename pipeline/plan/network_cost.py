@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.config.config import Config
-from pipeline.config.regions import UNGUIDED, Guides, guides_of
+from pipeline.config.regions import regions_of
+from pipeline.config.sections import StyleConfig
 from pipeline.core.errors import InputError
 from pipeline.core.vgg_layers import LAYER_BY_NAME, Layer, needed_layers
+from pipeline.store.guides import UNGUIDED, Guides
 
 
 @dataclass(frozen=True)
@@ -117,3 +120,10 @@ def model_of(config: Config, widths: Mapping[str, int]) -> Model:
         )
     guides = guides_of(config.styles if style else (), config.loss.content_mask if content else None)
     return Model(widths, style, content, 8 if config.compute.dtype == "float64" else 4, guides)
+
+
+def guides_of(styles: Sequence[StyleConfig], content_mask: Path | None) -> Guides:
+    """The guides of a stage with these styles, of those that count in it."""
+    regions = regions_of(styles)
+    masks = sum(region.mask is not None for region in regions)
+    return Guides(masks, masks < len(regions) if masks else False, content_mask is not None)

@@ -15,9 +15,9 @@ from pipeline.config.config import Config
 from pipeline.config.sections import StyleConfig
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.image_formats import PixelKind
-from pipeline.core.tiling import grid
+from pipeline.core.tiling import Size, grid
 from pipeline.core.vgg_layers import ceil_to, halo_px, min_side_px
-from pipeline.plan.memory import ImageSize, Size, StageWork, Workload
+from pipeline.plan.memory import ImageSize, StageWork, Workload
 from pipeline.plan.network_cost import Model, model_of
 from pipeline.store.layout import ArraySpec, kept_files, stage_arrays
 

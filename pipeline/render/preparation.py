@@ -12,13 +12,12 @@ from pipeline import store
 from pipeline.config.regions import regions_of
 from pipeline.core.allocator import trim_heap
 from pipeline.core.errors import ConfigError, InputError, storage
-from pipeline.core.tiling import grid
+from pipeline.core.tiling import Size, grid
 from pipeline.losses import color as colors
-from pipeline.losses import masks, objective
+from pipeline.losses import objective
 from pipeline.losses.objective import Gram
-from pipeline.plan.memory import Size
 from pipeline.plan.plan import arrays_of
-from pipeline.render import ingest, tile_tasks
+from pipeline.render import color_tasks, ingest, mask_tasks, resample, tile_tasks
 from pipeline.render.stage import Stage, merged, positions
 from pipeline.store import integrity, metadata
 from pipeline.store.layout import (
@@ -154,8 +153,8 @@ def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str
     guides, layers = stage.model.guides, stage.model.style_layers
     if not guides.regions:
         return {}
-    specs = [masks.AreaSpec(folder, tile, guides, layers, checksums) for tile in stage.tiles]
-    results = stage.engine.map(masks.area_task, specs)
+    specs = [mask_tasks.AreaSpec(folder, tile, guides, layers, checksums) for tile in stage.tiles]
+    results = stage.engine.map(mask_tasks.area_task, specs)
     return {key: math.fsum(result.get(key, 0.0) for result in results) for key in stage.model.style_keys}
 
 
@@ -215,8 +214,8 @@ def _style_map(
     color = stage.config.color
     if color == "style":
         return lambda style: None
-    content = content_colors or colors.statistics(store.open_array(folder, CONTENT, content_sums), stage.engine)
-    return lambda style: colors.style_map(color, colors.statistics(style, stage.engine), content)
+    content = content_colors or color_tasks.statistics(store.open_array(folder, CONTENT, content_sums), stage.engine)
+    return lambda style: colors.style_map(color, color_tasks.statistics(style, stage.engine), content)
 
 
 def _start_canvas(
@@ -229,7 +228,7 @@ def _start_canvas(
     started = _fill_canvas(stage, folder, "canvas_1", previous_canvas, checksums)
     content = store.open_array(folder, CONTENT, checksums[CONTENT])
     source, target = store.open_array(folder, "canvas_1", started), store.open_array(folder, "canvas_0")
-    return colors.recolor(source, content, target, stage.engine)
+    return color_tasks.recolor(source, content, target, stage.engine)
 
 
 def _fill_canvas(
@@ -237,15 +236,17 @@ def _fill_canvas(
 ) -> str:
     canvas, init = store.open_array(folder, name), stage.config.init
     if previous_canvas is not None:
-        return ingest.fill_canvas(previous_canvas, canvas, stage.engine, stage.told("canvas"))
+        return resample.enlarge(
+            resample.whole(previous_canvas), resample.whole(canvas), stage.engine, stage.told("canvas")
+        )
     if isinstance(init, Path):
         picture = store.open_array(folder, STYLE, _ingest_aside(stage, folder, init, stage.plan.size))
-        sums = ingest.fill_canvas(picture, canvas, stage.engine, stage.told("canvas"))
+        sums = resample.enlarge(resample.whole(picture), resample.whole(canvas), stage.engine, stage.told("canvas"))
         store.delete_array(folder, STYLE)
         return sums
     if init == "content":
         content = store.open_array(folder, CONTENT, checksums[CONTENT])
-        return ingest.fill_canvas(content, canvas, stage.engine, stage.told("canvas"))
+        return resample.enlarge(resample.whole(content), resample.whole(canvas), stage.engine, stage.told("canvas"))
     start = tile_tasks.initial_noise if init == "noise" else tile_tasks.initial_gray
     return canvas.packed(
         {
@@ -258,7 +259,12 @@ def _fill_canvas(
 def _start_average(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> str:
     """The canvas itself: the result of a stage that makes no step. The first step writes over it."""
     canvas = store.open_array(folder, "canvas_0", checksums["canvas_0"])
-    return ingest.fill_canvas(canvas, store.open_array(folder, "average_0"), stage.engine, stage.told("average"))
+    return resample.enlarge(
+        resample.whole(canvas),
+        resample.whole(store.open_array(folder, "average_0")),
+        stage.engine,
+        stage.told("average"),
+    )
 
 
 def _content_pass(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> tuple[dict[str, float], dict[str, str]]:

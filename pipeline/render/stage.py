@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pipeline import store
 from pipeline.config.config import Config
-from pipeline.config.regions import UNGUIDED
 from pipeline.core.events import Sink, WorkDone, in_order
 from pipeline.core.tiling import Tile, grid
 from pipeline.core.vgg_layers import LAYER_BY_NAME
@@ -23,6 +22,7 @@ from pipeline.plan.plan import StagePlan
 from pipeline.render import tile_tasks
 from pipeline.store import integrity, metadata
 from pipeline.store.checksums import ChunkSums
+from pipeline.store.guides import UNGUIDED
 from pipeline.store.layout import (
     ALPHA,
     GRADIENT,

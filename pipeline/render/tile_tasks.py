@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.config.regions import UNGUIDED, Guides
 from pipeline.core import profiler
 from pipeline.core.errors import ConfigError, DeviceMemoryError
 from pipeline.core.tiling import Rect, Tile
@@ -27,14 +26,16 @@ from pipeline.core.vgg_layers import ALIGN_PX, LAYER_BY_NAME, halo_px
 from pipeline.executors.disk_turns import TURNS
 from pipeline.losses import objective
 from pipeline.losses.color import ColorMap
-from pipeline.losses.masks import GuideMaps, read_guides
+from pipeline.losses.masks import GuideMaps
 from pipeline.losses.objective import Gram
 from pipeline.losses.total_variation import variation
 from pipeline.network.vgg import FeatureMap, Step, get_network
 from pipeline.network.weights import NetworkSpec
 from pipeline.render import device_io
+from pipeline.render.mask_tasks import read_guides
 from pipeline.store.array import StageArray, open_array
 from pipeline.store.checksums import ChunkSums
+from pipeline.store.guides import UNGUIDED, Guides
 from pipeline.store.layout import content_features_name, layer_of
 
 # One tile computes at a time: its neighbours in flight read and write. Memory is planned for one.

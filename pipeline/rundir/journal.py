@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import DamagedStateError, storage
-from pipeline.core.files import sync_folder
-from pipeline.rundir.paths import read_regular
+from pipeline.core.files import read_regular, sync_folder
 from pipeline.rundir.position import Position, checked_position, effective, no_runs_records
 from pipeline.rundir.records import MAX_JOURNAL_BYTES, OtherVersionError, Record, as_json, parse_json, parse_record
 from pipeline.store.checksums import checksum

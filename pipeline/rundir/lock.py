@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.core.errors import LockedError, SpaceError, storage
-from pipeline.rundir.paths import read_regular
+from pipeline.core.files import read_regular
 from pipeline.rundir.records import MAX_OWNER_BYTES, parse_json
 
 # How long a start waits for the worker processes of a run that was killed: the system kills them within a moment.

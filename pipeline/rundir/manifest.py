@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.yaml_reader import shown
 from pipeline.core.errors import DamagedStateError, storage
-from pipeline.core.files import write_whole
+from pipeline.core.files import read_regular, write_whole
 from pipeline.core.image_formats import PixelKind
-from pipeline.rundir.paths import read_regular
+from pipeline.core.text import shown
 from pipeline.rundir.records import (
     FORMAT,
     MAX_MANIFEST_BYTES,

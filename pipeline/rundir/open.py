@@ -13,9 +13,10 @@ from pipeline import store
 from pipeline.config.config import Config, input_files, result_fields
 from pipeline.config.messages import field_at
 from pipeline.config.sections import NEW
-from pipeline.config.yaml_reader import dotted, shown, undotted
+from pipeline.config.yaml_reader import dotted, undotted
 from pipeline.core.errors import ConfigError, DamagedStateError
 from pipeline.core.image_formats import RGB8
+from pipeline.core.text import shown
 from pipeline.network.weights import WeightsSource, sha256_of
 from pipeline.plan.device import default_threads
 from pipeline.plan.plan import Plan
@@ -23,8 +24,8 @@ from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.manifest import begun_manifest, read_manifest, trusted_manifest, write_manifest
 from pipeline.rundir.paths import journal_path, manifest_path, store_path
 from pipeline.rundir.position import Position
-from pipeline.rundir.preflight import check_space
 from pipeline.rundir.records import FORMAT, Begun, ContentKind, KeptConfig, Manifest, Record, StageSizes
+from pipeline.rundir.space import check_space
 from pipeline.store import metadata
 from pipeline.store.layout import ALPHA, METADATA, result_name
 

@@ -6,15 +6,13 @@ finds there and deletes folders: through a link, or another name of the same fil
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import stat
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.core.errors import ConfigError, DamagedStateError
+from pipeline.core.files import real
 
 STORE = "store.zarr"
 
@@ -32,33 +30,6 @@ def journal_path(work_dir: Path) -> Path:
 def manifest_path(work_dir: Path) -> Path:
     """The manifest of a run."""
     return work_dir / "manifest.json"
-
-
-# What desktops (macOS, Windows, KDE) and file servers (Synology, NFS) put into any folder that they show or serve.
-_SYSTEM_NAMES = re.compile(
-    r"\.DS_Store|\._.*|\.AppleDouble|Thumbs\.db|desktop\.ini|\.directory|@eaDir|\.nfs[0-9a-f]+", re.IGNORECASE
-)
-
-
-def is_of_the_system(name: str) -> bool:
-    """Whether a name is one that a desktop or a file server gives: it says nothing of whose a folder is."""
-    return _SYSTEM_NAMES.fullmatch(name) is not None
-
-
-def names_in(folder: Path) -> set[str]:
-    """The names in a folder, but those that a desktop or a file server put there; none where there is no folder."""
-    return {path.name for path in folder.iterdir() if not is_of_the_system(path.name)} if folder.is_dir() else set()
-
-
-def unnameable(path: Path) -> str:
-    """Why a name cannot be kept in a journal or shown on a line; empty if it can."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return "its name, or that of a folder around it, is no UTF-8, which the run's records could not keep"
-    if any(unicodedata.category(char) == "Cc" for char in str(path)):
-        return "a path cannot contain a NUL, a line break or another control character"
-    return ""
 
 
 def refuse_links(work_dir: Path) -> None:
@@ -134,39 +105,3 @@ def refuse_missing_folder(output: Path) -> None:
     folder = output.absolute().parent
     if not os.access(folder, os.F_OK):
         raise ConfigError(f"{output}: there is no folder {folder}. Make it, or correct the name.")
-
-
-def real(path: Path) -> Path:
-    """`path` with links followed, as far as they lead anywhere."""
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError):  # a link to itself
-        return path
-
-
-def taken(path: Path) -> bool:
-    """Whether something has this name, even if it is a link that leads nowhere."""
-    return os.path.lexists(path)
-
-
-def read_regular(path: Path, max_bytes: int) -> bytes:
-    """All of a file of at most `max_bytes`. Raises OSError, and ValueError where it is a link, no file, or larger."""
-    if stat.S_ISLNK(path.lstat().st_mode):
-        raise ValueError("it is a link")
-    # neither waits for somebody to write into a pipe
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no regular file")
-        if status.st_size > max_bytes:
-            raise ValueError(f"it has {status.st_size:,} bytes, more than any run writes")
-        return file.read()
-
-
-def unwritable(folder: Path) -> OSError | None:
-    """Why nothing can be written in a folder, as the system would tell it; None if it can."""
-    if os.access(folder, os.W_OK | os.X_OK):
-        return None
-    number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
-    return OSError(number, os.strerror(number), os.fspath(folder))

@@ -8,8 +8,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.yaml_reader import shown
 from pipeline.core.errors import DamagedStateError
+from pipeline.core.text import shown
 from pipeline.rundir.records import (
     CanvasLost,
     Exported,

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from pipeline.config.fields import MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
-from pipeline.config.yaml_reader import shown
+from pipeline.core.text import shown
 
 VERSION = 1
 FORMAT = 2  # of a run directory, as the manifest says

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.core.errors import ConfigError
-from pipeline.rundir.paths import is_of_the_system, names_in, taken
+from pipeline.core.files import is_of_the_system, names_in, taken
 from pipeline.rundir.records import WrittenPicture
 
 _BLOCK_BYTES = 4 * 2**20

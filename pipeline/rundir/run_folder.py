@@ -17,19 +17,11 @@ from pipeline.core.errors import (
     SpaceError,
     storage_error,
 )
+from pipeline.core.files import names_in, taken, unwritable
 from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.lock import RunLock
 from pipeline.rundir.manifest import OtherFormatError, read_manifest
-from pipeline.rundir.paths import (
-    STORE,
-    journal_path,
-    manifest_path,
-    names_in,
-    refuse_links_at_top,
-    store_path,
-    taken,
-    unwritable,
-)
+from pipeline.rundir.paths import STORE, journal_path, manifest_path, refuse_links_at_top, store_path
 
 # What a start makes before anything is rendered; the lock last, so that it is there as long as anything else.
 _LOCK = ("lock.owner", "lock")

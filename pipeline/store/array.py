@@ -26,8 +26,8 @@ import zarr
 import zarr.codecs
 from numpy.typing import NDArray
 
-from pipeline.config.yaml_reader import shown
 from pipeline.core.errors import DamagedStateError, storage
+from pipeline.core.text import shown
 from pipeline.core.tiling import Rect, chunks_of
 from pipeline.store.checksums import ChunkSums, checksum, grid_of, packed
 from pipeline.store.encodings import ENCODINGS, Encoding

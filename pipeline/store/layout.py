@@ -18,6 +18,7 @@ ALPHA = "alpha"  # of the content, where it has one: (H, W, 1)
 STYLE = "style"  # while the stage is prepared
 METADATA = "zarr.json"  # of an array, and of the stage
 CONTENT_GUIDE = "guide_content"
+COLOR_AND_ALPHA = (slice(3), slice(3, 4))  # the channels of CONTENT and of ALPHA in an image that has both
 _GRAM = re.compile(r"gram_((conv[1-5]_[1-9])(_r[0-9]+)?)")
 _GUIDE = re.compile(rf"guide_[0-9]+|{CONTENT_GUIDE}")
 

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline import store
 from pipeline.core.errors import storage
-from pipeline.core.files import sync_file_system, sync_folder, write_whole
-from pipeline.rundir.paths import is_of_the_system, read_regular
+from pipeline.core.files import is_of_the_system, read_regular, sync_file_system, sync_folder, write_whole
 from pipeline.store.array import MAX_METADATA_BYTES, ChunkError, StageArray
 from pipeline.store.checksums import checksum, packed, unpacked
 from pipeline.store.layout import METADATA, ArraySpec, gram_name

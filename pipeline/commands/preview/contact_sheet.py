@@ -13,33 +13,28 @@ in memory.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyvips
 from numpy.typing import NDArray
 
 from pipeline import images
-from pipeline.config.yaml_reader import printable
-from pipeline.plan.memory import Size
-from pipeline.render.resample import write_rows
+from pipeline.core.text import printable
+from pipeline.core.tiling import Size
+from pipeline.images.text import text_mask
+from pipeline.images.writer import write_rows
 
 Pixels = NDArray[np.uint8]
 # (key, value) lines, of which one may be empty.
 Label = tuple[tuple[str, str], ...]
 
-# With the package: a machine without any font would draw boxes.
-_FONT, _FONT_FILE = "DejaVu Sans", Path(__file__).parents[2] / "assets" / "DejaVuSans.ttf"
 _BLACK, _GRAY = 0, 110
 _MOST_LINES = 2  # of a value or a key; longer ones lose their middle
 _CHAR_WIDTH = 0.62  # of the font, in its size
-_BREAKS = re.compile(r"[._/,-]")  # where a key or a path may go on in the next line
 
 
 class Picture(NamedTuple):
@@ -120,7 +115,7 @@ class ContactSheet:
         lines = [text for row in self.rows for line in row.label for text in line if text]
         if not lines:
             return self._gap_px
-        longest: int = max(_mask(text, self._text_px).shape[1] for text in lines)
+        longest: int = max(text_mask(text, self._text_px).shape[1] for text in lines)
         return min(longest, max(self._box[1], 9 * self._text_px)) + 2 * self._gap_px
 
     @cached_property
@@ -181,10 +176,11 @@ class ContactSheet:
         """Lines of text, at most `width_px` wide: keys in `colour`, values in black."""
         most_chars = max(8, int(_MOST_LINES * width_px / (_CHAR_WIDTH * self._text_px)))
         parts = [
-            255 - (_mask(shortened(text, most_chars), self._text_px, width_px) / 255 * (255 - level)).astype(np.uint8)
+            255
+            - (text_mask(shortened(text, most_chars), self._text_px, width_px) / 255 * (255 - level)).astype(np.uint8)
             for key, value in label
             for text, level in ((key, colour), (value, _BLACK))
-            if text
+            if (short := shortened(text, most_chars))
         ]
         out = np.full((sum(map(len, parts)), width_px, 3), 255, np.uint8)
         y = 0
@@ -199,28 +195,6 @@ def shortened(text: str, most_chars: int) -> str:
     line = printable(text).replace("\n", " ")
     head = most_chars // 3
     return line if len(line) <= most_chars else f"{line[:head]}…{line[len(line) - (most_chars - head - 1) :]}"
-
-
-def _mask(text: str, text_px: int, width_px: int | None = None) -> Pixels:
-    """How much of each pixel the letters cover, 0..255, (whole lines, columns); broken at `width_px`."""
-    line_px = text_px * 4 // 3
-    if not text.strip():
-        return np.zeros((line_px, 1), np.uint8)
-    limits = {} if width_px is None else {"width": width_px, "wrap": "word-char"}
-    image = pyvips.Image.text(
-        escape(_BREAKS.sub("\\g<0>\u200b", text), quote=False),
-        font=f"{_FONT} {text_px * 3 / 4}",
-        fontfile=str(_FONT_FILE),
-        dpi=96,
-        **limits,
-    )
-    letters_HW = np.asarray(image.numpy())
-    # libvips gives the letters alone: their offsets put them back onto the line, so that lines stand level
-    y, x = max(image.yoffset, 0), max(image.xoffset, 0)
-    lines = -(-(y + letters_HW.shape[0]) // line_px)
-    out = np.zeros((lines * line_px, x + letters_HW.shape[1]), np.uint8)
-    out[y : y + letters_HW.shape[0], x:] = letters_HW
-    return out
 
 
 def _reference_strip(line: Sequence[tuple[int, Picture, Pixels]]) -> _Strip:

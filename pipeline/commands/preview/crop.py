@@ -32,32 +32,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import store
+from pipeline.commands.export import finished_stage
+from pipeline.commands.preview.cut import cut_canvas, cut_file
 from pipeline.commands.preview.folder import claimed, folder_of
 from pipeline.commands.run import end_reason
-from pipeline.commands.status import finished_stage
 from pipeline.config.config import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink, WorkDone, ignore
+from pipeline.core.files import taken
 from pipeline.core.image_formats import RGB8
-from pipeline.core.tiling import Rect
+from pipeline.core.tiling import Rect, Size
 from pipeline.core.vgg_layers import ALIGN_PX, ceil_to, halo_px
 from pipeline.executors.threads import Engine
 from pipeline.images.writer import check_output
 from pipeline.network.weights import WeightsSource, find_weights, widths_for_plan
 from pipeline.plan.device import Device, resolve_device
-from pipeline.plan.memory import WORKERS, Size, StageWork
+from pipeline.plan.memory import WORKERS, StageWork
 from pipeline.plan.network_cost import model_of
 from pipeline.plan.plan import Plan, plan_stage
 from pipeline.render import adam, ingest
 from pipeline.render.context import Tools, iteration_record, make_stage, prepared_record, tools_for
-from pipeline.render.process import process_settings
-from pipeline.render.resample import Part, cut_canvas, cut_file, enlarge, needed, whole
+from pipeline.render.resample import Part, enlarge, needed, whole
 from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.manifest import trusted_manifest
 from pipeline.rundir.open import identity, newest_canvas, refuse_changes, refuse_other_stages
-from pipeline.rundir.paths import journal_path, manifest_path, refuse_links, refuse_missing_folder, taken
+from pipeline.rundir.paths import journal_path, manifest_path, refuse_links, refuse_missing_folder
 from pipeline.rundir.position import Position
 from pipeline.rundir.preflight import plan_on
+from pipeline.rundir.process_settings import process_settings
 from pipeline.rundir.records import Iteration
 from pipeline.store import integrity
 from pipeline.store.layout import CONTENT

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.config import Config, input_files, same_file
-from pipeline.config.yaml_reader import dotted, shown
+from pipeline.config.yaml_reader import dotted
 from pipeline.core.errors import ConfigError, storage
-from pipeline.core.files import write_whole
+from pipeline.core.files import names_in, real, taken, unnameable, write_whole
+from pipeline.core.text import shown
 from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.open import now
-from pipeline.rundir.paths import journal_path, manifest_path, names_in, real, refuse_own_state, taken, unnameable
+from pipeline.rundir.paths import journal_path, manifest_path, refuse_own_state
 from pipeline.rundir.records import Exported, Exporting
 from pipeline.rundir.results import refuse_foreign, written_picture
 from pipeline.rundir.run_folder import locked_folder

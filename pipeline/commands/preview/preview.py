@@ -24,19 +24,21 @@ from pipeline.commands.preview.folder import claimed, folder_of
 from pipeline.commands.preview.sweep import Axis, Variation, load_variations
 from pipeline.commands.run import run
 from pipeline.config.config import Config, input_files, result_fields
-from pipeline.config.yaml_reader import dotted, shown
+from pipeline.config.yaml_reader import dotted
 from pipeline.core.errors import ConfigError, stop_check
 from pipeline.core.events import Event, IterationDone, Note, PictureDone, Sink, StageStarted, WorkDone, ignore
 from pipeline.core.image_formats import PREVIEW_PX
+from pipeline.core.text import shown
+from pipeline.core.tiling import Size
 from pipeline.images.header import read_header
 from pipeline.images.writer import check_output
 from pipeline.network.weights import sha256_of
 from pipeline.plan.device import Device, resolve_device
-from pipeline.plan.memory import BASE_BYTES, Size
+from pipeline.plan.memory import BASE_BYTES
 from pipeline.plan.plan import Plan, fit
-from pipeline.render.process import process_settings
 from pipeline.rundir.paths import refuse_missing_folder
 from pipeline.rundir.preflight import plan_on
+from pipeline.rundir.process_settings import process_settings
 
 T = TypeVar("T")
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.config import Config, load_config
-from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, listed, shown, told
+from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, listed, told
 from pipeline.core.errors import ConfigError
+from pipeline.core.text import shown
 
 # A sheet that one can compare by looking; each of them is a render of some minutes.
 MAX_VARIATIONS = 64

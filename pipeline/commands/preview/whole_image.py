@@ -13,16 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline import store
-from pipeline.config.regions import UNGUIDED, Guides
-from pipeline.core.tiling import Rect, Tile
+from pipeline.core.tiling import Rect, Size, Tile
 from pipeline.core.vgg_layers import LAYER_BY_NAME
-from pipeline.losses import masks
 from pipeline.losses.objective import Gram
-from pipeline.plan.memory import Size
-from pipeline.render import tile_tasks
+from pipeline.render import mask_tasks, tile_tasks
 from pipeline.render.preparation import ingest_guides
 from pipeline.render.resample import tiles_of
 from pipeline.render.stage import Stage
+from pipeline.store.guides import UNGUIDED, Guides
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,8 @@ def _counted(stage: Stage, tiles: list[Tile], layers: tuple[str, ...], guided: _
     """Positions by style key; of regions, the sums of their shares."""
     if not guided.guides.regions:
         return {name: float(sum(tile.inner.positions(LAYER_BY_NAME[name]).area for tile in tiles)) for name in layers}
-    specs = [masks.AreaSpec(guided.folder, tile, guided.guides, layers, guided.checksums) for tile in tiles]
-    results = stage.engine.map(masks.area_task, specs)
+    specs = [mask_tasks.AreaSpec(guided.folder, tile, guided.guides, layers, guided.checksums) for tile in tiles]
+    results = stage.engine.map(mask_tasks.area_task, specs)
     keys = [key for name in layers for key in guided.guides.keys(name)]
     return {key: math.fsum(result.get(key, 0.0) for result in results) for key in keys}
 

@@ -18,6 +18,7 @@ from pipeline.commands.verify.scan import Findings
 from pipeline.commands.verify.store_check import FOREIGN, Held, Problem, group_checksums
 from pipeline.core.errors import PipelineError
 from pipeline.core.events import Sink
+from pipeline.core.files import taken
 from pipeline.executors.threads import Engine
 from pipeline.network.weights import find_weights, widths_for_plan
 from pipeline.plan.device import resolve_device
@@ -27,7 +28,7 @@ from pipeline.render.context import make_stage, tools_for
 from pipeline.rundir.journal import Journal
 from pipeline.rundir.manifest import begun_manifest, content_kind, write_manifest
 from pipeline.rundir.open import newest_canvas, now, refuse_other_stages, stage_path
-from pipeline.rundir.paths import SECOND_NAME, journal_path, manifest_path, store_path, taken
+from pipeline.rundir.paths import SECOND_NAME, journal_path, manifest_path, store_path
 from pipeline.rundir.position import Position, position_of
 from pipeline.rundir.preflight import plan_on
 from pipeline.rundir.records import Begun, CanvasLost, Iteration, Record, RolledBack, StagePrepared

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import store
+from pipeline.core.files import is_of_the_system
 from pipeline.executors.threads import Engine
 from pipeline.rundir.open import stage_path
-from pipeline.rundir.paths import is_of_the_system, store_path
+from pipeline.rundir.paths import store_path
 from pipeline.rundir.position import Position
 from pipeline.store import integrity
 from pipeline.store import metadata as zarr_files

@@ -16,11 +16,12 @@ from pipeline.commands.verify.store_check import Problem, Sample, as_dict
 from pipeline.config.config import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink, ignore
+from pipeline.core.files import taken
 from pipeline.executors.threads import Engine
 from pipeline.plan.memory import WORKERS
-from pipeline.render.process import process_settings
 from pipeline.rundir.lock import RunLock
-from pipeline.rundir.paths import journal_path, manifest_path, refuse_links_at_top, store_path, taken
+from pipeline.rundir.paths import journal_path, manifest_path, refuse_links_at_top, store_path
+from pipeline.rundir.process_settings import process_settings
 from pipeline.store import metadata
 
 # Records, descriptions, chunks: what one round mends brings the next into view. More rounds mend nothing.

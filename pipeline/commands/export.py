@@ -1,0 +1,113 @@
+"""The `export` command: the canvas of any stage as a picture, also while the run is at work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.commands.status import choose_stage, manifest_of
+from pipeline.config.fields import MAX_CHUNK_PX
+from pipeline.config.sections import ExportConfig
+from pipeline.core.errors import ConfigError, stop_check
+from pipeline.core.events import Sink, WorkDone, ignore
+from pipeline.core.files import taken
+from pipeline.core.image_formats import picture_kind
+from pipeline.executors.threads import Engine
+from pipeline.images.writer import check_output, refuse_unheeded
+from pipeline.plan.memory import WORKERS
+from pipeline.render.export import export_canvas
+from pipeline.rundir.journal import Journal, standing
+from pipeline.rundir.manifest import content_kind
+from pipeline.rundir.open import content_alpha, newest_canvas
+from pipeline.rundir.paths import refuse_links, refuse_missing_folder, refuse_own_state
+from pipeline.rundir.position import Position, position_of
+from pipeline.rundir.process_settings import process_settings
+from pipeline.rundir.records import Manifest
+from pipeline.store import integrity
+from pipeline.store.array import ChunkError, StageArray
+from pipeline.store.layout import METADATA
+
+
+@process_settings()
+def export(
+    work_dir: Path,
+    output: Path,
+    *,
+    stage: int | None = None,
+    options: ExportConfig | None = None,
+    force: bool = False,
+    sink: Sink = ignore,
+    stop: threading.Event | None = None,
+) -> Path:
+    """Write the canvas of any stage (default: the newest) as a picture, at any time; gives its path.
+
+    Raises ConfigError if there is no such stage, the format cannot hold it or passes over an option, `output` exists
+    without `force`, or its folder does not.
+    """
+    options = options or ExportConfig()
+    refuse_own_state(output, work_dir)
+    refuse_missing_folder(output)
+    if taken(output) and not force:
+        raise ConfigError(f"output {output}: exists and would be lost. Choose another name, or give --force.")
+    manifest = manifest_of(work_dir)
+    journal = Journal(work_dir / "journal.jsonl")
+    seen_bytes = journal.size_bytes()
+    _, position = standing(journal)
+    chosen = choose_stage(work_dir, position, stage)
+    refuse_links(work_dir)
+    kind = picture_kind(output, options.bits, options.compression, content_kind(manifest))
+    refuse_unheeded(output, options.changed, kind.alpha)
+    options = options.model_copy(update={"bits": kind.bits})
+    canvas = newest_canvas(work_dir, position, chosen)
+    alpha = content_alpha(work_dir, position, chosen) if kind.alpha else None
+    _check_arrays(canvas, alpha, manifest)
+    height, width, _channels = canvas.shape
+    check_output(output, width, height, kind.bits, options.compression)
+
+    check_stop = stop_check(stop)
+
+    def check() -> None:
+        nonlocal seen_bytes
+        check_stop()
+        # several times a second: a long journal is read only when it has grown
+        if not finished_stage(position, chosen) and (now_bytes := journal.size_bytes()) != seen_bytes:
+            seen_bytes = now_bytes
+            _refuse_overtaken(work_dir, position, position_of(journal.read()))
+
+    def told(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: sink(WorkDone(chosen, what, done, total))
+
+    try:
+        with Engine(WORKERS, stop) as engine:
+            integrity.require_intact([canvas] if alpha is None else [canvas, alpha], engine, told("check"))
+        export_canvas(canvas, alpha, output, options, check, told("export"))
+    except ChunkError:
+        check()  # a run that has gone on is no damage
+        raise
+    return output
+
+
+def _check_arrays(canvas: StageArray, alpha: StageArray | None, manifest: Manifest) -> None:
+    """The arrays are a run's: their own metadata may claim any size, of which a chunk is taken at once."""
+    sizes = [(*stage.size, 3) for stage in manifest.stages]
+    for array, shapes in ((canvas, sizes), (alpha, [(*canvas.shape[:2], 1)])):
+        if array is None:
+            continue
+        if array.shape not in shapes or array.chunk_px > MAX_CHUNK_PX or array.dtype.kind not in "fu":
+            told = f"tells of {array.shape} {array.dtype}, which no stage has"
+            raise ChunkError(array.path / METADATA, "changed", told)
+
+
+def finished_stage(position: Position, stage: int) -> bool:
+    """Whether no iteration will write to the stage's canvas any more."""
+    return stage < position.stage or position.stage_done
+
+
+def _refuse_overtaken(work_dir: Path, before: Position, now: Position) -> None:
+    """The slot that was newest is the next iteration's target: what is read of it later is another canvas."""
+    if (now.stage, now.iteration) != (before.stage, before.iteration):
+        raise ConfigError(
+            f"{work_dir}: the run finished an iteration while its canvas was being read, and the picture would mix "
+            "two of them. Export a finished stage with --stage, or stop the run first."
+        )

@@ -1,0 +1,60 @@
+"""Rectangles cut from an image file while it is resized, or from the array of a canvas, written as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import images
+from pipeline.core.tiling import Rect, Size
+from pipeline.images.writer import write_rows
+from pipeline.losses import color
+from pipeline.losses.color import ColorStatistics
+from pipeline.render.resample import Part, moved
+
+_BAND_PX = 256
+
+
+def cut_file(path: Path, size: Size, rect: Rect, output: Path, check: Callable[[], None]) -> ColorStatistics:
+    """Write the rectangle `rect` of an image file, resized to `size`, as the picture `output`.
+
+    Gives the colours of the whole image at that size. Raises InputError for a broken file, StorageError, or what
+    `check` raises.
+    """
+    seen: list[tuple[color.Matrix, color.Matrix]] = []
+    # closed when a write fails: the error keeps this frame, and with it the decoder's thread and the open file
+    with closing(images.stream_rgb(path, size[1], size[0], min(_BAND_PX, size[0]), check)) as decoded:
+        bands = _cut_bands(decoded, rect, seen)
+        write_rows(bands, output, (rect.height, rect.width), check)
+        for _ in bands:
+            raise AssertionError("a cut has no more rows than its rectangle")
+    return color.statistics_of(seen, size[0] * size[1])
+
+
+def _cut_bands(
+    bands: Iterator[tuple[int, NDArray[Any]]], rect: Rect, seen: list[tuple[color.Matrix, color.Matrix]]
+) -> Iterator[NDArray[Any]]:
+    for y0, rows_HWC in bands:
+        seen.append(color.moments(rows_HWC))
+        part = rows_HWC[max(rect.y0 - y0, 0) : max(rect.y1 - y0, 0), rect.x0 : rect.x1]
+        if len(part):
+            yield part.copy()  # the band is not kept for it
+
+
+def cut_canvas(
+    canvas: Part, rect: Rect, output: Path, check: Callable[[], None], on_whole: Callable[[Path], None]
+) -> None:
+    """Write the rectangle `rect` of the picture that `canvas` keeps a part of, 8 bits a channel, as `output`."""
+    write_rows(_canvas_bands(canvas, rect), output, (rect.height, rect.width), check, on_whole=on_whole)
+
+
+def _canvas_bands(canvas: Part, rect: Rect) -> Iterator[NDArray[Any]]:
+    for y0 in range(rect.y0, rect.y1, _BAND_PX):
+        band = Rect(y0, min(y0 + _BAND_PX, rect.y1), rect.x0, rect.x1)
+        pixels = canvas.array.read_window(moved(band, -canvas.rect.y0, -canvas.rect.x0))
+        yield np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)

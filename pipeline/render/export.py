@@ -1,0 +1,110 @@
+"""The canvas of a stage as a picture: rows are read from the store and rounded while the picture is written."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config.sections import ExportConfig
+from pipeline.core.errors import storage
+from pipeline.core.files import new_partial
+from pipeline.core.image_formats import PixelKind
+from pipeline.core.tiling import Rect
+from pipeline.images import writer
+from pipeline.render.resample import OnProgress
+from pipeline.store import ome_zarr
+from pipeline.store.array import StageArray
+from pipeline.store.layout import COLOR_AND_ALPHA
+
+
+def canvas_rows(canvas: StageArray, alpha: StageArray | None, bits: int) -> Callable[[int, int], NDArray[Any]]:
+    """A reader of rows as exported: (y0, y1) to (rows, W, 3 or 4) uint8 or uint16, rounded to the nearest level."""
+    levels, dtype = (255, np.uint8) if bits == 8 else (65535, np.uint16)
+    width = canvas.shape[1]
+    planes = [canvas] if alpha is None else [canvas, alpha]
+
+    def read_rows(y0: int, y1: int) -> NDArray[Any]:
+        out = np.empty((y1 - y0, width, sum(plane.shape[2] for plane in planes)), dtype)
+        for x0 in range(0, width, canvas.chunk_px):  # chunk by chunk: float rows of the whole width would be large
+            x1 = min(x0 + canvas.chunk_px, width)
+            for plane, channels in zip(planes, COLOR_AND_ALPHA, strict=False):
+                pixels = plane.read_window(Rect(y0, y1, x0, x1))
+                out[:, x0:x1, channels] = np.rint(np.clip(pixels, 0, 255) * (levels / 255))
+        return out
+
+    return read_rows
+
+
+def export_canvas(
+    canvas: StageArray,
+    alpha: StageArray | None,
+    output: Path,
+    options: ExportConfig,
+    check: Callable[[], None],
+    on_progress: OnProgress,
+    on_whole: Callable[[Path], None] = lambda partial: None,
+) -> None:
+    """Write a canvas as the picture `output`, in the format of its suffix; it has its name only when it is whole.
+
+    `alpha`: a fourth channel, for formats that have it. `options`: without any auto. `check` is called after every
+    read, and while waiting; it may raise to give up, leaving nothing behind. `on_whole`: as for write_image.
+    Raises StorageError, ConfigError (format limits), or what `check` raises.
+    """
+    assert options.bits != "auto"
+    height, width, _ = canvas.shape
+    kind = PixelKind(options.bits, alpha is not None)
+    read = canvas_rows(canvas, alpha, kind.bits)
+
+    def read_rows(y0: int, y1: int) -> NDArray[Any]:
+        rows = read(y0, y1)
+        check()
+        return rows
+
+    if output.suffix.lower() == ".zarr":
+        with storage(output):
+            _export_ome_zarr(output, (height, width), kind, read_rows, check, on_progress, on_whole)
+        return
+    writer.write_image(
+        output,
+        width,
+        height,
+        read_rows,
+        kind=kind,
+        compression=options.compression,
+        quality=options.quality,
+        pyramid=options.pyramid,
+        on_progress=lambda share: on_progress(math.floor(share * 100), 100),
+        check=check,
+        on_whole=on_whole,
+    )
+
+
+def _export_ome_zarr(
+    output: Path,
+    size: tuple[int, int],
+    kind: PixelKind,
+    read_rows: Callable[[int, int], NDArray[Any]],
+    check: Callable[[], None],
+    on_progress: OnProgress,
+    on_whole: Callable[[Path], None],
+) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = new_partial(output)
+
+    def counted_rows(y0: int, y1: int) -> NDArray[Any]:
+        on_progress(y1, size[0])
+        return read_rows(y0, y1)
+
+    try:
+        aside.mkdir()
+        group = aside / output.name
+        ome_zarr.write_ome_zarr(group, size, kind, counted_rows, check=check)
+        writer.put_in_place(group, output, on_whole)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,48 @@
+"""Reading masks for a rectangle of the canvas, and the areas of their regions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline import store
+from pipeline.core.tiling import Rect, Tile
+from pipeline.core.vgg_layers import LAYER_BY_NAME
+from pipeline.losses.masks import GuideMaps
+from pipeline.store.guides import Guides
+
+
+def read_guides(stage_dir: Path, guides: Guides, checksums: Mapping[str, str], rect: Rect) -> NDArray[np.uint8]:
+    """The guides of a rectangle of the canvas, (H, W, K). Raises ChunkError."""
+    windows = [store.open_array(stage_dir, name, checksums.get(name)).read_window(rect) for name in guides.arrays]
+    return np.concatenate(windows, axis=-1)
+
+
+@dataclass(frozen=True)
+class AreaSpec:
+    """Sum the regions' shares of the tile's inner rectangle, at every position of `layers`."""
+
+    stage_dir: Path
+    tile: Tile
+    guides: Guides
+    layers: tuple[str, ...]
+    checksums: Mapping[str, str]
+
+
+def area_task(spec: AreaSpec) -> dict[str, float]:
+    """The tile's part of n_r,l, by style key."""
+    inner = spec.tile.inner
+    pixels_HWK = read_guides(spec.stage_dir, spec.guides, spec.checksums, inner)
+    maps = GuideMaps(spec.guides, pixels_HWK, inner, torch.empty(0, dtype=torch.float64))
+    found: dict[str, Any] = {}
+    for name in spec.layers:
+        layer = LAYER_BY_NAME[name]
+        if (region := inner.positions(layer)).area:
+            found |= zip(spec.guides.keys(name), maps.shares(layer, region).sum((1, 2)).tolist(), strict=True)
+    return found
