@@ -175,12 +175,15 @@ class ContactSheet:
     def _text(self, label: Label, width_px: int, colour: int = _GRAY) -> Pixels:
         """Lines of text, at most `width_px` wide: keys in `colour`, values in black."""
         most_chars = max(8, int(_MOST_LINES * width_px / (_CHAR_WIDTH * self._text_px)))
-        parts = [
-            255
-            - (text_mask(shortened(text, most_chars), self._text_px, width_px) / 255 * (255 - level)).astype(np.uint8)
+        lines = [
+            (shortened(text, most_chars), level)
             for key, value in label
             for text, level in ((key, colour), (value, _BLACK))
-            if (short := shortened(text, most_chars))
+            if text
+        ]
+        parts = [
+            255 - (text_mask(line, self._text_px, width_px) / 255 * (255 - level)).astype(np.uint8)
+            for line, level in lines
         ]
         out = np.full((sum(map(len, parts)), width_px, 3), 255, np.uint8)
         y = 0

@@ -1,0 +1,42 @@
+"""The newcomer's first command, on a small canvas: shipped config, shipped images, shipped network."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import pipeline
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    overrides = [
+        f"output={folder / 'picture.png'}",
+        "size=256",
+        "initial_size=256",
+        "optimizer.max_iterations=20",
+        "store.chunk_px=128",
+    ]
+    config = pipeline.load_config(QUICKSTART, overrides)
+    assert pipeline.run(config).is_file()
+    lines = (config.work_dir / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["record"] for line in lines]
+
+
+def test_the_quickstart_takes_on_its_style(journal):
+    """Weights that did not come along, or settings that do not fit them, would leave a newcomer with the photograph."""
+    losses = [record["style_loss"] for record in journal if record["type"] == "iteration" and record["stage"] == 0]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] / 3
+
+
+def test_the_quickstart_needs_no_file_that_is_not_in_the_repository():
+    """Without network or own pictures there would be no first picture."""
+    config = pipeline.load_config(QUICKSTART)
+    root = QUICKSTART.parents[1]
+    assert config.network.name == "vgg19-lite" and config.network.weights is None
+    for path in (config.content, *(style.image for style in config.styles)):
+        assert path.is_file() and path.is_relative_to(root)

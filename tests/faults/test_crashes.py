@@ -1,0 +1,66 @@
+"""Killed at the very calls that change files: a part of what tools/torture/calls.py does with all of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.e2e import Nursery
+from tests.support.syscalls import Call, Verdict, supported
+from tests.support.torture import PHASES, VARIANTS, Target, Unbroken, kill_at, kill_at_random, targets_of, write_variant
+
+pytestmark = pytest.mark.skipif(not supported(), reason="needs Linux on x86-64 with seccomp's user notification")
+
+KILLS = 4  # per variant
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def unbroken(nursery, variant, tmp_path_factory) -> Unbroken:
+    return Unbroken.of(nursery, tmp_path_factory.mktemp("unbroken") / variant, variant)
+
+
+def test_killed_at_file_operations_it_ends_with_the_same_bits(nursery, variant, unbroken, tmp_path):
+    """Two file operations in the wrong order leave, for a moment that few kills hit, what no resume understands."""
+    assert {
+        Call("fsync", "run/journal.jsonl"),
+        Call("rename", "run/manifest.json.partial -> run/manifest.json"),
+    } <= set(unbroken.calls)
+    targets = targets_of(unbroken.calls)
+    for number in range(KILLS):
+        target = targets[int((number + 0.5) / KILLS * len(targets))]
+        config = write_variant(tmp_path / str(number), variant)
+        score = kill_at(nursery, config, target, unbroken, again=97 * number)
+        assert score.problems == [], target
+        assert score.kills, target
+
+
+def test_killed_in_the_middle_of_a_record_it_ends_with_the_same_bits(nursery, variant, unbroken, tmp_path):
+    """Half a line in the journal would be called damage, and the run given up."""
+    config = write_variant(tmp_path / "half", variant)
+    target = Target(Call("write", "run/journal.jsonl"), 4, Verdict.HALF)
+    score = kill_at(nursery, config, target, unbroken)
+    assert (score.problems, len(score.kills)) == ([], 1)
+
+
+def test_killed_at_random_moments_of_every_phase_it_ends_with_the_same_bits(nursery, variant, unbroken, tmp_path):
+    """The OOM killer waits for no convenient moment: an input, an enlargement or the picture would be half done."""
+    rng, phases = random.Random(variant), set(unbroken.moments().values())
+    assert phases == set(PHASES)
+    for number in range(2):
+        config = write_variant(tmp_path / str(number), variant)
+        score = kill_at_random(nursery, config, unbroken, 3, rng)
+        assert score.problems == []

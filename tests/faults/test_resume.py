@@ -1,0 +1,475 @@
+"""A run that ended at any moment goes on to the same picture: kills, signals, locks, and what may change meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.support.e2e import (
+    PIPELINE,
+    TIMEOUT_S,
+    Child,
+    Nursery,
+    canvases,
+    gradient_tiles,
+    journal,
+    keys_of,
+    leftovers,
+    make_call,
+    read_picture,
+    results,
+    run_pipeline,
+    write_config,
+    write_picture,
+    write_run,
+)
+
+KILLED = -signal.SIGKILL
+
+# Three stages (40, 80, 150 px), the last of six tiles, every kind of array and two styles.
+THREE_STAGES: dict[str, Any] = {
+    "styles": [{"image": "style.png", "weight": 2.0}, {"image": "second.png"}],
+    "output": "out.tif",
+    "initial_size": 40,
+    "optimizer": {"max_iterations": 3},
+}
+
+
+def write_three_stages(folder: Path, **keys: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    write_picture(folder / "second.png", 64, 75, seed=3)
+    return write_run(folder, (150, 110), (100, 90), **THREE_STAGES, **keys)
+
+
+@dataclass(frozen=True)
+class Unbroken:
+    """A run that was left alone: what every other must end like, and the order of its events."""
+
+    config: Path
+    picture: bytes
+    canvases: dict[str, bytes]
+    results: list[dict[str, Any]]
+    ranks: dict[tuple[Any, ...], int]
+    gradient_tiles: int
+
+    def assert_same(self, folder: Path) -> None:
+        """The run in `folder` is done, has the same bits, and nothing beside them."""
+        assert results(folder / "run") == self.results  # as many records: nothing was done twice
+        assert (folder / "out.tif").read_bytes() == self.picture
+        assert canvases(folder / "run") == self.canvases
+        assert leftovers(folder / "out.tif") == []
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module")
+def unbroken(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Unbroken]:
+    """The same run, stored as it is and compressed."""
+    made = {}
+    for codec in ("none", "zstd"):
+        folder = tmp_path_factory.mktemp(f"unbroken_{codec}")
+        config = write_three_stages(folder, store={"codec": codec})
+        child = start(nursery, config)
+        assert child.wait() == 0, child.err
+        events = child.events()
+        ranks = {key: rank for rank, key in enumerate(keys_of(events))}
+        picture = (folder / "out.tif").read_bytes()
+        run = folder / "run"
+        made[codec] = Unbroken(config, picture, canvases(run), results(run), ranks, gradient_tiles(events))
+    return made
+
+
+@pytest.fixture
+def call(capfd, monkeypatch):
+    return make_call(capfd, monkeypatch)
+
+
+def start(nursery: Nursery, config: Path, *options: object, kill_before: int = 0) -> Child:
+    return nursery.start("run", "-c", config, "--log-format", "json", *options, kill_before=kill_before)
+
+
+def wait_for_rank(child: Child, ranks: dict[tuple[Any, ...], int], rank: int) -> bool:
+    """Wait until the run is as far as the event of this rank, or further."""
+    return child.wait_until(lambda events: any(ranks.get(key, -1) >= rank for key in keys_of(events)))
+
+
+def kill_at(nursery: Nursery, unbroken: Unbroken, config: Path, rank: int, delay_s: float = 0.0) -> Child:
+    child = start(nursery, config)
+    wait_for_rank(child, unbroken.ranks, rank)
+    time.sleep(delay_s)
+    child.kill()
+    return child
+
+
+# --- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("codec", "seed"), [("none", 0), ("none", 1), ("zstd", 2)])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(nursery, unbroken, tmp_path, codec, seed):
+    """A crash, a power cut or the OOM killer, at any moment and many times, would change or lose the picture."""
+    expected = unbroken[codec]
+    config = write_three_stages(tmp_path, store={"codec": codec})
+    rng = random.Random(seed)
+    parts, moments = 10, len(expected.ranks)  # one moment in every tenth of the run
+    kills = tiles = 0
+    for part in range(parts):
+        if part % 3 == 1:  # and one while the last resume is starting
+            starting = start(nursery, config)
+            time.sleep(rng.uniform(0, 0.3))
+            kills += starting.kill() == KILLED
+            tiles += gradient_tiles(starting.events())
+        rank = rng.randrange(part * moments // parts, (part + 1) * moments // parts)
+        child = kill_at(nursery, expected, config, rank, rng.uniform(0, 0.02))
+        kills += child.process.exitcode == KILLED
+        tiles += gradient_tiles(child.events())
+        picture = tmp_path / "out.tif"
+        assert not picture.exists() or picture.read_bytes() == expected.picture
+    last = start(nursery, config)
+    assert last.wait() == 0, last.err
+    tiles += gradient_tiles(last.events())
+
+    assert kills >= 9  # of 13: the last ones may come too late
+    expected.assert_same(tmp_path)
+    assert tiles <= expected.gradient_tiles + 6 * kills  # a kill costs at most the iteration it hit, of six tiles
+
+
+def progress(run: Path) -> int:
+    """Records of work: every export says anew what it is about to give the picture's name."""
+    return sum(record["type"] != "exporting" for record in journal(run))
+
+
+def test_killed_before_every_commit_it_ends_with_the_same_bits(nursery, tmp_path):
+    """Two steps of a commit in the wrong order would leave a state that no resume understands."""
+    expected = write_run(tmp_path / "unbroken", output="out.tif")
+    assert start(nursery, expected).wait() == 0
+    config = write_run(tmp_path / "broken", output="out.tif")
+    run = config.parent / "run"
+    before, attempts = 1, 0
+    while True:
+        committed = progress(run)
+        child = start(nursery, config, kill_before=before)
+        if child.wait() == 0:
+            break
+        assert child.wait() == KILLED, child.err
+        attempts += 1
+        assert attempts < 80, f"it never ends:\n{child.err}"
+        # Once a record is committed the next attempt dies right after committing one more (its first step is the lock).
+        before = 3 if progress(run) > committed else before + 1
+        assert not (picture := config.with_name("out.tif")).exists() or len(read_picture(picture)) == 52
+
+    assert attempts >= 20
+    assert results(run) == results(expected.with_name("run"))
+    assert canvases(run) == canvases(expected.with_name("run"))
+    assert config.with_name("out.tif").read_bytes() == expected.with_name("out.tif").read_bytes()
+    assert leftovers(config.with_name("out.tif")) == []
+
+
+def test_installed_command_on_all_cores_is_killed_and_goes_on(tmp_path):
+    """What the other tests show of one core and a forked process would not hold for the command that users type."""
+    done = [write_run(tmp_path / name, (150, 110), output="out.tif") for name in ("unbroken", "broken")]
+    assert run_pipeline("run", "-c", done[0]).code == 0
+    rng = random.Random(3)
+    for records in (2, 6):
+        process = subprocess.Popen([PIPELINE, "run", "-c", done[1]], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(journal(done[1].with_name("run"))) < records and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        assert process.wait(TIMEOUT_S) == KILLED
+    assert run_pipeline("run", "-c", done[1]).code == 0
+
+    assert results(done[1].with_name("run")) == results(done[0].with_name("run"))
+    assert canvases(done[1].with_name("run")) == canvases(done[0].with_name("run"))
+    assert done[1].with_name("out.tif").read_bytes() == done[0].with_name("out.tif").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def rendered_run(nursery, tmp_path_factory) -> Path:
+    """The folder of a run that is done; for another output it has only to export."""
+    config = write_run(tmp_path_factory.mktemp("rendered"))
+    assert start(nursery, config).wait() == 0
+    return config.parent
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".dz", ".zarr"])
+def test_killed_while_exporting_leaves_no_half_picture(nursery, rendered_run, tmp_path, suffix):
+    """Half a picture would stand under the output's name, or the disk would fill with hidden halves."""
+    folder = tmp_path / "copy"
+    shutil.copytree(rendered_run, folder)
+    config = write_config(folder, output=f"whole/out{suffix}")
+    assert start(nursery, config).wait() == 0
+    whole = tree(folder / "whole" / f"out{suffix}")
+
+    config = write_config(folder, output=f"killed/out{suffix}")
+    output = folder / "killed" / f"out{suffix}"
+    for before in range(1, 40):
+        child = start(nursery, config, kill_before=before)
+        if child.wait() == 0:
+            break
+        assert child.wait() == KILLED, child.err
+        assert tree(output) in ({}, whole)
+    assert tree(output) == whole
+    assert leftovers(output) == []
+    assert journal(folder / "run")[-1]["output"] == str(output)
+
+
+def test_what_a_killed_export_left_goes_though_its_number_is_taken_again(nursery, rendered_run, tmp_path):
+    """After a restart other processes have the old numbers: half a picture of gigabytes would stay for ever, unseen."""
+    folder = tmp_path / "copy"
+    shutil.copytree(rendered_run, folder)
+    config = write_config(folder, output="out.tif")
+    # the first process runs always: it made what is new, and not what is older than itself
+    old, new = (folder / f".out.partial-{os.uname().nodename}-1-{number:08}.tif" for number in range(2))
+    for path, made in ((old, psutil.boot_time() - 1000), (new, time.time())):
+        path.touch()
+        os.utime(path, (made, made))
+    assert start(nursery, config).wait() == 0
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    """Every file at or below `path`."""
+    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [(signal.SIGINT, "content"), (signal.SIGINT, "gradient pass"), (signal.SIGTERM, "update pass")],
+)
+def test_one_signal_stops_between_two_tasks(nursery, unbroken, tmp_path, call, number, what):
+    """Ctrl-C, or a batch system's warning, would lose work, or look like a failure of ours."""
+    config = write_three_stages(tmp_path)
+    child = start(nursery, config)
+    moment = next(rank for key, rank in unbroken["none"].ranks.items() if key[0] == 1 and key[2] == what)
+    assert wait_for_rank(child, unbroken["none"].ranks, moment)
+    child.signal(number)
+    assert child.wait() == 75
+    assert "run the same command again" in child.err
+    assert "Traceback" not in child.err
+    assert not (tmp_path / "out.tif").exists()
+    assert json.loads(call("status", "-c", config, "--json").out)["state"] == "stopped"
+
+    assert start(nursery, config).wait() == 0
+    unbroken["none"].assert_same(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_second_signal_ends_at_once(nursery, tmp_path, number, code):
+    """Somebody in a hurry would have to wait for a tile, which may take minutes."""
+    # two tiles of some seconds: when the first is done, the second is being computed, and a stop has to wait for it
+    config = write_run(
+        tmp_path,
+        (1536, 768),
+        initial_size=1536,
+        compute={"tile_px": 768, "dtype": "float64"},
+        store={"chunk_px": 256},
+        loss={"content_weight": 0.0},
+    )
+    child = start(nursery, config)
+    assert child.wait_until(lambda events: any(event.get("what") == "Gram pass" for event in events)), child.err
+    child.signal(number)
+    deadline = time.monotonic() + TIMEOUT_S
+    while "once more to abort" not in child.err and time.monotonic() < deadline:
+        time.sleep(0.001)
+    child.signal(number)
+    assert child.wait() == code, child.err
+    assert not (tmp_path / "out.png").exists()
+
+
+# --- two runs at once ------------------------------------------------------------------------------------------------
+
+
+def test_second_run_is_kept_out_and_the_first_unharmed(nursery, unbroken, tmp_path, call):
+    """Two runs of one config would destroy each other's state; and `status` would not show which process works."""
+    config = write_three_stages(tmp_path)
+    first = start(nursery, config)
+    ranks = unbroken["none"].ranks
+    assert wait_for_rank(first, ranks, len(ranks) // 2)
+    with first.paused():
+        started = time.monotonic()
+        outcome = run_pipeline("status", "-c", config, "--json")
+        status_s = time.monotonic() - started
+        found = json.loads(outcome.out)
+        assert (found["state"], found["pid"]) == ("running", first.pid)
+        assert str(first.pid) in call("status", "-c", config).out
+        started = time.monotonic()
+        second = run_pipeline("run", "-c", config)
+        run_s = time.monotonic() - started
+        assert second.code == 4
+        assert str(first.pid) in second.err and "Traceback" not in second.err
+        assert run_s < status_s + 2
+        assert call("export", "-c", config, "-o", tmp_path / "while_running.png").code == 0
+    assert first.wait() == 0, first.err
+    unbroken["none"].assert_same(tmp_path)
+    found = json.loads(call("status", "-c", config, "--json").out)
+    assert (found["state"], found["pid"]) == ("done", None)
+
+
+# --- what may change between two starts, and what not ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def killed_run(nursery, unbroken, tmp_path_factory) -> Path:
+    """The folder of a run that was killed in the middle of its last stage."""
+    folder = tmp_path_factory.mktemp("killed")
+    config = write_three_stages(folder)
+    moment = next(rank for key, rank in unbroken["none"].ranks.items() if key == (2, 1, "gradient pass", 2))
+    assert kill_at(nursery, unbroken["none"], config, moment).process.exitcode == KILLED
+    return folder
+
+
+@pytest.fixture
+def killed(killed_run, tmp_path) -> Path:
+    """A copy of that folder, for one test to change."""
+    shutil.copytree(killed_run, tmp_path / "killed")
+    return tmp_path / "killed"
+
+
+def test_status_of_a_killed_run_is_stopped(killed, call):
+    """A dead run would be shown as running, and nobody would start it again."""
+    found = json.loads(call("status", "--run", killed / "run", "--json").out)
+    assert (found["state"], found["pid"], found["stage"], found["iteration"]) == ("stopped", None, 2, 1)
+    assert [stage["state"] for stage in found["stages"]] == ["done", "done", "prepared"]
+
+
+@pytest.mark.parametrize("tile_px", ["32", "160", "auto"])
+def test_tiles_memory_and_device_may_change(nursery, unbroken, killed, tile_px):
+    """A run could not go on when it moved to a smaller or larger machine; or its picture would change there."""
+    options = [f"--set=compute.tile_px={tile_px}", "--set=memory.limit=3GiB", "--set=compute.device=auto"]
+    child = start(nursery, killed / "config.yaml", *options)
+    assert child.wait() == 0, child.err
+    done = [
+        (record["stage"], record["iteration"]) for record in journal(killed / "run") if record["type"] == "iteration"
+    ]
+    assert done == [(stage, iteration) for stage in range(3) for iteration in range(3)]
+    expected = read_picture(unbroken["none"].config.with_name("out.tif")).astype(int)
+    assert np.abs(read_picture(killed / "out.tif") - expected).mean() < 0.01  # another order of additions
+
+
+def test_changed_result_fields_are_refused_with_a_list(killed, call):
+    """The rest of the picture would be painted otherwise than its beginning, and nobody would know."""
+    changes = {
+        "optimizer.beta1": ("0.9", "0.8"),
+        "optimizer.max_iterations": ("3", "9"),
+        "loss.kind": ("normalized", "gatys"),
+        "loss.content_weight": ("0.05", "0.1"),
+        "network.padding": ("replicate", "zeros"),
+        "network.pooling": ("max", "average"),
+        "styles.1.weight": ("1.0", "3.0"),
+        "store.chunk_px": ("32", "16"),
+        "compute.dtype": ("float32", "float64"),
+        "init": ("content", "noise"),
+        "seed": ("0", "7"),
+        "size": ("None", "300"),
+        "initial_size": ("40", "64"),
+    }
+    before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
+    for key, (old, new) in changes.items():
+        outcome = call("run", "-c", killed / "config.yaml", "--set", f"{key}={new}")
+        assert outcome.code == 3
+        assert [line for line in outcome.err.splitlines() if line.startswith("  ")] == [f"  {key}: was {old}, is {new}"]
+    outcome = call("run", "-c", killed / "config.yaml", *(f"--set={key}={new}" for key, (_, new) in changes.items()))
+    assert outcome.code == 3
+    listed = [line.split(":")[0].strip() for line in outcome.err.splitlines() if line.startswith("  ")]
+    assert listed == sorted(changes)
+    after = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file() and path.name != "lock"}
+    assert after == {path: data for path, data in before.items() if path.name not in ("lock", "lock.owner")}
+
+
+def test_styles_may_not_come_or_go(killed, call):
+    """A style that was added half-way would be missing from the finished stages."""
+    write_config(killed, **{**THREE_STAGES, "styles": [{"image": "style.png", "weight": 2.0}]})
+    outcome = call("run", "-c", killed / "config.yaml")
+    assert outcome.code == 3
+    assert "styles.1.weight: was 1.0, is not given" in outcome.err
+    assert "styles.1.image: the content of the file has changed" in outcome.err
+
+
+@pytest.mark.parametrize(("name", "key"), [("content.png", "content"), ("second.png", "styles.1.image")])
+def test_changed_inputs_are_refused(killed, call, name, key):
+    """An image that was overwritten meanwhile would be mixed with its older self."""
+    height, width, _ = read_picture(killed / name).shape
+    write_picture(killed / name, width, height, seed=99)
+    outcome = call("run", "-c", killed / "config.yaml")
+    assert outcome.code == 3
+    assert f"{key}: the content of the file has changed" in outcome.err
+    assert not (killed / "out.tif").exists()
+
+
+def test_everything_may_move(nursery, unbroken, killed):
+    """A run could not be moved to another disk, nor its picture be called otherwise."""
+    elsewhere = killed.with_name("elsewhere")
+    elsewhere.mkdir()
+    (killed / "run").rename(elsewhere / "state")
+    (killed / "content.png").rename(elsewhere / "photo.png")
+    keys = {"content": "../elsewhere/photo.png", "work_dir": "../elsewhere/state", "output": "../elsewhere/new.tif"}
+    config = write_config(killed, **{**THREE_STAGES, **keys})
+    child = start(nursery, config)
+    assert child.wait() == 0, child.err
+    assert results(elsewhere / "state") == unbroken["none"].results
+    assert (elsewhere / "new.tif").read_bytes() == unbroken["none"].picture
+    assert not (killed / "out.tif").exists()
+
+
+def test_half_a_journal_line_is_forgotten(nursery, unbroken, killed):
+    """Power lost while a record was written would be called damage, and days of work thrown away."""
+    with (killed / "run" / "journal.jsonl").open("ab") as file:
+        file.write(b'{"crc": "00000000", "record": {"type": "itera')
+    child = start(nursery, killed / "config.yaml")
+    assert child.wait() == 0, child.err
+    unbroken["none"].assert_same(killed)
+
+
+def test_a_picture_that_is_only_renamed_is_not_a_stranger(nursery, unbroken, tmp_path):
+    """Killed between the picture's name and its record, the run would take its own picture for somebody else's."""
+    config = write_three_stages(tmp_path)
+    assert start(nursery, config).wait() == 0
+    path = tmp_path / "run" / "journal.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert '"exported"' in lines[-1]
+    path.write_text("".join(lines[:-1]))
+    again = start(nursery, config)
+    assert again.wait() == 0, again.err
+    unbroken["none"].assert_same(tmp_path)
+
+
+def test_what_an_error_asked_for_is_no_change(tmp_path, call):
+    """Told to give an intact copy of an image, the user would be refused for having changed it."""
+    config = write_run(tmp_path, size=60)
+    whole = (tmp_path / "style.png").read_bytes()
+    (tmp_path / "style.png").write_bytes(whole[: len(whole) // 2])
+    assert call("run", "-c", config).code == 3
+    (tmp_path / "style.png").write_bytes(whole)
+    outcome = call("run", "-c", config, "--set", "size=64")
+    assert (outcome.code, (tmp_path / "out.png").exists()) == (0, True), outcome.err
+
+
+def test_the_lock_ends_with_its_process(killed, call):
+    """A lock file that a crash left behind would keep everybody out."""
+    assert (killed / "run" / "lock").exists()
+    owner = json.loads((killed / "run" / "lock.owner").read_text())
+    assert owner["pid"] != os.getpid()
+    assert call("run", "-c", killed / "config.yaml", "--set", "seed=7").code == 3  # not 4

@@ -1,0 +1,426 @@
+"""Running the program as its users do: small inputs, the command line in this process or in others, its files.
+
+`Nursery` starts `pipeline` commands as processes of their own without paying for Python's and torch's start each time:
+they are forked from a server that has imported both, and computed nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing as mp
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pipeline.core.image_formats import RGB8, PixelKind
+from pipeline.store.checksums import checksum
+from tests.support.syscalls import Watch, be_watched
+
+PIPELINE = Path(sys.executable).with_name("pipeline")
+# Half a second of work each; the limit is for a machine that does other things too, and more so in long tortures.
+TIMEOUT_S = int(os.environ.get("TEST_TIMEOUT_S", "120"))
+
+
+def write_picture(path: Path, width: int, height: int, seed: int = 0, kind: PixelKind = RGB8, **options: Any) -> Path:
+    """A picture of waves and noise, in the format of the suffix; as alpha, a disc with soft edges."""
+    import pyvips
+
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [127 + 90 * np.sin(x / (5 + c) + seed) * np.cos(y / (7 + c)) for c in range(3)]
+    values = np.stack(waves, -1) + rng.normal(0, 20, (height, width, 3))
+    if kind.alpha:
+        distance = np.hypot(x / width - 0.5, y / height - 0.5)
+        values = np.dstack([values, 255 * (0.4 - distance) / 0.1])
+    scale, dtype, space = (1, np.uint8, "srgb") if kind.bits == 8 else (257, np.uint16, "rgb16")
+    pixels = (np.clip(values, 0, 255) * scale).astype(dtype)
+    pyvips.Image.new_from_array(pixels, interpretation=space).write_to_file(str(path), **options)
+    return path
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """(H, W, C) of the first page."""
+    import pyvips
+
+    return np.asarray(pyvips.Image.new_from_file(str(path)).numpy())
+
+
+# The defaults of every run here: a few hundred milliseconds, on the CPU, of a network that needs no file.
+SMALL: dict[str, Any] = {
+    "content": "content.png",
+    "styles": [{"image": "style.png"}],
+    "output": "out.png",
+    "work_dir": "run",
+    "initial_size": 48,
+    "network": {"name": "random"},
+    "optimizer": {"max_iterations": 2},
+    "compute": {"device": "cpu", "tile_px": 64},
+    "store": {"chunk_px": 32},
+}
+
+
+def write_run(
+    folder: Path,
+    content_px: tuple[int, int] = (70, 52),
+    style_px: tuple[int, int] = (60, 50),
+    content_kind: PixelKind = RGB8,
+    **keys: Any,
+) -> Path:
+    """Content and style of these (width, height) and a config in `folder`; `keys` replace those of SMALL."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_picture(folder / "content.png", *content_px, seed=1, kind=content_kind)
+    write_picture(folder / "style.png", *style_px, seed=2)
+    return write_config(folder, **keys)
+
+
+def write_config(folder: Path, name: str = "config.yaml", **keys: Any) -> Path:
+    """SMALL with `keys` changed: sections are merged, all else is replaced, None takes a key out."""
+    merged = {**SMALL}
+    for key, value in keys.items():
+        merged[key] = {**SMALL[key], **value} if isinstance(SMALL.get(key), dict) else value
+    path = folder / name
+    path.write_text(yaml.safe_dump({key: value for key, value in merged.items() if value is not None}))
+    return path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_pipeline(*argv: object, **environment: str) -> Outcome:
+    """The installed command, as a process of its own from start to end."""
+    done = subprocess.run(
+        [PIPELINE, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def make_call(capfd: Any, monkeypatch: Any) -> Callable[..., Outcome]:
+    """The command line in this process: `call("plan", "-c", path)`."""
+    from pipeline.cli import app
+
+    def call(*argv: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["pipeline", *map(str, argv)])
+        capfd.readouterr()
+        try:
+            app.main()
+        except SystemExit as stop:
+            return Outcome(int(stop.code or 0), *capfd.readouterr())
+        raise AssertionError("cli.main returned")
+
+    return call
+
+
+def journal(work_dir: Path) -> list[dict[str, Any]]:
+    """The whole records of a run's journal, read as a user would; a torn last line is left out."""
+    path = work_dir / "journal.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line)["record"] for line in lines if line.endswith("\n")]
+
+
+def write_journal(path: Path, some: list[dict[str, Any]]) -> None:
+    """A journal whose lines are whole, whatever they hold: a crc is no signature."""
+    crc, lines = 0, []
+    for record in some:
+        text = json.dumps(record)
+        crc = checksum(text.encode(), crc)
+        lines.append(f'{{"crc": "{crc:08x}", "record": {text}}}\n')
+    path.write_text("".join(lines))
+
+
+def results(work_dir: Path) -> list[dict[str, Any]]:
+    """What the journal says of the work done, without what may differ between two runs: times and intents."""
+    kept = [record for record in journal(work_dir) if record["type"] in ("stage_prepared", "iteration", "stage_done")]
+    return [{key: value for key, value in record.items() if key not in ("time", "seconds", "busy")} for record in kept]
+
+
+# A command as it is typed, and behind its output the peak of its process in KiB.
+MEASURED_COMMAND = """
+import atexit, sys
+from pathlib import Path
+from pipeline.__main__ import main
+
+def told():
+    status = Path("/proc/self/status").read_text()
+    print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+atexit.register(told)
+main()
+"""
+
+
+def peak_of_command(*arguments: object) -> int:
+    """Bytes."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED_COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=3 * TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1]) * 1024
+
+
+def run_until(config: Path, last: Callable[[Any], bool]) -> None:
+    """Run a config in this process, and stop it behind the first event that `last` says is the last."""
+    import pipeline
+    from pipeline.core.errors import Stopped
+
+    stop = threading.Event()
+    with contextlib.suppress(Stopped):
+        pipeline.run(pipeline.load_config(config), sink=lambda event: last(event) and stop.set(), stop=stop)
+    assert stop.is_set()
+
+
+def canvases(work_dir: Path) -> dict[str, bytes]:
+    """Every file of the store by its path: a finished run keeps one canvas of each stage.
+
+    Without the few bytes that a kill keeps from getting a chunk's name: nothing reads them.
+    """
+    store = work_dir / "store.zarr"
+    files = [path for path in sorted(store.rglob("*")) if path.is_file() and path.suffix != ".partial"]
+    return {str(path.relative_to(store)): path.read_bytes() for path in files}
+
+
+def leftovers(output: Path) -> list[str]:
+    """Names beside `output` that begin like it or like its half-written self."""
+    return sorted(path.name for path in output.parent.iterdir() if path.name.startswith(f".{output.stem}"))
+
+
+Event = dict[str, Any]
+
+
+def keys_of(events: list[Event]) -> list[tuple[Any, ...]]:
+    """What identifies an event in every run of one config, whatever came before it in its process."""
+    keys: list[tuple[Any, ...]] = []
+    iteration = 0
+    for event in events:
+        if event["event"] == "StageStarted":
+            iteration = event["iteration"]
+        elif event["event"] == "IterationDone":
+            keys.append((event["stage"], iteration, "iteration"))
+            iteration += 1
+        elif event["event"] == "WorkDone":
+            keys.append((event["stage"], 0 if event["what"] == "export" else iteration, event["what"], event["done"]))
+    return keys
+
+
+def gradient_tiles(events: list[Event]) -> int:
+    """How many tiles' gradients were computed."""
+    return sum(event.get("what") == "gradient pass" and event["done"] > 0 for event in events)
+
+
+# All that a run imports on its way; torch's own, when it computes the first gradient, would be half of a small run.
+_PRELOADED = [
+    "pytest",
+    "pipeline.cli.app",
+    "pipeline.commands.preview.crop",
+    "pipeline.cli.reports",
+    "pipeline.render.iteration",
+    "pipeline.render.preparation",
+    "pyvips",
+    "torch.fx.experimental.symbolic_shapes",
+]
+
+
+# multiprocessing looks after all children of all threads at every start, and would hear of one's end twice: exit 255.
+_REAPING = threading.Lock()
+
+
+class Nursery:
+    """Starts `pipeline` commands by forking a server process, and stops what is left of them at the end."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOADED)
+        self._children: list[Child] = []
+
+    def start(self, *argv: object, kill_before: int = 0, watch: Watch | None = None) -> Child:
+        """Start a command; `kill_before` n: it kills itself before its nth commit (see `_commit_of`).
+
+        `watch` sees every call by which it changes files.
+        """
+        log = self._folder / f"log_{len(self._children)}"
+        log.touch()
+        arguments = (
+            [str(argument) for argument in argv],
+            str(log),
+            kill_before,
+            watch and (watch.address, watch.reads),
+        )
+        process = self._context.Process(target=_child, args=arguments)
+        # One thread: starting torch's pool would be most of what such a small run does.
+        with _REAPING, _environment(OMP_NUM_THREADS="1"):
+            process.start()
+        self._children.append(Child(process, log))
+        return self._children[-1]
+
+    def run(self, *argv: object) -> Child:
+        """Start a command and wait for its end."""
+        child = self.start(*argv)
+        child.wait()
+        return child
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        for child in self._children:
+            child.kill()
+
+
+class Child:
+    """A command that runs, or ran, in a process of its own."""
+
+    def __init__(self, process: Any, log: Path):
+        self.process = process
+        self.pid: int = process.pid
+        self._log = log
+
+    @property
+    def err(self) -> str:
+        """What it printed so far, on stdout or stderr."""
+        return self._log.read_text()
+
+    def events(self) -> list[Event]:
+        """The events of --log-format json so far."""
+        whole, _, _ = self.err.rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
+
+    def wait(self) -> int:
+        """Its exit code, negative for the signal that killed it."""
+        wait([self.process.sentinel], TIMEOUT_S)
+        with _REAPING:
+            code = self.process.exitcode
+        assert code is not None, f"still running:\n{self.err}"
+        return int(code)
+
+    def is_alive(self) -> bool:
+        with _REAPING:
+            return bool(self.process.is_alive())
+
+    def wait_until(self, reached: Callable[[list[Event]], bool]) -> bool:
+        """Wait for its events to fulfil `reached`; False if it ended before."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not reached(self.events()):
+            if not self.is_alive():
+                return reached(self.events())
+            assert time.monotonic() < deadline, f"not reached:\n{self.err}"
+            time.sleep(0.002)
+        return True
+
+    def signal(self, number: int) -> None:
+        """Send it a signal; nothing happens if it has ended."""
+        if self.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop it (SIGSTOP) while the block runs: from its beginning on none of its threads is in a system call."""
+        self.signal(signal.SIGSTOP)
+        deadline = time.monotonic() + TIMEOUT_S
+        while self.is_alive() and not all(state in "TZX" for state in self._thread_states()):
+            assert time.monotonic() < deadline, "it does not stop"
+            time.sleep(0.001)
+        try:
+            yield
+        finally:
+            self.signal(signal.SIGCONT)
+
+    def _thread_states(self) -> list[str]:
+        """As in proc(5): T is stopped."""
+        states = []
+        for stat in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+            with contextlib.suppress(OSError):  # it has ended
+                states.append(stat.read_text().rpartition(")")[2].split()[0])
+        return states
+
+    def kill(self) -> int:
+        """kill -9; gives its exit code."""
+        self.signal(signal.SIGKILL)
+        return self.wait()
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    old = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in old.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def _hear_signals() -> None:
+    """As in a shell's foreground; its background ignores Ctrl-C, nohup HUP, and a run that inherits that obeys."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _child(argv: list[str], log: str, kill_before: int, watch: tuple[str, bool] | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["pipeline", *argv]
+    _hear_signals()
+    if kill_before:
+        _kill_before_commit(kill_before)
+    if watch:
+        be_watched(*watch)
+    from pipeline.__main__ import main
+
+    main()
+
+
+def _kill_before_commit(number: int) -> None:
+    """Kill this process (as power loss would) just before its nth step that others could see afterwards."""
+    count = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        if _commit_of(event, args) is not None:
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def _commit_of(event: str, args: tuple[Any, ...]) -> str | None:
+    """The path that a Python audit event is about to make or change for good: all but the arrays' own files."""
+    if event == "os.rename":
+        path = Path(os.fsdecode(args[1]))
+    elif event == "os.mkdir" or (event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
+        path = Path(os.fsdecode(args[0])) if isinstance(args[0], str | bytes | os.PathLike) else Path()
+    else:
+        return None
+    inside_array = any(part.startswith("stage_") for part in path.parent.parts)
+    return None if inside_array or path.name in ("lock", "null") or path == Path() else str(path)

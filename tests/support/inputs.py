@@ -1,0 +1,28 @@
+"""Made-up inputs of small runs: images of seeded noise, config files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+
+def write_image(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A PNG of seeded noise over a colour gradient, so that no row or column is like another; gives its pixels."""
+    import pyvips
+
+    rng = np.random.default_rng(seed)
+    ramp = np.linspace(0, 120, height)[:, None, None] + np.linspace(0, 60, width)[None, :, None] * [1, 0.5, 0]
+    pixels = (ramp + rng.uniform(0, 75, (height, width, 3))).astype(np.uint8)
+    pyvips.Image.new_from_array(pixels, interpretation="srgb").write_to_file(str(path))
+    return pixels
+
+
+def write_config(folder: Path, **values: Any) -> Path:
+    """A config file of `values`, which need no content, styles or output: those default to files in `folder`."""
+    config = {"content": "content.png", "styles": [{"image": "style.png"}], "output": "out.png", "work_dir": "run"}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config | values))
+    return path

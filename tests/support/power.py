@@ -1,0 +1,227 @@
+"""Disks whose power can be cut: file systems in image files, mounted by a loop device, that stop at once when told to.
+
+What was not synced is lost, or, at the harness' choice, in part: as a disk may have written some of it already. Linux,
+root and a free loop device are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import random
+import shutil
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.e2e import TIMEOUT_S, Nursery
+from tests.support.syscalls import Call, Verdict, Watch
+from tests.support.torture import (
+    KILLED,
+    VARIANTS,
+    Score,
+    Unbroken,
+    at_number,
+    damage,
+    places,
+    start,
+    tree,
+    write_variant,
+)
+
+_SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN
+_WITHOUT_LOG_FLUSH = struct.pack("I", 2)
+_SYNC_RANGE = 7  # wait for earlier writes, write, and wait
+IMAGE_BYTES = 64 * 2**20
+
+# How ext4 treats what was not synced. `none` has no journal: names and sizes are lost piecemeal too, and fsck mends.
+MODES = ("ordered", "writeback", "journal", "none")
+
+
+def missing() -> str | None:
+    """Why this machine cannot do it, or None."""
+    if os.name != "posix" or os.geteuid() != 0:
+        return "needs root, for loop devices and mounts"
+    programs = [name for name in ("mkfs.ext4", "mount", "umount", "e2fsck") if shutil.which(name) is None]
+    if programs:
+        return f"needs {', '.join(programs)}"
+    if not Path("/dev/loop-control").exists():
+        return "needs loop devices"
+    return None
+
+
+@dataclass
+class Disk:
+    """A file system of its own, mounted at `folder` while it has power."""
+
+    image: Path
+    folder: Path
+    mode: str
+
+    @staticmethod
+    def new(folder: Path, mode: str) -> Disk:
+        """An empty one, mounted. Raises CalledProcessError where the system does not allow it."""
+        folder.mkdir(parents=True)
+        image = folder.with_name(f"{folder.name}.image")
+        with image.open("wb") as file:
+            file.truncate(IMAGE_BYTES)
+        features = ["-O", "^has_journal"] if mode == "none" else []
+        _call("mkfs.ext4", "-q", "-F", "-m", "0", *features, str(image))
+        disk = Disk(image, folder, mode)
+        disk._mount()
+        return disk
+
+    def cut(self) -> None:
+        """Cut its power: from now on every call on it fails, and nothing more is written."""
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.ioctl(descriptor, _SHUTDOWN, _WITHOUT_LOG_FLUSH)
+        finally:
+            os.close(descriptor)
+
+    def restore(self) -> None:
+        """Give it power again after a cut. Nobody may hold a file on it."""
+        if self.mode == "none":  # unmounting would write what the kernel still has in memory
+            kept = self.image.with_suffix(".kept")
+            _call("cp", "--sparse=always", str(self.image), str(kept))
+            self._unmount()
+            kept.replace(self.image)
+            subprocess.run(["e2fsck", "-fy", self.image], capture_output=True, check=False)  # exits 1 where it mended
+        else:
+            self._unmount()
+        self._mount()
+
+    def close(self) -> None:
+        """Unmount and delete it."""
+        if self.folder.is_mount():
+            self._unmount()
+        self.image.unlink()
+        self.folder.rmdir()
+
+    def _unmount(self) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                _call("umount", str(self.folder))
+                return
+            except subprocess.CalledProcessError:  # for a moment somebody may look at it, as a scan of mounts does
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
+
+    def _mount(self) -> None:
+        # by itself ext4 would sync names every 5 s, which is most of a run here where the machine is busy
+        options = "loop" if self.mode == "none" else f"loop,data={self.mode},commit=600"
+        _call("mount", "-o", options, str(self.image), str(self.folder))
+
+
+@contextlib.contextmanager
+def disks(*folders: Path, mode: str) -> Iterator[list[Disk]]:
+    """New disks, and their end."""
+    with contextlib.ExitStack() as stack:
+        made: list[Disk] = []
+        for folder in folders:
+            made.append(Disk.new(folder, mode))
+            stack.callback(made[-1].close)
+        yield made
+
+
+def leak(disk: Disk, rng: random.Random) -> str:
+    """Let the disk write some of what nobody has synced; gives what: names and sizes alone, bytes alone, or files."""
+    how = rng.choice(("names", "bytes", "files"))
+    if how == "names":  # a folder's sync brings all names of a file system with a journal
+        descriptor = os.open(disk.folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        return how
+    paths = [path for path in sorted(disk.folder.rglob("*")) if path.is_file()]
+    share = rng.random()
+    for path in [path for path in paths if rng.random() < share]:
+        # by another name of the descriptor: the harness' own reads and syncs change no file
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            if how == "files":
+                os.fsync(file.fileno())
+            else:
+                _write_range(file.fileno(), rng, path.stat().st_size)
+    return how
+
+
+def _write_range(descriptor: int, rng: random.Random, size: int) -> None:
+    first = rng.choice((0, rng.randrange(size + 1)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    offsets = (ctypes.c_int64(first), ctypes.c_int64(rng.choice((0, max(1, size // 2)))))  # 0: to the end
+    if libc.sync_file_range(descriptor, *offsets, _SYNC_RANGE) != 0:
+        raise OSError(ctypes.get_errno(), "sync_file_range")
+
+
+def _call(*command: str) -> None:
+    subprocess.run(command, capture_output=True, check=True)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run whose power is cut: at these of its calls, one start after another, on one disk or with the picture on
+    another; `leaky` disks have written some of what was not synced."""
+
+    variant: str
+    mode: str
+    cuts: tuple[int, ...]
+    two_disks: bool
+    leaky: bool
+    durability: str = "power"
+    seed: int = 0
+
+
+def suffer(nursery: Nursery, folder: Path, plan: Plan, unbroken: Unbroken) -> Score:
+    """Cut the power as planned, then let the run end, and compare. A state that is damaged after a cut is a problem."""
+    names = ["store", "pictures"] if plan.two_disks else ["store"]
+    settings = {"chunk_px": 32, **VARIANTS[plan.variant].get("store", {}), "durability": plan.durability}
+    output = f"{names[-1]}/{VARIANTS[plan.variant]['output']}"
+    config = write_variant(folder, plan.variant, work_dir="store/run", output=output, store=settings)
+    rng, score = random.Random(plan.seed), Score()
+    work_dir, picture = places(config)
+    with disks(*(folder / name for name in names), mode=plan.mode) as powered:
+        for number in plan.cuts:
+            _cut_at(nursery, config, number, powered, rng if plan.leaky else None, score)
+            if score.code != KILLED or score.problems:
+                break
+            for disk in powered:
+                disk.restore()
+            score.problems += damage(work_dir)
+            if tree(picture) not in ({}, unbroken.ending.picture):
+                score.problems.append("half a picture")
+            if score.problems:
+                break  # whether it says so itself is seen at the next start
+        if score.code == KILLED:
+            score.add(start(nursery, config))
+        if score.code == 0:
+            for empty in picture.parent.glob(".*/"):  # its removal was the last thing done, and lost
+                with contextlib.suppress(OSError):
+                    empty.rmdir()
+            unbroken.compare(config, score)
+    return score
+
+
+def _cut_at(
+    nursery: Nursery, config: Path, number: int, powered: list[Disk], rng: random.Random | None, score: Score
+) -> None:
+    """Start the run and cut the power of all disks just before its nth call."""
+    at = at_number(number)
+
+    def judge(call: Call) -> Verdict:
+        if at(call) is Verdict.GO:
+            return Verdict.GO
+        for disk in powered:
+            if rng is not None:
+                leak(disk, rng)
+            disk.cut()
+        return Verdict.KILL
+
+    watch = Watch(config.parent, judge)
+    score.add(start(nursery, config, watch=watch))
+    watch.wait()

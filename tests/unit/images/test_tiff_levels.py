@@ -1,0 +1,175 @@
+"""The smaller levels of a TIFF: in files beside it while the largest is written, and nowhere else, whatever happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pyvips
+
+from pipeline.core.errors import SpaceError
+from pipeline.core.image_formats import PixelKind
+from pipeline.plan.memory import export_bytes
+from pipeline.rundir.space import check_space
+from tests.support.e2e import Outcome, make_call, write_run
+from tests.unit.images.test_images import measured_mb, picture, small_disk, write
+from tests.unit.plan.test_plan import config_of, planned
+
+__all__ = ["small_disk"]
+
+# An export of noise, in bands of 64 rows. From row 1024 on it does what it is told to.
+CHILD = """
+    import ctypes, os, signal, sys, tempfile
+    from pathlib import Path
+    import numpy as np
+    from pipeline.images import writer as image_export, streams
+    from pipeline.core.errors import PipelineError
+
+    def files():
+        for link in Path("/proc/self/fd").iterdir():
+            try:
+                yield Path(os.readlink(link))
+            except OSError:  # that of the listing itself
+                pass
+
+    def tmpdir():  # as libvips sees it
+        getenv = ctypes.CDLL(None).getenv
+        getenv.restype = ctypes.c_char_p
+        return (getenv(b"TMPDIR") or b"None").decode()
+
+    def read_rows(y0, y1):
+        if y0 >= 1024:
+            {what}
+        return noise[y0:y1]
+
+    {first}
+    noise = np.random.default_rng(0).integers(0, 256, (2000, 1500, 3)).astype(np.uint8)
+    streams.BAND_ROWS_PX = 64
+    path = Path(sys.argv[1])
+    try:
+        image_export.write_image(path, 1500, 2000, read_rows, compression="none")
+    except PipelineError as error:
+        print(error)
+        sys.exit(error.exit_code)
+    print(tmpdir(), tempfile.gettempdir())
+"""
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    return make_call(capfd, monkeypatch)
+
+
+def export(path: Path, what: str = "pass", first: str = "pass", **environment: str) -> tuple[int, list[str]]:
+    """The exit code of a child that exports to `path`, and the lines that it printed."""
+    code = textwrap.dedent(CHILD).format(what=what, first=first)
+    # libvips asks once, when it needs it first, from which size on it uses files: so small pictures have them too
+    values = {name: value for name, value in os.environ.items() if name != "TMPDIR"}
+    values |= {"VIPS_DISC_THRESHOLD": "16k", **environment}
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, env=values, check=False, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_export_with_levels_takes_little_memory_at_any_size(tmp_path: Path) -> None:
+    """Levels in memory are a third of the picture: a print of 30,000 px was killed for them, at the end of the run."""
+    planned = export_bytes((18000, 8000), PixelKind(), tiff=True, pyramid=True) / 1e6
+    measured = measured_mb("export", tmp_path / "a.tif", "none", 8000, 18000)
+    assert measured <= planned
+    assert measured < 144  # a third of the picture, which is what levels took beside all else
+
+
+def test_levels_in_files_are_those_in_memory(tmp_path: Path) -> None:
+    """A picture would change with its size."""
+    assert export(tmp_path / "files.tif")[0] == 0
+    assert export(tmp_path / "memory.tif", VIPS_DISC_THRESHOLD="1g")[0] == 0
+    assert (tmp_path / "files.tif").read_bytes() == (tmp_path / "memory.tif").read_bytes()
+    sizes = [pyvips.Image.new_from_file(str(tmp_path / "files.tif"), page=page) for page in range(4)]
+    assert [(image.height, image.width) for image in sizes] == [(2000 >> page, 1500 >> page) for page in range(4)]
+    halves = [image.shrink(2, 2).numpy().astype(int) for image in sizes[:3]]
+    for half, level in zip(halves, sizes[1:], strict=True):
+        inside = level.numpy()[:-1, :-1]  # the last column of an odd width has one neighbour alone
+        assert np.abs(half[: len(inside), : inside.shape[1]] - inside).max() <= 1
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_levels_lie_beside_the_picture(tmp_path: Path, elsewhere: bool) -> None:
+    """In /tmp they would fill what is memory on many machines, or a small disk; and other programs use it too."""
+    folder = tmp_path / "a folder, 100%d [x]" / "größer"
+    other = tmp_path / "other"
+    other.mkdir()
+    environment = {"TMPDIR": str(other)} if elsewhere else {}
+    told = 'print(*{file.parent.name for file in files() if "#" in file.name or "vips-" in file.name})'
+    told += '; print(tmpdir()); assert not list(path.parent.glob(".*/*"))'
+    code, lines = export(folder / "a.tif", told, **environment)
+    outside = str(other) if elsewhere else None
+    assert (code, lines[-1]) == (0, f"{outside} {outside or '/tmp'}")
+    assert set(lines[1:-1:2]) == {str(outside)}  # the environment is everybody's: it is put back before much is written
+    places = set(lines[0:-1:2])
+    assert len(places) == 1 and places.pop().startswith(".a.partial-")
+    assert [entry.name for entry in folder.iterdir()] == ["a.tif"] and not list(other.iterdir())
+
+
+def test_levels_of_a_killed_export_are_removed(tmp_path: Path) -> None:
+    """Else every kill leaves gigabytes under a hidden name."""
+    path = tmp_path / "a.tif"
+    # as on a file system that knows no files without names
+    folders = "[entry for entry in path.parent.iterdir() if entry.is_dir()]"
+    kill = f"{folders}[0].joinpath('vips-0-1.target').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    assert export(path, kill) == (-signal.SIGKILL, [])
+    assert {entry.is_dir() for entry in tmp_path.iterdir()} == {True, False}
+    write(path, picture(50, 60))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_levels_of_a_failed_export_are_removed(tmp_path: Path) -> None:
+    """The same where the reader of the canvas finds damage, or somebody stops it."""
+    failing = "raise image_export.StorageError('broken')"
+    assert export(tmp_path / "a.tif", failing) == (5, ["broken"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_room_for_levels_is_asked_for_before_the_export(small_disk: Path) -> None:
+    """The export of a large print would end on a full disk, an hour after the check that let it begin."""
+    values = {"size": 30_000, "output": str(small_disk / "a.tif"), "styles": [{"image": "/s0.png"}]}
+    plan = planned(**values)
+    pixels_bytes = 3 * plan.stages[-1].pixels
+    with pytest.raises(SpaceError, match=f"the picture still needs {pixels_bytes * 5 / 3 / 2**30:.2f} GiB here"):
+        check_space(config_of(**values), plan, len(plan.stages))
+
+
+@pytest.mark.parametrize("levels_alone", [True, False])
+def test_full_disk_while_levels_are_written(tmp_path: Path, small_disk: Path, levels_alone: bool) -> None:
+    """A full disk would look like a bug, and take the blame to the wrong place."""
+    path = (tmp_path if levels_alone else small_disk) / "a.tif"
+    first = "pass"
+    if levels_alone:
+        first = "make = image_export._libvips_files_in; "
+        first += f"image_export._libvips_files_in = lambda folder: make(Path({str(small_disk)!r}) / folder.name)"
+    code, lines = export(path, first=first)
+    assert code == 5 and len(lines) == 1
+    assert lines[0].startswith(f"{path}: No space left on device.")
+    assert list(small_disk.iterdir()) == []
+    assert [entry for entry in tmp_path.iterdir() if entry != small_disk] == []
+
+
+def test_levels_can_be_left_out(tmp_path: Path, call: Callable[..., Outcome]) -> None:
+    """A printer's software that takes the last page of a TIFF would print a thumbnail."""
+    keys = {"initial_size": 300, "compute": {"tile_px": 320}, "optimizer": {"max_iterations": 1}}
+    config = write_run(tmp_path, (300, 300), **keys, export={"pyramid": False}, output="out.tif")
+    assert call("run", "-c", config).code == 0
+    with_levels, without = tmp_path / "with.tif", tmp_path / "without.tif"
+    assert call("export", "-c", config, "-o", with_levels).code == 0
+    assert call("export", "-c", config, "-o", without, "--no-pyramid").code == 0
+    pages = [
+        pyvips.Image.new_from_file(str(path)).get_n_pages() for path in (tmp_path / "out.tif", without, with_levels)
+    ]
+    assert pages == [1, 1, 2]

@@ -1,0 +1,871 @@
+"""The promise itself: whatever the tiles, the picture is the whole image's.
+
+A real stage, prepared from files into a real store, in float64, against autograd of the whole-image formula in
+reference.py. "Relative" is the largest error over the largest value.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pyvips
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import pipeline
+from pipeline.config.config import Config, load_config
+from pipeline.core.events import ignore
+from pipeline.core.tiling import Rect
+from pipeline.core.vgg_layers import halo_px
+from pipeline.executors.disk_turns import GIVE_WAY_TO, TURNS
+from pipeline.executors.threads import Engine
+from pipeline.network.vgg import Network
+from pipeline.network.weights import NetworkSpec, find_weights
+from pipeline.plan.memory import WORKERS
+from pipeline.plan.network_cost import model_of
+from pipeline.render import device_io, tile_tasks, update
+from pipeline.render.iteration import IterationResult, Iterations, _Step
+from pipeline.render.preparation import Prepared, prepare
+from pipeline.render.stage import Stage
+from pipeline.render.tile_tasks import GradientSpec, GramSpec
+from pipeline.render.written import Written
+from pipeline.rundir.journal import Journal
+from pipeline.rundir.open import newest_canvas
+from pipeline.rundir.position import position_of
+from pipeline.rundir.preflight import plan
+from pipeline.rundir.records import as_json
+from pipeline.store.array import StageArray, open_array
+from pipeline.store.layout import gram_name
+from pipeline.store.metadata import read_gram
+from tests.support import reference
+from tests.support.inputs import write_config, write_image
+
+EXACT = 1e-10
+DEFAULT_STYLE = {f"conv{block}_1": 0.2 for block in range(1, 6)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage whose canvas is noise, and the same problem for the reference."""
+
+    stage: Stage
+    started: Prepared
+    problem: reference.Problem
+    canvas: np.ndarray
+
+    @property
+    def tiles(self) -> list[Rect]:
+        return [tile.inner for tile in self.stage.tiles]
+
+    def read(self, name: str) -> np.ndarray:
+        return read_whole(open_array(self.stage.stage_dir, name))
+
+    def iterate(self) -> IterationResult:
+        """The stage's first iteration."""
+        results: list[IterationResult] = []
+        iterations = Iterations(self.stage, self.started.content_energies, self.started.areas)
+        iterations.iterate(0, None, self.started.checksums, results.append)
+        return results[0]
+
+
+def read_whole(array) -> np.ndarray:
+    return array.read_window(Rect(0, array.shape[0], 0, array.shape[1]))
+
+
+@contextmanager
+def prepared(
+    folder: Path,
+    weights: Path,
+    size: tuple[int, int],
+    tile_px: int,
+    *,
+    style_sizes=((50, 67),),
+    style_weights=(1.0,),
+    chunk_px: int | None = None,
+    network=None,
+    loss=None,
+    masks=(),
+    content_mask=None,
+    **values,
+):
+    """Write the images and prepare the only stage of a run at `size`, from noise, in tiles of `tile_px`.
+
+    `masks`: per style its (H, W) uint8 mask or None; equal ones are one file. `content_mask`: another, or None.
+    """
+    content = write_image(folder / "content.png", *size, seed=1).astype(np.float64)
+    styles = []
+    for index, style_size in enumerate(style_sizes):
+        styles.append(write_image(folder / f"style{index}.png", *style_size, seed=2 + index).astype(np.float64))
+    painted = [
+        {"image": f"style{index}.png", "weight": share, "mask": write_mask(folder, mask)}
+        for index, (share, mask) in enumerate(zip(style_weights, masks or [None] * len(styles), strict=True))
+    ]
+    loss = {**(loss or {}), "content_mask": write_mask(folder, content_mask)}
+    path = write_config(
+        folder,
+        styles=painted,
+        initial_size=max(*size, *itertools.chain(*style_sizes)),
+        init="noise",
+        network={"weights": str(weights), **(network or {})},
+        loss=loss,
+        **values,
+        compute={"dtype": "float64", "device": "cpu", "tile_px": tile_px},
+        # few files: on some disks each costs milliseconds
+        store={"chunk_px": chunk_px or (tile_px // 2 if tile_px % 32 == 0 else tile_px)},
+    )
+    config = load_config(path)
+    planned = plan(config)
+    assert [stage.size for stage in planned.stages] == [size]
+    with Engine(2) as engine:
+        stage = make_stage(config, planned, engine)
+        started = prepare(stage, None)
+        canvas = read_whole(open_array(stage.stage_dir, "canvas_0"))
+        assert canvas.dtype == np.float64
+        problem = make_problem(config, content, styles, load_file(weights))
+        if masks or content_mask is not None:
+            shares = [None if mask is None else mask / 255 for mask in masks]
+            kept = None if content_mask is None else content_mask / 255
+            problem = replace(problem, masks=shares, content_mask=kept)
+        yield Case(stage, started, problem, canvas)
+
+
+def write_mask(folder: Path, mask: np.ndarray | None) -> str | None:
+    """A grey PNG of an (H, W) uint8 mask, named after its pixels; gives its name, None for None."""
+    if mask is None:
+        return None
+    name = f"mask_{zlib.crc32(mask.tobytes()):08x}.png"
+    pyvips.Image.new_from_array(np.ascontiguousarray(mask), interpretation="b-w").write_to_file(str(folder / name))
+    return name
+
+
+def make_stage(config: Config, planned, engine: Engine) -> Stage:
+    source = find_weights(config.network.name, config.network.weights, config.seed)
+    return Stage(
+        config=config,
+        plan=planned.stages[0],
+        model=model_of(config, source.widths),
+        network=NetworkSpec(source, config.network.padding, config.network.pooling, "float64", "cpu"),
+        stage_dir=config.work_dir / "store.zarr" / "stage_0",
+        engine=engine,
+        sink=ignore,
+        tile_px=planned.tile_px,
+    )
+
+
+def make_problem(config: Config, content: np.ndarray, styles: list[np.ndarray], state) -> reference.Problem:
+    return reference.Problem(
+        state=state,
+        content=content,
+        styles=[(image, style.weight) for image, style in zip(styles, config.styles, strict=True)],
+        content_layers=config.network.content_layers if config.loss.content_weight else {},
+        style_layers=config.network.style_layers if config.loss.style_weight else {},
+        kind=config.loss.kind,
+        padding=config.network.padding,
+        pooling=config.network.pooling,
+        content_weight=config.loss.content_weight,
+        style_weight=config.loss.style_weight,
+        tv_weight=config.loss.tv_weight,
+        color=config.color,
+    )
+
+
+def relative(found, wanted) -> float:
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    assert found.shape == wanted.shape
+    assert np.abs(wanted).max() > 0
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def assert_exact(case: Case) -> None:
+    """Energies, target Grams, canvas Grams, losses and gradient of one iteration, all against the reference."""
+    problem, stage = case.problem, case.stage
+    content = problem.content_features()
+    for layer in problem.content_layers:
+        assert relative(case.started.content_energies[layer], content[layer].square().sum()) < EXACT
+        assert relative(case.read(f"features_{layer}"), content[layer].permute(1, 2, 0)) < EXACT
+    for layer in problem.style_layers:
+        for region, key in enumerate(stage.model.guides.keys(layer)):
+            found = read_gram(stage.stage_dir, key, case.started.checksums[gram_name(key)])
+            assert relative(found, problem.target_grams(region)[layer]) < EXACT
+    result = case.iterate()
+    canvas = torch.from_numpy(case.canvas)
+    content_loss, style_loss = problem.losses(canvas)
+    for found, wanted in (
+        (result.content_loss, content_loss),
+        (result.style_loss, style_loss),
+        (result.objective, problem.objective(canvas)),
+    ):
+        assert found == pytest.approx(float(wanted), rel=EXACT, abs=0)
+    assert relative(case.read("gradient"), problem.gradient(case.canvas)) < EXACT
+
+
+# --- partitions ---
+
+# (size, tile_px, rows × columns of tiles). Strips are long enough that tiles at the default layers have real cuts
+# (a gradient tile reads 160 px around), squares are not, but have corners.
+PARTITIONS = [
+    ((64, 96), 96, (1, 1)),
+    ((96, 128), 64, (2, 2)),
+    ((96, 160), 64, (2, 3)),
+    ((65, 129), 64, (2, 3)),  # last row and last column of one pixel
+    ((83, 131), 48, (2, 3)),
+    ((33, 449), 96, (1, 5)),
+    ((417, 47), 128, (4, 1)),
+]
+
+
+@pytest.mark.parametrize(("size", "tile_px", "shape"), PARTITIONS)
+def test_any_partition_gives_the_whole_images_gradient(tmp_path, narrow_weights, size, tile_px, shape):
+    """Tiles that change the gradient change the picture: seams, or a style that differs from tile to tile."""
+    with prepared(tmp_path, narrow_weights, size, tile_px) as case:
+        assert (len({t.y0 for t in case.tiles}), len({t.x0 for t in case.tiles})) == shape
+        assert_exact(case)
+
+
+SHALLOW = {"content_layers": {"conv4_1": 1.0}, "style_layers": {"conv2_1": 0.7, "conv4_1": 1.3}}
+
+
+@pytest.mark.parametrize(
+    ("size", "tile_px", "network", "halo"), [((217, 225), 48, SHALLOW, 32), ((513, 517), 176, {}, 80)]
+)
+def test_a_tile_with_cuts_on_all_sides_is_exact(tmp_path, narrow_weights, size, tile_px, network, halo):
+    """Only such a tile shows that the corners of the halo are right; in a large picture nearly all are like that."""
+    with prepared(tmp_path, narrow_weights, size, tile_px, network=network) as case:
+        outers = [tile.outer(2 * halo) for tile in case.stage.tiles]
+        assert any(o.y0 > 0 and o.x0 > 0 and o.y1 < size[0] and o.x1 < size[1] for o in outers)
+        assert_exact(case)
+
+
+# --- every setting of the objective ---
+
+COMBINATIONS = list(itertools.product(["replicate", "zeros", "reflect"], ["max", "average"], ["normalized", "gatys"]))
+
+
+@pytest.mark.parametrize(("padding", "pooling", "kind"), COMBINATIONS)
+def test_every_padding_pooling_and_loss_is_exact(tmp_path, narrow_weights, padding, pooling, kind):
+    """A padding that leaks into a cut, or a seed of the other loss, draws borders around every tile."""
+    network = {
+        "padding": padding,
+        "pooling": pooling,
+        "content_layers": {"conv3_2": 1.0},
+        "style_layers": {"conv1_1": 0.5, "conv3_1": 0.5},
+    }
+    with prepared(tmp_path, narrow_weights, (113, 97), 48, network=network, loss={"kind": kind}) as case:
+        assert_exact(case)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+def test_the_deepest_layer_is_exact_with_other_paddings(tmp_path, narrow_weights, padding):
+    """conv5_1 sees 70 px far, over the border and a cut at once."""
+    with prepared(tmp_path, narrow_weights, (35, 433), 96, network={"padding": padding}) as case:
+        assert_exact(case)
+
+
+@pytest.mark.parametrize("kind", ["normalized", "gatys"])
+def test_layer_weights_and_layers_that_are_both_content_and_style(tmp_path, narrow_weights, kind):
+    """Artists mix layers; a layer in both lists gets both seeds, a weight belongs to its own layer."""
+    layers = {
+        "content_layers": {"conv2_2": 0.3, "conv3_4": 2.0, "conv1_1": 0.01},
+        "style_layers": {"conv2_2": 1.7, "conv1_1": 0.4, "conv3_4": 0.05},
+    }
+    loss = {"kind": kind, "content_weight": 0.7, "style_weight": 3.0}
+    with prepared(tmp_path, narrow_weights, (81, 145), 48, network=layers, loss=loss) as case:
+        assert_exact(case)
+
+
+@pytest.mark.parametrize("off", ["content_weight", "style_weight"])
+def test_content_alone_and_style_alone_are_exact(tmp_path, narrow_weights, off):
+    """A weight of 0 leaves its pass out; what is left must not change."""
+    with prepared(tmp_path, narrow_weights, (49, 81), 32, loss={off: 0.0}) as case:
+        result = case.iterate()
+        assert relative(case.read("gradient"), case.problem.gradient(case.canvas)) < EXACT
+        assert getattr(result, off.replace("weight", "loss")) == 0
+
+
+def test_several_styles_are_mixed_by_their_weights(tmp_path, narrow_weights):
+    """Two styles at 3 : 1 must look like 3 : 1, whatever their sizes."""
+    sizes, shares = ((40, 70), (96, 33), (64, 64)), (3.0, 1.0, 0.0)
+    with prepared(tmp_path, narrow_weights, (64, 80), 48, style_sizes=sizes, style_weights=shares) as case:
+        assert_exact(case)
+
+
+def test_image_of_the_least_size(tmp_path, narrow_weights):
+    """The smallest image the plan lets through has one position at conv5_1: it must still be right."""
+    with prepared(tmp_path, narrow_weights, (16, 31), 16, style_sizes=((31, 16),)) as case:
+        assert_exact(case)
+
+
+def test_a_network_with_an_input_convolution(tmp_path):
+    """The packaged network has its own 1×1 input convolution instead of ImageNet's mean and deviation."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(5)
+    extra = {
+        "input.weight": torch.randn(3, 3, 1, 1, generator=generator),
+        "input.bias": torch.randn(3, generator=generator),
+    }
+    save_file(reference.narrow_state((3, 5, 4, 6, 7), seed=9) | extra, tmp_path / "own.safetensors")
+    with prepared(tmp_path, tmp_path / "own.safetensors", (65, 97), 64, network={"padding": "zeros"}) as case:
+        assert_exact(case)
+
+
+# --- the check can fail ---
+
+
+@pytest.mark.parametrize(("layer", "size", "tile_px"), [("conv5_1", (33, 449), 96), ("conv4_1", (112, 144), 32)])
+def test_a_gradient_halo_16_px_smaller_is_seen(tmp_path, narrow_weights, monkeypatch, layer, size, tile_px):
+    """If this error went unseen, the tests above would prove nothing."""
+    network = {"content_layers": {layer: 1.0}}
+    with prepared(tmp_path, narrow_weights, size, tile_px, network=network, loss={"style_weight": 0.0}) as case:
+        wanted = case.problem.gradient(case.canvas)
+        case.iterate()
+        assert relative(case.read("gradient"), wanted) < EXACT
+        monkeypatch.setattr(tile_tasks, "halo_px", lambda names: halo_px(names) - 16)
+        case.iterate()
+        assert relative(case.read("gradient"), wanted) > 1e-6
+
+
+@pytest.mark.parametrize("layer", ["conv4_1", "conv5_1"])
+def test_a_gram_halo_16_px_smaller_is_seen(tmp_path, narrow_weights, monkeypatch, layer):
+    """As above, for the Gram pass: its tiles would miss positions at their cuts."""
+    with prepared(tmp_path, narrow_weights, (48, 225), 96) as case:
+        with torch.no_grad():
+            found = case.problem.features(torch.from_numpy(case.canvas))[layer].flatten(1)
+        wanted = (found @ found.T).numpy()
+        specs = [
+            GramSpec(case.stage.stage_dir, "canvas_0", tile, case.stage.network, {}, (layer,))
+            for tile in case.stage.tiles
+        ]
+        assert relative(sum(tile_tasks.gram_task(spec)[layer] for spec in specs), wanted) < EXACT
+        monkeypatch.setattr(tile_tasks, "halo_px", lambda names: halo_px(names) - 16)
+        assert relative(sum(tile_tasks.gram_task(spec)[layer] for spec in specs), wanted) > 1e-6
+
+
+def test_tasks_give_the_same_bits_when_run_twice(tmp_path, narrow_weights):
+    """A task that is repeated after a kill must not change the picture."""
+    with prepared(tmp_path, narrow_weights, (65, 113), 48) as case:
+        gram = GramSpec(case.stage.stage_dir, "canvas_0", case.stage.tiles[1], case.stage.network, {}, ("conv3_1",))
+        assert np.array_equal(tile_tasks.gram_task(gram)["conv3_1"], tile_tasks.gram_task(gram)["conv3_1"])
+        first = case.iterate()
+        before = {name: case.read(name) for name in ("gradient", "canvas_1", "m_1", "v_1")}
+        second = case.iterate()
+        assert first.objective == second.objective and first.mean_abs_u == second.mean_abs_u
+        for name, values in before.items():
+            assert np.array_equal(case.read(name), values), name
+
+
+def test_a_gradient_that_is_not_finite_is_refused(tmp_path, narrow_weights):
+    """A single NaN would spread over the picture in a few iterations, and a day of work with it."""
+    with prepared(tmp_path, narrow_weights, (32, 48), 16) as case:
+        spec = GradientSpec(
+            case.stage.stage_dir, "canvas_0", case.stage.tiles[0], case.stage.network, {}, {"conv4_2": np.inf}, {}
+        )
+        before = case.read("gradient")
+        with pytest.raises(pipeline.errors.ConfigError, match="not finite"):
+            tile_tasks.gradient_task(spec)
+        assert np.array_equal(case.read("gradient"), before)
+
+
+# --- whole runs ---
+
+
+def final_canvas(folder: Path, weights: Path, tile_px: int, **values) -> tuple[np.ndarray, list[dict]]:
+    """Run two stages in float64 and give the last canvas and the journal."""
+    folder.mkdir()
+    write_image(folder / "content.png", 83, 131, seed=1)
+    write_image(folder / "style.png", 70, 50, seed=2)
+    config = load_config(
+        write_config(
+            folder,
+            initial_size=66,
+            network={"weights": str(weights), **values.pop("network", {})},
+            compute={"dtype": "float64", "device": "cpu", "tile_px": tile_px},
+            optimizer={"max_iterations": 4, **values.pop("optimizer", {})},
+            store={"chunk_px": 48},
+            **values,
+        )
+    )
+    pipeline.run(config)
+    records = Journal(config.work_dir / "journal.jsonl").read()
+    canvas = newest_canvas(config.work_dir, position_of(records), 1)
+    assert canvas.shape == (83, 131, 3)
+    return read_whole(canvas), [as_json(record) for record in records]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"init": "noise", "network": {"padding": "reflect", "pooling": "average"}, "loss": {"kind": "gatys"}},
+        {"optimizer": {"schedule": "constant", "stop_condition": 0, "clip": False}},
+    ],
+    ids=["defaults", "noise", "paper"],
+)
+def test_a_whole_run_gives_the_same_picture_with_one_tile_and_with_many(tmp_path, narrow_weights, values):
+    """The picture must not depend on how much memory the machine had."""
+    whole, records = final_canvas(tmp_path / "one", narrow_weights, 144, **values)
+    parts, parts_records = final_canvas(tmp_path / "many", narrow_weights, 48, **values)
+    assert np.abs(whole - parts).max() <= 1e-6
+    assert np.ptp(whole) > 50  # a picture, not a grey area
+    keys = ("objective", "content_loss", "style_loss", "mean_abs_u", "max_abs_u", "alpha")
+    for one, many in zip(records, parts_records, strict=True):
+        assert one["type"] == many["type"]
+        if one["type"] == "iteration":
+            assert [one[key] for key in keys] == pytest.approx([many[key] for key in keys], rel=1e-8)
+
+
+def literal_stage(problem: reference.Problem, canvas: np.ndarray, optimizer) -> tuple[np.ndarray, list[dict]]:
+    """algorithm.md, "Stages", the inner loop on the whole image; gives the result and what each iteration measured.
+
+    The result is the last canvas, or Σ_i d^(N−1−i)·p_i / Σ_i d^(N−1−i) of all N that the iterations made.
+    """
+    p, m, v, alpha, measured, made = canvas.copy(), 0.0, 0.0, None, [], []
+    beta1, beta2, total = optimizer.beta1, optimizer.beta2, optimizer.max_iterations
+    for j in range(total):
+        objective = float(problem.objective(torch.from_numpy(p)))
+        g = problem.gradient(p)
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        u = m / np.sqrt(v + optimizer.epsilon)
+        b = math.sqrt(1 - beta2 ** (j + 1)) / (1 - beta1 ** (j + 1))
+        alpha = alpha or optimizer.target_pixel_change / (b * np.abs(u).max())
+        c = 1 if optimizer.schedule == "constant" else 0.05 + 0.95 * (1 + math.cos(math.pi * j / total)) / 2
+        p = p - alpha * c * b * u
+        if optimizer.clip:
+            p = np.clip(p, 0, 255)
+        made.append(p)
+        mean_u, max_u = np.abs(u).mean(), np.abs(u).max()
+        measured.append({"objective": objective, "alpha": alpha, "mean_abs_u": mean_u, "max_abs_u": max_u})
+        if mean_u < optimizer.stop_condition:
+            break
+    weights = optimizer.average ** np.arange(len(made))[::-1]  # 0⁰ is 1
+    return np.average(made, axis=0, weights=weights), measured
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "iterations"),
+    [
+        ({"schedule": "cosine", "max_iterations": 6}, 6),
+        ({"schedule": "constant", "max_iterations": 6, "stop_condition": 0, "clip": False, "beta1": 0.8}, 6),
+        ({"schedule": "constant", "max_iterations": 30, "stop_condition": 0.35}, None),
+        ({"schedule": "cosine", "max_iterations": 6, "average": 0.9}, 6),
+    ],
+    ids=["cosine", "constant", "stopped early", "averaged"],
+)
+def test_a_run_of_two_stages_is_the_algorithm(tmp_path, narrow_weights, optimizer, iterations):
+    """Everything at once: step size, bias correction, schedule, clipping, early stop, average, a fresh start per stage.
+
+    The style is larger than the content, so the second stage has the result of the first and nothing is resized.
+    """
+    content = write_image(tmp_path / "content.png", 48, 61, seed=1).astype(np.float64)
+    style = write_image(tmp_path / "style.png", 93, 100, seed=2).astype(np.float64)
+    config = load_config(
+        write_config(
+            tmp_path,
+            initial_size=64,
+            network={"weights": str(narrow_weights)},
+            compute={"dtype": "float64", "device": "cpu", "tile_px": 32},
+            optimizer=optimizer,
+            store={"chunk_px": 32},
+        )
+    )
+    pipeline.run(config)
+    records = Journal(config.work_dir / "journal.jsonl").read()
+    position = position_of(records)
+    records = [as_json(record) for record in records]
+    first, second = (read_whole(newest_canvas(config.work_dir, position, stage)) for stage in (0, 1))
+    problem = make_problem(config, content, [style], load_file(narrow_weights))
+    wanted, measured = literal_stage(problem, first, config.optimizer)
+    made = [record for record in records if record["type"] == "iteration" and record["stage"] == 1]
+    assert len(made) == len(measured) == (iterations or len(measured))
+    assert iterations or 1 < len(measured) < config.optimizer.max_iterations
+    for found, expected in zip(made, measured, strict=True):
+        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-8)
+    assert np.abs(second - wanted).max() < 1e-6
+    assert np.abs(second - first).max() > 1
+
+
+def run_in_own_style(folder: Path, weights: Path, **values) -> tuple[np.ndarray, np.ndarray, list[dict]]:
+    """Run a picture in the style of its own file; gives the content, the final canvas and the journal."""
+    content = write_image(folder / "content.png", 97, 130, seed=1)
+    path = write_config(
+        folder,
+        styles=[{"image": "content.png"}],
+        network={"weights": str(weights)},
+        optimizer={"max_iterations": 2},
+        store={"chunk_px": 64},
+        **values,
+    )
+    config = load_config(path)
+    pipeline.run(config)
+    records = Journal(config.work_dir / "journal.jsonl").read()
+    canvas = newest_canvas(config.work_dir, position_of(records), 0)
+    return content, read_whole(canvas), [as_json(record) for record in records]
+
+
+@pytest.mark.parametrize("kind", ["normalized", "gatys"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("tile_px", [64, 192])
+def test_a_picture_in_its_own_style_is_left_as_it_is(tmp_path, narrow_weights, dtype, tile_px, kind):
+    """Nothing to optimise: the run ends with the content. The first step has a fixed size: it would turn the rounding
+    between one tile and another into a picture of noise, and 0/0 into NaN."""
+    compute = {"dtype": dtype, "device": "cpu", "tile_px": tile_px}
+    content, canvas, records = run_in_own_style(tmp_path, narrow_weights, compute=compute, loss={"kind": kind})
+    assert [record.get("reason") for record in records if record["type"] == "stage_done"] == ["converged"]
+    assert np.array_equal(canvas, content)
+
+
+@pytest.mark.parametrize("weight", [1e-12, 1e12])
+def test_tiny_and_huge_loss_weights_are_no_reason_to_end(tmp_path, narrow_weights, weight):
+    """What counts as nothing to optimise is the difference, not the number a user gave it."""
+    _, records = final_canvas(
+        tmp_path / "run", narrow_weights, 144, loss={"kind": "gatys", "content_weight": weight, "style_weight": weight}
+    )
+    assert [record["reason"] for record in records if record["type"] == "stage_done"] == ["max_iterations"] * 2
+
+
+def test_a_run_lowers_the_objective(tmp_path, narrow_weights):
+    """An exact gradient with the wrong sign would be exact too."""
+    _, records = final_canvas(tmp_path / "one", narrow_weights, 144, optimizer={"max_iterations": 10})
+    for stage in (0, 1):
+        losses = [
+            record["objective"] for record in records if record["type"] == "iteration" and record["stage"] == stage
+        ]
+        assert len(losses) == 10
+        assert losses[-1] < 0.9 * losses[0]
+
+
+# --- what no one thought of ---
+
+
+@st.composite
+def cases(draw):
+    """Sizes, tiles and layers at random; at most about a dozen tiles."""
+    style = draw(st.sets(st.sampled_from(reference.CONVS), max_size=3))
+    content = draw(st.sets(st.sampled_from(reference.CONVS), max_size=2, min_size=0 if style else 1))
+    padding = draw(st.sampled_from(["replicate", "zeros", "reflect"]))
+    least = max(reference.STRIDES[name] for name in style | content) * (2 if padding == "reflect" else 1)
+    side = st.integers(max(16, least), 150)
+    size = draw(st.tuples(side, side))
+    tile_px = draw(st.sampled_from([px for px in (16, 32, 48, 64, 96, 160) if size[0] * size[1] <= 14 * px * px]))
+    return {
+        "size": size,
+        "tile_px": tile_px,
+        "chunk_px": draw(st.sampled_from([px for px in (tile_px, tile_px // 2) if px % 16 == 0])),
+        "style_sizes": (draw(st.tuples(side, side)),),
+        "network": {
+            "padding": padding,
+            "pooling": draw(st.sampled_from(["max", "average"])),
+            "style_layers": {name: draw(st.sampled_from([0.1, 1.0])) for name in sorted(style)},
+            "content_layers": {name: draw(st.sampled_from([0.1, 1.0])) for name in sorted(content)},
+        },
+        "loss": {
+            "kind": draw(st.sampled_from(["normalized", "gatys"])),
+            "content_weight": 1.0 if content else 0.0,
+            "style_weight": 0.5 if style else 0.0,
+        },
+    }
+
+
+@given(cases())
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+def test_random_sizes_tiles_and_layers_are_exact(narrow_weights, case):
+    """What no one thought of: sizes, tiles and layers together."""
+    with tempfile.TemporaryDirectory() as folder, prepared(Path(folder), narrow_weights, **case) as made:
+        target = float(made.problem.objective(torch.from_numpy(made.canvas)))
+        if not math.isfinite(target):  # a layer whose features are all zero: nothing to divide by
+            with pytest.raises(pipeline.errors.ConfigError, match="energy"):
+                made.iterate()
+        elif target > 0:
+            result = made.iterate()
+            assert result.objective == pytest.approx(target, rel=EXACT)
+            assert relative(made.read("gradient"), made.problem.gradient(made.canvas)) < EXACT
+
+
+# --- what runs side by side ---
+
+
+class Rendering:
+    """The first four iterations of a stage, as `run` does them; any of them may be tried again."""
+
+    def __init__(self, case: Case) -> None:
+        self._iterations = Iterations(case.stage, case.started.content_energies)
+        self._checksums, self.results = dict(case.started.checksums), list[IterationResult]()
+        self.follows = True  # one more iteration
+
+    def _commit(self, result: IterationResult) -> bool:
+        self.results.append(result)
+        self._checksums |= result.checksums
+        return self.follows
+
+    def iterate(self) -> None:
+        alpha = self.results[0].alpha if self.results else None
+        self._iterations.iterate(len(self.results), alpha, self._checksums, self._commit)
+
+    def finish(self) -> tuple[list[float], dict[str, str]]:
+        """Objectives and checksums."""
+        while len(self.results) < 4:
+            self.iterate()
+        return [result.objective for result in self.results], self._checksums
+
+
+@pytest.fixture
+def one_after_another(tmp_path, narrow_weights):
+    """A rendering each of whose passes waits for the one before it, and the size of its canvas and tiles."""
+    size, tile_px, finish = (80, 112), 32, Iterations._finish
+
+    def finish_last(iterations, step, alpha, engine):
+        step.found.result()
+        finish(iterations, step, alpha, engine)
+
+    (folder := tmp_path / "one").mkdir()
+    with pytest.MonkeyPatch.context() as patch, prepared(folder, narrow_weights, size, tile_px) as case:
+        patch.setattr(Iterations, "_finish", finish_last)
+        patch.setattr(Iterations, "_gram_ahead", lambda *_args: None)
+        return Rendering(case).finish(), size, tile_px
+
+
+def delayed(task, seconds: Iterator[float]):
+    def slow_task(spec):
+        time.sleep(next(seconds))
+        result = task(spec)
+        time.sleep(next(seconds))
+        return result
+
+    return slow_task
+
+
+def test_passes_beside_each_other_read_only_what_is_written(tmp_path, narrow_weights, monkeypatch, one_after_another):
+    """A chunk that is read a moment too early mixes two iterations into one picture, and no error would tell."""
+    expected, size, tile_px = one_after_another
+    delays = iter(np.random.default_rng(0).uniform(0, 0.02, 100_000))
+    monkeypatch.setattr(update, "CHUNKS_PER_TASK", 1)
+    monkeypatch.setattr(update, "update_task", delayed(update.update_task, delays))
+    monkeypatch.setattr(tile_tasks, "gradient_task", delayed(tile_tasks.gradient_task, delays))
+    with prepared(tmp_path, narrow_weights, size, tile_px, chunk_px=16) as case:
+        assert Rendering(case).finish()[0] == expected[0]
+
+
+def test_the_update_begins_before_the_last_gradient(tmp_path, narrow_weights, monkeypatch):
+    """On a slow disk its bytes, three quarters of all, would have nothing but the Gram pass beside them."""
+    begun: list[str] = []
+    for module, name in ((tile_tasks, "gradient_task"), (update, "update_task")):
+        task = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda spec, name=name, task=task: begun.append(name) or task(spec))
+    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+        rendering = Rendering(case)
+        rendering.iterate()
+        assert begun == sorted(begun)  # the first step size takes all gradients
+        begun.clear()
+        rendering.iterate()
+        assert begun.index("update_task") < len(case.tiles) // 2
+
+
+def test_the_update_goes_on_when_tiles_are_read(tmp_path, narrow_weights, monkeypatch):
+    """It gives way to them on the disk: without that a slow disk has the network wait, and for ever would be a hang."""
+    reading: list[int] = []
+
+    def give_way(original=TURNS.give_way):
+        reading.append(TURNS._reading)
+        original()
+
+    monkeypatch.setattr(TURNS, "give_way", give_way)
+    load = device_io.load
+    monkeypatch.setattr(device_io, "load", lambda *args: time.sleep(0.01) or load(*args))
+    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+        rendering = Rendering(case)
+        rendering.iterate()
+        rendering.iterate()
+    assert max(reading) >= GIVE_WAY_TO and TURNS._reading == 0
+
+
+def test_a_pass_fetches_what_the_next_one_reads_first_before_it_ends(tmp_path, narrow_weights, monkeypatch):
+    """Behind a slow disk the network would have nothing to do at the begin of every pass."""
+    events: list[str] = []
+
+    def prefetch(array, rect, original=StageArray.prefetch):
+        events.append(array.path.name)
+        original(array, rect)
+
+    monkeypatch.setattr(StageArray, "prefetch", prefetch)
+    for name in ("gram_task", "gradient_task"):
+        task = getattr(tile_tasks, name)
+        monkeypatch.setattr(tile_tasks, name, lambda spec, name=name, task=task: (task(spec), events.append(name))[0])
+    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+        events.clear()
+        Rendering(case).iterate()
+        first_gram_pass, rest = events[: events.index("gradient_task")], events[events.index("gradient_task") :]
+        assert first_gram_pass.count("gram_task") == len(case.tiles)
+        assert {"canvas_0", "features_conv4_2"} < set(first_gram_pass)
+        last = max(place for place, event in enumerate(rest) if event == "gradient_task")
+        assert "canvas_1" in rest[:last]
+
+
+def test_a_stage_that_ends_early_leaves_the_next_gram_pass(tmp_path, narrow_weights, monkeypatch):
+    """A pass over a thousand tiles for an iteration that nobody wants takes half an hour."""
+    ended, begun = threading.Event(), list[int]()
+
+    def close(written, original=Written.close):
+        original(written)
+        ended.set()
+
+    def gram_task(spec, original=tile_tasks.gram_task):
+        begun.append(spec.tile.index)
+        assert ended.wait(60)
+        return original(spec)
+
+    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+        rendering = Rendering(case)
+        rendering.iterate()
+        monkeypatch.setattr(Written, "close", close)
+        monkeypatch.setattr(tile_tasks, "gram_task", gram_task)
+        rendering.follows = False
+        rendering.iterate()
+        assert len(rendering.results) == 2
+        assert len(begun) <= WORKERS
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(tile_tasks, "gradient_task"), (update, "update_task"), (tile_tasks, "gram_task")]
+)
+def test_a_pass_that_fails_ends_the_others_and_is_done_again(
+    tmp_path, narrow_weights, monkeypatch, one_after_another, module, name
+):
+    """The run would wait for ever, tell another error than the one that came first, or mix in what was half done."""
+    (wanted, checksums), size, tile_px = one_after_another
+    task, calls = getattr(module, name), itertools.count()
+    with prepared(tmp_path, narrow_weights, size, tile_px) as case:
+        rendering = Rendering(case)
+        rendering.iterate()
+        done = len(rendering.results)
+        failing_at = 4 if name == "gram_task" else 5
+
+        def failing(spec):
+            if next(calls) == failing_at:
+                raise OSError("no room")
+            return task(spec)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, failing)
+            with pytest.raises(OSError, match="no room"):
+                rendering.iterate()
+            begun = next(calls)
+        assert begun < len(case.tiles)  # the rest was not begun
+        # a Gram pass that is ahead of its iteration costs nothing of that
+        assert len(rendering.results) == done + (name == "gram_task")
+        assert rendering.finish() == (wanted, checksums)
+
+
+def test_an_update_that_fails_is_told_at_once(tmp_path, narrow_weights, monkeypatch):
+    """A full disk would be told when every gradient is computed that a task of the update waits for: after minutes."""
+    closed, begun, waiting = threading.Event(), list[int](), threading.Semaphore(0)
+
+    def close(written, original=Written.close):
+        original(written)
+        closed.set()
+
+    def wait_for(written, chunks, original=Written.wait_for):
+        waiting.release()
+        return original(written, chunks)
+
+    def gradient_task(spec, original=tile_tasks.gradient_task):
+        begun.append(spec.tile.index)
+        if spec.tile.index:  # the first is enough for the update to fail, and the others are not needed to tell it
+            assert closed.wait(60)
+        return original(spec)
+
+    def update_task(_spec):
+        assert waiting.acquire(timeout=60) and waiting.acquire(timeout=60)  # the other thread waits for a gradient
+        raise OSError("no room")
+
+    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+        rendering = Rendering(case)
+        rendering.iterate()
+        monkeypatch.setattr(Written, "close", close)
+        monkeypatch.setattr(Written, "wait_for", wait_for)
+        monkeypatch.setattr(tile_tasks, "gradient_task", gradient_task)
+        monkeypatch.setattr(update, "update_task", update_task)
+        with pytest.raises(OSError, match="no room"):
+            rendering.iterate()
+        assert len(begun) <= 3  # two were under way, and none was begun after that
+        assert len(rendering.results) == 1
+
+
+def test_the_first_of_two_errors_is_told(tmp_path, narrow_weights, monkeypatch):
+    """A damaged chunk would be hidden by the device that has no memory, or the other way: the remedy would be wrong."""
+    failed = threading.Event()
+
+    def gradient_task(spec, original=tile_tasks.gradient_task):
+        if spec.tile.index:
+            assert failed.wait(60)
+            raise ValueError("came later")
+        return original(spec)
+
+    def update_task(_spec):
+        raise OSError("no room")
+
+    def fail(step, which, original=_Step.fail):
+        original(step, which)
+        failed.set()
+
+    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+        rendering = Rendering(case)
+        rendering.iterate()
+        monkeypatch.setattr(_Step, "fail", fail)
+        monkeypatch.setattr(tile_tasks, "gradient_task", gradient_task)
+        monkeypatch.setattr(update, "update_task", update_task)
+        with pytest.raises(OSError, match="no room"):
+            rendering.iterate()
+
+
+def test_a_gram_pass_that_fails_ahead_begins_no_more_tiles(tmp_path, narrow_weights, monkeypatch):
+    """Its other tiles would wait for the whole update, and be computed for nothing; the update itself is kept."""
+    begun, failed, halted = list[int](), threading.Event(), iter([True])
+
+    def gram_task(spec):
+        begun.append(spec.tile.index)
+        raise OSError("no room")
+
+    def leave(written, original=Written.leave):
+        original(written)
+        failed.set()
+
+    def update_task(spec, original=update.update_task):
+        if (19, 0) in spec.chunks and next(halted, False):
+            assert failed.wait(60)  # the update takes long
+        return original(spec)
+
+    with prepared(tmp_path, narrow_weights, (320, 80), 32) as case:
+        rendering = Rendering(case)
+        rendering.iterate()
+        monkeypatch.setattr(tile_tasks, "gram_task", gram_task)
+        monkeypatch.setattr(Written, "leave", leave)
+        monkeypatch.setattr(update, "update_task", update_task)
+        with pytest.raises(OSError, match="no room"):
+            rendering.iterate()
+        assert len(rendering.results) == 2
+        assert len(begun) <= WORKERS
+
+
+def test_a_single_tile_has_one_forward(tmp_path, narrow_weights, monkeypatch):
+    """Small stages would take a third longer for features that the gradient pass computes anyway."""
+    calls = []
+    features = Network.features
+    monkeypatch.setattr(Network, "features", lambda *args: calls.append(1) or features(*args))
+    with prepared(tmp_path, narrow_weights, (48, 64), 64) as case:
+        calls.clear()
+        case.iterate()
+        assert len(calls) == 1

@@ -1,0 +1,158 @@
+"""What a resume says of a config that is not the run's: every changed key, with what it was and what it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.config import Config, load_config, result_fields
+from pipeline.core.errors import ConfigError
+from pipeline.rundir.open import Identity, refuse_changes
+from pipeline.rundir.records import FORMAT, parse_manifest
+from tests.support.inputs import write_config, write_image
+
+Json = dict[str, Any]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("content", "style", "other"):
+        write_image(tmp_path / f"{name}.png", 40, 40)
+    return tmp_path
+
+
+def kept(config: Config) -> Json:
+    """A manifest, as it is on the disk; files are those of any other."""
+    manifest = {"result_fields": result_fields(config), "inputs": {}, "config": config.model_dump(mode="json")}
+    rest = {"format": FORMAT, "created": "now", "threads": 1, "stages": [{"size": [4, 4], "style_sizes": []}]}
+    return dict(json.loads(json.dumps(manifest | rest)))
+
+
+def told(manifest: Json, config: Config) -> list[str]:
+    try:
+        refuse_changes(config, parse_manifest(manifest), Identity(result_fields(config), {}))
+    except ConfigError as error:
+        return [line.strip() for line in str(error).splitlines() if line.startswith("  ")]
+    return []
+
+
+def both_ways(folder: Path, one: Json, other: Json) -> tuple[list[str], list[str]]:
+    configs = [load_config(write_config(folder, **values)) for values in (one, other)]
+    return told(kept(configs[0]), configs[1]), told(kept(configs[1]), configs[0])
+
+
+STYLES = [{"image": "style.png"}, {"image": "other.png"}]
+STAGE = {"up_to": 512, "optimizer": {"beta1": 0.5}}
+CHANGES: list[tuple[Json, Json, str, str, str]] = [
+    ({}, {"color": "content"}, "color", "style", "content"),
+    ({}, {"loss": {"tv_weight": 0.5}}, "loss.tv_weight", "0.0", "0.5"),
+    ({}, {"optimizer": {"average": 0.9}}, "optimizer.average", "0.0", "0.9"),
+    ({"styles": STYLES}, {"styles": [STYLES[0], {**STYLES[1], "scale": 0.5}]}, "styles.1.scale", "1.0", "0.5"),
+    ({}, {"styles": [{"image": "style.png", "max_size": 64}]}, "styles.0.max_size", "None", "64"),
+    (
+        {"stages": [{"up_to": 512, "styles": STYLES}]},
+        {"stages": [{"up_to": 512, "styles": [STYLES[0], {**STYLES[1], "scale": 2}]}]},
+        "stages.0.styles.1.scale", "1.0", "2.0",
+    ),
+    # what a stage does not say is as for the others
+    (
+        {"stages": [STAGE]},
+        {"stages": [{**STAGE, "optimizer": {"beta1": 0.5, "average": 0.9}}]},
+        "stages.0.optimizer.average", "0.0", "0.9",
+    ),
+    (
+        {"stages": [STAGE], "loss": {"tv_weight": 0.5}},
+        {"stages": [{**STAGE, "loss": {"tv_weight": 0.25}}], "loss": {"tv_weight": 0.5}},
+        "stages.0.loss.tv_weight", "0.5", "0.25",
+    ),
+    (
+        {"stages": [STAGE], "loss": {"tv_weight": 0.5}},
+        {"stages": [{**STAGE, "loss": {"tv_weight": 0.0}}], "loss": {"tv_weight": 0.5}},
+        "stages.0.loss.tv_weight", "0.5", "0.0",
+    ),
+    (
+        {"stages": [STAGE]},
+        {"stages": [{**STAGE, "loss": {"style_weight": 3}}]},
+        "stages.0.loss.style_weight", "1.0", "3.0",
+    ),
+    ({"styles": STYLES}, {}, "styles.1.weight", "1.0", "not given"),
+    (
+        {"network": {"style_layers": {"conv1_1": 0.5}}},
+        {"network": {"style_layers": {"conv1_1": 0.5, "conv2_1": 0.25}}},
+        "network.style_layers.conv2_1", "not given", "0.25",
+    ),
+    ({"stages": []}, {"stages": [{"up_to": 512}]}, "stages.0.up_to", "not given", "512"),
+    ({"init": "content"}, {"init": "noise"}, "init", "content", "noise"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "key", "was", "becomes"), CHANGES, ids=[f"{case[2]} {case[4]}" for case in CHANGES]
+)
+def test_a_changed_key_is_told_with_both_its_values(folder, one, other, key, was, becomes):
+    """`color: was None, is content` sends the user looking for a None that is in no config, and cannot be put back."""
+    there, back = both_ways(folder, one, other)
+    assert there == [f"{key}: was {was}, is {becomes}"]
+    assert back == [f"{key}: was {becomes}, is {was}"]
+
+
+def test_a_picture_in_place_of_a_word_is_named(folder):
+    """The start of a run is a word or a file: files are compared by content, but the user knows them by name."""
+    there, back = both_ways(folder, {}, {"init": "other.png"})
+    assert there == [f"init: was content, is {folder / 'other.png'}"]
+    assert back == [f"init: was {folder / 'other.png'}, is content"]
+
+
+def test_a_run_from_before_a_key_had_its_default(folder):
+    """Its manifest says nothing of the key, and it would be refused for that, or be told to have been None."""
+    config = load_config(write_config(folder, stages=[{"up_to": 512, "styles": STYLES}]))
+    manifest = kept(config)
+    del manifest["config"]["color"]
+    for styles in (manifest["config"]["styles"], manifest["config"]["stages"][0]["styles"]):
+        for style in styles:
+            del style["scale"]
+    assert told(manifest, config) == []
+    changed = load_config(
+        folder / "config.yaml", ["color=luminance", "styles.0.scale=0.5", "stages.0.styles.1.scale=2"]
+    )
+    assert told(manifest, changed) == [
+        "color: was style, is luminance",
+        "stages.0.styles.1.scale: was 1.0, is 2.0",
+        "styles.0.scale: was 1.0, is 0.5",
+    ]
+
+
+def test_what_a_stage_repeats_is_no_change(folder):
+    """A key written down where it only says again what it was anyway would keep the run from going on."""
+    loss = {"tv_weight": 0.5}
+    there, back = both_ways(
+        folder,
+        {"loss": loss, "stages": [STAGE]},
+        {"loss": loss, "stages": [{**STAGE, "loss": {"tv_weight": 0.5, "style_weight": 1.0}}]},
+    )
+    assert (there, back) == ([], [])
+
+
+def test_a_run_that_gave_a_stage_a_default_goes_on(folder):
+    """Runs from before that was kept among what decides a picture have it in their config alone."""
+    config = load_config(
+        write_config(folder, loss={"tv_weight": 0.5}, stages=[{"up_to": 512, "loss": {"tv_weight": 0}}])
+    )
+    manifest = kept(config)
+    del manifest["result_fields"]["stages.0.loss.tv_weight"]
+    assert told(manifest, config) == []
+
+
+@pytest.mark.parametrize(
+    "key", ["stages.x", "a." * 2000, "styles.٣.weight", f"styles.{'9' * 4900}.weight", "", "stages.0.0.0"]
+)
+def test_keys_of_a_foreign_manifest(folder, key):
+    """A key that no config has, out of an archive, must be refused, not end in a traceback."""
+    config = load_config(write_config(folder))
+    manifest = kept(config)
+    manifest["result_fields"][key] = "x"
+    (line,) = told(manifest, config)
+    assert line.endswith(": was x, is not given")

@@ -1,0 +1,291 @@
+"""The training behind distill_network.py: warm start, losses, steps and scores.
+
+The student starts as the teacher with channels left out: layer by layer, those are kept from which the others are best
+told linearly, and the convolution is fitted anew, by ridge regression, to the channels that the layer before has kept.
+Then it is trained: at every convolution a linear map, dropped afterwards, takes the student's features to the
+teacher's, and their Gram matrices are compared as well.
+
+Axes in names: B batch, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.core.tiling import Rect
+from pipeline.core.vgg_layers import CONV_NAMES, LAYER_BY_NAME
+from pipeline.network.padding import PADDINGS
+from pipeline.network.vgg import Network
+from pipeline.network.weights_file import conv_key
+from tools.distill.training_images import make_batch, read_image, to_batch
+
+State = dict[str, Tensor]
+HELD_OUT_EVERY = 10  # of the images in the order of their names, the first, the eleventh, … are never trained on
+WARM_START_BATCHES = 10
+RIDGE = 1e-5  # of the mean energy of the regressors
+WARM_UP_STEPS = 100
+INPUT_KEYS = ("input.weight", "input.bias")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the result; a checkpoint goes on only under the same."""
+
+    teacher_sha256: str
+    widths: tuple[int, ...]
+    steps: int
+    batch: int
+    crop_px: int
+    generated: float
+    learning_rate: float
+    gram_weight: float
+    teacher_padding: str
+    paddings: tuple[str, ...]
+    pooling: str
+    seed: int
+    images: int
+
+
+@dataclass
+class Training:
+    """The state of a training: everything that a checkpoint holds."""
+
+    step: int
+    student: State
+    maps: State
+    optimizer: torch.optim.Adam
+
+
+class Distillation:
+    """A teacher, the images and the settings; trains students."""
+
+    def __init__(self, settings: Settings, teacher_state: Mapping[str, Tensor], images: list[Path], device: str):
+        """Load what is fixed during a training: the teacher's features and the held-out images."""
+        self.settings = settings
+        self.device = device
+        self.train_images = [path for index, path in enumerate(images) if index % HELD_OUT_EVERY]
+        self.held_out_images = images[::HELD_OUT_EVERY]
+        self.teacher_state = {key: value.float() for key, value in teacher_state.items()}
+        self.taps = tuple(name for name in CONV_NAMES if conv_key(name, set(teacher_state)))
+        self.teacher = self.network(self.teacher_state, settings.teacher_padding)
+        self.warm_batches = [self.batch((1, number)) for number in range(WARM_START_BATCHES)]
+        moments = [second_moments(self.features(self.teacher, batch)) for batch in self.warm_batches]
+        self.energy = {tap: mean_of([moment[tap] for moment in moments]) for tap in self.taps}
+
+    def network(self, state: Mapping[str, Tensor], padding: str) -> Network:
+        """The network of a state; gradients reach the tensors of `state`, so it is built anew for every step."""
+        pooling = self.settings.pooling
+        return Network(state, padding=padding, pooling=pooling, dtype=torch.float32, device=self.device)
+
+    def batch(self, key: tuple[int, int]) -> Tensor:
+        """The training batch that belongs to (kind, number), (B, 3, H, W)."""
+        settings = self.settings
+        rng = np.random.default_rng([settings.seed, *key])
+        images = make_batch(rng, self.train_images, settings.batch, settings.crop_px, settings.generated)
+        return to_batch(images, self.device)
+
+    def features(self, network: Network, pixels_BCHW: Tensor) -> State:
+        """Features of whole images at every tap."""
+        return all_features(network, pixels_BCHW, self.taps)
+
+    def start(self) -> Training:
+        """A warm-started student with its maps and optimiser."""
+        student = warm_start(self)
+        maps = fit_maps(self, student)
+        return self.training(0, student, maps)
+
+    def training(self, step: int, student: State, maps: State) -> Training:
+        """Make student and maps trainable; every tensor learns at a rate in proportion to its size."""
+        trained = [value.requires_grad_() for key, value in student.items() if key not in INPUT_KEYS]
+        trained += [value.requires_grad_() for value in maps.values()]
+        groups = [{"params": [value], "size": max(1e-3, rms(value))} for value in trained]
+        return Training(step, student, maps, torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99)))
+
+    def train_step(self, training: Training) -> float:
+        """One step of Adam; gives the loss."""
+        settings = self.settings
+        rate = settings.learning_rate * rate_factor(training.step, settings.steps)
+        for group in training.optimizer.param_groups:
+            group["lr"] = rate * group["size"]
+        padding = np.random.default_rng([settings.seed, 2, training.step]).choice(settings.paddings)
+        pixels = self.batch((0, training.step))
+        with torch.no_grad():
+            wanted = self.features(self.teacher, pixels)
+        found = self.features(self.network(training.student, padding), pixels)
+        losses = [self.tap_loss(tap, training.maps[tap], found[tap], wanted[tap]) for tap in self.taps]
+        loss = torch.stack(losses).mean()
+        training.optimizer.zero_grad()
+        loss.backward()
+        training.optimizer.step()
+        training.step += 1
+        return float(loss.detach())
+
+    def tap_loss(self, tap: str, map_CC: Tensor, found_BCHW: Tensor, wanted_BCHW: Tensor) -> Tensor:
+        """Unexplained part of the teacher's variance, plus the squared relative error of the mean Gram matrices.
+
+        Half of the first is of all channels together, half the mean over the channels of each one's own: colours live
+        in faint channels. Both terms follow from three small matrices, mean ssᵀ, tsᵀ and ttᵀ over the positions:
+        mean (Ms − t)² of channel k is (M·ssᵀ·Mᵀ)ₖₖ − 2·(M·(tsᵀ)ᵀ)ₖₖ + (ttᵀ)ₖₖ.
+        """
+        energy_CC, mean_C = self.energy[tap]
+        variance_C = (energy_CC.diagonal() - mean_C.square()).clamp_min(0)
+        floor = 0.1 * variance_C.mean()  # channels that never say anything weigh nothing
+        weight_C = (1 / variance_C.sum() + 1 / ((variance_C + floor) * len(variance_C))) / 2
+        gram_BCC, wanted_BCC = map_CC @ grams(found_BCHW) @ map_CC.T, grams(wanted_BCHW)
+        cross_BCC = wanted_BCHW.flatten(2) @ found_BCHW.flatten(2).transpose(1, 2) / found_BCHW[0, 0].numel()
+        errors_BC = (gram_BCC + wanted_BCC).diagonal(dim1=1, dim2=2) - 2 * (map_CC * cross_BCC).sum(2)
+        # a tenth of the usual energy keeps flat images, whose matrices are nearly zero, from ruling
+        scale = wanted_BCC.square().sum((1, 2)) + 0.1 * energy_CC.square().sum()
+        gram_error = (gram_BCC - wanted_BCC).square().sum((1, 2)) / scale
+        return (errors_BC @ weight_C + self.settings.gram_weight * gram_error).mean()
+
+    def scores(self, student: Mapping[str, Tensor], maps: State, padding: str) -> dict[str, float]:
+        """Explained variance at every tap on the held-out images, each seen whole."""
+        network = self.network({key: value.detach() for key, value in student.items()}, padding)
+        images = (to_batch([read_image(path)], self.device) for path in self.held_out_images)
+        return explained_variance(network, maps, self.teacher, images)
+
+
+def all_features(network: Network, pixels_BCHW: Tensor, taps: tuple[str, ...]) -> State:
+    """Features of whole images at `taps`, after ReLU."""
+    height, width = pixels_BCHW.shape[2:]
+    whole = Rect(0, height, 0, width)
+    found = network.features(pixels_BCHW, whole, (height, width), set(taps), whole)
+    return {item.layer.name: item.features_1CHW for item in found}
+
+
+def grams(features_BCHW: Tensor) -> Tensor:
+    """The mean Gram matrix of every image, (B, C, C)."""
+    flat = features_BCHW.flatten(2)
+    return flat @ flat.transpose(1, 2) / flat.shape[2]
+
+
+def second_moments(features: State) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean of φφᵀ and of φ over all positions of a batch, per tap."""
+    return {tap: (grams(value).mean(0), value.mean((0, 2, 3))) for tap, value in features.items()}
+
+
+def mean_of(moments: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.stack([each[0] for each in moments]).mean(0), torch.stack([each[1] for each in moments]).mean(0)
+
+
+def rms(value: Tensor) -> float:
+    return float(value.detach().square().mean().sqrt())
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """A linear warm-up, then half a cosine down to a hundredth."""
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+@torch.no_grad()
+def explained_variance(
+    student: Network, maps: Mapping[str, Tensor], teacher: Network, images_BCHW: Iterator[Tensor]
+) -> dict[str, float]:
+    """Per tap, 1 − Σ(mapped student − teacher)² / Σ(teacher − its mean)², over all channels, positions and images."""
+    taps = tuple(maps)
+    errors, squares, sums, count = ({tap: torch.zeros((), dtype=torch.float64) for tap in taps} for _ in range(4))
+    for pixels in images_BCHW:
+        found, wanted = all_features(student, pixels, taps), all_features(teacher, pixels, taps)
+        for tap in taps:
+            target = wanted[tap].double()
+            mapped = F.conv2d(found[tap], maps[tap][:, :, None, None]).double()
+            errors[tap] = errors[tap] + (mapped - target).square().sum().cpu()
+            squares[tap] = squares[tap] + target.square().sum().cpu()
+            sums[tap] = sums[tap] + target.sum((0, 2, 3)).cpu()
+            count[tap] = count[tap] + target.shape[0] * target.shape[2] * target.shape[3]
+    return {
+        tap: float(1 - errors[tap] / (squares[tap] - (sums[tap].square() / count[tap]).sum()).clamp_min(1e-30))
+        for tap in taps
+    }
+
+
+def choose_channels(energy_CC: Tensor, count: int) -> list[int]:
+    """`count` channels from which the others are best told linearly (greedy column subset selection)."""
+    rest = energy_CC.double().clone()
+    floor = 1e-9 * rest.diagonal().max()
+    chosen: list[int] = []
+    for _ in range(count):
+        gain = rest.square().sum(0) / rest.diagonal().clamp_min(floor)
+        gain[chosen] = -1
+        best = int(gain.argmax())
+        chosen.append(best)
+        rest = rest - rest[:, [best]] @ rest[[best]] / rest[best, best].clamp_min(floor)
+    return sorted(chosen)
+
+
+def solve_ridge(gram: Tensor, cross: Tensor) -> Tensor:
+    """The matrix M that minimises ‖M·s − t‖², from Σ s·sᵀ and Σ t·sᵀ."""
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + ridge, cross.T).T
+
+
+@torch.no_grad()
+def warm_start(task: Distillation) -> State:
+    """The teacher with channels left out, every convolution fitted to what the layer before it has kept."""
+    widths = task.settings.widths
+    student = {key: task.teacher_state[key].clone() for key in INPUT_KEYS if key in task.teacher_state}
+    for index, name in enumerate(task.taps):
+        stem = conv_key(name, set(task.teacher_state))
+        weight, bias = (task.teacher_state[f"{stem}.{part}"].to(task.device) for part in ("weight", "bias"))
+        count = min(widths[int(name[4]) - 1], len(bias))
+        kept = choose_channels(task.energy[name][0], count) if count < len(bias) else list(range(count))
+        weight, bias = weight[kept], bias[kept]
+        if index > 0:
+            weight, bias = fit_convolution(task, student, name, weight, bias)
+        student[f"{name}.weight"], student[f"{name}.bias"] = weight.contiguous(), bias.contiguous()
+    return student
+
+
+def fit_convolution(
+    task: Distillation, student: State, name: str, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The 3×3 convolution on the student's features that comes closest to the teacher's on its own, before ReLU."""
+    settings = task.settings
+    network = task.network(student, settings.paddings[-1])
+    gram: Tensor | None = None
+    cross: Tensor | None = None
+    for pixels in task.warm_batches:
+        target = F.conv2d(
+            inputs_of(name, task.teacher, pixels, settings.teacher_padding, settings.pooling), weight, bias
+        )
+        windows = F.unfold(inputs_of(name, network, pixels, settings.paddings[-1], settings.pooling), 3)
+        rows = torch.cat([windows, torch.ones_like(windows[:, :1])], 1).transpose(0, 1).flatten(1)
+        target = target.flatten(2).transpose(0, 1).flatten(1)
+        gram = (rows @ rows.T).double() + (0 if gram is None else gram)
+        cross = (target @ rows.T).double() + (0 if cross is None else cross)
+    assert gram is not None and cross is not None
+    fitted = solve_ridge(gram, cross).float()
+    return fitted[:, :-1].reshape(len(weight), -1, 3, 3), fitted[:, -1]
+
+
+def inputs_of(name: str, network: Network, pixels_BCHW: Tensor, padding: str, pooling: str) -> Tensor:
+    """What the convolution `name` (not the first) is applied to: features of the one before, pooled and padded."""
+    before = CONV_NAMES[CONV_NAMES.index(name) - 1]
+    features = all_features(network, pixels_BCHW, (before,))[before]
+    if LAYER_BY_NAME[before].stride != LAYER_BY_NAME[name].stride:
+        features = (F.max_pool2d if pooling == "max" else F.avg_pool2d)(features, 2)
+    return PADDINGS[padding](features, (False,) * 4)
+
+
+@torch.no_grad()
+def fit_maps(task: Distillation, student: State) -> State:
+    """At every tap the linear map from the student's features to the teacher's, by ridge regression."""
+    network = task.network(student, task.settings.paddings[-1])
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    for pixels in task.warm_batches:
+        found, wanted = task.features(network, pixels), task.features(task.teacher, pixels)
+        for tap in task.taps:
+            s, t = (value[tap].transpose(0, 1).flatten(1) for value in (found, wanted))
+            gram, cross = (s @ s.T).double(), (t @ s.T).double()
+            old = sums.get(tap, (0, 0))
+            sums[tap] = (gram + old[0], cross + old[1])
+    return {tap: solve_ridge(gram, cross).float() for tap, (gram, cross) in sums.items()}

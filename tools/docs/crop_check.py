@@ -1,0 +1,136 @@
+"""How close a crop comes to what the run makes: `pipeline preview --crop` against the finished picture.
+
+    python -m tools.docs.crop_check
+    python -m tools.docs.crop_check --masks
+
+Stops a run of the samples before its last stage, renders a corner of it as a crop, once as it is done and once without
+what is known of the whole picture, and finishes the run. Prints how far both are from the run's own pixels, and writes
+docs/pictures/controls_crop.jpg. What was rendered before in --folder is not rendered again. --masks: a picture of two
+styles, one of them in the sky alone, and a map that keeps the content of the house; drawn as masks.jpg in --folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pyvips
+import torch
+import yaml
+
+import pipeline
+from pipeline.commands.preview.whole_image import Known, Whole
+from pipeline.core.errors import Stopped
+from pipeline.core.events import StageStarted
+from pipeline.core.tiling import Rect
+from pipeline.network.vgg import get_network
+from pipeline.network.weights import NetworkSpec, find_weights
+from tools.docs.make_controls import GAP_PX, ROOT, SAMPLES, draw_masks, labelled, save
+
+LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv4_1", "conv5_1")
+LAST = 2
+CONFIG: dict[str, Any] = {
+    "content": str(SAMPLES / "landscape.jpg"),
+    "styles": [{"image": str(SAMPLES / "strokes.jpg"), "max_size": 768}],
+    "output": "out.png",
+    "size": 768,
+    "initial_size": 192,
+    "network": {"name": "vgg19-lite", "pooling": "average"},
+    "loss": {"content_weight": 0.02},
+    "optimizer": {"target_pixel_change": 5, "max_iterations": 30},
+    "store": {"chunk_px": 128},
+    "compute": {"device": "cpu"},
+}
+STYLES = [{**CONFIG["styles"][0], "mask": "sky.png"}, {"image": "dots.png"}]
+MASKED = {**CONFIG, "styles": STYLES, "loss": {"content_weight": 0.3, "content_mask": "house.png"}}
+
+
+def stopped(path: Path) -> None:
+    """Render all stages but the last."""
+    stop = threading.Event()
+
+    def sink(event: Any) -> None:
+        if isinstance(event, StageStarted) and event.stage == LAST:
+            stop.set()
+
+    try:
+        pipeline.run(pipeline.load_config(path, [f"work_dir={path.parent / 'stopped'}"]), sink=sink, stop=stop)
+    except Stopped:
+        click.echo("stopped before the last stage")
+
+
+def cropped(path: Path, rect: Rect, name: str, alone: bool) -> np.ndarray:
+    """The crop, or what a crop would be that knows nothing of the whole picture."""
+    known: Any = Whole.known
+    if alone:
+        nothing: Any = lambda whole, stage, part: Known({}, dict.fromkeys(stage.model.content_layers, 1.0))  # noqa: E731
+        Whole.known = nothing
+    try:
+        config = pipeline.load_config(path, [f"work_dir={path.parent / 'stopped'}"])
+        return pixels_of(pipeline.crop(config, rect, output=path.parent / f"{name}.png"))
+    finally:
+        Whole.known = known
+
+
+def finished(path: Path) -> np.ndarray:
+    """The run's own picture."""
+    if not (path.parent / "whole").exists():
+        shutil.copytree(path.parent / "stopped", path.parent / "whole")
+    return pixels_of(pipeline.run(pipeline.load_config(path, [f"work_dir={path.parent / 'whole'}"])))
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    return np.asarray(pyvips.Image.new_from_file(str(path)).numpy())
+
+
+def grams(pixels_HWC: np.ndarray) -> dict[str, torch.Tensor]:
+    """Mean Gram of every style layer."""
+    network = get_network(NetworkSpec(find_weights("vgg19-lite", None, 0), "replicate", "average", "float32", "cpu", 1))
+    height, width, _ = pixels_HWC.shape
+    rect = Rect(0, height, 0, width)
+    pixels_1CHW = torch.from_numpy(pixels_HWC.astype(np.float32)).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        maps = network.features(pixels_1CHW, rect, (height, width), set(LAYERS), rect)
+        flat = {one.layer.name: one.features_1CHW[0].flatten(1) for one in maps}
+    return {name: features @ features.T / features.shape[1] for name, features in flat.items()}
+
+
+def report(name: str, found: np.ndarray, real: np.ndarray) -> None:
+    squares = np.square(found.astype(float) - real).mean()
+    ours, theirs = grams(found), grams(real)
+    distances = [float((ours[layer] - theirs[layer]).norm() / theirs[layer].norm()) for layer in LAYERS]
+    text = " ".join(f"{distance:.3f}" for distance in distances)
+    click.echo(f"{name}: PSNR {10 * np.log10(255**2 / squares):.1f} dB; ‖G − G_run‖/‖G_run‖ at {LAYERS}: {text}")
+
+
+@click.command()
+@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "out" / "crop_check")
+@click.option("--rect", nargs=4, type=int, default=(648, 480, 120, 96), show_default=True, help="x y width height")
+@click.option("--masks", is_flag=True)
+def main(folder: Path, rect: tuple[int, int, int, int], masks: bool) -> None:
+    """Measure, and draw the picture."""
+    folder = folder.resolve() / ("masks" if masks else "plain")
+    draw_masks(folder)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(MASKED if masks else CONFIG), encoding="utf-8")
+    x, y, width, height = rect
+    part = Rect(y, y + height, x, x + width)
+    if not (folder / "stopped").exists():
+        stopped(path)
+    with_whole, alone = (cropped(path, part, name, name == "alone") for name in ("crop", "alone"))
+    real = finished(path)[part.y0 : part.y1, part.x0 : part.x1]
+    report("as it is done", with_whole, real)
+    report("of the region alone", alone, real)
+    shown = [("the run", real), ("--crop", with_whole), ("the region alone", alone)]
+    row, *others = [labelled(pyvips.Image.new_from_array(one, interpretation="srgb"), name) for name, one in shown]
+    for other in others:
+        row = row.join(other, "horizontal", expand=True, shim=GAP_PX, background=255)
+    save(row, folder.with_name("masks.jpg") if masks else ROOT / "docs" / "pictures" / "controls_crop.jpg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Stages of a run, driven one iteration at a time: what the paper's experiments read, or change, between two of them.
+
+They are the product's own stages: its preparation, passes, Adam and store. Only journal and resume are left out.
+Arrays are (H, W, 3), rows down; pixels and gradients as the store keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+import pipeline
+from pipeline import store
+from pipeline.config.config import Config
+from pipeline.core.events import ignore
+from pipeline.core.tiling import Rect
+from pipeline.executors.threads import Engine
+from pipeline.network.weights import NetworkSpec, find_weights
+from pipeline.plan.device import default_threads
+from pipeline.plan.network_cost import model_of
+from pipeline.plan.plan import StagePlan
+from pipeline.render import preparation
+from pipeline.render.iteration import IterationResult, Iterations
+from pipeline.render.stage import Stage
+from pipeline.store.layout import GRADIENT
+
+SAMPLES = Path(__file__).parents[2] / "configs" / "samples"
+CONTENT, STYLE = SAMPLES / "landscape.jpg", SAMPLES / "strokes.jpg"
+
+
+def write_config(folder: Path, name: str, values: Mapping[str, Any]) -> Config:
+    """The config of a run called `name` that lives in `folder`, written there as a file and read back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({"output": f"{name}.png", **values}, sort_keys=False), encoding="utf-8")
+    return pipeline.load_config(path)
+
+
+class Driven:
+    """One stage of the run of `config`, prepared anew in its work_dir and iterated by hand."""
+
+    def __init__(self, config: Config, plan: StagePlan, engine: Engine, previous: store.StageArray | None = None):
+        """`previous`: the canvas of the stage before. Tiles are of the config's compute.tile_px, which must be set."""
+        config = config.for_stage(max(plan.size))
+        weights = find_weights(config.network.name, config.network.weights, config.seed)
+        spec = NetworkSpec(
+            weights,
+            config.network.padding,
+            config.network.pooling,
+            config.compute.dtype,
+            "cpu",
+            default_threads(config.compute.workers) if config.compute.threads == "auto" else config.compute.threads,
+        )
+        assert config.compute.tile_px != "auto"
+        config.work_dir.mkdir(parents=True, exist_ok=True)
+        self.stage = Stage(
+            config,
+            plan,
+            model_of(config, weights.widths),
+            spec,
+            config.work_dir / f"stage_{plan.index}",
+            engine,
+            ignore,
+            config.compute.tile_px,
+        )
+        prepared = preparation.prepare(self.stage, previous)
+        self.checksums, self._energies = dict(prepared.checksums), prepared.content_energies
+        self.iteration, self.alpha, self._iterations = 0, None, Iterations(self.stage, self._energies)
+
+    def iterate(self, one_more: Callable[[IterationResult], bool] = lambda _: False) -> IterationResult:
+        """Do the next iteration. `one_more`: whether it is followed by another, whose Gram pass may begin already."""
+        found: list[IterationResult] = []
+
+        def commit(result: IterationResult) -> bool:
+            found.append(result)
+            return one_more(result)
+
+        self._iterations.iterate(self.iteration, self.alpha, self.checksums, commit)
+        (result,) = found
+        self.checksums |= result.checksums
+        self.alpha, self.iteration = result.alpha or None, self.iteration + 1
+        return result
+
+    def to_its_end(self) -> Iterator[IterationResult]:
+        """Iterate until the config's optimizer ends the stage; gives what each iteration measured."""
+        settings = self.stage.config.optimizer
+
+        def goes_on(result: IterationResult) -> bool:
+            return result.stepped and result.mean_abs_u >= settings.stop_condition
+
+        while self.iteration < settings.max_iterations:
+            result = self.iterate(goes_on)
+            yield result
+            if not goes_on(result):
+                return
+
+    @property
+    def canvas(self) -> store.StageArray:
+        """What the next iteration reads."""
+        return store.open_array(self.stage.stage_dir, f"canvas_{self.iteration % 2}")
+
+    def pixels(self) -> np.ndarray:
+        """The whole canvas."""
+        return self.canvas.read_window(self._whole)
+
+    def gradient(self) -> np.ndarray:
+        """The whole gradient of the last iteration."""
+        return store.open_array(self.stage.stage_dir, GRADIENT).read_window(self._whole)
+
+    def place(self, pixels: np.ndarray, iteration: int, alpha: float | None) -> None:
+        """Let the next iteration be this one, of a canvas that came about elsewhere."""
+        self.iteration, self.alpha = iteration, alpha
+        array = self.canvas
+        self.checksums[array.path.name] = array.packed(array.write_window(self._whole, pixels))
+        for moment in ("m", "v"):  # whatever they are: the gradient does not depend on them
+            zeros = store.open_array(self.stage.stage_dir, f"{moment}_{iteration % 2}")
+            self.checksums[zeros.path.name] = zeros.packed(zeros.write_window(self._whole, np.zeros_like(pixels)))
+        self._iterations = Iterations(self.stage, self._energies)  # what is known ahead is of another canvas
+
+    @property
+    def _whole(self) -> Rect:
+        height, width = self.stage.plan.size
+        return Rect(0, height, 0, width)
