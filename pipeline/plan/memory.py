@@ -34,7 +34,7 @@ BLOCK_VALUES = 98_304
 TILE_PHASES = ("style statistics", "Gram pass", "gradient pass")
 # Of a GPU, what CUDA and its libraries take in every worker process.
 CONTEXT_BYTES = 700 * MIB
-# What the kernels and the allocator take beyond the feature maps: measured by tools/bench_memory.py.
+# What the kernels and the allocator take beyond the feature maps: measured by tools/bench/memory.py.
 ACTIVATION_OVERHEAD = 1.12
 
 

@@ -18,31 +18,15 @@ from pipeline import crop, images, load_config, run
 from pipeline.commands.preview.crop import regions, scaled
 from pipeline.commands.preview.whole_image import Known, Whole
 from pipeline.core.errors import Stopped
-from pipeline.core.events import StageStarted
 from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import ALIGN_PX
+from tests.support.crops import CONTENT_PX, SHALLOW, stopped_before
 from tests.support.e2e import canvases, make_call, read_picture, write_run
-
-CONTENT_PX = (150, 110)
-# Deep layers have a halo that is larger than such a picture; of these, the region is a part.
-SHALLOW = {"name": "random", "content_layers": {"conv2_1": 1.0}, "style_layers": {"conv1_1": 0.5, "conv2_1": 0.5}}
 
 
 @pytest.fixture
 def call(capfd, monkeypatch):
     return make_call(capfd, monkeypatch)
-
-
-def stopped_before(config: Path, stage: int, *settings: str) -> None:
-    """The run of a config, stopped when all stages before this one are finished."""
-    stop = threading.Event()
-
-    def sink(event):
-        if isinstance(event, StageStarted) and event.stage == stage:
-            stop.set()
-
-    with pytest.raises(Stopped):
-        run(load_config(config, settings), sink=sink, stop=stop)
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,11 @@ from pipeline.render.preparation import Prepared, prepare
 from pipeline.render.stage import Stage
 from pipeline.store.array import open_array
 from pipeline.store.guides import Guides
-from tests.e2e.test_crop import CONTENT_PX, SHALLOW, stopped_before
+from tests.support.crops import CONTENT_PX, SHALLOW, stopped_before
 from tests.support.e2e import read_picture, write_picture, write_run
 from tests.support.inputs import write_config, write_image
-from tests.unit.render.test_exactness import EXACT, make_stage, read_whole, relative, write_mask
-from tests.unit.render.test_masks import ramp
+from tests.support.masks import ramp
+from tests.support.stages import EXACT, make_stage, read_whole, relative, write_mask
 
 EVERYTHING = Rect(0, 110, 0, 150)
 KEYS: dict[str, Any] = {

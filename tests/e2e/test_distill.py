@@ -21,14 +21,9 @@ from pipeline.core.vgg_layers import CONV_NAMES, LAYER_BY_NAME
 from pipeline.network.vgg import Network
 from pipeline.network.weights import PACKAGED, find_weights, widths_for_plan
 from pipeline.network.weights_file import load_state
+from tools.distill import distill_network, distillation, training_images
 
 ROOT = Path(__file__).parents[2]
-
-from tools.distill import (
-    distill_network,
-    distillation,
-    training_images,
-)
 
 WIDTHS = (4, 6, 8, 8, 8)
 IMAGES = 11  # two of which are held out

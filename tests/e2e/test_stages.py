@@ -20,10 +20,10 @@ from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
 from pipeline.rundir.records import as_json
+from tests.support.configs import problems
 from tests.support.inputs import write_config, write_image
-from tests.unit.config.test_config import problems
-from tests.unit.plan.test_plan import headers, planned, sizes_of
-from tests.unit.render.test_exactness import literal_stage, make_problem, read_whole
+from tests.support.plans import headers, planned, sizes_of
+from tests.support.stages import literal_stage, make_problem, read_whole
 
 EXACT = {"compute": {"dtype": "float64", "device": "cpu", "tile_px": 32}, "store": {"chunk_px": 32}}
 

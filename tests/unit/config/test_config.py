@@ -18,8 +18,8 @@ from pipeline.config.fields import OUTPUT_SUFFIXES
 from pipeline.config.messages import wanted
 from pipeline.config.template import template
 from pipeline.core.errors import ConfigError
+from tests.support.configs import LINE, problems
 
-LINE = re.compile(r"(.+\.yaml:[1-9]\d*:[1-9]\d*|--set .*?): \S.*")
 SMALL = "content: a.tif\nstyles: [{image: s.jpg}]\noutput: out/r.tif\n"
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -32,16 +32,6 @@ def write(tmp_path):
         return path
 
     return write
-
-
-def problems(path: Path, *overrides: str) -> list[str]:
-    """The lines of the refusal, each checked to say where: without a place a user hunts through the file."""
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    lines = str(caught.value).split("\n")
-    for line in lines:
-        assert LINE.fullmatch(line), line
-    return lines
 
 
 def only(path: Path, *overrides: str) -> str:

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,12 @@ import pyvips
 
 from pipeline.commands.preview.cut import cut_file
 from pipeline.core.errors import ConfigError, InputError, SpaceError, Stopped
-from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
 from pipeline.images.header import read_header
 from pipeline.images.reader import stream_rgb
 from pipeline.images.resize import resize_window, source_window
 from pipeline.images.writer import check_output, write_image
-
-
-def picture(height_px: int, width_px: int, seed: int = 0, bits: int = 8) -> np.ndarray:
-    """Noise over a ramp with a hard edge: a shift, a wrong edge or a wrong kernel shows."""
-    y, x = np.mgrid[0:height_px, 0:width_px]
-    ramp = 40 + 120 * (x / max(width_px, 2) + y / max(height_px, 2)) / 2 + 60 * (x > width_px // 2)
-    noise = np.random.default_rng(seed).normal(0, 25, (height_px, width_px, 3))
-    pixels = np.clip(ramp[..., None] + noise, 0, 255)
-    return pixels.astype(np.uint8) if bits == 8 else np.round(pixels * 257).astype(np.uint16)
+from tests.support.pictures import measured_mb, picture, write
 
 
 def vips(pixels: np.ndarray, interpretation: str = "srgb") -> Any:
@@ -438,15 +429,6 @@ def test_no_thread_decodes_for_a_cut_that_was_given_up(tmp_path: Path) -> None:
 # Export --------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(pixels: np.ndarray) -> Callable[[int, int], np.ndarray]:
-    return lambda y0, y1: pixels[y0:y1]
-
-
-def write(path: Path, pixels: np.ndarray, **options: Any) -> None:
-    kind = PixelKind(pixels.itemsize * 8, pixels.shape[2] == 4)
-    write_image(path, pixels.shape[1], pixels.shape[0], rows_of(pixels), kind=kind, **options)
-
-
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("name", ["a.tif", "odd [n=2] name.TIFF", "a.png"])
 @pytest.mark.parametrize("size", [(1, 1), (700, 1301)])
@@ -580,17 +562,6 @@ def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = tmp_path / "small"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(mount)]
-    if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode != 0:
-        pytest.skip("needs to mount a small tmpfs: run as root")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
-
-
 @pytest.mark.parametrize("name", ["a.tif", "a.png", "a.jpg", "a.dz"])
 def test_full_disk(small_disk: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Else a full disk looks like a bug, and half a picture stays."""
@@ -660,40 +631,6 @@ def test_unwritable_folder(tmp_path: Path) -> None:
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
-
-MEMORY = """
-    import sys, threading, time
-    from pathlib import Path
-    import numpy as np, psutil
-    from pipeline.images.writer import write_image
-    from pipeline.images.reader import stream_rgb
-
-    process = psutil.Process()
-    peak, base, done = 0, process.memory_info().rss, threading.Event()
-    def watch():
-        global peak
-        while not done.wait(0.005):
-            peak = max(peak, process.memory_info().rss)
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    what, path = sys.argv[1], Path(sys.argv[2])
-    if what == "export":
-        width, height = map(int, sys.argv[4:])
-        band = np.random.default_rng(0).integers(0, 256, (16, width, 3)).astype(np.uint8)
-        read_rows = lambda y0, y1: np.resize(band, (y1 - y0, width, 3))
-        write_image(path, width, height, read_rows, compression=sys.argv[3], quality=50)
-    else:
-        for _ in stream_rgb(path, *map(int, sys.argv[3:])):
-            pass
-    done.set()
-    watcher.join()
-    print((peak - base) / 1e6)
-"""
-
-
-def measured_mb(*arguments: object) -> float:
-    command = [sys.executable, "-c", textwrap.dedent(MEMORY), *map(str, arguments)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
 
 
 def test_memory_does_not_grow_with_the_picture(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from pipeline.core.image_formats import PixelKind
 from pipeline.plan.memory import export_bytes
 from pipeline.rundir.space import check_space
 from tests.support.e2e import Outcome, make_call, write_run
-from tests.unit.images.test_images import measured_mb, picture, small_disk, write
-from tests.unit.plan.test_plan import config_of, planned
+from tests.support.pictures import measured_mb, picture, small_disk, write
+from tests.support.plans import config_of, planned
 
 __all__ = ["small_disk"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from math import ceil, log2
 from pathlib import Path
@@ -13,65 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline.config.config import Config
 from pipeline.core.errors import ConfigError, InputError
-from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.core.tiling import grid
 from pipeline.core.vgg_layers import VGG19_WIDTHS, halo_px
 from pipeline.executors.threads import Engine
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.memory import BASE_BYTES
 from pipeline.plan.network_cost import Model, model_of
-from pipeline.plan.plan import Plan, computed_px, fit, make_plan, stage_sizes
+from pipeline.plan.plan import Plan, computed_px, fit
 from pipeline.render.preparation import prepare
 from pipeline.render.stage import Stage
 from pipeline.store.layout import content_features_name
+from tests.support.plans import planned, sizes_of
 
 MIB, GIB = 2**20, 2**30
-
-
-@dataclass(frozen=True)
-class Header:
-    """An image's size without an image."""
-
-    height_px: int
-    width_px: int
-    bits: int = 8
-    decode_bytes: int = 0
-    kind: PixelKind = RGB8
-
-
-def config_of(**values) -> Config:
-    base = {"content": "/c.png", "styles": [{"image": "/s.png"}], "output": "/o.tif"}
-    return Config.model_validate(base | values, context={"base": Path("/")})
-
-
-def planned(
-    content_size=(1000, 800),
-    style_sizes=((700, 900),),
-    widths=VGG19_WIDTHS,
-    device="cpu",
-    device_bytes=0,
-    weights_bytes=0,
-    **values,
-):
-    values.setdefault("styles", [{"image": f"/s{index}.png"} for index in range(len(style_sizes))])
-    return make_plan(config_of(**values), headers(content_size, style_sizes), widths, 0, device, device_bytes)
-
-
-def headers(content, styles) -> dict[Path, Header]:
-    """Of /c.png, and /s0.png, /s1.png, …"""
-    named = {Path(f"/s{index}.png"): Header(*size) for index, size in enumerate(styles)}
-    return named | ({Path("/c.png"): Header(*content)} if content else {})
-
-
-def sizes_of(content, styles, initial_px, target_px, styles_values=None, **values):
-    """The stages' sizes. `styles_values`: further keys of each style."""
-    values["styles"] = [
-        {"image": f"/s{index}.png", **more} for index, more in enumerate(styles_values or [{}] * len(styles))
-    ]
-    config = config_of(initial_size=initial_px, size=target_px, **values)
-    return stage_sizes(config, headers(content, styles))
 
 
 # --- stages ---

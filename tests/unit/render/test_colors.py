@@ -18,9 +18,9 @@ from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
 from pipeline.store.array import open_array
 from tests.support import reference
+from tests.support.configs import problems
 from tests.support.inputs import write_config, write_image
-from tests.unit.config.test_config import problems
-from tests.unit.render.test_exactness import assert_exact, final_canvas, prepared, read_whole, relative
+from tests.support.stages import assert_exact, final_canvas, prepared, read_whole, relative
 
 
 def statistics_of(pixels: np.ndarray) -> ColorStatistics:

@@ -11,205 +11,46 @@ import math
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import pyvips
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import pipeline
-from pipeline.config.config import Config, load_config
-from pipeline.core.events import ignore
-from pipeline.core.tiling import Rect
+from pipeline.config.config import load_config
 from pipeline.core.vgg_layers import halo_px
 from pipeline.executors.disk_turns import GIVE_WAY_TO, TURNS
-from pipeline.executors.threads import Engine
 from pipeline.network.vgg import Network
-from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.memory import WORKERS
-from pipeline.plan.network_cost import model_of
 from pipeline.render import device_io, tile_tasks, update
 from pipeline.render.iteration import IterationResult, Iterations, _Step
-from pipeline.render.preparation import Prepared, prepare
-from pipeline.render.stage import Stage
 from pipeline.render.tile_tasks import GradientSpec, GramSpec
 from pipeline.render.written import Written
 from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
-from pipeline.rundir.preflight import plan
 from pipeline.rundir.records import as_json
-from pipeline.store.array import StageArray, open_array
-from pipeline.store.layout import gram_name
-from pipeline.store.metadata import read_gram
+from pipeline.store.array import StageArray
 from tests.support import reference
 from tests.support.inputs import write_config, write_image
+from tests.support.stages import (
+    EXACT,
+    Case,
+    assert_exact,
+    final_canvas,
+    literal_stage,
+    make_problem,
+    prepared,
+    read_whole,
+    relative,
+)
 
-EXACT = 1e-10
 DEFAULT_STYLE = {f"conv{block}_1": 0.2 for block in range(1, 6)}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A stage whose canvas is noise, and the same problem for the reference."""
-
-    stage: Stage
-    started: Prepared
-    problem: reference.Problem
-    canvas: np.ndarray
-
-    @property
-    def tiles(self) -> list[Rect]:
-        return [tile.inner for tile in self.stage.tiles]
-
-    def read(self, name: str) -> np.ndarray:
-        return read_whole(open_array(self.stage.stage_dir, name))
-
-    def iterate(self) -> IterationResult:
-        """The stage's first iteration."""
-        results: list[IterationResult] = []
-        iterations = Iterations(self.stage, self.started.content_energies, self.started.areas)
-        iterations.iterate(0, None, self.started.checksums, results.append)
-        return results[0]
-
-
-def read_whole(array) -> np.ndarray:
-    return array.read_window(Rect(0, array.shape[0], 0, array.shape[1]))
-
-
-@contextmanager
-def prepared(
-    folder: Path,
-    weights: Path,
-    size: tuple[int, int],
-    tile_px: int,
-    *,
-    style_sizes=((50, 67),),
-    style_weights=(1.0,),
-    chunk_px: int | None = None,
-    network=None,
-    loss=None,
-    masks=(),
-    content_mask=None,
-    **values,
-):
-    """Write the images and prepare the only stage of a run at `size`, from noise, in tiles of `tile_px`.
-
-    `masks`: per style its (H, W) uint8 mask or None; equal ones are one file. `content_mask`: another, or None.
-    """
-    content = write_image(folder / "content.png", *size, seed=1).astype(np.float64)
-    styles = []
-    for index, style_size in enumerate(style_sizes):
-        styles.append(write_image(folder / f"style{index}.png", *style_size, seed=2 + index).astype(np.float64))
-    painted = [
-        {"image": f"style{index}.png", "weight": share, "mask": write_mask(folder, mask)}
-        for index, (share, mask) in enumerate(zip(style_weights, masks or [None] * len(styles), strict=True))
-    ]
-    loss = {**(loss or {}), "content_mask": write_mask(folder, content_mask)}
-    path = write_config(
-        folder,
-        styles=painted,
-        initial_size=max(*size, *itertools.chain(*style_sizes)),
-        init="noise",
-        network={"weights": str(weights), **(network or {})},
-        loss=loss,
-        **values,
-        compute={"dtype": "float64", "device": "cpu", "tile_px": tile_px},
-        # few files: on some disks each costs milliseconds
-        store={"chunk_px": chunk_px or (tile_px // 2 if tile_px % 32 == 0 else tile_px)},
-    )
-    config = load_config(path)
-    planned = plan(config)
-    assert [stage.size for stage in planned.stages] == [size]
-    with Engine(2) as engine:
-        stage = make_stage(config, planned, engine)
-        started = prepare(stage, None)
-        canvas = read_whole(open_array(stage.stage_dir, "canvas_0"))
-        assert canvas.dtype == np.float64
-        problem = make_problem(config, content, styles, load_file(weights))
-        if masks or content_mask is not None:
-            shares = [None if mask is None else mask / 255 for mask in masks]
-            kept = None if content_mask is None else content_mask / 255
-            problem = replace(problem, masks=shares, content_mask=kept)
-        yield Case(stage, started, problem, canvas)
-
-
-def write_mask(folder: Path, mask: np.ndarray | None) -> str | None:
-    """A grey PNG of an (H, W) uint8 mask, named after its pixels; gives its name, None for None."""
-    if mask is None:
-        return None
-    name = f"mask_{zlib.crc32(mask.tobytes()):08x}.png"
-    pyvips.Image.new_from_array(np.ascontiguousarray(mask), interpretation="b-w").write_to_file(str(folder / name))
-    return name
-
-
-def make_stage(config: Config, planned, engine: Engine) -> Stage:
-    source = find_weights(config.network.name, config.network.weights, config.seed)
-    return Stage(
-        config=config,
-        plan=planned.stages[0],
-        model=model_of(config, source.widths),
-        network=NetworkSpec(source, config.network.padding, config.network.pooling, "float64", "cpu"),
-        stage_dir=config.work_dir / "store.zarr" / "stage_0",
-        engine=engine,
-        sink=ignore,
-        tile_px=planned.tile_px,
-    )
-
-
-def make_problem(config: Config, content: np.ndarray, styles: list[np.ndarray], state) -> reference.Problem:
-    return reference.Problem(
-        state=state,
-        content=content,
-        styles=[(image, style.weight) for image, style in zip(styles, config.styles, strict=True)],
-        content_layers=config.network.content_layers if config.loss.content_weight else {},
-        style_layers=config.network.style_layers if config.loss.style_weight else {},
-        kind=config.loss.kind,
-        padding=config.network.padding,
-        pooling=config.network.pooling,
-        content_weight=config.loss.content_weight,
-        style_weight=config.loss.style_weight,
-        tv_weight=config.loss.tv_weight,
-        color=config.color,
-    )
-
-
-def relative(found, wanted) -> float:
-    found, wanted = np.asarray(found), np.asarray(wanted)
-    assert found.shape == wanted.shape
-    assert np.abs(wanted).max() > 0
-    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
-
-
-def assert_exact(case: Case) -> None:
-    """Energies, target Grams, canvas Grams, losses and gradient of one iteration, all against the reference."""
-    problem, stage = case.problem, case.stage
-    content = problem.content_features()
-    for layer in problem.content_layers:
-        assert relative(case.started.content_energies[layer], content[layer].square().sum()) < EXACT
-        assert relative(case.read(f"features_{layer}"), content[layer].permute(1, 2, 0)) < EXACT
-    for layer in problem.style_layers:
-        for region, key in enumerate(stage.model.guides.keys(layer)):
-            found = read_gram(stage.stage_dir, key, case.started.checksums[gram_name(key)])
-            assert relative(found, problem.target_grams(region)[layer]) < EXACT
-    result = case.iterate()
-    canvas = torch.from_numpy(case.canvas)
-    content_loss, style_loss = problem.losses(canvas)
-    for found, wanted in (
-        (result.content_loss, content_loss),
-        (result.style_loss, style_loss),
-        (result.objective, problem.objective(canvas)),
-    ):
-        assert found == pytest.approx(float(wanted), rel=EXACT, abs=0)
-    assert relative(case.read("gradient"), problem.gradient(case.canvas)) < EXACT
 
 
 # --- partitions ---
@@ -382,29 +223,6 @@ def test_a_gradient_that_is_not_finite_is_refused(tmp_path, narrow_weights):
 # --- whole runs ---
 
 
-def final_canvas(folder: Path, weights: Path, tile_px: int, **values) -> tuple[np.ndarray, list[dict]]:
-    """Run two stages in float64 and give the last canvas and the journal."""
-    folder.mkdir()
-    write_image(folder / "content.png", 83, 131, seed=1)
-    write_image(folder / "style.png", 70, 50, seed=2)
-    config = load_config(
-        write_config(
-            folder,
-            initial_size=66,
-            network={"weights": str(weights), **values.pop("network", {})},
-            compute={"dtype": "float64", "device": "cpu", "tile_px": tile_px},
-            optimizer={"max_iterations": 4, **values.pop("optimizer", {})},
-            store={"chunk_px": 48},
-            **values,
-        )
-    )
-    pipeline.run(config)
-    records = Journal(config.work_dir / "journal.jsonl").read()
-    canvas = newest_canvas(config.work_dir, position_of(records), 1)
-    assert canvas.shape == (83, 131, 3)
-    return read_whole(canvas), [as_json(record) for record in records]
-
-
 @pytest.mark.parametrize(
     "values",
     [
@@ -425,34 +243,6 @@ def test_a_whole_run_gives_the_same_picture_with_one_tile_and_with_many(tmp_path
         assert one["type"] == many["type"]
         if one["type"] == "iteration":
             assert [one[key] for key in keys] == pytest.approx([many[key] for key in keys], rel=1e-8)
-
-
-def literal_stage(problem: reference.Problem, canvas: np.ndarray, optimizer) -> tuple[np.ndarray, list[dict]]:
-    """algorithm.md, "Stages", the inner loop on the whole image; gives the result and what each iteration measured.
-
-    The result is the last canvas, or Σ_i d^(N−1−i)·p_i / Σ_i d^(N−1−i) of all N that the iterations made.
-    """
-    p, m, v, alpha, measured, made = canvas.copy(), 0.0, 0.0, None, [], []
-    beta1, beta2, total = optimizer.beta1, optimizer.beta2, optimizer.max_iterations
-    for j in range(total):
-        objective = float(problem.objective(torch.from_numpy(p)))
-        g = problem.gradient(p)
-        m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g**2
-        u = m / np.sqrt(v + optimizer.epsilon)
-        b = math.sqrt(1 - beta2 ** (j + 1)) / (1 - beta1 ** (j + 1))
-        alpha = alpha or optimizer.target_pixel_change / (b * np.abs(u).max())
-        c = 1 if optimizer.schedule == "constant" else 0.05 + 0.95 * (1 + math.cos(math.pi * j / total)) / 2
-        p = p - alpha * c * b * u
-        if optimizer.clip:
-            p = np.clip(p, 0, 255)
-        made.append(p)
-        mean_u, max_u = np.abs(u).mean(), np.abs(u).max()
-        measured.append({"objective": objective, "alpha": alpha, "mean_abs_u": mean_u, "max_abs_u": max_u})
-        if mean_u < optimizer.stop_condition:
-            break
-    weights = optimizer.average ** np.arange(len(made))[::-1]  # 0⁰ is 1
-    return np.average(made, axis=0, weights=weights), measured
 
 
 @pytest.mark.parametrize(

@@ -19,19 +19,13 @@ from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
 from pipeline.store.guides import UNGUIDED, Guides
 from pipeline.store.layout import gram_key, is_guide, is_stage_array
+from tests.support.configs import problems
 from tests.support.inputs import write_config, write_image
-from tests.unit.config.test_config import problems
-from tests.unit.render.test_exactness import EXACT, assert_exact, prepared, read_whole, write_mask
+from tests.support.masks import ramp
+from tests.support.stages import EXACT, assert_exact, prepared, read_whole, write_mask
 
 SIZES = {"style_sizes": ((50, 67), (40, 33), (33, 48)), "style_weights": (1.0, 2.0, 0.5)}
 SMALL_LAYERS = {"content_layers": {"conv3_1": 1.0}, "style_layers": {"conv1_1": 1.0, "conv4_1": 0.5}}
-
-
-def ramp(height: int, width: int, left: float, right: float) -> np.ndarray:
-    """A mask with a soft edge that leans: black before `left` of the width, white behind `right`."""
-    y, x = np.mgrid[0:height, 0:width]
-    place = x / width + 0.1 * y / height
-    return np.clip(255 * (place - left) / (right - left), 0, 255).astype(np.uint8)
 
 
 def two_masks(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

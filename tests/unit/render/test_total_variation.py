@@ -9,7 +9,7 @@ import torch
 from pipeline.core.tiling import grid
 from pipeline.losses.total_variation import variation
 from tests.support.inputs import write_image
-from tests.unit.render.test_exactness import EXACT, assert_exact, final_canvas, prepared, relative
+from tests.support.stages import EXACT, assert_exact, final_canvas, prepared, relative
 
 
 @pytest.mark.parametrize(("size", "tile_px"), [((64, 96), 96), ((65, 113), 48), ((33, 300), 96)])
