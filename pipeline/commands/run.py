@@ -26,7 +26,7 @@ from pipeline.plan.device import Device, resolve_device
 from pipeline.plan.memory import WORKERS, update_threads
 from pipeline.plan.plan import Plan, StagePlan
 from pipeline.render import export
-from pipeline.render.context import Tools, iteration_record, make_stage, prepared_record, tools_for
+from pipeline.render.context import RenderContext, iteration_record, make_stage, prepared_record, render_context
 from pipeline.rundir import records
 from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.lock import RunLock
@@ -71,8 +71,8 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
         engine = held.enter_context(_engine(config, device, lock, sink, stop))
         refuse_links(config.work_dir)
         journal = open_run(config, planned, weights, check)
-        tools = tools_for(config, planned, device, weights, engine, sink)
-        rendering = _Rendering(config, planned, tools, journal, force)
+        context = render_context(config, planned, device, weights, engine, sink)
+        rendering = _Rendering(config, planned, context, journal, force)
         rendering.refuse_foreign_output()
         rendering.render()
         rendering.export()
@@ -95,7 +95,7 @@ class _Rendering:
 
     config: Config
     plan: Plan
-    tools: Tools
+    context: RenderContext
     journal: Journal
     force: bool
     position: Position = field(init=False)
@@ -104,7 +104,7 @@ class _Rendering:
     def __post_init__(self) -> None:
         _, self.position = standing(self.journal)
         self._speed = _Speed()
-        self.sink, self.engine = self.tools.sink, self.tools.engine
+        self.sink, self.engine = self.context.sink, self.context.engine
 
     def refuse_foreign_output(self) -> None:
         """Raise ConfigError if there is anything under the output's name that this run did not write.
@@ -140,7 +140,7 @@ class _Rendering:
             smaller = max(chunk_px, tile_px // 2 // chunk_px * chunk_px)
             # recorded: the bits depend on the tiles, and a resume must take the same
             self._commit(records.SmallerTile(tile_px=smaller))
-            told = f"{self.tools.device.name} has no memory for tiles of {tile_px} px"
+            told = f"{self.context.device.name} has no memory for tiles of {tile_px} px"
             self.sink(Note(f"{told}: going on with tiles of {smaller} px, from the last iteration"))
 
     def _render_in_tiles(self, stage_plan: StagePlan, tile_px: int) -> None:
@@ -149,7 +149,7 @@ class _Rendering:
         from pipeline.render.preparation import prepare  # noqa: PLC0415
 
         index, settings = stage_plan.index, self._settings(stage_plan)
-        stage = make_stage(self.config, stage_plan, self.tools, tile_px)
+        stage = make_stage(self.config, stage_plan, self.context, tile_px)
         iteration = self.position.iteration if self.position.stage == index else 0
         stages, (height, width) = len(self.plan.stages), stage_plan.size
         prepared = self.position.prepared and self.position.stage == index

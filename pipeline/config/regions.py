@@ -18,20 +18,20 @@ from pipeline.config.sections import StyleConfig
 
 
 @dataclass(frozen=True)
-class Region:
+class MaskRegion:
     """A part of the canvas: its mask (None: what the others leave), and the indices of the styles that paint it."""
 
     mask: Path | None
     styles: tuple[int, ...]
 
 
-def regions_of(styles: Sequence[StyleConfig]) -> tuple[Region, ...]:
+def regions_of(styles: Sequence[StyleConfig]) -> tuple[MaskRegion, ...]:
     """The regions of a stage: one per mask file in the order of the styles, then what is left if it has a style."""
     masks: list[Path | None] = list(dict.fromkeys(style.mask for style in styles if style.mask is not None))
     if any(style.mask is None for style in styles):
         masks.append(None)
     return tuple(
-        Region(mask, tuple(index for index, style in enumerate(styles) if style.mask == mask)) for mask in masks
+        MaskRegion(mask, tuple(index for index, style in enumerate(styles) if style.mask == mask)) for mask in masks
     )
 
 

@@ -82,7 +82,7 @@ class Network:
         size: tuple[int, int],
         names: set[str],
         required: Rect,
-        way: list[Step] | None = None,
+        tape: list[Step] | None = None,
     ) -> Iterator[FeatureMap]:
         """Yield the feature maps of the layers `names` of one tile, shallowest first.
 
@@ -90,7 +90,7 @@ class Network:
         float64 network, else float32.
         A side of `outer` on the border of the image is padded, any other is a cut and shrinks (see tiling.py).
         `required`: the pixels whose positions the caller needs; layers without a position there are left out.
-        `way`: gets every layer that was run, for `gradient`. Autograd serves where it is enabled, at its own price.
+        `tape`: gets every layer that was run, for `gradient`. Autograd serves where it is enabled, at its own price.
         """
         height, width = size
         cut = (outer.y0 > 0, outer.y1 < height, outer.x0 > 0, outer.x1 < width)
@@ -102,10 +102,10 @@ class Network:
             if layer.kind == "conv":
                 step = self._conv(layer, x, region, cut)
             else:
-                step = self._pooled(layer, x, region, cut, way is not None)
+                step = self._pooled(layer, x, region, cut, tape is not None)
             x, region = step.found.features_1CHW, step.found.region
-            if way is not None:
-                way.append(step)
+            if tape is not None:
+                tape.append(step)
             del step  # without a way back its input is not needed any more
             if layer.name in names:
                 yield FeatureMap(layer, x, region)
@@ -143,17 +143,17 @@ class Network:
         found = FeatureMap(layer, pooled, Rect(*(edge // 2 for edge in whole)))
         return Step(found, cut, x.shape, source, (rows, columns), indices)
 
-    def gradient(self, way: list[Step], seed: Callable[[FeatureMap], Tensor | None]) -> Tensor:
-        """The derivative of J by the pixels that `way` began with, (1, 3, H, W) as large as they were.
+    def gradient(self, tape: list[Step], seed: Callable[[FeatureMap], Tensor | None]) -> Tensor:
+        """The derivative of J by the pixels that `tape` began with, (1, 3, H, W) as large as they were.
 
-        `seed` gives dJ/dφ of a layer where J looks at it directly, (1, C, H, W), or None. `way` is emptied: what is
+        `seed` gives dJ/dφ of a layer where J looks at it directly, (1, C, H, W), or None. `tape` is emptied: what is
         passed is freed. It gives the same bits as autograd, in half its memory.
         """
         gradient: Tensor | None = None
         not_padded: Cut = (True, True, True, True)
         cut = not_padded  # of the layer that `gradient` comes from
-        while way:
-            step = way.pop()
+        while tape:
+            step = tape.pop()
             own = seed(step.found) if step.source_1CHW is None else None
             if gradient is not None:
                 gradient = unpadded(gradient, cut, self._padding, own)

@@ -16,7 +16,7 @@ from pipeline.core.image_formats import RGB8, PixelKind, format_of, picture_kind
 from pipeline.core.tiling import Size
 from pipeline.core.vgg_layers import LAYER_BY_NAME, halo_px
 from pipeline.plan.device import STAGING_THREADS
-from pipeline.plan.network_cost import Model
+from pipeline.plan.network_cost import LayerUse
 
 MIB = 2**20
 # Tasks in flight in a process: one reads the next tile, one computes, one writes the last.
@@ -89,7 +89,7 @@ class StageWork:
     """
 
     config: Config
-    model: Model
+    layer_use: LayerUse
     canvas: Size
     styles: tuple[Size, ...]
     content: PixelKind | None
@@ -97,18 +97,18 @@ class StageWork:
     @property
     def halo_px(self) -> int:
         """Forward halo of its tiles, which is the backward one too."""
-        return halo_px(self.model.names)
+        return halo_px(self.layer_use.names)
 
     def gpu_bytes(self, tile_px: int) -> int:
         """Peak bytes on a GPU: feature maps and their companions, and the tiles in flight."""
-        model, dtype = self.model, self.config.compute.dtype
-        itemsize = 2 if dtype == "bfloat16" else model.itemsize
+        layer_use, dtype = self.layer_use, self.config.compute.dtype
+        itemsize = 2 if dtype == "bfloat16" else layer_use.itemsize
         copies = 1 if dtype == "float32" else 0  # cuDNN's kernels without tensor cores want NCHW
-        gradient = self.outer_px(tile_px) * model.gradient_bytes_per_px(itemsize)
+        gradient = self.outer_px(tile_px) * layer_use.gradient_bytes_per_px(itemsize)
         forward = _largest_outer_px([self.canvas, *self.styles], tile_px, self.halo_px)
-        forward *= model.forward_bytes_per_px(itemsize, copies)
+        forward *= layer_use.forward_bytes_per_px(itemsize, copies)
         maps = int(max(gradient, forward) * ACTIVATION_OVERHEAD)
-        return maps + 2 * model.parameters_bytes() + self.flight_bytes(self.outer_px(tile_px))
+        return maps + 2 * layer_use.parameters_bytes() + self.flight_bytes(self.outer_px(tile_px))
 
     def outer_px(self, tile_px: int) -> int:
         """Pixels of the largest tile of the gradient pass, halo included."""
@@ -116,37 +116,39 @@ class StageWork:
 
     def staged_bytes(self) -> int:
         """Page-locked buffers through which chunks go to a GPU, each of twice its size at most, and Grams."""
-        store, model = self.config.store, self.model
-        values = [store.chunk_px**2 // LAYER_BY_NAME[name].stride ** 2 * w for name, w in model.content_widths.items()]
-        largest = max(store.chunk_px**2 * 3, *values, 0) * model.itemsize
-        return STAGING_THREADS * 2 * 2 * largest + 2 * (WORKERS + 1) * model.grams_bytes()
+        store, layer_use = self.config.store, self.layer_use
+        values = [
+            store.chunk_px**2 // LAYER_BY_NAME[name].stride ** 2 * w for name, w in layer_use.content_widths.items()
+        ]
+        largest = max(store.chunk_px**2 * 3, *values, 0) * layer_use.itemsize
+        return STAGING_THREADS * 2 * 2 * largest + 2 * (WORKERS + 1) * layer_use.grams_bytes()
 
     def forward_pass_bytes(self, sizes: Sequence[Size], tile_px: int) -> int:
         """Peak bytes of a CPU's pass without gradient over images of these sizes, and what is in flight beside."""
         outer_px = _largest_outer_px(sizes, tile_px, self.halo_px)
-        maps = int(outer_px * self.model.forward_bytes_per_px(self.model.itemsize, 0) * ACTIVATION_OVERHEAD)
-        return maps + 2 * self.model.parameters_bytes() + self.flight_bytes(outer_px, windows=1.5)
+        maps = int(outer_px * self.layer_use.forward_bytes_per_px(self.layer_use.itemsize, 0) * ACTIVATION_OVERHEAD)
+        return maps + 2 * self.layer_use.parameters_bytes() + self.flight_bytes(outer_px, windows=1.5)
 
     def gradient_pass_bytes(self, tile_px: int) -> int:
         """Peak bytes of the gradient pass, as above."""
         outer_px = self.outer_px(tile_px)
-        maps = int(outer_px * self.model.gradient_bytes_per_px(self.model.itemsize) * ACTIVATION_OVERHEAD)
-        chunks = WORKERS * self.config.store.chunk_px**2 * 3 * self.model.itemsize
-        return maps + 2 * self.model.parameters_bytes() + self.flight_bytes(outer_px) + chunks
+        maps = int(outer_px * self.layer_use.gradient_bytes_per_px(self.layer_use.itemsize) * ACTIVATION_OVERHEAD)
+        chunks = WORKERS * self.config.store.chunk_px**2 * 3 * self.layer_use.itemsize
+        return maps + 2 * self.layer_use.parameters_bytes() + self.flight_bytes(outer_px) + chunks
 
     def flight_bytes(self, outer_px: int, windows: float = 2.0) -> int:
         """Windows, features and Grams of the tiles in flight, without what they compute with.
 
         `windows`: of one tile, on the average: as stored and as numbers, as the network sees them, their gradient.
         """
-        model = self.model
-        window = outer_px * 3 * model.itemsize
+        layer_use = self.layer_use
+        window = outer_px * 3 * layer_use.itemsize
         features = sum(
-            outer_px // LAYER_BY_NAME[name].stride ** 2 * model.widths[name] * model.itemsize
-            for name in model.content_layers
+            outer_px // LAYER_BY_NAME[name].stride ** 2 * layer_use.widths[name] * layer_use.itemsize
+            for name in layer_use.content_layers
         )
-        window += outer_px * len(model.guides.arrays)
-        grams = model.grams_bytes()
+        window += outer_px * len(layer_use.guides.arrays)
+        grams = layer_use.grams_bytes()
         return WORKERS * (int(windows * window) + features + grams) + 2 * grams
 
 
@@ -200,11 +202,11 @@ class Workload:
     @property
     def _idle_bytes(self) -> int:
         """Of a worker process that has nothing to do."""
-        return self._base_bytes + max(stage.model.parameters_bytes() for stage in self.stages)
+        return self._base_bytes + max(stage.layer_use.parameters_bytes() for stage in self.stages)
 
     @property
     def _itemsize(self) -> int:
-        return self.stages[0].model.itemsize
+        return self.stages[0].layer_use.itemsize
 
     def gpu_bytes(self, tile_px: int) -> int:
         """Peak bytes on the GPU, which all worker processes share; 0 on a CPU."""
@@ -220,7 +222,7 @@ class Workload:
         Beyond that they take three times as long.
         """
         return all(
-            stage.outer_px(tile_px) * stage.model.largest_values_per_px() < 0.99 * 2**31 for stage in self.stages
+            stage.outer_px(tile_px) * stage.layer_use.largest_values_per_px() < 0.99 * 2**31 for stage in self.stages
         )
 
     def host_bytes(self, tile_px: int) -> dict[str, int]:
@@ -250,7 +252,7 @@ class Workload:
         processes = {phase: base + size + workers * idle for phase, size in own.items()}
         processes |= {phase: base + workers * (idle + size) for phase, size in in_tasks.items()}
         # of the tiles' Grams that are done or on their way, those that wait for an earlier one, and the seeds
-        grams = max(stage.model.grams_bytes() for stage in self.stages)
+        grams = max(stage.layer_use.grams_bytes() for stage in self.stages)
         for phase in TILE_PHASES:
             processes[phase] += (workers * (WORKERS + 1) + 4) * grams
         return processes

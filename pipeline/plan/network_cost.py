@@ -15,7 +15,7 @@ from pipeline.store.guides import UNGUIDED, Guides
 
 
 @dataclass(frozen=True)
-class Model:
+class LayerUse:
     """The network as the plan sees it: widths and the layers that the losses use."""
 
     widths: Mapping[str, int]
@@ -108,7 +108,7 @@ class Model:
         return max(c_out / layer.stride**2 for layer, _, c_out in self.channels())
 
 
-def model_of(config: Config, widths: Mapping[str, int]) -> Model:
+def layers_in_use(config: Config, widths: Mapping[str, int]) -> LayerUse:
     """The layers that carry weight in `config`. Raises InputError if the weights file lacks one of them."""
     style = tuple(config.network.style_layers) if config.loss.style_weight > 0 else ()
     content = tuple(config.network.content_layers) if config.loss.content_weight > 0 else ()
@@ -119,7 +119,7 @@ def model_of(config: Config, widths: Mapping[str, int]) -> Model:
             f"content_layers asks for. It has {', '.join(widths)}."
         )
     guides = guides_of(config.styles if style else (), config.loss.content_mask if content else None)
-    return Model(widths, style, content, 8 if config.compute.dtype == "float64" else 4, guides)
+    return LayerUse(widths, style, content, 8 if config.compute.dtype == "float64" else 4, guides)
 
 
 def guides_of(styles: Sequence[StyleConfig], content_mask: Path | None) -> Guides:

@@ -18,7 +18,7 @@ from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Size, grid
 from pipeline.core.vgg_layers import ceil_to, halo_px, min_side_px
 from pipeline.plan.memory import ImageSize, StageWork, Workload
-from pipeline.plan.network_cost import Model, model_of
+from pipeline.plan.network_cost import LayerUse, layers_in_use
 from pipeline.store.layout import ArraySpec, kept_files, stage_arrays
 
 # Chunks of an array, each a file, and so the most tiles of a pass: at 512 px that is 520,000×520,000 px.
@@ -161,7 +161,7 @@ def make_plan(
     configs = [config.for_stage(max(canvas)) for canvas, _ in sizes]
     content = images[config.content].kind if config.content is not None else None
     works = [
-        StageWork(one, model_of(one, widths), canvas, styles, content)
+        StageWork(one, layers_in_use(one, widths), canvas, styles, content)
         for one, (canvas, styles) in zip(configs, sizes, strict=True)
     ]
     for index, one in enumerate(works):
@@ -222,9 +222,9 @@ def _check_overrides(config: Config, canvases_px: Sequence[int]) -> None:
 def _check_sizes(work: StageWork, stage: int) -> None:
     """Refuse images too small for the network."""
     config = work.config
-    named = [("content image", config.content, work.canvas, work.model.names)]
+    named = [("content image", config.content, work.canvas, work.layer_use.names)]
     named += [
-        ("style image", style.image, size, work.model.style_layers)
+        ("style image", style.image, size, work.layer_use.style_layers)
         for style, size in zip(config.styles, work.styles, strict=True)
     ]
     for what, path, size, names in named:
@@ -265,12 +265,12 @@ def _check_masks(config: Config, works: Sequence[StageWork], images: Mapping[Pat
 
 def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
     """The plan of one stage in tiles of `tile_px`."""
-    size, model, chunk_px = work.canvas, work.model, work.config.store.chunk_px
-    arrays = arrays_of(work.config, size, model, work.content)
+    size, layer_use, chunk_px = work.canvas, work.layer_use, work.config.store.chunk_px
+    arrays = arrays_of(work.config, size, layer_use, work.content)
     kept = [arrays[name] for name in kept_files(0, arrays) if name in arrays]
     styles = sorted((ArraySpec((*style, 3), chunk_px, "uint8") for style in work.styles), key=lambda one: one.chunks)
     held = [*arrays.values(), *styles[-1:]]  # the styles are there one at a time
-    gram_px = computed_px(size, tile_px, halo_px(model.style_layers)) if model.style_layers else 0
+    gram_px = computed_px(size, tile_px, halo_px(layer_use.style_layers)) if layer_use.style_layers else 0
     gradient_px = computed_px(size, tile_px, 2 * work.halo_px)
     return StagePlan(
         index=index,
@@ -280,13 +280,14 @@ def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
         gram_px=gram_px,
         gradient_px=gradient_px,
         # without regions the style targets are too little to count
-        store_bytes=sum(one.stored_bytes for one in held) + (model.grams_bytes() if model.guides.regions else 0),
-        store_chunks=sum(one.chunks for one in held) + (len(model.style_keys) if model.guides.regions else 0),
+        store_bytes=sum(one.stored_bytes for one in held)
+        + (layer_use.grams_bytes() if layer_use.guides.regions else 0),
+        store_chunks=sum(one.chunks for one in held) + (len(layer_use.style_keys) if layer_use.guides.regions else 0),
         kept_bytes=sum(one.stored_bytes for one in kept),
         kept_chunks=sum(one.chunks for one in kept),
         content=work.content,
         # the backward pass to the pixels costs as much as the forward one: no weight has a gradient
-        flop_per_iteration=model.flop_per_px() * (gram_px + 2 * gradient_px),
+        flop_per_iteration=layer_use.flop_per_px() * (gram_px + 2 * gradient_px),
         max_iterations=work.config.optimizer.max_iterations,
     )
 
@@ -298,10 +299,10 @@ def computed_px(size: Size, tile_px: int, halo: int) -> int:
     return rows * sum(tile.outer(halo).width for tile in grid(1, width, tile_px))
 
 
-def arrays_of(config: Config, size: Size, model: Model, content: PixelKind | None) -> dict[str, ArraySpec]:
+def arrays_of(config: Config, size: Size, layer_use: LayerUse, content: PixelKind | None) -> dict[str, ArraySpec]:
     """The arrays of pixels or features of a stage of `config` whose canvas has this (height, width)."""
-    averaged, guides = config.optimizer.average > 0, model.guides.arrays
-    return stage_arrays(size, config.store.chunk_px, config.state, model.content_widths, averaged, content, guides)
+    averaged, guides = config.optimizer.average > 0, layer_use.guides.arrays
+    return stage_arrays(size, config.store.chunk_px, config.state, layer_use.content_widths, averaged, content, guides)
 
 
 def _choose_tile(work: Workload, device_memory_bytes: int) -> int:

@@ -10,7 +10,7 @@ from pipeline.core.events import Sink
 from pipeline.executors.threads import Engine
 from pipeline.network.weights import NetworkSpec, WeightsSource
 from pipeline.plan.device import Device
-from pipeline.plan.network_cost import model_of
+from pipeline.plan.network_cost import layers_in_use
 from pipeline.plan.plan import Plan, StagePlan
 from pipeline.rundir.manifest import read_manifest
 from pipeline.rundir.open import stage_path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Tools:
+class RenderContext:
     """Device, weights, threads or processes, and who is told. `gpu_bytes`: what one process may take of a GPU."""
 
     device: Device
@@ -34,35 +34,35 @@ class Tools:
     gpu_bytes: int
 
 
-def tools_for(
+def render_context(
     config: Config, planned: Plan, device: Device, weights: WeightsSource, engine: Engine, sink: Sink
-) -> Tools:
+) -> RenderContext:
     """Those of a run of `config`, whose plan is for all its worker processes together."""
-    return Tools(device, weights, engine, sink, planned.device_bytes // max(1, config.compute.workers))
+    return RenderContext(device, weights, engine, sink, planned.device_bytes // max(1, config.compute.workers))
 
 
-def make_stage(config: Config, plan: StagePlan, tools: Tools, tile_px: int) -> Stage:
+def make_stage(config: Config, plan: StagePlan, context: RenderContext, tile_px: int) -> Stage:
     """A stage of the run of `config`, with its own settings, ready to be prepared or iterated in tiles of `tile_px`."""
     from pipeline.render.stage import Stage  # noqa: PLC0415 - brings torch, which export and status do without
 
     config = config.for_stage(max(plan.size))
     network = NetworkSpec(
-        tools.weights,
+        context.weights,
         config.network.padding,
         config.network.pooling,
         config.compute.dtype,
-        tools.device.name,
+        context.device.name,
         _threads(config),
-        tools.gpu_bytes,
+        context.gpu_bytes,
     )
     return Stage(
         config=config,
         plan=plan,
-        model=model_of(config, tools.weights.widths),
+        layer_use=layers_in_use(config, context.weights.widths),
         network=network,
         stage_dir=stage_path(config.work_dir, plan.index),
-        engine=tools.engine,
-        sink=tools.sink,
+        engine=context.engine,
+        sink=context.sink,
         tile_px=tile_px,
     )
 

@@ -147,7 +147,7 @@ class Iterations:
             if not step.found.done():
                 self._differentiate(step)
             one_more = iteration + 1 < stage.config.optimizer.max_iterations and alpha is not None
-            if one_more and stage.model.style_layers and len(stage.tiles) > 1:
+            if one_more and stage.layer_use.style_layers and len(stage.tiles) > 1:
                 self._gram_ahead(step, finishing)
         except NotNeeded:
             pass
@@ -197,14 +197,14 @@ class Iterations:
     def _gram_ahead(self, step: _Step, finishing: Future[None]) -> None:
         """The next iteration's Gram pass."""
         stage, canvas = self.stage, f"canvas_{1 - step.iteration % 2}"
-        chunk_px, halo = store.open_array(stage.stage_dir, canvas).chunk_px, halo_px(stage.model.style_layers)
+        chunk_px, halo = store.open_array(stage.stage_dir, canvas).chunk_px, halo_px(stage.layer_use.style_layers)
 
         def when_written(spec: tile_tasks.GramSpec) -> tile_tasks.GramSpec:
             step.canvas.wait_for((cy, cx) for cy, cx, _ in chunks_of(spec.tile.outer(halo), chunk_px))
             return spec
 
         # the canvas is not checked here: the next update reads every chunk whole, and checks it
-        checksums = {name: step.checksums[name] for name in stage.model.guides.arrays}
+        checksums = {name: step.checksums[name] for name in stage.layer_use.guides.arrays}
         sums = self._gram_sums(canvas, checksums, when_written, step.canvas.leave)
         self._ahead = {step.iteration + 1: sums}
         ended = time.perf_counter()
@@ -220,7 +220,7 @@ class Iterations:
     ) -> dict[str, Gram]:
         """Gram pass over a canvas, the gradient pass of which comes next."""
         stage = self.stage
-        fetch = partial(self._prefetch, canvas, 2 * halo_px(stage.model.names), stage.model.content_layers)
+        fetch = partial(self._prefetch, canvas, 2 * halo_px(stage.layer_use.names), stage.layer_use.content_layers)
         return stage.gram_sums(stage.canvas_grams(canvas, checksums), "Gram pass", before, fetch, on_error)
 
     def _prefetch(self, canvas: str, halo: int, content_layers: Sequence[str] = ()) -> None:
@@ -244,7 +244,7 @@ class Iterations:
         how: dict[str, Any] = {
             "tv_weight": stage.config.loss.tv_weight,
             "color": stage.color,
-            "guides": stage.model.guides,
+            "guides": stage.layer_use.guides,
         }
         factor = 2 * stage.plan.pixels * stage.config.loss.content_weight
         factors = {layer: factor * scale for layer, scale in content_scales(stage, self.content_energies).items()}
@@ -269,7 +269,7 @@ class Iterations:
             tile_tasks.GradientSpec(stage.stage_dir, canvas, tile, stage.network, checksums, factors, seeds, **how)
             for tile in stage.tiles
         ]
-        fetch = partial(self._prefetch, f"canvas_{1 - step.iteration % 2}", halo_px(stage.model.style_layers))
+        fetch = partial(self._prefetch, f"canvas_{1 - step.iteration % 2}", halo_px(stage.layer_use.style_layers))
         with self._timed("gradient"):
             results = stage.engine.map(
                 tile_tasks.gradient_task,
@@ -370,7 +370,7 @@ class Iterations:
 def _gathered(stage: Stage, results: Sequence[tile_tasks.GradientResult]) -> _Gradient:
     squares = {
         layer: math.fsum(result.content_squares.get(layer, 0.0) for result in results)
-        for layer in stage.model.content_layers
+        for layer in stage.layer_use.content_layers
     }
-    roughness = math.fsum(result.variation for result in results) / (CHANNELS * stage.plan.pixels)
-    return _Gradient(squares, roughness, max(result.max_abs_gradient for result in results))
+    tv_sum = math.fsum(result.variation for result in results) / (CHANNELS * stage.plan.pixels)
+    return _Gradient(squares, tv_sum, max(result.max_abs_gradient for result in results))

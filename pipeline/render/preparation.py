@@ -77,7 +77,7 @@ def _prepare(
     store.create_stage(folder)
     _create_arrays(stage, folder)
     sums = {} if stage.config.content is None else _ingest_content(stage, folder)
-    sums |= ingest_guides(stage, folder, stage.model.guides.arrays)
+    sums |= ingest_guides(stage, folder, stage.layer_use.guides.arrays)
     areas = _areas(stage, folder, sums)
     if not is_part:
         _refuse_nowhere(stage, areas)
@@ -99,7 +99,7 @@ def remake(stage: Stage, names: Collection[str], content_sums: str | None) -> di
     whole. Raises what `prepare` does.
     """
     folder = stage.partial_dir
-    features = [name for name in names if name in map(content_features_name, stage.model.content_layers)]
+    features = [name for name in names if name in map(content_features_name, stage.layer_use.content_layers)]
     sums: dict[str, str] = {}
     with storage(folder):
         store.create_stage(folder)
@@ -115,14 +115,14 @@ def remake(stage: Stage, names: Collection[str], content_sums: str | None) -> di
         if any(gram_key(name) for name in names):
             sums |= _store_style_targets(stage, folder, sums.get(CONTENT))
         if features:
-            _create_arrays(stage, folder, set(map(content_features_name, stage.model.content_layers)))
+            _create_arrays(stage, folder, set(map(content_features_name, stage.layer_use.content_layers)))
             sums |= _content_pass(stage, folder, sums)[1]
         return sums | metadata.metadata_checksums(folder)
 
 
 def _create_arrays(stage: Stage, folder: Path, names: Collection[str] | None = None) -> None:
     """All arrays of the stage, or those named."""
-    for name, array in arrays_of(stage.config, stage.plan.size, stage.model, stage.plan.content).items():
+    for name, array in arrays_of(stage.config, stage.plan.size, stage.layer_use, stage.plan.content).items():
         if names is None or name in names:
             store.create_array(folder, name, array.shape, array.chunk_px, array.form, stage.config.store.codec)
 
@@ -150,17 +150,17 @@ def ingest_guides(stage: Stage, folder: Path, names: Collection[str]) -> dict[st
 
 def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str, float]:
     """n_r,l by style key."""
-    guides, layers = stage.model.guides, stage.model.style_layers
+    guides, layers = stage.layer_use.guides, stage.layer_use.style_layers
     if not guides.regions:
         return {}
     specs = [mask_tasks.AreaSpec(folder, tile, guides, layers, checksums) for tile in stage.tiles]
     results = stage.engine.map(mask_tasks.area_task, specs)
-    return {key: math.fsum(result.get(key, 0.0) for result in results) for key in stage.model.style_keys}
+    return {key: math.fsum(result.get(key, 0.0) for result in results) for key in stage.layer_use.style_keys}
 
 
 def _refuse_nowhere(stage: Stage, areas: Mapping[str, float]) -> None:
     """Raise InputError for a region that is nowhere."""
-    guides, layers = stage.model.guides, stage.model.style_layers
+    guides, layers = stage.layer_use.guides, stage.layer_use.style_layers
     for number, region in enumerate(regions_of(stage.config.styles) if guides.regions else ()):
         if not any(areas[guides.keys(layer)[number]] for layer in layers):
             image = stage.config.styles[region.styles[0]].image
@@ -176,7 +176,7 @@ def _store_style_targets(
     stage: Stage, folder: Path, content_sums: str | None, content_colors: colors.ColorStatistics | None = None
 ) -> dict[str, str]:
     """Writes, for every layer, the mean Gram of all styles, or of those of each region; gives the checksums."""
-    if not stage.model.style_layers:
+    if not stage.layer_use.style_layers:
         return {}
     style_map = _style_map(stage, folder, content_sums, content_colors)
     grams: list[dict[str, Gram]] = []
@@ -184,15 +184,15 @@ def _store_style_targets(
         sums = {STYLE: _ingest_aside(stage, folder, style.image, size)}
         seen = style_map(store.open_array(folder, STYLE, sums[STYLE]))
         specs = [
-            tile_tasks.GramSpec(folder, STYLE, tile, stage.network, sums, stage.model.style_layers, color=seen)
+            tile_tasks.GramSpec(folder, STYLE, tile, stage.network, sums, stage.layer_use.style_layers, color=seen)
             for tile in grid(*size, stage.tile_px)
         ]
         totals = stage.gram_sums(specs, "style Gram")
         grams.append({layer: total / positions(size, layer) for layer, total in totals.items()})
         store.delete_array(folder, STYLE)
     written: dict[str, str] = {}
-    for layer in stage.model.style_layers:
-        for key, region in zip(stage.model.guides.keys(layer), regions_of(stage.config.styles), strict=True):
+    for layer in stage.layer_use.style_layers:
+        for key, region in zip(stage.layer_use.guides.keys(layer), regions_of(stage.config.styles), strict=True):
             weights = [stage.config.styles[index].weight for index in region.styles]
             target = objective.mean_gram([grams[index][layer] for index in region.styles], weights)
             _check_finite(stage, float(target.sum()), "style", layer)
@@ -269,7 +269,7 @@ def _start_average(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> 
 
 def _content_pass(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> tuple[dict[str, float], dict[str, str]]:
     """(‖φ_l(o)‖² of each content layer, checksums of its features)."""
-    layers = stage.model.content_layers
+    layers = stage.layer_use.content_layers
     if not layers:
         return {}, {}
     specs = [

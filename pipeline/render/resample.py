@@ -22,7 +22,7 @@ OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Part:
+class Region:
     """An array that keeps the rectangle `rect` of a picture of `size`."""
 
     array: StageArray
@@ -30,10 +30,10 @@ class Part:
     size: Size
 
 
-def whole(array: StageArray) -> Part:
+def whole(array: StageArray) -> Region:
     """An array that keeps a picture from border to border."""
     height, width, _ = array.shape
-    return Part(array, Rect(0, height, 0, width), (height, width))
+    return Region(array, Rect(0, height, 0, width), (height, width))
 
 
 def moved(rect: Rect, y: int, x: int) -> Rect:
@@ -50,8 +50,8 @@ def needed(rect: Rect, size: Size, source_size: Size) -> Rect:
 class EnlargeSpec:
     """Fill a row of chunks of `target` from `source`, a part of the same picture that is smaller or as large."""
 
-    source: Part
-    target: Part
+    source: Region
+    target: Region
     rect: Rect
 
 
@@ -69,7 +69,7 @@ def enlarge_task(spec: EnlargeSpec) -> ChunkSums:
     return sums
 
 
-def enlarge(source: Part, target: Part, engine: Engine, on_progress: OnProgress = lambda done, total: None) -> str:
+def enlarge(source: Region, target: Region, engine: Engine, on_progress: OnProgress = lambda done, total: None) -> str:
     """Fill a part of a picture from one that holds all that is `needed`; gives the packed checksums."""
     height, width, _ = target.array.shape
     rows = range(0, height, target.array.chunk_px)

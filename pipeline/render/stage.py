@@ -17,7 +17,7 @@ from pipeline.losses.color import LUMINANCE, ColorMap
 from pipeline.losses.objective import Gram
 from pipeline.network.weights import NetworkSpec
 from pipeline.plan.memory import WORKERS
-from pipeline.plan.network_cost import Model
+from pipeline.plan.network_cost import LayerUse
 from pipeline.plan.plan import StagePlan
 from pipeline.render import tile_tasks
 from pipeline.store import integrity, metadata
@@ -41,7 +41,7 @@ class Stage:
 
     config: Config
     plan: StagePlan
-    model: Model
+    layer_use: LayerUse
     network: NetworkSpec
     stage_dir: Path
     engine: Engine
@@ -68,19 +68,21 @@ class Stage:
         for name in checksums:
             if name.endswith(METADATA):
                 metadata.check_metadata(self.stage_dir, name, checksums[name])
-        for key in self.model.style_keys:
+        for key in self.layer_use.style_keys:
             metadata.read_gram(self.stage_dir, key, checksums[gram_name(key)])
-        features = map(content_features_name, self.model.content_layers)
+        features = map(content_features_name, self.layer_use.content_layers)
         newest, idle = (slot_names(one, averaged=is_averaged(checksums)) for one in (slot, 1 - slot))
         alpha = [ALPHA] if ALPHA in checksums else []  # read at the very end: a day before that is better
-        names = (*newest, *features, *self.model.guides.arrays, *alpha)
+        names = (*newest, *features, *self.layer_use.guides.arrays, *alpha)
         arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in names]
         arrays += [store.open_array(self.stage_dir, name) for name in (*idle, GRADIENT)]
         integrity.require_intact(arrays, self.engine, self.told("check"))
 
     def canvas_grams(self, canvas: str, checksums: Mapping[str, str]) -> list[tile_tasks.GramSpec]:
         """The tasks of the Gram pass over a canvas."""
-        guides = self.model.guides if self.model.guides.regions else UNGUIDED  # the content's map is not for Grams
+        guides = (
+            self.layer_use.guides if self.layer_use.guides.regions else UNGUIDED
+        )  # the content's map is not for Grams
         return [
             tile_tasks.GramSpec(
                 self.stage_dir,
@@ -88,7 +90,7 @@ class Stage:
                 tile,
                 self.network,
                 checksums,
-                self.model.style_layers,
+                self.layer_use.style_layers,
                 color=self.color,
                 guides=guides,
             )
@@ -142,7 +144,7 @@ def style_targets(
 ) -> dict[str, objective.StyleTarget]:
     """By style key; without those of regions that have no position at a layer. `areas`: n_r,l of each."""
     targets = {}
-    for key in stage.model.style_keys:
+    for key in stage.layer_use.style_keys:
         layer = layer_of(key)
         whole = positions(stage.plan.size, layer)
         if (area := areas.get(key, whole)) > 0:
@@ -164,9 +166,9 @@ def content_scales(stage: Stage, energies: Mapping[str, float]) -> dict[str, flo
         layer: objective.content_scale(
             stage.config.loss.kind,
             energies[layer],
-            stage.model.widths[layer],
+            stage.layer_use.widths[layer],
             positions(stage.plan.size, layer),
             stage.config.network.content_layers[layer],
         )
-        for layer in stage.model.content_layers
+        for layer in stage.layer_use.content_layers
     }

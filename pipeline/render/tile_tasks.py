@@ -198,9 +198,9 @@ def gram_task(spec: GramSpec) -> dict[str, Gram]:
     guide_pixels = spec.read_guides(spec.tile.inner)
     sums: dict[str, Gram] = {}
     with _computing(spec):
-        seen_1CHW = _seen(spec, pixels_1CHW)
-        maps = _guide_maps(spec, guide_pixels, spec.tile.inner, seen_1CHW)
-        for found in _features(spec, seen_1CHW, outer, set(spec.layers), spec.tile.inner):
+        network_input_1CHW = _network_input(spec, pixels_1CHW)
+        maps = _guide_maps(spec, guide_pixels, spec.tile.inner, network_input_1CHW)
+        for found in _features(spec, network_input_1CHW, outer, set(spec.layers), spec.tile.inner):
             sums |= _gram_sums(spec, found, maps)
     return sums
 
@@ -226,7 +226,7 @@ def content_task(spec: ContentSpec) -> ContentResult:
     with _computing(spec):
         computed = {
             found.layer.name: (found.layer, _inner_features(found, spec.tile).clone())
-            for found in _features(spec, _seen(spec, pixels_1CHW), outer, set(spec.layers), spec.tile.inner)
+            for found in _features(spec, _network_input(spec, pixels_1CHW), outer, set(spec.layers), spec.tile.inner)
         }
     energies: dict[str, float] = {}
     sums: dict[str, ChunkSums] = {}
@@ -249,13 +249,13 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
     guide_pixels = spec.read_guides(outer)
     seeds = _Seeds(spec, dict(spec.style_seeds_CC), spec.read_content(outer))
     with _computing(spec):
-        seen_1CHW, way = _seen(spec, pixels_1CHW), list[Step]()
+        network_input_1CHW, tape = _network_input(spec, pixels_1CHW), list[Step]()
         needed = spec.tile.inner.grown(halo, spec.tile.height, spec.tile.width)
-        seeds.maps = _guide_maps(spec, guide_pixels, outer, seen_1CHW)
-        for _ in _features(spec, seen_1CHW, outer, names, needed, way):
+        seeds.maps = _guide_maps(spec, guide_pixels, outer, network_input_1CHW)
+        for _ in _features(spec, network_input_1CHW, outer, names, needed, tape):
             pass
-        gradient_CHW, roughness = _gradient(spec, seen_1CHW, outer, way, seeds)
-    return _written(spec, gradient_CHW, seeds, roughness)
+        gradient_CHW, tv_sum = _gradient(spec, network_input_1CHW, outer, tape, seeds)
+    return _written(spec, gradient_CHW, seeds, tv_sum)
 
 
 def whole_task(spec: WholeSpec) -> WholeResult:
@@ -266,15 +266,15 @@ def whole_task(spec: WholeSpec) -> WholeResult:
     names = {*map(layer_of, spec.style_targets), *spec.content_factors}
     terms: dict[str, objective.StyleTerm] = {}
     with _computing(spec):
-        seen_1CHW, way = _seen(spec, pixels_1CHW), list[Step]()
-        seeds.maps = _guide_maps(spec, guide_pixels, outer, seen_1CHW)
-        for found in _features(spec, seen_1CHW, outer, names, outer, way):
+        network_input_1CHW, tape = _network_input(spec, pixels_1CHW), list[Step]()
+        seeds.maps = _guide_maps(spec, guide_pixels, outer, network_input_1CHW)
+        for found in _features(spec, network_input_1CHW, outer, names, outer, tape):
             if any(key in spec.style_targets for key in spec.guides.keys(found.layer.name)):
                 sums = _gram_sums(spec, found, seeds.maps)
                 terms |= {key: spec.style_targets[key].term(sums[key]) for key in sums if key in spec.style_targets}
         seeds.style_CC |= {key: term.seed_CC for key, term in terms.items()}
-        gradient_CHW, roughness = _gradient(spec, seen_1CHW, outer, way, seeds)
-    return WholeResult(terms, _written(spec, gradient_CHW, seeds, roughness))
+        gradient_CHW, tv_sum = _gradient(spec, network_input_1CHW, outer, tape, seeds)
+    return WholeResult(terms, _written(spec, gradient_CHW, seeds, tv_sum))
 
 
 @dataclass
@@ -324,21 +324,23 @@ class _Seeds:
         return total
 
 
-def _gradient(spec: SeedSpec, seen_1CHW: Tensor, outer: Rect, way: list[Step], seeds: _Seeds) -> tuple[Tensor, float]:
+def _gradient(
+    spec: SeedSpec, network_input_1CHW: Tensor, outer: Rect, tape: list[Step], seeds: _Seeds
+) -> tuple[Tensor, float]:
     """(the gradient of the inner rectangle, (3, H, W), its share of 3N·Ltv)."""
     # a part of a picture may be none that a style or the content has a say in
-    gradient_1CHW = get_network(spec.network).gradient(way, seeds.of) if way else torch.zeros_like(seen_1CHW)
+    gradient_1CHW = get_network(spec.network).gradient(tape, seeds.of) if tape else torch.zeros_like(network_input_1CHW)
     rows, columns = spec.tile.inner.within(outer)
-    gradient_CHW, roughness = gradient_1CHW[0, :, rows, columns], 0.0
+    gradient_CHW, tv_sum = gradient_1CHW[0, :, rows, columns], 0.0
     if spec.tv_weight:
-        roughness, smoothing_CHW = variation(seen_1CHW, outer.y0, outer.x0, spec.tile)
+        tv_sum, smoothing_CHW = variation(network_input_1CHW, outer.y0, outer.x0, spec.tile)
         gradient_CHW = gradient_CHW + spec.tv_weight * smoothing_CHW
     if spec.color is not None:
         gradient_CHW = gradient_CHW.sum(0, keepdim=True).expand(3, -1, -1)
-    return gradient_CHW, roughness
+    return gradient_CHW, tv_sum
 
 
-def _written(spec: TileSpec, gradient_CHW: Tensor, seeds: _Seeds, roughness: float) -> GradientResult:
+def _written(spec: TileSpec, gradient_CHW: Tensor, seeds: _Seeds, tv_sum: float) -> GradientResult:
     gradient = open_array(spec.stage_dir, "gradient")
     # rounding keeps the order: the largest stays it
     max_abs = gradient.kept(float(torch.linalg.vector_norm(gradient_CHW, float("inf"))))
@@ -349,7 +351,7 @@ def _written(spec: TileSpec, gradient_CHW: Tensor, seeds: _Seeds, roughness: flo
         )
     with profiler.span("write", tile=spec.tile.index, array="gradient"), _device_memory(spec):
         sums = device_io.save(gradient, spec.tile.inner, gradient_CHW)
-    return GradientResult({name: float(value) for name, value in seeds.squares.items()}, max_abs, sums, roughness)
+    return GradientResult({name: float(value) for name, value in seeds.squares.items()}, max_abs, sums, tv_sum)
 
 
 def _features(
@@ -358,10 +360,10 @@ def _features(
     outer: Rect,
     layers: set[str],
     required: Rect,
-    way: list[Step] | None = None,
+    tape: list[Step] | None = None,
 ) -> Iterator[FeatureMap]:
     size = (spec.tile.height, spec.tile.width)
-    return get_network(spec.network).features(pixels_1CHW, outer, size, layers, required, way)
+    return get_network(spec.network).features(pixels_1CHW, outer, size, layers, required, tape)
 
 
 def _inner_features(found: FeatureMap, tile: Tile) -> Tensor:
@@ -374,7 +376,7 @@ def _guide_maps(spec: TileSpec, pixels_HWK: NDArray[np.uint8] | None, rect: Rect
     return None if pixels_HWK is None else GuideMaps(spec.guides, pixels_HWK, rect, like)
 
 
-def _seen(spec: TileSpec, pixels_1CHW: Tensor) -> Tensor:
+def _network_input(spec: TileSpec, pixels_1CHW: Tensor) -> Tensor:
     """The pixels as the network sees them."""
     color = spec.color
     if color is None:

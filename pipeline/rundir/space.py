@@ -17,7 +17,7 @@ _METADATA_FILES = 64  # of one stage: one per array, and the style's targets
 
 
 @dataclass(frozen=True)
-class Room:
+class DiskSpace:
     """Room on a disk: bytes, and files and folders."""
 
     bytes: int
@@ -31,35 +31,35 @@ def check_space(config: Config, planned: Plan, stage: int) -> None:
     result, and takes over what an interrupted preparation left.
     """
     later = planned.stages[stage:]
-    held = room_taken(config.work_dir)
+    held = space_taken(config.work_dir)
     kept = [_room(one.kept_bytes, one.kept_chunks) for one in planned.stages]
-    peak = after = Room(0, 0)
+    peak = after = DiskSpace(0, 0)
     if later:
         after = _more(kept, held)
         peaks = [_more([*kept[: one.index], _room(one.store_bytes, one.store_chunks)], held) for one in later]
-        peak = Room(max(one.bytes for one in peaks), max(one.files for one in peaks))
+        peak = DiskSpace(max(one.bytes for one in peaks), max(one.files for one in peaks))
     what = f"stage {stage} and all behind it" if later else "the picture"
     picture_bytes = planned.output_bytes + planned.levels_bytes
     if _device_of(config.work_dir) == _device_of(config.output.parent):
-        _require(config.work_dir, Room(max(peak.bytes, after.bytes + picture_bytes), peak.files), what)
+        _require(config.work_dir, DiskSpace(max(peak.bytes, after.bytes + picture_bytes), peak.files), what)
     else:
         _require(config.work_dir, peak, what)
-        _require(config.output.parent, Room(picture_bytes, 0), "the picture")
+        _require(config.output.parent, DiskSpace(picture_bytes, 0), "the picture")
 
 
-def _room(array_bytes: int, chunks: int) -> Room:
+def _room(array_bytes: int, chunks: int) -> DiskSpace:
     """Arrays of this size. Every chunk is a file in a folder of its own, which takes a block on most disks."""
-    return Room(array_bytes + (chunks + _METADATA_FILES) * _BLOCK_BYTES, 3 * chunks + _METADATA_FILES)
+    return DiskSpace(array_bytes + (chunks + _METADATA_FILES) * _BLOCK_BYTES, 3 * chunks + _METADATA_FILES)
 
 
-def _more(wanted: Sequence[Room], held: Room) -> Room:
+def _more(wanted: Sequence[DiskSpace], held: DiskSpace) -> DiskSpace:
     """What is missing to the sum of `wanted`."""
-    return Room(
+    return DiskSpace(
         max(0, sum(one.bytes for one in wanted) - held.bytes), max(0, sum(one.files for one in wanted) - held.files)
     )
 
 
-def _require(folder: Path, need: Room, what: str) -> None:
+def _require(folder: Path, need: DiskSpace, what: str) -> None:
     """Raise SpaceError if the disk of `folder` has not what is needed for `what`."""
     disk = os.statvfs(existing_parent(folder))
     remedy = (
@@ -84,10 +84,10 @@ def _shown(size_bytes: int) -> str:
     return f"{size_bytes / factor:.2f} {unit}"
 
 
-def room_taken(folder: Path) -> Room:
+def space_taken(folder: Path) -> DiskSpace:
     """What all files and folders below `folder` take; nothing if it does not exist."""
     blocks = list(_blocks(folder))
-    return Room(512 * sum(blocks), len(blocks))
+    return DiskSpace(512 * sum(blocks), len(blocks))
 
 
 def _blocks(folder: Path) -> Iterator[int]:

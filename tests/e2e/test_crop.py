@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline import crop, images, load_config, run
 from pipeline.commands.preview.crop import regions, scaled
-from pipeline.commands.preview.whole_image import Known, Whole
+from pipeline.commands.preview.whole_image import WholeImage, WholeImageEstimate
 from pipeline.core.errors import Stopped
 from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import ALIGN_PX
@@ -69,8 +69,8 @@ def test_crop_is_closer_to_the_run_with_the_whole_pictures_grams(config, monkeyp
     monkeypatch.setattr(module, "_SPREAD_PX", 0)
     rect = Rect(40, 72, 100, 150)
     with_whole = read_picture(crop(load_config(config), rect)).astype(float)
-    nothing = lambda whole, stage, part: Known({}, dict.fromkeys(stage.model.content_layers, 1.0))  # noqa: E731
-    monkeypatch.setattr(Whole, "known", nothing)
+    nothing = lambda whole, stage, part: WholeImageEstimate({}, dict.fromkeys(stage.layer_use.content_layers, 1.0))  # noqa: E731
+    monkeypatch.setattr(WholeImage, "known", nothing)
     alone = read_picture(crop(load_config(config), rect)).astype(float)
     run(load_config(config))
     real = read_picture(config.parent / "out.png")[40:72, 100:150].astype(float)

@@ -14,7 +14,7 @@ import pyvips
 
 import pipeline
 from pipeline import crop, load_config, run
-from pipeline.commands.preview.whole_image import Known, Whole
+from pipeline.commands.preview.whole_image import WholeImage, WholeImageEstimate
 from pipeline.core.errors import ConfigError
 from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import LAYER_BY_NAME
@@ -47,8 +47,8 @@ def squares(found: np.ndarray, real: np.ndarray) -> float:
 
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Crops know nothing of the whole picture from now on."""
-    nothing = lambda whole, stage, part: Known({}, dict.fromkeys(stage.model.content_layers, 1.0))  # noqa: E731
-    monkeypatch.setattr(Whole, "known", nothing)
+    nothing = lambda whole, stage, part: WholeImageEstimate({}, dict.fromkeys(stage.layer_use.content_layers, 1.0))  # noqa: E731
+    monkeypatch.setattr(WholeImage, "known", nothing)
 
 
 # --- the objective ---
@@ -107,7 +107,7 @@ def test_with_the_wholes_grams_a_regions_gradient_is_the_wholes(tmp_path, narrow
         whole = part_of(tmp_path / "whole", narrow_weights, engine, everything, kind)
         region = part_of(tmp_path / "region", narrow_weights, engine, rect, kind)
         areas = whole.prepared.areas
-        assert region.stage.model.guides == Guides(masks=2, rest=True, content=True)
+        assert region.stage.layer_use.guides == Guides(masks=2, rest=True, content=True)
         assert 0 < region.prepared.areas["conv2_1_r0"] < 0.9 * areas["conv2_1_r0"]  # some of it
         assert region.prepared.areas["conv2_1_r1"] == 0 < areas["conv2_1_r1"]  # nothing
         own, of_whole = region.sums(), whole.sums()

@@ -24,7 +24,7 @@ from pipeline.core.events import ignore
 from pipeline.core.tiling import Rect
 from pipeline.executors.threads import Engine
 from pipeline.network.weights import NetworkSpec, find_weights
-from pipeline.plan.network_cost import model_of
+from pipeline.plan.network_cost import layers_in_use
 from pipeline.render.iteration import IterationResult, Iterations
 from pipeline.render.preparation import Prepared, prepare
 from pipeline.render.stage import Stage
@@ -141,7 +141,7 @@ def make_stage(config: Config, planned, engine: Engine) -> Stage:
     return Stage(
         config=config,
         plan=planned.stages[0],
-        model=model_of(config, source.widths),
+        layer_use=layers_in_use(config, source.widths),
         network=NetworkSpec(source, config.network.padding, config.network.pooling, "float64", "cpu"),
         stage_dir=config.work_dir / "store.zarr" / "stage_0",
         engine=engine,
@@ -182,7 +182,7 @@ def assert_exact(case: Case) -> None:
         assert relative(case.started.content_energies[layer], content[layer].square().sum()) < EXACT
         assert relative(case.read(f"features_{layer}"), content[layer].permute(1, 2, 0)) < EXACT
     for layer in problem.style_layers:
-        for region, key in enumerate(stage.model.guides.keys(layer)):
+        for region, key in enumerate(stage.layer_use.guides.keys(layer)):
             found = read_gram(stage.stage_dir, key, case.started.checksums[gram_name(key)])
             assert relative(found, problem.target_grams(region)[layer]) < EXACT
     result = case.iterate()

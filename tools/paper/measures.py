@@ -66,7 +66,7 @@ class Drift:
 def drift(stage: Stage, canvas: str) -> Drift:
     """Of a canvas in its stage's tiles, always read with their halo."""
     height, width = stage.plan.size
-    layers = stage.model.style_layers
+    layers = stage.layer_use.style_layers
 
     def grams(rect: Rect) -> dict[str, Gram]:
         spec = tile_tasks.GramSpec(stage.stage_dir, canvas, Tile(0, rect, height, width), stage.network, {}, layers)

@@ -21,7 +21,7 @@ from pipeline.core.tiling import Rect
 from pipeline.executors.threads import Engine
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.device import default_threads
-from pipeline.plan.network_cost import model_of
+from pipeline.plan.network_cost import layers_in_use
 from pipeline.plan.plan import StagePlan
 from pipeline.render import preparation
 from pipeline.render.iteration import IterationResult, Iterations
@@ -60,7 +60,7 @@ class Driven:
         self.stage = Stage(
             config,
             plan,
-            model_of(config, weights.widths),
+            layers_in_use(config, weights.widths),
             spec,
             config.work_dir / f"stage_{plan.index}",
             engine,

@@ -20,7 +20,7 @@ from pipeline.core.tiling import Rect, Tile
 from pipeline.executors.threads import Engine
 from pipeline.losses import objective
 from pipeline.losses.objective import Gram
-from pipeline.plan.network_cost import model_of
+from pipeline.plan.network_cost import layers_in_use
 from pipeline.plan.plan import arrays_of
 from pipeline.render import tile_tasks
 from pipeline.render.stage import positions
@@ -107,7 +107,7 @@ def _make_alone(config: Config, spec: Any, tile: Tile) -> None:
     """The arrays that the passes read and write, and the features of this part of the content by itself."""
     folder, layers = spec.stage_dir / f"alone_{tile.index}", tuple(config.network.content_layers)
     store.create_stage(folder)
-    arrays = arrays_of(config, (tile.height, tile.width), model_of(config, spec.network.source.widths), RGB8)
+    arrays = arrays_of(config, (tile.height, tile.width), layers_in_use(config, spec.network.source.widths), RGB8)
     for name in (CONTENT, "canvas_0", GRADIENT, *map(content_features_name, layers)):
         store.create_array(folder, name, arrays[name].shape, arrays[name].chunk_px, arrays[name].form, "none")
     pixels = store.open_array(spec.stage_dir, CONTENT).read_window(spec.tile.inner)

@@ -48,11 +48,11 @@ from pipeline.images.writer import check_output
 from pipeline.network.weights import WeightsSource, find_weights, widths_for_plan
 from pipeline.plan.device import Device, resolve_device
 from pipeline.plan.memory import WORKERS, StageWork
-from pipeline.plan.network_cost import model_of
+from pipeline.plan.network_cost import layers_in_use
 from pipeline.plan.plan import Plan, plan_stage
 from pipeline.render import adam, ingest
-from pipeline.render.context import Tools, iteration_record, make_stage, prepared_record, tools_for
-from pipeline.render.resample import Part, enlarge, needed, whole
+from pipeline.render.context import RenderContext, iteration_record, make_stage, prepared_record, render_context
+from pipeline.render.resample import Region, enlarge, needed, whole
 from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.manifest import trusted_manifest
 from pipeline.rundir.open import identity, newest_canvas, refuse_changes, refuse_other_stages
@@ -65,7 +65,7 @@ from pipeline.store import integrity
 from pipeline.store.layout import CONTENT
 
 if TYPE_CHECKING:
-    from pipeline.commands.preview.whole_image import Whole
+    from pipeline.commands.preview.whole_image import WholeImage
     from pipeline.losses.color import ColorStatistics
     from pipeline.render.iteration import IterationResult
     from pipeline.render.stage import Stage
@@ -108,8 +108,8 @@ def crop(
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, engine.raise_if_stopped)
         finished = _finished(config, planned, weights, target, engine)
         with claimed(config, picture, force) as claim, _emptied(claim.folder / "crop") as aside:
-            tools = tools_for(config, planned, device, weights, engine, sink)
-            rendering = Crop(config, planned, tools, finished, aside)
+            context = render_context(config, planned, device, weights, engine, sink)
+            rendering = Crop(config, planned, context, finished, aside)
             found = rendering.render(rect, target)
             cut_canvas(found, own, picture, engine.raise_if_stopped, claim.record)
             claim.done()
@@ -161,7 +161,7 @@ def _planned(config: Config, device: Device) -> Plan:
     """
     widths = widths_for_plan(config.network.name, config.network.weights, config.limits.max_weights_bytes)
     sizes = [max(stage.size) for stage in plan_on(config, device).stages]
-    held = 3 * max(model_of(config.for_stage(size), widths).grams_bytes() for size in sizes)
+    held = 3 * max(layers_in_use(config.for_stage(size), widths).grams_bytes() for size in sizes)
     memory = config.memory.model_copy(update={"limit": config.memory.limit_bytes - held})
     try:
         return plan_on(config.model_copy(update={"memory": memory}), device)
@@ -225,28 +225,28 @@ class Crop:
 
     config: Config
     plan: Plan
-    tools: Tools
+    context: RenderContext
     finished: _Finished
     aside: Path
     _position: Position = field(default_factory=Position)
 
-    def render(self, rect: Rect, target: int) -> Part:
+    def render(self, rect: Rect, target: int) -> Region:
         """The canvas of stage `target`, or a part of it that holds `rect`, which is of the finished picture."""
-        engine, first = self.tools.engine, self.finished.stage + 1
+        engine, first = self.context.engine, self.finished.stage + 1
         source = whole(self.finished.canvas)
         integrity.require_intact([source.array], engine, self._told("check"))
         if target < first:
-            self.tools.sink(Note(f"stage {target} is finished: its canvas is cut, and nothing is rendered"))
+            self.context.sink(Note(f"stage {target} is finished: its canvas is cut, and nothing is rendered"))
             return source
         sizes = [stage.size for stage in self.plan.stages[first : target + 1]]
-        models = [self._stage(index, size).model for index, size in enumerate(sizes, start=first)]
+        models = [self._stage(index, size).layer_use for index, size in enumerate(sizes, start=first)]
         own = scaled(rect, self.plan.stages[-1].size, sizes[-1])
-        around = [2 * halo_px(model.names) + _SPREAD_PX for model in models]
+        around = [2 * halo_px(layer_use.names) + _SPREAD_PX for layer_use in models]
         before = self._whole()
         for index, region in enumerate(regions(own, sizes, around), start=first):
             size = self.plan.stages[index].size
             text = f"stage {index}: {region.width}×{region.height} px of {size[1]}×{size[0]} around the crop"
-            self.tools.sink(Note(text))
+            self.context.sink(Note(text))
             source = self._render_stage(index, region, source, before)
         return source
 
@@ -255,15 +255,15 @@ class Crop:
         config = self.config.for_stage(max(self.plan.stages[index].size))
         compute = config.compute.model_copy(update={"threads": self.finished.threads})
         config = config.model_copy(update={"stages": (), "compute": compute, "work_dir": self.aside})
-        model = model_of(config, self.tools.weights.widths)
+        layer_use = layers_in_use(config, self.context.weights.widths)
         styles = self.plan.stages[index].style_sizes
         longest = ceil_to(max(side for one in (size, *styles) for side in one), config.store.chunk_px)
         tile_px = min(self.finished.tile_px or longest, self.plan.tile_px, longest)
         content = None if config.content is None else RGB8  # as the crop's own cut of it has
-        plan = plan_stage(StageWork(config, model, size, styles, content), index, tile_px)
-        return make_stage(config, plan, self.tools, tile_px)
+        plan = plan_stage(StageWork(config, layer_use, size, styles, content), index, tile_px)
+        return make_stage(config, plan, self.context, tile_px)
 
-    def _render_stage(self, index: int, region: Rect, source: Part, before: Whole) -> Part:
+    def _render_stage(self, index: int, region: Rect, source: Region, before: WholeImage) -> Region:
         # these bring torch, which export and status do without
         from pipeline.render.iteration import Iterations  # noqa: PLC0415
         from pipeline.render.preparation import prepare  # noqa: PLC0415
@@ -279,15 +279,15 @@ class Crop:
         least_max_u = 0.0 if stage.plan.size == size else self._least_max_u(stage)
         iterations = Iterations(stage, energies, prepared.areas, known.grams, least_max_u)
         while end_reason(self._position, stage.config.optimizer) is None:
-            self.tools.engine.raise_if_stopped()
+            self.context.engine.raise_if_stopped()
             commit = partial(self._commit, stage)
             at = self._position
             iterations.iterate(at.iteration, at.alpha, at.checksums[index], commit)
-        return Part(newest_canvas(self.aside, self._position, index), region, size)
+        return Region(newest_canvas(self.aside, self._position, index), region, size)
 
     def _cut(self, stage: Stage, region: Rect, size: Size) -> ColorStatistics | None:
         """Gives the stage the region of its content and masks; gives the colours of the whole content."""
-        config, check = stage.config, self.tools.engine.raise_if_stopped
+        config, check = stage.config, self.context.engine.raise_if_stopped
         # a mask that several styles share stays one
         cuts = {path: self.aside / f"mask_{stage.plan.index}_{number}.png" for number, path in enumerate(config.masks)}
         for path, cut in cuts.items():
@@ -317,20 +317,22 @@ class Crop:
         self._told(f"stage {stage.plan.index} of the crop")(self._position.iteration, settings.max_iterations)
         return end_reason(self._position, settings) is None
 
-    def _start(self, stage: Stage, source: Part, region: Rect, size: Size) -> store.StageArray:
+    def _start(self, stage: Stage, source: Region, region: Rect, size: Size) -> store.StageArray:
         """The region of the stage before, enlarged."""
         folder, form = self.aside / "start", "float64" if stage.config.state == "float64" else "float32"
         store.create_stage(folder)
         store.create_array(folder, CANVAS, (*stage.plan.size, 3), stage.config.store.chunk_px, form, "none")
-        sums = enlarge(source, Part(store.open_array(folder, CANVAS), region, size), self.tools.engine)
+        sums = enlarge(source, Region(store.open_array(folder, CANVAS), region, size), self.context.engine)
         return store.open_array(folder, CANVAS, sums)
 
-    def _whole(self) -> Whole:
+    def _whole(self) -> WholeImage:
         """What the whole picture is compared with its parts at: the finished stage, and the content at its size."""
-        from pipeline.commands.preview.whole_image import Whole  # noqa: PLC0415
+        from pipeline.commands.preview.whole_image import WholeImage  # noqa: PLC0415
 
         found = self.finished
-        return Whole(found.stage, found.canvas, self._whole_content(), self.plan.tile_px, self.aside / "whole_masks")
+        return WholeImage(
+            found.stage, found.canvas, self._whole_content(), self.plan.tile_px, self.aside / "whole_masks"
+        )
 
     def _whole_content(self) -> store.StageArray | None:
         if self.config.content is None:
@@ -339,8 +341,8 @@ class Crop:
         store.create_stage(folder)
         store.create_array(folder, CONTENT, (*size, 3), self.config.store.chunk_px, "uint8", "none")
         array = store.open_array(folder, CONTENT)
-        sums = ingest.ingest(self.config.content, array, self.tools.engine, self._told("content"))
+        sums = ingest.ingest(self.config.content, array, self.context.engine, self._told("content"))
         return store.open_array(folder, CONTENT, sums)
 
     def _told(self, what: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.tools.sink(WorkDone(self.finished.stage, what, done, total))
+        return lambda done, total: self.context.sink(WorkDone(self.finished.stage, what, done, total))

@@ -15,7 +15,7 @@ from pipeline.core.tiling import Rect, Size
 from pipeline.images.writer import write_rows
 from pipeline.losses import color
 from pipeline.losses.color import ColorStatistics
-from pipeline.render.resample import Part, moved
+from pipeline.render.resample import Region, moved
 
 _BAND_PX = 256
 
@@ -47,13 +47,13 @@ def _cut_bands(
 
 
 def cut_canvas(
-    canvas: Part, rect: Rect, output: Path, check: Callable[[], None], on_whole: Callable[[Path], None]
+    canvas: Region, rect: Rect, output: Path, check: Callable[[], None], on_whole: Callable[[Path], None]
 ) -> None:
     """Write the rectangle `rect` of the picture that `canvas` keeps a part of, 8 bits a channel, as `output`."""
     write_rows(_canvas_bands(canvas, rect), output, (rect.height, rect.width), check, on_whole=on_whole)
 
 
-def _canvas_bands(canvas: Part, rect: Rect) -> Iterator[NDArray[Any]]:
+def _canvas_bands(canvas: Region, rect: Rect) -> Iterator[NDArray[Any]]:
     for y0 in range(rect.y0, rect.y1, _BAND_PX):
         band = Rect(y0, min(y0 + _BAND_PX, rect.y1), rect.x0, rect.x1)
         pixels = canvas.array.read_window(moved(band, -canvas.rect.y0, -canvas.rect.x0))

@@ -266,7 +266,7 @@ class _Grid:
         sink(Note(f"{pictures} of {width}×{height} px, {flop / 1e12:,.1f} TFLOP if none is rendered yet"))
         for index, one in enumerate(self._planned, start=1):
             started = time.monotonic()
-            told = _Told(sink, f"picture {index} of {number}", one.plan)
+            told = _PreviewSink(sink, f"picture {index} of {number}", one.plan)
             run(one.config, sink=told, stop=stop)
             seconds = time.monotonic() - started if told.rendering else None
             sink(PictureDone(index, number, one.variation.settings, str(one.config.output), seconds))
@@ -313,7 +313,7 @@ def _label(axes: Sequence[Axis], settings: Sequence[str]) -> Label:
     return tuple((axis.key, one.removeprefix(f"{axis.key}=")) for axis, one in zip(axes, settings, strict=True))
 
 
-class _Told:
+class _PreviewSink:
     """The sink of one picture's run: of its events the preview tells how far it is, and what is worth a line."""
 
     def __init__(self, sink: Sink, what: str, plan: Plan) -> None:

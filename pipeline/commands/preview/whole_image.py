@@ -24,7 +24,7 @@ from pipeline.store.guides import UNGUIDED, Guides
 
 
 @dataclass(frozen=True)
-class Known:
+class WholeImageEstimate:
     """`grams`: G_whole − G_part, by style key. `energies`: E_whole/E_part per position, by content layer.
 
     A style key is left out where nothing is known of it: its mask is black in the part, or everywhere.
@@ -44,7 +44,7 @@ class _Guided:
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeImage:
     """The finished stage `index`: its canvas, and the content at its size. `folder`: for the masks at its size."""
 
     index: int
@@ -58,26 +58,28 @@ class Whole:
         """(height, width) in px."""
         return self.canvas.shape[:2]
 
-    def known(self, stage: Stage, part: Rect) -> Known:
+    def known(self, stage: Stage, part: Rect) -> WholeImageEstimate:
         """What to add to a region's mean Grams, and what to multiply its energies by, for those of the whole.
 
         `stage`: the one to come, with the masks of the whole picture. `part`: the region, at the finished stage.
         Raises InputError for a broken mask.
         """
         everything = Rect(0, self.size[0], 0, self.size[1])
-        canvas, layers, guided = self.canvas, stage.model.style_layers, self._guided(stage)
+        canvas, layers, guided = self.canvas, stage.layer_use.style_layers, self._guided(stage)
         of_whole, of_part = (self._mean_grams(stage, canvas, layers, one, guided) for one in (everything, part))
         grams = {key: of_whole[key] - of_part[key] for key in of_whole if key in of_part}
         if self.content is None:
-            return Known(grams, {})
+            return WholeImageEstimate(grams, {})
         # the energy per position is the sum of the mean Gram's diagonal; a map of the content's weight is not in it
-        content, layers, guided = self.content, stage.model.content_layers, _Guided(self.folder)
+        content, layers, guided = self.content, stage.layer_use.content_layers, _Guided(self.folder)
         of_whole, of_part = (self._mean_grams(stage, content, layers, one, guided) for one in (everything, part))
-        return Known(grams, {layer: _ratio(of_whole[layer].trace(), of_part[layer].trace()) for layer in layers})
+        return WholeImageEstimate(
+            grams, {layer: _ratio(of_whole[layer].trace(), of_part[layer].trace()) for layer in layers}
+        )
 
     def _guided(self, stage: Stage) -> _Guided:
         """Makes the masks of the stage's styles."""
-        guides = replace(stage.model.guides, content=False)
+        guides = replace(stage.layer_use.guides, content=False)
         store.create_stage(self.folder)
         for name in guides.arrays:
             store.create_array(self.folder, name, (*self.size, 1), stage.config.store.chunk_px, "uint8", "none")

@@ -14,17 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import store
-from pipeline.commands.verify.scan import Findings
-from pipeline.commands.verify.store_check import FOREIGN, Held, Problem, group_checksums
+from pipeline.commands.verify.scan import ScanResult
+from pipeline.commands.verify.store_check import FOREIGN, ExpectedStage, Problem, group_checksums
 from pipeline.core.errors import PipelineError
 from pipeline.core.events import Sink
 from pipeline.core.files import taken
 from pipeline.executors.threads import Engine
 from pipeline.network.weights import find_weights, widths_for_plan
 from pipeline.plan.device import resolve_device
-from pipeline.plan.network_cost import model_of
+from pipeline.plan.network_cost import layers_in_use
 from pipeline.plan.plan import arrays_of
-from pipeline.render.context import make_stage, tools_for
+from pipeline.render.context import make_stage, render_context
 from pipeline.rundir.journal import Journal
 from pipeline.rundir.manifest import begun_manifest, content_kind, write_manifest
 from pipeline.rundir.open import newest_canvas, now, refuse_other_stages, stage_path
@@ -68,7 +68,7 @@ class Repair:
     sink: Sink
     hopeless: set[tuple[int, str]] = field(default_factory=set)
 
-    def steps(self, found: Findings) -> list[Step]:
+    def steps(self, found: ScanResult) -> list[Step]:
         """What to do now; look again when it is done. Empty if there is nothing, or nothing that helps."""
         steps = [_foreign_step(found, problem) for problem in found.problems if problem.kind == "foreign"]
         if records := list(_record_steps(found)):
@@ -81,7 +81,7 @@ class Repair:
 
     # --- descriptions ------------------------------------------------------------------------------------------
 
-    def _metadata_steps(self, found: Findings) -> Iterator[Step]:
+    def _metadata_steps(self, found: ScanResult) -> Iterator[Step]:
         for problem in found.problems:
             if problem.path.name != METADATA or problem.kind == "foreign":
                 continue
@@ -99,7 +99,7 @@ class Repair:
 
     # --- pixels ------------------------------------------------------------------------------------------------
 
-    def _state_steps(self, found: Findings) -> list[Step]:
+    def _state_steps(self, found: ScanResult) -> list[Step]:
         """Compute inputs of the stage again, go back, or give up a canvas that the run does not need."""
         stage = found.position.stage
         damaged = {(problem.stage, problem.array) for problem in found.problems if problem.kind != "foreign"}
@@ -123,11 +123,11 @@ class Repair:
         steps += [self._remake_step(found, index, {ALPHA}) for index in mended]
         return steps + [_lost_step(found, index) for index in lost]
 
-    def _is_alpha_alone(self, found: Findings, stage: int, damaged: set[str | None]) -> bool:
+    def _is_alpha_alone(self, found: ScanResult, stage: int, damaged: set[str | None]) -> bool:
         """Whether only the alpha of an earlier stage is damaged, and can be made anew from the content."""
         return damaged == {ALPHA} and found.inputs_whole and (stage, ALPHA) not in self.hopeless
 
-    def _way_back(self, found: Findings, begin_again: bool) -> _Back | None:
+    def _way_back(self, found: ScanResult, begin_again: bool) -> _Back | None:
         """The newest position before this one that the store still holds whole."""
         stage, records = found.position.stage, found.journal.records
         iteration = _last(records, Iteration, stage)
@@ -143,7 +143,7 @@ class Repair:
                 return _Back(prepared, position, index)
         return None
 
-    def _back_step(self, found: Findings, back: _Back) -> Step:
+    def _back_step(self, found: ScanResult, back: _Back) -> Step:
         lost = sum(isinstance(record, Iteration) for record in found.journal.records[back.index :])
         if back.stage is None:
             where = f"stage {back.position.stage} goes on from iteration {back.position.iteration}"
@@ -176,11 +176,11 @@ class Repair:
         specs = [spec for array in arrays for spec in integrity.specs_of(array, array.chunk_indices())]
         return not integrity.damage(specs, self.engine, lambda done, total: None)
 
-    def _remake_step(self, found: Findings, stage: int, names: set[str]) -> Step:
+    def _remake_step(self, found: ScanResult, stage: int, names: set[str]) -> Step:
         text = f"compute {', '.join(sorted(names))} of stage {stage} again"
         return Step(text, lambda: self._remake(found, stage, names))
 
-    def _remake(self, found: Findings, index: int, names: set[str]) -> None:
+    def _remake(self, found: ScanResult, index: int, names: set[str]) -> None:
         """Make inputs of a stage anew; those that do not come out as they were are hopeless."""
         from pipeline.render.preparation import remake  # noqa: PLC0415 - brings torch
 
@@ -196,9 +196,9 @@ class Repair:
         assert prepared is not None
         record = records[prepared]
         assert isinstance(record, StagePrepared)
-        tools = tools_for(config, planned, device, weights, self.engine, self.sink)
+        context = render_context(config, planned, device, weights, self.engine, self.sink)
         tile_px = record.tile_px or planned.tile_px  # other tiles would round otherwise
-        stage = make_stage(config, planned.stages[index], tools, tile_px)
+        stage = make_stage(config, planned.stages[index], context, tile_px)
         sums = found.position.checksums[index]
         made = remake(stage, names, None if CONTENT in names else sums.get(CONTENT))
         for name in names:
@@ -210,7 +210,7 @@ class Repair:
         shutil.rmtree(stage.partial_dir)
 
 
-def _metadata_files(found: Findings, problem: Problem) -> Iterator[bytes]:
+def _metadata_files(found: ScanResult, problem: Problem) -> Iterator[bytes]:
     """What a metadata file may have been: another of the same run, or what zarr writes today."""
     paths = [held.folder / name for held in found.held for name in held.metadata] + [
         store_path(found.work_dir) / METADATA
@@ -225,16 +225,16 @@ def _metadata_files(found: Findings, problem: Problem) -> Iterator[bytes]:
     try:
         height, width = found.manifest.stages[problem.stage].size
         config = config.for_stage(max(height, width))
-        model = model_of(config, widths_for_plan(config.network.name, config.network.weights))
+        layer_use = layers_in_use(config, widths_for_plan(config.network.name, config.network.weights))
     except PipelineError:  # the weights are damaged too: they are a problem of their own
         return
     content = None if config.content is None else content_kind(found.manifest)
-    arrays = arrays_of(config, (height, width), model, content)
+    arrays = arrays_of(config, (height, width), layer_use, content)
     if problem.array in arrays:
         yield array_metadata(arrays[problem.array], config.store.codec)
 
 
-def _foreign_step(found: Findings, problem: Problem) -> Step:
+def _foreign_step(found: ScanResult, problem: Problem) -> Step:
     if problem.what.startswith(SECOND_NAME):
         return Step(f"make {problem.path} a file of its own", lambda: _make_own(problem.path))
     target = found.work_dir / FOREIGN / problem.path.relative_to(found.work_dir)
@@ -253,7 +253,7 @@ def _make_own(path: Path) -> None:
     aside.replace(path)
 
 
-def _record_steps(found: Findings) -> Iterator[Step]:
+def _record_steps(found: ScanResult) -> Iterator[Step]:
     """What the journal and the manifest need; everything else is judged by them, and waits."""
     paths = {problem.path for problem in found.problems}
     path, manifest = journal_path(found.work_dir), found.manifest
@@ -278,7 +278,7 @@ def _record_steps(found: Findings) -> Iterator[Step]:
         yield Step(text, lambda: write_manifest(manifest_path(found.work_dir), manifest))
 
 
-def _room_steps(found: Findings) -> Iterator[Step]:
+def _room_steps(found: ScanResult) -> Iterator[Step]:
     """Chunks that the next iteration writes over only need to be there."""
     for held in found.held:
         for name in held.spare:
@@ -294,20 +294,20 @@ def _room_steps(found: Findings) -> Iterator[Step]:
                 yield Step(text, lambda held=held, name=name, chunks=chunks: _make_room(held, name, chunks))  # type: ignore[misc]
 
 
-def _make_room(held: Held, name: str, chunks: Sequence[tuple[int, int]]) -> None:
+def _make_room(held: ExpectedStage, name: str, chunks: Sequence[tuple[int, int]]) -> None:
     array = store.open_array(held.folder, name)
     for cy, cx in chunks:
         make_room_again(array, cy, cx)
 
 
-def _lost_step(found: Findings, stage: int) -> Step:
+def _lost_step(found: ScanResult, stage: int) -> Step:
     text = (
         f"give up the canvas of stage {stage}: the run does not need it, but `pipeline export --stage` has it no more"
     )
     return Step(text, lambda: _append(found, CanvasLost(stage=stage)))
 
 
-def _append(found: Findings, record: Record) -> None:
+def _append(found: ScanResult, record: Record) -> None:
     journal = Journal(journal_path(found.work_dir))
     journal.repair_tail()
     journal.append(record.model_copy(update={"time": now()}))

@@ -10,12 +10,12 @@ from pydantic import ValidationError
 
 from pipeline.commands.run import end_reason
 from pipeline.commands.verify.store_check import (
-    Held,
+    ExpectedStage,
     Problem,
-    Sample,
+    SampleSpec,
     StoreDamage,
+    expected_stages,
     foreign_at_the_top,
-    held_by,
     store_damage,
 )
 from pipeline.config.config import Config, input_files, result_fields
@@ -34,7 +34,7 @@ from pipeline.rundir.records import Manifest
 
 
 @dataclass(frozen=True)
-class Findings:
+class ScanResult:
     """What a run directory holds, and what is wrong with it.
 
     `manifest`, `config`: what the run began with; None if nothing readable says so. `ended`: the current stage needs no
@@ -48,7 +48,7 @@ class Findings:
     journal: JournalState
     position: Position
     ended: bool
-    held: list[Held]
+    held: list[ExpectedStage]
     problems: list[Problem]
     leftovers: list[Path]
     notes: list[str]
@@ -79,7 +79,7 @@ def input_task(spec: _InputSpec) -> Problem | None:
         return Problem(spec.path, "unreadable", f"cannot be read {restore} ({error})")
 
 
-def look(work_dir: Path, config: Config | None, sample: Sample | None, engine: Engine, sink: Sink) -> Findings:
+def scan(work_dir: Path, config: Config | None, sample: SampleSpec | None, engine: Engine, sink: Sink) -> ScanResult:
     """Everything that is wrong in a run directory.
 
     `config`: where the inputs are now, if not where the run began with them. Raises ConfigError if it is another run's,
@@ -95,7 +95,7 @@ def look(work_dir: Path, config: Config | None, sample: Sample | None, engine: E
     ended = position.stage_done or bool(config and manifest and position.slots and _ended(position, config, manifest))
     specs = _input_specs(work_dir, manifest, config) if position.slots and manifest and config else []
     inputs = [found for found in engine.map(input_task, specs) if found is not None]
-    held = held_by(work_dir, position, ended)
+    held = expected_stages(work_dir, position, ended)
     if links := [Problem(path, "foreign", f"{what}, and no run makes one") for path, what in links_in_store(work_dir)]:
         in_store = StoreDamage(links)  # nothing is read through a link
         notes.append("the store is not looked into while there are links in it")
@@ -103,7 +103,7 @@ def look(work_dir: Path, config: Config | None, sample: Sample | None, engine: E
         told = partial(_tell, sink, position.stage)
         in_store = store_damage(work_dir, held, sample, engine, told)
     foreign, leftovers = foreign_at_the_top(work_dir, lambda path: _is_own(path, config, position))
-    return Findings(
+    return ScanResult(
         work_dir=work_dir,
         manifest=manifest,
         config=config,

@@ -52,7 +52,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Held:
+class ExpectedStage:
     """What the store must hold of one stage, by the journal.
 
     `live`: arrays whose content counts, with their chunks' checksums. `spare`: arrays that the next iteration writes
@@ -82,14 +82,14 @@ class StoreDamage:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleSpec:
     """Read only this share of every array's chunks, at least one."""
 
     share: float
     seed: int
 
 
-def held_by(work_dir: Path, position: Position, ended: bool) -> list[Held]:
+def expected_stages(work_dir: Path, position: Position, ended: bool) -> list[ExpectedStage]:
     """What the store must hold at this position. `ended`: the current stage needs nothing but its result any more."""
     return [
         _held(stage_path(work_dir, stage), stage, position.slots[stage], sums, ended or stage < position.stage)
@@ -97,20 +97,20 @@ def held_by(work_dir: Path, position: Position, ended: bool) -> list[Held]:
     ]
 
 
-def _held(folder: Path, stage: int, slot: int, sums: Mapping[str, str], ended: bool) -> Held:
+def _held(folder: Path, stage: int, slot: int, sums: Mapping[str, str], ended: bool) -> ExpectedStage:
     metadata = {name: value for name, value in sums.items() if name.endswith(METADATA)}
     if ended:
         kept = {name: sums[name] for name in kept_files(slot, sums)}
         live = {name: value for name, value in kept.items() if name not in metadata}
-        return Held(stage, folder, live, (), {name: kept[name] for name in kept if name in metadata})
+        return ExpectedStage(stage, folder, live, (), {name: kept[name] for name in kept if name in metadata})
     names = [name.removesuffix(f"/{METADATA}") for name in metadata if name != METADATA]
     idle = slot_names(1 - slot, averaged=True)
     spare = tuple(name for name in names if name in idle or name not in sums)
-    return Held(stage, folder, {name: sums[name] for name in names if name not in spare}, spare, metadata)
+    return ExpectedStage(stage, folder, {name: sums[name] for name in names if name not in spare}, spare, metadata)
 
 
 def store_damage(
-    work_dir: Path, held: Sequence[Held], sample: Sample | None, engine: Engine, on_progress: OnProgress
+    work_dir: Path, held: Sequence[ExpectedStage], sample: SampleSpec | None, engine: Engine, on_progress: OnProgress
 ) -> StoreDamage:
     """Everything in the store that is not what the journal says."""
     found = StoreDamage()
@@ -127,12 +127,12 @@ def store_damage(
     return found
 
 
-def group_checksums(held: Sequence[Held]) -> set[int]:
+def group_checksums(held: Sequence[ExpectedStage]) -> set[int]:
     """What the store's own metadata may be: it holds nothing, and is as every stage's, or as zarr writes it today."""
     return {checksum(group_metadata()), *(int(unpacked(stage.metadata[METADATA])[0]) for stage in held)}
 
 
-def _check_group(path: Path, held: Sequence[Held], found: StoreDamage) -> None:
+def _check_group(path: Path, held: Sequence[ExpectedStage], found: StoreDamage) -> None:
     if not path.parent.exists() and not held:
         return  # killed before it made its store
     try:
@@ -144,7 +144,7 @@ def _check_group(path: Path, held: Sequence[Held], found: StoreDamage) -> None:
         found.problems.append(Problem(path, "unreadable", f"cannot be read ({error.strerror})"))
 
 
-def _check_metadata(stage: Held, found: StoreDamage) -> set[str]:
+def _check_metadata(stage: ExpectedStage, found: StoreDamage) -> set[str]:
     """Names of the arrays whose metadata is what was written."""
     sound = set()
     for name, sums in stage.metadata.items():
@@ -156,7 +156,7 @@ def _check_metadata(stage: Held, found: StoreDamage) -> set[str]:
     return sound
 
 
-def _opened(stage: Held, name: str, found: StoreDamage) -> StageArray | None:
+def _opened(stage: ExpectedStage, name: str, found: StoreDamage) -> StageArray | None:
     """An array that checks its chunks if they count; None for one that takes no window, and is checked here."""
     key = gram_key(name)
     if key is None:
@@ -170,7 +170,9 @@ def _opened(stage: Held, name: str, found: StoreDamage) -> StageArray | None:
     return None
 
 
-def _specs(arrays: Mapping[Path, StageArray | None], sample: Sample | None, found: StoreDamage) -> Iterator[CheckSpec]:
+def _specs(
+    arrays: Mapping[Path, StageArray | None], sample: SampleSpec | None, found: StoreDamage
+) -> Iterator[CheckSpec]:
     rng = random.Random(sample.seed if sample else 0)
     for array in arrays.values():
         if array is None:
@@ -187,7 +189,7 @@ def _specs(arrays: Mapping[Path, StageArray | None], sample: Sample | None, foun
         yield from integrity.specs_of(replace(array, checksums=None), others)
 
 
-def problem_of(finding: Finding, held: Sequence[Held]) -> Problem:
+def problem_of(finding: Finding, held: Sequence[ExpectedStage]) -> Problem:
     """A finding, with the stage, array and chunk that its path names."""
     path, error = finding
     kind, what = (
@@ -205,7 +207,7 @@ def problem_of(finding: Finding, held: Sequence[Held]) -> Problem:
 
 
 def _check_names(
-    work_dir: Path, held: Sequence[Held], arrays: Mapping[Path, StageArray | None], found: StoreDamage
+    work_dir: Path, held: Sequence[ExpectedStage], arrays: Mapping[Path, StageArray | None], found: StoreDamage
 ) -> None:
     """Tell what is left over, and what nobody here has made."""
     last = max((stage.stage for stage in held), default=-1)
@@ -222,7 +224,9 @@ def _check_names(
             found.problems.append(_foreign(path, None, None))
 
 
-def _check_stage_names(stage: Held, arrays: Mapping[Path, StageArray | None], newest: bool, found: StoreDamage) -> None:
+def _check_stage_names(
+    stage: ExpectedStage, arrays: Mapping[Path, StageArray | None], newest: bool, found: StoreDamage
+) -> None:
     for path in _entries(stage.folder):
         if path.name in stage.arrays:
             array = arrays[path]

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.commands.verify.repair import Repair, Step
-from pipeline.commands.verify.scan import Findings, look
-from pipeline.commands.verify.store_check import Problem, Sample, as_dict
+from pipeline.commands.verify.scan import ScanResult, scan
+from pipeline.commands.verify.store_check import Problem, SampleSpec, as_dict
 from pipeline.config.config import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink, ignore
@@ -49,7 +49,7 @@ class Report:
     notes: tuple[str, ...]
     checked: int
     total: int
-    sample: Sample | None
+    sample: SampleSpec | None
 
     @property
     def clean(self) -> bool:
@@ -90,9 +90,9 @@ def verify(
         raise ConfigError(f"{work_dir}: there is no run here. Give the work_dir of one, or the config that began it.")
     work_dir = work_dir.resolve()
     refuse_links_at_top(work_dir)
-    sample = None if share is None else Sample(share, secrets.randbits(32) if seed is None else seed)
+    sample = None if share is None else SampleSpec(share, secrets.randbits(32) if seed is None else seed)
     with _lock(work_dir, repair), Engine(WORKERS, stop) as engine:
-        first = look(work_dir, config, sample, engine, sink)
+        first = scan(work_dir, config, sample, engine, sink)
         mending = Repair(engine, sink)
         steps = mending.steps(first)
         if not repair:
@@ -108,7 +108,7 @@ def verify(
             if store_path(work_dir).exists():
                 metadata.sync(store_path(work_dir))
             done += steps
-            last = look(work_dir, config, sample, engine, sink)
+            last = scan(work_dir, config, sample, engine, sink)
             steps = mending.steps(last)
     return _report(first, last, done, True, sample)
 
@@ -119,7 +119,9 @@ def _lock(work_dir: Path, repair: bool) -> AbstractContextManager[object]:
     return nullcontext() if read_only else RunLock(work_dir, named=repair)
 
 
-def _report(first: Findings, last: Findings, steps: list[Step], repaired: bool, sample: Sample | None) -> Report:
+def _report(
+    first: ScanResult, last: ScanResult, steps: list[Step], repaired: bool, sample: SampleSpec | None
+) -> Report:
     return Report(
         work_dir=last.work_dir,
         found=tuple(first.problems),

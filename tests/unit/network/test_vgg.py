@@ -163,11 +163,11 @@ def test_the_written_way_back_gives_the_bits_of_autograd(padding, pooling, outer
     seeds = {name: torch.randn_like(features) for name, features in maps.items()}
     (wanted,) = torch.autograd.grad(list(maps.values()), canvas, list(seeds.values()))
     with torch.no_grad():
-        way: list[Step] = []
-        for each in network.features(pixels, outer, size, names, outer, way):
+        tape: list[Step] = []
+        for each in network.features(pixels, outer, size, names, outer, tape):
             assert torch.equal(each.features_1CHW, maps[each.layer.name])
-        found = network.gradient(way, lambda each: seeds.get(each.layer.name))
-    assert torch.equal(found, wanted) and not way
+        found = network.gradient(tape, lambda each: seeds.get(each.layer.name))
+    assert torch.equal(found, wanted) and not tape
 
 
 def test_layers_deeper_than_asked_for_are_not_run():

@@ -19,7 +19,7 @@ from pipeline.core.vgg_layers import VGG19_WIDTHS, halo_px
 from pipeline.executors.threads import Engine
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.memory import BASE_BYTES
-from pipeline.plan.network_cost import Model, model_of
+from pipeline.plan.network_cost import LayerUse, layers_in_use
 from pipeline.plan.plan import Plan, computed_px, fit
 from pipeline.render.preparation import prepare
 from pipeline.render.stage import Stage
@@ -137,10 +137,10 @@ VGG19_E = [
 
 def test_flop_of_vgg19_per_pixel():
     """So that a user can tell hours from weeks. 2·9·C_in·C_out per position, added up by hand: 722,304 per pixel."""
-    model = Model(VGG19_WIDTHS, tuple(f"conv{block}_1" for block in range(1, 6)), ("conv4_2",), 4)
+    layer_use = LayerUse(VGG19_WIDTHS, tuple(f"conv{block}_1" for block in range(1, 6)), ("conv4_2",), 4)
     assert sum(18 * c_in * c_out // stride**2 for c_in, c_out, stride in VGG19_E) == 722_304
-    assert model.flop_per_px() == 722_304
-    assert replace(model, style_layers=("conv1_1",), content_layers=()).flop_per_px() == 18 * 3 * 64
+    assert layer_use.flop_per_px() == 722_304
+    assert replace(layer_use, style_layers=("conv1_1",), content_layers=()).flop_per_px() == 18 * 3 * 64
 
 
 def test_flop_of_a_run_are_passes_times_pixels_times_iterations():
@@ -191,8 +191,8 @@ def test_planned_disk_is_what_a_stage_allocates(make_config, narrow_weights, mon
         peak = max(peak, chunk_bytes(folder) if folder.exists() else 0)
 
     with Engine(2) as engine:
-        model = model_of(config, source.widths)
-        stage = Stage(config, stage_plan, model, spec, stage_dir, engine, watch, plan.tile_px)
+        layer_use = layers_in_use(config, source.widths)
+        stage = Stage(config, stage_plan, layer_use, spec, stage_dir, engine, watch, plan.tile_px)
         prepare(stage, None)
     style_bytes = ceil(70 / config.store.chunk_px) * ceil(50 / config.store.chunk_px) * config.store.chunk_px**2 * 3
     assert peak == chunk_bytes(stage_dir) + style_bytes  # the style is deleted once its Grams are known

@@ -44,7 +44,7 @@ def test_two_regions_and_the_rest_are_exact_for_any_partition(tmp_path, narrow_w
     with prepared(
         tmp_path, narrow_weights, size, tile_px, masks=(first, None, second), loss={"kind": kind}, **SIZES
     ) as case:
-        assert len(case.problem.regions()) == case.stage.model.guides.regions == 3
+        assert len(case.problem.regions()) == case.stage.layer_use.guides.regions == 3
         assert_exact(case)
 
 
@@ -72,7 +72,7 @@ def test_masks_content_map_color_and_variation_together(tmp_path, narrow_weights
         network=network,
         **SIZES,
     ) as case:
-        assert case.stage.model.guides == Guides(masks=2, rest=False, content=True)
+        assert case.stage.layer_use.guides == Guides(masks=2, rest=False, content=True)
         assert_exact(case)
 
 
