@@ -67,7 +67,9 @@ def cropped(path: Path, rect: Rect, name: str, alone: bool) -> np.ndarray:
     """The crop, or what a crop would be that knows nothing of the whole picture."""
     known: Any = Whole.known
     if alone:
-        nothing: Any = lambda whole, stage, part: WholeImageEstimate({}, dict.fromkeys(stage.model.content_layers, 1.0))  # noqa: E731
+        nothing: Any = lambda whole, stage, part: WholeImageEstimate(
+            {}, dict.fromkeys(stage.layer_use.content_layers, 1.0)
+        )  # noqa: E731
         Whole.known = nothing
     try:
         config = pipeline.load_config(path, [f"work_dir={path.parent / 'stopped'}"])
