@@ -1,0 +1,35 @@
+"""Cancelling work between two steps: one token per call of the library, shared by all its threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from pipeline.core.errors import Stopped
+
+
+class CancelToken:
+    """Wraps the event that asks a call to stop. Safe to use from any thread."""
+
+    def __init__(self, event: threading.Event | None = None):
+        self._event = event or threading.Event()
+
+    @staticmethod
+    def of(check: Callable[[], None]) -> CancelToken:
+        """A token that calls `check`, which may raise, wherever it is asked."""
+        token = CancelToken()
+        token.raise_if_set = check  # type: ignore[method-assign]
+        return token
+
+    def set(self) -> None:
+        """Ask the call to stop."""
+        self._event.set()
+
+    def is_set(self) -> bool:
+        """Whether the call was asked to stop."""
+        return self._event.is_set()
+
+    def raise_if_set(self) -> None:
+        """Raise Stopped if the call was asked to stop."""
+        if self._event.is_set():
+            raise Stopped
