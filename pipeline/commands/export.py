@@ -9,7 +9,8 @@ from pathlib import Path
 from pipeline.commands.status import choose_stage, manifest_of
 from pipeline.config.fields import MAX_CHUNK_PX
 from pipeline.config.sections import ExportConfig
-from pipeline.core.errors import ConfigError, stop_check
+from pipeline.core.cancel import CancelToken
+from pipeline.core.errors import ConfigError
 from pipeline.core.events import Sink, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.image_formats import picture_kind
@@ -65,27 +66,36 @@ def export(
     height, width, _channels = canvas.shape
     check_output(output, width, height, kind.bits, options.compression)
 
-    check_stop = stop_check(stop)
-
-    def check() -> None:
-        nonlocal seen_bytes
-        check_stop()
-        # several times a second: a long journal is read only when it has grown
-        if not finished_stage(position, chosen) and (now_bytes := journal.size_bytes()) != seen_bytes:
-            seen_bytes = now_bytes
-            _refuse_overtaken(work_dir, position, position_of(journal.read()))
+    cancel = _NotOvertaken(journal, seen_bytes, position, chosen, stop)
 
     def told(what: str) -> Callable[[int, int], None]:
         return lambda done, total: sink(WorkDone(chosen, what, done, total))
 
     try:
-        with Engine(WORKERS, stop) as engine:
+        with Engine(WORKERS, CancelToken(stop)) as engine:
             integrity.require_intact([canvas] if alpha is None else [canvas, alpha], engine, told("check"))
-        export_canvas(canvas, alpha, output, options, check, told("export"))
+        export_canvas(canvas, alpha, output, options, cancel, told("export"))
     except ChunkError:
-        check()  # a run that has gone on is no damage
+        cancel.raise_if_set()  # a run that has gone on is no damage
         raise
     return output
+
+
+class _NotOvertaken(CancelToken):
+    """Also ends an export whose arrays a run has overwritten meanwhile, with an error that says so."""
+
+    def __init__(self, journal: Journal, seen_bytes: int, position: Position, stage: int, stop: threading.Event | None):
+        """`seen_bytes`: size of the journal before `position` was read from it."""
+        super().__init__(stop)
+        self._journal, self._seen_bytes = journal, seen_bytes
+        self._position, self._stage = position, stage
+
+    def raise_if_set(self) -> None:
+        super().raise_if_set()
+        # several times a second: a long journal is read only when it has grown
+        if not finished_stage(self._position, self._stage) and self._seen_bytes != self._journal.size_bytes():
+            self._seen_bytes = self._journal.size_bytes()
+            _refuse_overtaken(self._journal.path.parent, self._position, position_of(self._journal.read()))
 
 
 def _check_arrays(canvas: StageArray, alpha: StageArray | None, manifest: Manifest) -> None:

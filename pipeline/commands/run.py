@@ -16,7 +16,8 @@ from pipeline import store
 from pipeline.config.config import Config
 from pipeline.config.sections import OptimizerConfig
 from pipeline.core.allocator import trim_heap
-from pipeline.core.errors import DeviceMemoryError, stop_check, storage
+from pipeline.core.cancel import CancelToken
+from pipeline.core.errors import DeviceMemoryError, storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.vgg_layers import ceil_to
@@ -54,23 +55,23 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
     `force`: overwrite an output that this run did not make. `stop`: set it from anywhere to stop between two tasks.
     Raises the errors of errors.py; after Stopped, or any crash, the same call goes on.
     """
-    started, check = time.monotonic(), stop_check(stop)
+    started, cancel = time.monotonic(), CancelToken(stop)
     with storage(config.work_dir), ExitStack() as held:
         begun = config.work_dir.exists()
         if begun:  # before all that takes long: a second run is told at once
             lock = held.enter_context(locked_folder(config.work_dir))
         device = resolve_device(config.compute.device)
         planned = plan_on(config, device)
-        weights = find_weights(config.network.name, config.network.weights, config.seed, sink, check)
+        weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
         begun_before = taken(manifest_path(config.work_dir)) or taken(journal_path(config.work_dir))
         if not (force or begun_before):
             refuse_foreign(config.output, {}, _FOREIGN)
         if not begun:  # after all that may be refused: then nothing was made
             lock = held.enter_context(locked_folder(config.work_dir))
         # inside the lock: its tasks have ended before another run may begin
-        engine = held.enter_context(_engine(config, device, lock, sink, stop))
+        engine = held.enter_context(_engine(config, device, lock, sink, cancel))
         refuse_links(config.work_dir)
-        journal = open_run(config, planned, weights, check)
+        journal = open_run(config, planned, weights, cancel)
         context = render_context(config, planned, device, weights, engine, sink)
         rendering = _Rendering(config, planned, context, journal, force)
         rendering.refuse_foreign_output()
@@ -80,13 +81,13 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
     return config.output
 
 
-def _engine(config: Config, device: Device, lock: RunLock, sink: Sink, stop: threading.Event | None) -> Engine:
+def _engine(config: Config, device: Device, lock: RunLock, sink: Sink, cancel: CancelToken) -> Engine:
     """The threads of this process, or worker processes."""
     if config.compute.workers == 0:
-        return Engine(WORKERS, stop, update_threads(device.name))
+        return Engine(WORKERS, cancel, update_threads(device.name))
     from pipeline.executors.processes import ProcessEngine  # noqa: PLC0415 - brings distributed, for this case only
 
-    return ProcessEngine(config.compute.workers, WORKERS, stop, lock.descriptor, lambda message: sink(Note(message)))
+    return ProcessEngine(config.compute.workers, WORKERS, cancel, lock.descriptor, lambda message: sink(Note(message)))
 
 
 @dataclass
@@ -112,7 +113,7 @@ class _Rendering:
         Looked for at the start, and again at the end: in a day somebody may have saved a picture there.
         """
         if not self.force:
-            refuse_foreign(self.config.output, self.position.pictures, _FOREIGN, self.engine.raise_if_stopped)
+            refuse_foreign(self.config.output, self.position.pictures, _FOREIGN, self.engine.cancel)
 
     def render(self) -> None:
         """Every stage that is not done yet."""
@@ -164,7 +165,7 @@ class _Rendering:
             stage.check(self.position.newest_slot, self.position.checksums[index])
         iterations = Iterations(stage, self.position.content_energies, self.position.areas)
         while (reason := end_reason(self.position, settings)) is None:
-            self.engine.raise_if_stopped()
+            self.engine.cancel.raise_if_set()
             commit = partial(self._commit_iteration, stage_plan, self.position.iteration)
             iterations.iterate(self.position.iteration, self.position.alpha, self.position.checksums[index], commit)
         self._commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
@@ -210,7 +211,7 @@ class _Rendering:
         before = self.position.exported.get(str(output))
         # a key that came after that record says nothing of its picture
         same = before and before == {key: options.get(key) for key in before}
-        if same and is_as_written(output, self.position.pictures[str(output)][-1], self.engine.raise_if_stopped):
+        if same and is_as_written(output, self.position.pictures[str(output)][-1], self.engine.cancel):
             self.sink(Note(f"{output} is already there"))
             return
         check_space(self.config, self.plan, len(self.plan.stages))
@@ -222,13 +223,13 @@ class _Rendering:
         integrity.require_intact(
             planes, self.engine, lambda done, total: self.sink(WorkDone(last, "check", done, total))
         )
-        check = self.engine.raise_if_stopped
+        cancel = self.engine.cancel
         export.export_canvas(
             canvas,
             alpha,
             output,
             settings,
-            check,
+            cancel,
             lambda done, total: self.sink(WorkDone(last, "export", done, total)),
             self._record_picture,
         )
@@ -237,7 +238,7 @@ class _Rendering:
 
     def _record_picture(self, whole: Path) -> None:
         """What gets the output's name next: a crash between the name and a record would leave a picture of nobody's."""
-        made = written_picture(whole, self.engine.raise_if_stopped)
+        made = written_picture(whole, self.engine.cancel)
         self.refuse_foreign_output()
         self._commit(records.Exporting(output=str(self.config.output), picture=made))
 

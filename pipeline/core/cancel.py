@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 from pipeline.core.errors import Stopped
 
@@ -13,13 +12,6 @@ class CancelToken:
 
     def __init__(self, event: threading.Event | None = None):
         self._event = event or threading.Event()
-
-    @staticmethod
-    def of(check: Callable[[], None]) -> CancelToken:
-        """A token that calls `check`, which may raise, wherever it is asked."""
-        token = CancelToken()
-        token.raise_if_set = check  # type: ignore[method-assign]
-        return token
 
     def set(self) -> None:
         """Ask the call to stop."""
@@ -33,3 +25,7 @@ class CancelToken:
         """Raise Stopped if the call was asked to stop."""
         if self._event.is_set():
             raise Stopped
+
+
+# The token of calls that nothing cancels.
+NEVER = CancelToken()

@@ -16,8 +16,7 @@ Every message names the cause, the danger, the remedy and the place.
 from __future__ import annotations
 
 import errno
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -74,16 +73,6 @@ class Stopped(PipelineError):  # noqa: N818 - an outcome, not an error
 
     def __init__(self, message: str = "run the same command again to resume."):  # as __main__ says it
         super().__init__(message)
-
-
-def stop_check(stop: threading.Event | None) -> Callable[[], None]:
-    """A function that raises Stopped once `stop` is set."""
-
-    def check() -> None:
-        if stop is not None and stop.is_set():
-            raise Stopped
-
-    return check
 
 
 _ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

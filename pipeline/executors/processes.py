@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import queue
-import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent import futures
 from contextlib import closing, suppress
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from distributed import Future, KilledWorker
 
 from pipeline.core import profiler
+from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.executors import worker
 from pipeline.executors.threads import Engine
 from pipeline.executors.worker_pool import WorkerPool
@@ -37,11 +37,11 @@ class ProcessEngine(Engine):
         self,
         processes: int,
         tasks: int,
-        stop: threading.Event | None = None,
+        cancel: CancelToken = NEVER,
         lock: int | None = None,
         note: Callable[[str], None] = lambda _message: None,
     ):
-        super().__init__(tasks, stop)
+        super().__init__(tasks, cancel)
         self._in_flight = processes * (tasks + 1)  # one waits at every worker, so that no worker has to
         self._slot = worker.SLOTS[0]
         self._processes = WorkerPool(processes, tasks, lock, note)
@@ -96,7 +96,7 @@ class ProcessEngine(Engine):
         on_error: Callable[[], None],
     ) -> Generator[R]:
         """The results in the order of `specs`; at most `_in_flight` are on their way, or wait for one before them."""
-        self.raise_if_stopped()
+        self.cancel.raise_if_set()
         finished = queue.SimpleQueue[int]()
         failed: list[Future[Any]] = []
 
@@ -157,7 +157,7 @@ class ProcessEngine(Engine):
         return results
 
     def _check(self) -> None:
-        self.raise_if_stopped()
+        self.cancel.raise_if_set()
         self._processes.raise_if_broken()
 
 

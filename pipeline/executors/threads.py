@@ -17,7 +17,7 @@ from dask import threaded  # as an object: its name would make dask import distr
 from dask.base import compute
 from dask.delayed import delayed
 
-from pipeline.core.errors import Stopped
+from pipeline.core.cancel import NEVER, CancelToken
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -30,9 +30,9 @@ _BATCH = 256
 class Engine:
     """A pool of worker threads, and the flag that stops it between two tasks."""
 
-    def __init__(self, workers: int, stop: threading.Event | None = None, beside: int | None = None):
+    def __init__(self, workers: int, cancel: CancelToken = NEVER, beside: int | None = None):
         """`beside`: worker threads of what runs beside; as many if not given."""
-        self.stop = stop or threading.Event()
+        self.cancel = cancel
         self._workers = workers
         self._workers_beside = beside or workers
         self._pool = self._new_pool()
@@ -63,7 +63,7 @@ class Engine:
         """
         results: list[R] = []
         for batch in self._batches(specs):
-            one_pass = _Pass(task, on_done, before, after, on_error, self.raise_if_stopped)
+            one_pass = _Pass(task, on_done, before, after, on_error, self.cancel)
             # dask takes independent tasks by name, last first; its own names are random, and so would be the way over
             # the canvas, where neighbouring tiles share the rows of their halos
             names = (f"task-{number:09}" for number in range(len(batch), 0, -1))
@@ -73,7 +73,7 @@ class Engine:
 
     def _batches(self, specs: Sequence[S]) -> Iterator[Sequence[S]]:
         for first in range(0, len(specs), _BATCH):
-            self.raise_if_stopped()
+            self.cancel.raise_if_set()
             yield specs[first : first + _BATCH]
 
     def fold(
@@ -92,7 +92,7 @@ class Engine:
         """
         result = initial
         for batch in self._batches(specs):
-            one_pass = _Pass(task, on_done, before, lambda _result: None, on_error, self.raise_if_stopped)
+            one_pass = _Pass(task, on_done, before, lambda _result: None, on_error, self.cancel)
             total: Any = delayed(result, traverse=False)
             for spec in batch:
                 total = delayed(partial(one_pass.guarded, combine), pure=False)(total, one_pass.node(spec))
@@ -104,18 +104,13 @@ class Engine:
         return self._side.submit(self._run_beside, work)
 
     def _run_beside(self, work: Callable[[Engine], R]) -> R:
-        with Engine(self._workers_beside, self.stop) as engine:
+        with Engine(self._workers_beside, self.cancel) as engine:
             return work(engine)
-
-    def raise_if_stopped(self) -> None:
-        """Raise Stopped if the run was asked to stop."""
-        if self.stop.is_set():
-            raise Stopped
 
     def checked(self, items: Iterable[S]) -> Iterable[S]:
         """`items`, ending in Stopped once the run is asked to stop."""
         for item in items:
-            self.raise_if_stopped()
+            self.cancel.raise_if_set()
             yield item
 
     def _compute(self, one_pass: _Pass[Any, Any], nodes: list[Any]) -> tuple[Any, ...]:
@@ -146,7 +141,7 @@ class _Pass(Generic[S, R]):
     before: Callable[[S], S]
     after: Callable[[R], None]
     on_error: Callable[[], None]
-    check: Callable[[], None]
+    cancel: CancelToken
     error: BaseException | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -167,7 +162,7 @@ class _Pass(Generic[S, R]):
             raise
 
     def _run(self, spec: S) -> R:
-        self.check()
+        self.cancel.raise_if_set()
         result = self.task(self.before(spec))
         self.after(result)
         self.on_done()

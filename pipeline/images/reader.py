@@ -9,13 +9,14 @@ caller receives bands of rows. The few files that cannot be decoded in strips sa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyvips
 
+from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import InputError
 from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.images.header import describe, needs_random_access, open_file, open_image
@@ -48,7 +49,7 @@ def stream_rgb(
     width_px: int,
     height_px: int,
     band_px: int,
-    check: Callable[[], None] = lambda: None,
+    cancel: CancelToken = NEVER,
     kind: PixelKind = RGB8,
 ) -> Generator[tuple[int, Rows]]:
     """Decode, convert to sRGB and resize a picture; yield its rows in bands of a fixed height.
@@ -57,7 +58,7 @@ def stream_rgb(
     is left. At most three bands are in memory at once. Downward the kernel is Lanczos-3, upward centred bicubic, axis
     by axis. Colours are on white where the picture is transparent; with `kind.alpha`, which is for pictures that have
     it, its alpha comes with them, resized by itself.
-    `check` is called several times a second while a band is waited for, and may raise to give up.
+    Raises Stopped soon after `cancel` is set.
 
     Raises InputError at the call where the header is bad, and while iterating where the pixels are; StorageError where
     the disk fails.
@@ -79,7 +80,7 @@ def stream_rgb(
     except pyvips.Error as error:
         raise InputError(f"{path}: cannot be converted to sRGB: {reason(error)}. Convert it to RGB first.") from error
     assert (image.width, image.height, image.bands) == (width_px, height_px, kind.channels)
-    return BandPump(file, image, band_px).bands(check)
+    return BandPump(file, image, band_px).bands(cancel)
 
 
 def _to_srgb(image: Any, keep_alpha: bool) -> Any:

@@ -23,6 +23,7 @@ import numpy as np
 import pyvips
 from numpy.typing import NDArray
 
+from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import InputError, storage_error
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.text import shown
@@ -106,13 +107,13 @@ class BandPump:
         self._queue: queue.Queue[tuple[int, Rows] | Exception | None] = queue.Queue(maxsize=1)
         self._stop = threading.Event()
 
-    def bands(self, check: Callable[[], None]) -> Generator[tuple[int, Rows]]:
+    def bands(self, cancel: CancelToken) -> Generator[tuple[int, Rows]]:
         """Yield ``(y0, rows)``; leaving the iteration early ends the thread."""
         path = self._file.path
         thread = threading.Thread(target=self._run, name=f"decode {path.name}", daemon=True)
         thread.start()
         try:
-            while (item := self._next(check)) is not None:
+            while (item := self._next(cancel)) is not None:
                 if isinstance(item, pyvips.Error):
                     self._file.raise_failure()
                     raise InputError(
@@ -130,12 +131,12 @@ class BandPump:
             self._file.end()
             thread.join()
 
-    def _next(self, check: Callable[[], None]) -> tuple[int, Rows] | Exception | None:
+    def _next(self, cancel: CancelToken) -> tuple[int, Rows] | Exception | None:
         while True:
             try:
                 return self._queue.get(timeout=POLL_S)
             except queue.Empty:
-                check()
+                cancel.raise_if_set()
 
     def _run(self) -> None:
         target = pyvips.TargetCustom()

@@ -25,6 +25,7 @@ import numpy as np
 import pyvips
 from numpy.typing import NDArray
 
+from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import ConfigError, StorageError, storage, storage_error
 from pipeline.core.files import (
     names_in,
@@ -89,7 +90,7 @@ def write_image(
     quality: int = 95,
     pyramid: bool = True,
     on_progress: Callable[[float], None] | None = None,
-    check: Callable[[], None] = lambda: None,
+    cancel: CancelToken = NEVER,
     on_whole: Callable[[Path], None] = lambda partial: None,
 ) -> None:
     """Write a picture of sRGB rows as TIFF, PNG, JPEG or DeepZoom, by the suffix of `path`.
@@ -99,11 +100,11 @@ def write_image(
     colours. A DeepZoom is a folder: ``name.dz/name.dzi`` beside ``name.dz/name_files/``, of JPEG tiles, with alpha of
     PNG ones. `quality`, 1 to 100, is that of JPEG. `pyramid`: a TIFF has smaller levels, which take
     their own size on the disk a second time until it is whole. on_progress gets the fraction done, at last 1.0.
-    `check` is called several times a second and may raise to give up. `on_whole` is called with the file or folder
+    Raises Stopped soon after `cancel` is set. `on_whole` is called with the file or folder
     that is whole and on the disk, before it gets its name.
 
     Raises what check_output raises, StorageError where the disk is full or fails, and whatever read_rows, on_progress
-    and `check` raise; in all these cases an older output stays as it was.
+    raise; in all these cases an older output stays as it was.
     """
     check_output(path, width_px, height_px, kind.bits, compression)
     with storage(path):
@@ -117,7 +118,7 @@ def write_image(
         try:
             with levels as files_are_open:
                 save = functools.partial(_save, source, partial, path, options, files_are_open)
-                _feed(source, save, path, read_rows, on_progress, check)
+                _feed(source, save, path, read_rows, on_progress, cancel)
             put_in_place(partial, path, on_whole)
         finally:
             with contextlib.suppress(OSError):  # a disk that failed fails here too, and says less
@@ -234,7 +235,7 @@ def _feed(
     path: Path,
     read_rows: Callable[[int, int], Rows],
     on_progress: Callable[[float], None] | None,
-    check: Callable[[], None],
+    cancel: CancelToken,
 ) -> None:
     """Run the saver in a thread and give it bands from this one, so that signals and errors of the caller work."""
     failures: list[Exception] = []
@@ -243,7 +244,7 @@ def _feed(
     try:
         for y0 in range(0, source.height_px, source.band_px):
             while not source.wait_for_room(POLL_S):
-                check()
+                cancel.raise_if_set()
             if source.cancelled.is_set():
                 break  # the saver has failed
             y1 = min(y0 + source.band_px, source.height_px)
@@ -252,7 +253,7 @@ def _feed(
                 on_progress(0.99 * y1 / source.height_px)  # the rest is the pyramid, the sync and the rename
         while thread.is_alive():
             thread.join(POLL_S)
-            check()
+            cancel.raise_if_set()
     except BaseException:
         source.cancel()
         raise
@@ -349,7 +350,7 @@ def write_rows(
     bands: Iterator[NDArray[Any]],
     output: Path,
     size: Size,
-    check: Callable[[], None],
+    cancel: CancelToken,
     on_progress: Callable[[float], None] | None = None,
     on_whole: Callable[[Path], None] = lambda partial: None,
 ) -> None:
@@ -363,4 +364,4 @@ def write_rows(
         rest[:] = [found[y1 - y0 :]]
         return found[: y1 - y0]
 
-    write_image(output, size[1], size[0], read_rows, check=check, on_progress=on_progress, on_whole=on_whole)
+    write_image(output, size[1], size[0], read_rows, cancel=cancel, on_progress=on_progress, on_whole=on_whole)

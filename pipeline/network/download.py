@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import InputError, StorageError, storage
 from pipeline.core.files import new_partial, remove, sync_folder
 
@@ -27,12 +28,12 @@ def download(
     url: str,
     path: Path,
     sha256_prefix: str,
-    check: Callable[[], None] = lambda: None,
+    cancel: CancelToken = NEVER,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Fetch `url` to `path`; its SHA-256 has to begin with `sha256_prefix`. Leaves nothing but the whole file.
 
-    `check` is called several times a second, and may raise to give up. on_progress gets MiB done and in all.
+    Raises Stopped soon after `cancel` is set. on_progress gets MiB done and in all.
     Raises DownloadError, StorageError.
     """
     made = [folder for folder in path.parents if not folder.exists()]
@@ -52,7 +53,7 @@ def download(
             thread.start()
             while thread.is_alive():
                 thread.join(_POLL_S)
-                check()
+                cancel.raise_if_set()
             if fetching.failure is not None:
                 raise fetching.failure
             if not fetching.sha256.startswith(sha256_prefix):

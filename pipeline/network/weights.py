@@ -6,12 +6,13 @@ Kept apart from network.py so that `plan` and `status` start without importing t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from pipeline.config.fields import MAX_BYTES
+from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import StorageError, storage
 from pipeline.core.events import Note, Sink, WorkDone, ignore
 from pipeline.core.vgg_layers import CONV_NAMES, VGG19_WIDTHS
@@ -64,17 +65,17 @@ class NetworkSpec:
 
 
 def find_weights(
-    name: str, path: Path | None, seed: int, sink: Sink = ignore, check: Callable[[], None] = lambda: None
+    name: str, path: Path | None, seed: int, sink: Sink = ignore, cancel: CancelToken = NEVER
 ) -> WeightsSource:
     """Locate the weights of network `name`; without a path, its own: packaged, seeded, or (VGG-19's) downloaded.
 
-    `check` is called while a file is fetched or read, and may raise to give up.
+    Raises Stopped soon after `cancel` is set.
     Raises InputError if the file is missing, is not a weights file, or cannot be downloaded.
     """
     if path is None and name == "random":
         return WeightsSource(None, seed, RANDOM_WIDTHS, "random")
-    path = path or PACKAGED.get(name) or download_vgg19(sink, check)
-    return WeightsSource(path, seed, read_widths(path), sha256_of(path, check))
+    path = path or PACKAGED.get(name) or download_vgg19(sink, cancel)
+    return WeightsSource(path, seed, read_widths(path), sha256_of(path, cancel))
 
 
 def weights_path(name: str, path: Path | None) -> Path | None:
@@ -124,7 +125,7 @@ def _pickle_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in load_state(path).items()}
 
 
-def download_vgg19(sink: Sink, check: Callable[[], None]) -> Path:
+def download_vgg19(sink: Sink, cancel: CancelToken) -> Path:
     """Torchvision's VGG-19 file in torch's hub folder, downloaded and hash-checked the first time.
 
     Raises InputError, saying what to do, when there is no network or the file is not what it should be; StorageError.
@@ -138,7 +139,7 @@ def download_vgg19(sink: Sink, check: Callable[[], None]) -> Path:
             VGG19_URL,
             path,
             VGG19_SHA256_PREFIX,
-            check,
+            cancel,
             lambda done, total: sink(WorkDone(0, "download", done, total)),
         )
     except (DownloadError, StorageError) as error:
@@ -155,11 +156,11 @@ def _vgg19_path() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG19_URL).name
 
 
-def sha256_of(path: Path, check: Callable[[], None] = lambda: None) -> str:
-    """SHA-256 of a file, in hex. `check` is called several times a second, and may raise to give up."""
+def sha256_of(path: Path, cancel: CancelToken = NEVER) -> str:
+    """SHA-256 of a file, in hex. Raises Stopped soon after `cancel` is set."""
     digest = hashlib.sha256()
     with storage(path), path.open("rb", buffering=0) as file:
         while block := file.read(_HASH_BLOCK_BYTES):
             digest.update(block)
-            check()
+            cancel.raise_if_set()
     return digest.hexdigest()

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.sections import ExportConfig
+from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import storage
 from pipeline.core.files import new_partial
 from pipeline.core.image_formats import PixelKind
@@ -46,15 +47,15 @@ def export_canvas(
     alpha: StageArray | None,
     output: Path,
     options: ExportConfig,
-    check: Callable[[], None],
+    cancel: CancelToken,
     on_progress: OnProgress,
     on_whole: Callable[[Path], None] = lambda partial: None,
 ) -> None:
     """Write a canvas as the picture `output`, in the format of its suffix; it has its name only when it is whole.
 
-    `alpha`: a fourth channel, for formats that have it. `options`: without any auto. `check` is called after every
-    read, and while waiting; it may raise to give up, leaving nothing behind. `on_whole`: as for write_image.
-    Raises StorageError, ConfigError (format limits), or what `check` raises.
+    `alpha`: a fourth channel, for formats that have it. `options`: without any auto. Nothing is left
+    behind when it raises. `on_whole`: as for write_image.
+    Raises StorageError, ConfigError (format limits), or what `cancel` raises.
     """
     assert options.bits != "auto"
     height, width, _ = canvas.shape
@@ -63,12 +64,12 @@ def export_canvas(
 
     def read_rows(y0: int, y1: int) -> NDArray[Any]:
         rows = read(y0, y1)
-        check()
+        cancel.raise_if_set()
         return rows
 
     if output.suffix.lower() == ".zarr":
         with storage(output):
-            _export_ome_zarr(output, (height, width), kind, read_rows, check, on_progress, on_whole)
+            _export_ome_zarr(output, (height, width), kind, read_rows, cancel, on_progress, on_whole)
         return
     writer.write_image(
         output,
@@ -80,7 +81,7 @@ def export_canvas(
         quality=options.quality,
         pyramid=options.pyramid,
         on_progress=lambda share: on_progress(math.floor(share * 100), 100),
-        check=check,
+        cancel=cancel,
         on_whole=on_whole,
     )
 
@@ -90,7 +91,7 @@ def _export_ome_zarr(
     size: tuple[int, int],
     kind: PixelKind,
     read_rows: Callable[[int, int], NDArray[Any]],
-    check: Callable[[], None],
+    cancel: CancelToken,
     on_progress: OnProgress,
     on_whole: Callable[[Path], None],
 ) -> None:
@@ -104,7 +105,7 @@ def _export_ome_zarr(
     try:
         aside.mkdir()
         group = aside / output.name
-        ome_zarr.write_ome_zarr(group, size, kind, counted_rows, check=check)
+        ome_zarr.write_ome_zarr(group, size, kind, counted_rows, cancel=cancel)
         writer.put_in_place(group, output, on_whole)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -35,8 +35,8 @@ def ingest_planes(source: Path, planes: Sequence[StageArray], engine: Engine, on
     kind = PixelKind(8 * first.dtype.itemsize, alpha=len(planes) == 2)
     sums: list[ChunkSums] = [{} for _ in planes]
     parts = list(zip(planes, COLOR_AND_ALPHA, sums, strict=False))
-    for y0, rows in images.stream_rgb(source, width, height, first.chunk_px, engine.raise_if_stopped, kind):
-        engine.raise_if_stopped()
+    for y0, rows in images.stream_rgb(source, width, height, first.chunk_px, engine.cancel, kind):
+        engine.cancel.raise_if_set()
         rect = Rect(y0, y0 + len(rows), 0, width)
         pixels = rows if first.shape[2] == 3 else np.rint(color.luminance(rows.astype(np.float32))).astype(np.uint8)
         for plane, channels, written in parts:

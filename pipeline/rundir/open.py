@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from pipeline.config.config import Config, input_files, result_fields
 from pipeline.config.messages import field_at
 from pipeline.config.sections import NEW
 from pipeline.config.yaml_reader import dotted, undotted
+from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError, DamagedStateError
 from pipeline.core.image_formats import RGB8
 from pipeline.core.text import shown
@@ -55,15 +56,15 @@ def _checked(work_dir: Path, position: Position, stage: int, name: str) -> store
     return store.open_array(folder, name, checksums[name])
 
 
-def open_run(config: Config, planned: Plan, weights: WeightsSource, check: Callable[[], None]) -> Journal:
+def open_run(config: Config, planned: Plan, weights: WeightsSource, cancel: CancelToken) -> Journal:
     """The journal of the run directory; begins a run there, or checks that it is the run of this config.
 
-    `check` is called while files are read, and may raise to give up.
+    Raises Stopped soon after `cancel` is set.
     Raises ConfigError listing every field whose change would change the picture, SpaceError.
     """
     journal = Journal(journal_path(config.work_dir))
     path = manifest_path(config.work_dir)
-    wanted = identity(config, weights, check)
+    wanted = identity(config, weights, cancel)
     records, position = standing(journal)
     if position.slots:
         manifest = trusted_manifest(path, records)
@@ -117,9 +118,9 @@ class Identity:
     inputs: dict[str, str]
 
 
-def identity(config: Config, weights: WeightsSource, check: Callable[[], None]) -> Identity:
-    """That of a run of `config`. `check` is called while files are read, and may raise."""
-    inputs = {dotted(key): sha256_of(path, check) for key, path in input_files(config)}
+def identity(config: Config, weights: WeightsSource, cancel: CancelToken) -> Identity:
+    """That of a run of `config`. Raises Stopped soon after `cancel` is set."""
+    inputs = {dotted(key): sha256_of(path, cancel) for key, path in input_files(config)}
     return Identity(result_fields(config), inputs | {"network.weights": weights.sha256})
 
 

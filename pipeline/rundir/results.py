@@ -7,9 +7,10 @@ is read; else the hash decides: a copied or moved picture has another time.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import is_of_the_system, names_in, taken
 from pipeline.rundir.records import WrittenPicture
@@ -19,8 +20,8 @@ _BLOCK_BYTES = 4 * 2**20
 Pictures = Mapping[str, Sequence[WrittenPicture | None]]
 
 
-def written_picture(path: Path, check: Callable[[], None] = lambda: None) -> WrittenPicture:
-    """Size, time and hash of a picture, file or folder. `check` is called while it is read, and may raise."""
+def written_picture(path: Path, cancel: CancelToken = NEVER) -> WrittenPicture:
+    """Size, time and hash of a picture, file or folder. Raises Stopped soon after `cancel` is set."""
     size_bytes, modified_ns = _size_and_time(path)
     digest = hashlib.sha256()
     for file in _files(path):
@@ -29,21 +30,21 @@ def written_picture(path: Path, check: Callable[[], None] = lambda: None) -> Wri
         with file.open("rb") as opened:
             while block := opened.read(_BLOCK_BYTES):
                 digest.update(block)
-                check()
+                cancel.raise_if_set()
     return WrittenPicture(size_bytes=size_bytes, modified_ns=modified_ns, sha256=digest.hexdigest())
 
 
-def is_as_written(path: Path, picture: WrittenPicture | None, check: Callable[[], None] = lambda: None) -> bool:
+def is_as_written(path: Path, picture: WrittenPicture | None, cancel: CancelToken = NEVER) -> bool:
     """Whether what is under this name is that picture; without a picture to compare, whether it is any.
 
     An empty file or folder is none.
     """
     if picture is None:
         return (path.is_file() or path.is_dir()) and _size_and_time(path)[0] > 0
-    return _is_one_of(path, [picture], check)
+    return _is_one_of(path, [picture], cancel)
 
 
-def _is_one_of(path: Path, pictures: Sequence[WrittenPicture], check: Callable[[], None]) -> bool:
+def _is_one_of(path: Path, pictures: Sequence[WrittenPicture], cancel: CancelToken) -> bool:
     """The same for any of several; it is read once at most."""
     if not (path.is_file() or path.is_dir()):
         return False
@@ -51,11 +52,11 @@ def _is_one_of(path: Path, pictures: Sequence[WrittenPicture], check: Callable[[
     as_large = [picture for picture in pictures if picture.size_bytes == size_bytes]
     if not as_large or any(picture.modified_ns == modified_ns for picture in as_large):
         return bool(as_large)
-    sha256 = written_picture(path, check).sha256
+    sha256 = written_picture(path, cancel).sha256
     return any(picture.sha256 == sha256 for picture in as_large)
 
 
-def refuse_foreign(output: Path, pictures: Pictures, foreign: str, check: Callable[[], None] = lambda: None) -> None:
+def refuse_foreign(output: Path, pictures: Pictures, foreign: str, cancel: CancelToken = NEVER) -> None:
     """Raise ConfigError if `output` is taken by anything that would be lost: all that is not one of `pictures`.
 
     `foreign`: what is said of one whose name is not among them.
@@ -64,7 +65,7 @@ def refuse_foreign(output: Path, pictures: Pictures, foreign: str, check: Callab
         return
     own = pictures.get(str(output), ())
     known = [picture for some in pictures.values() for picture in some if picture is not None]
-    if None in own or _is_one_of(output, known, check):
+    if None in own or _is_one_of(output, known, cancel):
         return
     what = "it is not what was written there" if own else foreign
     raise ConfigError(

@@ -10,6 +10,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect, chunks_of
 
@@ -20,12 +21,12 @@ def write_ome_zarr(
     kind: PixelKind,
     read_rows: Callable[[int, int], NDArray[Any]],
     chunk_px: int = 512,
-    check: Callable[[], None] = lambda: None,
+    cancel: CancelToken = NEVER,
 ) -> None:
     """Write an OME-Zarr 0.5 image pyramid, axes (c, y, x), each level the 2×2 means of the one before.
 
     `size`: (H, W). `read_rows(y0, y1)` gives (rows, W, channels) of uint8 or uint16, as `kind` says. At most one band
-    of chunk rows is in memory. `check` is called between chunks and may raise to give up.
+    of chunk rows is in memory. Raises Stopped soon after `cancel` is set.
     """
     height, width = size
     group = zarr.create_group(path, overwrite=True)
@@ -38,7 +39,7 @@ def write_ome_zarr(
     levels = 1
     while max(height, width) > chunk_px:
         height, width = max(1, height // 2), max(1, width // 2)
-        level = _halve(level, _create_level(path / str(levels), (height, width), kind, chunk_px), check)
+        level = _halve(level, _create_level(path / str(levels), (height, width), kind, chunk_px), cancel)
         levels += 1
     group.attrs["ome"] = _ome_metadata(path.stem, levels)
 
@@ -54,11 +55,11 @@ def _create_level(path: Path, size: tuple[int, int], kind: PixelKind, chunk_px: 
     )
 
 
-def _halve(fine: Any, coarse: Any, check: Callable[[], None]) -> Any:
+def _halve(fine: Any, coarse: Any, cancel: CancelToken) -> Any:
     """Fill `coarse`, chunk by chunk, with the means of 2×2 squares of `fine` (a last odd row or column is dropped)."""
     _, height, width = coarse.shape
     for cy, cx, part in chunks_of(Rect(0, height, 0, width), coarse.chunks[1]):
-        check()
+        cancel.raise_if_set()
         block = np.asarray(fine[:, 2 * part.y0 : 2 * part.y1, 2 * part.x0 : 2 * part.x1], np.uint32)
         missing = (2 * part.height - block.shape[1], 2 * part.width - block.shape[2])  # a fine side of 1 px has no pair
         block = np.pad(block, ((0, 0), (0, missing[0]), (0, missing[1])), mode="edge")

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 import pipeline
+from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError, SpaceError, Stopped
 from pipeline.core.events import Event, IterationDone, Note, WorkDone
 from pipeline.executors.processes import ProcessEngine
@@ -244,7 +245,7 @@ def test_what_a_task_raises_comes_out_as_it_is(engine, number):
 def test_a_stop_ends_the_work_and_the_processes():
     """Ctrl-C must end a run of days within a moment, and leave no process that still writes."""
     stop, others = threading.Event(), set(workers_of())
-    with ProcessEngine(1, 2, stop) as engine:
+    with ProcessEngine(1, 2, CancelToken(stop)) as engine:
         engine.map(double, [1.0])
         working = set(workers_of()) - others
         assert len(working) == 1

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from pipeline.core.image_formats import PixelKind
 from pipeline.images.writer import write_image
@@ -33,17 +31,6 @@ def rows_of(pixels: np.ndarray) -> Callable[[int, int], np.ndarray]:
 def write(path: Path, pixels: np.ndarray, **options: Any) -> None:
     kind = PixelKind(pixels.itemsize * 8, pixels.shape[2] == 4)
     write_image(path, pixels.shape[1], pixels.shape[0], rows_of(pixels), kind=kind, **options)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = tmp_path / "small"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(mount)]
-    if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode != 0:
-        pytest.skip("needs to mount a small tmpfs: run as root")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
 
 
 MEMORY = """

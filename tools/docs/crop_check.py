@@ -23,7 +23,7 @@ import torch
 import yaml
 
 import pipeline
-from pipeline.commands.preview.whole_image import Whole, WholeImageEstimate
+from pipeline.commands.preview.whole_image import WholeImage, WholeImageEstimate
 from pipeline.core.errors import Stopped
 from pipeline.core.events import StageStarted
 from pipeline.core.tiling import Rect
@@ -63,19 +63,20 @@ def stopped(path: Path) -> None:
         click.echo("stopped before the last stage")
 
 
+def _no_estimate(_whole: WholeImage, stage: Any, _region: Any) -> WholeImageEstimate:
+    return WholeImageEstimate({}, dict.fromkeys(stage.layer_use.content_layers, 1.0))
+
+
 def cropped(path: Path, rect: Rect, name: str, alone: bool) -> np.ndarray:
     """The crop, or what a crop would be that knows nothing of the whole picture."""
-    known: Any = Whole.known
+    known: Any = WholeImage.known
     if alone:
-        nothing: Any = lambda whole, stage, part: WholeImageEstimate(
-            {}, dict.fromkeys(stage.layer_use.content_layers, 1.0)
-        )  # noqa: E731
-        Whole.known = nothing
+        WholeImage.known = _no_estimate  # type: ignore[method-assign]
     try:
         config = pipeline.load_config(path, [f"work_dir={path.parent / 'stopped'}"])
         return pixels_of(pipeline.crop(config, rect, output=path.parent / f"{name}.png"))
     finally:
-        Whole.known = known
+        WholeImage.known = known
 
 
 def finished(path: Path) -> np.ndarray:

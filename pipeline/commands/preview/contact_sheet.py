@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import images
+from pipeline.core.cancel import CancelToken
 from pipeline.core.text import printable
 from pipeline.core.tiling import Size
 from pipeline.images.text import text_mask
@@ -81,16 +82,16 @@ class ContactSheet:
     def write(
         self,
         output: Path,
-        check: Callable[[], None],
+        cancel: CancelToken,
         on_progress: Callable[[float], None],
         on_whole: Callable[[Path], None] = lambda partial: None,
     ) -> None:
         """Write the sheet in the format of the suffix. Raises InputError for a broken picture, else as write_image."""
-        write_rows(self._drawn(check), output, self.size, check, on_progress, on_whole)
+        write_rows(self._drawn(cancel), output, self.size, cancel, on_progress, on_whole)
 
-    def _drawn(self, check: Callable[[], None]) -> Iterator[Pixels]:
+    def _drawn(self, cancel: CancelToken) -> Iterator[Pixels]:
         for strip in self._strips:
-            check()
+            cancel.raise_if_set()
             rows_HWC = np.full((strip.height_px, self._width_px, 3), 255, np.uint8)
             strip.draw(rows_HWC)
             yield rows_HWC

@@ -37,6 +37,7 @@ from pipeline.commands.preview.cut import cut_canvas, cut_file
 from pipeline.commands.preview.folder import claimed, folder_of
 from pipeline.commands.run import end_reason
 from pipeline.config.config import Config
+from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink, WorkDone, ignore
 from pipeline.core.files import taken
@@ -104,14 +105,14 @@ def crop(
     if output is not None:
         refuse_missing_folder(output)
     check_output(picture, own.width, own.height, 8, "deflate")
-    with Engine(WORKERS, stop) as engine:
-        weights = find_weights(config.network.name, config.network.weights, config.seed, sink, engine.raise_if_stopped)
+    with Engine(WORKERS, CancelToken(stop)) as engine:
+        weights = find_weights(config.network.name, config.network.weights, config.seed, sink, engine.cancel)
         finished = _finished(config, planned, weights, target, engine)
         with claimed(config, picture, force) as claim, _emptied(claim.folder / "crop") as aside:
             context = render_context(config, planned, device, weights, engine, sink)
             rendering = Crop(config, planned, context, finished, aside)
             found = rendering.render(rect, target)
-            cut_canvas(found, own, picture, engine.raise_if_stopped, claim.record)
+            cut_canvas(found, own, picture, engine.cancel, claim.record)
             claim.done()
     return picture
 
@@ -209,7 +210,7 @@ def _finished(config: Config, planned: Plan, weights: WeightsSource, target: int
     if not stages:
         raise ConfigError(f"{config.work_dir}: the run has not finished its first stage yet. {remedy}")
     manifest = trusted_manifest(manifest_path(config.work_dir), records)
-    refuse_changes(config, manifest, identity(config, weights, engine.raise_if_stopped))
+    refuse_changes(config, manifest, identity(config, weights, engine.cancel))
     refuse_other_stages(config, manifest, planned)
     refuse_links(config.work_dir)
     newest = max(stages)
@@ -279,7 +280,7 @@ class Crop:
         least_max_u = 0.0 if stage.plan.size == size else self._least_max_u(stage)
         iterations = Iterations(stage, energies, prepared.areas, known.grams, least_max_u)
         while end_reason(self._position, stage.config.optimizer) is None:
-            self.context.engine.raise_if_stopped()
+            self.context.engine.cancel.raise_if_set()
             commit = partial(self._commit, stage)
             at = self._position
             iterations.iterate(at.iteration, at.alpha, at.checksums[index], commit)
@@ -287,11 +288,11 @@ class Crop:
 
     def _cut(self, stage: Stage, region: Rect, size: Size) -> ColorStatistics | None:
         """Gives the stage the region of its content and masks; gives the colours of the whole content."""
-        config, check = stage.config, self.context.engine.raise_if_stopped
+        config, cancel = stage.config, self.context.engine.cancel
         # a mask that several styles share stays one
         cuts = {path: self.aside / f"mask_{stage.plan.index}_{number}.png" for number, path in enumerate(config.masks)}
         for path, cut in cuts.items():
-            cut_file(path, size, region, cut, check)
+            cut_file(path, size, region, cut, cancel)
         styles = tuple(one.model_copy(update={"mask": cuts[one.mask]}) if one.mask else one for one in config.styles)
         guide = config.loss.content_mask
         loss = config.loss.model_copy(update={"content_mask": cuts[guide] if guide else None})
@@ -299,7 +300,7 @@ class Crop:
         stage.config = config.model_copy(update={"content": content, "styles": styles, "loss": loss})
         if config.content is None or content is None:
             return None
-        return cut_file(config.content, size, region, content, check)
+        return cut_file(config.content, size, region, content, cancel)
 
     def _least_max_u(self, stage: Stage) -> float:
         """What max|u| of the whole's first iteration will be at least: as near to the largest possible as at stage f.

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import images
+from pipeline.core.cancel import CancelToken
 from pipeline.core.tiling import Rect, Size
 from pipeline.images.writer import write_rows
 from pipeline.losses import color
@@ -20,17 +21,17 @@ from pipeline.render.resample import Region, moved
 _BAND_PX = 256
 
 
-def cut_file(path: Path, size: Size, rect: Rect, output: Path, check: Callable[[], None]) -> ColorStatistics:
+def cut_file(path: Path, size: Size, rect: Rect, output: Path, cancel: CancelToken) -> ColorStatistics:
     """Write the rectangle `rect` of an image file, resized to `size`, as the picture `output`.
 
     Gives the colours of the whole image at that size. Raises InputError for a broken file, StorageError, or what
-    `check` raises.
+    `cancel` raises.
     """
     seen: list[tuple[color.Matrix, color.Matrix]] = []
     # closed when a write fails: the error keeps this frame, and with it the decoder's thread and the open file
-    with closing(images.stream_rgb(path, size[1], size[0], min(_BAND_PX, size[0]), check)) as decoded:
+    with closing(images.stream_rgb(path, size[1], size[0], min(_BAND_PX, size[0]), cancel)) as decoded:
         bands = _cut_bands(decoded, rect, seen)
-        write_rows(bands, output, (rect.height, rect.width), check)
+        write_rows(bands, output, (rect.height, rect.width), cancel)
         for _ in bands:
             raise AssertionError("a cut has no more rows than its rectangle")
     return color.statistics_of(seen, size[0] * size[1])
@@ -46,11 +47,9 @@ def _cut_bands(
             yield part.copy()  # the band is not kept for it
 
 
-def cut_canvas(
-    canvas: Region, rect: Rect, output: Path, check: Callable[[], None], on_whole: Callable[[Path], None]
-) -> None:
+def cut_canvas(canvas: Region, rect: Rect, output: Path, cancel: CancelToken, on_whole: Callable[[Path], None]) -> None:
     """Write the rectangle `rect` of the picture that `canvas` keeps a part of, 8 bits a channel, as `output`."""
-    write_rows(_canvas_bands(canvas, rect), output, (rect.height, rect.width), check, on_whole=on_whole)
+    write_rows(_canvas_bands(canvas, rect), output, (rect.height, rect.width), cancel, on_whole=on_whole)
 
 
 def _canvas_bands(canvas: Region, rect: Rect) -> Iterator[NDArray[Any]]:

@@ -13,7 +13,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,8 @@ from pipeline.commands.preview.sweep import Axis, Variation, load_variations
 from pipeline.commands.run import run
 from pipeline.config.config import Config, input_files, result_fields
 from pipeline.config.yaml_reader import dotted
-from pipeline.core.errors import ConfigError, stop_check
+from pipeline.core.cancel import CancelToken
+from pipeline.core.errors import ConfigError
 from pipeline.core.events import Event, IterationDone, Note, PictureDone, Sink, StageStarted, WorkDone, ignore
 from pipeline.core.image_formats import PREVIEW_PX
 from pipeline.core.text import shown
@@ -110,9 +111,9 @@ def preview(
     first = variations[0].config
     sheet = output or folder_of(first).with_name(f"{folder_of(first).name}.png")
     _refuse_fixed(axes)
-    check = stop_check(stop)
+    cancel = CancelToken(stop)
     grid = _Grid(Path(path).name, axes, variations, size_px, resolve_device(first.compute.device))
-    grid.plan(folder_of(first), check)
+    grid.plan(folder_of(first), cancel)
     contact_sheet = grid.sheet()
     height, width = contact_sheet.size
     if output is not None:
@@ -120,9 +121,9 @@ def preview(
     check_output(sheet, width, height, 8, "deflate")
     with claimed(first, sheet, force) as claim:
         grid.render(sink, stop)
-        grid.tell_idle(sink, check)
+        grid.tell_idle(sink, cancel)
         contact_sheet.write(
-            sheet, check, lambda share: sink(WorkDone(0, "contact sheet", math.floor(share * 100), 100)), claim.record
+            sheet, cancel, lambda share: sink(WorkDone(0, "contact sheet", math.floor(share * 100), 100)), claim.record
         )
         claim.done()
     return Preview(sheet, grid.rendered(), grid.across, size_px)
@@ -167,7 +168,7 @@ class _Grid:
         """Long side at which all pictures are rendered that can be: no stage of the coarsest size may be left out."""
         return max(self._size_px, *(one.config.initial_size for one in self._variations))
 
-    def plan(self, folder: Path, check: Callable[[], None]) -> None:
+    def plan(self, folder: Path, cancel: CancelToken) -> None:
         """Plan every picture. Raises ConfigError, InputError, for any that cannot be rendered, before the first is."""
         hashes: dict[Path, str] = {}
         for variation in self._row_by_row():
@@ -175,7 +176,7 @@ class _Grid:
             # before any is hashed, files that cannot serve are told
             plan = plan_on(_in_folder(config, folder), self._device)
             for _, path in input_files(config):
-                hashes[path] = hashes.get(path) or sha256_of(path, check)
+                hashes[path] = hashes.get(path) or sha256_of(path, cancel)
             config = _in_folder(config, folder / _name(config, hashes))
             canvas = plan.stages[-1].size
             self._planned.append(_Planned(variation, config, plan, fit(canvas, min(self._size_px, max(canvas)))))
@@ -210,9 +211,9 @@ class _Grid:
                 "that decides it."
             )
 
-    def tell_idle(self, sink: Sink, check: Callable[[], None]) -> None:
+    def tell_idle(self, sink: Sink, cancel: CancelToken) -> None:
         """Tell which keys made no difference, as the pictures show: nobody should look for one that is not there."""
-        pictures = {one.variation.settings: sha256_of(one.config.output, check) for one in self._planned}
+        pictures = {one.variation.settings: sha256_of(one.config.output, cancel) for one in self._planned}
         for number, axis in enumerate(self._axes):
             together = self._along(number, pictures)
             same = [", ".join(others) for others, found in together.items() if len(found) == 1]

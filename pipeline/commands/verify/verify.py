@@ -14,6 +14,7 @@ from pipeline.commands.verify.repair import Repair, Step
 from pipeline.commands.verify.scan import ScanResult, scan
 from pipeline.commands.verify.store_check import Problem, SampleSpec, as_dict
 from pipeline.config.config import Config
+from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink, ignore
 from pipeline.core.files import taken
@@ -91,7 +92,7 @@ def verify(
     work_dir = work_dir.resolve()
     refuse_links_at_top(work_dir)
     sample = None if share is None else SampleSpec(share, secrets.randbits(32) if seed is None else seed)
-    with _lock(work_dir, repair), Engine(WORKERS, stop) as engine:
+    with _lock(work_dir, repair), Engine(WORKERS, CancelToken(stop)) as engine:
         first = scan(work_dir, config, sample, engine, sink)
         mending = Repair(engine, sink)
         steps = mending.steps(first)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import Stopped
 from pipeline.executors.threads import Engine
 
@@ -150,7 +151,7 @@ def test_the_stop_flag_ends_the_work_between_two_tasks(how):
             ended += 1
         return index
 
-    with pytest.raises(Stopped, match="run the same command again"), Engine(2, stop) as engine:
+    with pytest.raises(Stopped, match="run the same command again"), Engine(2, CancelToken(stop)) as engine:
         if how == "map":
             engine.map(task, list(range(200)))
         else:
@@ -162,13 +163,13 @@ def test_a_stopped_engine_starts_nothing():
     """Stopped before the first task: not even that."""
     ran = []
     with Engine(2) as engine:
-        engine.stop.set()
+        engine.cancel.set()
         with pytest.raises(Stopped):
             engine.map(ran.append, [1, 2, 3])
         with pytest.raises(Stopped):
             list(engine.checked([1]))
         with pytest.raises(Stopped):
-            engine.raise_if_stopped()
+            engine.cancel.raise_if_set()
     assert ran == []
 
 
@@ -179,7 +180,7 @@ def test_checked_items_stop_between_two():
         for item in engine.checked(range(10)):
             seen.append(item)
             if item == 3:
-                engine.stop.set()
+                engine.cancel.set()
     assert seen == [0, 1, 2, 3]
 
 

@@ -18,6 +18,7 @@ import pytest
 import pyvips
 
 from pipeline.commands.preview.cut import cut_file
+from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError, InputError, SpaceError, Stopped
 from pipeline.core.tiling import Rect
 from pipeline.images.header import read_header
@@ -416,11 +417,12 @@ def test_no_thread_decodes_for_a_cut_that_was_given_up(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     vips(picture(3000, 300)).pngsave(str(path))
 
-    def check() -> None:  # is called when the last row of the cut is with the saver
-        raise Stopped
+    class Cancelled(CancelToken):
+        def raise_if_set(self) -> None:  # first called when the last row of the cut is with the saver
+            raise Stopped
 
     with pytest.raises(Stopped) as caught:
-        cut_file(path, (3000, 300), Rect(0, 1000, 0, 300), tmp_path / "cut.png", check)
+        cut_file(path, (3000, 300), Rect(0, 1000, 0, 300), tmp_path / "cut.png", Cancelled())
     assert caught.value.__traceback__ is not None
     assert not decoders()
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]

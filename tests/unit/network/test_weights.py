@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import InputError, Stopped
 from pipeline.core.vgg_layers import VGG19_WIDTHS
 from pipeline.network import weights
@@ -141,13 +142,12 @@ def test_a_download_that_is_stopped_at_once_leaves_nothing(served, hub):
             opened.wait(30)
         thread_run(self)
 
-    def stop() -> None:
-        raise Stopped("as asked")
-
+    cancel = CancelToken()
+    cancel.set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threading.Thread, "run", late)
         with pytest.raises(Stopped):
-            find_weights("vgg19", None, 0, check=stop)
+            find_weights("vgg19", None, 0, cancel=cancel)
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "download"]
     opened.set()
     thread.join(30)
