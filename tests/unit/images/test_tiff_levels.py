@@ -19,7 +19,7 @@ from pipeline.core.image_formats import PixelKind
 from pipeline.plan.memory import export_bytes
 from pipeline.rundir.space import check_space
 from tests.support.e2e import Outcome, make_call, write_run
-from tests.support.pictures import measured_mb, picture, small_disk, write
+from tests.support.pictures import measured_mb, picture, write
 from tests.support.plans import config_of, planned
 
 __all__ = ["small_disk"]
