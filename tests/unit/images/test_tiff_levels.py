@@ -22,14 +22,12 @@ from tests.support.e2e import Outcome, make_call, write_run
 from tests.support.pictures import measured_mb, picture, write
 from tests.support.plans import config_of, planned
 
-__all__ = ["small_disk"]
-
 # An export of noise, in bands of 64 rows. From row 1024 on it does what it is told to.
 CHILD = """
     import ctypes, os, signal, sys, tempfile
     from pathlib import Path
     import numpy as np
-    from pipeline.images import writer as image_export, streams
+    from pipeline.images import vips_streams as streams, writer
     from pipeline.core.errors import PipelineError
 
     def files():
@@ -54,7 +52,7 @@ CHILD = """
     streams.BAND_ROWS_PX = 64
     path = Path(sys.argv[1])
     try:
-        image_export.write_image(path, 1500, 2000, read_rows, compression="none")
+        writer.write_image(path, 1500, 2000, read_rows, compression="none")
     except PipelineError as error:
         print(error)
         sys.exit(error.exit_code)
@@ -132,7 +130,7 @@ def test_levels_of_a_killed_export_are_removed(tmp_path: Path) -> None:
 
 def test_levels_of_a_failed_export_are_removed(tmp_path: Path) -> None:
     """The same where the reader of the canvas finds damage, or somebody stops it."""
-    failing = "raise image_export.StorageError('broken')"
+    failing = "raise writer.StorageError('broken')"
     assert export(tmp_path / "a.tif", failing) == (5, ["broken"])
     assert list(tmp_path.iterdir()) == []
 
@@ -152,8 +150,8 @@ def test_full_disk_while_levels_are_written(tmp_path: Path, small_disk: Path, le
     path = (tmp_path if levels_alone else small_disk) / "a.tif"
     first = "pass"
     if levels_alone:
-        first = "make = image_export._libvips_files_in; "
-        first += f"image_export._libvips_files_in = lambda folder: make(Path({str(small_disk)!r}) / folder.name)"
+        first = "make = writer._libvips_files_in; "
+        first += f"writer._libvips_files_in = lambda folder: make(Path({str(small_disk)!r}) / folder.name)"
     code, lines = export(path, first=first)
     assert code == 5 and len(lines) == 1
     assert lines[0].startswith(f"{path}: No space left on device.")
