@@ -1,169 +1,162 @@
-"""Mapping tasks over specs, in this process, on Dask's threaded scheduler; engine_processes.py does it in others.
-
-Tasks are pure functions of one picklable spec and may run twice. Results are combined in the order of the specs,
-whatever the order of arrival, so that every sum has the same bits on every run.
-"""
+"""Running graphs on threads of this process, with Dask's threaded scheduler."""
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from dask import threaded  # as an object: its name would make dask import distributed, and that torch
-from dask.base import compute
-from dask.delayed import delayed
+from dask import threaded  # the module: its own name `get` would make dask import distributed, and that torch
 
 from pipeline.core.cancel import NEVER, CancelToken
+from pipeline.executors.graph import Executor, Graph, Key, ignore
 
-S = TypeVar("S")
-R = TypeVar("R")
-A = TypeVar("A")
-
-# Tasks of one graph: dask takes time that grows with their square, and hears no stop while it builds one.
-_BATCH = 256
+_PROCEED: Key = ("proceed", 0)
 
 
-class Engine:
-    """A pool of worker threads, and the flag that stops it between two tasks."""
+class ThreadExecutor(Executor):
+    """Two thread pools: one for nodes that hold a tile, as many as may be in flight, and one for all others.
 
-    def __init__(self, workers: int, cancel: CancelToken = NEVER, beside: int | None = None):
-        """`beside`: worker threads of what runs beside; as many if not given."""
-        self.cancel = cancel
-        self._workers = workers
-        self._workers_beside = beside or workers
-        self._pool = self._new_pool()
-        self._side = ThreadPoolExecutor(1, thread_name_prefix="beside")
+    The threads live as long as the executor: each has an OpenMP team and buffers of its own, and where memory is short
+    libgomp ends the process if it cannot start a new team.
+    """
 
-    def __enter__(self) -> Engine:
-        return self
+    def __init__(self, tiles: int, cancel: CancelToken = NEVER, others: int | None = None):
+        """`others`: threads for nodes that hold no tile; as many as `tiles` if not given."""
+        super().__init__(cancel)
+        self._tiles, self._others = _RankedPool(tiles, "tile"), _RankedPool(others or tiles, "task")
 
     def __exit__(self, *_: object) -> None:
-        self._side.shutdown(wait=True)
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._tiles.shutdown()
+        self._others.shutdown()
 
-    def map(
+    def run(
         self,
-        task: Callable[[S], R],
-        specs: Sequence[S],
-        on_done: Callable[[], None] = lambda: None,
-        before: Callable[[S], S] = lambda spec: spec,
-        after: Callable[[R], None] = lambda result: None,
-        on_error: Callable[[], None] = lambda: None,
-    ) -> list[R]:
-        """`task` of every spec, results in the order of `specs`.
-
-        `before` is called with each spec, may wait, and gives the spec to run. `after` is called with each result, then
-        `on_done`; all on any thread. Raises Stopped when the stop flag is set, else what a task or one of these raised
-        first; then nothing runs any more. `on_error` is called at once when that is raised, on any thread, while other
-        tasks may still run or wait: it has to release those that wait.
-        """
-        results: list[R] = []
-        for batch in self._batches(specs):
-            one_pass = _Pass(task, on_done, before, after, on_error, self.cancel)
-            # dask takes independent tasks by name, last first; its own names are random, and so would be the way over
-            # the canvas, where neighbouring tiles share the rows of their halos
-            names = (f"task-{number:09}" for number in range(len(batch), 0, -1))
-            nodes = [one_pass.node(spec, name) for spec, name in zip(batch, names, strict=True)]
-            results += self._compute(one_pass, nodes)
-        return results
-
-    def _batches(self, specs: Sequence[S]) -> Iterator[Sequence[S]]:
-        for first in range(0, len(specs), _BATCH):
-            self.cancel.raise_if_set()
-            yield specs[first : first + _BATCH]
-
-    def fold(
-        self,
-        task: Callable[[S], R],
-        specs: Sequence[S],
-        combine: Callable[[A, R], A],
-        initial: A,
-        on_done: Callable[[], None] = lambda: None,
-        before: Callable[[S], S] = lambda spec: spec,
-        on_error: Callable[[], None] = lambda: None,
-    ) -> A:
-        """Combine the results of `task` one by one, in the order of `specs`, keeping only a few in memory.
-
-        `on_done`, `before` and `on_error` as for `map`. Raises like `map`.
-        """
-        result = initial
-        for batch in self._batches(specs):
-            one_pass = _Pass(task, on_done, before, lambda _result: None, on_error, self.cancel)
-            total: Any = delayed(result, traverse=False)
-            for spec in batch:
-                total = delayed(partial(one_pass.guarded, combine), pure=False)(total, one_pass.node(spec))
-            (result,) = self._compute(one_pass, [total])
-        return result
-
-    def beside(self, work: Callable[[Engine], R]) -> Future[R]:
-        """Start `work` with an engine of its own, on a thread of its own, beside what this one does."""
-        return self._side.submit(self._run_beside, work)
-
-    def _run_beside(self, work: Callable[[Engine], R]) -> R:
-        with Engine(self._workers_beside, self.cancel) as engine:
-            return work(engine)
-
-    def checked(self, items: Iterable[S]) -> Iterable[S]:
-        """`items`, ending in Stopped once the run is asked to stop."""
-        for item in items:
-            self.cancel.raise_if_set()
-            yield item
-
-    def _compute(self, one_pass: _Pass[Any, Any], nodes: list[Any]) -> tuple[Any, ...]:
+        graph: Graph,
+        keys: Sequence[Key],
+        on_done: Callable[[Key], None] = ignore,
+        proceed: Callable[[Any], bool] | None = None,
+    ) -> list[Any]:
+        """As in Executor; `proceed` is called on a thread of the pool."""
+        self.cancel.raise_if_set()
+        if not keys:
+            return []
+        run = _Run(self.cancel, on_done)
+        # a partial without arguments: dask would otherwise look for keys and tasks inside specs
+        tasks: dict[Key, Any] = {
+            key: (partial(run.node, key, node.function), *node.needs) for key, node in graph.items()
+        }
+        wanted = list(keys)
+        if proceed is not None:
+            tasks[_PROCEED] = (partial(run.proceed, proceed), keys[0])
+            wanted.append(_PROCEED)
+        submitter = _Submitter(graph, self._tiles, self._others)
         try:
-            return tuple(
-                compute(  # type: ignore[no-untyped-call]
-                    *nodes, scheduler=threaded.get, pool=self._pool, num_workers=self._workers, optimize_graph=False
-                )
-            )
-        except BaseException as error:
-            # dask does not wait: what still runs would write beside whatever comes next
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = self._new_pool()
-            if isinstance(error, Exception) and one_pass.error not in (None, error):
-                raise one_pass.error from None  # dask has heard first of one that only followed from it
+            values = threaded.get(tasks, wanted, pool=submitter)
+        except BaseException:
+            run.over = True
+            submitter.wait()  # dask does not: what still runs would write beside whatever comes next
+            if run.error is not None:
+                raise run.error from None  # dask may have seen first one that was raised later
             raise
-
-    def _new_pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._workers, thread_name_prefix="task")
+        return list(values[: len(keys)])
 
 
-@dataclass
-class _Pass(Generic[S, R]):
-    """A task with what is called around it, as the nodes of one graph. `error`: the first that was raised in it."""
+class _Run:
+    """The nodes of one run. `over`: nodes that have not begun are left out. `error`: the first that was raised."""
 
-    task: Callable[[S], R]
-    on_done: Callable[[], None]
-    before: Callable[[S], S]
-    after: Callable[[R], None]
-    on_error: Callable[[], None]
-    cancel: CancelToken
-    error: BaseException | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, cancel: CancelToken, on_done: Callable[[Key], None]):
+        self._cancel, self._on_done = cancel, on_done
+        self._lock = threading.Lock()
+        self.over = False
+        self.error: BaseException | None = None
 
-    def node(self, spec: S, name: str | None = None) -> Any:
-        # a partial without arguments: dask would otherwise look for tasks inside the spec
-        return delayed(partial(self.guarded, self._run, spec), pure=False)(dask_key_name=name)
+    def node(self, key: Key, function: Callable[..., Any], *values: object) -> Any:
+        """Run one node, and report it."""
+        return self._guarded(lambda: self._run_node(key, function, values))
 
-    def guarded(self, function: Callable[..., A], *args: Any) -> A:
-        """Call the function; if it raises the first error of the pass, `on_error` is called at once."""
+    def proceed(self, proceed: Callable[[Any], bool], value: object) -> None:
+        """Ask whether the rest is wanted."""
+        if self._guarded(lambda: proceed(value)) is False:
+            self.over = True
+
+    def _run_node(self, key: Key, function: Callable[..., Any], values: Sequence[object]) -> Any:
+        self._cancel.raise_if_set()
+        value = function(*values)
+        self._on_done(key)
+        return value
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        if self.over:
+            return None
         try:
-            return function(*args)
+            return call()
         except BaseException as error:
             with self._lock:
-                if is_first := self.error is None:
-                    self.error = error
-            if is_first:
-                self.on_error()
+                self.error = self.error or error
+            self.over = True
             raise
 
-    def _run(self, spec: S) -> R:
-        self.cancel.raise_if_set()
-        result = self.task(self.before(spec))
-        self.after(result)
-        self.on_done()
-        return result
+
+class _Submitter(futures.Executor):
+    """Hands the tasks of one graph to the two pools, with their places in the graph as their ranks.
+
+    Dask's own order would mix the tiles: neighbours share the rows of their halos, which are read once from the disk
+    while they are in the page cache.
+    """
+
+    # Dask submits as many tasks as there are workers: all that are ready, so that the pools choose among them.
+    _max_workers = sys.maxsize
+
+    def __init__(self, graph: Graph, tiles: _RankedPool, others: _RankedPool):
+        self._pools = {key: tiles if node.tile else others for key, node in graph.items()}
+        self._ranks = {key: rank for rank, key in enumerate(graph)}
+        self._others = others
+        self._running: set[futures.Future[Any]] = set()
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **_: object) -> futures.Future[Any]:  # type: ignore[override]
+        """Called by Dask with a batch of one task: its key, and what belongs to it."""
+        ((key, *_rest),) = args[0]
+        future = self._pools.get(key, self._others).submit(self._ranks.get(key, -1), partial(function, *args))
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        return future
+
+    def wait(self) -> None:
+        """Return when nothing that was submitted runs any more."""
+        futures.wait(list(self._running))
+
+
+class _RankedPool:
+    """A thread pool that begins the task of the lowest rank first."""
+
+    def __init__(self, threads: int, name: str):
+        self._threads = futures.ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._lock = threading.Lock()
+        self._ready: list[tuple[int, int, Callable[[], Any], futures.Future[Any]]] = []
+        self._numbers = itertools.count()  # of equal ranks the earlier one, and never a comparison of functions
+
+    def submit(self, rank: int, call: Callable[[], Any]) -> futures.Future[Any]:
+        """The result of `call`, once a thread had it."""
+        future = futures.Future[Any]()
+        with self._lock:
+            heapq.heappush(self._ready, (rank, next(self._numbers), call, future))
+        self._threads.submit(self._run_next)
+        return future
+
+    def _run_next(self) -> None:
+        with self._lock:
+            _, _, call, future = heapq.heappop(self._ready)
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    def shutdown(self) -> None:
+        """Wait for the threads, and end them."""
+        self._threads.shutdown(wait=True)
