@@ -14,7 +14,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.events import Sink, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.image_formats import picture_kind
-from pipeline.executors.threads import Engine
+from pipeline.executors.threads import ThreadExecutor
 from pipeline.images.writer import check_output, refuse_unheeded
 from pipeline.plan.memory import WORKERS
 from pipeline.render.export import export_canvas
@@ -72,7 +72,7 @@ def export(
         return lambda done, total: sink(WorkDone(chosen, what, done, total))
 
     try:
-        with Engine(WORKERS, CancelToken(stop)) as engine:
+        with ThreadExecutor(WORKERS, CancelToken(stop)) as engine:
             integrity.require_intact([canvas] if alpha is None else [canvas, alpha], engine, told("check"))
         export_canvas(canvas, alpha, output, options, cancel, told("export"))
     except ChunkError:

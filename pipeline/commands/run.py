@@ -21,7 +21,8 @@ from pipeline.core.errors import DeviceMemoryError, storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.vgg_layers import ceil_to
-from pipeline.executors.threads import Engine
+from pipeline.executors.graph import Executor
+from pipeline.executors.threads import ThreadExecutor
 from pipeline.network.weights import find_weights
 from pipeline.plan.device import Device, resolve_device
 from pipeline.plan.memory import WORKERS, update_threads
@@ -43,7 +44,7 @@ from pipeline.store import integrity, metadata
 from pipeline.store.layout import kept_files
 
 if TYPE_CHECKING:
-    from pipeline.render.iteration import IterationResult
+    from pipeline.render.measurements import IterationResult
 
 _FOREIGN = "this run did not make it"
 
@@ -81,13 +82,15 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
     return config.output
 
 
-def _engine(config: Config, device: Device, lock: RunLock, sink: Sink, cancel: CancelToken) -> Engine:
+def _engine(config: Config, device: Device, lock: RunLock, sink: Sink, cancel: CancelToken) -> Executor:
     """The threads of this process, or worker processes."""
     if config.compute.workers == 0:
-        return Engine(WORKERS, cancel, update_threads(device.name))
-    from pipeline.executors.processes import ProcessEngine  # noqa: PLC0415 - brings distributed, for this case only
+        return ThreadExecutor(WORKERS, cancel, update_threads(device.name))
+    from pipeline.executors.processes import ProcessExecutor  # noqa: PLC0415 - brings distributed, for this case only
 
-    return ProcessEngine(config.compute.workers, WORKERS, cancel, lock.descriptor, lambda message: sink(Note(message)))
+    return ProcessExecutor(
+        config.compute.workers, WORKERS, cancel, lock.descriptor, lambda message: sink(Note(message))
+    )
 
 
 @dataclass

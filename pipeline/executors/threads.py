@@ -66,6 +66,9 @@ class ThreadExecutor(Executor):
             raise
         return list(values[: len(keys)])
 
+    def collect_profile(self) -> None:
+        """As in Executor: all is measured in this process."""
+
 
 class _Run:
     """The nodes of one run. `over`: nodes that have not begun are left out. `error`: the first that was raised."""
@@ -119,7 +122,7 @@ class _Submitter(futures.Executor):
         self._others = others
         self._running: set[futures.Future[Any]] = set()
 
-    def submit(self, function: Callable[..., Any], /, *args: Any, **_: object) -> futures.Future[Any]:  # type: ignore[override]
+    def submit(self, function: Callable[..., Any], /, *args: Any, **_: object) -> futures.Future[Any]:
         """Called by Dask with a batch of one task: its key, and what belongs to it."""
         ((key, *_rest),) = args[0]
         future = self._pools.get(key, self._others).submit(self._ranks.get(key, -1), partial(function, *args))

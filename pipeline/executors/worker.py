@@ -1,33 +1,28 @@
-"""A worker process: it runs tasks for the process that started it, and does not outlive it (engine_processes.py)."""
+"""A worker process: it runs tasks for the process that started it, and does not outlive it (worker_pool.py)."""
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
-import io
 import logging
 import os
 import pickle
 import signal
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import dask.config
-import numpy as np
-from distributed import Worker
+from distributed import Security, Worker
 
-from pipeline.core import profiler
 from pipeline.core.allocator import set_up_process
-from pipeline.executors import loopback
-from pipeline.rundir.process_settings import process_settings
 
 # How often a task may lose its worker and be done again.
 ALLOWED_DEATHS = 3
-# For both ends of the connection. What distributed does by default is for clusters whose machines come and go.
+# For both ends of the connection. Distributed's defaults are for clusters whose machines come and go.
 SETTINGS: Mapping[str, Any] = {
-    # it takes mapped files for its own memory, and would pause or kill workers over them; the plan is the limit
+    # distributed counts mapped files as used memory, and would pause or kill workers over them; the plan is the limit
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
@@ -36,27 +31,40 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.scheduler.worker-ttl": None,
     "distributed.scheduler.allowed-failures": ALLOWED_DEATHS,
     "distributed.scheduler.active-memory-manager.start": False,
+    # gradients of neighbouring tiles would move between workers for nothing: their values are small
+    "distributed.scheduler.work-stealing": False,
     "distributed.scheduler.http.routes": [],
     "distributed.worker.http.routes": [],
     "distributed.worker.profile.enabled": False,
+    "distributed.admin.large-graph-warning-threshold": "1 GiB",
 }
-# What is larger in a spec, an array or a text, is sent to every worker once, not with each task that shares it.
-SHARED_BYTES = 2**14
-# A worker has places for the tasks of a pass, and as many for those of a pass beside it.
-SLOTS = ("pass", "beside")
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker process is told on its standard input, where no other process can read the key.
+
+    `tiles`: in flight at once, and threads for other tasks. `folder`: for files of distributed's own.
+    """
+
+    scheduler: str
+    parent: int
+    tiles: int
+    folder: str
+    security: Security
+    initialize: Callable[[], None]
+
+
 def main() -> None:
-    """Serve the scheduler at argv[1], as a child of process argv[2], argv[3] tasks per slot; files go to argv[4]."""
-    address, parent, tasks, folder = sys.argv[1:]
-    _die_with(int(parent))
+    """Serve the scheduler of the WorkerSpec on standard input."""
+    spec: WorkerSpec = pickle.load(sys.stdin.buffer)
+    _die_with(spec.parent)
     set_up_process()
     dask.config.set(SETTINGS)
-    logging.getLogger("distributed").setLevel(logging.WARNING)  # that the last words say something
-    kept = ExitStack()  # and never put back: nobody else is in this process, and its end waits for nothing
-    kept.enter_context(process_settings())
-    asyncio.run(_serve(address, int(tasks), folder))
+    logging.getLogger("distributed").setLevel(logging.WARNING)  # so that the last lines of the log say why it ended
+    spec.initialize()
+    asyncio.run(_serve(spec))
     os._exit(0)  # without waiting for tasks that still run: the scheduler has given them to others, or is gone
 
 
@@ -67,58 +75,19 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-async def _serve(address: str, tasks: int, folder: str) -> None:
+async def _serve(spec: WorkerSpec) -> None:
     worker = Worker(
-        address,
-        nthreads=len(SLOTS) * tasks,
-        resources=dict.fromkeys(SLOTS, tasks),
+        spec.scheduler,
+        nthreads=2 * spec.tiles,
+        resources={"tile": spec.tiles, "other": spec.tiles},
         name=os.getpid(),
         host="127.0.0.1",
-        protocol=loopback.SCHEME,
+        protocol="tls",
+        security=spec.security,
         dashboard_address="127.0.0.1:0",
         memory_limit=0,
-        local_directory=folder,
+        local_directory=spec.folder,
         death_timeout=60,
     )
     async with worker:
         await worker.finished()  # type: ignore[no-untyped-call]
-
-
-class _Packer(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, large: dict[int, object]):
-        super().__init__(file, pickle.HIGHEST_PROTOCOL)
-        self._large = large
-
-    def persistent_id(self, obj: object) -> int | None:
-        size = obj.nbytes if isinstance(obj, np.ndarray) else len(obj) if isinstance(obj, str) else 0
-        if size < SHARED_BYTES:
-            return None
-        self._large[id(obj)] = obj
-        return id(obj)
-
-
-class _Unpacker(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, large: Mapping[int, object]):
-        super().__init__(file)
-        self._large = large
-
-    def persistent_load(self, pid: int) -> object:
-        return self._large[pid]
-
-
-def pack(task: object, spec: object) -> tuple[bytes, dict[int, object]]:
-    """The task and its spec as bytes, without the spec's large arrays and texts, and those by their id."""
-    file, large = io.BytesIO(), dict[int, object]()
-    _Packer(file, large).dump((task, spec))
-    return file.getvalue(), large
-
-
-def run_packed(packed: bytes, large: Mapping[int, object]) -> tuple[Any, dict[str, float]]:
-    """What the task of `pack` gives for its spec, and the seconds this process has spent since it last gave them."""
-    task, spec = _Unpacker(io.BytesIO(packed), large).load()
-    return task(spec), profiler.take()
-
-
-def give(large: object) -> object:
-    """The thing itself: as the result of a task it can be had again when the worker that holds it dies."""
-    return large

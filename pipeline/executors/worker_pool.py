@@ -2,11 +2,11 @@
 
     this process                                 worker processes (worker.py)
       the run's lock ─────── inherited ─────────►  hold it too: no run begins here while one of them lives
-      scheduler and client ── 127.0.0.1 ────────►  a few tasks in flight each, one of them computing
+      scheduler and client ── 127.0.0.1, TLS ───►  a few tiles in flight each, one of them computing
       a keeper thread each ── starts, awaits ───►  killed by the system when their keeper ends
 
-A worker that dies is replaced, and its tasks, which may run twice, are done again. Tasks that nobody waits for any more
-are ended with their processes: nothing of an old pass may be written during a later one.
+A worker that dies is replaced, and its tasks, which may run twice, are done again. Tasks whose results are no longer
+wanted are ended with their processes: nothing of an old pass may be written during a later one.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent import futures
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import dask.config
-from distributed import Client, Future, LocalCluster, Scheduler
+from distributed import Client, Future, LocalCluster, Scheduler, Security
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from pipeline.core.errors import ConfigError
-from pipeline.executors import loopback, worker
+from pipeline.executors import worker
 
 # How often in a row a worker may die before it is ready for tasks.
 _STARTS = 3
@@ -41,13 +42,20 @@ _PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class WorkerPool:
     """A scheduler and a client in this process, and the worker processes with their keepers; started when needed."""
 
-    def __init__(self, processes: int, tasks: int, lock: int | None, note: Callable[[str], None]):
-        self._processes, self._tasks, self._lock, self._note = processes, tasks, lock, note
+    def __init__(
+        self,
+        processes: int,
+        tiles: int,
+        lock: int | None,
+        note: Callable[[str], None],
+        initialize: Callable[[], None],
+    ):
+        self._processes, self._tiles, self._lock, self._note = processes, tiles, lock, note
+        self._initialize = initialize
         self._environment = dict(os.environ)  # a worker that is started later computes as the first ones do
-        self._starting = threading.Lock()
         self._opened: ExitStack | None = None
         self._keepers: list[threading.Thread] = []
-        self._state = threading.Lock()  # of the workers, by process id, those that we killed, and whether it is over
+        self._state = threading.Lock()  # guards the attributes below
         self._workers: dict[int, subprocess.Popen[bytes]] = {}
         self._dropped: set[int] = set()
         self._closing = False
@@ -55,36 +63,36 @@ class WorkerPool:
         self._broken: Exception | None = None
 
     def submit(
-        self, task: Callable[[Any], Any], spec: object, shared: dict[int, Future[Any]], slot: str
-    ) -> Future[Any]:
-        """Hand out one task. `shared` has what is large in the specs so far, and takes up what is in this one."""
-        self._start()
-        packed, large = worker.pack(task, spec)
-        for key, value in large.items():
-            if key not in shared:
-                shared[key] = self._client.submit(worker.give, value, pure=False)
-        used = {key: shared[key] for key in large}
-        call: Future[Any] = self._client.submit(worker.run_packed, packed, used, pure=False, resources={slot: 1})
-        return call
+        self, graph: Mapping[str, Any], keys: Sequence[str], resources: Callable[[str], Mapping[str, int]]
+    ) -> list[Future[Any]]:
+        """Hand the graph to the scheduler; gives the futures of `keys`. `resources`: of each key, to be pickled."""
+        calls: list[Future[Any]] = self._client.get(graph, list(keys), sync=False, resources=resources)
+        return calls
 
-    def when_done(self, call: Future[Any], tell: Callable[[], None], tell_error: Callable[[Future[Any]], None]) -> None:
-        """Have `tell` called, on another thread, once a task is done or has failed; if so, `tell_error` before it."""
+    @contextmanager
+    def counting(self, on_done: Callable[[str], None]) -> Iterator[None]:
+        """Inside, `on_done` is called once with every key that is done, on the scheduler's thread."""
+        self._register.count(on_done)
+        try:
+            yield
+        finally:
+            self._register.count(None)
 
-        def done(call: Future[Any]) -> None:
-            if call.status == "error":
-                tell_error(call)
-            tell()
-
-        call.add_done_callback(done)  # type: ignore[no-untyped-call]
-
-    def fetch(self, calls: list[Future[Any]]) -> futures.Future[list[tuple[Any, Mapping[str, float]]]]:
-        """Begin to fetch results, each with the seconds that its process spent since the last one."""
-        gathering: Coroutine[Any, Any, list[Any]] = self._client.gather(calls, asynchronous=True)
+    def fetch(self, call: Future[Any]) -> futures.Future[Any]:
+        """Begin to fetch a value. One that is lost with its worker is computed again."""
+        gathering: Coroutine[Any, Any, Any] = self._client.gather(call, asynchronous=True)
         return asyncio.run_coroutine_threadsafe(gathering, self._loop)
 
-    def drop(self, calls: Collection[Future[Any]]) -> None:
-        """End these tasks, running or not: kill all workers. What others wait for is done again by new ones."""
-        if not calls:
+    def call_everywhere(self, function: Callable[[], Any]) -> list[Any]:
+        """What `function` gives in every worker process that answers."""
+        if self._opened is None:
+            return []
+        answers: dict[str, Any] = self._client.run(function, on_error="ignore")
+        return list(answers.values())
+
+    def drop(self, calls: Sequence[Future[Any]]) -> None:
+        """Kill all workers, with what they run; new ones are started at once. `calls` are not computed again."""
+        if self._opened is None:
             return
         self._client.cancel(list(calls), force=True)
         with self._state:
@@ -120,32 +128,35 @@ class WorkerPool:
         if self._opened is not None:
             self._opened.close()
 
-    def _start(self) -> None:
-        with self._starting:
-            if self._opened is not None:
-                return
-            with ExitStack() as opened:
-                self._folder = Path(opened.enter_context(TemporaryDirectory(prefix="pipeline-")))
-                opened.enter_context(dask.config.set(worker.SETTINGS))
-                cluster = LocalCluster(  # type: ignore[no-untyped-call]
-                    n_workers=0,
-                    host="127.0.0.1",
-                    protocol=loopback.SCHEME,
-                    dashboard_address="127.0.0.1:0",
-                    scheduler_kwargs={"dashboard": False},
-                    silence_logs=logging.CRITICAL,
-                )
-                opened.enter_context(cluster)
-                client = Client(cluster, set_as_default=False)  # type: ignore[no-untyped-call]
-                self._client = opened.enter_context(client)
-                self._loop: asyncio.AbstractEventLoop = cast(Any, client.loop).asyncio_loop
-                self._address = cluster.scheduler_address
-                self._register = _Register(self._kill)
-                cast(Scheduler, cluster.scheduler).add_plugin(self._register)
-                self._opened = opened.pop_all()
-            self._keepers = [threading.Thread(target=self._keep, daemon=True) for _ in range(self._processes)]
-            for keeper in self._keepers:
-                keeper.start()
+    def start(self) -> None:
+        """Start the scheduler and the workers, if they are not there yet."""
+        if self._opened is not None:
+            return
+        with ExitStack() as opened:
+            self._folder = Path(opened.enter_context(TemporaryDirectory(prefix="pipeline-")))
+            opened.enter_context(dask.config.set(worker.SETTINGS))
+            # a scheduler runs whatever it is sent, and every account of the machine can reach its port
+            self._security = Security.temporary()  # type: ignore[no-untyped-call]
+            cluster = LocalCluster(  # type: ignore[no-untyped-call]
+                n_workers=0,
+                host="127.0.0.1",
+                protocol="tls",
+                security=self._security,
+                dashboard_address="127.0.0.1:0",
+                scheduler_kwargs={"dashboard": False},
+                silence_logs=logging.CRITICAL,
+            )
+            opened.enter_context(cluster)
+            client = Client(cluster, security=self._security, set_as_default=False)  # type: ignore[no-untyped-call]
+            self._client = opened.enter_context(client)
+            self._loop: asyncio.AbstractEventLoop = cast(Any, client.loop).asyncio_loop
+            self._address = cluster.scheduler_address
+            self._register = _Register(self._kill)
+            cast(Scheduler, cluster.scheduler).add_plugin(self._register)
+            self._opened = opened.pop_all()
+        self._keepers = [threading.Thread(target=self._keep, daemon=True) for _ in range(self._processes)]
+        for keeper in self._keepers:
+            keeper.start()
 
     def _keep(self) -> None:
         """Start a worker, await its end, start the next. The end of this thread is the end of its worker."""
@@ -170,22 +181,26 @@ class WorkerPool:
 
     def _start_worker(self) -> subprocess.Popen[bytes] | None:
         """A new worker process, or None if the cluster closes."""
-        arguments = [self._address, str(os.getpid()), str(self._tasks), str(self._folder)]
         # everything that tasks can be imported from here; -P keeps the current folder out
         path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+        spec = worker.WorkerSpec(
+            self._address, os.getpid(), self._tiles, str(self._folder), self._security, self._initialize
+        )
         with self._state, self._log.open("ab") as log:
             if self._closing:
                 return None
             process = subprocess.Popen(
-                [sys.executable, "-P", "-c", "from pipeline.executors.worker import main; main()", *arguments],
+                [sys.executable, "-P", "-c", "from pipeline.executors.worker import main; main()"],
                 env={**self._environment, "PYTHONPATH": path},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 pass_fds=() if self._lock is None else (self._lock,),
             )
             self._workers[process.pid] = process
-            return process
+        with suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as stdin:  # it may have ended already
+            stdin.write(pickle.dumps(spec))
+        return process
 
     @property
     def _log(self) -> Path:
@@ -207,12 +222,27 @@ class WorkerPool:
 
 
 class _Register(SchedulerPlugin):
-    """The workers that were ready once; `kill` ends the process of one that the scheduler gives up."""
+    """Counts the tasks that are done, and the workers that were ready once.
+
+    `kill` ends the process of a worker that the scheduler gives up.
+    """
 
     def __init__(self, kill: Callable[[int], None]):
         self.pids: set[int] = set()
         self._by_address: dict[str, int] = {}
         self._kill = kill
+        self._done: set[str] = set()
+        self._on_done: Callable[[str], None] | None = None
+
+    def count(self, on_done: Callable[[str], None] | None) -> None:
+        """Call `on_done` from now on; None: nothing."""
+        self._done, self._on_done = set(), on_done
+
+    def transition(self, key: Any, start: str, finish: str, *_: Any, **_options: Any) -> None:
+        """Called by the scheduler, also for tasks that are done again because their worker died."""
+        if finish == "memory" and self._on_done is not None and key not in self._done:
+            self._done.add(key)
+            self._on_done(key)
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         self._by_address[worker] = int(str(scheduler.workers[worker].name))

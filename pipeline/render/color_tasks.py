@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.core.tiling import Rect, chunks_of
-from pipeline.executors.threads import Engine
+from pipeline.executors.graph import Executor
 from pipeline.losses.color import ColorStatistics, Matrix, luminance, moments, statistics_of
 from pipeline.store.array import StageArray
 from pipeline.store.checksums import ChunkSums
@@ -28,7 +28,7 @@ def moments_task(spec: _RowSpec) -> tuple[Matrix, Matrix]:
     return sum((total for total, _ in parts), np.zeros(3)), sum((squares for _, squares in parts), np.zeros((3, 3)))
 
 
-def statistics(array: StageArray, engine: Engine) -> ColorStatistics:
+def statistics(array: StageArray, engine: Executor) -> ColorStatistics:
     """The statistics of a whole image in the store, the same bits whatever the tiles. Raises ChunkError."""
     height, width, _ = array.shape
     return statistics_of(engine.map(moments_task, [_RowSpec(array, rect) for rect in _rows(array)]), height * width)
@@ -61,7 +61,7 @@ def recolor_task(spec: RecolorSpec) -> ChunkSums:
     return sums
 
 
-def recolor(source: StageArray, content: StageArray, target: StageArray, engine: Engine) -> str:
+def recolor(source: StageArray, content: StageArray, target: StageArray, engine: Executor) -> str:
     """Fill `target` with the luminance of `source` in the colours of `content`; gives the packed checksums.
 
     The target is another array than the source: a task that is done again must find what it found before.

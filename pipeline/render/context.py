@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.config import Config
 from pipeline.core.events import Sink
-from pipeline.executors.threads import Engine
+from pipeline.executors.graph import Executor
 from pipeline.network.weights import NetworkSpec, WeightsSource
 from pipeline.plan.device import Device
 from pipeline.plan.network_cost import layers_in_use
@@ -18,7 +18,7 @@ from pipeline.rundir.paths import manifest_path
 from pipeline.rundir.records import Iteration, StagePrepared
 
 if TYPE_CHECKING:
-    from pipeline.render.iteration import IterationResult
+    from pipeline.render.measurements import IterationResult
     from pipeline.render.preparation import Prepared
     from pipeline.render.stage import Stage
 
@@ -29,13 +29,13 @@ class RenderContext:
 
     device: Device
     weights: WeightsSource
-    engine: Engine
+    engine: Executor
     sink: Sink
     gpu_bytes: int
 
 
 def render_context(
-    config: Config, planned: Plan, device: Device, weights: WeightsSource, engine: Engine, sink: Sink
+    config: Config, planned: Plan, device: Device, weights: WeightsSource, engine: Executor, sink: Sink
 ) -> RenderContext:
     """Those of a run of `config`, whose plan is for all its worker processes together."""
     return RenderContext(device, weights, engine, sink, planned.device_bytes // max(1, config.compute.workers))

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline import images
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
-from pipeline.executors.threads import Engine
+from pipeline.executors.graph import Executor
 from pipeline.losses import color
 from pipeline.render.resample import OnProgress
 from pipeline.store.array import StageArray
@@ -18,7 +18,7 @@ from pipeline.store.checksums import ChunkSums
 from pipeline.store.layout import COLOR_AND_ALPHA
 
 
-def ingest(source: Path, array: StageArray, engine: Engine, on_progress: OnProgress) -> str:
+def ingest(source: Path, array: StageArray, engine: Executor, on_progress: OnProgress) -> str:
     """Stream an image file, resized to the array's size, into an array of 8 or 16 bits; gives the packed checksums.
 
     An array of one channel takes its luminance, which is the grey of a grey picture.
@@ -28,7 +28,7 @@ def ingest(source: Path, array: StageArray, engine: Engine, on_progress: OnProgr
     return sums
 
 
-def ingest_planes(source: Path, planes: Sequence[StageArray], engine: Engine, on_progress: OnProgress) -> list[str]:
+def ingest_planes(source: Path, planes: Sequence[StageArray], engine: Executor, on_progress: OnProgress) -> list[str]:
     """The same for the colours of an image, and its alpha if there is a second array, in one sweep."""
     first = planes[0]
     height, width, _ = first.shape

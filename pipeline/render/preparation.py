@@ -20,6 +20,7 @@ from pipeline.plan.plan import arrays_of
 from pipeline.render import color_tasks, ingest, mask_tasks, resample, tile_tasks
 from pipeline.render.stage import Stage, merged, positions
 from pipeline.store import integrity, metadata
+from pipeline.store.checksums import ChunkSums
 from pipeline.store.layout import (
     ALPHA,
     CONTENT,
@@ -73,7 +74,7 @@ def _prepare(
     is_part: bool,
 ) -> Prepared:
     if previous_canvas is not None:
-        integrity.require_intact([previous_canvas], stage.engine, stage.told("check"))
+        integrity.require_intact([previous_canvas], stage.engine, stage.reporter("check"))
     store.create_stage(folder)
     _create_arrays(stage, folder)
     sums = {} if stage.config.content is None else _ingest_content(stage, folder)
@@ -132,7 +133,7 @@ def _ingest_content(stage: Stage, folder: Path) -> dict[str, str]:
     assert stage.config.content is not None and stage.plan.content is not None
     names = [CONTENT, ALPHA] if stage.plan.content.alpha else [CONTENT]
     planes = [store.open_array(folder, name) for name in names]
-    sums = ingest.ingest_planes(stage.config.content, planes, stage.engine, stage.told("content"))
+    sums = ingest.ingest_planes(stage.config.content, planes, stage.engine, stage.reporter("content"))
     return dict(zip(names, sums, strict=True))
 
 
@@ -144,7 +145,7 @@ def ingest_guides(stage: Stage, folder: Path, names: Collection[str]) -> dict[st
     for name in names:
         path, array = files[name], store.open_array(folder, name)
         assert path is not None
-        sums[name] = ingest.ingest(path, array, stage.engine, stage.told("mask"))
+        sums[name] = ingest.ingest(path, array, stage.engine, stage.reporter("mask"))
     return sums
 
 
@@ -204,7 +205,7 @@ def _ingest_aside(stage: Stage, folder: Path, image: Path, size: Size) -> str:
     """An image that only the preparation needs, as the array STYLE; gives its packed checksums."""
     settings = stage.config.store
     store.create_array(folder, STYLE, (*size, 3), settings.chunk_px, "uint8", settings.codec)
-    return ingest.ingest(image, store.open_array(folder, STYLE), stage.engine, stage.told("style"))
+    return ingest.ingest(image, store.open_array(folder, STYLE), stage.engine, stage.reporter("style"))
 
 
 def _style_map(
@@ -237,23 +238,22 @@ def _fill_canvas(
     canvas, init = store.open_array(folder, name), stage.config.init
     if previous_canvas is not None:
         return resample.enlarge(
-            resample.whole(previous_canvas), resample.whole(canvas), stage.engine, stage.told("canvas")
+            resample.whole(previous_canvas), resample.whole(canvas), stage.engine, stage.reporter("canvas")
         )
     if isinstance(init, Path):
         picture = store.open_array(folder, STYLE, _ingest_aside(stage, folder, init, stage.plan.size))
-        sums = resample.enlarge(resample.whole(picture), resample.whole(canvas), stage.engine, stage.told("canvas"))
+        sums = resample.enlarge(resample.whole(picture), resample.whole(canvas), stage.engine, stage.reporter("canvas"))
         store.delete_array(folder, STYLE)
         return sums
     if init == "content":
         content = store.open_array(folder, CONTENT, checksums[CONTENT])
-        return resample.enlarge(resample.whole(content), resample.whole(canvas), stage.engine, stage.told("canvas"))
+        return resample.enlarge(resample.whole(content), resample.whole(canvas), stage.engine, stage.reporter("canvas"))
     start = tile_tasks.initial_noise if init == "noise" else tile_tasks.initial_gray
-    return canvas.packed(
-        {
-            (cy, cx): canvas.write_chunk(cy, cx, start(stage.config.seed, canvas, cy, cx))
-            for cy, cx in stage.engine.checked(canvas.chunk_indices())
-        }
-    )
+    written: ChunkSums = {}
+    for cy, cx in canvas.chunk_indices():
+        stage.engine.cancel.raise_if_set()
+        written[cy, cx] = canvas.write_chunk(cy, cx, start(stage.config.seed, canvas, cy, cx))
+    return canvas.packed(written)
 
 
 def _start_average(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> str:
@@ -263,7 +263,7 @@ def _start_average(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> 
         resample.whole(canvas),
         resample.whole(store.open_array(folder, "average_0")),
         stage.engine,
-        stage.told("average"),
+        stage.reporter("average"),
     )
 
 
@@ -276,7 +276,7 @@ def _content_pass(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> t
         tile_tasks.ContentSpec(folder, "content", tile, stage.network, checksums, layers, color=stage.color)
         for tile in stage.tiles
     ]
-    results = stage.engine.map(tile_tasks.content_task, specs, stage.counter("content features", len(specs)))
+    results = stage.engine.map(tile_tasks.content_task, specs, stage.counter("content features", len(specs)), tile=True)
     energies, packed = {}, {}
     for layer in layers:
         energies[layer] = math.fsum(result.energies.get(layer, 0.0) for result in results)

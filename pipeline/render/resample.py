@@ -14,7 +14,7 @@ import numpy as np
 from pipeline import images
 from pipeline.core.events import in_order
 from pipeline.core.tiling import Rect, Size, chunks_of
-from pipeline.executors.threads import Engine
+from pipeline.executors.graph import Executor
 from pipeline.store.array import StageArray
 from pipeline.store.checksums import ChunkSums
 
@@ -69,7 +69,9 @@ def enlarge_task(spec: EnlargeSpec) -> ChunkSums:
     return sums
 
 
-def enlarge(source: Region, target: Region, engine: Engine, on_progress: OnProgress = lambda done, total: None) -> str:
+def enlarge(
+    source: Region, target: Region, engine: Executor, on_progress: OnProgress = lambda done, total: None
+) -> str:
     """Fill a part of a picture from one that holds all that is `needed`; gives the packed checksums."""
     height, width, _ = target.array.shape
     rows = range(0, height, target.array.chunk_px)

@@ -11,12 +11,11 @@ from pipeline.config.config import Config
 from pipeline.core.events import Sink, WorkDone, in_order
 from pipeline.core.tiling import Tile, grid
 from pipeline.core.vgg_layers import LAYER_BY_NAME
-from pipeline.executors.threads import Engine
+from pipeline.executors.graph import Executor
 from pipeline.losses import objective
 from pipeline.losses.color import LUMINANCE, ColorMap
 from pipeline.losses.objective import Gram
 from pipeline.network.weights import NetworkSpec
-from pipeline.plan.memory import WORKERS
 from pipeline.plan.network_cost import LayerUse
 from pipeline.plan.plan import StagePlan
 from pipeline.render import tile_tasks
@@ -44,7 +43,7 @@ class Stage:
     layer_use: LayerUse
     network: NetworkSpec
     stage_dir: Path
-    engine: Engine
+    engine: Executor
     sink: Sink
     tile_px: int
 
@@ -76,7 +75,7 @@ class Stage:
         names = (*newest, *features, *self.layer_use.guides.arrays, *alpha)
         arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in names]
         arrays += [store.open_array(self.stage_dir, name) for name in (*idle, GRADIENT)]
-        integrity.require_intact(arrays, self.engine, self.told("check"))
+        integrity.require_intact(arrays, self.engine, self.reporter("check"))
 
     def canvas_grams(self, canvas: str, checksums: Mapping[str, str]) -> list[tile_tasks.GramSpec]:
         """The tasks of the Gram pass over a canvas."""
@@ -97,35 +96,19 @@ class Stage:
             for tile in self.tiles
         ]
 
-    def gram_sums(
-        self,
-        specs: Sequence[tile_tasks.GramSpec],
-        what: str,
-        before: Callable[[tile_tasks.GramSpec], tile_tasks.GramSpec] = lambda spec: spec,
-        near_end: Callable[[], None] = lambda: None,
-        on_error: Callable[[], None] = lambda: None,
-    ) -> dict[str, Gram]:
-        """Gram pass over one image: gram_sum by style key, summed in tile order.
+    def gram_sums(self, specs: Sequence[tile_tasks.GramSpec], what: str) -> dict[str, Gram]:
+        """Gram pass over one image: gram_sum by style key, summed in tile order."""
+        initial: dict[str, Gram] = {}
+        counter = self.counter(what, len(specs))
+        return self.engine.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, initial, counter)
 
-        `before` is called before each tile is read, and may wait; `on_error` has to end that. `near_end` as for
-        `counter`.
-        """
-        told = self.counter(what, len(specs), near_end)
-        return self.engine.fold(
-            tile_tasks.gram_task, specs, tile_tasks.add_grams, dict[str, Gram](), told, before, on_error
-        )
-
-    def told(self, what: str) -> Callable[[int, int], None]:
-        """Tells the sink (done, total) of `what`."""
+    def reporter(self, what: str) -> Callable[[int, int], None]:
+        """Reports (done, total) of `what` to the sink."""
         return lambda done, total: self.sink(WorkDone(self.plan.index, what, done, total))
 
-    def counter(self, what: str, total: int, near_end: Callable[[], None] = lambda: None) -> Callable[[], None]:
-        """Tells the sink, at every call, that one more of `total` is done.
-
-        Calls `near_end` once, when no more are left than are in flight.
-        """
-        nearly = max(1, total - WORKERS)
-        return in_order(self.told(what), total, lambda done: near_end() if done == nearly else None)
+    def counter(self, what: str, total: int) -> Callable[[], None]:
+        """Reports, at every call, that one more of `total` is done; to be called from any thread."""
+        return in_order(self.reporter(what), total)
 
 
 def merged(parts: Iterable[ChunkSums]) -> ChunkSums:

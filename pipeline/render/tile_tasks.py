@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from pipeline.core import profiler
 from pipeline.core.errors import ConfigError, DeviceMemoryError
 from pipeline.core.tiling import Rect, Tile
 from pipeline.core.vgg_layers import ALIGN_PX, LAYER_BY_NAME, halo_px
-from pipeline.executors.disk_turns import TURNS
 from pipeline.losses import objective
 from pipeline.losses.color import ColorMap
 from pipeline.losses.masks import GuideMaps
@@ -105,9 +104,7 @@ class TileSpec:
     def load(self, name: str, rect: Rect) -> Tensor:
         """A rectangle of an array, (1, C, H, W) in at least float32 on the device. Raises DeviceMemoryError."""
         dtype = torch.float64 if self.network.dtype == "float64" else torch.float32
-        # a GPU's tiles are read by few large calls, and many threads
-        turn = nullcontext() if self.network.on_gpu else TURNS.reading()
-        with turn, profiler.span("read", tile=self.tile.index, array=name), _device_memory(self):
+        with profiler.span("read", tile=self.tile.index, array=name), _device_memory(self):
             return device_io.load(self.open(name), rect, self.network.device, dtype)
 
     def read_guides(self, rect: Rect) -> NDArray[np.uint8] | None:

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from pipeline.core import profiler
 from pipeline.core.tiling import Tile, chunks_of
-from pipeline.executors.disk_turns import TURNS
 from pipeline.plan.memory import update_values
 from pipeline.render import adam
 from pipeline.store.array import StageArray, open_array
@@ -46,7 +45,7 @@ class UpdateSpec:
     stage_dir: Path
     chunks: tuple[tuple[int, int], ...]
     slot: int
-    step: adam.AdamStep
+    step: adam.AdamStep | None
     checksums: Mapping[str, str]
     rounding: tuple[int, int, int]
     block_values: int
@@ -66,7 +65,7 @@ def update_specs(
     stage_dir: Path,
     tiles: Sequence[Tile],
     slot: int,
-    step: adam.AdamStep,
+    step: adam.AdamStep | None,
     checksums: Mapping[str, str],
     rounding: tuple[int, int, int],
     device: str = "cpu",
@@ -93,6 +92,7 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
 
     Raises ChunkError, StorageError, and DamagedStateError for a canvas that a compact state cannot hold.
     """
+    assert spec.step is not None
     averaged = spec.step.average_weight is not None
     read, write = (slot_names(slot, averaged=averaged) for slot in (spec.slot, 1 - spec.slot))
     gradient = replace(open_array(spec.stage_dir, GRADIENT), checksums=spec.gradient_sums)
@@ -128,7 +128,6 @@ def _update_chunk(
     rows, columns = inner
     total = largest = 0.0
     for y0, stored in blocks:
-        TURNS.give_way()
         with profiler.span("read", chunk=chunk):
             for reader, data in zip(readers, stored, strict=True):
                 reader.read(data)

@@ -17,6 +17,7 @@ from pipeline.store import metadata
 
 _lock = threading.Lock()
 _put_back = ExitStack()
+_kept = ExitStack()
 
 
 @contextmanager
@@ -35,6 +36,11 @@ def process_settings() -> Iterator[None]:
             callers.leave()
             if not callers.number():
                 _put_back.close()
+
+
+def enter_process_settings() -> None:
+    """The settings for a worker process, which keeps them until it ends."""
+    _kept.enter_context(process_settings())
 
 
 def _release_network() -> None:

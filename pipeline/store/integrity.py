@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core.events import in_order
-from pipeline.executors.threads import Engine
+from pipeline.executors.graph import Executor
 from pipeline.store.array import ChunkError, StageArray
 
 OnProgress = Callable[[int, int], None]
@@ -49,13 +49,13 @@ def specs_of(array: StageArray, chunks: Sequence[tuple[int, int]]) -> list[Check
     return [CheckSpec(array, tuple(chunks[start : start + _CHUNKS_PER_TASK])) for start in starts]
 
 
-def damage(specs: Sequence[CheckSpec], engine: Engine, on_progress: OnProgress) -> list[Finding]:
+def damage(specs: Sequence[CheckSpec], engine: Executor, on_progress: OnProgress) -> list[Finding]:
     """All chunks that are not what was written, in the order of the specs."""
     found = engine.map(check_task, specs, in_order(on_progress, len(specs)))
     return list(itertools.chain.from_iterable(found))
 
 
-def require_intact(arrays: Sequence[StageArray], engine: Engine, on_progress: OnProgress) -> None:
+def require_intact(arrays: Sequence[StageArray], engine: Executor, on_progress: OnProgress) -> None:
     """Raise what is wrong with the first chunk of the arrays that is not what was written, if there is one."""
     specs = [spec for array in arrays for spec in specs_of(array, array.chunk_indices())]
     for _path, error in damage(specs, engine, on_progress):

@@ -18,7 +18,7 @@ from pipeline.commands.preview.whole_image import WholeImage, WholeImageEstimate
 from pipeline.core.errors import ConfigError
 from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import LAYER_BY_NAME
-from pipeline.executors.threads import Engine
+from pipeline.executors.threads import ThreadExecutor
 from pipeline.plan.device import Device
 from pipeline.plan.plan import Plan
 from pipeline.render.iteration import Iterations
@@ -71,7 +71,7 @@ class _Measured:
         return read_whole(open_array(self.stage.stage_dir, "gradient"))
 
 
-def part_of(folder: Path, weights: Path, engine: Engine, rect: Rect, kind: str) -> _Measured:
+def part_of(folder: Path, weights: Path, engine: ThreadExecutor, rect: Rect, kind: str) -> _Measured:
     """A part of a picture of 96×240 px with four styles, two masks, a rest and a content map, prepared from files."""
     folder.mkdir()
     size, rows, columns = (96, 240), slice(*rect[:2]), slice(*rect[2:])
@@ -103,7 +103,7 @@ def part_of(folder: Path, weights: Path, engine: Engine, rect: Rect, kind: str) 
 def test_with_the_wholes_grams_a_regions_gradient_is_the_wholes(tmp_path, narrow_weights, kind):
     """A mask of which the region has a tenth would paint there ten times as strong, or a tenth, as in the run."""
     everything, rect, halo = Rect(0, 96, 0, 240), Rect(0, 96, 80, 208), 32
-    with Engine(2) as engine:
+    with ThreadExecutor(2) as engine:
         whole = part_of(tmp_path / "whole", narrow_weights, engine, everything, kind)
         region = part_of(tmp_path / "region", narrow_weights, engine, rect, kind)
         areas = whole.prepared.areas

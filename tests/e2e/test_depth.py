@@ -15,7 +15,7 @@ import pipeline
 from pipeline import images, store
 from pipeline.core.image_formats import RGB8, PixelKind, picture_kind
 from pipeline.core.tiling import Rect
-from pipeline.executors.threads import Engine
+from pipeline.executors.threads import ThreadExecutor
 from pipeline.images.header import read_header
 from pipeline.images.writer import write_image
 from pipeline.render import color_tasks
@@ -307,7 +307,7 @@ def test_colours_of_16_bits_are_counted_as_they_are(tmp_path):
     array = store.open_array(tmp_path, "content")
     codes = np.random.default_rng(0).integers(0, 65536, (70, 45, 3)).astype(np.uint16)
     array.write_window(Rect(0, 70, 0, 45), codes)
-    with Engine(1) as engine:
+    with ThreadExecutor(1) as engine:
         found = color_tasks.statistics(array, engine)
     pixels = codes.reshape(-1, 3) / 257
     assert np.abs(found.mean - pixels.mean(0)).max() < 1e-4

@@ -225,14 +225,14 @@ def test_run_crop_and_repair_compute_within_the_same_bound(tmp_path, call, bound
 def test_worker_processes_share_what_was_planned(make_config, workers, each):
     """The plan counts all of them: each may take its part, and says so to every task, wherever that runs."""
     from pipeline.core.events import ignore
-    from pipeline.executors.threads import Engine
+    from pipeline.executors.threads import ThreadExecutor
     from pipeline.render.context import make_stage, render_context
 
     config = make_config(compute={"device": "cpu", "workers": workers, "threads": 1}, initial_size=64)
     device = Device("cpu", "CPU", 2**33)
     planned = replace(plan_on(config, device), device_bytes=GPU_BYTES)
     weights = find_weights(config.network.name, config.network.weights, 0)
-    with Engine(1) as engine:
+    with ThreadExecutor(1) as engine:
         tools = render_context(config, planned, device, weights, engine, ignore)
         stage = make_stage(config, planned.stages[0], tools, planned.tile_px)
     assert stage.network.gpu_bytes == each

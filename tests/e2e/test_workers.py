@@ -22,7 +22,7 @@ import pipeline
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError, SpaceError, Stopped
 from pipeline.core.events import Event, IterationDone, Note, WorkDone
-from pipeline.executors.processes import ProcessEngine
+from pipeline.executors.processes import ProcessExecutor
 from pipeline.executors.worker import ALLOWED_DEATHS
 from pipeline.images.writer import _libvips_files_in
 from pipeline.store.array import ChunkError
@@ -104,9 +104,9 @@ def die(_spec: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[ProcessEngine]:
+def engine() -> Iterator[ProcessExecutor]:
     """Two processes for all tests that leave them alive, or have them made anew."""
-    with ProcessEngine(2, 3) as engine:
+    with ProcessExecutor(2, 3) as engine:
         yield engine
 
 
@@ -189,7 +189,7 @@ def test_an_error_releases_the_tasks_that_wait(how):
             raise RuntimeError("follows from the error")
         return number
 
-    with ProcessEngine(1, 2) as engine, pytest.raises(ConfigError, match="wrong key"):
+    with ProcessExecutor(1, 2) as engine, pytest.raises(ConfigError, match="wrong key"):
         if how == "map":
             engine.map(fail, [0, 1], before=before, on_error=released.set)
         else:
@@ -199,7 +199,7 @@ def test_an_error_releases_the_tasks_that_wait(how):
 def test_an_error_leaves_the_pass_beside_it_alone(tmp_path):
     """A Gram pass that fails, or is not needed, must not cost the update that is being committed."""
     notes: list[str] = []
-    with ProcessEngine(1, 2, note=notes.append) as engine:
+    with ProcessExecutor(1, 2, note=notes.append) as engine:
         values = [float(index) for index in range(20)]
         update = engine.beside(lambda beside: beside.map(sleep_and_give, [(0.05, value) for value in values]))
         with pytest.raises(ConfigError, match="wrong key"):
@@ -245,7 +245,7 @@ def test_what_a_task_raises_comes_out_as_it_is(engine, number):
 def test_a_stop_ends_the_work_and_the_processes():
     """Ctrl-C must end a run of days within a moment, and leave no process that still writes."""
     stop, others = threading.Event(), set(workers_of())
-    with ProcessEngine(1, 2, CancelToken(stop)) as engine:
+    with ProcessExecutor(1, 2, CancelToken(stop)) as engine:
         engine.map(double, [1.0])
         working = set(workers_of()) - others
         assert len(working) == 1
@@ -277,7 +277,7 @@ def test_signals_of_the_terminal_are_for_the_parent(engine):
 def test_a_dead_workers_tasks_are_done_again(tmp_path):
     """The system kills a process when memory runs out; the run goes on, and says so once."""
     notes: list[str] = []
-    with ProcessEngine(1, 3, note=notes.append) as engine:
+    with ProcessExecutor(1, 3, note=notes.append) as engine:
         specs = [(tmp_path / "died", number) for number in range(12)]
         assert engine.map(die_once, specs) == list(range(12))
     assert len(notes) == 1
@@ -287,9 +287,9 @@ def test_a_dead_workers_tasks_are_done_again(tmp_path):
 def test_an_export_changes_no_workers_environment(tmp_path):
     """A worker that is started during an export would have its files in a folder that is removed with the export."""
     wanted = [os.environ.get("TMPDIR")]
-    with ProcessEngine(1, 1) as engine, _libvips_files_in(tmp_path / "levels"):
+    with ProcessExecutor(1, 1) as engine, _libvips_files_in(tmp_path / "levels"):
         assert engine.map(variable, ["TMPDIR"]) == wanted  # as of one that is started anew
-        with ProcessEngine(1, 1) as other:
+        with ProcessExecutor(1, 1) as other:
             assert other.map(variable, ["TMPDIR"]) == wanted
         told = subprocess.run(["sh", "-c", "echo $TMPDIR"], env=dict(os.environ), capture_output=True, check=True)
         assert told.stdout.decode().strip() == (wanted[0] or "")
@@ -297,7 +297,7 @@ def test_an_export_changes_no_workers_environment(tmp_path):
 
 def test_a_worker_that_is_started_later_has_the_same_environment(monkeypatch):
     """With OMP_NUM_THREADS changed meanwhile, a worker that takes a dead one's place would round otherwise."""
-    with ProcessEngine(1, 1) as engine:
+    with ProcessExecutor(1, 1) as engine:
         monkeypatch.setenv("OMP_NUM_THREADS", "17")
         assert engine.map(variable, ["OMP_NUM_THREADS"]) != ["17"]
 
@@ -306,7 +306,7 @@ def test_results_that_died_with_their_worker_are_made_again(tmp_path):
     """A worker keeps what it has computed until it is fetched, and the seeds of the pass; both may be lost."""
     array = np.arange(100_000.0)
     notes: list[str] = []
-    with ProcessEngine(1, 1, note=notes.append) as engine:
+    with ProcessExecutor(1, 1, note=notes.append) as engine:
         killed = []
 
         def combine(total: float, place: tuple[int, int, int, float]) -> float:
@@ -324,7 +324,7 @@ def test_results_that_died_with_their_worker_are_made_again(tmp_path):
 def test_a_task_that_kills_its_worker_each_time_ends_the_run():
     """A tile too large for the machine would otherwise go round for ever."""
     notes: list[str] = []
-    with ProcessEngine(1, 3, note=notes.append) as engine:
+    with ProcessExecutor(1, 3, note=notes.append) as engine:
         with pytest.raises(ConfigError, match=r"died over the same task.*SIGKILL.*compute\.workers"):
             engine.map(die, [0])
         assert ALLOWED_DEATHS <= len(notes) <= ALLOWED_DEATHS + 1  # the last may be told by the error alone
@@ -335,11 +335,11 @@ def test_workers_that_cannot_start_end_the_run_with_their_last_words(tmp_path, m
     """A broken installation or a limit on processes must not be a run that waits for ever."""
     broken = tmp_path / "python"
     monkeypatch.setattr(sys, "executable", str(broken))
-    with ProcessEngine(2, 3) as engine, pytest.raises(ConfigError, match=r"could not be started.*No such file"):
+    with ProcessExecutor(2, 3) as engine, pytest.raises(ConfigError, match=r"could not be started.*No such file"):
         engine.map(double, [1.0])
     broken.write_text("#!/bin/sh\necho no module of that name >&2\nexit 7\n")
     broken.chmod(0o755)
-    with ProcessEngine(2, 3) as engine, pytest.raises(ConfigError, match=r"code 7.*words: no module of that name"):
+    with ProcessExecutor(2, 3) as engine, pytest.raises(ConfigError, match=r"code 7.*words: no module of that name"):
         engine.map(double, [1.0])
 
 

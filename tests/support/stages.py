@@ -22,7 +22,7 @@ import pipeline
 from pipeline.config.config import Config, load_config
 from pipeline.core.events import ignore
 from pipeline.core.tiling import Rect
-from pipeline.executors.threads import Engine
+from pipeline.executors.threads import ThreadExecutor
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.network_cost import layers_in_use
 from pipeline.render.iteration import IterationResult, Iterations
@@ -114,7 +114,7 @@ def prepared(
     config = load_config(path)
     planned = plan(config)
     assert [stage.size for stage in planned.stages] == [size]
-    with Engine(2) as engine:
+    with ThreadExecutor(2) as engine:
         stage = make_stage(config, planned, engine)
         started = prepare(stage, None)
         canvas = read_whole(open_array(stage.stage_dir, "canvas_0"))
@@ -136,7 +136,7 @@ def write_mask(folder: Path, mask: np.ndarray | None) -> str | None:
     return name
 
 
-def make_stage(config: Config, planned, engine: Engine) -> Stage:
+def make_stage(config: Config, planned, engine: ThreadExecutor) -> Stage:
     source = find_weights(config.network.name, config.network.weights, config.seed)
     return Stage(
         config=config,

@@ -29,7 +29,7 @@ from pipeline import store
 from pipeline.config.sections import NetworkConfig
 from pipeline.core.tiling import Rect, Tile, grid
 from pipeline.core.vgg_layers import ALIGN_PX, LAYER_BY_NAME, ceil_to, halo_px
-from pipeline.executors.threads import Engine
+from pipeline.executors.threads import ThreadExecutor
 from pipeline.losses import objective as losses
 from pipeline.network.vgg import get_network
 from pipeline.network.weights import NetworkSpec, find_weights
@@ -68,11 +68,11 @@ class Bench:
             shape = (size // stride, size // stride, channels)
             store.create_array(self.folder, f"features_{layer}", shape, chunk // stride, "float32", "none")
 
-    def gram_pass(self, engine: Engine, tiles: tuple[Tile, ...]) -> dict[str, losses.Gram]:
+    def gram_pass(self, engine: ThreadExecutor, tiles: tuple[Tile, ...]) -> dict[str, losses.Gram]:
         specs = [tile_tasks.GramSpec(self.folder, "canvas_0", tile, self.network, {}, STYLE) for tile in tiles]
         return engine.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, dict[str, losses.Gram]())
 
-    def gradient_pass(self, engine: Engine, tiles: tuple[Tile, ...], seeds: dict[str, losses.Gram]) -> None:
+    def gradient_pass(self, engine: ThreadExecutor, tiles: tuple[Tile, ...], seeds: dict[str, losses.Gram]) -> None:
         factors = dict.fromkeys(CONTENT, 1.0)
         engine.map(
             tile_tasks.gradient_task,
@@ -118,7 +118,7 @@ def measure(bench: Bench, tile_px: int, repeats: int) -> list[Row]:
     tiles, whole = grid(bench.size, bench.size, tile_px), grid(bench.size, bench.size, side)
     size = (bench.size, bench.size)
     gram_px, gradient_px = (computed_px(size, tile_px, halo) / bench.size**2 for halo in (halo_px(STYLE), 2 * HALO_PX))
-    with Engine(WORKERS) as engine:
+    with ThreadExecutor(WORKERS) as engine:
         seeds = bench.gram_pass(engine, whole)
 
         def gram(over: tuple[Tile, ...]) -> object:

@@ -34,7 +34,7 @@ from rich.table import Table
 from pipeline import store
 from pipeline.core.allocator import set_up_process
 from pipeline.core.tiling import grid
-from pipeline.executors.threads import Engine
+from pipeline.executors.threads import ThreadExecutor
 from pipeline.plan.memory import WORKERS
 from pipeline.render import adam
 from pipeline.render.update import UpdateSpec, update_specs, update_task
@@ -102,7 +102,7 @@ class Bench:
         sums = self.gradient.checksums
         return [replace(spec, gradient_sums={chunk: sums[chunk] for chunk in spec.chunks}) for spec in specs]
 
-    def update_pass(self, engine: Engine) -> None:
+    def update_pass(self, engine: ThreadExecutor) -> None:
         """The program's own, into the other slot."""
         results = engine.map(update_task, self.specs())
         for name in slot_names(1 - self.slot, averaged=False):
@@ -208,7 +208,7 @@ def measure(folder: Path, state: str, size: int, chunk: int, turns: int) -> list
     """Both places for one state and one size."""
     bench = Bench(folder, state, size, chunk)
     rows = []
-    with Engine(WORKERS) as engine:
+    with ThreadExecutor(WORKERS) as engine:
         before = resident_bytes()
         with watching_memory() as seen:
             bench.update_pass(engine)

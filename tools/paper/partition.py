@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pipeline
-from pipeline.executors.threads import Engine
+from pipeline.executors.threads import ThreadExecutor
 from tools.paper.stages import CONTENT, STYLE, Driven, write_config
 
 TILES_PX = (1024, 512, 384)
@@ -60,7 +60,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
 class Partition:
     """One way to cut the canvas: a stage that follows the whole image's canvas, and one that follows its own."""
 
-    def __init__(self, folder: Path, values: dict[str, Any], tile_px: int, engine: Engine):
+    def __init__(self, folder: Path, values: dict[str, Any], tile_px: int, engine: ThreadExecutor):
         compute = {**values["compute"], "tile_px": tile_px}
         self.following, self.own = (
             _driven(folder, f"{name}_{tile_px}", {**values, "compute": compute}, engine) for name in ("same", "own")
@@ -78,7 +78,7 @@ class Partition:
         return Row(whole.iteration, self.tiles, *same, *own, float(apart.max()), float(apart.mean()))
 
 
-def _driven(folder: Path, name: str, values: dict[str, Any], engine: Engine) -> Driven:
+def _driven(folder: Path, name: str, values: dict[str, Any], engine: ThreadExecutor) -> Driven:
     config = write_config(folder, name, values)
     (stage,) = pipeline.plan(config).stages
     return Driven(config, stage, engine)
@@ -115,7 +115,7 @@ def settings(
 def measure(folder: Path, values: dict[str, Any], tiles_px: tuple[int, ...], iterations: int) -> Iterator[list[Row]]:
     """Gives every partition's row after each iteration; `iterations` 0 goes on to the optimiser's end."""
     whole_px, *others_px = tiles_px
-    with Engine(2) as engine:
+    with ThreadExecutor(2) as engine:
         compute = {**values["compute"], "tile_px": whole_px}
         whole = _driven(folder, "whole", {**values, "compute": compute}, engine)
         partitions = [Partition(folder, values, tile_px, engine) for tile_px in others_px]

@@ -18,7 +18,7 @@ from pipeline import store
 from pipeline.config.config import Config
 from pipeline.core.events import ignore
 from pipeline.core.tiling import Rect
-from pipeline.executors.threads import Engine
+from pipeline.executors.threads import ThreadExecutor
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.device import default_threads
 from pipeline.plan.network_cost import layers_in_use
@@ -43,7 +43,9 @@ def write_config(folder: Path, name: str, values: Mapping[str, Any]) -> Config:
 class Driven:
     """One stage of the run of `config`, prepared anew in its work_dir and iterated by hand."""
 
-    def __init__(self, config: Config, plan: StagePlan, engine: Engine, previous: store.StageArray | None = None):
+    def __init__(
+        self, config: Config, plan: StagePlan, engine: ThreadExecutor, previous: store.StageArray | None = None
+    ):
         """`previous`: the canvas of the stage before. Tiles are of the config's compute.tile_px, which must be set."""
         config = config.for_stage(max(plan.size))
         weights = find_weights(config.network.name, config.network.weights, config.seed)

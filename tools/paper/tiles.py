@@ -17,7 +17,7 @@ from pipeline import store
 from pipeline.config.config import Config
 from pipeline.core.image_formats import RGB8
 from pipeline.core.tiling import Rect, Tile
-from pipeline.executors.threads import Engine
+from pipeline.executors.threads import ThreadExecutor
 from pipeline.losses import objective
 from pipeline.losses.objective import Gram
 from pipeline.plan.network_cost import layers_in_use
@@ -52,7 +52,7 @@ class Faults:
     halo: bool
     whole_grams: bool
 
-    def engine(self, workers: int) -> Engine:
+    def engine(self, workers: int) -> ThreadExecutor:
         """An engine whose tiles are at fault."""
         return OtherTasks(workers, {tile_tasks.gram_task: self.gram, tile_tasks.gradient_task: self.gradient})
 

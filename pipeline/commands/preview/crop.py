@@ -44,7 +44,8 @@ from pipeline.core.files import taken
 from pipeline.core.image_formats import RGB8
 from pipeline.core.tiling import Rect, Size
 from pipeline.core.vgg_layers import ALIGN_PX, ceil_to, halo_px
-from pipeline.executors.threads import Engine
+from pipeline.executors.graph import Executor
+from pipeline.executors.threads import ThreadExecutor
 from pipeline.images.writer import check_output
 from pipeline.network.weights import WeightsSource, find_weights, widths_for_plan
 from pipeline.plan.device import Device, resolve_device
@@ -68,7 +69,7 @@ from pipeline.store.layout import CONTENT
 if TYPE_CHECKING:
     from pipeline.commands.preview.whole_image import WholeImage
     from pipeline.losses.color import ColorStatistics
-    from pipeline.render.iteration import IterationResult
+    from pipeline.render.measurements import IterationResult
     from pipeline.render.stage import Stage
 
 CANVAS = "canvas_0"
@@ -105,7 +106,7 @@ def crop(
     if output is not None:
         refuse_missing_folder(output)
     check_output(picture, own.width, own.height, 8, "deflate")
-    with Engine(WORKERS, CancelToken(stop)) as engine:
+    with ThreadExecutor(WORKERS, CancelToken(stop)) as engine:
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, engine.cancel)
         finished = _finished(config, planned, weights, target, engine)
         with claimed(config, picture, force) as claim, _emptied(claim.folder / "crop") as aside:
@@ -198,7 +199,7 @@ class _Finished:
     tile_px: int | None
 
 
-def _finished(config: Config, planned: Plan, weights: WeightsSource, target: int, engine: Engine) -> _Finished:
+def _finished(config: Config, planned: Plan, weights: WeightsSource, target: int, engine: Executor) -> _Finished:
     """Looks at the run of `config`. Raises ConfigError if it has finished no stage, or is another config's."""
     remedy = "A crop goes on from there: give `pipeline run`, and stop it with Ctrl-C once its first stage has ended."
     if not taken(manifest_path(config.work_dir)):

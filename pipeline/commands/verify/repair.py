@@ -19,7 +19,7 @@ from pipeline.commands.verify.store_check import FOREIGN, ExpectedStage, Problem
 from pipeline.core.errors import PipelineError
 from pipeline.core.events import Sink
 from pipeline.core.files import taken
-from pipeline.executors.threads import Engine
+from pipeline.executors.graph import Executor
 from pipeline.network.weights import find_weights, widths_for_plan
 from pipeline.plan.device import resolve_device
 from pipeline.plan.network_cost import layers_in_use
@@ -64,7 +64,7 @@ class _Back:
 class Repair:
     """The steps against what was found. `hopeless`: arrays that cannot be made anew as they were, by (stage, name)."""
 
-    engine: Engine
+    engine: Executor
     sink: Sink
     hopeless: set[tuple[int, str]] = field(default_factory=set)
 

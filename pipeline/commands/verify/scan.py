@@ -23,7 +23,7 @@ from pipeline.config.messages import faults_in
 from pipeline.config.yaml_reader import dotted
 from pipeline.core.errors import DamagedStateError
 from pipeline.core.events import Sink, WorkDone
-from pipeline.executors.threads import Engine
+from pipeline.executors.graph import Executor
 from pipeline.network.weights import sha256_of, weights_path
 from pipeline.rundir.journal import Journal, JournalState
 from pipeline.rundir.manifest import OtherFormatError, begun_manifest, read_manifest
@@ -79,7 +79,7 @@ def input_task(spec: _InputSpec) -> Problem | None:
         return Problem(spec.path, "unreadable", f"cannot be read {restore} ({error})")
 
 
-def scan(work_dir: Path, config: Config | None, sample: SampleSpec | None, engine: Engine, sink: Sink) -> ScanResult:
+def scan(work_dir: Path, config: Config | None, sample: SampleSpec | None, engine: Executor, sink: Sink) -> ScanResult:
     """Everything that is wrong in a run directory.
 
     `config`: where the inputs are now, if not where the run began with them. Raises ConfigError if it is another run's,

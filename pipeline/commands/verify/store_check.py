@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline import store
 from pipeline.core.files import is_of_the_system
-from pipeline.executors.threads import Engine
+from pipeline.executors.graph import Executor
 from pipeline.rundir.open import stage_path
 from pipeline.rundir.paths import store_path
 from pipeline.rundir.position import Position
@@ -110,7 +110,7 @@ def _held(folder: Path, stage: int, slot: int, sums: Mapping[str, str], ended: b
 
 
 def store_damage(
-    work_dir: Path, held: Sequence[ExpectedStage], sample: SampleSpec | None, engine: Engine, on_progress: OnProgress
+    work_dir: Path, held: Sequence[ExpectedStage], sample: SampleSpec | None, engine: Executor, on_progress: OnProgress
 ) -> StoreDamage:
     """Everything in the store that is not what the journal says."""
     found = StoreDamage()

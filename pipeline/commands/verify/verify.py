@@ -18,7 +18,7 @@ from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink, ignore
 from pipeline.core.files import taken
-from pipeline.executors.threads import Engine
+from pipeline.executors.threads import ThreadExecutor
 from pipeline.plan.memory import WORKERS
 from pipeline.rundir.lock import RunLock
 from pipeline.rundir.paths import journal_path, manifest_path, refuse_links_at_top, store_path
@@ -92,7 +92,7 @@ def verify(
     work_dir = work_dir.resolve()
     refuse_links_at_top(work_dir)
     sample = None if share is None else SampleSpec(share, secrets.randbits(32) if seed is None else seed)
-    with _lock(work_dir, repair), Engine(WORKERS, CancelToken(stop)) as engine:
+    with _lock(work_dir, repair), ThreadExecutor(WORKERS, CancelToken(stop)) as engine:
         first = scan(work_dir, config, sample, engine, sink)
         mending = Repair(engine, sink)
         steps = mending.steps(first)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import Stopped
-from pipeline.executors.threads import Engine
+from pipeline.executors.threads import ThreadExecutor
 
 
 def sleep_and_give(spec: tuple[float, object]) -> object:
@@ -26,7 +26,7 @@ def sleep_and_give(spec: tuple[float, object]) -> object:
 def test_results_come_in_the_order_of_the_specs():
     """Tile 3's number in tile 5's place is a wrong picture."""
     specs = [(0.03 if index % 3 == 0 else 0.0, index) for index in range(30)]
-    with Engine(3) as engine:
+    with ThreadExecutor(3) as engine:
         assert engine.map(sleep_and_give, specs) == list(range(30))
 
 
@@ -34,7 +34,7 @@ def test_results_come_in_the_order_of_the_specs():
 def test_tasks_begin_in_the_order_of_the_specs(how):
     """Neighbouring tiles share the rows of their halos: in a random order a cold disk reads them twice."""
     begun = []
-    with Engine(1) as engine:
+    with ThreadExecutor(1) as engine:
         if how == "map":
             engine.map(begun.append, list(range(1200)))
         else:
@@ -49,13 +49,13 @@ def test_a_fold_adds_in_the_order_of_the_specs_whatever_finishes_first(specs, wo
     wanted = 0.0
     for _, value in specs:
         wanted = wanted + value
-    with Engine(workers) as engine:
+    with ThreadExecutor(workers) as engine:
         assert engine.fold(sleep_and_give, specs, lambda total, value: total + value, 0.0) == wanted
 
 
 def test_a_fold_of_nothing_is_its_start():
     """A stage without tiles of a kind must not crash."""
-    with Engine(2) as engine:
+    with ThreadExecutor(2) as engine:
         assert engine.fold(sleep_and_give, [], lambda total, value: total + value, 5) == 5
         assert engine.map(sleep_and_give, []) == []
 
@@ -63,7 +63,7 @@ def test_a_fold_of_nothing_is_its_start():
 def test_containers_are_data_not_tasks():
     """Dask looks for tasks in tuples and dicts; a spec or result of ours must come through as it is."""
     specs = [(0.0, {"a": (sum, [1, 2])}), (0.0, [(len, "abc")])]
-    with Engine(2) as engine:
+    with ThreadExecutor(2) as engine:
         assert engine.map(sleep_and_give, specs) == [value for _, value in specs]
         total = engine.fold(sleep_and_give, specs, lambda total, value: [*total, value], [(max, 1)])
     assert total == [(max, 1), *(value for _, value in specs)]
@@ -82,7 +82,7 @@ def test_tasks_run_beside_each_other_but_no_more_than_workers():
         with lock:
             running -= 1
 
-    with Engine(3) as engine:
+    with ThreadExecutor(3) as engine:
         engine.map(task, list(range(20)))
     assert most == 3
 
@@ -109,7 +109,7 @@ def test_a_fold_keeps_few_results_alive():
     def combine(total: np.ndarray, result: np.ndarray) -> np.ndarray:
         return total + np.asarray(result)
 
-    with Engine(3) as engine:
+    with ThreadExecutor(3) as engine:
         total = engine.fold(task, list(range(150)), combine, np.zeros(1000))
     assert total[0] == sum(range(150))
     gc.collect()
@@ -125,7 +125,7 @@ def test_every_task_reports_once():
         with lock:
             count += 1
 
-    with Engine(3) as engine:
+    with ThreadExecutor(3) as engine:
         engine.map(sleep_and_give, [(0.0, index) for index in range(17)], on_done)
         engine.fold(sleep_and_give, [(0.0, 1)] * 5, lambda total, value: total + value, 0, on_done)
     assert count == 22
@@ -151,7 +151,7 @@ def test_the_stop_flag_ends_the_work_between_two_tasks(how):
             ended += 1
         return index
 
-    with pytest.raises(Stopped, match="run the same command again"), Engine(2, CancelToken(stop)) as engine:
+    with pytest.raises(Stopped, match="run the same command again"), ThreadExecutor(2, CancelToken(stop)) as engine:
         if how == "map":
             engine.map(task, list(range(200)))
         else:
@@ -162,7 +162,7 @@ def test_the_stop_flag_ends_the_work_between_two_tasks(how):
 def test_a_stopped_engine_starts_nothing():
     """Stopped before the first task: not even that."""
     ran = []
-    with Engine(2) as engine:
+    with ThreadExecutor(2) as engine:
         engine.cancel.set()
         with pytest.raises(Stopped):
             engine.map(ran.append, [1, 2, 3])
@@ -176,7 +176,7 @@ def test_a_stopped_engine_starts_nothing():
 def test_checked_items_stop_between_two():
     """Reading a large image is stopped between two bands."""
     seen = []
-    with Engine(1) as engine, pytest.raises(Stopped):
+    with ThreadExecutor(1) as engine, pytest.raises(Stopped):
         for item in engine.checked(range(10)):
             seen.append(item)
             if item == 3:
@@ -197,7 +197,7 @@ def test_what_a_task_raises_comes_out_as_it_is(how):
             raise BrokenError("disk 7 is full")
         return index
 
-    with Engine(3) as engine:
+    with ThreadExecutor(3) as engine:
         with pytest.raises(BrokenError, match="disk 7 is full"):
             if how == "map":
                 engine.map(task, list(range(50)))
@@ -223,7 +223,7 @@ def test_an_error_comes_when_nothing_runs_any_more(how):
         with lock:
             running -= 1
 
-    with Engine(3) as engine:
+    with ThreadExecutor(3) as engine:
         with pytest.raises(BrokenError):
             if how == "map":
                 engine.map(task, [0, 1, 2, 3, 4])
@@ -262,7 +262,7 @@ def test_an_error_releases_the_tasks_that_wait(how, where):
         released.set()
         time.sleep(0.2)  # meanwhile dask hears of the others
 
-    with Engine(3) as engine, pytest.raises(BrokenError, match="disk full"):
+    with ThreadExecutor(3) as engine, pytest.raises(BrokenError, match="disk full"):
         if how == "map":
             engine.map(task, [0, 1, 2], before=before, after=fail, on_error=on_error)
         else:
@@ -282,6 +282,6 @@ def test_leaving_the_engine_waits_for_running_tasks():
         time.sleep(0.2)
         finished.set()
 
-    with pytest.raises(BrokenError), Engine(2) as engine:
+    with pytest.raises(BrokenError), ThreadExecutor(2) as engine:
         engine.map(task, [1, 0])
     assert finished.is_set()

@@ -16,7 +16,7 @@ import pipeline
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.tiling import grid
 from pipeline.core.vgg_layers import VGG19_WIDTHS, halo_px
-from pipeline.executors.threads import Engine
+from pipeline.executors.threads import ThreadExecutor
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.memory import BASE_BYTES
 from pipeline.plan.network_cost import LayerUse, layers_in_use
@@ -190,7 +190,7 @@ def test_planned_disk_is_what_a_stage_allocates(make_config, narrow_weights, mon
         folder = stage_dir.with_name("stage_0.partial")
         peak = max(peak, chunk_bytes(folder) if folder.exists() else 0)
 
-    with Engine(2) as engine:
+    with ThreadExecutor(2) as engine:
         layer_use = layers_in_use(config, source.widths)
         stage = Stage(config, stage_plan, layer_use, spec, stage_dir, engine, watch, plan.tile_px)
         prepare(stage, None)

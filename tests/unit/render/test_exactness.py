@@ -19,18 +19,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pipeline.executors.disk_turns import GIVE_WAY_TO, TURNS
+from pipeline.render.written import Written
 from safetensors.torch import load_file
 
 import pipeline
 from pipeline.config.config import load_config
 from pipeline.core.vgg_layers import halo_px
-from pipeline.executors.disk_turns import GIVE_WAY_TO, TURNS
 from pipeline.network.vgg import Network
 from pipeline.plan.memory import WORKERS
 from pipeline.render import device_io, tile_tasks, update
 from pipeline.render.iteration import IterationResult, Iterations, _Step
 from pipeline.render.tile_tasks import GradientSpec, GramSpec
-from pipeline.render.written import Written
 from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
