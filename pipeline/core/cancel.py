@@ -27,5 +27,9 @@ class CancelToken:
             raise Stopped
 
 
-# The token of calls that nothing cancels.
-NEVER = CancelToken()
+class _Never(CancelToken):
+    def set(self) -> None:
+        raise AssertionError("this token is shared by all calls that nothing cancels")
+
+
+NEVER = _Never()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from pipeline.core.cancel import NEVER, CancelToken
+from pipeline.core.cancel import CancelToken
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -39,6 +39,12 @@ class Node:
 Graph = Mapping[Key, Node]
 
 
+def dask_names(graph: Graph, prefix: str = "") -> dict[Key, str]:
+    """Names of the nodes for Dask, which begins nodes of equal standing by name, last first."""
+    count = len(graph)
+    return {key: f"{prefix}{count - rank:09}" for rank, key in enumerate(graph)}
+
+
 def ignore(_key: Key) -> None:
     """Does nothing when a node is done."""
 
@@ -46,8 +52,8 @@ def ignore(_key: Key) -> None:
 class Executor(ABC):
     """Runs graphs; `cancel` ends a run between two nodes. To be closed by leaving its `with` block."""
 
-    def __init__(self, cancel: CancelToken = NEVER):
-        self.cancel = cancel
+    def __init__(self, cancel: CancelToken | None = None):
+        self.cancel = cancel or CancelToken()
 
     def __enter__(self) -> Executor:
         return self

@@ -11,8 +11,8 @@ from typing import Any
 from distributed import Future, KilledWorker
 
 from pipeline.core import profiler
-from pipeline.core.cancel import NEVER, CancelToken
-from pipeline.executors.graph import Executor, Graph, Key, ignore
+from pipeline.core.cancel import CancelToken
+from pipeline.executors.graph import Executor, Graph, Key, dask_names, ignore
 from pipeline.executors.threads import ThreadExecutor
 from pipeline.executors.worker_pool import WorkerPool
 
@@ -35,7 +35,7 @@ class ProcessExecutor(Executor):
         self,
         processes: int,
         tiles: int,
-        cancel: CancelToken = NEVER,
+        cancel: CancelToken | None = None,
         lock: int | None = None,
         note: Callable[[str], None] = lambda _message: None,
         initialize: Callable[[], None] = _nothing,
@@ -74,12 +74,22 @@ class ProcessExecutor(Executor):
         self.cancel.raise_if_set()
         if not keys:
             return []
-        names = _Names(next(self._runs), graph)
+        # names have to be new: the scheduler may still know those of the run before
+        run = next(self._runs)
+        names = {
+            key: f"{name}-{'tile' if graph[key].tile else 'other'}"
+            for key, name in dask_names(graph, f"{run}-").items()
+        }
+        keys_of = {name: key for key, name in names.items()}
+        # a partial without arguments: dask would otherwise look for keys and tasks inside specs
+        tasks = {
+            names[key]: (partial(node.function), *(names[need] for need in node.needs)) for key, node in graph.items()
+        }
         calls: list[Future[Any]] = []
         try:
             self._workers.start()
-            with self._workers.counting(lambda name: on_done(names.key(name))):
-                calls += self._workers.submit(names.tasks(), [names.name(key) for key in keys], _resources)
+            with self._workers.counting(lambda name: on_done(keys_of[name])):
+                calls += self._workers.submit(tasks, [names[key] for key in keys], _resources)
                 values = [self._value(calls[0])]
                 if proceed is not None and not proceed(values[0]):
                     if len(keys) > 1:
@@ -107,30 +117,6 @@ class ProcessExecutor(Executor):
         return fetching.result()
 
 
-class _Names:
-    """The names of the nodes of one run: the scheduler may still know those of the run before."""
-
-    def __init__(self, run: int, graph: Graph):
-        self._run, self._graph = run, graph
-
-    def name(self, key: Key) -> str:
-        """What the scheduler calls a node."""
-        kind, number = key
-        return f"{kind}/{number}/{'tile' if self._graph[key].tile else 'other'}/{self._run}"
-
-    def key(self, name: str) -> Key:
-        """The node of that name."""
-        kind, number, *_ = name.split("/")
-        return kind, int(number)
-
-    def tasks(self) -> dict[str, Any]:
-        """The graph as Dask takes it."""
-        # a partial without arguments: dask would otherwise look for keys and tasks inside specs
-        return {
-            self.name(key): (partial(node.function), *map(self.name, node.needs)) for key, node in self._graph.items()
-        }
-
-
 def _resources(name: str) -> dict[str, int]:
     """A node takes one of its worker's places for tiles, or for others."""
-    return {name.split("/")[2]: 1}
+    return {name.split("-")[2]: 1}

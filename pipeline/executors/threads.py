@@ -6,17 +6,17 @@ import heapq
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from functools import partial
 from typing import Any
 
 from dask import threaded  # the module: its own name `get` would make dask import distributed, and that torch
 
-from pipeline.core.cancel import NEVER, CancelToken
-from pipeline.executors.graph import Executor, Graph, Key, ignore
+from pipeline.core.cancel import CancelToken
+from pipeline.executors.graph import Executor, Graph, Key, dask_names, ignore
 
-_PROCEED: Key = ("proceed", 0)
+_PROCEED = "proceed"
 
 
 class ThreadExecutor(Executor):
@@ -26,7 +26,7 @@ class ThreadExecutor(Executor):
     libgomp ends the process if it cannot start a new team.
     """
 
-    def __init__(self, tiles: int, cancel: CancelToken = NEVER, others: int | None = None):
+    def __init__(self, tiles: int, cancel: CancelToken | None = None, others: int | None = None):
         """`others`: threads for nodes that hold no tile; as many as `tiles` if not given."""
         super().__init__(cancel)
         self._tiles, self._others = _RankedPool(tiles, "tile"), _RankedPool(others or tiles, "task")
@@ -47,15 +47,17 @@ class ThreadExecutor(Executor):
         if not keys:
             return []
         run = _Run(self.cancel, on_done)
-        # a partial without arguments: dask would otherwise look for keys and tasks inside specs
-        tasks: dict[Key, Any] = {
-            key: (partial(run.node, key, node.function), *node.needs) for key, node in graph.items()
+        names = dask_names(graph)
+        tasks: dict[str, Any] = {
+            names[key]: (partial(run.node, key, node.function), *(names[need] for need in node.needs))
+            for key, node in graph.items()
         }
-        wanted = list(keys)
+        wanted = [names[key] for key in keys]
         if proceed is not None:
-            tasks[_PROCEED] = (partial(run.proceed, proceed), keys[0])
+            tasks[_PROCEED] = (partial(run.proceed, proceed), names[keys[0]])
             wanted.append(_PROCEED)
-        submitter = _Submitter(graph, self._tiles, self._others)
+        pools = {names[key]: self._tiles if node.tile else self._others for key, node in graph.items()}
+        submitter = _Submitter(pools, self._others)
         try:
             values = threaded.get(tasks, wanted, pool=submitter)
         except BaseException:
@@ -85,7 +87,7 @@ class _Run:
 
     def proceed(self, proceed: Callable[[Any], bool], value: object) -> None:
         """Ask whether the rest is wanted."""
-        if self._guarded(lambda: proceed(value)) is False:
+        if not self.over and not self._guarded(lambda: proceed(value)):
             self.over = True
 
     def _run_node(self, key: Key, function: Callable[..., Any], values: Sequence[object]) -> Any:
@@ -116,16 +118,16 @@ class _Submitter(futures.Executor):
     # Dask submits as many tasks as there are workers: all that are ready, so that the pools choose among them.
     _max_workers = sys.maxsize
 
-    def __init__(self, graph: Graph, tiles: _RankedPool, others: _RankedPool):
-        self._pools = {key: tiles if node.tile else others for key, node in graph.items()}
-        self._ranks = {key: rank for rank, key in enumerate(graph)}
-        self._others = others
+    def __init__(self, pools: Mapping[str, _RankedPool], others: _RankedPool):
+        """`pools`: of every node, in the order of the graph; a name that is not there is a task for `others`."""
+        self._pools, self._others = pools, others
+        self._ranks = {name: rank for rank, name in enumerate(pools)}
         self._running: set[futures.Future[Any]] = set()
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **_: object) -> futures.Future[Any]:
         """Called by Dask with a batch of one task: its key, and what belongs to it."""
-        ((key, *_rest),) = args[0]
-        future = self._pools.get(key, self._others).submit(self._ranks.get(key, -1), partial(function, *args))
+        ((name, *_rest),) = args[0]
+        future = self._pools.get(name, self._others).submit(self._ranks.get(name, -1), partial(function, *args))
         self._running.add(future)
         future.add_done_callback(self._running.discard)
         return future

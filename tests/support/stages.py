@@ -22,10 +22,12 @@ import pipeline
 from pipeline.config.config import Config, load_config
 from pipeline.core.events import ignore
 from pipeline.core.tiling import Rect
+from pipeline.executors.graph import Executor
 from pipeline.executors.threads import ThreadExecutor
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.network_cost import layers_in_use
-from pipeline.render.iteration import IterationResult, Iterations
+from pipeline.render.iteration import Iterations
+from pipeline.render.measurements import IterationResult
 from pipeline.render.preparation import Prepared, prepare
 from pipeline.render.stage import Stage
 from pipeline.rundir.journal import Journal
@@ -40,6 +42,29 @@ from tests.support import reference
 from tests.support.inputs import write_config, write_image
 
 EXACT = 1e-10
+
+
+# Tiles in flight in the executor of a prepared stage.
+TILES = 2
+
+
+class InOrder(Executor):
+    """Runs the nodes one after another, in the order of the graph: what any other order has to be equal to."""
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, graph, keys, on_done=lambda _key: None, proceed=None):
+        values = {}
+        for key, node in graph.items():
+            values[key] = node.function(*(values[need] for need in node.needs))
+            on_done(key)
+        if proceed is not None:
+            proceed(values[keys[0]])
+        return [values[key] for key in keys]
+
+    def collect_profile(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -114,7 +139,7 @@ def prepared(
     config = load_config(path)
     planned = plan(config)
     assert [stage.size for stage in planned.stages] == [size]
-    with ThreadExecutor(2) as engine:
+    with ThreadExecutor(TILES) as engine:
         stage = make_stage(config, planned, engine)
         started = prepare(stage, None)
         canvas = read_whole(open_array(stage.stage_dir, "canvas_0"))

@@ -24,7 +24,8 @@ from pipeline.plan.device import default_threads
 from pipeline.plan.network_cost import layers_in_use
 from pipeline.plan.plan import StagePlan
 from pipeline.render import preparation
-from pipeline.render.iteration import IterationResult, Iterations
+from pipeline.render.iteration import Iterations
+from pipeline.render.measurements import IterationResult
 from pipeline.render.stage import Stage
 from pipeline.store.layout import GRADIENT
 

@@ -167,21 +167,8 @@ def test_a_stopped_engine_starts_nothing():
         with pytest.raises(Stopped):
             engine.map(ran.append, [1, 2, 3])
         with pytest.raises(Stopped):
-            list(engine.checked([1]))
-        with pytest.raises(Stopped):
             engine.cancel.raise_if_set()
     assert ran == []
-
-
-def test_checked_items_stop_between_two():
-    """Reading a large image is stopped between two bands."""
-    seen = []
-    with ThreadExecutor(1) as engine, pytest.raises(Stopped):
-        for item in engine.checked(range(10)):
-            seen.append(item)
-            if item == 3:
-                engine.cancel.set()
-    assert seen == [0, 1, 2, 3]
 
 
 class BrokenError(RuntimeError):
@@ -231,43 +218,6 @@ def test_an_error_comes_when_nothing_runs_any_more(how):
                 engine.fold(task, [0, 1, 2, 3, 4], lambda total, _: total, None)
         assert running == 0
         assert engine.map(sleep_and_give, [(0.0, 1)]) == [1]
-
-
-@pytest.mark.parametrize("how", ["map", "fold"])
-@pytest.mark.parametrize("where", ["task", "after"])
-def test_an_error_releases_the_tasks_that_wait(how, where):
-    """A full disk would be told only when the pass that they wait for has come so far: minutes, or never."""
-    waiting, released, told = threading.Barrier(3), threading.Event(), []
-
-    class ReleasedError(Exception):
-        """Follows from the error."""
-
-    def before(index: int) -> int:
-        waiting.wait(60)
-        if index:
-            assert released.wait(60)
-            raise ReleasedError
-        return index
-
-    def task(index: int) -> int:
-        if where == "task":
-            raise BrokenError("disk full")
-        return index
-
-    def fail(*_: object) -> int:
-        raise BrokenError("disk full")
-
-    def on_error() -> None:
-        told.append(1)
-        released.set()
-        time.sleep(0.2)  # meanwhile dask hears of the others
-
-    with ThreadExecutor(3) as engine, pytest.raises(BrokenError, match="disk full"):
-        if how == "map":
-            engine.map(task, [0, 1, 2], before=before, after=fail, on_error=on_error)
-        else:
-            engine.fold(task, [0, 1, 2], fail, 0, before=before, on_error=on_error)
-    assert told == [1]
 
 
 def test_leaving_the_engine_waits_for_running_tasks():
