@@ -50,7 +50,12 @@ def ignore(_key: Key) -> None:
 
 
 class Executor(ABC):
-    """Runs graphs; `cancel` ends a run between two nodes. To be closed by leaving its `with` block."""
+    """Runs graphs; `cancel` ends a run between two nodes. To be closed by leaving its `with` block.
+
+    `most_ahead`: how many tiles may be computed before the one that a sum waits for; None where it makes no difference.
+    """
+
+    most_ahead: int | None = None
 
     def __init__(self, cancel: CancelToken | None = None):
         self.cancel = cancel or CancelToken()
@@ -110,18 +115,41 @@ class Executor(ABC):
         for first in range(0, len(specs), _BATCH):
             batch = specs[first : first + _BATCH]
             graph = {("task", number): Node(partial(task, spec), (), tile=True) for number, spec in enumerate(batch)}
-            last = add_sum(graph, "sum", "task", len(batch), combine, total)
+            last = add_sum(graph, ("sum", "task"), len(batch), combine, total, self.most_ahead)
             (total,) = self.run(graph, [last], lambda key: on_done() if key[0] == "task" else None)
         return total
 
 
 def add_sum(
-    graph: dict[Key, Node], kind: str, parts: str, count: int, combine: Callable[[Any, Any], Any], initial: Any
+    graph: dict[Key, Node],
+    kinds: tuple[str, str],
+    count: int,
+    combine: Callable[[Any, Any], Any],
+    initial: Any,
+    most_ahead: int | None,
 ) -> Key:
-    """Add nodes of `kind` that combine the `count` nodes of kind `parts` one by one; gives the key of the last."""
+    """Add nodes of kind `kinds[0]` that combine the `count` nodes of kind `kinds[1]` one by one; gives the last key.
+
+    `most_ahead`: as in Executor; of a thousand tiles, the Gram matrices that wait for an earlier one would fill memory.
+    """
+    kind, parts = kinds
     for number in range(count):
         if number:
             graph[kind, number] = Node(combine, ((kind, number - 1), (parts, number)))
         else:
             graph[kind, number] = Node(partial(combine, initial), ((parts, number),))
+        if most_ahead is not None and number + most_ahead < count:
+            gate, later = (f"{kind} done", number), (parts, number + most_ahead)
+            graph[gate] = Node(_no_value, ((kind, number),))  # the sum itself would be sent to every worker
+            node = graph[later]
+            graph[later] = Node(partial(_gated, node.function), (*node.needs, gate), node.tile)
     return kind, count - 1
+
+
+def _no_value(_sum: object) -> None:
+    pass
+
+
+def _gated(function: Callable[..., R], *values: object) -> R:
+    *values_of_function, _gate = values
+    return function(*values_of_function)

@@ -45,6 +45,7 @@ class ProcessExecutor(Executor):
         thread. `initialize`: called once in every worker; to be pickled.
         """
         super().__init__(cancel)
+        self.most_ahead = processes * (tiles + 1)  # one waits at every worker, so that no worker has to
         self._threads = ThreadExecutor(tiles, cancel)
         self._workers = WorkerPool(processes, tiles, lock, note, initialize)
         self._runs = itertools.count()

@@ -188,7 +188,7 @@ class _IterationGraph:
             self.nodes["gram", tile] = Node(
                 partial(_with_checksums, tile_tasks.gram_task, spec), (CHECKSUMS,), tile=True
             )
-        last = add_sum(self.nodes, "gram sum", "gram", self._count, tile_tasks.add_grams, {})
+        last = self._add_sum("gram sum", "gram", tile_tasks.add_grams)
         self.nodes[TERMS] = Node(partial(style_terms, targets), (last,))
         self._counters["gram"] = self._stage.counter("Gram pass", self._count)
 
@@ -260,7 +260,10 @@ class _IterationGraph:
             needs = tuple(dict.fromkeys(self._updates_of[cy, cx] for cy, cx, _ in chunks))
             self.nodes["next gram", number] = Node(partial(_next_gram, tile_tasks.gram_task, spec), needs, tile=True)
         self._counters["next gram"] = stage.counter("Gram pass", self._count)
-        return add_sum(self.nodes, "next sum", "next gram", self._count, _add_if_any, {})
+        return self._add_sum("next sum", "next gram", _add_if_any)
+
+    def _add_sum(self, kind: str, parts: str, combine: Callable[[Any, Any], Any]) -> Key:
+        return add_sum(self.nodes, (kind, parts), self._count, combine, {}, self._stage.engine.most_ahead)
 
     def _targets(self) -> dict[str, objective.StyleTarget]:
         iterations = self._iterations

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,11 @@ import pipeline
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError, SpaceError, Stopped
 from pipeline.core.events import Event, IterationDone, Note, WorkDone
+from pipeline.executors.graph import Node
 from pipeline.executors.processes import ProcessExecutor
 from pipeline.executors.worker import ALLOWED_DEATHS
 from pipeline.images.writer import _libvips_files_in
+from pipeline.rundir.process_settings import enter_process_settings
 from pipeline.store.array import ChunkError
 from tests.support.e2e import TIMEOUT_S, Child, Nursery, canvases, results, write_run
 
@@ -45,9 +50,34 @@ def mark(path: Path) -> Path:
     return path
 
 
-def place_of(spec: tuple[int, np.ndarray, str]) -> tuple[int, int, int, float]:
-    """(process, where its array and text lie, something that was computed of both)."""
-    index, array, text = spec
+def mark_slowly(path: Path) -> Path:
+    time.sleep(0.02)
+    path.touch()
+    return path
+
+
+def mark_late(path: Path, _value: float) -> None:
+    time.sleep(0.3)
+    path.touch()
+
+
+def count_lead(total: tuple[int, int], path: Path) -> tuple[int, int]:
+    """(how many are combined, by how many the tasks were ahead at most)."""
+    combined, largest_lead = total
+    return combined + 1, max(largest_lead, len(list(path.parent.iterdir())) - combined)
+
+
+def give(value: object) -> object:
+    return value
+
+
+def all_of(*_values: object) -> None:
+    pass
+
+
+def place_of(index: int, shared: tuple[np.ndarray, str]) -> tuple[int, int, int, float]:
+    """(process, where the shared array and text lie, something that was computed of both)."""
+    array, text = shared
     return os.getpid(), id(array), id(text), index + float(array[-1]) + len(text)
 
 
@@ -96,6 +126,14 @@ def die_once(spec: tuple[Path, int]) -> int:
     return number
 
 
+def add_or_die(path: Path, total: float, value: float) -> float:
+    """Kill this process the first time that five results are combined."""
+    if value == 10 and not path.exists():
+        path.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return total + value
+
+
 def die(_spec: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -106,7 +144,7 @@ def die(_spec: object) -> None:
 @pytest.fixture(scope="module")
 def engine() -> Iterator[ProcessExecutor]:
     """Two processes for all tests that leave them alive, or have them made anew."""
-    with ProcessExecutor(2, 3) as engine:
+    with ProcessExecutor(2, 3, initialize=enter_process_settings) as engine:
         yield engine
 
 
@@ -133,9 +171,9 @@ def test_results_come_in_the_order_of_the_specs(engine):
     """Tile 3's number in tile 5's place is a wrong picture; sums in order of arrival differ from run to run."""
     specs = [(0.05 if index % 5 == 0 else 0.0, 0.1 * index) for index in range(30)]
     wanted = [value for _, value in specs]
-    assert engine.map(sleep_and_give, specs) == wanted
+    assert engine.map(sleep_and_give, specs, tile=True) == wanted
     assert engine.fold(sleep_and_give, specs, lambda total, value: (total + value) / 3, 1.0) == folded(wanted)
-    assert engine.map(double, []) == []
+    assert engine.map(double, [], tile=True) == []
     assert engine.fold(double, [], lambda total, value: total + value, 5.0) == 5.0
 
 
@@ -149,87 +187,38 @@ def folded(values: list[float]) -> float:
 def test_every_task_reports_once(engine):
     """The progress bar counts these."""
     count = []
-    engine.map(double, list(range(17)), lambda: count.append(1))
+    engine.map(double, list(range(17)), lambda: count.append(1), tile=True)
     engine.fold(double, list(range(5)), lambda total, _: total, 0, lambda: count.append(1))
     assert len(count) == 22
 
 
-def test_a_pass_may_wait_for_another_beside_it(engine):
-    """The next Gram pass follows the update through the picture; a tile that is read too early has old rows."""
-    written: set[float] = set()
-    condition = threading.Condition()
-
-    def add(value: float) -> None:
-        with condition:
-            written.add(value)
-            condition.notify_all()
-
-    def wait_for_spec(spec: tuple[float, float]) -> tuple[float, float]:
-        with condition:
-            assert condition.wait_for(lambda: 2 * spec[1] in written, TIMEOUT_S)
-        return spec[0], -spec[1]
-
-    values = [float(index) for index in range(30)]
-    update = engine.beside(lambda beside: beside.map(double, values, after=add))
-    gram = engine.fold(
-        sleep_and_give, [(0.01, value) for value in values], lambda a, b: a + b, 0.0, before=wait_for_spec
-    )
-    assert gram == -sum(values)
-    assert update.result(TIMEOUT_S) == [2 * value for value in values]
-
-
-@pytest.mark.parametrize("how", ["map", "fold"])
-def test_an_error_releases_the_tasks_that_wait(how):
-    """A full disk would be told only when the pass that they wait for has come so far: minutes, or never."""
-    released = threading.Event()
-
-    def before(number: int) -> int:
-        if number:
-            assert released.wait(TIMEOUT_S)
-            raise RuntimeError("follows from the error")
-        return number
-
-    with ProcessExecutor(1, 2) as engine, pytest.raises(ConfigError, match="wrong key"):
-        if how == "map":
-            engine.map(fail, [0, 1], before=before, on_error=released.set)
-        else:
-            engine.fold(fail, [0, 1], lambda total, _: total, 0, before=before, on_error=released.set)
-
-
-def test_an_error_leaves_the_pass_beside_it_alone(tmp_path):
-    """A Gram pass that fails, or is not needed, must not cost the update that is being committed."""
-    notes: list[str] = []
-    with ProcessExecutor(1, 2, note=notes.append) as engine:
-        values = [float(index) for index in range(20)]
-        update = engine.beside(lambda beside: beside.map(sleep_and_give, [(0.05, value) for value in values]))
-        with pytest.raises(ConfigError, match="wrong key"):
-            engine.map(fail_or_mark, [None, *(tmp_path / str(index) for index in range(5))])
-        begun = len(list(tmp_path.iterdir()))
-        assert update.result(TIMEOUT_S) == values
-        assert len(list(tmp_path.iterdir())) == begun  # what was cut off is not done again
-    assert notes == []
-
-
 def test_a_fold_keeps_few_results_waiting(engine, tmp_path):
-    """A picture of 30,000 px has a thousand tiles with 5 MB of Gram matrices each: kept all, they fill the memory."""
-    begun = []
-
-    def combine(total: int, _path: Path) -> int:
-        if total == 0:
-            time.sleep(1)  # meanwhile the workers could do all the others
-            begun.append(len(list(tmp_path.iterdir())))
-        return total + 1
-
-    assert engine.fold(mark, [tmp_path / str(index) for index in range(60)], combine, 0) == 60
-    assert begun[0] <= 2 * (3 + 1)
+    """An image of 30,000 px has a thousand tiles with 5 MB of Gram matrices each: all at once, they fill the memory."""
+    paths = [tmp_path / str(index) for index in range(60)]
+    combined, largest_lead = engine.fold(mark_slowly, paths, count_lead, (0, 0))
+    assert combined == 60
+    assert largest_lead <= 2 * (3 + 1)
 
 
-def test_what_specs_share_is_sent_to_a_process_once(engine):
-    """The Gram seeds of a pass are 5 MB: with each of a thousand tiles they would be most of the work."""
+def test_what_nodes_share_is_sent_to_a_process_once(engine):
+    """The checksums and Gram seeds of a pass have megabytes: with each of a thousand tiles they would be most of it."""
     array, text = np.arange(100_000.0), "x" * 100_000
-    found = engine.map(place_of, [(index, array, text) for index in range(40)])
-    assert [value for *_, value in found] == [index + 199_999.0 for index in range(40)]
-    assert len({place[:3] for place in found}) <= 2
+    graph = {("shared", 0): Node(partial(give, (array, text)))}
+    graph |= {("place", index): Node(partial(place_of, index), (("shared", 0),), tile=True) for index in range(40)}
+    places = engine.run(graph, [("place", index) for index in range(40)])
+    assert [value for *_, value in places] == [index + 199_999.0 for index in range(40)]
+    assert len({place[:3] for place in places}) <= 2
+
+
+def test_the_rest_is_discarded_where_it_is_not_wanted(engine, tmp_path):
+    """A Gram pass for an iteration that does not follow would take half an hour, and write nothing anybody reads."""
+    graph = {("first", 0): Node(partial(double, 1.0))}
+    graph |= {("later", index): Node(partial(mark_late, tmp_path / str(index)), (("first", 0),)) for index in range(40)}
+    graph["end", 0] = Node(all_of, tuple(("later", index) for index in range(40)))
+    assert engine.run(graph, [("first", 0), ("end", 0)], proceed=lambda value: False) == [2.0, None]
+    begun = len(list(tmp_path.iterdir()))
+    time.sleep(1)
+    assert len(list(tmp_path.iterdir())) == begun < 40
 
 
 @pytest.mark.parametrize("number", range(len(ERRORS)))
@@ -237,40 +226,40 @@ def test_what_a_task_raises_comes_out_as_it_is(engine, number):
     """A full disk must end in exit code 5 and its own sentence, not in an error of the scheduler."""
     wanted = ERRORS[number]
     with pytest.raises(type(wanted)) as caught:
-        engine.map(fail, [number] * 3)
+        engine.map(fail, [number] * 3, tile=True)
     assert (type(caught.value), str(caught.value)) == (type(wanted), str(wanted))
-    assert engine.map(double, [1.0]) == [2.0]
+    assert engine.map(double, [1.0], tile=True) == [2.0]
 
 
 def test_a_stop_ends_the_work_and_the_processes():
     """Ctrl-C must end a run of days within a moment, and leave no process that still writes."""
     stop, others = threading.Event(), set(workers_of())
     with ProcessExecutor(1, 2, CancelToken(stop)) as engine:
-        engine.map(double, [1.0])
+        engine.map(double, [1.0], tile=True)
         working = set(workers_of()) - others
         assert len(working) == 1
         threading.Timer(0.3, stop.set).start()
         with pytest.raises(Stopped):
-            engine.map(sleep_in, [TIMEOUT_S] * 5)
+            engine.map(sleep_in, [TIMEOUT_S] * 5, tile=True)
         assert not working & set(workers_of())
         with pytest.raises(Stopped):
-            engine.map(double, [1.0])
+            engine.map(double, [1.0], tile=True)
     assert set(workers_of()) == others
 
 
 def test_tasks_in_workers_find_the_settings_of_the_run(engine):
     """Memory is planned for them, and compressed chunks would be read by ten threads of zarr's own for each of ours."""
-    assert set(engine.map(settings_of, [0] * 4)) == {(1, 0)}
+    assert set(engine.map(settings_of, [0] * 4, tile=True)) == {(1, 0)}
 
 
 def test_signals_of_the_terminal_are_for_the_parent(engine):
     """Ctrl-C reaches every process of the terminal: workers that die of it would turn a clean stop into deaths."""
-    engine.map(double, [1.0])
+    engine.map(double, [1.0], tile=True)
     before = {process.pid for process in workers_of()}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         for pid in before:
             os.kill(pid, number)
-    ran_in = set(engine.map(sleep_in, [0.1] * 12))
+    ran_in = set(engine.map(sleep_in, [0.1] * 12, tile=True))
     assert ran_in <= before == {process.pid for process in workers_of()}
 
 
@@ -279,7 +268,7 @@ def test_a_dead_workers_tasks_are_done_again(tmp_path):
     notes: list[str] = []
     with ProcessExecutor(1, 3, note=notes.append) as engine:
         specs = [(tmp_path / "died", number) for number in range(12)]
-        assert engine.map(die_once, specs) == list(range(12))
+        assert engine.map(die_once, specs, tile=True) == list(range(12))
     assert len(notes) == 1
     assert "SIGKILL" in notes[0]
 
@@ -288,9 +277,9 @@ def test_an_export_changes_no_workers_environment(tmp_path):
     """A worker that is started during an export would have its files in a folder that is removed with the export."""
     wanted = [os.environ.get("TMPDIR")]
     with ProcessExecutor(1, 1) as engine, _libvips_files_in(tmp_path / "levels"):
-        assert engine.map(variable, ["TMPDIR"]) == wanted  # as of one that is started anew
+        assert engine.map(variable, ["TMPDIR"], tile=True) == wanted  # as of one that is started anew
         with ProcessExecutor(1, 1) as other:
-            assert other.map(variable, ["TMPDIR"]) == wanted
+            assert other.map(variable, ["TMPDIR"], tile=True) == wanted
         told = subprocess.run(["sh", "-c", "echo $TMPDIR"], env=dict(os.environ), capture_output=True, check=True)
         assert told.stdout.decode().strip() == (wanted[0] or "")
 
@@ -299,25 +288,15 @@ def test_a_worker_that_is_started_later_has_the_same_environment(monkeypatch):
     """With OMP_NUM_THREADS changed meanwhile, a worker that takes a dead one's place would round otherwise."""
     with ProcessExecutor(1, 1) as engine:
         monkeypatch.setenv("OMP_NUM_THREADS", "17")
-        assert engine.map(variable, ["OMP_NUM_THREADS"]) != ["17"]
+        assert engine.map(variable, ["OMP_NUM_THREADS"], tile=True) != ["17"]
 
 
 def test_results_that_died_with_their_worker_are_made_again(tmp_path):
-    """A worker keeps what it has computed until it is fetched, and the seeds of the pass; both may be lost."""
-    array = np.arange(100_000.0)
+    """A worker holds sums and results that others have computed from tiles; they may be lost at any moment."""
     notes: list[str] = []
     with ProcessExecutor(1, 1, note=notes.append) as engine:
-        killed = []
-
-        def combine(total: float, place: tuple[int, int, int, float]) -> float:
-            if not killed:
-                killed.append(place[0])
-                time.sleep(0.5)  # the next results are there, and not fetched
-                os.kill(place[0], signal.SIGKILL)
-            return total + place[3]
-
-        specs = [(index, array, "") for index in range(10)]
-        assert engine.fold(place_of, specs, combine, 0.0) == sum(range(10)) + 10 * 99_999.0
+        combine = partial(add_or_die, tmp_path / "died")
+        assert engine.fold(double, [float(number) for number in range(10)], combine, 0.0) == 2 * sum(range(10))
     assert len(notes) == 1
 
 
@@ -326,9 +305,9 @@ def test_a_task_that_kills_its_worker_each_time_ends_the_run():
     notes: list[str] = []
     with ProcessExecutor(1, 3, note=notes.append) as engine:
         with pytest.raises(ConfigError, match=r"died over the same task.*SIGKILL.*compute\.workers"):
-            engine.map(die, [0])
+            engine.map(die, [0], tile=True)
         assert ALLOWED_DEATHS <= len(notes) <= ALLOWED_DEATHS + 1  # the last may be told by the error alone
-        assert engine.map(double, [1.0]) == [2.0]
+        assert engine.map(double, [1.0], tile=True) == [2.0]
 
 
 def test_workers_that_cannot_start_end_the_run_with_their_last_words(tmp_path, monkeypatch):
@@ -336,62 +315,43 @@ def test_workers_that_cannot_start_end_the_run_with_their_last_words(tmp_path, m
     broken = tmp_path / "python"
     monkeypatch.setattr(sys, "executable", str(broken))
     with ProcessExecutor(2, 3) as engine, pytest.raises(ConfigError, match=r"could not be started.*No such file"):
-        engine.map(double, [1.0])
+        engine.map(double, [1.0], tile=True)
     broken.write_text("#!/bin/sh\necho no module of that name >&2\nexit 7\n")
     broken.chmod(0o755)
     with ProcessExecutor(2, 3) as engine, pytest.raises(ConfigError, match=r"code 7.*words: no module of that name"):
-        engine.map(double, [1.0])
+        engine.map(double, [1.0], tile=True)
 
 
 # --- the port ---------------------------------------------------------------------------------------------------------
 
-CONNECT = """
-import os, socket, sys
-user, port = map(int, sys.argv[1:])
-os.setuid(user)
-connection = socket.socket()
-connection.settimeout(30)
-connection.connect(("127.0.0.1", port))
-try:
-    print(len(connection.recv(1)))
-except ConnectionResetError:
-    print(0)
-"""
+
+def ports_of(engine: ProcessExecutor) -> list[int]:
+    """The ports on which the scheduler and the workers take tasks."""
+    info = engine._workers._client.scheduler_info(n_workers=-1)
+    addresses = [info["address"], *info["workers"]]
+    assert all(address.startswith("tls://127.0.0.1:") for address in addresses)
+    return [int(address.rpartition(":")[2]) for address in addresses]
 
 
-def listening_ports() -> list[int]:
-    """The ports on which this process and its workers understand distributed."""
-    connections = [
-        connection for process in (psutil.Process(), *workers_of()) for connection in process.net_connections()
-    ]
-    listening = [connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN]
-    assert {address.ip for address in listening} == {"127.0.0.1"}
-    return [address.port for address in listening if greets(address.port)]
-
-
-def greets(port: int) -> bool:
-    """Whether the first word is the server's: a web server waits for ours."""
-    with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-        try:
-            return connection.recv(1) != b""
-        except TimeoutError:
-            return False
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be another user")
-def test_other_users_of_the_machine_are_not_served(engine):
+def test_other_programs_are_not_served(engine):
     """A scheduler runs what it is sent: any account on a shared machine could run code as us."""
-    engine.map(double, [1.0])
-    ports = listening_ports()
+    engine.map(double, [1.0], tile=True)
+    ports = ports_of(engine)
     assert len(ports) == 3  # the scheduler's and two workers'
+    stranger = ssl.create_default_context()
+    stranger.check_hostname, stranger.verify_mode = False, ssl.CERT_NONE  # it trusts everybody, and has no key itself
     for port in ports:
-        told = [
-            subprocess.run(
-                [sys.executable, "-c", CONNECT, str(user), str(port)], capture_output=True, text=True, check=True
-            ).stdout
-            for user in (0, 65534)
-        ]
-        assert told == ["1\n", "0\n"]
+        with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as plain:
+            plain.sendall(b"\0" * 64)
+            with suppress(ConnectionResetError):
+                assert plain.recv(1) in (b"", b"\x15")  # nothing, or TLS' alert
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as plain,
+            pytest.raises((ssl.SSLError, ConnectionResetError)),
+            stranger.wrap_socket(plain) as connection,
+        ):
+            assert connection.recv(1) == b"", "greets a stranger"
+            raise ConnectionResetError
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

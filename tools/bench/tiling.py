@@ -80,6 +80,7 @@ class Bench:
                 tile_tasks.GradientSpec(self.folder, "canvas_0", tile, self.network, {}, factors, seeds)
                 for tile in tiles
             ],
+            tile=True,
         )
 
     def autograd(self) -> None:

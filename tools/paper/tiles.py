@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pipeline import store
 from pipeline.config.config import Config
 from pipeline.core.image_formats import RGB8
 from pipeline.core.tiling import Rect, Tile
+from pipeline.executors.graph import Graph
 from pipeline.executors.threads import ThreadExecutor
 from pipeline.losses import objective
 from pipeline.losses.objective import Gram
@@ -30,18 +32,23 @@ from pipeline.store.layout import CONTENT, GRADIENT, content_features_name, gram
 Task = Callable[[Any], Any]
 
 
-class OtherTasks(Engine):
-    """An engine that does other tasks in the place of some of the product's."""
+class OtherTasks(ThreadExecutor):
+    """An executor that runs other tasks in the place of some of the product's."""
 
-    def __init__(self, workers: int, tasks: Mapping[Task, Task]):
-        super().__init__(workers)
+    def __init__(self, tiles: int, tasks: Mapping[Task, Task]):
+        super().__init__(tiles)
         self._tasks = tasks
 
-    def map(self, task: Task, *arguments: Any, **named: Any) -> list[Any]:
-        return super().map(self._tasks.get(task, task), *arguments, **named)
+    def run(self, graph: Graph, *arguments: Any, **named: Any) -> list[Any]:
+        """As in ThreadExecutor."""
+        nodes = {key: replace(node, function=self._other(node.function)) for key, node in graph.items()}
+        return super().run(nodes, *arguments, **named)
 
-    def fold(self, task: Task, *arguments: Any, **named: Any) -> Any:
-        return super().fold(self._tasks.get(task, task), *arguments, **named)
+    def _other(self, function: Task) -> Task:
+        if not isinstance(function, partial):
+            return function
+        values = [self._tasks.get(value, value) if callable(value) else value for value in function.args]
+        return partial(self._tasks.get(function.func, function.func), *values, **function.keywords)
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Faults:
     whole_grams: bool
 
     def engine(self, workers: int) -> ThreadExecutor:
-        """An engine whose tiles are at fault."""
+        """An executor whose tiles are at fault."""
         return OtherTasks(workers, {tile_tasks.gram_task: self.gram, tile_tasks.gradient_task: self.gradient})
 
     def gram(self, spec: tile_tasks.GramSpec) -> dict[str, Gram]:
