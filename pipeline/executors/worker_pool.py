@@ -33,14 +33,14 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from pipeline.core.errors import ConfigError
 from pipeline.executors import worker
 
-# How often in a row a worker may die before it is ready for tasks.
+# How many workers in a row may die before one is ready for tasks.
 _STARTS = 3
-# Ctrl-C and the end of a terminal reach the whole process group, but to stop the workers is for their parent.
+# Ctrl-C and the end of a terminal signal the whole process group, but only the parent stops workers.
 _PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class WorkerPool:
-    """A scheduler and a client in this process, and the worker processes with their keepers; started when needed."""
+    """A scheduler and a client in this process, and the worker processes, each watched by a keeper thread."""
 
     def __init__(
         self,
@@ -104,17 +104,17 @@ class WorkerPool:
             process.wait()
 
     def raise_if_broken(self) -> None:
-        """Raise what keeps workers from being started."""
+        """Raise the error that prevents workers from being started."""
         if self._broken is not None:
             raise self._broken
 
     def killer_error(self) -> ConfigError:
-        """The error of a task over which worker after worker died."""
+        """The error of a task during which several workers died."""
         return ConfigError(
             f"{worker.ALLOWED_DEATHS + 1} worker processes died over the same task; the last {self._last_end}. Most "
-            "likely this machine's memory does not suffice, or another program took it. Nothing that was committed is "
-            "lost: give the same command with fewer compute.workers, a smaller compute.tile_px or memory.limit, or "
-            "when there is more memory."
+            "likely this machine has too little memory, or another program took it. Nothing that was committed is "
+            "lost: run the same command again with fewer compute.workers, a smaller compute.tile_px or memory.limit, "
+            "or when there is more memory."
         )
 
     def close(self) -> None:
@@ -159,24 +159,26 @@ class WorkerPool:
             keeper.start()
 
     def _keep(self) -> None:
-        """Start a worker, await its end, start the next. The end of this thread is the end of its worker."""
+        """Start a worker, wait for its end, start the next. The kernel kills the worker if this thread ends."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)  # inherited by the worker
-        vain = 0
+        failed_starts = 0
         try:
             while (process := self._start_worker()) is not None:
-                how = _ending(process.wait())
+                ending = _ending(process.wait())
                 with self._state:
                     del self._workers[process.pid]
                     if self._closing or process.pid in self._dropped:
                         continue
-                    self._last_end = how
-                vain = 0 if process.pid in self._register.pids else vain + 1
-                if vain == _STARTS:
-                    raise self._start_error(f"{_STARTS} worker processes ended before they could work; the last {how}")
-                self._note(f"worker process {process.pid} {how}; a new one does its tasks again")
+                    self._last_end = ending
+                failed_starts = 0 if process.pid in self._register.pids else failed_starts + 1
+                if failed_starts == _STARTS:
+                    raise self._start_error(
+                        f"{_STARTS} worker processes ended before they could work; the last {ending}"
+                    )
+                self._note(f"worker process {process.pid} {ending}; a new one repeats its tasks")
         except OSError as error:
             self._broken = self._start_error(f"a worker process could not be started ({error.strerror})")
-        except Exception as error:  # whatever it is: a thread that waits for tasks has to hear of it
+        except Exception as error:  # whatever it is: the thread that waits for tasks has to raise it
             self._broken = error
 
     def _start_worker(self) -> subprocess.Popen[bytes] | None:
@@ -204,7 +206,7 @@ class WorkerPool:
 
     @property
     def _log(self) -> Path:
-        """What workers print: distributed's words on how they ended."""
+        """The log that workers write: distributed says there why one ended."""
         return self._folder / "workers.log"
 
     def _start_error(self, what: str) -> ConfigError:
@@ -253,7 +255,7 @@ class _Register(SchedulerPlugin):
 
 
 def _ending(code: int) -> str:
-    """How a process ended, in words."""
+    """Describes how a process ended."""
     if code >= 0:
         return f"ended with code {code}"
     hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""

@@ -49,7 +49,7 @@ def first_max_update(beta1: float, beta2: float, epsilon: float, max_abs_gradien
 
 
 def average_weight(decay: float, iteration: int) -> float:
-    """w_j = (1 − d)/(1 − d^(j+1)) of the canvas that iteration j = 0, 1, … made; then no canvas counts for too little.
+    """w_j = (1 − d)/(1 − d^(j+1)) of the canvas that iteration j = 0, 1, … has made.
 
     The average with these weights is Σ_i d^(j−i)·p_i / Σ_i d^(j−i): an exponential moving average, as Adam's moments
     are, without their bias. The canvas that the stage started from is not in it.
@@ -62,7 +62,7 @@ def move_average(average: Array, canvas: Array, scratch: Array, weight: float) -
 
     Of canvases within 0..255 it is within 0..255 itself, rounding included.
     """
-    if weight == 1:  # what was there before counts for nothing, to the last bit
+    if weight == 1:  # a + 1·(p − a) would round
         np.copyto(average, canvas)
         return
     np.subtract(canvas, average, out=scratch)

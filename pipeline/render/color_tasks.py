@@ -42,7 +42,7 @@ def _rows(array: StageArray) -> Iterator[Rect]:
 
 @dataclass(frozen=True)
 class RecolorSpec:
-    """One row of chunks of `target`: the luminance of `source` in the colours of `content`; all have one size."""
+    """One row of chunks of `target`: the luminance of `source` with the colours of `content`; all have one size."""
 
     source: StageArray
     content: StageArray
@@ -51,7 +51,7 @@ class RecolorSpec:
 
 
 def recolor_task(spec: RecolorSpec) -> ChunkSums:
-    """Write content + (Y(source) − Y(content)), clipped to 0..255: the content itself where that is the source."""
+    """Write content + (Y(source) − Y(content)), clipped to 0..255; if the source is the content, the content itself."""
     sums: ChunkSums = {}
     for _, _, part in chunks_of(spec.rect, spec.target.chunk_px):
         content = spec.content.read_window(part).astype(spec.target.value_dtype)
@@ -64,7 +64,7 @@ def recolor_task(spec: RecolorSpec) -> ChunkSums:
 def recolor(source: StageArray, content: StageArray, target: StageArray, engine: Executor) -> str:
     """Fill `target` with the luminance of `source` in the colours of `content`; gives the packed checksums.
 
-    The target is another array than the source: a task that is done again must find what it found before.
+    The target is not the source: a task that is repeated must read the same pixels again.
     """
     specs = [RecolorSpec(source, content, target, rect) for rect in _rows(target)]
     return target.packed({index: value for part in engine.map(recolor_task, specs) for index, value in part.items()})

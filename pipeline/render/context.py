@@ -1,4 +1,4 @@
-"""What computes a stage, and how what it found is recorded: the same for a run, a crop and a repair."""
+"""What a run, a crop and a repair need to render stages, and the journal records of their results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RenderContext:
-    """Device, weights, threads or processes, and who is told. `gpu_bytes`: what one process may take of a GPU."""
+    """Device, weights, executor and event sink. `gpu_bytes`: GPU memory that one process may use."""
 
     device: Device
     weights: WeightsSource
@@ -37,12 +37,12 @@ class RenderContext:
 def render_context(
     config: Config, planned: Plan, device: Device, weights: WeightsSource, engine: Executor, sink: Sink
 ) -> RenderContext:
-    """Those of a run of `config`, whose plan is for all its worker processes together."""
+    """The context of a run of `config`; the plan's device memory is shared by all its worker processes."""
     return RenderContext(device, weights, engine, sink, planned.device_bytes // max(1, config.compute.workers))
 
 
 def make_stage(config: Config, plan: StagePlan, context: RenderContext, tile_px: int) -> Stage:
-    """A stage of the run of `config`, with its own settings, ready to be prepared or iterated in tiles of `tile_px`."""
+    """A stage of the run of `config`, with the stage's own settings, in tiles of `tile_px`."""
     from pipeline.render.stage import Stage  # noqa: PLC0415 - brings torch, which export and status do without
 
     config = config.for_stage(max(plan.size))
@@ -68,13 +68,13 @@ def make_stage(config: Config, plan: StagePlan, context: RenderContext, tile_px:
 
 
 def _threads(config: Config) -> int:
-    """CPU threads of one tile: those that the run began with, because other numbers of them round otherwise."""
+    """CPU threads per tile: those that the run began with, because results depend on their number in the last bit."""
     asked = config.compute.threads
     return read_manifest(manifest_path(config.work_dir)).threads if asked == "auto" else asked
 
 
 def prepared_record(stage: int, tile_px: int, made: Prepared) -> StagePrepared:
-    """What a journal keeps of a prepared stage."""
+    """The journal record of a prepared stage."""
     return StagePrepared(
         stage=stage,
         tile_px=tile_px,
@@ -85,7 +85,7 @@ def prepared_record(stage: int, tile_px: int, made: Prepared) -> StagePrepared:
 
 
 def iteration_record(stage: int, iteration: int, result: IterationResult) -> Iteration:
-    """What a journal keeps of an iteration."""
+    """The journal record of an iteration."""
     return Iteration(
         stage=stage,
         iteration=iteration,

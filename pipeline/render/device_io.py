@@ -1,8 +1,8 @@
-"""Rectangles of the store's arrays on the device that computes, and back.
+"""Transfers rectangles of the store's arrays to the compute device and back.
 
-On the CPU they are tensors over numpy's memory. For a GPU they never exist in host memory: a few threads read chunk by
-chunk into two small page-locked buffers each, and the device takes what is in one while the next chunk comes into the
-other, on a stream of the thread's own, beside what is being computed.
+On the CPU they are tensors over numpy's memory. A GPU's rectangles are never whole in host memory: a few threads read
+chunk by chunk into two small pinned buffers each; while the device copies from one, the next chunk is read into the
+other. The copies run on a CUDA stream of the thread's own, concurrently with the computation.
 
 Axes in names: 1 batch, C channels, H rows, W columns.
 """
@@ -31,14 +31,14 @@ R = TypeVar("R")
 
 
 def load(array: StageArray, rect: Rect, device: str, dtype: torch.dtype) -> Tensor:
-    """(1, C, H, W), channels-last, complete. Raises ChunkError, StorageError, torch's errors for want of memory."""
+    """(1, C, H, W), channels-last, complete. Raises ChunkError, StorageError, or torch's out-of-memory errors."""
     if torch.device(device).type == "cpu":
         return torch.from_numpy(array.read_window(rect)).to(dtype).permute(2, 0, 1)[None]
     return load_staged(array, rect, torch.device(device), dtype)
 
 
 def load_staged(array: StageArray, rect: Rect, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Likewise, by way of the buffers; the device may be any."""
+    """The same through the pinned buffers, for any device."""
     with _LANES.of(device).running():
         out = torch.empty((rect.height, rect.width, array.shape[2]), dtype=dtype, device=device)
     bands = list(_bands(rect, array.chunk_px))
@@ -47,12 +47,12 @@ def load_staged(array: StageArray, rect: Rect, device: torch.device, dtype: torc
 
 
 def _load_band(array: StageArray, band: Rect, out_HWC: Tensor) -> None:
-    """Fill what is another thread's, on this thread's lane."""
+    """Copy one band into `out_HWC`, on the calling thread's stream."""
     lane = _LANES.of(out_HWC.device)
-    decode = _DECODERS[array.encoding.name] if array.encoding else _as_it_is
+    decode = _DECODERS[array.encoding.name] if array.encoding else _unchanged
     with lane.running():
         buffer = partial(lane.buffer, array.chunk_shape, array.dtype)
-        # whole rows: a call per row would keep Python's lock from the thread that gives the GPU its work
+        # whole rows: one call per strip would keep the GIL from the thread that launches kernels
         for part, rows, columns in array.read_parts(band, buffer, strips=False):
             stored = torch.from_numpy(rows).to(out_HWC.device, non_blocking=True)[:, columns]
             lane.sent()
@@ -70,18 +70,18 @@ def save(array: StageArray, rect: Rect, tensor_CHW: Tensor) -> ChunkSums:
 
 
 def save_staged(array: StageArray, rect: Rect, tensor_HWC: Tensor) -> ChunkSums:
-    """Likewise, by way of the buffers; the device may be any."""
+    """The same through the pinned buffers, for any device."""
     bands = list(_bands(rect, array.chunk_px))
-    found = _of_every_band(lambda band: _save_band(array, band, tensor_HWC[band.within(rect)]), bands)
-    return {index: value for sums in found for index, value in sums.items()}
+    parts = _of_every_band(lambda band: _save_band(array, band, tensor_HWC[band.within(rect)]), bands)
+    return {index: value for sums in parts for index, value in sums.items()}
 
 
 def _of_every_band(work: Callable[[Rect], R], bands: Sequence[Rect]) -> list[R]:
     """`work` of each band on the staging threads, in the order of `bands`.
 
-    If one fails, the bands that have not begun are cancelled, and the first error in that order is raised once the
-    others have ended: a pass that is tried again must not find an old thread that still writes its chunks, or that
-    still holds a tile on the device.
+    If one fails, the bands that have not begun are cancelled, and the first error in that order is raised when the
+    others have ended: a pass that is repeated must not find an old thread that still writes its chunks, or still holds
+    a tile on the device.
     """
     futures = [_READERS.submit(work, band) for band in bands]
     try:
@@ -106,14 +106,14 @@ def _save_band(array: StageArray, band: Rect, tensor_HWC: Tensor) -> ChunkSums:
         for cy, cx, part in chunks_of(band, array.chunk_px):
             piece = tensor_HWC[part.within(band)]
             host = lane.buffer((part.height, part.width, array.shape[2]), array.value_dtype)
-            # in one piece on the device first: the bus takes only such
+            # contiguous on the device first: the bus copies only contiguous memory
             torch.from_numpy(host).copy_(piece.to(torch.from_numpy(host).dtype).contiguous(), non_blocking=True)
             lane.wait()
             sums[cy, cx] = array.write_chunk(cy, cx, host)
     return sums
 
 
-def _as_it_is(stored: Tensor) -> Tensor:
+def _unchanged(stored: Tensor) -> Tensor:
     return stored
 
 
@@ -123,15 +123,17 @@ def _from_bfloat16(stored: Tensor) -> Tensor:
 
 def _from_fixed16(stored: Tensor) -> Tensor:
     codes = (stored.view(torch.int16).to(torch.int32) & 0xFFFF).float()
-    return codes / torch.full((), 257.0, device=stored.device)  # by a number, torch would multiply by its inverse
+    return codes / torch.full(
+        (), 257.0, device=stored.device
+    )  # divided by a scalar, torch would multiply by its inverse, which rounds differently
 
 
-# As formats.py decodes, to the bit.
+# They give the same bits as store/encodings.py.
 _DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = {BFLOAT16.name: _from_bfloat16, FIXED16.name: _from_fixed16}
 
 
 class _Lane:
-    """A thread's way to one device: its stream, and two buffers that take turns."""
+    """A thread's CUDA stream to one device, and two pinned buffers that are used in turn."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -141,7 +143,7 @@ class _Lane:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """What the block starts on the device runs on this stream, and has ended with the block."""
+        """Kernels and copies of the block run on this stream, and have finished when it is left."""
         if self._stream is None:
             yield
             return
@@ -152,24 +154,24 @@ class _Lane:
                 self._stream.synchronize()
 
     def buffer(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
-        """The other buffer, once the device has taken what was in it, as an array of unknown values."""
+        """The other buffer as an uninitialised array, once the device has copied its previous content."""
         self._turn = 1 - self._turn
         if (sent := self._sent[self._turn]) is not None:
             sent.synchronize()
         size = int(np.prod(shape)) * dtype.itemsize
         if self._buffers[self._turn].numel() < size:
             self._buffers[self._turn] = torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None)
-        found: NDArray[np.generic] = self._buffers[self._turn].numpy()[:size].view(dtype).reshape(shape)
-        return found
+        buffer: NDArray[np.generic] = self._buffers[self._turn].numpy()[:size].view(dtype).reshape(shape)
+        return buffer
 
     def sent(self) -> None:
-        """The buffer that was given last is on its way to the device."""
+        """Record that the device copies from the buffer that was given last."""
         if self._stream is not None:
             event = self._sent[self._turn] = self._sent[self._turn] or torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
 
     def wait(self) -> None:
-        """Return when the device has done what this thread asked for."""
+        """Wait until the device has finished what this thread has started."""
         if self._stream is not None:
             self._stream.synchronize()
 

@@ -1,4 +1,4 @@
-"""The canvas of a stage as a picture: rows are read from the store and rounded while the picture is written."""
+"""Exports the canvas of a stage: rows are read from the store and rounded while the image is written."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def export_canvas(
     on_progress: OnProgress,
     on_whole: Callable[[Path], None] = lambda partial: None,
 ) -> None:
-    """Write a canvas as the picture `output`, in the format of its suffix; it has its name only when it is whole.
+    """Write a canvas as the image `output`, in the format of its suffix; it gets its name when it is complete.
 
     `alpha`: a fourth channel, for formats that have it. `options`: without any auto. Nothing is left
     behind when it raises. `on_whole`: as for write_image.

@@ -21,7 +21,7 @@ from pipeline.store.layout import COLOR_AND_ALPHA
 def ingest(source: Path, array: StageArray, engine: Executor, on_progress: OnProgress) -> str:
     """Stream an image file, resized to the array's size, into an array of 8 or 16 bits; gives the packed checksums.
 
-    An array of one channel takes its luminance, which is the grey of a grey picture.
+    An array of one channel gets the luminance.
     Raises InputError for a broken file.
     """
     (sums,) = ingest_planes(source, [array], engine, on_progress)
@@ -29,7 +29,7 @@ def ingest(source: Path, array: StageArray, engine: Executor, on_progress: OnPro
 
 
 def ingest_planes(source: Path, planes: Sequence[StageArray], engine: Executor, on_progress: OnProgress) -> list[str]:
-    """The same for the colours of an image, and its alpha if there is a second array, in one sweep."""
+    """The same for the colours of an image, and for its alpha if there is a second array, decoded once."""
     first = planes[0]
     height, width, _ = first.shape
     kind = PixelKind(8 * first.dtype.itemsize, alpha=len(planes) == 2)

@@ -1,4 +1,4 @@
-"""Preparing a stage: its arrays on disk, its inputs, the style targets, and the canvas it starts from."""
+"""Prepares a stage: creates its arrays, ingests its inputs, computes the style targets, fills the first canvas."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from pipeline.store.layout import (
 class Prepared:
     """What a stage starts from: each content layer's energy ‖φ_l(o)‖², and the checksums of all that was written.
 
-    `areas`: n_r,l by style key, where there are regions (guidance.py).
+    `areas`: n_r,l by style key, where there are mask regions (losses/masks.py).
     """
 
     content_energies: Mapping[str, float]
@@ -51,19 +51,19 @@ def prepare(
     previous_canvas: store.StageArray | None,
     content_colors: colors.ColorStatistics | None = None,
     *,
-    is_part: bool = False,
+    is_region: bool = False,
 ) -> Prepared:
-    """Make all arrays of the stage, and fill its inputs and slot 0.
+    """Create all arrays of the stage, and fill its inputs and slot 0. May be repeated from the start.
 
-    `previous_canvas`: the result of the stage before, or None for the first. `content_colors`: of the whole
-    content, if the stage's own is a part of it. `is_part`: the stage is a part of a picture, where masks may be black.
-    May be repeated from the start.
-    Raises StorageError, InputError for a broken image or a mask that is black, ConfigError for features that are not
-    numbers, ChunkError if the previous canvas is damaged.
+    `previous_canvas`: the result of the previous stage, None for the first. `content_colors`: statistics of the whole
+    content, if the stage covers only a region of it. `is_region`: the stage is a crop, in which a mask may be black.
+
+    Raises StorageError, InputError for a broken image or a black mask, ConfigError for features that are not finite,
+    ChunkError if the previous canvas is damaged.
     """
     trim_heap()
     with storage(stage.partial_dir):
-        return _prepare(stage, stage.partial_dir, previous_canvas, content_colors, is_part)
+        return _prepare(stage, stage.partial_dir, previous_canvas, content_colors, is_region)
 
 
 def _prepare(
@@ -71,7 +71,7 @@ def _prepare(
     folder: Path,
     previous_canvas: store.StageArray | None,
     content_colors: colors.ColorStatistics | None,
-    is_part: bool,
+    is_region: bool,
 ) -> Prepared:
     if previous_canvas is not None:
         integrity.require_intact([previous_canvas], stage.engine, stage.reporter("check"))
@@ -80,7 +80,7 @@ def _prepare(
     sums = {} if stage.config.content is None else _ingest_content(stage, folder)
     sums |= ingest_guides(stage, folder, stage.layer_use.guides.arrays)
     areas = _areas(stage, folder, sums)
-    if not is_part:
+    if not is_region:
         _refuse_nowhere(stage, areas)
     sums |= _store_style_targets(stage, folder, sums.get(CONTENT), content_colors)
     sums["canvas_0"] = _start_canvas(stage, folder, previous_canvas, sums)
@@ -94,10 +94,10 @@ def _prepare(
 
 
 def remake(stage: Stage, names: Collection[str], content_sums: str | None) -> dict[str, str]:
-    """Make inputs of a stage anew, in its partial folder; gives the checksums of all that is there then.
+    """Recompute inputs of a stage in its partial folder; gives the checksums of everything in it.
 
-    `names`: some of content, alpha, features, guides and style targets. `content_sums`: of the own content, if it is
-    whole. Raises what `prepare` does.
+    `names`: any of content, alpha, features, masks and style targets. `content_sums`: checksums of the stage's content,
+    if it is intact. Raises like `prepare`.
     """
     folder = stage.partial_dir
     features = [name for name in names if name in map(content_features_name, stage.layer_use.content_layers)]
@@ -122,14 +122,14 @@ def remake(stage: Stage, names: Collection[str], content_sums: str | None) -> di
 
 
 def _create_arrays(stage: Stage, folder: Path, names: Collection[str] | None = None) -> None:
-    """All arrays of the stage, or those named."""
+    """Create all arrays of the stage, or only those in `names`."""
     for name, array in arrays_of(stage.config, stage.plan.size, stage.layer_use, stage.plan.content).items():
         if names is None or name in names:
             store.create_array(folder, name, array.shape, array.chunk_px, array.form, stage.config.store.codec)
 
 
 def _ingest_content(stage: Stage, folder: Path) -> dict[str, str]:
-    """The content's colours, on white where it is transparent, and its alpha; gives their checksums."""
+    """Ingest the content's colours (transparent parts on white) and its alpha; gives their checksums."""
     assert stage.config.content is not None and stage.plan.content is not None
     names = [CONTENT, ALPHA] if stage.plan.content.alpha else [CONTENT]
     planes = [store.open_array(folder, name) for name in names]
@@ -138,7 +138,7 @@ def _ingest_content(stage: Stage, folder: Path) -> dict[str, str]:
 
 
 def ingest_guides(stage: Stage, folder: Path, names: Collection[str]) -> dict[str, str]:
-    """Reads these masks into arrays of `folder`, resized to their size; gives their checksums."""
+    """Ingest the masks `names` into arrays of `folder`, resized to the array's size; gives their checksums."""
     files = {guide_name(index): region.mask for index, region in enumerate(regions_of(stage.config.styles))}
     files[CONTENT_GUIDE] = stage.config.loss.content_mask
     sums = {}
@@ -150,7 +150,7 @@ def ingest_guides(stage: Stage, folder: Path, names: Collection[str]) -> dict[st
 
 
 def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str, float]:
-    """n_r,l by style key."""
+    """The areas n_r,l of the mask regions, by style key; empty without masks."""
     guides, layers = stage.layer_use.guides, stage.layer_use.style_layers
     if not guides.regions:
         return {}
@@ -160,7 +160,7 @@ def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str
 
 
 def _refuse_nowhere(stage: Stage, areas: Mapping[str, float]) -> None:
-    """Raise InputError for a region that is nowhere."""
+    """Raise InputError for a mask region without any position in the image."""
     guides, layers = stage.layer_use.guides, stage.layer_use.style_layers
     for number, region in enumerate(regions_of(stage.config.styles) if guides.regions else ()):
         if not any(areas[guides.keys(layer)[number]] for layer in layers):
@@ -176,16 +176,16 @@ def _refuse_nowhere(stage: Stage, areas: Mapping[str, float]) -> None:
 def _store_style_targets(
     stage: Stage, folder: Path, content_sums: str | None, content_colors: colors.ColorStatistics | None = None
 ) -> dict[str, str]:
-    """Writes, for every layer, the mean Gram of all styles, or of those of each region; gives the checksums."""
+    """Write the mean Gram of the styles of each layer and mask region; gives the checksums."""
     if not stage.layer_use.style_layers:
         return {}
     style_map = _style_map(stage, folder, content_sums, content_colors)
     grams: list[dict[str, Gram]] = []
     for style, size in zip(stage.config.styles, stage.plan.style_sizes, strict=True):
         sums = {STYLE: _ingest_aside(stage, folder, style.image, size)}
-        seen = style_map(store.open_array(folder, STYLE, sums[STYLE]))
+        color_map = style_map(store.open_array(folder, STYLE, sums[STYLE]))
         specs = [
-            tile_tasks.GramSpec(folder, STYLE, tile, stage.network, sums, stage.layer_use.style_layers, color=seen)
+            tile_tasks.GramSpec(folder, STYLE, tile, stage.network, sums, stage.layer_use.style_layers, color=color_map)
             for tile in grid(*size, stage.tile_px)
         ]
         totals = stage.gram_sums(specs, "style Gram")
@@ -202,7 +202,7 @@ def _store_style_targets(
 
 
 def _ingest_aside(stage: Stage, folder: Path, image: Path, size: Size) -> str:
-    """An image that only the preparation needs, as the array STYLE; gives its packed checksums."""
+    """Ingest an image that only the preparation needs as the array STYLE; gives its packed checksums."""
     settings = stage.config.store
     store.create_array(folder, STYLE, (*size, 3), settings.chunk_px, "uint8", settings.codec)
     return ingest.ingest(image, store.open_array(folder, STYLE), stage.engine, stage.reporter("style"))
@@ -211,7 +211,7 @@ def _ingest_aside(stage: Stage, folder: Path, image: Path, size: Size) -> str:
 def _style_map(
     stage: Stage, folder: Path, content_sums: str | None, content_colors: colors.ColorStatistics | None
 ) -> Callable[[store.StageArray], colors.ColorMap | None]:
-    """Gives, for a style in the store, what the network sees of it."""
+    """A function from a style's array to the colour map that is applied to its pixels before the network."""
     color = stage.config.color
     if color == "style":
         return lambda style: None
@@ -222,10 +222,10 @@ def _style_map(
 def _start_canvas(
     stage: Stage, folder: Path, previous_canvas: store.StageArray | None, checksums: Mapping[str, str]
 ) -> str:
-    """Fills slot 0; gives its checksums."""
+    """Fill the canvas of slot 0; gives its checksums."""
     if stage.config.color != "luminance":
         return _fill_canvas(stage, folder, "canvas_0", previous_canvas, checksums)
-    # by way of the other slot, whose content is nobody's: in place, a task done again would find its own result
+    # through the other slot, which is still unused: a task that is repeated must not read its own result
     started = _fill_canvas(stage, folder, "canvas_1", previous_canvas, checksums)
     content = store.open_array(folder, CONTENT, checksums[CONTENT])
     source, target = store.open_array(folder, "canvas_1", started), store.open_array(folder, "canvas_0")
@@ -241,8 +241,8 @@ def _fill_canvas(
             resample.whole(previous_canvas), resample.whole(canvas), stage.engine, stage.reporter("canvas")
         )
     if isinstance(init, Path):
-        picture = store.open_array(folder, STYLE, _ingest_aside(stage, folder, init, stage.plan.size))
-        sums = resample.enlarge(resample.whole(picture), resample.whole(canvas), stage.engine, stage.reporter("canvas"))
+        image = store.open_array(folder, STYLE, _ingest_aside(stage, folder, init, stage.plan.size))
+        sums = resample.enlarge(resample.whole(image), resample.whole(canvas), stage.engine, stage.reporter("canvas"))
         store.delete_array(folder, STYLE)
         return sums
     if init == "content":
@@ -257,7 +257,7 @@ def _fill_canvas(
 
 
 def _start_average(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> str:
-    """The canvas itself: the result of a stage that makes no step. The first step writes over it."""
+    """Fill the average with the canvas: the result of a stage without any step. The first step overwrites it."""
     canvas = store.open_array(folder, "canvas_0", checksums["canvas_0"])
     return resample.enlarge(
         resample.whole(canvas),
@@ -268,7 +268,7 @@ def _start_average(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> 
 
 
 def _content_pass(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> tuple[dict[str, float], dict[str, str]]:
-    """(‖φ_l(o)‖² of each content layer, checksums of its features)."""
+    """Store the content's features; gives ‖φ_l(o)‖² of each content layer, and the checksums of its features."""
     layers = stage.layer_use.content_layers
     if not layers:
         return {}, {}

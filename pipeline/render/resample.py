@@ -23,7 +23,7 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Region:
-    """An array that keeps the rectangle `rect` of a picture of `size`."""
+    """An array that holds the rectangle `rect` of an image of `size` (height, width)."""
 
     array: StageArray
     rect: Rect
@@ -31,7 +31,7 @@ class Region:
 
 
 def whole(array: StageArray) -> Region:
-    """An array that keeps a picture from border to border."""
+    """The region of an array that holds a whole image."""
     height, width, _ = array.shape
     return Region(array, Rect(0, height, 0, width), (height, width))
 
@@ -42,13 +42,13 @@ def moved(rect: Rect, y: int, x: int) -> Rect:
 
 
 def needed(rect: Rect, size: Size, source_size: Size) -> Rect:
-    """The rectangle of a picture of `source_size` that `enlarge` reads for `rect` of it at `size`."""
+    """The rectangle of the image at `source_size` that `enlarge` reads for the rectangle `rect` of it at `size`."""
     return rect if size == source_size else Rect(*images.source_window(rect, source_size, size))
 
 
 @dataclass(frozen=True)
 class EnlargeSpec:
-    """Fill a row of chunks of `target` from `source`, a part of the same picture that is smaller or as large."""
+    """Fill a row of chunks of `target` from `source`, a region of the same image at a smaller or equal size."""
 
     source: Region
     target: Region
@@ -56,7 +56,7 @@ class EnlargeSpec:
 
 
 def enlarge_task(spec: EnlargeSpec) -> ChunkSums:
-    """The bits that enlarging the whole picture would give here."""
+    """Gives the same bits as enlarging the whole image."""
     source, target = spec.source, spec.target
     sums: ChunkSums = {}
     for _, _, own in chunks_of(spec.rect, target.array.chunk_px):
@@ -72,7 +72,7 @@ def enlarge_task(spec: EnlargeSpec) -> ChunkSums:
 def enlarge(
     source: Region, target: Region, engine: Executor, on_progress: OnProgress = lambda done, total: None
 ) -> str:
-    """Fill a part of a picture from one that holds all that is `needed`; gives the packed checksums."""
+    """Fill a region from one that holds all that is `needed`; gives the packed checksums."""
     height, width, _ = target.array.shape
     rows = range(0, height, target.array.chunk_px)
     rects = [Rect(y0, min(y0 + target.array.chunk_px, height), 0, width) for y0 in rows]
@@ -84,7 +84,7 @@ def enlarge(
 
 
 def tiles_of(rect: Rect, tile_px: int) -> list[Rect]:
-    """The rectangle in pieces of at most `tile_px` on a side."""
+    """The rectangle cut into tiles of at most `tile_px` on a side."""
     rows, columns = range(rect.y0, rect.y1, tile_px), range(rect.x0, rect.x1, tile_px)
     return [
         Rect(y, min(y + tile_px, rect.y1), x, min(x + tile_px, rect.x1)) for y, x in itertools.product(rows, columns)

@@ -1,4 +1,4 @@
-"""What a stage of a run is: its plan, its folder, its tiles, its objective, for preparation.py and iteration.py."""
+"""A stage of a run: one image size of the coarse-to-fine rendering, with its plan, folder, tiles and objective."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Stage:
 
     @property
     def partial_dir(self) -> Path:
-        """Where the stage is prepared, before it is whole."""
+        """The folder in which the stage is prepared; it is renamed to `stage_dir` when it is complete."""
         return self.stage_dir.with_name(self.stage_dir.name + ".partial")
 
     @property
@@ -59,19 +59,21 @@ class Stage:
 
     @property
     def color(self) -> ColorMap | None:
-        """What the network sees of canvas and content, if not their pixels."""
+        """The colour map applied to canvas and content before the network; None: their pixels as they are."""
         return LUMINANCE if self.config.color == "luminance" else None
 
     def check(self, slot: int, checksums: Mapping[str, str]) -> None:
-        """Raise ChunkError if anything that the stage still reads is not what was written, or it has no room."""
+        """Raise ChunkError if an array that the stage still reads is damaged, or one that it writes is missing."""
         for name in checksums:
             if name.endswith(METADATA):
                 metadata.check_metadata(self.stage_dir, name, checksums[name])
         for key in self.layer_use.style_keys:
             metadata.read_gram(self.stage_dir, key, checksums[gram_name(key)])
         features = map(content_features_name, self.layer_use.content_layers)
-        newest, idle = (slot_names(one, averaged=is_averaged(checksums)) for one in (slot, 1 - slot))
-        alpha = [ALPHA] if ALPHA in checksums else []  # read at the very end: a day before that is better
+        newest, idle = (slot_names(number, averaged=is_averaged(checksums)) for number in (slot, 1 - slot))
+        alpha = (
+            [ALPHA] if ALPHA in checksums else []
+        )  # it is read only by the export: damage is better reported a day earlier
         names = (*newest, *features, *self.layer_use.guides.arrays, *alpha)
         arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in names]
         arrays += [store.open_array(self.stage_dir, name) for name in (*idle, GRADIENT)]
@@ -79,9 +81,8 @@ class Stage:
 
     def canvas_grams(self, canvas: str, checksums: Mapping[str, str]) -> list[tile_tasks.GramSpec]:
         """The tasks of the Gram pass over a canvas."""
-        guides = (
-            self.layer_use.guides if self.layer_use.guides.regions else UNGUIDED
-        )  # the content's map is not for Grams
+        # the content mask has no effect on Gram matrices
+        guides = self.layer_use.guides if self.layer_use.guides.regions else UNGUIDED
         return [
             tile_tasks.GramSpec(
                 self.stage_dir,
@@ -112,7 +113,7 @@ class Stage:
 
 
 def merged(parts: Iterable[ChunkSums]) -> ChunkSums:
-    """The checksums of all parts of an array."""
+    """The checksums of all chunks of an array, from those of its parts."""
     return {index: value for part in parts for index, value in part.items()}
 
 

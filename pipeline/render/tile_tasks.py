@@ -1,6 +1,6 @@
-"""The tasks on tiles: Gram, content and gradient pass. Each reads a tile, computes, and writes whole chunks.
+"""Tasks on tiles of the Gram, content and gradient pass. Each reads a tile, computes, and writes whole chunks.
 
-Every task is a pure function of its spec: it may run twice, and writes the same bytes. Axes in names: 1 batch,
+Every task is a pure function of its spec: it may run twice and writes the same bytes. Axes in names: 1 batch,
 C channels, H rows, W columns.
 """
 
@@ -37,15 +37,15 @@ from pipeline.store.checksums import ChunkSums
 from pipeline.store.guides import UNGUIDED, Guides
 from pipeline.store.layout import content_features_name, layer_of
 
-# One tile computes at a time: its neighbours in flight read and write. Memory is planned for one.
+# One tile computes at a time, while others in flight read and write: memory is planned for the maps of one tile.
 _COMPUTE = threading.Semaphore(1)
-# On the CPU, the out-of-memory errors of torch and oneDNN have no class of their own.
+# On the CPU, torch and oneDNN raise a plain RuntimeError when they run out of memory.
 _NO_MEMORY = re.compile(r"can't allocate memory|could not create a (primitive|memory)")
 
 
 @contextmanager
 def _computing(spec: TileSpec) -> Iterator[None]:
-    """The device, for one tile alone, until it has done everything. Raises DeviceMemoryError."""
+    """Reserve the device for one tile until all its kernels have finished. Raises DeviceMemoryError."""
     with _device_memory(spec):
         with profiler.span("wait"):
             _COMPUTE.acquire()
@@ -60,7 +60,7 @@ def _computing(spec: TileSpec) -> Iterator[None]:
 
 @contextmanager
 def _device_memory(spec: TileSpec) -> Iterator[None]:
-    """Raises DeviceMemoryError where the device has not the memory that the block wants."""
+    """Raise DeviceMemoryError where the block runs out of memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -69,8 +69,9 @@ def _device_memory(spec: TileSpec) -> Iterator[None]:
         inner = spec.tile.inner
         raise DeviceMemoryError(
             f"{spec.network.device} has no memory for tile {spec.tile.index} of {spec.stage_dir.name}, "
-            f"{inner.width}×{inner.height} px and its halo: something else uses it, or the plan is wrong. Nothing is "
-            "lost: the same command goes on once there is more, or with a smaller store.chunk_px in a new work_dir."
+            f"{inner.width}×{inner.height} px and its halo: another program uses it, or the plan is wrong. Nothing is "
+            "lost: run the same command again when there is more memory, or use a smaller store.chunk_px in a new "
+            "work_dir."
         ) from error
 
 
@@ -78,9 +79,9 @@ def _device_memory(spec: TileSpec) -> Iterator[None]:
 class TileSpec:
     """A tile of one array of a stage, and the network that sees it.
 
-    `checksums`: of the arrays that the task reads, by name; those without are not checked. `color`: what becomes of the
-    pixels before the network sees them. `guides`: of the stage, where the losses are guided; `guides_dir`: where they
-    are, if not in the stage.
+    `checksums`: packed checksums of the arrays that the task reads, by name; an array without them is not checked.
+    `color`: map applied to the pixels before the network. `guides`: masks of the stage; `guides_dir`: their folder, if
+    it is not the stage's.
     """
 
     stage_dir: Path
@@ -93,11 +94,11 @@ class TileSpec:
     guides_dir: Path | None = field(default=None, kw_only=True)
 
     def open(self, name: str) -> StageArray:
-        """An array to read, which checks itself."""
+        """Open an array for reading; its chunks are checked."""
         return open_array(self.stage_dir, name, self.checksums.get(name))
 
     def read_outer(self, halo: int) -> tuple[Tensor, Rect]:
-        """The tile's pixels with their halo, (1, 3, H, W) on the device, and the rectangle that they cover."""
+        """The tile's pixels with their halo, (1, 3, H, W) on the device, and their rectangle."""
         outer = self.tile.outer(halo)
         return self.load(self.array, outer), outer
 
@@ -108,7 +109,7 @@ class TileSpec:
             return device_io.load(self.open(name), rect, self.network.device, dtype)
 
     def read_guides(self, rect: Rect) -> NDArray[np.uint8] | None:
-        """The guides of a rectangle of the canvas, None where there are none."""
+        """The masks of a rectangle of the canvas, (H, W, K); None where the stage has none."""
         if not self.guides.arrays:
             return None
         with profiler.span("read", tile=self.tile.index, array="guides"):
@@ -117,7 +118,7 @@ class TileSpec:
 
 @dataclass(frozen=True)
 class GramSpec(TileSpec):
-    """Sum the Grams of `layers` over the tile's inner rectangle, per region if there are some."""
+    """Sum the Gram matrices of `layers` over the tile's inner rectangle, per mask region if there are any."""
 
     layers: tuple[str, ...]
 
@@ -131,38 +132,38 @@ class ContentSpec(TileSpec):
 
 @dataclass(frozen=True)
 class SeedSpec(TileSpec):
-    """A tile whose gradient is asked for.
+    """A tile whose gradient is computed.
 
-    `content_factors`: per layer, what turns φ(p) − φ(o) into the seed. `tv_weight`: w_tv; 0 leaves it out. A `color` is
-    luminance here: the gradient is that of moving along the greys, dJ/dY, in all three channels.
+    `content_factors`: per layer, the factor of φ(p) − φ(o) in dJ/dφ. `tv_weight`: w_tv; 0 leaves the term out. If
+    `color` is set it is luminance: the gradient is dJ/dY, in all three channels, so that the canvas moves along greys.
     """
 
     content_factors: Mapping[str, float]
     tv_weight: float = field(default=0.0, kw_only=True)
 
     def read_content(self, outer: Rect) -> dict[str, tuple[Tensor, Rect]]:
-        """The content's features at every position of `outer`, per layer, and what positions these are."""
+        """Per content layer, the content's features at the positions of `outer`, and their rectangle."""
         regions = {name: outer.positions(LAYER_BY_NAME[name]) for name in self.content_factors}
         return {name: (self.load(content_features_name(name), region), region) for name, region in regions.items()}
 
 
 @dataclass(frozen=True)
 class GradientSpec(SeedSpec):
-    """The gradient of the tile's inner rectangle. `style_seeds_CC`: by style key, what turns features into the seed."""
+    """The gradient of the tile's inner rectangle. `style_seeds_CC`: by style key, the matrix of dJ/dφ = seed·φ."""
 
     style_seeds_CC: Mapping[str, Gram]
 
 
 @dataclass(frozen=True)
 class WholeSpec(SeedSpec):
-    """The gradient of a canvas that is one tile: its own Grams are those of the whole, and one forward is enough."""
+    """The gradient of a canvas that is one tile: its Gram sums are the canvas's, so one forward pass is enough."""
 
     style_targets: Mapping[str, objective.StyleTarget]
 
 
 @dataclass(frozen=True)
 class ContentResult:
-    """Per content layer ‖φ_l(o)‖² over the inner rectangle, and the checksums of the chunks of its features."""
+    """Per content layer ‖φ_l(o)‖² over the inner rectangle, and the checksums of the feature chunks written."""
 
     energies: Mapping[str, float]
     sums: Mapping[str, ChunkSums]
@@ -170,9 +171,9 @@ class ContentResult:
 
 @dataclass(frozen=True)
 class GradientResult:
-    """Per content layer Σ(φ(p) − φ(o))² over the inner rectangle, the largest |g| there, and its chunks' checksums.
+    """Per content layer Σ(φ(p) − φ(o))² over the inner rectangle, max|g| there, and the checksums of its chunks.
 
-    `variation`: the tile's share of 3N·Ltv, 0 where it is left out.
+    `variation`: the tile's share of 3N·Ltv; 0 without that term.
     """
 
     content_squares: Mapping[str, float]
@@ -183,7 +184,7 @@ class GradientResult:
 
 @dataclass(frozen=True)
 class WholeResult:
-    """What the Gram and the gradient pass give, of one task."""
+    """The results of the Gram and the gradient pass of a canvas that is one tile."""
 
     terms: Mapping[str, objective.StyleTerm]
     gradient: GradientResult
@@ -203,7 +204,7 @@ def gram_task(spec: GramSpec) -> dict[str, Gram]:
 
 
 def _gram_sums(spec: TileSpec, found: FeatureMap, maps: GuideMaps | None) -> dict[str, Gram]:
-    """gram_sum of one layer over the inner rectangle: one, or one per region."""
+    """gram_sum of one layer over the inner rectangle: one matrix, or one per mask region."""
     features_CHW, keys = _inner_features(found, spec.tile).detach(), spec.guides.keys(found.layer.name)
     if maps is None or not spec.guides.regions:
         (key,) = keys
@@ -213,12 +214,12 @@ def _gram_sums(spec: TileSpec, found: FeatureMap, maps: GuideMaps | None) -> dic
 
 
 def add_grams(total: dict[str, Gram], tile: dict[str, Gram]) -> dict[str, Gram]:
-    """`total` with one more tile: the combine step of the fold, called in tile order."""
+    """Add the Gram sums of one more tile; called in tile order, so that the sum has the same bits on every run."""
     return {**total, **{layer: total[layer] + gram if layer in total else gram for layer, gram in tile.items()}}
 
 
 def content_task(spec: ContentSpec) -> ContentResult:
-    """Write the content's features over the inner rectangle."""
+    """Write the content's features of the inner rectangle."""
     pixels_1CHW, outer = spec.read_outer(halo_px(spec.layers))
     with _computing(spec):
         computed = {
@@ -241,7 +242,7 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
     Raises ConfigError if the gradient is not finite.
     """
     names = {*map(layer_of, spec.style_seeds_CC), *spec.content_factors}
-    halo = halo_px(names) or ALIGN_PX  # the variation looks around where nothing else does
+    halo = halo_px(names) or ALIGN_PX  # total variation reads the neighbouring pixels
     pixels_1CHW, outer = spec.read_outer(2 * halo)
     guide_pixels = spec.read_guides(outer)
     seeds = _Seeds(spec, dict(spec.style_seeds_CC), spec.read_content(outer))
@@ -256,7 +257,7 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
 
 
 def whole_task(spec: WholeSpec) -> WholeResult:
-    """Gram and gradient pass of a canvas that is one tile, by one forward. Raises ConfigError like gradient_task."""
+    """Gram and gradient pass of a canvas that is one tile, with one forward pass. Raises like gradient_task."""
     pixels_1CHW, outer = spec.read_outer(0)
     guide_pixels = spec.read_guides(outer)
     seeds = _Seeds(spec, {}, spec.read_content(outer))
@@ -276,10 +277,9 @@ def whole_task(spec: WholeSpec) -> WholeResult:
 
 @dataclass
 class _Seeds:
-    """dJ/dφ of a tile, layer by layer on all positions. Each layer is asked for once, and its content freed then.
+    """dJ/dφ of a tile, layer by layer, at all positions. `of` is called once per layer and frees the layer's content.
 
-    `maps`: of the guides, None without. `squares`: of the content layers asked for so far, Σ(φ(p) − φ(o))² over the
-    inner positions.
+    `maps`: the masks, None without. `squares`: Σ(φ(p) − φ(o))² over the inner positions, of the content layers so far.
     """
 
     spec: SeedSpec
@@ -289,14 +289,14 @@ class _Seeds:
     squares: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, found: FeatureMap) -> Tensor | None:
-        """Like the features; None where J does not look."""
+        """dJ/dφ, of the shape of the features; None for a layer that J does not use."""
         name, features_1CHW = found.layer.name, found.features_1CHW
         style = self._style(found)
         if name not in self.content:
             return style
         target_1CHW, region = self.content.pop(name)
         rows, columns = found.region.within(region)
-        # subtract in the precision of the store: bfloat16 would lose what is left of nearly equal numbers
+        # subtract in the precision of the store: in bfloat16 the difference of nearly equal numbers would be lost
         difference = features_1CHW - target_1CHW[:, :, rows, columns]
         weight_1HW = None if self.maps is None else self.maps.content_weight(found.layer, found.region)
         rows, columns = self.spec.tile.inner.positions(found.layer).within(found.region)
@@ -308,7 +308,7 @@ class _Seeds:
         return content if style is None else style + content
 
     def _style(self, found: FeatureMap) -> Tensor | None:
-        """d(N·w_s·Ls)/dφ on all positions of a layer, summed over the regions; None where no style looks at it."""
+        """d(N·w_s·Ls)/dφ at all positions of a layer, summed over the mask regions; None for a layer without style."""
         features_1CHW, guides, total = found.features_1CHW, self.spec.guides, None
         guided = self.maps if guides.regions > 0 else None
         shares_RHW = None if guided is None else guided.shares(found.layer, found.region).to(features_1CHW)
@@ -325,7 +325,7 @@ def _gradient(
     spec: SeedSpec, network_input_1CHW: Tensor, outer: Rect, tape: list[Step], seeds: _Seeds
 ) -> tuple[Tensor, float]:
     """(the gradient of the inner rectangle, (3, H, W), its share of 3N·Ltv)."""
-    # a part of a picture may be none that a style or the content has a say in
+    # a tile may lie where neither a style nor the content has any weight
     gradient_1CHW = get_network(spec.network).gradient(tape, seeds.of) if tape else torch.zeros_like(network_input_1CHW)
     rows, columns = spec.tile.inner.within(outer)
     gradient_CHW, tv_sum = gradient_1CHW[0, :, rows, columns], 0.0
@@ -339,7 +339,7 @@ def _gradient(
 
 def _written(spec: TileSpec, gradient_CHW: Tensor, seeds: _Seeds, tv_sum: float) -> GradientResult:
     gradient = open_array(spec.stage_dir, "gradient")
-    # rounding keeps the order: the largest stays it
+    # rounding is monotonic: the largest value stays the largest
     max_abs = gradient.kept(float(torch.linalg.vector_norm(gradient_CHW, float("inf"))))
     if not np.isfinite(max_abs):
         raise ConfigError(
@@ -374,11 +374,11 @@ def _guide_maps(spec: TileSpec, pixels_HWK: NDArray[np.uint8] | None, rect: Rect
 
 
 def _network_input(spec: TileSpec, pixels_1CHW: Tensor) -> Tensor:
-    """The pixels as the network sees them."""
+    """The pixels after the colour map."""
     color = spec.color
     if color is None:
         return pixels_1CHW
-    # no convolution: its kernels, and tf32, would round otherwise from tile to tile
+    # not as a convolution: its kernels, and tf32, may round differently from tile size to tile size
     columns_C1C11 = pixels_1CHW.new_tensor(color.matrix).T[:, None, :, None, None]
     mapped_1CHW = pixels_1CHW.new_tensor(color.bias)[None, :, None, None].expand(pixels_1CHW.shape)
     for index, column_1C11 in enumerate(columns_C1C11):
@@ -387,13 +387,13 @@ def _network_input(spec: TileSpec, pixels_1CHW: Tensor) -> Tensor:
 
 
 def initial_gray(_seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:
-    """One chunk of the middle between black and white."""
+    """One chunk of mid-grey, 127.5."""
     rows, columns = array.valid_part(cy, cx)
     return np.full((rows.stop, columns.stop, 3), 127.5, array.value_dtype)
 
 
 def initial_noise(seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:
-    """Uniform noise 0..255 of one chunk; the same for the same seed, whatever is drawn before or beside it."""
+    """Uniform noise 0..255 for one chunk; it depends on the seed and the chunk's index alone."""
     rows, columns = array.valid_part(cy, cx)
     generator = np.random.default_rng([seed, cy, cx])
     return generator.uniform(0, 255, (rows.stop, columns.stop, 3)).astype(array.value_dtype)

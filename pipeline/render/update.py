@@ -1,8 +1,8 @@
-"""The update pass: one Adam step, chunk by chunk, from the slot that is read into the other. Numpy alone.
+"""The update pass: one Adam step, chunk by chunk, from one slot into the other, in numpy on the CPU.
 
-A task goes through its chunks by blocks of rows: reads gradient, canvas, m and v, and the average of the canvases where
-there is one, into arrays that its thread keeps, steps, and writes all but the gradient. A block stays in the
-processor's cache from its reading to its writing.
+A task processes its chunks in blocks of rows: it reads gradient, canvas, m and v, and the average of the canvases if
+there is one, into buffers of its thread, updates them, and writes all but the gradient. A block is small enough to stay
+in the processor's cache from reading to writing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.store.encodings import BFLOAT16, FIXED16, RoundingBytes
 from pipeline.store.layout import GRADIENT, slot_names
 
 Array = NDArray[Any]
-# Chunks per task: enough to make the scheduler's cost per chunk small, few enough to keep workers busy.
+# Chunks per task: enough to make the scheduler's cost per chunk small, few enough to keep all threads busy.
 CHUNKS_PER_TASK = 8
 
 
@@ -37,9 +37,9 @@ CHUNKS_PER_TASK = 8
 class UpdateSpec:
     """One Adam step of a few chunks, from slot `slot` into the other.
 
-    `checksums`: of the arrays that are read, but for the gradient; of that, `gradient_sums`: of these chunks alone.
-    `rounding`: (seed, stage, iteration), which decide how a compact state is rounded. `block_values`: how many of a
-    chunk's values are in hand at a time.
+    `step`: None until the step size is known. `checksums`: packed checksums of the arrays that are read, except the
+    gradient; `gradient_sums`: checksums of the gradient's chunks. `rounding`: (seed, stage, iteration), the key of the
+    random bits with which a compact state is rounded. `block_values`: values of a chunk that are in memory at a time.
     """
 
     stage_dir: Path
@@ -54,7 +54,7 @@ class UpdateSpec:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """Σ|u| of every chunk, max|u| over them all, and the checksums of what was written, by array."""
+    """Σ|u| of every chunk, max|u| over all of them, and the checksums of the chunks written, by array."""
 
     sums_abs_u: tuple[float, ...]
     max_abs_u: float
@@ -70,13 +70,10 @@ def update_specs(
     rounding: tuple[int, int, int],
     device: str = "cpu",
 ) -> list[UpdateSpec]:
-    """The tasks of one update pass, tile by tile as their gradients come, in a run that computes on `device`.
-
-    They lack their `gradient_sums`.
-    """
+    """The tasks of the update pass of these tiles, for a run on `device`, without their `gradient_sums`."""
     chunk_px = open_array(stage_dir, GRADIENT).chunk_px
     values = update_values(device, chunk_px)
-    each = CHUNKS_PER_TASK if device == "cpu" else CHUNKS_PER_TASK // 4  # there are more threads to keep busy
+    each = CHUNKS_PER_TASK if device == "cpu" else CHUNKS_PER_TASK // 4  # more threads have to be kept busy
     specs = []
     for tile in tiles:
         chunks = [(cy, cx) for cy, cx, _ in chunks_of(tile.inner, chunk_px)]
@@ -88,7 +85,7 @@ def update_specs(
 
 
 def update_task(spec: UpdateSpec) -> UpdateResult:
-    """Read gradient, canvas, m, v, maybe average of each chunk, step, and write all but the first into the other slot.
+    """Read gradient, canvas, m, v (and average) of each chunk, make the step, and write the other slot.
 
     Raises ChunkError, StorageError, and DamagedStateError for a canvas that a compact state cannot hold.
     """
@@ -102,7 +99,9 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
     sums: list[float] = []
     largest = 0.0
     for chunk in spec.chunks:
-        with ExitStack() as opened:  # whose end tells a damaged chunk: what is written before is not committed
+        with (
+            ExitStack() as opened
+        ):  # a damaged chunk is detected at its end: what is written by then is never committed
             readers = [opened.enter_context(ChunkReader(source, chunk)) for source in sources]
             writers = [opened.enter_context(ChunkWriter(target, chunk)) for target in targets]
             random = RoundingBytes(*spec.rounding, chunk) if sources[0].encoding else None
@@ -124,7 +123,7 @@ def _update_chunk(
     chunk: tuple[int, int],
     update_block: Callable[[Sequence[Array]], Array],
 ) -> tuple[float, float]:
-    """(Σ|u|, max|u|) of the chunk's pixels, `inner`; its padding is nobody's."""
+    """(Σ|u|, max|u|) over `inner`, the chunk's pixels inside the image; the padding at the border is ignored."""
     rows, columns = inner
     total = largest = 0.0
     for y0, stored in blocks:
@@ -143,7 +142,7 @@ def _update_chunk(
 
 
 def _blocks(sources: Sequence[StageArray], values: int) -> Iterator[tuple[int, list[Array]]]:
-    """The first row of every block of a chunk, and where gradient, canvas, m, v and average of it are kept."""
+    """The first row of every block of a chunk, and the buffers for its gradient, canvas, m, v and average."""
     chunk_rows, columns, channels = sources[0].chunk_shape
     rows = min(chunk_rows, max(1, values // (columns * channels)))
     kept = [
@@ -154,9 +153,9 @@ def _blocks(sources: Sequence[StageArray], values: int) -> Iterator[tuple[int, l
 
 
 def _update_block(step: adam.AdamStep, random: RoundingBytes | None, stored: Sequence[Array]) -> Array:
-    """Advance `stored` (gradient, canvas, m, v, maybe average, as on disk) in place; gives |u|.
+    """Update `stored` (gradient, canvas, m, v, maybe average, as on disk) in place; gives |u|.
 
-    `random`: for compact ones.
+    `random`: the random bits of a compact state, None for float state.
     """
     if random is not None:
         return _compact_update(stored, step, random)
@@ -168,10 +167,10 @@ def _update_block(step: adam.AdamStep, random: RoundingBytes | None, stored: Seq
 
 
 def _compact_update(stored: Sequence[Array], step: adam.AdamStep, random: RoundingBytes) -> Array:
-    """As above, for a compact state.
+    """The same for a compact state, which is decoded, updated and encoded again.
 
-    Canvas, v and average are rounded by chance, with the same random bytes: each is fair, and their errors need not be
-    independent of each other. m changes by a tenth per iteration, and is rounded to nearest.
+    Canvas, v and average are rounded stochastically with the same random bytes: each rounding is unbiased, and their
+    errors need not be independent. m changes by a tenth per iteration, which nearest rounding does not lose.
     """
     names = ("values_0", "values_1", "values_2", "values_3", "abs_u")
     *values, abs_u = (_BUFFERS.array(name, stored[0].shape, np.dtype(np.float32)) for name in names)
@@ -180,12 +179,12 @@ def _compact_update(stored: Sequence[Array], step: adam.AdamStep, random: Roundi
         encoding.decode(data, into)
     adam.update(gradient, canvas, m, v, abs_u, step)
     bytes_ = random.take(canvas.shape)
-    scratch = gradient.view(np.uint32)  # it has served
+    scratch = gradient.view(np.uint32)  # it is no longer needed
     FIXED16.encode_stochastic(canvas, bytes_, stored[1], scratch)
     BFLOAT16.encode(m, stored[2])
     BFLOAT16.encode_stochastic(v, bytes_, stored[3], scratch)
     if step.average_weight is not None:
-        average = m  # so has this
+        average = m  # likewise
         FIXED16.decode(stored[4], average)
         adam.move_average(average, canvas, gradient, step.average_weight)
         FIXED16.encode_stochastic(average, bytes_, stored[4], scratch)
@@ -193,17 +192,17 @@ def _compact_update(stored: Sequence[Array], step: adam.AdamStep, random: Roundi
 
 
 class _Buffers(threading.local):
-    """Memory that a thread keeps from task to task: the kernel would have to clear new pages."""
+    """Buffers that a thread reuses from task to task: for new ones the kernel would have to clear pages."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Array] = {}
+        self._arrays: dict[str, Array] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """An array of unknown values, in the memory of the last one of this name where that is large enough."""
-        kept, count = self._kept.get(name), int(np.prod(shape))
-        if kept is None or kept.size < count or kept.dtype != dtype:
-            kept = self._kept[name] = np.empty(count, dtype)
-        return kept[:count].reshape(shape)
+        """An uninitialised array, in the memory of the last one of this name if that is large enough."""
+        buffer, count = self._arrays.get(name), int(np.prod(shape))
+        if buffer is None or buffer.size < count or buffer.dtype != dtype:
+            buffer = self._arrays[name] = np.empty(count, dtype)
+        return buffer[:count].reshape(shape)
 
 
 _BUFFERS = _Buffers()

@@ -96,7 +96,7 @@ def part_of(folder: Path, weights: Path, engine: ThreadExecutor, rect: Rect, kin
         )
     )
     stage = make_stage(config, pipeline.plan(config), engine)
-    return _Measured(stage, prepare(stage, None, is_part=True))
+    return _Measured(stage, prepare(stage, None, is_region=True))
 
 
 @pytest.mark.parametrize("kind", ["normalized", "gatys"])

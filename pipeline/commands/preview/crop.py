@@ -274,7 +274,7 @@ class Crop:
         size = self.plan.stages[index].size
         known = before.known(stage, _aligned(scaled(region, size, before.size), before.size))
         colors = self._cut(stage, region, size)
-        prepared = prepare(stage, self._start(stage, source, region, size), colors, is_part=True)
+        prepared = prepare(stage, self._start(stage, source, region, size), colors, is_region=True)
         energies = {name: energy * known.energies[name] for name, energy in prepared.content_energies.items()}
         known_prepared = replace(prepared, content_energies=energies)
         self._position = Position().after(prepared_record(index, stage.tile_px, known_prepared))
