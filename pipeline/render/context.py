@@ -73,14 +73,14 @@ def _threads(config: Config) -> int:
     return read_manifest(manifest_path(config.work_dir)).threads if asked == "auto" else asked
 
 
-def prepared_record(stage: int, tile_px: int, made: Prepared) -> StagePrepared:
+def prepared_record(stage: int, tile_px: int, prepared: Prepared) -> StagePrepared:
     """The journal record of a prepared stage."""
     return StagePrepared(
         stage=stage,
         tile_px=tile_px,
-        content_energies=dict(made.content_energies),
-        areas=dict(made.areas),
-        checksums=dict(made.checksums),
+        content_energies=dict(prepared.content_energies),
+        areas=dict(prepared.areas),
+        checksums=dict(prepared.checksums),
     )
 
 

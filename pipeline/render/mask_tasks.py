@@ -40,9 +40,9 @@ def area_task(spec: AreaSpec) -> dict[str, float]:
     inner = spec.tile.inner
     pixels_HWK = read_guides(spec.stage_dir, spec.guides, spec.checksums, inner)
     maps = GuideMaps(spec.guides, pixels_HWK, inner, torch.empty(0, dtype=torch.float64))
-    found: dict[str, Any] = {}
+    areas: dict[str, Any] = {}
     for name in spec.layers:
         layer = LAYER_BY_NAME[name]
         if (region := inner.positions(layer)).area:
-            found |= zip(spec.guides.keys(name), maps.shares(layer, region).sum((1, 2)).tolist(), strict=True)
-    return found
+            areas |= zip(spec.guides.keys(name), maps.shares(layer, region).sum((1, 2)).tolist(), strict=True)
+    return areas

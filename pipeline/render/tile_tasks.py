@@ -198,18 +198,18 @@ def gram_task(spec: GramSpec) -> dict[str, Gram]:
     with _computing(spec):
         network_input_1CHW = _network_input(spec, pixels_1CHW)
         maps = _guide_maps(spec, guide_pixels, spec.tile.inner, network_input_1CHW)
-        for found in _features(spec, network_input_1CHW, outer, set(spec.layers), spec.tile.inner):
-            sums |= _gram_sums(spec, found, maps)
+        for feature_map in _features(spec, network_input_1CHW, outer, set(spec.layers), spec.tile.inner):
+            sums |= _gram_sums(spec, feature_map, maps)
     return sums
 
 
-def _gram_sums(spec: TileSpec, found: FeatureMap, maps: GuideMaps | None) -> dict[str, Gram]:
+def _gram_sums(spec: TileSpec, feature_map: FeatureMap, maps: GuideMaps | None) -> dict[str, Gram]:
     """gram_sum of one layer over the inner rectangle: one matrix, or one per mask region."""
-    features_CHW, keys = _inner_features(found, spec.tile).detach(), spec.guides.keys(found.layer.name)
+    features_CHW, keys = _inner_features(feature_map, spec.tile).detach(), spec.guides.keys(feature_map.layer.name)
     if maps is None or not spec.guides.regions:
         (key,) = keys
         return {key: objective.gram_sum(features_CHW)}
-    shares_RHW = maps.shares(found.layer, spec.tile.inner.positions(found.layer))
+    shares_RHW = maps.shares(feature_map.layer, spec.tile.inner.positions(feature_map.layer))
     return {key: objective.gram_sum(features_CHW, share_HW) for key, share_HW in zip(keys, shares_RHW, strict=True)}
 
 
@@ -223,8 +223,10 @@ def content_task(spec: ContentSpec) -> ContentResult:
     pixels_1CHW, outer = spec.read_outer(halo_px(spec.layers))
     with _computing(spec):
         computed = {
-            found.layer.name: (found.layer, _inner_features(found, spec.tile).clone())
-            for found in _features(spec, _network_input(spec, pixels_1CHW), outer, set(spec.layers), spec.tile.inner)
+            feature_map.layer.name: (feature_map.layer, _inner_features(feature_map, spec.tile).clone())
+            for feature_map in _features(
+                spec, _network_input(spec, pixels_1CHW), outer, set(spec.layers), spec.tile.inner
+            )
         }
     energies: dict[str, float] = {}
     sums: dict[str, ChunkSums] = {}
@@ -266,9 +268,9 @@ def whole_task(spec: WholeSpec) -> WholeResult:
     with _computing(spec):
         network_input_1CHW, tape = _network_input(spec, pixels_1CHW), list[Step]()
         seeds.maps = _guide_maps(spec, guide_pixels, outer, network_input_1CHW)
-        for found in _features(spec, network_input_1CHW, outer, names, outer, tape):
-            if any(key in spec.style_targets for key in spec.guides.keys(found.layer.name)):
-                sums = _gram_sums(spec, found, seeds.maps)
+        for feature_map in _features(spec, network_input_1CHW, outer, names, outer, tape):
+            if any(key in spec.style_targets for key in spec.guides.keys(feature_map.layer.name)):
+                sums = _gram_sums(spec, feature_map, seeds.maps)
                 terms |= {key: spec.style_targets[key].term(sums[key]) for key in sums if key in spec.style_targets}
         seeds.style_CC |= {key: term.seed_CC for key, term in terms.items()}
         gradient_CHW, tv_sum = _gradient(spec, network_input_1CHW, outer, tape, seeds)
@@ -288,18 +290,18 @@ class _Seeds:
     maps: GuideMaps | None = None
     squares: dict[str, Tensor] = field(default_factory=dict)
 
-    def of(self, found: FeatureMap) -> Tensor | None:
+    def of(self, feature_map: FeatureMap) -> Tensor | None:
         """dJ/dφ, of the shape of the features; None for a layer that J does not use."""
-        name, features_1CHW = found.layer.name, found.features_1CHW
-        style = self._style(found)
+        name, features_1CHW = feature_map.layer.name, feature_map.features_1CHW
+        style = self._style(feature_map)
         if name not in self.content:
             return style
         target_1CHW, region = self.content.pop(name)
-        rows, columns = found.region.within(region)
+        rows, columns = feature_map.region.within(region)
         # subtract in the precision of the store: in bfloat16 the difference of nearly equal numbers would be lost
         difference = features_1CHW - target_1CHW[:, :, rows, columns]
-        weight_1HW = None if self.maps is None else self.maps.content_weight(found.layer, found.region)
-        rows, columns = self.spec.tile.inner.positions(found.layer).within(found.region)
+        weight_1HW = None if self.maps is None else self.maps.content_weight(feature_map.layer, feature_map.region)
+        rows, columns = self.spec.tile.inner.positions(feature_map.layer).within(feature_map.region)
         inner_weight_1HW = None if weight_1HW is None else weight_1HW[:, rows, columns]
         self.squares[name] = objective.squares(difference[0, :, rows, columns], inner_weight_1HW)
         if weight_1HW is not None:
@@ -307,12 +309,12 @@ class _Seeds:
         content = (self.spec.content_factors[name] * difference).to(features_1CHW)
         return content if style is None else style + content
 
-    def _style(self, found: FeatureMap) -> Tensor | None:
+    def _style(self, feature_map: FeatureMap) -> Tensor | None:
         """d(N·w_s·Ls)/dφ at all positions of a layer, summed over the mask regions; None for a layer without style."""
-        features_1CHW, guides, total = found.features_1CHW, self.spec.guides, None
+        features_1CHW, guides, total = feature_map.features_1CHW, self.spec.guides, None
         guided = self.maps if guides.regions > 0 else None
-        shares_RHW = None if guided is None else guided.shares(found.layer, found.region).to(features_1CHW)
-        for region, key in enumerate(guides.keys(found.layer.name)):
+        shares_RHW = None if guided is None else guided.shares(feature_map.layer, feature_map.region).to(features_1CHW)
+        for region, key in enumerate(guides.keys(feature_map.layer.name)):
             if key in self.style_CC:
                 seed_1CHW = objective.style_seed(features_1CHW, self.style_CC[key])
                 if shares_RHW is not None:
@@ -363,10 +365,10 @@ def _features(
     return get_network(spec.network).features(pixels_1CHW, outer, size, layers, required, tape)
 
 
-def _inner_features(found: FeatureMap, tile: Tile) -> Tensor:
+def _inner_features(feature_map: FeatureMap, tile: Tile) -> Tensor:
     """(C, H, W) of the positions that belong to the tile's inner rectangle."""
-    rows, columns = tile.inner.positions(found.layer).within(found.region)
-    return found.features_1CHW[0, :, rows, columns]
+    rows, columns = tile.inner.positions(feature_map.layer).within(feature_map.region)
+    return feature_map.features_1CHW[0, :, rows, columns]
 
 
 def _guide_maps(spec: TileSpec, pixels_HWK: NDArray[np.uint8] | None, rect: Rect, like: Tensor) -> GuideMaps | None:

@@ -145,11 +145,11 @@ def _blocks(sources: Sequence[StageArray], values: int) -> Iterator[tuple[int, l
     """The first row of every block of a chunk, and the buffers for its gradient, canvas, m, v and average."""
     chunk_rows, columns, channels = sources[0].chunk_shape
     rows = min(chunk_rows, max(1, values // (columns * channels)))
-    kept = [
+    buffers = [
         _BUFFERS.array(source.path.name.split("_")[0], (rows, columns, channels), source.dtype) for source in sources
     ]
     for y0 in range(0, chunk_rows, rows):
-        yield y0, [data[: chunk_rows - y0] for data in kept]  # the last one may have fewer rows
+        yield y0, [data[: chunk_rows - y0] for data in buffers]  # the last one may have fewer rows
 
 
 def _update_block(step: adam.AdamStep, random: RoundingBytes | None, stored: Sequence[Array]) -> Array:
