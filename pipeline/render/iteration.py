@@ -14,11 +14,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from pipeline import store
 from pipeline.core import profiler
-from pipeline.core.tiling import chunks_of
+from pipeline.core.tiling import Tile, chunks_of
 from pipeline.core.vgg_layers import halo_px
 from pipeline.executors.graph import Key, Node, add_sum
 from pipeline.losses import objective
@@ -136,7 +137,6 @@ class _IterationGraph:
         self._iterations, self._stage = iterations, iterations.stage
         self._iteration, self._checksums = iteration, checksums
         self._count = len(self._stage.tiles)
-        # the array's own chunks: a whole iteration reads one slot and writes the other
         self._canvas, self._next_canvas = f"canvas_{iteration % 2}", f"canvas_{1 - iteration % 2}"
         # with worker processes a value that many nodes need is sent to each once: checksums have megabytes
         self.nodes: dict[Key, Node] = {CHECKSUMS: Node(partial(_value, dict(checksums)))}
@@ -148,7 +148,7 @@ class _IterationGraph:
             self._add_gradients()
         self._add_totals(alpha)
         self._add_updates()
-        self.next_sums = [self._add_next_grams()] if self._has_next(alpha) else []
+        self.next_sums = [self._add_next_grams()] if self._has_next() else []
 
     def progress(self, key: Key) -> None:
         """Report a node that is done."""
@@ -159,22 +159,11 @@ class _IterationGraph:
     def _add_whole(self) -> None:
         """Of a canvas that is one tile, Gram and gradient pass with one forward pass through the network."""
         (tile,) = self._stage.tiles
-        spec = tile_tasks.WholeSpec(
-            self._stage.stage_dir,
-            self._canvas,
-            tile,
-            self._stage.network,
-            {},
-            self._content_factors(),
-            self._targets(),
-            tv_weight=self._stage.config.loss.tv_weight,
-            color=self._stage.color,
-            guides=self._stage.layer_use.guides,
-        )
+        spec = self._seed_spec(tile_tasks.WholeSpec, tile, self._content_factors(), self._targets())
         task = partial(_with_checksums, tile_tasks.whole_task, spec)
         self.nodes["whole", 0] = Node(task, (CHECKSUMS,), tile=True)
-        self.nodes[TERMS] = Node(_whole_terms, (("whole", 0),))
-        self.nodes["gradient", 0] = Node(_whole_gradient, (("whole", 0),))
+        self.nodes[TERMS] = Node(attrgetter("terms"), (("whole", 0),))
+        self.nodes["gradient", 0] = Node(attrgetter("gradient"), (("whole", 0),))
         self._counters["gradient"] = self._stage.counter("gradient pass", 1)
 
     def _add_terms(self) -> None:
@@ -195,21 +184,26 @@ class _IterationGraph:
     def _add_gradients(self) -> None:
         factors = self._content_factors()
         for number, tile in enumerate(self._stage.tiles):
-            spec = tile_tasks.GradientSpec(
-                self._stage.stage_dir,
-                self._canvas,
-                tile,
-                self._stage.network,
-                {},
-                factors,
-                {},
-                tv_weight=self._stage.config.loss.tv_weight,
-                color=self._stage.color,
-                guides=self._stage.layer_use.guides,
-            )
+            spec = self._seed_spec(tile_tasks.GradientSpec, tile, factors, {})
             task = partial(_gradient, tile_tasks.gradient_task, spec)
             self.nodes["gradient", number] = Node(task, (CHECKSUMS, TERMS), tile=True)
         self._counters["gradient"] = self._stage.counter("gradient pass", self._count)
+
+    def _seed_spec(self, kind: Callable[..., T], tile: Tile, factors: Mapping[str, float], style: object) -> T:
+        """The spec of one tile, without checksums; `style`: the targets, or the seeds."""
+        stage = self._stage
+        return kind(
+            stage.stage_dir,
+            self._canvas,
+            tile,
+            stage.network,
+            {},
+            factors,
+            style,
+            tv_weight=stage.config.loss.tv_weight,
+            color=stage.color,
+            guides=stage.layer_use.guides,
+        )
 
     def _add_totals(self, alpha: float | None) -> None:
         stage = self._stage
@@ -243,9 +237,8 @@ class _IterationGraph:
         self.nodes[MEASURED] = Node(measure, (TERMS, TOTALS, ALPHA, *updates))
         self._counters["update"] = stage.counter("update pass", len(updates))
 
-    def _has_next(self, alpha: float | None) -> bool:
-        optimizer = self._stage.config.optimizer
-        one_more = self._iteration + 1 < optimizer.max_iterations
+    def _has_next(self) -> bool:
+        one_more = self._iteration + 1 < self._stage.config.optimizer.max_iterations
         return one_more and bool(self._stage.layer_use.style_layers) and self._count > 1
 
     def _add_next_grams(self) -> Key:
@@ -285,14 +278,6 @@ def _value(value: T) -> T:
 
 def _with_checksums(task: Callable[[Any], T], spec: Any, checksums: Mapping[str, str]) -> T:
     return task(replace(spec, checksums=checksums))
-
-
-def _whole_terms(whole: tile_tasks.WholeResult) -> Mapping[str, StyleTerm]:
-    return whole.terms
-
-
-def _whole_gradient(whole: tile_tasks.WholeResult) -> tile_tasks.GradientResult:
-    return whole.gradient
 
 
 def _gradient(
