@@ -22,7 +22,8 @@ from pipeline.network.weights_file import check_file, check_shapes, safetensors_
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 VGG19_SHA256_PREFIX = "dcbb9e9d"
 VGG19_FILE_BYTES = 574_673_361
-_HASH_BLOCK_BYTES = 4 * 2**20
+MIB = 2**20
+_HASH_BLOCK_BYTES = 4 * MIB
 # Networks whose weights come with the package: docs/networks.md tells how each was made.
 PACKAGED: Mapping[str, Path] = {"vgg19-lite": Path(__file__).parents[1] / "assets" / "vgg19-lite.safetensors"}
 # Narrow, because random features are for tests: a sixteenth of VGG-19's arithmetic.
@@ -133,14 +134,15 @@ def download_vgg19(sink: Sink, cancel: CancelToken) -> Path:
     path = _vgg19_path()
     if path.is_file():
         return path
-    sink(Note(f"downloading VGG-19's weights, {VGG19_FILE_BYTES / 2**20:.0f} MiB, to {path}"))
+    total = VGG19_FILE_BYTES // MIB
+    sink(Note(f"downloading VGG-19's weights, {total} MiB, to {path}"))
     try:
         download(
             VGG19_URL,
             path,
             VGG19_SHA256_PREFIX,
             cancel,
-            lambda done, total: sink(WorkDone(0, "download", done, total)),
+            lambda size_bytes: sink(WorkDone(0, "download", size_bytes // MIB, total)),
         )
     except (DownloadError, StorageError) as error:
         raise type(error)(

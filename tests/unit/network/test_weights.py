@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import torch
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import InputError, Stopped
 from pipeline.core.vgg_layers import VGG19_WIDTHS
+from pipeline.network import download as weights_download
 from pipeline.network import weights
 from pipeline.network.weights import RANDOM_WIDTHS, NetworkSpec, WeightsSource, find_weights, sha256_of, widths_for_plan
 from tests.support import reference
@@ -33,7 +36,8 @@ class Served:
     data: bytes
     url: str = ""
     requests: list[str] = field(default_factory=list)
-    answer: str = "whole"  # or "short", "missing", "garbage"
+    answer: str = "whole"  # or "short", "missing", "garbage", "silent" after half of the file
+    resume: threading.Event = field(default_factory=threading.Event)  # ends the silence
 
 
 def make_handler(served: Served) -> type[http.server.BaseHTTPRequestHandler]:
@@ -46,7 +50,10 @@ def make_handler(served: Served) -> type[http.server.BaseHTTPRequestHandler]:
             self.send_response(404 if served.answer == "missing" else 200)
             self.send_header("Content-Length", str(len(served.data)))
             self.end_headers()
-            self.wfile.write(served.data[: len(served.data) // 2] if served.answer == "short" else served.data)
+            half = served.data[: len(served.data) // 2]
+            self.wfile.write(half if served.answer in ("short", "silent") else served.data)
+            if served.answer == "silent":
+                served.resume.wait(60)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -76,6 +83,7 @@ def served(tmp_path, monkeypatch, hub) -> Iterator[Served]:
     monkeypatch.setattr(weights, "VGG19_SHA256_PREFIX", hashlib.sha256(served.data).hexdigest()[:8])
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     yield served
+    served.resume.set()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -154,12 +162,46 @@ def test_a_download_that_is_stopped_at_once_leaves_nothing(served, hub):
     assert left_in(hub) == []
 
 
+def test_a_silent_server_is_given_up(served, hub, monkeypatch):
+    """torch.hub waits for ever for a server that keeps the connection and sends nothing."""
+    monkeypatch.setattr(weights_download, "_TIMEOUT_S", 1)
+    served.answer = "silent"
+    with pytest.raises(InputError, match=r"could not be downloaded.*nothing for 1 s"):
+        find_weights("vgg19", None, 0)
+    assert left_in(hub) == []
+
+
+def test_a_download_that_is_stopped_half_way_leaves_nothing(served, hub):
+    """Ctrl-C ends the program within a moment, whatever the server does."""
+    served.answer = "silent"
+    cancel = CancelToken()
+    timer = threading.Timer(0.5, cancel.set)
+    timer.start()
+    start_s = time.monotonic()
+    with pytest.raises(Stopped):
+        find_weights("vgg19", None, 0, cancel=cancel)
+    assert time.monotonic() - start_s < 20
+    served.resume.set()
+    for thread in [thread for thread in threading.enumerate() if thread.name == "download"]:
+        thread.join(30)
+    assert left_in(hub) == []
+
+
+def test_two_downloads_at_once_end_with_one_file(served, hub):
+    """Two runs that are started together on a new machine must not remove or mix each other's half."""
+    with ThreadPoolExecutor(2) as pool:
+        sources = list(pool.map(lambda _: find_weights("vgg19", None, 0), range(2)))
+    assert sources[0] == sources[1]
+    assert left_in(hub) == ["vgg19-made.pth"]
+    assert (hub / "vgg19-made.pth").read_bytes() == served.data
+
+
 KILLED = """
 import os, signal, sys, threading
 from pathlib import Path
 from pipeline.network.download import download
 
-def seen(done, total):
+def seen(size_bytes):
     os.kill(os.getpid(), signal.SIGKILL)
 
 download(sys.argv[1], Path(sys.argv[2]), "", on_progress=seen)
