@@ -39,5 +39,5 @@ def process_settings() -> Iterator[None]:
 
 def _release_network() -> None:
     """Frees the network, and puts torch's settings back, if anything was computed: else torch is not even there."""
-    if (network := sys.modules.get("pipeline.network.vgg")) is not None:
+    if (network := sys.modules.get("pipeline.network.cache")) is not None:
         network.release()

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.tiling import Rect, grid
 from pipeline.core.vgg_layers import LAYER_BY_NAME
-from pipeline.network.vgg import Network, Step, get_network, random_state
+from pipeline.network.cache import get_network
+from pipeline.network.vgg import Network, Step, random_state
 from pipeline.network.weights import RANDOM_WIDTHS, NetworkSpec, WeightsSource, find_weights, read_widths
 from pipeline.network.weights_file import check_shapes, load_state
 from tests.support import reference
