@@ -250,7 +250,7 @@ def test_a_run_may_start_from_a_picture(tmp_path, narrow_weights):
     with pytest.raises(ConfigError, match="init: the content of the file has changed"):
         pipeline.run(config)
     write_image(tmp_path / "start.png", 61, 48, seed=6)
-    with pytest.raises(InputError, match=r"has 48×61 px, and the canvas .* \(61×48 px\): it would be squeezed"):
+    with pytest.raises(InputError, match=r"has 48×61 px, .* the canvas's \(61×48 px\), so it would be distorted"):
         pipeline.plan(config)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from pipeline.config.config import Config
 from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.core.vgg_layers import VGG19_WIDTHS
-from pipeline.plan.plan import make_plan, stage_sizes
+from pipeline.plan.plan import make_plan
+from pipeline.plan.sizes import stage_sizes
 
 
 @dataclass(frozen=True)

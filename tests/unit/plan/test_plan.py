@@ -20,7 +20,8 @@ from pipeline.executors.threads import Engine
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.memory import BASE_BYTES
 from pipeline.plan.network_cost import LayerUse, layers_in_use
-from pipeline.plan.plan import Plan, computed_px, fit
+from pipeline.plan.plan import Plan, computed_px
+from pipeline.plan.sizes import fit
 from pipeline.render.preparation import prepare
 from pipeline.render.stage import Stage
 from pipeline.store.layout import content_features_name
