@@ -9,7 +9,7 @@ from pipeline.config.config import Config
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.tiling import Size
 from pipeline.core.vgg_layers import ceil_to, min_side_px
-from pipeline.plan.image_memory import ImageHeader
+from pipeline.images.header import ImageHeader
 from pipeline.plan.memory import StageWork
 from pipeline.plan.sizes import canvas_shape, fit, size_of
 

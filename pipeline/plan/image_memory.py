@@ -5,10 +5,9 @@ Fitted with 4 libvips threads, the most that the program uses, over images up to
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Size
+from pipeline.images.header import ImageHeader
 
 MIB = 2**20
 # libvips writes a smaller level of a TIFF into a temporary file if it is larger than this; other levels stay in memory
@@ -16,30 +15,6 @@ MIB = 2**20
 LEVEL_BYTES = 100 * MIB
 # The constant term of both fits.
 _LIBVIPS_BYTES = 40 * MIB
-
-
-class ImageHeader(Protocol):
-    """The part of an image's header that the plan needs."""
-
-    @property
-    def width_px(self) -> int:
-        """Columns, after EXIF orientation."""
-
-    @property
-    def height_px(self) -> int:
-        """Rows, after EXIF orientation."""
-
-    @property
-    def bits(self) -> int:
-        """Bits per channel in the file."""
-
-    @property
-    def decode_bytes(self) -> int:
-        """Host memory that decoding takes beyond streaming: the whole image for a progressive JPEG."""
-
-    @property
-    def kind(self) -> PixelKind:
-        """The depth and channels that the output can preserve."""
 
 
 def ingest_bytes(image: ImageHeader, width_px: int, chunk_px: int, kind: PixelKind) -> int:
@@ -56,7 +31,7 @@ def export_bytes(size: Size, kind: PixelKind, *, tiff: bool, pyramid: bool) -> i
     height_px, width_px = size
     band = min(64 * MIB, 512 * width_px * kind.pixel_bytes)
     rows = (4_000 if tiff else 8_000) * width_px * kind.pixel_bytes // 3
-    levels = _levels_in_memory(height_px * width_px * kind.pixel_bytes) if pyramid else 0
+    levels = _levels_in_memory(height_px * width_px * kind.pixel_bytes) if tiff and pyramid else 0
     return _LIBVIPS_BYTES + 3 * band + rows + levels
 
 

@@ -14,8 +14,9 @@ from pipeline.config.config import Config
 from pipeline.core.image_formats import RGB8, PixelKind, format_of, picture_kind
 from pipeline.core.tiling import Size
 from pipeline.core.vgg_layers import LAYER_BY_NAME, halo_px
+from pipeline.images.header import ImageHeader
 from pipeline.plan.device import STAGING_THREADS
-from pipeline.plan.image_memory import MIB, ImageHeader, export_bytes, ingest_bytes, levels_on_disk_bytes
+from pipeline.plan.image_memory import MIB, export_bytes, ingest_bytes, levels_on_disk_bytes
 from pipeline.plan.network_cost import LayerUse
 
 # Tasks in flight in a process: one reads the next tile, one computes, one writes the last.
@@ -147,11 +148,6 @@ class Workload:
     device: str
 
     @property
-    def canvases(self) -> list[Size]:
-        """The canvas size of every stage."""
-        return [stage.canvas for stage in self.stages]
-
-    @property
     def picture(self) -> PixelKind:
         """The kind of the output image's pixels."""
         export = self.config.export
@@ -164,14 +160,10 @@ class Workload:
         return form is not None and form.name == "TIFF"
 
     @property
-    def _has_pyramid(self) -> bool:
-        """Whether the output is a TIFF with smaller levels."""
-        return self._is_tiff and self.config.export.pyramid
-
-    @property
     def levels_bytes(self) -> int:
         """Disk that a TIFF's smaller levels take, beside the output, while it is written."""
-        return levels_on_disk_bytes(self.canvases[-1], self.picture) if self._has_pyramid else 0
+        has_levels = self._is_tiff and self.config.export.pyramid
+        return levels_on_disk_bytes(self.stages[-1].canvas, self.picture) if has_levels else 0
 
     @property
     def _itemsize(self) -> int:
@@ -204,7 +196,9 @@ class Workload:
         )  # a worker keeps threads, and their buffers, for two passes
         own = {
             "ingest": self._ingest_bytes(),
-            "export": export_bytes(self.canvases[-1], self.picture, tiff=self._is_tiff, pyramid=self._has_pyramid),
+            "export": export_bytes(
+                self.stages[-1].canvas, self.picture, tiff=self._is_tiff, pyramid=self.config.export.pyramid
+            ),
         }
         in_tasks = {
             "weights": self.weights_bytes,

@@ -15,8 +15,8 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Size, grid
 from pipeline.core.vgg_layers import ceil_to, halo_px
+from pipeline.images.header import ImageHeader
 from pipeline.plan import checks
-from pipeline.plan.image_memory import ImageHeader
 from pipeline.plan.memory import StageWork, Workload
 from pipeline.plan.network_cost import LayerUse, layers_in_use
 from pipeline.plan.sizes import stage_sizes
@@ -194,7 +194,7 @@ def arrays_of(config: Config, size: Size, layer_use: LayerUse, content: PixelKin
 def _choose_tile(work: Workload, device_memory_bytes: int) -> int:
     """The largest tile that fits the limits, or the one that the config asks for. Raises ConfigError if none fits."""
     chunk_px, limit = work.config.store.chunk_px, work.config.memory.limit_bytes
-    largest = ceil_to(min(max(max(canvas) for canvas in work.canvases), MAX_AUTO_TILE_PX), chunk_px)
+    largest = ceil_to(min(max(max(stage.canvas) for stage in work.stages), MAX_AUTO_TILE_PX), chunk_px)
     requested = work.config.compute.tile_px
     candidates = list(range(largest, 0, -chunk_px)) if requested == "auto" else [int(requested)]
     if work.device != "cpu":

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.config.config import Config
 from pipeline.config.sections import StyleConfig
 from pipeline.core.tiling import Size
-from pipeline.plan.image_memory import ImageHeader
+from pipeline.images.header import ImageHeader
 
 
 def fit(size: Size, long_px: int) -> Size:

@@ -175,7 +175,7 @@ def test_wrong_stages_and_starts(tmp_path, text, said):
 
 def test_an_entry_for_no_stage_is_refused():
     """It would be passed over in silence, and the artist would wonder why nothing changes."""
-    with pytest.raises(ConfigError, match=r"stages\.1: is for canvases of 513 to 900 px, and this run has none"):
+    with pytest.raises(ConfigError, match=r"stages\.1: applies to canvases of 513 to 900 px, and this run has none"):
         planned((1000, 800), stages=[{"up_to": 512}, {"up_to": 900}, {"up_to": 2000}])
 
 
