@@ -27,7 +27,7 @@ MAX_PICKLE_BYTES = 2**20
 # What a state dict of plain tensors names in a pickle: storages and dtypes are in torch and torch.storage.
 _PLAIN_TENSORS = re.compile(
     r"collections OrderedDict|torch(\.storage)? \w+|torch\.nn\.parameter Parameter"
-    r"|torch\._utils _rebuild_(tensor(_v2|_v3)?|parameter)"
+    r"|torch\._utils _rebuild_(tensor(_v2|_v3)?|parameter(_with_state)?)"
 )
 # An old .pth file is a sequence of pickles: magic number, protocol, system, the state dict, and the storages' names.
 _OLD_FORMAT_PICKLES = 5

@@ -108,7 +108,7 @@ def make_plan(
     work = Workload(config, works, images, weights_bytes, device)
     tile_px = _choose_tile(work, device_memory_bytes)
     stages = tuple(plan_stage(stage, index, tile_px) for index, stage in enumerate(works))
-    kept = [stage.kept_bytes for stage in stages]
+    retained = [stage.kept_bytes for stage in stages]
     return Plan(
         stages=stages,
         tile_px=tile_px,
@@ -117,7 +117,7 @@ def make_plan(
         device=device,
         host_bytes=work.host_bytes(tile_px),
         device_bytes=work.gpu_bytes(tile_px),
-        disk_bytes=max(stage.store_bytes + sum(kept[: stage.index]) for stage in stages),
+        disk_bytes=max(stage.store_bytes + sum(retained[: stage.index]) for stage in stages),
         picture=work.picture,
         output_bytes=stages[-1].pixels * work.picture.pixel_bytes * 4 // 3,  # a pyramid adds a third
         levels_bytes=work.levels_bytes,
@@ -150,7 +150,7 @@ def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
     """The plan of one stage in tiles of `tile_px`."""
     size, layer_use, chunk_px = work.canvas, work.layer_use, work.config.store.chunk_px
     arrays = arrays_of(work.config, size, layer_use, work.content)
-    kept = [arrays[name] for name in kept_files(0, arrays) if name in arrays]
+    retained = [arrays[name] for name in kept_files(0, arrays) if name in arrays]
     styles = sorted((ArraySpec((*style, 3), chunk_px, "uint8") for style in work.styles), key=lambda spec: spec.chunks)
     stored = [*arrays.values(), *styles[-1:]]  # a style is deleted before the next is read
     # Without regions the targets of the style are too few bytes to count.
@@ -166,8 +166,8 @@ def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
         gradient_px=gradient_px,
         store_bytes=sum(spec.stored_bytes for spec in stored) + targets[0],
         store_chunks=sum(spec.chunks for spec in stored) + targets[1],
-        kept_bytes=sum(spec.stored_bytes for spec in kept),
-        kept_chunks=sum(spec.chunks for spec in kept),
+        kept_bytes=sum(spec.stored_bytes for spec in retained),
+        kept_chunks=sum(spec.chunks for spec in retained),
         content=work.content,
         # The backward pass to the pixels costs as much as the forward pass: no gradient of a weight is computed.
         flop_per_iteration=layer_use.flop_per_px() * (gram_px + 2 * gradient_px),

@@ -203,10 +203,10 @@ import os, signal, sys, threading
 from pathlib import Path
 from pipeline.network.download import download
 
-def seen(size_bytes):
+def kill(size_bytes):
     os.kill(os.getpid(), signal.SIGKILL)
 
-download(sys.argv[1], Path(sys.argv[2]), "", on_progress=seen)
+download(sys.argv[1], Path(sys.argv[2]), "", on_progress=kill)
 """
 
 
