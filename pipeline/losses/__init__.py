@@ -1,1 +1,1 @@
-"""The mathematics of the losses: no store, no files."""
+"""The mathematics of the losses, without store and files."""

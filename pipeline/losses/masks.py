@@ -1,11 +1,12 @@
-"""Guided losses: what the masks of regions.py mean at the positions of a layer.
+"""Guided losses: the masks of regions (config/regions.py) at the positions of a layer.
 
     M_r,l(position) = mean of T_r over the stride×stride pixels of that position          n_r,l = Σ M_r,l
     G_r,l(p) = (1/n_r,l) · Σ M_r,l φ φ^T          Ls = Σ_r Σ_l λ_l · (n_r,l/n_l) · ‖G_r,l(p) − G_l(s_r)‖² / ‖G_l(s_r)‖²
 
-The factor n_r,l/n_l, the region's share of the picture, makes the style's weight mean the same per pixel however small
-a region is; one mask that is white everywhere is no mask. The content's squared differences are weighted by its map in
-the same way. Axes in names: 1 batch, K guides, R regions, C channels, H rows, W columns.
+T_r is the share of region r in a pixel. The factor n_r,l/n_l, the region's share of the image, makes the style weight
+mean the same per pixel whatever the size of a region; a single mask that is white everywhere equals no mask. The
+squared differences of the content are weighted by the content mask in the same way. Axes in names: 1 batch, K masks,
+R regions, C channels, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from pipeline.store.guides import Guides
 
 
 class GuideMaps:
-    """The guides of a rectangle of the canvas: T_r of every region, and the content's weight, on a device."""
+    """T_r of every region and the weight of the content, in one rectangle of the canvas, on a device."""
 
     def __init__(self, guides: Guides, pixels_HWK: NDArray[np.uint8], rect: Rect, like: Tensor):
-        """`pixels_HWK`: of `guides.arrays` over `rect`, as read. `like`: a tensor of the device and dtype to have."""
+        """`pixels_HWK`: `guides.arrays` over `rect`, 0..255. `like`: a tensor of the target device and dtype."""
         self._guides, self._rect = guides, rect
         maps_KHW = torch.from_numpy(pixels_HWK).to(like.device).permute(2, 0, 1).to(like.dtype) / 255
         masks_RHW = maps_KHW[: guides.masks]
         total_HW = masks_RHW.sum(0)
-        shares = [masks_RHW / total_HW.clamp(min=1)]
+        shares = [masks_RHW / total_HW.clamp(min=1)]  # where masks overlap, each style gets its part of the pixel
         if guides.rest:
             shares.append((1 - total_HW).clamp(min=0)[None])
         self._shares_RHW = torch.cat(shares)
         self._content_1HW = maps_KHW[guides.masks :]
 
     def shares(self, layer: Layer, region: Rect) -> Tensor:
-        """M_r,l of every region of the canvas at the positions `region` of a layer, (R, H, W)."""
+        """M_r,l of every region r at the positions `region` of a layer, (R, H, W)."""
         return self._at(self._shares_RHW, layer, region)
 
     def content_weight(self, layer: Layer, region: Rect) -> Tensor | None:
-        """How much the content counts at these positions, (1, H, W); None where it is not guided."""
+        """The weight of the content at these positions, (1, H, W); None without a content mask."""
         return self._at(self._content_1HW, layer, region) if self._guides.content else None
 
     def _at(self, maps_KHW: Tensor, layer: Layer, region: Rect) -> Tensor:

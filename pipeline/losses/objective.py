@@ -1,7 +1,7 @@
 """The objective and its seeds, as pure functions of whole-image numbers (algorithm.md, "The objective").
 
-Axes in names: C channels, n positions. Grams are float64 numpy arrays: they are tiny, and they are what the
-exactness of the tiles rests on.
+Axes in names: B blocks, C channels, n positions, H rows, W columns. Gram matrices are float64 numpy arrays: they are
+small, and the exactness of the tiles rests on them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 from pipeline.core.errors import ConfigError
 
 Gram = NDArray[np.float64]
-# Relative differences that are rounding and no difference, by compute.dtype: a canvas and its target are summed in
-# other orders where their tiles are cut otherwise. Measured: 3 to 7 units of the last place, in bfloat16 none.
+# Relative differences that count as rounding, by compute.dtype: a canvas and its target are summed in different orders
+# if their tiles differ. Measured: 3 to 7 units in the last place, in bfloat16 none.
 ROUNDING = {"float64": 1e-14, "float32": 4e-6, "tf32": 1e-3, "bfloat16": 4e-3}
 
-# Positions that a GPU sums in float32, and how many such blocks are multiplied at a time.
+# Positions that a GPU sums in float32, and the number of such blocks per matrix product, which bounds its memory.
 _BLOCK, _BLOCKS_AT_ONCE = 1024, 4096
 
 
 @dataclass(frozen=True)
 class StyleTerm:
-    """One style layer at one canvas: its share of Ls, ‖G(p) − G(s)‖/‖G(s)‖, and what turns features into the seed."""
+    """One style layer at one canvas: its term of Ls, ‖G(p) − G(s)‖/‖G(s)‖, and the matrix M of seed = M·φ."""
 
     loss: float
     relative_error: float
@@ -37,30 +37,30 @@ class StyleTerm:
 
 
 def gram_sum(features_CHW: Tensor, share_HW: Tensor | None = None) -> Gram:
-    """Sum over positions of the outer product of the features (eq. 14), (C, C), accumulated in at least float32.
+    """Σ φφᵀ over positions (eq. 14), (C, C), accumulated in at least float32.
 
-    `share_HW`: how much each position counts, if not 1.
+    `share_HW`: the weight of each position, 1 by default.
     """
     if features_CHW.is_cuda:
         return _gram_sum_in_blocks(features_CHW, share_HW)
     features_Cn = features_CHW.flatten(1)
     if features_Cn.dtype == torch.bfloat16:
         features_Cn = features_Cn.float()
-    counted_Cn = features_Cn if share_HW is None else features_Cn * share_HW.flatten()
-    return (counted_Cn @ features_Cn.T).cpu().numpy().astype(np.float64)
+    weighted_Cn = features_Cn if share_HW is None else features_Cn * share_HW.flatten()
+    return (weighted_Cn @ features_Cn.T).cpu().numpy().astype(np.float64)
 
 
 def _gram_sum_in_blocks(features_CHW: Tensor, share_HW: Tensor | None) -> Gram:
-    """The sum of a GPU: float32 within blocks of positions, float64 over them.
+    """gram_sum on a GPU: float32 within blocks of positions, float64 over the blocks.
 
-    Products of bfloat16 are exact in float32, but matrix units cut off what they add: over four million positions that
-    were 3·10⁻⁴, over a block it is less than the features' own rounding.
+    Products of bfloat16 are exact in float32, but matrix units truncate their sums: over four million positions the
+    error was 3·10⁻⁴, over a block it is less than the rounding of the features.
     """
     features_nC = features_CHW.permute(1, 2, 0).flatten(0, 1)
-    counted_nC = features_nC
+    weighted_nC = features_nC
     if share_HW is not None:
         features_nC = features_nC.to(torch.promote_types(features_nC.dtype, torch.float32))
-        counted_nC = features_nC * share_HW.reshape(-1, 1)
+        weighted_nC = features_nC * share_HW.reshape(-1, 1)
     positions, channels = features_nC.shape
     total = torch.zeros((channels, channels), dtype=torch.float64, device=features_CHW.device)
     whole = positions // _BLOCK * _BLOCK
@@ -68,36 +68,36 @@ def _gram_sum_in_blocks(features_CHW: Tensor, share_HW: Tensor | None) -> Gram:
     parts = [(slice(first, min(first + _BLOCK * _BLOCKS_AT_ONCE, whole)), _BLOCK) for first in firsts]
     parts += [(slice(whole, positions), positions - whole)] if whole < positions else []
     for part, length in parts:
-        one_BnC, other_BnC = (x_nC[part].reshape(-1, length, channels) for x_nC in (counted_nC, features_nC))
-        total += _products(one_BnC, other_BnC).sum(0, dtype=torch.float64)
+        weighted_BnC, features_BnC = (x_nC[part].reshape(-1, length, channels) for x_nC in (weighted_nC, features_nC))
+        total += _products(weighted_BnC, features_BnC).sum(0, dtype=torch.float64)
     return total.cpu().numpy()
 
 
-def _products(one_BnC: Tensor, other_BnC: Tensor) -> Tensor:
-    """(B, C, C), in float32 at least."""
-    if one_BnC.dtype == torch.bfloat16:
-        return torch.bmm(one_BnC.mT, other_BnC, out_dtype=torch.float32)
-    return torch.bmm(one_BnC.mT, other_BnC)
+def _products(left_BnC: Tensor, right_BnC: Tensor) -> Tensor:
+    """leftᵀ·right of every block, (B, C, C), in at least float32."""
+    if left_BnC.dtype == torch.bfloat16:
+        return torch.bmm(left_BnC.mT, right_BnC, out_dtype=torch.float32)
+    return torch.bmm(left_BnC.mT, right_BnC)
 
 
 def style_seed(features_1CHW: Tensor, seed_CC: Gram) -> Tensor:
-    """dJ/dφ of a style layer on the positions of `features_1CHW`, like them."""
+    """dJ/dφ of a style layer at the positions of `features_1CHW`, of its shape and dtype."""
     matrix_CC = torch.from_numpy(seed_CC).to(features_1CHW)
-    if features_1CHW.is_cuda:  # channels-last stays channels-last
+    if features_1CHW.is_cuda:  # einsum would return another memory layout than channels-last
         return F.conv2d(features_1CHW, matrix_CC[:, :, None, None])
     return torch.einsum("cd,bdhw->bchw", matrix_CC, features_1CHW)
 
 
 def squares(difference_CHW: Tensor, weight_1HW: Tensor | None = None) -> Tensor:
-    """Σ of the squares, each position weighted, in float64, as a tensor on the same device."""
-    found_CHW = difference_CHW.double().square()
+    """Σ weight·difference² in float64, as a tensor on the same device: no wait for a GPU."""
+    squares_CHW = difference_CHW.double().square()
     if weight_1HW is not None:
-        found_CHW *= weight_1HW
-    return found_CHW.sum()
+        squares_CHW *= weight_1HW
+    return squares_CHW.sum()
 
 
 def energy(features_CHW: Tensor) -> float:
-    """‖φ‖² in float64."""
+    """‖φ‖², accumulated in float64."""
     if features_CHW.is_cuda:
         return float(squares(features_CHW))
     values: NDArray[Any] = (
@@ -108,17 +108,17 @@ def energy(features_CHW: Tensor) -> float:
 
 
 def mean_gram(grams: list[Gram], weights: list[float]) -> Gram:
-    """The weighted mean of several styles' Grams: the target of a style layer."""
+    """The weighted mean of several styles' Gram matrices: the target of a style layer."""
     return np.average(np.stack(grams), axis=0, weights=weights)
 
 
 @dataclass(frozen=True)
 class StyleTarget:
-    """What one style layer is compared with, and how its difference counts.
+    """The target of one style layer, and the weight of its difference.
 
-    `target_CC`: G_l(s). `positions`: n_l. `weight`: λ_l. `factor`: N·w_s. Of a region (guidance.py), `positions` is
-    n_r,l, the sum of its shares, and `area` n_r,l/n_l. `rest_CC`: where the canvas is a part of a
-    picture, what is added to its mean Gram for that of the whole.
+    `kind`: loss.kind. `target_CC`: G_l(s). `positions`: n_l. `weight`: λ_l. `factor`: N·w_s. In a region (masks.py),
+    `positions` is n_r,l and `area` is n_r,l/n_l. `rest_CC`: for a crop, the matrix that is added to its mean Gram
+    matrix to estimate that of the whole image.
     """
 
     kind: str
@@ -130,9 +130,9 @@ class StyleTarget:
     rest_CC: Gram | None = None
 
     def term(self, sum_CC: Gram) -> StyleTerm:
-        """Loss and seed matrix of a canvas whose gram_sum over the whole image is `sum_CC`.
+        """Loss and seed matrix of a canvas whose gram_sum over the whole image is `sum_CC` (eq. 15).
 
-        The seed is d(N·w_s·Ls)/dφ = seed_CC · φ, exact on any subset of positions.
+        The seed is d(N·w_s·Ls)/dφ = seed_CC · φ, exact at any subset of positions.
         Raises ConfigError if the target has no energy to normalise by.
         """
         gram_CC = sum_CC / self.positions + (0.0 if self.rest_CC is None else self.rest_CC)
@@ -144,12 +144,12 @@ class StyleTarget:
 
 
 def relative_error(squares: float, energy: float) -> float:
-    """‖a − b‖/‖b‖ from their squares; 0 where both are nothing."""
+    """‖a − b‖/‖b‖ from the squared norms; 0 if both are 0."""
     return math.sqrt(squares / energy) if energy > 0 else math.inf if squares > 0 else 0.0
 
 
 def content_scale(kind: str, energy: float, channels: int, positions: int, weight: float) -> float:
-    """What ‖φ_l(p) − φ_l(o)‖² is multiplied by in Lc; the seed is N·w_c·2·scale·(φ_l(p) − φ_l(o)).
+    """The factor of ‖φ_l(p) − φ_l(o)‖² in Lc (eq. 2 for gatys); the seed is N·w_c·2·scale·(φ_l(p) − φ_l(o)).
 
     `energy`: ‖φ_l(o)‖² over the whole image. Raises ConfigError if it is zero and the family normalises by it.
     """
@@ -162,12 +162,11 @@ def _energy(energy: float, which: str) -> float:
     if not energy > 0:
         raise ConfigError(
             f"loss.kind: normalized divides by the energy of the {which} features, which is {energy:g}: the "
-            f"{which} image says nothing to this network at one of its layers. Use another image, other layers, or "
-            "loss.kind: gatys."
+            f"{which} image has no features at one of the layers. Use another image, other layers, or loss.kind: gatys."
         )
     return energy
 
 
 def objective(pixels: int, *parts: tuple[float, float]) -> float:
-    """J = N·(w_c·Lc + w_s·Ls + w_tv·Ltv), of its (weight, loss) pairs."""
+    """J = N·(w_c·Lc + w_s·Ls + w_tv·Ltv), from the (weight, loss) pairs."""
     return pixels * sum(weight * loss for weight, loss in parts)

@@ -1,27 +1,25 @@
-"""Fetching one file from the internet, checked, and given its name when it is whole."""
+"""Downloads one file by torch.hub, so that the file appears under its name only when it is complete and verified."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import BinaryIO
+from threading import Thread
 
 from pipeline.core.cancel import NEVER, CancelToken
-from pipeline.core.errors import InputError, StorageError, storage
+from pipeline.core.errors import InputError, storage, storage_error
 from pipeline.core.files import new_partial, remove, sync_folder
 
-_BLOCK_BYTES = 2**20
 _POLL_S = 0.2
-_TIMEOUT_S = 60  # of a server that says nothing
-_MIB = 2**20
+_TIMEOUT_S = 60  # without a byte from the server
 
 
 class DownloadError(InputError):
-    """The file could not be fetched, or is not the one that was wanted."""
+    """The file could not be downloaded, or its hash is wrong."""
 
 
 def download(
@@ -29,80 +27,70 @@ def download(
     path: Path,
     sha256_prefix: str,
     cancel: CancelToken = NEVER,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int], None] = lambda size_bytes: None,
 ) -> None:
-    """Fetch `url` to `path`; its SHA-256 has to begin with `sha256_prefix`. Leaves nothing but the whole file.
+    """Download `url` to `path`; the file's SHA-256 must begin with `sha256_prefix`. A failure leaves no file behind.
 
-    Raises Stopped soon after `cancel` is set. on_progress gets MiB done and in all.
-    Raises DownloadError, StorageError.
+    `on_progress` receives the bytes that have arrived.
+    Raises Stopped within a moment after `cancel` is set, DownloadError, StorageError.
     """
-    made = [folder for folder in path.parents if not folder.exists()]
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DownloadError(str(error)) from error
     with storage(path):
         partial = new_partial(path)
-    fetching = _Fetching(url, partial, on_progress)
     try:
         with storage(path):
-            # Opened in this thread: the other would still make the file after this one has given up and deleted it.
-            file = partial.open("xb")
-            # In a thread: a server that says nothing would keep a stop waiting.
-            thread = threading.Thread(target=fetching.run, args=(file,), name="download", daemon=True)
-            thread.start()
-            while thread.is_alive():
-                thread.join(_POLL_S)
-                cancel.raise_if_set()
-            if fetching.failure is not None:
-                raise fetching.failure
-            if not fetching.sha256.startswith(sha256_prefix):
-                raise DownloadError(f"its hash begins with {fetching.sha256[:8]}, not with {sha256_prefix}")
-            partial.replace(path)
+            # torch.hub names its temporary file itself: a folder of our own shows its size, and is easy to remove.
+            partial.mkdir()
+            _download_to(partial / path.name, url, sha256_prefix, cancel, on_progress)
+            with (partial / path.name).open("rb") as file:
+                os.fsync(file.fileno())  # before the rename: a power loss must not leave half a file under the name
+            (partial / path.name).replace(path)
             sync_folder(path.parent)
     finally:
-        fetching.cancelled.set()
         with contextlib.suppress(OSError):
             remove(partial)
-            for folder in made if not path.exists() else ():  # those that nothing came into
+            for folder in missing if not path.exists() else ():
                 folder.rmdir()
 
 
-class _Fetching:
-    """The download as its thread sees it."""
+def _download_to(
+    target: Path, url: str, sha256_prefix: str, cancel: CancelToken, on_progress: Callable[[int], None]
+) -> None:
+    """Run torch.hub's download on a thread, and watch the size of its file: torch.hub offers no callback or timeout.
 
-    def __init__(self, url: str, partial: Path, on_progress: Callable[[int, int], None]) -> None:
-        self._url, self._partial, self._on_progress = url, partial, on_progress
-        self.cancelled = threading.Event()
-        self.failure: Exception | None = None
-        self.sha256 = ""
+    The thread cannot be interrupted. After a stop or a timeout it writes on into a deleted file, and being a daemon it
+    ends with the process.
+    """
+    folder, outcome = target.parent, Future[None]()
+    Thread(target=_fetch, args=(url, target, sha256_prefix, outcome), name="download", daemon=True).start()
+    size, grown_s = 0, time.monotonic()
+    while not outcome.done():
+        wait([outcome], _POLL_S)
+        cancel.raise_if_set()
+        with contextlib.suppress(FileNotFoundError):  # torch.hub renames its file between the listing and the stat
+            if (now := sum(file.stat().st_size for file in folder.iterdir())) > size:
+                size, grown_s = now, time.monotonic()
+                on_progress(size)
+        if time.monotonic() - grown_s > _TIMEOUT_S:
+            raise DownloadError(f"the server sent nothing for {_TIMEOUT_S} s")
+    if (error := outcome.exception()) is not None:
+        # A full or failing disk raises OSError itself. The network raises its subclasses, whose errno may be another
+        # library's code, and torch.hub raises RuntimeError for a wrong hash.
+        if type(error) is OSError and storage_error(folder, error) is not error:
+            raise error
+        raise DownloadError(str(error)) from error
 
-    def run(self, file: BinaryIO) -> None:
-        try:
-            with file:
-                self._fetch(file)
-        except Exception as error:  # raised again in the caller's thread
-            self.failure = error
 
-    def _fetch(self, file: BinaryIO) -> None:
-        from http.client import HTTPException  # noqa: PLC0415 - for the one download in the life of a machine
-        from urllib.request import urlopen  # noqa: PLC0415
+def _fetch(url: str, target: Path, sha256_prefix: str, outcome: Future[None]) -> None:
+    import torch.hub  # noqa: PLC0415 - only the one download in the life of a machine needs it
 
-        digest, done = hashlib.sha256(), 0
-        try:
-            with urlopen(self._url, timeout=_TIMEOUT_S) as response:
-                total = int(response.headers.get("Content-Length") or 0)
-                while (block := response.read(_BLOCK_BYTES)) and not self.cancelled.is_set():
-                    with storage(self._partial):
-                        file.write(block)
-                    digest.update(block)
-                    done += len(block)
-                    self._on_progress(done // _MIB, max(done, total) // _MIB)
-        except StorageError:
-            raise
-        except (OSError, HTTPException, ValueError) as error:
-            raise DownloadError(str(error)) from error
-        with storage(self._partial):
-            file.flush()
-            os.fsync(file.fileno())
-        self.sha256 = digest.hexdigest()
+    try:
+        torch.hub.download_url_to_file(url, str(target), sha256_prefix, progress=False)
+    except Exception as error:
+        outcome.set_exception(error)
+    else:
+        outcome.set_result(None)

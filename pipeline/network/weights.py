@@ -1,6 +1,6 @@
-"""Finding the weights of a network, and what can be known of them without torch.
+"""Finds the weights of a network, with their hash and widths.
 
-Kept apart from network.py so that `plan` and `status` start without importing torch.
+Most of this works without torch, which takes seconds to import: `plan` and `status` do without it.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from pipeline.core.errors import StorageError, storage
 from pipeline.core.events import Note, Sink, WorkDone, ignore
 from pipeline.core.vgg_layers import CONV_NAMES, VGG19_WIDTHS
 from pipeline.network.download import DownloadError, download
-from pipeline.network.weights_file import check_file, check_shapes, safetensors_shapes
+from pipeline.network.weights_file import check_file, check_shapes, load_state, safetensors_shapes
 
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 VGG19_SHA256_PREFIX = "dcbb9e9d"
 VGG19_FILE_BYTES = 574_673_361
-_HASH_BLOCK_BYTES = 4 * 2**20
-# Networks whose weights come with the package: docs/networks.md tells how each was made.
+MIB = 2**20
+_HASH_BLOCK_BYTES = 4 * MIB
+# Networks whose weights are part of the package; docs/networks.md describes how each was made.
 PACKAGED: Mapping[str, Path] = {"vgg19-lite": Path(__file__).parents[1] / "assets" / "vgg19-lite.safetensors"}
-# Narrow, because random features are for tests: a sixteenth of VGG-19's arithmetic.
+# A quarter of VGG-19's widths, a sixteenth of its arithmetic: random features are for tests, which must be fast.
 RANDOM_WIDTHS: Mapping[str, int] = {name: VGG19_WIDTHS[name] // 4 for name in CONV_NAMES}
 
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """Where a network's weights come from: a file, or a seed when `path` is None.
+    """The source of a network's weights: a file, or a seed if `path` is None.
 
-    `widths` gives the output channels of every convolution, `sha256` names the content for the manifest.
+    `widths`: output channels of every convolution. `sha256`: of the file, for the manifest; "random" without a file.
     """
 
     path: Path | None
@@ -44,10 +45,10 @@ class WeightsSource:
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Everything needed to build a network anywhere; picklable.
+    """Everything that is needed to build a network in any process; picklable.
 
-    `threads`: how many compute one tile on a CPU, which decides the last bits; 0 leaves that to torch.
-    `gpu_bytes`: of a GPU, what is planned for one process; 0 bounds nothing.
+    `threads`: CPU threads per tile, which decide the last bits of the result; 0 keeps torch's setting.
+    `gpu_bytes`: GPU memory that is planned for one process; 0 sets no limit.
     """
 
     source: WeightsSource
@@ -60,17 +61,17 @@ class NetworkSpec:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device has memory and streams of its own."""
+        """Whether the device has its own memory and streams."""
         return self.device != "cpu"
 
 
 def find_weights(
     name: str, path: Path | None, seed: int, sink: Sink = ignore, cancel: CancelToken = NEVER
 ) -> WeightsSource:
-    """Locate the weights of network `name`; without a path, its own: packaged, seeded, or (VGG-19's) downloaded.
+    """Find the weights of network `name`: in `path` if given, else packaged, seeded, or (VGG-19's) downloaded.
 
-    Raises Stopped soon after `cancel` is set.
-    Raises InputError if the file is missing, is not a weights file, or cannot be downloaded.
+    Raises Stopped within a moment after `cancel` is set, InputError if the file is missing, is not a weights file, or
+    cannot be downloaded, StorageError if the disk fails.
     """
     if path is None and name == "random":
         return WeightsSource(None, seed, RANDOM_WIDTHS, "random")
@@ -79,15 +80,15 @@ def find_weights(
 
 
 def weights_path(name: str, path: Path | None) -> Path | None:
-    """The file that `find_weights` would read, there or not; None for random weights."""
+    """The file that `find_weights` would read, whether it exists or not; None for random weights."""
     path = path or PACKAGED.get(name)
     return path if path is not None or name == "random" else _vgg19_path()
 
 
 def widths_for_plan(name: str, path: Path | None, max_bytes: int = MAX_BYTES) -> Mapping[str, int]:
-    """Channel widths of the network that `find_weights` would give, without downloading anything.
+    """Output channels per convolution of the network that `find_weights` would find, without a download.
 
-    Raises InputError for a file that cannot be used, or has more than `max_bytes`.
+    Raises InputError for a file that cannot be used, or is larger than `max_bytes`.
     """
     path = path or PACKAGED.get(name)
     if path is not None:
@@ -97,7 +98,7 @@ def widths_for_plan(name: str, path: Path | None, max_bytes: int = MAX_BYTES) ->
 
 
 def weights_bytes(name: str, path: Path | None) -> int:
-    """Size of the weights file that `find_weights` would give, without downloading anything."""
+    """Size of the weights file that `find_weights` would find, without a download."""
     path = path or PACKAGED.get(name)
     if path is not None:
         return path.stat().st_size
@@ -107,7 +108,7 @@ def weights_bytes(name: str, path: Path | None) -> int:
 def read_widths(path: Path) -> Mapping[str, int]:
     """Output channels of every convolution in a weights file.
 
-    Raises InputError if it is no weights file, or not of a VGG-19-shaped network.
+    Raises InputError if it is not a weights file, or not of a VGG-19-shaped network.
     """
     check_file(path, MAX_BYTES)
     return _read_widths(path, path.stat().st_mtime_ns)
@@ -115,49 +116,45 @@ def read_widths(path: Path) -> Mapping[str, int]:
 
 @cache
 def _read_widths(path: Path, _modified_ns: int) -> Mapping[str, int]:
-    shapes = safetensors_shapes(path) if path.suffix == ".safetensors" else _pickle_shapes(path)
-    return check_shapes(shapes, path)
-
-
-def _pickle_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    from pipeline.network.weights_file import load_state  # noqa: PLC0415 - torch is needed to open a .pth, and only for that
-
-    return {key: tuple(value.shape) for key, value in load_state(path).items()}
+    if path.suffix == ".safetensors":
+        return check_shapes(safetensors_shapes(path), path)
+    return check_shapes({key: tuple(value.shape) for key, value in load_state(path).items()}, path)
 
 
 def download_vgg19(sink: Sink, cancel: CancelToken) -> Path:
-    """Torchvision's VGG-19 file in torch's hub folder, downloaded and hash-checked the first time.
+    """The VGG-19 file of torchvision in torch's hub folder, downloaded and verified the first time.
 
-    Raises InputError, saying what to do, when there is no network or the file is not what it should be; StorageError.
+    Raises InputError if it cannot be downloaded or has another hash, StorageError if the disk fails.
     """
     path = _vgg19_path()
     if path.is_file():
         return path
-    sink(Note(f"downloading VGG-19's weights, {VGG19_FILE_BYTES / 2**20:.0f} MiB, to {path}"))
+    total = VGG19_FILE_BYTES // MIB
+    sink(Note(f"downloading VGG-19's weights, {total} MiB, to {path}"))
     try:
         download(
             VGG19_URL,
             path,
             VGG19_SHA256_PREFIX,
             cancel,
-            lambda done, total: sink(WorkDone(0, "download", done, total)),
+            lambda size_bytes: sink(WorkDone(0, "download", size_bytes // MIB, total)),
         )
     except (DownloadError, StorageError) as error:
         raise type(error)(
             f"VGG-19's weights could not be downloaded from {VGG19_URL} ({error}). Download that file elsewhere and "
-            f"put it at {path}, or name a weights file in network.weights."
+            f"copy it to {path}, or name a weights file in network.weights."
         ) from error
     return path
 
 
 def _vgg19_path() -> Path:
-    import torch  # noqa: PLC0415 - only to know the hub folder
+    import torch  # noqa: PLC0415 - only for the path of the hub folder
 
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG19_URL).name
 
 
 def sha256_of(path: Path, cancel: CancelToken = NEVER) -> str:
-    """SHA-256 of a file, in hex. Raises Stopped soon after `cancel` is set."""
+    """SHA-256 of a file, in hex. Raises Stopped within a moment after `cancel` is set, StorageError."""
     digest = hashlib.sha256()
     with storage(path), path.open("rb", buffering=0) as file:
         while block := file.read(_HASH_BLOCK_BYTES):

@@ -1,1 +1,1 @@
-"""What a run will do and need, computed before it starts."""
+"""The plan of a run: its work, memory and disk, computed before it starts."""

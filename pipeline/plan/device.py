@@ -1,4 +1,4 @@
-"""Which device computes, and how much memory it and the host have. Imports torch only where a GPU may be."""
+"""Resolves `compute.device`, with the memory of the device. Imports torch only on a machine that may have a GPU."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import psutil
 from pipeline.config.fields import MAX_THREADS
 from pipeline.core.errors import ConfigError
 
-# Threads that move chunks between the store and a GPU, for all tiles in flight together.
+# Threads that copy chunks between the store and a GPU, shared by all tiles in flight.
 STAGING_THREADS = 6
 
 
 @dataclass(frozen=True)
 class Device:
-    """A compute device as torch names it (`cpu`, `cuda:0`), with its memory; a GPU's is what is free now."""
+    """A compute device by torch's name (`cpu`, `cuda:0`), with its memory: a CPU's in all, a GPU's free memory."""
 
     name: str
     label: str
@@ -25,38 +25,43 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether tiles live in memory other than the host's."""
+        """Whether tiles are in other memory than the host's."""
         return self.name != "cpu"
 
 
 def resolve_device(requested: str) -> Device:
-    """The device that `compute.device` means here. Raises ConfigError if it is not to be had."""
+    """The device that `compute.device` selects. Raises ConfigError if this machine does not have it."""
     if requested == "cpu" or (requested == "auto" and not _may_have_gpu()):
         return _cpu()
-    import torch  # noqa: PLC0415 - costs seconds, and a machine without a GPU need not pay them here
+    import torch  # noqa: PLC0415 - takes seconds, which a machine without a GPU can save
 
     if not torch.cuda.is_available():
         if requested == "auto":
             return _cpu()
         raise ConfigError(
-            f"compute.device: {requested} is asked for, but torch {torch.__version__} sees no CUDA device here. "
+            f"compute.device: {requested} is requested, but torch {torch.__version__} finds no CUDA device. "
             "Use compute.device: cpu, or install the driver and a CUDA build of torch."
         )
     index = int(requested.partition(":")[2] or 0)
     if index >= torch.cuda.device_count():
         raise ConfigError(
-            f"compute.device: {requested} is asked for, but this machine has {torch.cuda.device_count()}."
+            f"compute.device: {requested} is requested, but this machine has {torch.cuda.device_count()} such devices. "
+            "Use one of them, or compute.device: auto."
         )
     free_bytes, _ = torch.cuda.mem_get_info(index)
     return Device(f"cuda:{index}", torch.cuda.get_device_name(index), free_bytes)
 
 
 def default_threads(workers: int) -> int:
-    """CPU threads for one tile: this machine's cores, as far as we may use them, divided among worker processes."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked) > 0:
-        return min(int(asked), MAX_THREADS)
+    """CPU threads for one tile: the cores that this process may use, divided among the worker processes.
+
+    OMP_NUM_THREADS overrides it.
+    """
+    requested = os.environ.get("OMP_NUM_THREADS", "")
+    if requested.isdecimal() and int(requested) > 0:
+        return min(int(requested), MAX_THREADS)
     usable = len(os.sched_getaffinity(0))
+    # The hyper-threads of a core share its vector units, which one thread fills.
     cores = min(usable, psutil.cpu_count(logical=False) or usable)
     return min(max(1, cores // max(1, workers)), MAX_THREADS)
 

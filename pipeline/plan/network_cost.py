@@ -1,4 +1,4 @@
-"""The network as the plan sees it: its layers in use, their widths, and what they cost per pixel."""
+"""The cost of the network per pixel: which layers are in use, their widths, operations and memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from pipeline.store.guides import UNGUIDED, Guides
 
 @dataclass(frozen=True)
 class LayerUse:
-    """The network as the plan sees it: widths and the layers that the losses use."""
+    """The layers that the losses use, and the channels of every layer.
+
+    `itemsize`: bytes per value of a feature map on the CPU. `guides`: the masks of the stage.
+    """
 
     widths: Mapping[str, int]
     style_layers: tuple[str, ...]
@@ -26,7 +29,7 @@ class LayerUse:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All layers in use."""
+        """All layers in use, style layers first."""
         return self.style_layers + self.content_layers
 
     @property
@@ -36,11 +39,11 @@ class LayerUse:
 
     @property
     def style_keys(self) -> tuple[str, ...]:
-        """The names of all style terms: the style layers, or those of every region."""
+        """The names of all style terms: the style layers, or with masks the style layers of every region."""
         return tuple(key for layer in self.style_layers for key in self.guides.keys(layer))
 
     def channels(self) -> list[tuple[Layer, int, int]]:
-        """(layer, channels in, channels out) of every row of the table that runs."""
+        """(layer, channels in, channels out) of every layer that runs, down to the deepest in use."""
         rows, channels = [], 3
         for layer in needed_layers(self.names):
             out = self.widths.get(layer.name, channels)
@@ -49,29 +52,30 @@ class LayerUse:
         return rows
 
     def flop_per_px(self) -> int:
-        """Forward floating-point operations per canvas pixel: 2·9·C_in·C_out per position."""
+        """Floating-point operations of a forward pass per canvas pixel: 2·9·C_in·C_out per position."""
         return sum(
             18 * c_in * c_out // layer.stride**2 for layer, c_in, c_out in self.channels() if layer.kind == "conv"
         )
 
     def gradient_bytes_per_px(self, itemsize: int) -> int:
-        """Device bytes per outer pixel of the gradient pass, `itemsize` of them per value of a feature map.
+        """Peak device bytes of the gradient pass per outer pixel, with `itemsize` bytes per value of a feature map.
 
-        On the way back what is kept becomes less, and the maps become larger: the peak is at one of the layers.
+        The backward pass frees the maps of deep layers, and its gradients grow towards the pixels: the peak is at the
+        layer where both together are largest.
         """
-        kept, peak = 4 * 3 * self.itemsize, 0  # the tile, its scaled copy and their gradients
+        tape, peak = 4 * 3 * self.itemsize, 0  # the tile, its scaled copy and their gradients
         for layer, c_in, c_out in self.channels():
             positions = 1 / layer.stride**2
-            kept += int(c_out * positions * itemsize)
+            tape += int(c_out * positions * itemsize)
             if layer.kind == "pool":
-                kept += int(c_out * positions * 8)  # int64 indices of the maxima
-            # the gradient that comes, the layer's own seed, and the gradient that goes on, padded and not
+                tape += int(c_out * positions * 8)  # int64 indices of the maxima
+            # The gradient of the output, the layer's own seed, and the gradient of the input, padded and not.
             working = int((2 * c_out + c_in * (4 if layer.kind == "pool" else 2)) * positions * itemsize)
-            peak = max(peak, kept + max(working, self._columns_bytes(layer, c_in)))
+            peak = max(peak, tape + max(working, self._columns_bytes(layer, c_in)))
         return peak + self._guides_bytes_per_px()
 
     def _guides_bytes_per_px(self) -> int:
-        """Device bytes per outer pixel of the guides: maps, shares, their means, and two products with features."""
+        """Device bytes per outer pixel of the masks: maps, shares, their means, and two products with features."""
         if not self.guides.arrays:
             return 0
         maps = len(self.guides.arrays) + 3 * (self.guides.regions + 1)
@@ -79,21 +83,21 @@ class LayerUse:
         return (maps + products) * self.itemsize
 
     def _columns_bytes(self, layer: Layer, c_in: int) -> int:
-        """The unfolded input of a float64 convolution on the CPU, which has no direct kernel."""
+        """Bytes of the unfolded input of a float64 convolution: torch has no direct float64 kernel on the CPU."""
         return 9 * c_in * self.itemsize // layer.stride**2 if self.itemsize == 8 and layer.kind == "conv" else 0
 
     def grams_bytes(self) -> int:
-        """The Grams of one tile, float64."""
+        """Bytes of the Gram sums of one tile, in float64."""
         return max(1, self.guides.regions) * sum(self.widths[name] ** 2 * 8 for name in self.style_layers)
 
     def parameters_bytes(self) -> int:
-        """The convolutions' weights, once."""
+        """Bytes of the convolutions' weights."""
         return self.itemsize * sum(9 * c_in * c_out for layer, c_in, c_out in self.channels() if layer.kind == "conv")
 
     def forward_bytes_per_px(self, itemsize: int, copies: int) -> int:
-        """Device bytes per outer pixel of a pass without gradient: its two largest neighbouring maps.
+        """Peak device bytes of a pass without gradient per outer pixel: the largest pair of neighbouring maps.
 
-        `copies`: of both, in another layout, which some libraries make.
+        `copies`: how many copies of both a library makes in another memory layout.
         """
         return max(
             (c_in * (4 if layer.kind == "pool" else 1) + 2 * c_out + copies * (c_in + c_out))
@@ -104,12 +108,12 @@ class LayerUse:
         ) + (self._guides_bytes_per_px() if self.guides.regions else 0)
 
     def largest_values_per_px(self) -> float:
-        """Values of the largest feature map per pixel."""
+        """Values of the largest feature map per outer pixel."""
         return max(c_out / layer.stride**2 for layer, _, c_out in self.channels())
 
 
 def layers_in_use(config: Config, widths: Mapping[str, int]) -> LayerUse:
-    """The layers that carry weight in `config`. Raises InputError if the weights file lacks one of them."""
+    """The layers whose weight in the loss is not 0. Raises InputError if the weights file lacks one of them."""
     style = tuple(config.network.style_layers) if config.loss.style_weight > 0 else ()
     content = tuple(config.network.content_layers) if config.loss.content_weight > 0 else ()
     missing = [name for name in style + content if name not in widths]
@@ -123,7 +127,7 @@ def layers_in_use(config: Config, widths: Mapping[str, int]) -> LayerUse:
 
 
 def guides_of(styles: Sequence[StyleConfig], content_mask: Path | None) -> Guides:
-    """The guides of a stage with these styles, of those that count in it."""
+    """The guides (masks) of a stage with these styles: one region per mask, and one for styles without a mask."""
     regions = regions_of(styles)
     masks = sum(region.mask is not None for region in regions)
     return Guides(masks, masks < len(regions) if masks else False, content_mask is not None)

@@ -28,7 +28,8 @@ from pipeline.losses.color import ColorMap
 from pipeline.losses.masks import GuideMaps
 from pipeline.losses.objective import Gram
 from pipeline.losses.total_variation import variation
-from pipeline.network.vgg import FeatureMap, Step, get_network
+from pipeline.network.cache import get_network
+from pipeline.network.vgg import FeatureMap, Step
 from pipeline.network.weights import NetworkSpec
 from pipeline.render import device_io
 from pipeline.render.mask_tasks import read_guides

@@ -45,5 +45,5 @@ def enter_process_settings() -> None:
 
 def _release_network() -> None:
     """Frees the network, and puts torch's settings back, if anything was computed: else torch is not even there."""
-    if (network := sys.modules.get("pipeline.network.vgg")) is not None:
+    if (network := sys.modules.get("pipeline.network.cache")) is not None:
         network.release()

@@ -1,4 +1,4 @@
-"""tools/distill/distill_network.py end to end on a tiny teacher, and the network that ships with the package."""
+"""tools/distill/distill_network.py end to end on a tiny teacher, and the network that comes with the package."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def make_task(teacher, folder, **changes):
     return distillation.Distillation(settings, load_state(teacher), paths, "cpu")
 
 
-def train(task, output, **how):
-    return distill_network.train(task, output, Console(quiet=True), evaluate_every=100, **how)
+def train(task, output, **options):
+    return distill_network.train(task, output, Console(quiet=True), evaluate_every=100, **options)
 
 
-def test_writes_a_network_that_the_pipeline_reads(teacher, folder, tmp_path):
+def test_writes_a_network_that_the_program_reads(teacher, folder, tmp_path):
     output = tmp_path / "student.safetensors"
     arguments = ["--teacher", teacher, "--images", folder, "--output", output, "--widths", "3,4,6,6,6", "--steps", 3,
                  "--batch", 1, "--crop-px", 64, "--device", "cpu", "--source", "a test"]  # fmt: skip
@@ -145,7 +145,7 @@ def test_a_student_as_wide_as_the_teacher_explains_it_all(teacher, folder):
     assert min(fitted.values()) > 0.99, fitted
 
 
-def test_chosen_channels_tell_the_others():
+def test_chosen_channels_predict_the_others():
     rng = np.random.default_rng(5)
     independent = rng.normal(size=(3, 500))
     channels = np.concatenate([independent * 2, independent, independent[:1] - independent[1:2]])
@@ -163,7 +163,7 @@ def test_generated_images_follow_from_the_seed(maker):
     np.testing.assert_array_equal(first, second)
 
 
-def test_packaged_network_is_small_whole_and_accounted_for():
+def test_packaged_network_is_small_complete_and_documented():
     for name, path in PACKAGED.items():
         assert name in get_args(NetworkName)
         assert path.stat().st_size <= 2_000_000
@@ -180,7 +180,7 @@ def test_packaged_network_is_small_whole_and_accounted_for():
         assert "MIT" in (path.parent / "NOTICE").read_text()
 
 
-def test_sample_pictures_are_small():
+def test_sample_images_are_small():
     for name, size in (("landscape", (1024, 768)), ("strokes", (800, 640))):
         path = ROOT / "configs" / "samples" / f"{name}.jpg"
         image = pyvips.Image.new_from_file(str(path))

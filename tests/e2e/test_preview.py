@@ -24,7 +24,8 @@ from pipeline.commands.preview.sweep import MAX_VARIATIONS, load_variations
 from pipeline.config.config import Config, input_files
 from pipeline.core.errors import ConfigError, Stopped
 from pipeline.core.events import Note, PictureDone
-from pipeline.plan.plan import _check_overrides, stage_sizes
+from pipeline.plan.checks import check_overrides
+from pipeline.plan.sizes import stage_sizes
 from pipeline.rundir.lock import RunLock
 from tests.support.e2e import (
     canvases,
@@ -217,7 +218,7 @@ def test_stages_of_a_preview_are_those_of_the_run(found):
     config, images, long_px = found
     shorter = at_size(config, long_px)
     wanted, stages = stage_sizes(config, images), stage_sizes(shorter, images)
-    _check_overrides(shorter, [max(canvas) for canvas, _ in stages])  # all that it says is heeded
+    check_overrides(shorter, [max(canvas) for canvas, _ in stages])  # all that it says is heeded
     Config.model_validate(shorter.model_dump(mode="json"), context={"base": Path("/")})  # as a manifest is read
     if long_px >= config.size:
         assert stages == wanted and shorter == config

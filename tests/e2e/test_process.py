@@ -18,7 +18,7 @@ import torch
 
 import pipeline
 from pipeline.core.events import IterationDone, StageDone
-from pipeline.network import vgg
+from pipeline.network import cache, vgg
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.device import Device
 from pipeline.render import tile_tasks
@@ -127,11 +127,11 @@ def test_settings_are_put_back_by_the_last_call(tmp_path):
 def test_one_network_at_a_time_is_in_memory(narrow_weights):
     """A preview over paddings and poolings grew by a VGG-19 with each of them: 431 MiB where 104 were planned."""
     spec = NetworkSpec(find_weights("vgg19", narrow_weights, 0), "zeros", "max", "float32", "cpu")
-    first = weakref.ref(vgg.get_network(spec))
-    second = weakref.ref(vgg.get_network(replace(spec, pooling="average")))
+    first = weakref.ref(cache.get_network(spec))
+    second = weakref.ref(cache.get_network(replace(spec, pooling="average")))
     gc.collect()
     assert first() is None and second() is not None
-    vgg.release()
+    cache.release()
     gc.collect()
     assert second() is None
 
@@ -163,7 +163,7 @@ def test_runs_on_several_threads_keep_their_networks(make_config, tmp_path):
         for thread in threads:
             thread.join()
     assert sorted(made) in (["average", "max"], ["average", "max", "max"], ["average", "average", "max"])
-    vgg.release()
+    cache.release()
 
 
 def test_a_call_leaves_no_network_behind(make_config):
@@ -197,7 +197,7 @@ def bounds(monkeypatch) -> list[int]:
 
     def get_network(spec: NetworkSpec) -> vgg.Network:
         found.append(spec.gpu_bytes)
-        return vgg.get_network(spec)
+        return cache.get_network(spec)
 
     for module in ("run", "crop", "repair"):
         monkeypatch.setattr(import_module(f"pipeline.{module}"), "plan_on", planned)
@@ -246,7 +246,7 @@ def test_every_process_bounds_its_gpu_before_it_builds_a_network(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *call: calls.append(call))
     spec = NetworkSpec(find_weights("random", None, 0), "zeros", "max", "float32", "cuda:0", gpu_bytes=GPU_BYTES)
     with pytest.raises(Exception, match=r"(?i)cuda|nvidia"):  # there is none here, which the network finds
-        vgg.get_network(spec)
+        cache.get_network(spec)
     assert calls == [((GPU_BYTES + 2 * 2**30) / (80 * 2**30), "cuda:0")]
-    vgg.release()
+    cache.release()
     assert calls[1:] == [(1.0, "cuda:0")]

@@ -175,7 +175,7 @@ def test_wrong_stages_and_starts(tmp_path, text, said):
 
 def test_an_entry_for_no_stage_is_refused():
     """It would be passed over in silence, and the artist would wonder why nothing changes."""
-    with pytest.raises(ConfigError, match=r"stages\.1: is for canvases of 513 to 900 px, and this run has none"):
+    with pytest.raises(ConfigError, match=r"stages\.1: applies to canvases of 513 to 900 px, and this run has none"):
         planned((1000, 800), stages=[{"up_to": 512}, {"up_to": 900}, {"up_to": 2000}])
 
 
@@ -250,7 +250,7 @@ def test_a_run_may_start_from_a_picture(tmp_path, narrow_weights):
     with pytest.raises(ConfigError, match="init: the content of the file has changed"):
         pipeline.run(config)
     write_image(tmp_path / "start.png", 61, 48, seed=6)
-    with pytest.raises(InputError, match=r"has 48×61 px, and the canvas .* \(61×48 px\): it would be squeezed"):
+    with pytest.raises(InputError, match=r"has 48×61 px, .* the canvas's \(61×48 px\), so it would be distorted"):
         pipeline.plan(config)
 
 

@@ -1,4 +1,4 @@
-"""Some hundred wrong configs, pictures and weights, the same every time; tools/torture/fuzz.py has thousands more."""
+"""Hundreds of broken configs, images and weights files, the same every time; tools/torture/fuzz.py has thousands."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from tools.torture.fuzz_files import Case
 CASES = {"config text": 200, "config values": 200, "picture": 150, "weights": 100}
 
 
-def test_whatever_is_given_is_refused_in_a_line_or_works(monkeypatch):
-    """A file from a stranger, or from a bad disk, would end in a traceback, a hang, or a machine out of memory."""
+def test_any_input_works_or_is_refused_in_one_line(monkeypatch):
+    """A file from a stranger or a bad disk must not end in a traceback, a hang, or out of memory."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     failures: list[str] = []
 
-    def tell(case: Case, outcome: Outcome) -> None:
+    def report(case: Case, outcome: Outcome) -> None:
         failures.append(f"{case.kind} {case.argv}: {outcome.wrong}\n{outcome.err[-2000:]}")
 
-    tallies = fuzz(CASES, 1, 1, tell)
+    tallies = fuzz(CASES, 1, 1, report)
     assert not failures, "\n\n".join(failures)
     assert CASES.keys() == KINDS.keys()
     for kind, tally in tallies.items():
         assert tally.codes and tally.cases > 0.9 * CASES[kind]
-        assert tally.codes["0"] and tally.codes["3"], kind  # neither all nor nothing is refused
+        assert tally.codes["0"] and tally.codes["3"], kind  # some cases work, some are refused
 
 
 WRONG = {
@@ -42,8 +42,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_the_judge_sees_what_is_wrong(case):
-    """A judge that lets everything pass would hold nothing."""
+def test_the_judge_detects_every_kind_of_failure(case):
+    """A judge that accepts everything would make every fuzz test pass."""
     code, out, err = WRONG[case]
     assert judged(Outcome(code, out, err, 0.1, 0), "picture")
     assert not judged(Outcome(3, "", "pipeline: error: a.png: no such file.\n", 0.1, 0), "picture")
@@ -54,7 +54,7 @@ def test_the_judge_sees_what_is_wrong(case):
 
 
 def take_all_memory(case, main):
-    """What a worker does here in place of a command."""
+    """Replaces the command that a worker runs."""
     if case.kind == "dies":
         torture_fuzz.os.abort()
     torture_fuzz.time.sleep(1000)
@@ -66,8 +66,8 @@ def serve_wrong(connection, folder):
     torture_fuzz.serve(connection, folder)
 
 
-def test_a_worker_that_dies_or_hangs_is_seen(monkeypatch):
-    """A decoder's crash takes the process with it: it must be counted, and the next case run."""
+def test_a_worker_that_dies_or_hangs_is_detected(monkeypatch):
+    """A crash of a decoder ends the process: it must be counted, and the next case run."""
     monkeypatch.setattr(torture_fuzz, "serve", serve_wrong)
     monkeypatch.setattr(torture_fuzz, "WALL_S", 20.0)
     worker = Worker()

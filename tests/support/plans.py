@@ -8,12 +8,13 @@ from pathlib import Path
 from pipeline.config.config import Config
 from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.core.vgg_layers import VGG19_WIDTHS
-from pipeline.plan.plan import make_plan, stage_sizes
+from pipeline.plan.plan import make_plan
+from pipeline.plan.sizes import stage_sizes
 
 
 @dataclass(frozen=True)
 class Header:
-    """An image's size without an image."""
+    """The header of an image that does not exist."""
 
     height_px: int
     width_px: int
@@ -41,7 +42,7 @@ def planned(
 
 
 def headers(content, styles) -> dict[Path, Header]:
-    """Of /c.png, and /s0.png, /s1.png, …"""
+    """Headers of /c.png, and of /s0.png, /s1.png, …"""
     named = {Path(f"/s{index}.png"): Header(*size) for index, size in enumerate(styles)}
     return named | ({Path("/c.png"): Header(*content)} if content else {})
 

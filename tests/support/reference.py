@@ -1,6 +1,6 @@
-"""algorithm.md once more, whole images and plain torch only: what the tiles are measured against.
+"""A second implementation of algorithm.md, with whole images and plain torch, to which the tiles are compared.
 
-Nothing here imports the program. The layer table is typed out, the padding is torch's own, the gradient is autograd's.
+It imports nothing of the program: the layer table is typed out, the padding is torch's, the gradient is autograd's.
 Axes in names: H rows, W columns, C channels, n positions.
 """
 
@@ -29,7 +29,7 @@ _MODES = {"zeros": "constant", "replicate": "replicate", "reflect": "reflect"}
 
 
 def narrow_state(widths: Sequence[int] = (4, 8, 8, 8, 8), seed: int = 0, last: str = "conv5_1") -> dict[str, Tensor]:
-    """A small network under our names: `widths` per block, He-normal weights, biases that are not zero."""
+    """A small network under our names: `widths` per block, He-normal weights, non-zero biases."""
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
     channels = 3
@@ -48,7 +48,7 @@ def torchvision_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def features(state: Mapping[str, Tensor], image_HWC: Tensor, padding: str, pooling: str) -> dict[str, Tensor]:
-    """(C, H, W) after ReLU of every convolution that the image is large enough for."""
+    """φ_l after ReLU, (C, H, W), of every convolution that the image is large enough for."""
     x = image_HWC.permute(2, 0, 1)[None] / 255
     if "input.weight" in state:
         x = F.conv2d(x, state["input.weight"].to(x), state["input.bias"].to(x))
@@ -56,7 +56,7 @@ def features(state: Mapping[str, Tensor], image_HWC: Tensor, padding: str, pooli
         mean = torch.tensor([0.485, 0.456, 0.406], dtype=x.dtype)[None, :, None, None]
         std = torch.tensor([0.229, 0.224, 0.225], dtype=x.dtype)[None, :, None, None]
         x = (x - mean) / std
-    found: dict[str, Tensor] = {}
+    features_CHW: dict[str, Tensor] = {}
     for name in TOPOLOGY:
         if name == "pool":
             if min(x.shape[2:]) < 2:
@@ -67,29 +67,29 @@ def features(state: Mapping[str, Tensor], image_HWC: Tensor, padding: str, pooli
             break
         x = F.pad(x, (1, 1, 1, 1), mode=_MODES[padding])
         x = F.relu(F.conv2d(x, state[f"{name}.weight"].to(x), state[f"{name}.bias"].to(x)))
-        found[name] = x[0]
-    return found
+        features_CHW[name] = x[0]
+    return features_CHW
 
 
 def gram(features_CHW: Tensor) -> Tensor:
-    """Mean Gram matrix, (C, C)."""
+    """G_l, the mean Gram matrix, (C, C)."""
     features_Cn = features_CHW.flatten(1)
     return features_Cn @ features_Cn.T / features_Cn.shape[1]
 
 
 def luminance(image_HWC: Tensor) -> Tensor:
-    """Y of YIQ, in all three channels."""
+    """Y of YIQ in all three channels."""
     y_HW = 0.299 * image_HWC[..., 0] + 0.587 * image_HWC[..., 1] + 0.114 * image_HWC[..., 2]
     return torch.stack([y_HW] * 3, -1)
 
 
 def color_matched(style: np.ndarray, content: np.ndarray) -> np.ndarray:
-    """The style's pixels by the linear map that gives them the content's mean and covariance, clipped."""
+    """The style's pixels with the content's mean and covariance, by a linear map, clipped."""
     style_n3, content_n3 = style.reshape(-1, 3), content.reshape(-1, 3)
 
-    def power(of_n3: np.ndarray, exponent: float, least: float) -> np.ndarray:
-        vectors, variances, _ = np.linalg.svd(np.cov(of_n3, rowvar=False, ddof=0))
-        return vectors @ np.diag(np.maximum(variances, least) ** exponent) @ vectors.T
+    def power(pixels_n3: np.ndarray, exponent: float, minimum: float) -> np.ndarray:
+        vectors, variances, _ = np.linalg.svd(np.cov(pixels_n3, rowvar=False, ddof=0))
+        return vectors @ np.diag(np.maximum(variances, minimum) ** exponent) @ vectors.T
 
     a = power(content_n3, 0.5, 0.0) @ power(style_n3, -0.5, 1.0)
     matched = (style_n3 - style_n3.mean(0)) @ a.T + content_n3.mean(0)
@@ -97,14 +97,14 @@ def color_matched(style: np.ndarray, content: np.ndarray) -> np.ndarray:
 
 
 def luminance_matched(style: np.ndarray, content: np.ndarray) -> np.ndarray:
-    """Y of the style with the mean and the deviation of the content's Y, clipped, in all three channels."""
-    of_style, of_content = (luminance(torch.from_numpy(image)).numpy() for image in (style, content))
-    gain = of_content.std() / max(of_style.std(), 1.0)
-    return np.clip((of_style - of_style.mean()) * gain + of_content.mean(), 0, 255)
+    """Y of the style with mean and deviation of the content's Y, clipped, in all three channels."""
+    style_y, content_y = (luminance(torch.from_numpy(image)).numpy() for image in (style, content))
+    gain = content_y.std() / max(style_y.std(), 1.0)
+    return np.clip((style_y - style_y.mean()) * gain + content_y.mean(), 0, 255)
 
 
 def at_layer(mask_HW: np.ndarray, layer: str) -> Tensor:
-    """The mean of a mask over the pixels of each position of a layer."""
+    """M_r,l: the mean of a mask over the pixels of each position of a layer."""
     stride = STRIDES[layer]
     height, width = (side // stride for side in mask_HW.shape)
     blocks = mask_HW[: height * stride, : width * stride].reshape(height, stride, width, stride)
@@ -113,10 +113,10 @@ def at_layer(mask_HW: np.ndarray, layer: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything that J depends on but the canvas. Images are (H, W, 3) float64 arrays of 0..255.
+    """Everything that J depends on, except the canvas. Images are (H, W, 3) float64 arrays of 0..255.
 
-    `masks`: per style the (H, W) share of the canvas that it paints, 0..1, or None; equal ones share a region.
-    `content_mask`: how much of the content's weight counts where, or None.
+    `masks`: per style its (H, W) share of each pixel, 0..1, or None; styles with equal masks share a region.
+    `content_mask`: the (H, W) weight of the content, 0..1, or None.
     """
 
     state: Mapping[str, Tensor]
@@ -138,11 +138,11 @@ class Problem:
     def features(self, image: Tensor) -> dict[str, Tensor]:
         return features(self.state, image, self.padding, self.pooling)
 
-    def seen(self, image: Tensor) -> Tensor:
-        """What the network sees of the canvas or the content."""
+    def network_input(self, image: Tensor) -> Tensor:
+        """The canvas or the content as the network receives it."""
         return luminance(image) if self.color == "luminance" else image
 
-    def seen_style(self, style: np.ndarray) -> Tensor:
+    def style_input(self, style: np.ndarray) -> Tensor:
         if self.color == "content":
             style = color_matched(style, self.content)
         if self.color == "luminance":
@@ -152,28 +152,28 @@ class Problem:
     def content_features(self) -> dict[str, Tensor]:
         if "content" not in self._cache:
             with torch.no_grad():
-                self._cache["content"] = self.features(self.seen(torch.from_numpy(self.content)))
+                self._cache["content"] = self.features(self.network_input(torch.from_numpy(self.content)))
         return self._cache["content"]
 
     def regions(self) -> list[tuple[np.ndarray, list[tuple[np.ndarray, float]]]]:
-        """(share of every pixel, styles with their weights) of every region; masked ones first, then what is left."""
+        """(share of every pixel, styles with their weights) of every region: of each mask, then of the rest."""
         masks = list(self.masks) or [None] * len(self.styles)
         distinct: list[np.ndarray] = []
         for mask in masks:
             if mask is not None and not any(np.array_equal(mask, other) for other in distinct):
                 distinct.append(mask)
         covered = np.sum(distinct, 0) if distinct else np.zeros(self.content.shape[:2])
-        found = []
-        for one in distinct:
+        regions = []
+        for region_mask in distinct:
             members = [
                 style
                 for style, mask in zip(self.styles, masks, strict=True)
-                if mask is not None and np.array_equal(mask, one)
+                if mask is not None and np.array_equal(mask, region_mask)
             ]
-            found.append((one / np.maximum(1, covered), members))
+            regions.append((region_mask / np.maximum(1, covered), members))
         if rest := [style for style, mask in zip(self.styles, masks, strict=True) if mask is None]:
-            found.append((np.maximum(0, 1 - covered), rest))
-        return found
+            regions.append((np.maximum(0, 1 - covered), rest))
+        return regions
 
     def target_grams(self, region: int = 0) -> dict[str, Tensor]:
         if ("grams", region) not in self._cache:
@@ -182,18 +182,18 @@ class Problem:
                 total = sum(weight for _, weight in styles)
                 grams = dict.fromkeys(self.style_layers, 0.0)
                 for image, weight in styles:
-                    found = self.features(self.seen_style(image))
-                    grams = {layer: grams[layer] + weight / total * gram(found[layer]) for layer in grams}
+                    maps = self.features(self.style_input(image))
+                    grams = {layer: grams[layer] + weight / total * gram(maps[layer]) for layer in grams}
                 self._cache["grams", region] = grams
         return self._cache["grams", region]
 
     def losses(self, canvas: Tensor) -> tuple[Tensor, Tensor]:
         """(Lc, Ls)."""
-        found = self.features(self.seen(canvas))
+        maps = self.features(self.network_input(canvas))
         content_loss = style_loss = torch.zeros((), dtype=canvas.dtype)
         for layer, alpha in self.content_layers.items():
             target = self.content_features()[layer]
-            squares_HW = (found[layer] - target).square().sum(0)
+            squares_HW = (maps[layer] - target).square().sum(0)
             if self.content_mask is not None:
                 squares_HW = squares_HW * at_layer(self.content_mask, layer)
             if self.kind == "normalized":
@@ -205,8 +205,8 @@ class Problem:
                 target, guide_HW = self.target_grams(region)[layer], at_layer(share_HW, layer)
                 if not guide_HW.any():
                     continue
-                guided_Cn = (found[layer] * guide_HW).flatten(1)
-                guided = guided_Cn @ found[layer].flatten(1).T / guide_HW.sum()
+                guided_Cn = (maps[layer] * guide_HW).flatten(1)
+                guided = guided_Cn @ maps[layer].flatten(1).T / guide_HW.sum()
                 squares = guide_HW.mean() * (guided - target).square().sum()
                 if self.kind == "normalized":
                     style_loss = style_loss + weight * squares / target.square().sum()
@@ -216,9 +216,9 @@ class Problem:
 
     def variation(self, canvas: Tensor) -> Tensor:
         """Ltv."""
-        seen = self.seen(canvas) / 255
-        down, right = seen[1:] - seen[:-1], seen[:, 1:] - seen[:, :-1]
-        return (down.square().sum() + right.square().sum()) / seen.numel()
+        x_HWC = self.network_input(canvas) / 255
+        down, right = x_HWC[1:] - x_HWC[:-1], x_HWC[:, 1:] - x_HWC[:, :-1]
+        return (down.square().sum() + right.square().sum()) / x_HWC.numel()
 
     def objective(self, canvas: Tensor) -> Tensor:
         """J = N · (w_c·Lc + w_s·Ls + w_tv·Ltv)."""
@@ -228,9 +228,9 @@ class Problem:
         return pixels * (loss + self.tv_weight * self.variation(canvas))
 
     def gradient(self, canvas: np.ndarray) -> np.ndarray:
-        """dJ/dp, (H, W, 3); of luminance, the derivative along the greys, in all three channels."""
+        """dJ/dp, (H, W, 3); for luminance the derivative along the grey axis, in all three channels."""
         leaf = torch.from_numpy(canvas.copy()).requires_grad_()
-        (found,) = torch.autograd.grad(self.objective(leaf), leaf)
+        (gradient,) = torch.autograd.grad(self.objective(leaf), leaf)
         if self.color == "luminance":
-            found = found.sum(-1, keepdim=True).expand_as(found)
-        return found.numpy()
+            gradient = gradient.sum(-1, keepdim=True).expand_as(gradient)
+        return gradient.numpy()

@@ -31,7 +31,8 @@ from pipeline.config.sections import LossConfig, NetworkConfig
 from pipeline.core.tiling import Rect
 from pipeline.losses import objective
 from pipeline.losses.objective import Gram
-from pipeline.network.vgg import FeatureMap, Network, Step, get_network
+from pipeline.network.cache import get_network
+from pipeline.network.vgg import FeatureMap, Network, Step
 from pipeline.network.weights import NetworkSpec, find_weights
 from tools.bench.runs import machine, make_picture, make_weights, synchronised
 

@@ -36,7 +36,7 @@ from pipeline.config.config import NetworkConfig
 from pipeline.core.events import Event, IterationDone, WorkDone
 from pipeline.core.tiling import Rect, grid
 from pipeline.core.vgg_layers import LAYER_BY_NAME, halo_px
-from pipeline.network.vgg import get_network
+from pipeline.network.cache import get_network
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.store.layout import stage_arrays
 

@@ -31,7 +31,7 @@ from pipeline.core.tiling import Rect, Tile, grid
 from pipeline.core.vgg_layers import ALIGN_PX, LAYER_BY_NAME, ceil_to, halo_px
 from pipeline.executors.threads import ThreadExecutor
 from pipeline.losses import objective as losses
-from pipeline.network.vgg import get_network
+from pipeline.network.cache import get_network
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.memory import WORKERS
 from pipeline.plan.plan import computed_px

@@ -1,12 +1,13 @@
-"""Train a small VGG-19-shaped network to see what a large one sees; `pipeline/assets/vgg19-lite` was made with this.
+"""Train a small VGG-19-shaped network to have a large one's features; `pipeline/assets/vgg19-lite` was made with this.
 
     python -m tools.distill.distill_network --teacher vgg19-dcbb9e9d.pth --teacher-padding zeros --images photos/ \
         --output vgg19-small.safetensors
 
-How it trains is told in distillation.py, what it got in docs/networks.md. The checkpoint beside the output holds
-student, maps and optimiser; the batch of a step follows from the seed and the step's number, so there is no other
-state, and the same command goes on where a killed one stopped. Only --steps may be changed then: the learning rate
-falls to its end by that step.
+It shows how much of the teacher's features the student explains on held-out images, per layer and padding. 1,000 steps
+of three crops of 256 px took 9 minutes on one CPU thread (docs/networks.md, with the results). distillation.py
+describes the method. The checkpoint beside the output holds student, maps and optimiser, and a step's batch depends on
+the seed and the step alone, so the same command resumes a killed training. Then only --steps may differ: it sets the
+step at which the learning rate reaches its end.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def checkpoint_path(output: Path) -> Path:
 
 
 def save_checkpoint(path: Path, settings: Settings, training: Training) -> None:
-    """Write aside, sync, rename: a kill leaves the old checkpoint or the new one."""
+    """Write a temporary file, sync, rename: a kill leaves the old checkpoint or the new one."""
     content = {
         "settings": json.dumps(asdict(settings)),
         "step": training.step,
@@ -57,23 +58,25 @@ def save_checkpoint(path: Path, settings: Settings, training: Training) -> None:
         "maps": {key: value.detach() for key, value in training.maps.items()},
         "optimizer": training.optimizer.state_dict(),
     }
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+    temporary.replace(path)
 
 
 def load_checkpoint(path: Path, task: Distillation) -> Training:
-    """The training as it stood. Raises UsageError if it was made under settings that differ in more than `steps`."""
+    """The training of a checkpoint. Raises UsageError if its settings differ in more than `steps`."""
     content = torch.load(path, map_location=task.device, weights_only=True)
     old, new = json.loads(content["settings"]), json.loads(json.dumps(asdict(task.settings)))
     changed = ", ".join(
         f"{key} {old.get(key)} → {new[key]}" for key in new if key != "steps" and old.get(key) != new[key]
     )
     if changed:
-        raise click.UsageError(f"{path} was made under other settings ({changed}). Repeat those, or delete it.")
+        raise click.UsageError(
+            f"{path} was written with other settings ({changed}). Use those settings to resume, or delete it."
+        )
     training = task.training(content["step"], content["student"], content["maps"])
     training.optimizer.load_state_dict(content["optimizer"])
     return training
@@ -86,7 +89,7 @@ def train(
     checkpoint = checkpoint_path(output)
     if checkpoint.exists():
         training = load_checkpoint(checkpoint, task)
-        console.print(f"going on at step {training.step} of {checkpoint}")
+        console.print(f"resuming at step {training.step} from {checkpoint}")
     else:
         with console.status("warm start"):
             training = task.start()
@@ -123,13 +126,13 @@ def steps(
 
 
 def summary(task: Distillation, training: Training) -> str:
-    """Held-out explained variance of every tap in one line, with the first of the paddings."""
+    """Explained variance of every tap on held-out images in one line, with the first of the paddings."""
     scores = task.scores(training.student, training.maps, task.settings.paddings[0])
     return "explained variance " + " ".join(f"{tap[4:]} {score:.3f}" for tap, score in scores.items())
 
 
 def write_network(task: Distillation, training: Training, output: Path, source: str) -> dict[str, dict[str, float]]:
-    """Write the student in float16 with its provenance; gives the scores of what was written, per padding."""
+    """Write the student in float16 with its provenance; returns the scores of the written weights per padding."""
     halves = {key: value.detach().half().contiguous().cpu() for key, value in training.student.items()}
     rounded: dict[str, Tensor] = {key: value.float().to(task.device) for key, value in halves.items()}
     paddings = tuple(dict.fromkeys((*task.settings.paddings, *PADDINGS)))
@@ -146,9 +149,9 @@ def write_network(task: Distillation, training: Training, output: Path, source: 
             {padding: {tap: round(score, 4) for tap, score in taps.items()} for padding, taps in scores.items()}
         ),
     }
-    aside = output.with_name(output.name + ".partial")
-    save_file(halves, aside, metadata)
-    aside.replace(output)
+    temporary = output.with_name(output.name + ".partial")
+    save_file(halves, temporary, metadata)
+    temporary.replace(output)
     return scores
 
 
@@ -165,7 +168,7 @@ def parse_widths(_context: click.Context, _option: click.Parameter, value: str) 
     except ValueError:
         widths = ()
     if len(widths) != 5 or min(widths) < 1:
-        raise click.BadParameter("five positive whole numbers with commas between, one per block")
+        raise click.BadParameter("expected five positive integers separated by commas, one per block")
     return widths
 
 
@@ -177,12 +180,18 @@ def parse_widths(_context: click.Context, _option: click.Parameter, value: str) 
 @click.option("--steps", default=4000, type=click.IntRange(1), show_default=True)
 @click.option("--batch", default=4, type=click.IntRange(1), show_default=True, help="Images per step.")
 @click.option("--crop-px", default=256, type=click.IntRange(32), show_default=True, help="Side of a training image.")
-@click.option("--generated", default=0.3, type=click.FloatRange(0, 1), show_default=True, help="Share of made images.")
-@click.option("--learning-rate", default=0.0005, show_default=True, help="Per step, in parts of a tensor's own size.")
-@click.option("--gram-weight", default=0.5, show_default=True, help="Of the Gram matrices beside the features.")
+@click.option(
+    "--generated", default=0.3, type=click.FloatRange(0, 1), show_default=True, help="Share of generated images."
+)
+@click.option(
+    "--learning-rate", default=0.0005, show_default=True, help="Per step, relative to a tensor's root mean square."
+)
+@click.option(
+    "--gram-weight", default=0.5, show_default=True, help="Weight of the Gram matrices relative to the features."
+)
 @click.option("--teacher-padding", default="zeros", type=click.Choice(list(PADDINGS)), show_default=True)
 @click.option("--padding", "paddings", default=("replicate", "zeros"), type=click.Choice(list(PADDINGS)),
-              multiple=True, show_default=True, help="Of the student; of several, each batch takes one.")  # fmt: skip
+              multiple=True, show_default=True, help="Of the student; with several, each batch draws one.")  # fmt: skip
 @click.option("--pooling", default="max", type=click.Choice(["max", "average"]), show_default=True)
 @click.option("--seed", default=0, type=click.IntRange(0), show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
@@ -212,7 +221,7 @@ def main(
     except PipelineError as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on")
+        console.print("Stopped. Run the same command again to resume.")
         sys.exit(EXIT_STOPPED)
     print_scores(console, write_network(task, training, output, source))
     checkpoint_path(output).unlink()

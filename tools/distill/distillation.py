@@ -1,9 +1,9 @@
 """The training behind distill_network.py: warm start, losses, steps and scores.
 
-The student starts as the teacher with channels left out: layer by layer, those are kept from which the others are best
-told linearly, and the convolution is fitted anew, by ridge regression, to the channels that the layer before has kept.
-Then it is trained: at every convolution a linear map, dropped afterwards, takes the student's features to the
-teacher's, and their Gram matrices are compared as well.
+The student starts as the teacher with fewer channels: each layer keeps the channels that best predict the others
+linearly, and its convolution is fitted again, by ridge regression, to the retained channels of the layer before.
+Then it is trained. At every convolution a linear map, discarded afterwards, predicts the teacher's features from the
+student's; the loss compares features and Gram matrices.
 
 Axes in names: B batch, C channels, H rows, W columns.
 """
@@ -28,16 +28,16 @@ from pipeline.network.weights_file import conv_key
 from tools.distill.training_images import make_batch, read_image, to_batch
 
 State = dict[str, Tensor]
-HELD_OUT_EVERY = 10  # of the images in the order of their names, the first, the eleventh, … are never trained on
+HELD_OUT_EVERY = 10  # in the order of their names, the first, eleventh, … image are for scores only
 WARM_START_BATCHES = 10
-RIDGE = 1e-5  # of the mean energy of the regressors
+RIDGE = 1e-5  # relative to the mean energy of the regressors
 WARM_UP_STEPS = 100
 INPUT_KEYS = ("input.weight", "input.bias")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the result; a checkpoint goes on only under the same."""
+    """Everything that determines the result; a checkpoint can be resumed only with equal settings."""
 
     teacher_sha256: str
     widths: tuple[int, ...]
@@ -56,7 +56,7 @@ class Settings:
 
 @dataclass
 class Training:
-    """The state of a training: everything that a checkpoint holds."""
+    """The state of a training, which a checkpoint stores."""
 
     step: int
     student: State
@@ -65,10 +65,10 @@ class Training:
 
 
 class Distillation:
-    """A teacher, the images and the settings; trains students."""
+    """Trains students with a teacher, images and settings."""
 
     def __init__(self, settings: Settings, teacher_state: Mapping[str, Tensor], images: list[Path], device: str):
-        """Load what is fixed during a training: the teacher's features and the held-out images."""
+        """Compute what stays fixed during a training: the teacher's statistics and the held-out images."""
         self.settings = settings
         self.device = device
         self.train_images = [path for index, path in enumerate(images) if index % HELD_OUT_EVERY]
@@ -81,19 +81,19 @@ class Distillation:
         self.energy = {tap: mean_of([moment[tap] for moment in moments]) for tap in self.taps}
 
     def network(self, state: Mapping[str, Tensor], padding: str) -> Network:
-        """The network of a state; gradients reach the tensors of `state`, so it is built anew for every step."""
+        """The network of a state. Gradients flow to the tensors of `state`, so every step builds it again."""
         pooling = self.settings.pooling
         return Network(state, padding=padding, pooling=pooling, dtype=torch.float32, device=self.device)
 
     def batch(self, key: tuple[int, int]) -> Tensor:
-        """The training batch that belongs to (kind, number), (B, 3, H, W)."""
+        """The batch of `key`, which is (kind, number), (B, 3, H, W)."""
         settings = self.settings
         rng = np.random.default_rng([settings.seed, *key])
         images = make_batch(rng, self.train_images, settings.batch, settings.crop_px, settings.generated)
         return to_batch(images, self.device)
 
     def features(self, network: Network, pixels_BCHW: Tensor) -> State:
-        """Features of whole images at every tap."""
+        """Features of whole images at every tap (convolution whose features are compared)."""
         return all_features(network, pixels_BCHW, self.taps)
 
     def start(self) -> Training:
@@ -103,14 +103,14 @@ class Distillation:
         return self.training(0, student, maps)
 
     def training(self, step: int, student: State, maps: State) -> Training:
-        """Make student and maps trainable; every tensor learns at a rate in proportion to its size."""
+        """Make student and maps trainable; the learning rate of a tensor is proportional to its root mean square."""
         trained = [value.requires_grad_() for key, value in student.items() if key not in INPUT_KEYS]
         trained += [value.requires_grad_() for value in maps.values()]
         groups = [{"params": [value], "size": max(1e-3, rms(value))} for value in trained]
         return Training(step, student, maps, torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99)))
 
     def train_step(self, training: Training) -> float:
-        """One step of Adam; gives the loss."""
+        """One step of Adam; returns the loss."""
         settings = self.settings
         rate = settings.learning_rate * rate_factor(training.step, settings.steps)
         for group in training.optimizer.param_groups:
@@ -118,9 +118,9 @@ class Distillation:
         padding = np.random.default_rng([settings.seed, 2, training.step]).choice(settings.paddings)
         pixels = self.batch((0, training.step))
         with torch.no_grad():
-            wanted = self.features(self.teacher, pixels)
-        found = self.features(self.network(training.student, padding), pixels)
-        losses = [self.tap_loss(tap, training.maps[tap], found[tap], wanted[tap]) for tap in self.taps]
+            targets = self.features(self.teacher, pixels)
+        features = self.features(self.network(training.student, padding), pixels)
+        losses = [self.tap_loss(tap, training.maps[tap], features[tap], targets[tap]) for tap in self.taps]
         loss = torch.stack(losses).mean()
         training.optimizer.zero_grad()
         loss.backward()
@@ -128,27 +128,27 @@ class Distillation:
         training.step += 1
         return float(loss.detach())
 
-    def tap_loss(self, tap: str, map_CC: Tensor, found_BCHW: Tensor, wanted_BCHW: Tensor) -> Tensor:
+    def tap_loss(self, tap: str, map_CC: Tensor, student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
         """Unexplained part of the teacher's variance, plus the squared relative error of the mean Gram matrices.
 
-        Half of the first is of all channels together, half the mean over the channels of each one's own: colours live
-        in faint channels. Both terms follow from three small matrices, mean ssᵀ, tsᵀ and ttᵀ over the positions:
-        mean (Ms − t)² of channel k is (M·ssᵀ·Mᵀ)ₖₖ − 2·(M·(tsᵀ)ᵀ)ₖₖ + (ttᵀ)ₖₖ.
+        Half of the first term is over all channels together, half is the mean over channels of their own unexplained
+        parts, because weak channels carry the colours. Both terms follow from three small matrices, the means of ssᵀ,
+        tsᵀ and ttᵀ over positions: mean (Ms − t)² of channel k is (M·ssᵀ·Mᵀ)ₖₖ − 2·(M·(tsᵀ)ᵀ)ₖₖ + (ttᵀ)ₖₖ.
         """
         energy_CC, mean_C = self.energy[tap]
         variance_C = (energy_CC.diagonal() - mean_C.square()).clamp_min(0)
-        floor = 0.1 * variance_C.mean()  # channels that never say anything weigh nothing
+        floor = 0.1 * variance_C.mean()  # channels without variance get no weight
         weight_C = (1 / variance_C.sum() + 1 / ((variance_C + floor) * len(variance_C))) / 2
-        gram_BCC, wanted_BCC = map_CC @ grams(found_BCHW) @ map_CC.T, grams(wanted_BCHW)
-        cross_BCC = wanted_BCHW.flatten(2) @ found_BCHW.flatten(2).transpose(1, 2) / found_BCHW[0, 0].numel()
-        errors_BC = (gram_BCC + wanted_BCC).diagonal(dim1=1, dim2=2) - 2 * (map_CC * cross_BCC).sum(2)
-        # a tenth of the usual energy keeps flat images, whose matrices are nearly zero, from ruling
-        scale = wanted_BCC.square().sum((1, 2)) + 0.1 * energy_CC.square().sum()
-        gram_error = (gram_BCC - wanted_BCC).square().sum((1, 2)) / scale
+        gram_BCC, target_BCC = map_CC @ grams(student_BCHW) @ map_CC.T, grams(teacher_BCHW)
+        cross_BCC = teacher_BCHW.flatten(2) @ student_BCHW.flatten(2).transpose(1, 2) / student_BCHW[0, 0].numel()
+        errors_BC = (gram_BCC + target_BCC).diagonal(dim1=1, dim2=2) - 2 * (map_CC * cross_BCC).sum(2)
+        # A tenth of the mean energy keeps flat images, whose matrices are nearly 0, from dominating the loss.
+        scale = target_BCC.square().sum((1, 2)) + 0.1 * energy_CC.square().sum()
+        gram_error = (gram_BCC - target_BCC).square().sum((1, 2)) / scale
         return (errors_BC @ weight_C + self.settings.gram_weight * gram_error).mean()
 
     def scores(self, student: Mapping[str, Tensor], maps: State, padding: str) -> dict[str, float]:
-        """Explained variance at every tap on the held-out images, each seen whole."""
+        """Explained variance at every tap on the held-out images, at their full size."""
         network = self.network({key: value.detach() for key, value in student.items()}, padding)
         images = (to_batch([read_image(path)], self.device) for path in self.held_out_images)
         return explained_variance(network, maps, self.teacher, images)
@@ -158,8 +158,8 @@ def all_features(network: Network, pixels_BCHW: Tensor, taps: tuple[str, ...]) -
     """Features of whole images at `taps`, after ReLU."""
     height, width = pixels_BCHW.shape[2:]
     whole = Rect(0, height, 0, width)
-    found = network.features(pixels_BCHW, whole, (height, width), set(taps), whole)
-    return {item.layer.name: item.features_1CHW for item in found}
+    feature_maps = network.features(pixels_BCHW, whole, (height, width), set(taps), whole)
+    return {feature_map.layer.name: feature_map.features_1CHW for feature_map in feature_maps}
 
 
 def grams(features_BCHW: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def second_moments(features: State) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def mean_of(moments: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.stack([each[0] for each in moments]).mean(0), torch.stack([each[1] for each in moments]).mean(0)
+    return torch.stack([energy for energy, _ in moments]).mean(0), torch.stack([mean for _, mean in moments]).mean(0)
 
 
 def rms(value: Tensor) -> float:
@@ -194,10 +194,10 @@ def explained_variance(
     taps = tuple(maps)
     errors, squares, sums, count = ({tap: torch.zeros((), dtype=torch.float64) for tap in taps} for _ in range(4))
     for pixels in images_BCHW:
-        found, wanted = all_features(student, pixels, taps), all_features(teacher, pixels, taps)
+        features, targets = all_features(student, pixels, taps), all_features(teacher, pixels, taps)
         for tap in taps:
-            target = wanted[tap].double()
-            mapped = F.conv2d(found[tap], maps[tap][:, :, None, None]).double()
+            target = targets[tap].double()
+            mapped = F.conv2d(features[tap], maps[tap][:, :, None, None]).double()
             errors[tap] = errors[tap] + (mapped - target).square().sum().cpu()
             squares[tap] = squares[tap] + target.square().sum().cpu()
             sums[tap] = sums[tap] + target.sum((0, 2, 3)).cpu()
@@ -209,7 +209,7 @@ def explained_variance(
 
 
 def choose_channels(energy_CC: Tensor, count: int) -> list[int]:
-    """`count` channels from which the others are best told linearly (greedy column subset selection)."""
+    """`count` channels that best predict the others linearly (greedy column subset selection)."""
     rest = energy_CC.double().clone()
     floor = 1e-9 * rest.diagonal().max()
     chosen: list[int] = []
@@ -230,15 +230,15 @@ def solve_ridge(gram: Tensor, cross: Tensor) -> Tensor:
 
 @torch.no_grad()
 def warm_start(task: Distillation) -> State:
-    """The teacher with channels left out, every convolution fitted to what the layer before it has kept."""
+    """The teacher with fewer channels, every convolution fitted to the retained channels of the layer before."""
     widths = task.settings.widths
     student = {key: task.teacher_state[key].clone() for key in INPUT_KEYS if key in task.teacher_state}
     for index, name in enumerate(task.taps):
         stem = conv_key(name, set(task.teacher_state))
         weight, bias = (task.teacher_state[f"{stem}.{part}"].to(task.device) for part in ("weight", "bias"))
         count = min(widths[int(name[4]) - 1], len(bias))
-        kept = choose_channels(task.energy[name][0], count) if count < len(bias) else list(range(count))
-        weight, bias = weight[kept], bias[kept]
+        channels = choose_channels(task.energy[name][0], count) if count < len(bias) else list(range(count))
+        weight, bias = weight[channels], bias[channels]
         if index > 0:
             weight, bias = fit_convolution(task, student, name, weight, bias)
         student[f"{name}.weight"], student[f"{name}.bias"] = weight.contiguous(), bias.contiguous()
@@ -248,7 +248,7 @@ def warm_start(task: Distillation) -> State:
 def fit_convolution(
     task: Distillation, student: State, name: str, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The 3×3 convolution on the student's features that comes closest to the teacher's on its own, before ReLU."""
+    """The 3×3 convolution of the student's features closest to the teacher's of its own features, before ReLU."""
     settings = task.settings
     network = task.network(student, settings.paddings[-1])
     gram: Tensor | None = None
@@ -268,7 +268,7 @@ def fit_convolution(
 
 
 def inputs_of(name: str, network: Network, pixels_BCHW: Tensor, padding: str, pooling: str) -> Tensor:
-    """What the convolution `name` (not the first) is applied to: features of the one before, pooled and padded."""
+    """The input of convolution `name` (not the first): the features of the one before, pooled and padded."""
     before = CONV_NAMES[CONV_NAMES.index(name) - 1]
     features = all_features(network, pixels_BCHW, (before,))[before]
     if LAYER_BY_NAME[before].stride != LAYER_BY_NAME[name].stride:
@@ -278,13 +278,13 @@ def inputs_of(name: str, network: Network, pixels_BCHW: Tensor, padding: str, po
 
 @torch.no_grad()
 def fit_maps(task: Distillation, student: State) -> State:
-    """At every tap the linear map from the student's features to the teacher's, by ridge regression."""
+    """The linear maps from the student's features to the teacher's at every tap, by ridge regression."""
     network = task.network(student, task.settings.paddings[-1])
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for pixels in task.warm_batches:
-        found, wanted = task.features(network, pixels), task.features(task.teacher, pixels)
+        features, targets = task.features(network, pixels), task.features(task.teacher, pixels)
         for tap in task.taps:
-            s, t = (value[tap].transpose(0, 1).flatten(1) for value in (found, wanted))
+            s, t = (value[tap].transpose(0, 1).flatten(1) for value in (features, targets))
             gram, cross = (s @ s.T).double(), (t @ s.T).double()
             old = sums.get(tap, (0, 0))
             sums[tap] = (gram + old[0], cross + old[1])

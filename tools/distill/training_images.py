@@ -1,6 +1,6 @@
-"""What distill_network.py trains on: jittered crops of photographs, and images made here.
+"""The training images of distill_network.py: jittered crops of photographs, and generated images.
 
-Everything is a function of a numpy generator, so that a step's batch follows from (seed, step) alone.
+Everything is a function of a numpy generator, so that a step's batch depends on (seed, step) alone.
 Images are (H, W, 3) float32 RGB, 0..255.
 """
 
@@ -35,21 +35,23 @@ def read_image(path: Path) -> np.ndarray:
 def to_batch(images: list[np.ndarray], device: str) -> Tensor:
     """Images of one size as a (B, 3, H, W) float tensor."""
     stacked = torch.from_numpy(np.stack(images)).to(device, torch.float32)
-    return stacked.permute(0, 3, 1, 2)  # channels-last in memory, as the network wants it
+    return stacked.permute(0, 3, 1, 2)  # channels-last in memory, the network's layout
 
 
 def make_batch(rng: Generator, paths: list[Path], count: int, crop_px: int, generated: float) -> list[np.ndarray]:
-    """`count` training images of `crop_px`², a share of about `generated` of them made, the others photographs."""
+    """`count` training images of `crop_px`²: a share of about `generated` is generated, the rest are photographs."""
     images = []
     for _ in range(count):
-        made = rng.random() < generated or not paths
-        image = generate(rng, crop_px) if made else crop(rng, read_image(paths[rng.integers(len(paths))]), crop_px)
+        is_generated = rng.random() < generated or not paths
+        image = (
+            generate(rng, crop_px) if is_generated else crop(rng, read_image(paths[rng.integers(len(paths))]), crop_px)
+        )
         images.append(jitter(rng, image))
     return images
 
 
 def crop(rng: Generator, image: np.ndarray, crop_px: int) -> np.ndarray:
-    """A random square of the image, enlarged or reduced to crop_px (0.5× to 2×), maybe mirrored."""
+    """A random square of the image, scaled by 0.5 to 2 to crop_px, in half of the cases mirrored."""
     scale = max(2.0 ** rng.uniform(-1, 1), crop_px / min(image.shape[:2]))
     side = min(round(crop_px / scale), *image.shape[:2])
     y, x = (rng.integers(size - side + 1) for size in image.shape[:2])
@@ -87,7 +89,7 @@ def edges(rng: Generator, size_px: int) -> np.ndarray:
     bend = rng.uniform(0, 0.5) * period_px * np.sin(along * 2 * np.pi / rng.uniform(40, 400) + rng.uniform(0, 6))
     colours = rng.uniform(0, 255, (rng.integers(2, 5), 3))
     position = ((across + bend) / period_px + rng.random()) * len(colours)
-    soft = rng.uniform(0.02, 1.0)  # width of the transition, as a part of a stripe
+    soft = rng.uniform(0.02, 1.0)  # width of the transition relative to a stripe
     whole = np.floor(position)
     blend = np.clip((position - whole - 1) / soft + 1, 0, 1)[..., None]
     first = whole.astype(int) % len(colours)
@@ -95,7 +97,7 @@ def edges(rng: Generator, size_px: int) -> np.ndarray:
 
 
 def dead_leaves(rng: Generator, size_px: int) -> np.ndarray:
-    """Overlapping ellipses and bars, sizes by an inverse power law; long ones look like strokes of a brush."""
+    """Overlapping ellipses and bars with sizes by an inverse power law; long ones resemble brush strokes."""
     image = np.empty((size_px, size_px, 3), np.float32)
     palette = rng.uniform(0, 255, (rng.integers(3, 9), 3))
     image[:] = palette[0]
@@ -117,7 +119,7 @@ def dead_leaves(rng: Generator, size_px: int) -> np.ndarray:
 
 
 def noise(rng: Generator, size_px: int) -> np.ndarray:
-    """Noise with a spectrum 1/f^slope, slope 0 (white) to 3 (clouds), its channels more or less alike."""
+    """Noise with the spectrum 1/f^slope, slope 0 (white) to 3 (clouds), and partly correlated channels."""
     fy, fx = np.fft.fftfreq(size_px)[:, None], np.fft.rfftfreq(size_px)[None]
     frequency = np.hypot(fy, fx)
     frequency[0, 0] = np.inf

@@ -27,7 +27,7 @@ from pipeline.commands.preview.whole_image import WholeImage, WholeImageEstimate
 from pipeline.core.errors import Stopped
 from pipeline.core.events import StageStarted
 from pipeline.core.tiling import Rect
-from pipeline.network.vgg import get_network
+from pipeline.network.cache import get_network
 from pipeline.network.weights import NetworkSpec, find_weights
 from tools.docs.make_controls import GAP_PX, ROOT, SAMPLES, draw_masks, labelled, save
 

@@ -33,7 +33,7 @@ from rich.table import Table
 import pipeline
 from pipeline.config.sections import NetworkConfig
 from pipeline.network.weights import NetworkSpec, find_weights
-from pipeline.plan.plan import fit
+from pipeline.plan.sizes import fit
 from tools.paper.gatys import loss_keys, write_normalised
 from tools.paper.measures import content_losses, detail, drift, read, seams, style_losses
 from tools.paper.stages import CONTENT, STYLE, Driven, write_config

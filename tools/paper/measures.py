@@ -17,9 +17,9 @@ from pipeline.core.tiling import Rect, Tile
 from pipeline.core.vgg_layers import ALIGN_PX
 from pipeline.losses import objective
 from pipeline.losses.objective import Gram
-from pipeline.network.vgg import get_network
+from pipeline.network.cache import get_network
 from pipeline.network.weights import NetworkSpec
-from pipeline.plan.plan import fit
+from pipeline.plan.sizes import fit
 from pipeline.render import tile_tasks
 from pipeline.render.stage import Stage
 

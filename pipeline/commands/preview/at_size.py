@@ -16,7 +16,7 @@ from pipeline.config.config import Config
 from pipeline.config.fields import MAX_SIDE_PX
 from pipeline.config.sections import ExportConfig, StageConfig, StyleConfig
 from pipeline.images.header import read_header
-from pipeline.plan.plan import fit
+from pipeline.plan.sizes import fit
 
 
 def full_px(config: Config) -> int:

@@ -36,7 +36,8 @@ from pipeline.images.writer import check_output
 from pipeline.network.weights import sha256_of
 from pipeline.plan.device import Device, resolve_device
 from pipeline.plan.memory import BASE_BYTES
-from pipeline.plan.plan import Plan, fit
+from pipeline.plan.plan import Plan
+from pipeline.plan.sizes import fit
 from pipeline.rundir.paths import refuse_missing_folder
 from pipeline.rundir.preflight import plan_on
 from pipeline.rundir.process_settings import process_settings

@@ -16,7 +16,7 @@ import pyvips
 
 from pipeline.core.errors import SpaceError
 from pipeline.core.image_formats import PixelKind
-from pipeline.plan.memory import export_bytes
+from pipeline.plan.image_memory import export_bytes
 from pipeline.rundir.space import check_space
 from tests.support.e2e import Outcome, make_call, write_run
 from tests.support.pictures import measured_mb, picture, write

@@ -1,4 +1,4 @@
-"""The network: the features a whole image has, and which files it can be made from."""
+"""The network: the features of a whole image, and the files that it can be built from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.tiling import Rect, grid
 from pipeline.core.vgg_layers import LAYER_BY_NAME
-from pipeline.network.vgg import Network, Step, get_network, random_state
+from pipeline.network.cache import get_network
+from pipeline.network.vgg import Network, Step, random_state
 from pipeline.network.weights import RANDOM_WIDTHS, NetworkSpec, WeightsSource, find_weights, read_widths
 from pipeline.network.weights_file import check_shapes, load_state
 from tests.support import reference
@@ -38,17 +39,17 @@ def whole_image_features(state, image_HWC, names, padding="replicate", pooling="
     height, width, _ = image_HWC.shape
     whole = Rect(0, height, 0, width)
     pixels = image_HWC.permute(2, 0, 1)[None]
-    found = {}
-    for each in network.features(pixels, whole, (height, width), set(names), whole):
-        stride = each.layer.stride
-        assert each.region == (0, height // stride, 0, width // stride)
-        found[each.layer.name] = each.features_1CHW[0]
-    return found
+    actual = {}
+    for feature_map in network.features(pixels, whole, (height, width), set(names), whole):
+        stride = feature_map.layer.stride
+        assert feature_map.region == (0, height // stride, 0, width // stride)
+        actual[feature_map.layer.name] = feature_map.features_1CHW[0]
+    return actual
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    assert found.shape == wanted.shape
-    return float((found.double() - wanted.double()).abs().max() / wanted.abs().max())
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    assert actual.shape == expected.shape
+    return float((actual.double() - expected.double()).abs().max() / expected.abs().max())
 
 
 # --- features ---
@@ -58,46 +59,46 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("pooling", ["max", "average"])
 @pytest.mark.parametrize("size", [(64, 80), (61, 47), (33, 95)])
 def test_features_are_those_of_plain_torch(padding, pooling, size):
-    """Another network than VGG-19's paints another picture, and no published weight would fit."""
+    """Another topology than VGG-19's renders another image, and no published weights would fit."""
     state, image = reference.narrow_state(), noise(*size)
-    found = whole_image_features(state, image, reference.CONVS, padding, pooling)
-    wanted = reference.features(state, image, padding, pooling)
-    assert list(found) == reference.CONVS  # shallowest first: memory of a tile is planned on it
+    actual = whole_image_features(state, image, reference.CONVS, padding, pooling)
+    expected = reference.features(state, image, padding, pooling)
+    assert list(actual) == reference.CONVS  # shallowest first: memory of a tile is planned on it
     for name in reference.CONVS:
-        assert relative(found[name], wanted[name]) < 1e-12
+        assert relative(actual[name], expected[name]) < 1e-12
 
 
 def test_float32_features_are_near_those_of_float64():
     """The default precision must lose digits, not meaning."""
     state, image = reference.narrow_state(), noise(48, 48)
-    found = whole_image_features(state, image.float(), reference.CONVS, dtype="float32")
-    wanted = whole_image_features(state, image, reference.CONVS)
+    actual = whole_image_features(state, image.float(), reference.CONVS, dtype="float32")
+    expected = whole_image_features(state, image, reference.CONVS)
     for name in reference.CONVS:
-        assert found[name].dtype == torch.float32
-        assert relative(found[name], wanted[name]) < 1e-5
+        assert actual[name].dtype == torch.float32
+        assert relative(actual[name], expected[name]) < 1e-5
 
 
 def test_bfloat16_runs_on_the_cpu_and_is_near_float32():
-    """Half the memory for a coarser picture: coarser must stay a few per cent, 0..255 has to be scaled before."""
+    """Half the memory for less precision: a few per cent, which needs pixels scaled before they are converted."""
     state, image = reference.narrow_state(), noise(48, 48, torch.float32)
-    found = whole_image_features(state, image, ["conv1_1", "conv3_1", "conv5_1"], dtype="bfloat16")
-    wanted = whole_image_features(state, image, ["conv1_1", "conv3_1", "conv5_1"], dtype="float32")
-    for name, features in wanted.items():
-        assert found[name].dtype == torch.bfloat16
-        assert relative(found[name], features) < 0.05
-    assert relative(found["conv1_1"], wanted["conv1_1"]) < 0.01
+    actual = whole_image_features(state, image, ["conv1_1", "conv3_1", "conv5_1"], dtype="bfloat16")
+    expected = whole_image_features(state, image, ["conv1_1", "conv3_1", "conv5_1"], dtype="float32")
+    for name, features in expected.items():
+        assert actual[name].dtype == torch.bfloat16
+        assert relative(actual[name], features) < 0.05
+    assert relative(actual["conv1_1"], expected["conv1_1"]) < 0.01
 
 
 def test_torchvision_names_give_the_same_features():
-    """A user's own vgg19.pth must not give another picture than the same weights under our names."""
+    """A user's own vgg19.pth must give the same image as the same weights under our names."""
     state, image = reference.narrow_state(), noise(40, 40)
     ours = whole_image_features(state, image, reference.CONVS)
     theirs = whole_image_features(reference.torchvision_names(state), image, reference.CONVS)
     assert all(torch.equal(ours[name], theirs[name]) for name in reference.CONVS)
 
 
-def test_other_tensors_of_a_torchvision_file_are_passed_over():
-    """Torchvision's file has the layers after conv5_1 and a classifier."""
+def test_other_tensors_of_a_torchvision_file_are_ignored():
+    """torchvision's file also has the layers after conv5_1 and a classifier."""
     state, image = reference.narrow_state(), noise(40, 40)
     full = reference.torchvision_names(state) | {
         "features.30.weight": torch.zeros(8, 8, 3, 3),
@@ -109,14 +110,14 @@ def test_other_tensors_of_a_torchvision_file_are_passed_over():
 
 
 def test_an_input_convolution_replaces_the_imagenet_scaling():
-    """Networks with their own idea of colour (ours) would see wrong colours."""
+    """Networks with an input convention of their own (ours) would receive wrong colours."""
     state = reference.narrow_state()
     state["input.weight"] = torch.tensor([[0.0, 0, 2], [0, 1, 0], [-1, 0, 0]])[:, :, None, None]
     state["input.bias"] = torch.tensor([0.5, -0.5, 1.0])
     image = noise(40, 40)
     with_input = whole_image_features(state, image, reference.CONVS)
-    wanted = reference.features(state, image, "replicate", "max")
-    assert all(relative(with_input[name], wanted[name]) < 1e-12 for name in reference.CONVS)
+    expected = reference.features(state, image, "replicate", "max")
+    assert all(relative(with_input[name], expected[name]) < 1e-12 for name in reference.CONVS)
     del state["input.weight"], state["input.bias"]
     plain = whole_image_features(state, image, ["conv1_1"])["conv1_1"]
     assert relative(with_input["conv1_1"], plain) > 0.1
@@ -125,24 +126,24 @@ def test_an_input_convolution_replaces_the_imagenet_scaling():
 @given(st.data())
 @settings(max_examples=25)
 def test_features_of_a_tile_are_cut_from_those_of_the_image(data):
-    """A tile must see what the whole image sees, at cuts and at the border."""
+    """A tile's features must be those of the whole image, at cuts and at the border."""
     name = data.draw(st.sampled_from(reference.CONVS))
     padding = data.draw(st.sampled_from(["replicate", "zeros", "reflect"]))
     height, width = data.draw(st.integers(32, 110)), data.draw(st.integers(32, 110))
     tile = data.draw(st.sampled_from(grid(height, width, data.draw(st.sampled_from([16, 32, 48])))))
     halo = data.draw(st.sampled_from([80, 96]))  # as much as conv5_1 needs, or more
     state, image = reference.narrow_state(), noise(height, width)
-    wanted = reference.features(state, image, padding, "max")[name]
+    expected = reference.features(state, image, padding, "max")[name]
     network = Network(state, padding=padding, pooling="max", dtype=torch.float64, device="cpu")
     outer = tile.outer(halo)
     pixels = image[outer.y0 : outer.y1, outer.x0 : outer.x1].permute(2, 0, 1)[None]
     positions = tile.inner.positions(LAYER_BY_NAME[name])
-    for found in network.features(pixels, outer, (height, width), {name}, tile.inner):
-        rows, columns = positions.within(found.region)
-        inner = found.features_1CHW[0, :, rows, columns]
+    for feature_map in network.features(pixels, outer, (height, width), {name}, tile.inner):
+        rows, columns = positions.within(feature_map.region)
+        inner = feature_map.features_1CHW[0, :, rows, columns]
         assert inner.shape[1:] == (positions.height, positions.width)
-        cut = wanted[:, positions.y0 : positions.y1, positions.x0 : positions.x1]
-        assert (inner - cut).abs().max() <= 1e-12 * wanted.abs().max()
+        cut = expected[:, positions.y0 : positions.y1, positions.x0 : positions.x1]
+        assert (inner - cut).abs().max() <= 1e-12 * expected.abs().max()
         return
     assert positions.area == 0
 
@@ -153,25 +154,28 @@ def test_features_of_a_tile_are_cut_from_those_of_the_image(data):
     ("outer", "size"),
     [(Rect(0, 61, 0, 70), (61, 70)), (Rect(0, 176, 48, 160), (400, 160)), (Rect(160, 352, 0, 176), (700, 700))],
 )
-def test_the_written_way_back_gives_the_bits_of_autograd(padding, pooling, outer, size):
-    """Runs begun when autograd went the way back go on, and end with the bytes they would have had."""
+def test_the_written_backward_pass_gives_the_bits_of_autograd(padding, pooling, outer, size):
+    """Runs that began when autograd computed gradients resume, and end with the same bytes."""
     network = Network(reference.narrow_state(), padding=padding, pooling=pooling, dtype=torch.float32, device="cpu")
     pixels = noise(outer.height, outer.width, torch.float32).permute(2, 0, 1)[None]
     names = {"conv1_1", "conv2_1", "conv4_1", "conv4_2", "conv5_1"}
     canvas = pixels.clone().requires_grad_()
-    maps = {each.layer.name: each.features_1CHW for each in network.features(canvas, outer, size, names, outer)}
+    maps = {
+        feature_map.layer.name: feature_map.features_1CHW
+        for feature_map in network.features(canvas, outer, size, names, outer)
+    }
     seeds = {name: torch.randn_like(features) for name, features in maps.items()}
-    (wanted,) = torch.autograd.grad(list(maps.values()), canvas, list(seeds.values()))
+    (expected,) = torch.autograd.grad(list(maps.values()), canvas, list(seeds.values()))
     with torch.no_grad():
         tape: list[Step] = []
-        for each in network.features(pixels, outer, size, names, outer, tape):
-            assert torch.equal(each.features_1CHW, maps[each.layer.name])
-        found = network.gradient(tape, lambda each: seeds.get(each.layer.name))
-    assert torch.equal(found, wanted) and not tape
+        for feature_map in network.features(pixels, outer, size, names, outer, tape):
+            assert torch.equal(feature_map.features_1CHW, maps[feature_map.layer.name])
+        actual = network.gradient(tape, lambda feature_map: seeds.get(feature_map.layer.name))
+    assert torch.equal(actual, expected) and not tape
 
 
 def test_layers_deeper_than_asked_for_are_not_run():
-    """Each layer more is time and memory that the plan does not know of."""
+    """Each further layer takes time and memory that the plan does not count."""
     state = reference.narrow_state(last="conv3_1")
     assert list(whole_image_features(state, noise(32, 32), {"conv3_1", "conv1_2"})) == ["conv1_2", "conv3_1"]
 
@@ -180,18 +184,18 @@ def test_layers_deeper_than_asked_for_are_not_run():
 
 
 def test_the_random_network_is_the_same_for_the_same_seed():
-    """Resume and cluster workers make it anew; another network would tear the picture in two."""
-    one = random_state(find_weights("random", None, 7))
+    """A resume and every worker build it again; another network would render another image."""
+    first = random_state(find_weights("random", None, 7))
     same = random_state(find_weights("random", None, 7))
     other = random_state(find_weights("random", None, 8))
-    assert one.keys() == same.keys() == other.keys()
-    assert all(torch.equal(one[key], same[key]) for key in one)
-    assert not torch.equal(one["conv1_1.weight"], other["conv1_1.weight"])
-    assert check_shapes({key: tuple(value.shape) for key, value in one.items()}, Path("random")) == RANDOM_WIDTHS
+    assert first.keys() == same.keys() == other.keys()
+    assert all(torch.equal(first[key], same[key]) for key in first)
+    assert not torch.equal(first["conv1_1.weight"], other["conv1_1.weight"])
+    assert check_shapes({key: tuple(value.shape) for key, value in first.items()}, Path("random")) == RANDOM_WIDTHS
 
 
-def test_networks_are_built_once_and_told_apart_by_all_they_depend_on(narrow_weights, tmp_path):
-    """A network reused across settings would silently compute with the other's padding or weights."""
+def test_networks_are_cached_by_everything_they_depend_on(narrow_weights, tmp_path):
+    """A network reused for other settings would silently compute with the wrong padding or weights."""
     save_file(reference.narrow_state(seed=3), tmp_path / "other.safetensors")
     spec = NetworkSpec(find_weights("vgg19", narrow_weights, 0), "zeros", "max", "float64", "cpu")
     other = find_weights("vgg19", tmp_path / "other.safetensors", 0)
@@ -209,7 +213,7 @@ def test_networks_are_built_once_and_told_apart_by_all_they_depend_on(narrow_wei
 
 
 def test_tf32_on_a_cpu_is_refused(narrow_weights):
-    """A user who asks for it would otherwise believe in a speed that is not there."""
+    """A user who requests it would otherwise expect a speed that a CPU does not have."""
     spec = NetworkSpec(find_weights("vgg19", narrow_weights, 0), "zeros", "max", "tf32", "cpu")
     with pytest.raises(ConfigError, match=r"compute\.dtype: tf32 needs a CUDA device"):
         get_network(spec)
@@ -221,7 +225,7 @@ def test_tf32_on_a_cpu_is_refused(narrow_weights):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("names", ["ours", "torchvision"])
 def test_weights_load_from_both_formats_under_both_names(tmp_path, suffix, names):
-    """The two formats and namings that are around; widths come from the file."""
+    """Both formats and both namings are in use; widths come from the file."""
     state = reference.narrow_state((2, 3, 4, 5, 6))
     if names == "torchvision":
         state = reference.torchvision_names(state)
@@ -240,7 +244,7 @@ def test_weights_load_from_both_formats_under_both_names(tmp_path, suffix, names
 
 
 def test_pth_files_of_the_old_format_load(tmp_path):
-    """Torchvision's vgg19-dcbb9e9d.pth is of 2017, before torch wrote zip files."""
+    """torchvision's vgg19-dcbb9e9d.pth is of 2017, before torch wrote zip archives."""
     state = reference.torchvision_names(reference.narrow_state())
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     loaded = load_state(tmp_path / "old.pth")
@@ -248,13 +252,13 @@ def test_pth_files_of_the_old_format_load(tmp_path):
 
 
 def test_a_network_that_ends_early_serves_the_layers_it_has(tmp_path):
-    """Cut-off networks are common; the plan says which layer is missing."""
+    """Truncated networks are common; the plan names a layer that is missing."""
     save_file(reference.narrow_state(last="conv3_2"), tmp_path / "short.safetensors")
     assert list(read_widths(tmp_path / "short.safetensors")) == reference.CONVS[:6]
 
 
 def refused(path: Path) -> str:
-    """Both readers must refuse, before anything is rendered; gives what they say."""
+    """Both readers must refuse the file before anything is rendered; returns their messages."""
     with pytest.raises(InputError) as planned:
         read_widths(path)
     with pytest.raises(InputError) as loaded:
@@ -266,7 +270,7 @@ def refused(path: Path) -> str:
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    """A wrong path is the commonest mistake of all."""
+    """A wrong path is the most common mistake."""
     assert "not found" in refused(tmp_path / "none.safetensors")
     assert "not found" in refused(tmp_path / "none.pth")
     with pytest.raises(InputError, match=r"none\.pth: not found.*network\.weights"):
@@ -274,7 +278,7 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_a_folder_is_refused(tmp_path):
-    """One path component too few."""
+    """The path lacks its last component."""
     for name in ("folder.pth", "folder.safetensors"):
         (tmp_path / name).mkdir()
         refused(tmp_path / name)
@@ -337,7 +341,7 @@ WRONG = [
 @pytest.mark.parametrize(("spoil", "says"), WRONG, ids=[spoil.__name__.strip("_") for spoil, _ in WRONG])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_weights_of_another_shape_are_refused(tmp_path, spoil, says, suffix):
-    """They would crash hours later, or paint with a network that is none."""
+    """They would crash hours later, or render with a network that is not VGG-19-shaped."""
     state = spoil(reference.narrow_state())
     path = tmp_path / f"wrong{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
@@ -345,7 +349,7 @@ def test_weights_of_another_shape_are_refused(tmp_path, spoil, says, suffix):
 
 
 def test_a_pickled_module_is_refused_unopened(tmp_path, monkeypatch):
-    """Opening a pickle runs whatever code its sender wrote, and an environment variable may even ask for it."""
+    """Unpickling runs its sender's code, and an environment variable of torch's can even allow it."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), tmp_path / "module.pth")
     refused(tmp_path / "module.pth")
@@ -361,7 +365,7 @@ class _Bomb:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_pickle_is_not_run(tmp_path, zipped):
-    """A weights file from the internet must not be able to do anything."""
+    """A weights file from the internet must not run anything."""
     bomb = _Bomb(tmp_path / "victim")
     torch.save({"conv1_1.weight": bomb}, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
     (tmp_path / "raw.pth").write_bytes(pickle.dumps({"conv1_1.weight": bomb}))
@@ -372,7 +376,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, zipped):
 
 @pytest.mark.parametrize("value", [torch.zeros(3), [torch.zeros(3)], {"a": {"b": torch.zeros(3)}}, {"epoch": 3}])
 def test_a_pth_without_a_flat_dict_of_tensors_is_refused(tmp_path, value):
-    """Checkpoints of training scripts nest their state dict: say so, do not crash."""
+    """Checkpoints of training scripts nest their state dict: the message must say so."""
     torch.save(value, tmp_path / "nested.pth")
     assert "state dict" in refused(tmp_path / "nested.pth")
 
@@ -398,7 +402,7 @@ flips = st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=
 @given(flips, st.booleans())
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_bytes_in_a_pth_are_refused_or_read(tmp_path, flips, zipped):
-    """A bad disk or download must end in a sentence about the file, never in a traceback about pickles."""
+    """A bad disk or download must end in a message about the file, never in a traceback about pickles."""
     data = bytearray(PTH_BYTES[zipped])
     for position, value in flips:
         data[position] = value
@@ -426,7 +430,7 @@ def test_a_truncated_safetensors_is_refused(tmp_path, narrow_weights, share):
 
 
 def test_a_truncated_safetensors_is_refused_by_the_plan_already(tmp_path, narrow_weights):
-    """The plan reads the header only, but the file's length is in it: say it before the run, not in it."""
+    """The plan reads only the header, which gives the length of the file: refuse it before the run starts."""
     data = narrow_weights.read_bytes()
     (tmp_path / "w.safetensors").write_bytes(data[:-1000])
     with pytest.raises(InputError, match=r"w\.safetensors"):
@@ -452,6 +456,6 @@ def test_half_precision_weights_are_widened(tmp_path):
     """Weights are published in float16 too; the network must still compute in its own precision."""
     state = {key: value.half() for key, value in reference.narrow_state().items()}
     save_file(state, tmp_path / "half.safetensors")
-    found = whole_image_features(load_state(tmp_path / "half.safetensors"), noise(32, 32), ["conv2_1"])["conv2_1"]
-    assert found.dtype == torch.float64
-    assert np.isfinite(found.numpy()).all()
+    actual = whole_image_features(load_state(tmp_path / "half.safetensors"), noise(32, 32), ["conv2_1"])["conv2_1"]
+    assert actual.dtype == torch.float64
+    assert np.isfinite(actual.numpy()).all()

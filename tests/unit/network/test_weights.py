@@ -1,4 +1,4 @@
-"""Where weights come from: torchvision's download, the file a user names, the seed; and what a spec is equal to."""
+"""The sources of weights: torchvision's download, a file that the user names, or a seed; and equality of specs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import torch
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import InputError, Stopped
 from pipeline.core.vgg_layers import VGG19_WIDTHS
+from pipeline.network import download as weights_download
 from pipeline.network import weights
 from pipeline.network.weights import RANDOM_WIDTHS, NetworkSpec, WeightsSource, find_weights, sha256_of, widths_for_plan
 from tests.support import reference
@@ -28,12 +31,13 @@ from tests.support import reference
 
 @dataclass
 class Served:
-    """A file on a server of our own, and the requests that came."""
+    """A file on a local server, and the requests that it received."""
 
     data: bytes
     url: str = ""
     requests: list[str] = field(default_factory=list)
-    answer: str = "whole"  # or "short", "missing", "garbage"
+    answer: str = "whole"  # or "short", "missing", "garbage", "silent" after half of the file
+    resume: threading.Event = field(default_factory=threading.Event)  # ends the silence
 
 
 def make_handler(served: Served) -> type[http.server.BaseHTTPRequestHandler]:
@@ -46,7 +50,10 @@ def make_handler(served: Served) -> type[http.server.BaseHTTPRequestHandler]:
             self.send_response(404 if served.answer == "missing" else 200)
             self.send_header("Content-Length", str(len(served.data)))
             self.end_headers()
-            self.wfile.write(served.data[: len(served.data) // 2] if served.answer == "short" else served.data)
+            half = served.data[: len(served.data) // 2]
+            self.wfile.write(half if served.answer in ("short", "silent") else served.data)
+            if served.answer == "silent":
+                served.resume.wait(60)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -56,26 +63,29 @@ def make_handler(served: Served) -> type[http.server.BaseHTTPRequestHandler]:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """An empty hub folder of torch's; gives the path at which it keeps downloads."""
+    """An empty hub folder of torch; returns the path of its downloads."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     return tmp_path / "hub" / "checkpoints"
 
 
 @pytest.fixture
 def served(tmp_path, monkeypatch, hub) -> Iterator[Served]:
-    """A VGG-19-shaped file of torchvision's kind, served on 127.0.0.1 under the name that we download."""
+    """A VGG-19-shaped file in torchvision's format, served on 127.0.0.1 in place of torchvision's."""
     torch.save(
-        reference.torchvision_names(reference.narrow_state()), tmp_path / "made", _use_new_zipfile_serialization=False
+        reference.torchvision_names(reference.narrow_state()),
+        tmp_path / "weights",
+        _use_new_zipfile_serialization=False,
     )
-    served = Served((tmp_path / "made").read_bytes())
+    served = Served((tmp_path / "weights").read_bytes())
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), make_handler(served))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
-    served.url = f"http://127.0.0.1:{server.server_port}/models/vgg19-made.pth"
+    served.url = f"http://127.0.0.1:{server.server_port}/models/vgg19-test.pth"
     monkeypatch.setattr(weights, "VGG19_URL", served.url)
     monkeypatch.setattr(weights, "VGG19_SHA256_PREFIX", hashlib.sha256(served.data).hexdigest()[:8])
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     yield served
+    served.resume.set()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -89,29 +99,29 @@ def left_in(folder: Path) -> list[str]:
 
 
 def test_vgg19_is_downloaded_once(served, hub):
-    """Half a gigabyte: the second run must not fetch it again, and the first must show that it does something."""
-    told: list[str] = []
-    first = find_weights("vgg19", None, 0, lambda event: told.append(str(event)))
-    assert first.path == hub / "vgg19-made.pth"
+    """Half a gigabyte: the second run must not download it again, and the first must report progress."""
+    events: list[str] = []
+    first = find_weights("vgg19", None, 0, lambda event: events.append(str(event)))
+    assert first.path == hub / "vgg19-test.pth"
     assert first.path.read_bytes() == served.data
-    assert "downloading VGG-19's weights, 548 MiB" in told[0]
-    assert "'download'" in told[-1]
+    assert "downloading VGG-19's weights, 548 MiB" in events[0]
+    assert "'download'" in events[-1]
     assert first.widths["conv5_1"] == 8
     assert find_weights("vgg19", None, 0) == first
-    assert served.requests == ["/models/vgg19-made.pth"]
-    assert left_in(hub) == ["vgg19-made.pth"]
+    assert served.requests == ["/models/vgg19-test.pth"]
+    assert left_in(hub) == ["vgg19-test.pth"]
 
 
 def test_a_file_that_is_there_already_is_used_offline(hub, monkeypatch):
-    """On a cluster without internet the file is put there by hand, as the error message says."""
+    """On a cluster without internet the user copies the file there, as the error message says."""
     hub.mkdir(parents=True)
     torch.save(reference.narrow_state(), hub / "vgg19-dcbb9e9d.pth")
     monkeypatch.setattr(weights, "VGG19_URL", f"http://127.0.0.1:{closed_port()}/vgg19-dcbb9e9d.pth")
     assert find_weights("vgg19", None, 0).path == hub / "vgg19-dcbb9e9d.pth"
 
 
-def test_a_download_with_another_hash_is_thrown_away(served, hub, monkeypatch):
-    """A wrong file under the right name would be used by every later run, and by other programs too."""
+def test_a_download_with_another_hash_is_discarded(served, hub, monkeypatch):
+    """A wrong file under the right name would be used by every later run, and by other programs."""
     monkeypatch.setattr(weights, "VGG19_SHA256_PREFIX", "0badc0de")
     with pytest.raises(InputError, match=r"could not be downloaded.*hash"):
         find_weights("vgg19", None, 0)
@@ -120,20 +130,20 @@ def test_a_download_with_another_hash_is_thrown_away(served, hub, monkeypatch):
 
 @pytest.mark.parametrize("answer", ["short", "missing", "garbage"])
 def test_a_download_that_fails_says_what_to_do(served, hub, answer):
-    """A connection that breaks off, a moved file, a login page of a hotel."""
+    """A broken connection, a moved file, the login page of a public network."""
     served.answer = answer
     with pytest.raises(InputError) as caught:
         find_weights("vgg19", None, 0)
-    for part in (served.url, str(hub / "vgg19-made.pth"), "network.weights"):
+    for part in (served.url, str(hub / "vgg19-test.pth"), "network.weights"):
         assert part in str(caught.value)
     assert left_in(hub) == []
     served.answer = "whole"
-    assert find_weights("vgg19", None, 0).path == hub / "vgg19-made.pth"
+    assert find_weights("vgg19", None, 0).path == hub / "vgg19-test.pth"
 
 
 def test_a_download_that_is_stopped_at_once_leaves_nothing(served, hub):
-    """The thread would still make its file after the stop had deleted it, and it stays there."""
-    # a system that is busy gives the thread its turn late
+    """The download thread may start only after the stop has removed its folder: it must not create it again."""
+    # On a busy machine the thread starts late.
     opened = threading.Event()
     thread_run = threading.Thread.run
 
@@ -154,26 +164,60 @@ def test_a_download_that_is_stopped_at_once_leaves_nothing(served, hub):
     assert left_in(hub) == []
 
 
+def test_a_silent_server_is_given_up(served, hub, monkeypatch):
+    """torch.hub waits for ever for a server that keeps the connection and sends nothing."""
+    monkeypatch.setattr(weights_download, "_TIMEOUT_S", 1)
+    served.answer = "silent"
+    with pytest.raises(InputError, match=r"could not be downloaded.*nothing for 1 s"):
+        find_weights("vgg19", None, 0)
+    assert left_in(hub) == []
+
+
+def test_a_download_that_is_stopped_half_way_leaves_nothing(served, hub):
+    """Ctrl-C ends the program within a moment, whatever the server does."""
+    served.answer = "silent"
+    cancel = CancelToken()
+    timer = threading.Timer(0.5, cancel.set)
+    timer.start()
+    start_s = time.monotonic()
+    with pytest.raises(Stopped):
+        find_weights("vgg19", None, 0, cancel=cancel)
+    assert time.monotonic() - start_s < 20
+    served.resume.set()
+    for thread in [thread for thread in threading.enumerate() if thread.name == "download"]:
+        thread.join(30)
+    assert left_in(hub) == []
+
+
+def test_two_downloads_at_once_end_with_one_file(served, hub):
+    """Two runs that are started together on a new machine must not remove or mix each other's half."""
+    with ThreadPoolExecutor(2) as pool:
+        sources = list(pool.map(lambda _: find_weights("vgg19", None, 0), range(2)))
+    assert sources[0] == sources[1]
+    assert left_in(hub) == ["vgg19-test.pth"]
+    assert (hub / "vgg19-test.pth").read_bytes() == served.data
+
+
 KILLED = """
 import os, signal, sys, threading
 from pathlib import Path
 from pipeline.network.download import download
 
-def seen(done, total):
+def kill(size_bytes):
     os.kill(os.getpid(), signal.SIGKILL)
 
-download(sys.argv[1], Path(sys.argv[2]), "", on_progress=seen)
+download(sys.argv[1], Path(sys.argv[2]), "", on_progress=kill)
 """
 
 
 def test_what_a_killed_download_leaves_is_removed_by_the_next(served, hub):
-    """Every kill would take half a gigabyte of the disk for ever, in a folder where nobody looks."""
-    command = [sys.executable, "-c", KILLED, served.url, str(hub / "vgg19-made.pth")]
+    """Every kill would take half a gigabyte of the disk for ever, in a hidden folder."""
+    command = [sys.executable, "-c", KILLED, served.url, str(hub / "vgg19-test.pth")]
     killed = subprocess.run(command, env={**os.environ, "no_proxy": "127.0.0.1"}, check=False, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert len(left_in(hub)) == 1
     find_weights("vgg19", None, 0)
-    assert left_in(hub) == ["vgg19-made.pth"]
+    assert left_in(hub) == ["vgg19-test.pth"]
 
 
 def closed_port() -> int:
@@ -183,7 +227,7 @@ def closed_port() -> int:
 
 
 def test_offline_says_what_to_do(hub, monkeypatch):
-    """No network is common: the way out is one file at one path."""
+    """Machines without a network are common: the message names the file, and where to copy it."""
     url = f"http://127.0.0.1:{closed_port()}/vgg19-dcbb9e9d.pth"
     monkeypatch.setattr(weights, "VGG19_URL", url)
     with pytest.raises(InputError) as caught:
@@ -194,7 +238,7 @@ def test_offline_says_what_to_do(hub, monkeypatch):
 
 
 def test_a_hub_folder_that_cannot_be_made_says_what_to_do(served, tmp_path):
-    """A home folder that is read-only, as in many containers."""
+    """A home folder that cannot be written, as in many containers."""
     (tmp_path / "hub").write_text("a file where the folder should be")
     with pytest.raises(InputError, match=r"could not be downloaded.*network\.weights"):
         find_weights("vgg19", None, 0)
@@ -210,7 +254,7 @@ def test_the_url_and_its_hash_are_torchvisions():
 
 
 def test_the_plan_needs_no_download(hub, monkeypatch):
-    """`plan` must answer before half a gigabyte has come through the line."""
+    """`plan` must not wait for a download of half a gigabyte."""
     monkeypatch.setattr(weights, "VGG19_URL", f"http://127.0.0.1:{closed_port()}/vgg19-dcbb9e9d.pth")
     assert widths_for_plan("vgg19", None) == VGG19_WIDTHS
     assert widths_for_plan("random", None) == RANDOM_WIDTHS
@@ -218,7 +262,7 @@ def test_the_plan_needs_no_download(hub, monkeypatch):
 
 
 def test_a_named_file_is_taken_whatever_the_network_is_called(narrow_weights):
-    """network.weights is the user's word; planned and rendered widths must be the same."""
+    """network.weights takes precedence over network.name, for the plan and for the render."""
     for name in ("vgg19", "vgg19-lite"):
         source = find_weights(name, narrow_weights, 0)
         assert source.path == narrow_weights
@@ -226,7 +270,7 @@ def test_a_named_file_is_taken_whatever_the_network_is_called(narrow_weights):
 
 
 def test_the_packaged_network_is_there():
-    """What is installed with the package must work without a download."""
+    """The network that comes with the package must work without a download."""
     for name, path in weights.PACKAGED.items():
         source = find_weights(name, None, 0)
         assert source.path == path
@@ -235,19 +279,19 @@ def test_the_packaged_network_is_there():
 
 
 def test_the_hash_is_that_of_the_file(narrow_weights):
-    """Resume compares it: other weights under the same name would mix two pictures."""
+    """A resume compares it: other weights under the same name would mix two images."""
     assert sha256_of(narrow_weights) == hashlib.sha256(narrow_weights.read_bytes()).hexdigest()
     assert find_weights("vgg19", narrow_weights, 0).sha256 == sha256_of(narrow_weights)
 
 
 def test_random_sources_differ_by_their_seed():
-    """The seed is all there is of them."""
+    """Random weights depend on the seed alone."""
     assert find_weights("random", None, 1) == find_weights("random", None, 1)
     assert find_weights("random", None, 1) != find_weights("random", None, 2)
 
 
 def test_specs_survive_a_trip_to_a_worker(narrow_weights):
-    """A process keeps its network while the next task brings the same spec: else it would read the file each time."""
+    """A worker caches its network by the spec: an unequal copy would make every task read the file again."""
     spec = NetworkSpec(find_weights("vgg19", narrow_weights, 0), "zeros", "max", "float32", "cpu")
     again = pickle.loads(pickle.dumps(spec))
     assert again == spec

@@ -1,4 +1,4 @@
-"""The plan: what it promises of sizes, work, disk and memory, from numbers alone, and what it refuses."""
+"""The plan: its sizes, work, disk and memory, computed from numbers alone, and the configs that it refuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from pipeline.executors.threads import ThreadExecutor
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.memory import BASE_BYTES
 from pipeline.plan.network_cost import LayerUse, layers_in_use
-from pipeline.plan.plan import Plan, computed_px, fit
+from pipeline.plan.plan import Plan, computed_px
+from pipeline.plan.sizes import fit
 from pipeline.render.preparation import prepare
 from pipeline.render.stage import Stage
 from pipeline.store.layout import content_features_name
@@ -33,14 +34,14 @@ MIB, GIB = 2**20, 2**30
 
 
 def test_stages_are_those_of_the_algorithm():
-    """512, 1,024, 2,048 and then the exact size: a stage left out leaves its strokes out (Fig. 5)."""
+    """512, 1,024, 2,048 and then the exact size: without a stage its strokes are missing (Fig. 5)."""
     stages = sizes_of((3000, 1501), [(800, 600)], 512, None)
     assert [canvas for canvas, _ in stages] == [(512, 256), (1024, 512), (2048, 1025), (3000, 1501)]
     assert [styles for _, styles in stages] == [((512, 384),), ((800, 600),), ((800, 600),), ((800, 600),)]
 
 
 def test_a_style_larger_than_the_content_adds_stages():
-    """The detail of a large painting is only seen at its own size; the canvas stays the content's (K's second term)."""
+    """The detail of a large painting needs its full size; the canvas keeps the content's (second term of K)."""
     stages = sizes_of((100, 80), [(1000, 700)], 256, None)
     assert [canvas for canvas, _ in stages] == [(100, 80)] * 3
     assert [styles[0] for _, styles in stages] == [(256, 179), (512, 358), (1000, 700)]
@@ -62,7 +63,7 @@ sizes = st.tuples(sides, sides)
 
 @given(sizes, st.lists(sizes, min_size=1, max_size=3), st.integers(16, 4096), st.none() | st.integers(16, 40_000))
 def test_stages_grow_to_exactly_the_target(content, styles, initial_px, target_px):
-    """A picture one pixel off does not fit its frame, and a stage that shrinks throws work away."""
+    """An image one pixel off does not fit its frame, and a stage that shrinks discards work."""
     stages = sizes_of(content, styles, initial_px, target_px)
     canvases = [canvas for canvas, _ in stages]
     target = target_px or max(content)
@@ -82,8 +83,8 @@ def test_stages_grow_to_exactly_the_target(content, styles, initial_px, target_p
 
 
 @given(sizes, st.integers(1, 40_000))
-def test_fit_keeps_the_proportions(size, long_px):
-    """A stretched face is the first thing anybody sees."""
+def test_fit_keeps_the_aspect_ratio(size, long_px):
+    """A distorted face is the most visible error."""
     height, width = fit(size, long_px)
     scale = long_px / max(size)
     assert max(height, width) == long_px
@@ -94,7 +95,7 @@ def test_fit_keeps_the_proportions(size, long_px):
 
 
 def test_computed_pixels_are_those_of_the_tiles_outer_rectangles():
-    """ETA and FLOP are made of this number: counted here pixel row by pixel row."""
+    """ETA and FLOP depend on this number: counted here tile by tile."""
     tiles = grid(200, 300, 64)
     by_hand = 0
     for y in range(0, 200, 64):
@@ -107,7 +108,7 @@ def test_computed_pixels_are_those_of_the_tiles_outer_rectangles():
 
 
 def test_at_1024_px_tiles_at_most_1_75_pixels_are_computed_for_one_kept():
-    """The wanted figure of the issue, at 16 K and at the paper's 8K: more halo than that is time for nothing."""
+    """The bound holds at 16K and at the paper's 8K: more halo would be time without effect."""
     for size in ((16_384, 16_384), (4320, 7680), (30_000, 20_000)):
         stage = planned(size, memory={"limit": "64GiB"}, compute={"tile_px": 1024, "device": "cpu"}).stages[-1]
         assert stage.size == size
@@ -136,7 +137,7 @@ VGG19_E = [
 
 
 def test_flop_of_vgg19_per_pixel():
-    """So that a user can tell hours from weeks. 2·9·C_in·C_out per position, added up by hand: 722,304 per pixel."""
+    """Users see from it if a run takes hours or weeks. Sum of 2·9·C_in·C_out per position: 722,304 per pixel."""
     layer_use = LayerUse(VGG19_WIDTHS, tuple(f"conv{block}_1" for block in range(1, 6)), ("conv4_2",), 4)
     assert sum(18 * c_in * c_out // stride**2 for c_in, c_out, stride in VGG19_E) == 722_304
     assert layer_use.flop_per_px() == 722_304
@@ -144,15 +145,15 @@ def test_flop_of_vgg19_per_pixel():
 
 
 def test_flop_of_a_run_are_passes_times_pixels_times_iterations():
-    """Forward once in the Gram pass; forward and back in the gradient pass, with no gradient of any weight."""
+    """One forward pass in the Gram pass; forward and backward in the gradient pass, without gradients of weights."""
     plan = planned((600, 400), memory={"limit": "64GiB"}, optimizer={"max_iterations": 7})
     for stage in plan.stages:
         assert stage.flop_per_iteration == 722_304 * (stage.gram_px + 2 * stage.gradient_px)
     assert plan.flop == 7 * sum(stage.flop_per_iteration for stage in plan.stages)
 
 
-def test_a_loss_of_weight_0_is_not_planned_for():
-    """Its layers are not run: half the work and a smaller halo."""
+def test_a_loss_of_weight_0_takes_no_work():
+    """Its layers are not run: less work and a smaller halo."""
     both = planned(memory={"limit": "64GiB"}, compute={"tile_px": 512, "device": "cpu"})
     content_only = planned(
         memory={"limit": "64GiB"}, compute={"tile_px": 512, "device": "cpu"}, loss={"style_weight": 0}
@@ -176,7 +177,7 @@ def test_a_loss_of_weight_0_is_not_planned_for():
     ],
 )
 def test_planned_disk_is_what_a_stage_allocates(make_config, narrow_weights, monkeypatch, codec_values, network):
-    """A disk that fills up in the middle of a run of days: the check before the run rests on this number."""
+    """The check of free disk space before a run rests on this number: else a disk fills up after days."""
     network = {"weights": str(narrow_weights), **network}
     config = make_config((83, 131), (70, 50), initial_size=131, network=network, **codec_values)
     (stage_plan,) = (plan := pipeline.plan(config)).stages
@@ -205,13 +206,13 @@ def test_planned_disk_is_what_a_stage_allocates(make_config, narrow_weights, mon
 
 
 def chunk_bytes(stage_dir: Path) -> int:
-    """Bytes of the pixel arrays' chunks; Gram matrices and descriptions, small and not pixels, left out."""
+    """Bytes of the chunks of pixel arrays, without Gram matrices and metadata, which are small."""
     arrays = [path for path in stage_dir.iterdir() if path.is_dir() and not path.name.startswith("gram_")]
     return sum(path.stat().st_size for array in arrays for path in (array / "c").rglob("*") if path.is_file())
 
 
 def test_planned_disk_of_a_run_holds_at_every_moment(make_config, narrow_weights):
-    """All stages together: finished ones keep a canvas, the current one all its arrays."""
+    """All stages together: a finished stage keeps its canvas, the current one has all its arrays."""
     config = make_config((83, 131), (70, 50), initial_size=40, store={"chunk_px": 32}, optimizer={"max_iterations": 1})
     plan = pipeline.plan(config)
     assert len(plan.stages) == 3
@@ -236,14 +237,14 @@ def refusal(**values) -> str:
 
 
 def test_a_limit_that_is_too_small_is_refused_by_its_name():
-    """Refused in a second, not killed by the system after a day; the message says which setting to change."""
+    """Refused in a second instead of killed out of memory after a day; the message names the setting to change."""
     text = refusal(memory={"limit": "300MiB"})
     assert "memory.limit" in text and "0.29 GiB is the limit" in text and "even with the smallest tile" in text
     assert "store.chunk_px" in text
 
 
 def test_a_result_beyond_the_limit_is_refused_by_its_name():
-    """A zero too many in `size` would plan for minutes, and fill the disk for days."""
+    """One zero too many in `size` would plan for minutes and fill the disk for days."""
     assert "limits.max_result_pixels (10,000,000,000)" in refusal(content_size=(1000, 1000), size=100_001)
     planned(content_size=(1000, 1000), size=100_000)
     text = refusal(content_size=(1000, 1000), size=5000, limits={"max_result_pixels": 24_999_999})
@@ -251,7 +252,7 @@ def test_a_result_beyond_the_limit_is_refused_by_its_name():
 
 
 def test_more_chunks_than_files_can_be_is_refused_by_its_name():
-    """A thousand million files of 3 KB: every listing of them would take hours, and no disk has the inodes."""
+    """A billion files of 3 KB: listing them would take hours, and no disk has that many inodes."""
     assert "store.chunk_px" in refusal(content_size=(40_000, 40_000), store={"chunk_px": 16})
     large = {"limits": {"max_result_pixels": 10**12}, "size": 600_000}
     assert "store.chunk_px" in refusal(content_size=(1000, 1000), **large)
@@ -259,13 +260,13 @@ def test_more_chunks_than_files_can_be_is_refused_by_its_name():
 
 
 def test_a_tile_that_does_not_fit_is_refused_by_its_name():
-    """A tile size the user chose is not silently changed."""
+    """A tile size that the user chose must not be changed silently."""
     text = refusal(content_size=(8192, 8192), memory={"limit": "4GiB"}, compute={"tile_px": 4096, "device": "cpu"})
     assert "compute.tile_px: 4096 needs" in text and "compute.tile_px: auto" in text and "memory.limit" in text
 
 
 def test_a_device_that_is_too_small_is_refused_as_such():
-    """On a GPU it is not memory.limit that is short."""
+    """On a GPU the remedy is not memory.limit."""
     text = refusal(device="cuda:0", device_bytes=200 * MIB, memory={"limit": "64GiB"})
     assert "cuda:0" in text and "memory.limit" not in text
 
@@ -276,7 +277,7 @@ limits = st.floats(0.9, 64).map(lambda gib: int(gib * GIB))
 @given(st.tuples(st.integers(2000, 60_000), st.integers(2000, 60_000)), limits, st.sampled_from([64, 256, 512]))
 @settings(max_examples=60)
 def test_the_automatic_tile_fits_the_limit_and_is_the_largest_that_does(content, limit, chunk_px):
-    """Larger tiles waste less halo, tiles that are too large end in the out-of-memory killer."""
+    """Larger tiles waste less halo; tiles that are too large run out of memory."""
     values = {"memory": {"limit": limit}, "store": {"chunk_px": chunk_px}, "size": max(content)}
     try:
         plan = planned(content, **values)
@@ -291,7 +292,7 @@ def test_the_automatic_tile_fits_the_limit_and_is_the_largest_that_does(content,
 
 
 def test_the_automatic_tile_fits_a_gpu():
-    """A GPU's memory, not the host's, rules there."""
+    """On a GPU its memory sets the tile size, not the host's."""
     for gib in (6, 12, 80):
         plan = planned((20_000, 20_000), device="cuda:0", device_bytes=gib * GIB, memory={"limit": "32GiB"})
         assert plan.device_bytes <= gib * GIB
@@ -303,8 +304,8 @@ def test_the_automatic_tile_fits_a_gpu():
     assert small < large
 
 
-def test_memory_does_not_grow_with_the_picture():
-    """The point of the program: 60,000 px on the machine that does 10,000, but for rows of the widest stage."""
+def test_memory_does_not_grow_with_the_image():
+    """A machine that renders 10,000 px renders 60,000 px: only rows of the widest stage grow."""
     small, large = (
         planned((side, side), memory={"limit": "4GiB"}, compute={"tile_px": 512, "device": "cpu"})
         for side in (10_000, 60_000)
@@ -315,7 +316,7 @@ def test_memory_does_not_grow_with_the_picture():
     assert large.disk_bytes > 30 * small.disk_bytes
 
 
-def test_every_worker_process_is_planned_for():
+def test_every_worker_process_is_counted():
     """Eight workers with a tile each take eight times the memory; the limit is for all of them together."""
     one, two, eight = (
         planned((8192, 8192), memory={"limit": "64GiB"}, compute={"tile_px": 512, "device": "cpu", "workers": workers})
@@ -335,7 +336,7 @@ def test_every_worker_process_is_planned_for():
 
 
 def test_worker_processes_share_the_gpu():
-    """Each of them has its own tile and its own CUDA there."""
+    """Each worker has its own tile and its own CUDA context there."""
     one, two = (
         planned((20_000, 20_000), device="cuda:0", device_bytes=24 * GIB, memory={"limit": "32GiB"}, compute=compute)
         for compute in ({}, {"workers": 2})
@@ -344,8 +345,8 @@ def test_worker_processes_share_the_gpu():
     assert two.device_bytes <= 24 * GIB
 
 
-def test_wider_networks_and_more_precision_are_planned_for():
-    """float64 and VGG-19 take more than float32 and a narrow network: the plan must know."""
+def test_wider_networks_and_more_precision_take_more_memory():
+    """float64 and VGG-19 take more than float32 and a narrow network."""
     narrow = {name: width // 4 for name, width in VGG19_WIDTHS.items()}
     tile = {"tile_px": 512, "device": "cpu"}
     host = [
@@ -359,7 +360,7 @@ def test_wider_networks_and_more_precision_are_planned_for():
 
 
 def test_a_layer_that_the_weights_lack_is_named():
-    """Found before the run, with what there is."""
+    """Refused before the run, with the layers that the file has."""
     short = {name: width for name, width in VGG19_WIDTHS.items() if not name.startswith("conv5")}
     with pytest.raises(InputError, match=r"no layer conv5_1.*It has conv1_1, .*conv4_4\.$"):
         planned(widths=short)
@@ -380,7 +381,7 @@ def test_a_layer_that_the_weights_lack_is_named():
     ],
 )
 def test_images_too_small_for_the_deepest_layer_are_refused(padding, content, style, refused):
-    """They would crash in a pooling; the message names the image, its size and the way out."""
+    """They would crash in a pooling; the message names the image, its size and the remedies."""
     values = {"network": {"padding": padding}, "memory": {"limit": "64GiB"}}
     if refused is None:
         assert isinstance(planned(content, (style,), **values), Plan)
@@ -390,14 +391,14 @@ def test_images_too_small_for_the_deepest_layer_are_refused(padding, content, st
 
 
 def test_a_long_image_may_be_too_small_at_its_first_stage_only():
-    """A panorama of 4,096 × 100 px is 512 × 13 at first: refused with initial_size as the way out, which works."""
+    """A panorama of 4,096 × 100 px starts at 512 × 13: refused with initial_size as a remedy, which works."""
     with pytest.raises(InputError, match="initial_size"):
         planned((100, 4096), memory={"limit": "64GiB"})
     assert planned((100, 4096), memory={"limit": "64GiB"}, initial_size=1024).stages[0].size == (25, 1024)
 
 
 def test_a_shallow_network_takes_smaller_images():
-    """The rule follows from the layers in use."""
+    """The minimum size follows from the layers in use."""
     layers = {"style_layers": {"conv1_1": 1.0}, "content_layers": {"conv2_2": 1.0}}
     assert planned((2, 2), ((1, 1),), network=layers).stages[0].size == (2, 2)
 
@@ -411,7 +412,7 @@ def test_a_plan_is_plain_data():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_levels_of_a_tiff_take_disk_and_little_memory(device):
-    """A large print would be refused for memory that its levels do not need, or end on a full disk after days."""
+    """A large print would be refused for memory that its levels do not need, or fill the disk after days."""
     values = {"device": device, "device_bytes": 64 * GIB, "memory": {"limit": 6 * GIB}, "store": {"chunk_px": 128}}
     for size in (8_192, 30_000, 60_000):
         levels, plain = (planned(**values, size=size, export={"pyramid": pyramid}) for pyramid in (True, False))
@@ -420,5 +421,5 @@ def test_levels_of_a_tiff_take_disk_and_little_memory(device):
         pixels = levels.stages[-1].pixels
         assert levels.levels_bytes == (
             pixels if size > 20_000 else 0
-        )  # a third of three bytes each; 8K's are in memory
+        )  # a third of three bytes per pixel; those of 8K stay in memory
         assert plain.levels_bytes == planned(**values, size=size, output="/o.dz").levels_bytes == 0

@@ -305,7 +305,9 @@ def test_a_mask_of_other_proportions_is_refused(masked, tmp_path):
     """Squeezed into the picture, it would lie elsewhere than it was drawn."""
     wrong = write_mask(tmp_path, np.full((80, 131), 255, np.uint8))
     for keys in ({"styles": [{"image": "style0.png", "mask": wrong}]}, {"loss": {"content_mask": wrong}}):
-        with pytest.raises(InputError, match=r"131×80 px, which are not the proportions of the content \(131×83 px\)"):
+        with pytest.raises(
+            InputError, match=r"131×80 px, which is another aspect ratio than that of the content \(131×83 px\)"
+        ):
             pipeline.plan(masked(**keys))
     small = write_mask(tmp_path, np.full((33, 52), 255, np.uint8))  # as rounded from 131×83
     pipeline.plan(masked(loss={"content_mask": small}))
