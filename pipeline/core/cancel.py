@@ -1,4 +1,4 @@
-"""Cancelling work between two steps: one token per call of the library, shared by all its threads."""
+"""Cancellation: one token per call of the library, which all its threads check between two tasks."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ class CancelToken:
             raise Stopped
 
 
-# The token of calls that nothing cancels.
+# For calls that cannot be cancelled.
 NEVER = CancelToken()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import BinaryIO
 
 from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import InputError, StorageError, storage
-from pipeline.core.files import new_partial, remove, sync_folder
+from pipeline.core.files import new_partial, remove, rename_synced, sync_file
 
 _BLOCK_BYTES = 2**20
 _POLL_S = 0.2
@@ -58,8 +57,7 @@ def download(
                 raise fetching.failure
             if not fetching.sha256.startswith(sha256_prefix):
                 raise DownloadError(f"its hash begins with {fetching.sha256[:8]}, not with {sha256_prefix}")
-            partial.replace(path)
-            sync_folder(path.parent)
+            rename_synced(partial, path)
     finally:
         fetching.cancelled.set()
         with contextlib.suppress(OSError):
@@ -103,6 +101,5 @@ class _Fetching:
         except (OSError, HTTPException, ValueError) as error:
             raise DownloadError(str(error)) from error
         with storage(self._partial):
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         self.sha256 = digest.hexdigest()

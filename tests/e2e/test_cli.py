@@ -241,17 +241,22 @@ def test_the_configs_own_output_may_be_in_a_new_folder(tmp_path, call):
 
 
 UNHEEDED = [
-    ("x.png", ["--compression", "jpeg"], "compression: PNG has deflate alone, not jpeg", ".tif or .jpg or .dz"),
-    ("x.jpg", ["--compression", "zstd"], "compression: JPEG has jpeg alone, not zstd", ".tif or .zarr"),
-    ("x.dz", ["--compression", "deflate"], "compression: DeepZoom has jpeg alone, not deflate", ".tif or .png"),
-    ("x.zarr", ["--compression", "none"], "compression: OME-Zarr has zstd alone, not none", ".tif"),
-    ("x.png", ["--quality", "95"], "quality: it is that of JPEG, which PNG does not hold", ".jpg or .dz, or .tif with"),
-    ("x.zarr", ["--quality", "5"], "quality: it is that of JPEG, which OME-Zarr does not hold", ".jpg"),
-    ("x.tif", ["--quality", "5"], "which TIFF with compression deflate does not hold", "or .tif with compression jpeg"),
-    ("x.dz", ["--no-pyramid"], "pyramid: DeepZoom always has smaller levels", ".tif or .png or .jpg"),
-    ("x.zarr", ["--no-pyramid"], "pyramid: OME-Zarr always has smaller levels", ".tif or .png or .jpg"),
-    ("x.png", ["--pyramid"], "pyramid: PNG has no smaller levels", ".tif or .dz or .zarr"),
-    ("x.png", ["--compression", "jpeg", "--quality", "7"], "quality: it is that of JPEG", "compression: PNG has"),
+    ("x.png", ["--compression", "jpeg"], "compression: PNG supports only deflate, not jpeg", ".tif or .jpg or .dz"),
+    ("x.jpg", ["--compression", "zstd"], "compression: JPEG supports only jpeg, not zstd", ".tif or .zarr"),
+    ("x.dz", ["--compression", "deflate"], "compression: DeepZoom supports only jpeg, not deflate", ".tif or .png"),
+    ("x.zarr", ["--compression", "none"], "compression: OME-Zarr supports only zstd, not none", ".tif"),
+    ("x.png", ["--quality", "95"], "quality: applies to JPEG only, and PNG does not", ".jpg or .dz, or .tif with"),
+    ("x.zarr", ["--quality", "5"], "quality: applies to JPEG only, and OME-Zarr", ".jpg"),
+    ("x.tif", ["--quality", "5"], "and TIFF with compression deflate does not use", "or .tif with compression jpeg"),
+    ("x.dz", ["--no-pyramid"], "pyramid: DeepZoom is always a pyramid", ".tif or .png or .jpg"),
+    ("x.zarr", ["--no-pyramid"], "pyramid: OME-Zarr is always a pyramid", ".tif or .png or .jpg"),
+    ("x.png", ["--pyramid"], "pyramid: PNG does not support pyramids", ".tif or .dz or .zarr"),
+    (
+        "x.png",
+        ["--compression", "jpeg", "--quality", "7"],
+        "quality: applies to JPEG only",
+        "compression: PNG supports",
+    ),
 ]
 
 
@@ -295,7 +300,7 @@ def test_a_config_with_options_that_its_format_passes_over(tmp_path, call):
     config = write_run(tmp_path, export={"compression": "zstd", "quality": 80})
     outcome = call("run", "-c", config)
     assert outcome.code == 3
-    for line in ("export.compression: PNG has deflate alone", "export.quality: it is that of JPEG"):
+    for line in ("export.compression: PNG supports only deflate", "export.quality: applies to JPEG only"):
         assert line in outcome.err
     assert not (tmp_path / "run").exists()
     assert call("plan", "-c", config, "--set", "export.pyramid=false", "--set", "output=x.zarr").code == 3
@@ -307,7 +312,7 @@ def test_quality_of_tiles_that_are_png(tmp_path, call):
     for command in ("plan", "run"):
         outcome = call(command, "-c", config)
         assert (outcome.code, outcome.err.count("\n")) == (3, 1), outcome
-        assert "quality: it is that of JPEG, which DeepZoom with alpha does not hold" in outcome.err
+        assert "quality: applies to JPEG only, and DeepZoom with alpha does not" in outcome.err
     assert not (tmp_path / "run").exists()
     assert call("run", "-c", config, "--set", "export.quality=95").code == 0
     outcome = call("export", "-c", config, "--set", "export.quality=95", "-o", tmp_path / "x.dz", "--quality", 50)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.config import Config, load_config, result_fields
 from pipeline.config.fields import OUTPUT_SUFFIXES
-from pipeline.config.messages import wanted
+from pipeline.config.messages import expected
 from pipeline.config.template import template
 from pipeline.core.errors import ConfigError
 from tests.support.configs import LINE, problems
@@ -172,14 +172,14 @@ def test_everything_at_once(write):
     ]  # fmt: skip
     text = "\n".join(lines)
     for said in (
-        "content: a path or null is wanted, found 3",
+        "content: expected a path or null, found 3",
         "styles.0.wieght: unknown key; allowed: image, weight, scale, max_size, mask; did you mean 'weight'?",
-        "output: has the ending '.bmp'",
+        "output: has the suffix '.bmp'",
         "seed: duplicate key, first given at line 4",
         "did you mean 'size'?",
-        "compute.tile_px: 1000 is no multiple of store.chunk_px = 512; a tile is written as whole chunks",
-        "store.codec: one of none, zstd, lz4 is wanted, found the text 'zst'; did you mean 'zstd'?",
-        "optimizer.max_iterations: a whole number >= 1, <= 100000 is wanted, found the text 'many'",
+        "compute.tile_px: 1000 is not a multiple of store.chunk_px = 512; tiles are written as whole chunks",
+        "store.codec: expected one of none, zstd, lz4, found the text 'zst'; did you mean 'zstd'?",
+        "optimizer.max_iterations: expected a whole number >= 1, <= 100000, found the text 'many'",
     ):
         assert said in text
 
@@ -187,7 +187,7 @@ def test_everything_at_once(write):
 def test_no_second_complaint_about_a_value_already_refused(write):
     """A wrong chunk size must not also be blamed on the tile: the user would mend the wrong key."""
     line = only(write(SMALL + "store: {chunk_px: 1000}\ncompute: {tile_px: 2000}\n"))
-    assert "store.chunk_px: a whole number >= 16, <= 16384, a multiple of 16 is wanted, found 1000" in line
+    assert "store.chunk_px: expected a whole number >= 16, <= 16384, a multiple of 16, found 1000" in line
 
 
 def test_missing_keys_are_named(write):
@@ -203,7 +203,7 @@ def test_missing_keys_are_named(write):
     [
         (
             "size=true",
-            "a whole number >= 16, <= 1000000 or a list of 2, each a whole number >= 16, <= 1000000 or null is",
+            "a whole number >= 16, <= 1000000 or a list of 2, each a whole number >= 16, <= 1000000 or null, found",
         ),
         ("size=15", "found 15"),
         ("size=512.0", "found 512.0"),
@@ -212,30 +212,30 @@ def test_missing_keys_are_named(write):
         ("loss.content_weight=.nan", "found nan"),
         ("loss.content_weight=.inf", "found inf"),
         ("loss.content_weight=1e999", "found inf"),
-        ("loss.content_weight=-1", "a number >= 0, <= 1e+12 is wanted, found -1"),
-        ("optimizer.beta1=1", "a number >= 0, < 1 is wanted"),
-        ("optimizer.epsilon=0", "a number > 0, <= 1e+06 is wanted"),
-        ("optimizer.clip=1", "true or false is wanted, found 1"),
+        ("loss.content_weight=-1", "expected a number >= 0, <= 1e+12, found -1"),
+        ("optimizer.beta1=1", "expected a number >= 0, < 1, found"),
+        ("optimizer.epsilon=0", "expected a number > 0, <= 1e+06, found"),
+        ("optimizer.clip=1", "expected true or false, found 1"),
         ("optimizer.clip=yes", "found the text 'yes'"),
-        ("network.style_layers={conv1_1: 0}", "network.style_layers.conv1_1: a number > 0, <= 1e+12 is wanted"),
+        ("network.style_layers={conv1_1: 0}", "network.style_layers.conv1_1: expected a number > 0, <= 1e+12, found"),
         ("network.style_layers={conv9_1: 1}", "unknown layer; allowed: conv1_1"),
         ("network.style_layers={conv1_1: true}", "found true"),
         ("network=3", "a section with name, weights"),
         ("network.name=vgg", "did you mean 'vgg19'?"),
-        ("styles=[]", "a list with at least one entry is wanted, unless loss.style_weight is 0"),
-        ("styles=s.jpg", "a list with at most 100 entries is wanted"),
-        ("styles.0.weight=-1", "styles.0.weight: a number >= 0"),
+        ("styles=[]", "expected a list with at least one entry, unless loss.style_weight is 0"),
+        ("styles=s.jpg", "expected a list with at most 100 entries, found"),
+        ("styles.0.weight=-1", "styles.0.weight: expected a number >= 0"),
         ("styles.0.weight=0", "the weights sum to 0.0"),
         ("memory.limit=4Gi", "a size such as 4GiB"),
         ("memory.limit=0", "a size such as 4GiB"),
-        ("compute.device=gpu", "one of auto, cpu, cuda, cuda:N is wanted"),
-        ("compute.tile_px=automatic", "or auto is wanted"),
-        ("compute.tile_px=768", "no multiple of store.chunk_px = 512"),
+        ("compute.device=gpu", "expected one of auto, cpu, cuda, cuda:N, found"),
+        ("compute.tile_px=automatic", "or auto, found"),
+        ("compute.tile_px=768", "not a multiple of store.chunk_px = 512"),
         ("store.chunk_px=24", "a multiple of 16"),
-        ("export.bits=12", "one of auto, 8, 16 is wanted, found 12"),
+        ("export.bits=12", "expected one of auto, 8, 16, found 12"),
         ("output=''", "an empty path"),
         ('output="a\\0.tif"', "NUL"),
-        ("output=result", "has no ending"),
+        ("output=result", "has no suffix"),
         ("output=~nobody_at_all/r.tif", "home folder"),
         ("seed=99999999999999999999999999", "a whole number >= 0"),
         ("seed=" + "9" * 5000, "a whole number >= 0"),
@@ -252,13 +252,13 @@ def test_missing_keys_are_named(write):
         ("limits.max_pixels=1000000000001", "<= 1000000000000"),
         ("limits.max_result_pixels=0", ">= 1"),
         ("limits.max_file_bytes=9999999TiB", "up to 1048576TiB"),
-        ("styles=[" + "{image: s.jpg}, " * 101 + "]", "at most 100 entries is wanted, found a list of 101"),
+        ("styles=[" + "{image: s.jpg}, " * 101 + "]", "at most 100 entries, found a list of 101"),
         (f"content={'x' * 256}", "longer than 255 bytes"),
         (f"content={'x/' * 2048}y", "longer than 4095"),
         ('content="a\\nb.tif"', "line break"),
         ('output="\\e[2Jr.tif"', "control character"),
-        ("loss={content_weight: 0, style_weight: 0}", "0 here and in loss.content_weight"),
-        ("network={content_layers: {}, style_layers: {}}", "no layer here nor in network.content_layers"),
+        ("loss={content_weight: 0, style_weight: 0}", "0, like loss.content_weight"),
+        ("network={content_layers: {}, style_layers: {}}", "no layers, and none in network.content_layers"),
         ("network={name: random, weights: w.pth}", "would ignore this file"),
     ],
 )
@@ -270,10 +270,13 @@ def test_wrong_values(write, setting, said):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["export.bits=16", "output=r.jpg"], "export.bits: .jpg pictures have 8 bits"),
+        (["export.bits=16", "output=r.jpg"], "export.bits: .jpg images have 8 bits"),
         (["export.bits=16", "export.compression=jpeg"], "export.compression: jpeg stores 8 bits only"),
-        (["store.state_dtype=compact", "optimizer.clip=false"], "store.state_dtype: compact keeps a canvas of 0..255"),
-        (["store.state_dtype=compact", "compute.dtype=float64"], "store.state_dtype: compact would round away"),
+        (
+            ["store.state_dtype=compact", "optimizer.clip=false"],
+            "store.state_dtype: compact stores canvas values",
+        ),
+        (["store.state_dtype=compact", "compute.dtype=float64"], "store.state_dtype: compact would round off"),
         (["network.content_layers={}", "loss.style_weight=0"], "the only weight above 0 belongs to an empty list"),
         (["content=same.tif", "output=./x/../same.tif"], "output: the same file as content"),
         (["styles.0.image=same.png", "output=same.png"], "output: the same file as styles.0.image"),
@@ -349,14 +352,14 @@ def test_anchors_aliases_and_tags_are_refused(write):
     path = write(SMALL + "seed: &n 1\nsize: *n\ninitial_size: !!python/object/apply:os.getpid []\n")
     text = "\n".join(problems(path))
     for place, said in (("4:7", "anchors"), ("5:7", "aliases"), ("6:15", "tags")):
-        assert f"{path}:{place}: {said} are not read" in text
+        assert f"{path}:{place}: {said} are not supported" in text
 
 
 def test_billion_laughs_are_not_laughed(write):
     """Ten lines of aliases that stand for 10^9 values fill any memory, where aliases are followed at all."""
     lines = [f"{after}: &{after} [{f'*{before}, ' * 9}]" for before, after in pairwise("abcdefghij")]
     found = problems(write(SMALL + "a: &a [lol]\n" + "\n".join(lines)))
-    assert sum("anchors are not read" in line or "aliases are not read" in line for line in found) > 30
+    assert sum("anchors are not supported" in line or "aliases are not supported" in line for line in found) > 30
 
 
 def test_more_problems_than_anyone_reads_are_counted(write):
@@ -426,7 +429,7 @@ def _leaves(model: type[BaseModel], start: str = "") -> Iterator[tuple[str, Any]
             yield "size", int | None  # with a content
         elif name == "stages":
             continue  # a list of sections
-        elif "path" not in wanted(field.annotation, field.metadata):
+        elif "path" not in expected(field.annotation, field.metadata):
             yield start + name, field.annotation
 
 

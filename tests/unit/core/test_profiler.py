@@ -60,7 +60,7 @@ def test_another_file_is_left_alone(tmp_path):
     """A wrong path after --profile must not cost somebody a picture."""
     path = tmp_path / "picture.png"
     path.write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(ConfigError, match="is no timeline"), profiler.recording(path):
+    with pytest.raises(ConfigError, match="is not a trace"), profiler.recording(path):
         pass
     assert path.read_bytes() == b"\x89PNG\r\n"
     with pytest.raises(ConfigError, match="cannot be written"), profiler.recording(tmp_path / "gone" / "t.json"):
