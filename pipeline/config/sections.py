@@ -237,5 +237,5 @@ class ExportConfig(Section):
 
     @property
     def changed(self) -> dict[str, Any]:
-        """The options that differ from their defaults; `pipeline init` writes all defaults, so every format accepts them."""
+        """The options that differ from their defaults; `pipeline init` writes the defaults for every format."""
         return self.model_dump(exclude_defaults=True)

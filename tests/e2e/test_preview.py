@@ -550,4 +550,4 @@ def test_preview_works_as_a_command(config):
     sheet, *lines = done.out.splitlines()
     assert read_picture(Path(sheet)).ndim == 3
     assert [line.strip() for line in lines if "--set" in line] == [f"--set loss.style_weight={n}" for n in (1, 2)]
-    assert [line.split(":")[0] for line in done.err.splitlines()[1:]] == ["picture 1 of 2", "picture 2 of 2"]
+    assert [line.split(":")[0] for line in done.err.splitlines()[1:]] == ["image 1 of 2", "image 2 of 2"]

@@ -19,8 +19,8 @@ from tests.support.e2e import PIPELINE, TIMEOUT_S, make_call, read_picture, writ
 from tests.support.terminal import Terminal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STOPPING = "stopping after the tiles in flight; once more to abort"
-LINE = "pipeline: stopped: run the same command again to resume.\n"
+STOPPING = "stopping after the tiles in flight; interrupt again to abort"
+LINE = "pipeline: Stopped. Run the same command again to resume.\n"
 
 # The command of the arguments, which sends itself a signal at the import with a number, the first of our own being 0,
 # or at the interpreter's very end; prints how many imports there were.

@@ -113,7 +113,7 @@ def deliver(child: Child, number: int) -> None:
     machine the run would be over before its listener has its turn.
     """
     child.signal(number)
-    wait_until(lambda: "once more to abort" in child.err or not status_of(child))
+    wait_until(lambda: "interrupt again to abort" in child.err or not status_of(child))
 
 
 def wait_until(reached: Callable[[], bool]) -> None:
@@ -143,7 +143,7 @@ def test_one_signal_stops_in_every_phase(nursery, whole_run, tmp_path, phase):
     assert moment.reached
     assert child.wait() == 75, child.err
     assert moment.seconds < max(SOON_S, whole_run_s)  # a machine that is busy is given the time that it takes for all
-    assert "run the same command again" in child.err and "Traceback" not in child.err
+    assert "Run the same command again" in child.err and "Traceback" not in child.err
     work_dir, output = places(config)
     assert not output.exists() and leftovers(output) == []
     assert damage(work_dir) == []

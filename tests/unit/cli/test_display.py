@@ -218,7 +218,7 @@ def test_ctrl_c_leaves_no_bar_behind(tmp_path, columns):
         screen = terminal.screen
         assert screen.bars == [] and screen.cursor_shown
         text = "".join(screen.lines)
-        assert text.startswith("starting") and "once more to abort" in text and "^C" not in text
+        assert text.startswith("starting") and "interrupt again to abort" in text and "^C" not in text
 
 
 @pytest.mark.parametrize("columns", [40, 80])

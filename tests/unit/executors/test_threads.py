@@ -151,7 +151,7 @@ def test_the_stop_flag_ends_the_work_between_two_tasks(how):
             ended += 1
         return index
 
-    with pytest.raises(Stopped, match="run the same command again"), Engine(2, CancelToken(stop)) as engine:
+    with pytest.raises(Stopped, match="Run the same command again"), Engine(2, CancelToken(stop)) as engine:
         if how == "map":
             engine.map(task, list(range(200)))
         else:
