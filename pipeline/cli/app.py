@@ -130,7 +130,7 @@ def cli() -> None:
     help="Write a Chrome trace of all threads to this file, and log how busy they are.",
 )
 def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: str, profile: Path | None) -> None:
-    """Render the output image of a config, or resume a run that was stopped."""
+    """Render the output image of a config, or resume a run."""
     with _working(log_format) as (sink, stop):
         from pipeline.cli.display import with_profile
 
@@ -144,7 +144,7 @@ def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: 
 @with_config(required=True)
 @as_json_option
 def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show the stages, tiles, memory, disk space and work of a run, without rendering."""
+    """Show the stages, tiles, memory, disk space and work of a run."""
     config = pipeline.load_config(config_path, overrides)
     planned = pipeline.plan(config)
     if as_json:
@@ -177,7 +177,7 @@ def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     metavar="X,Y,W,H",
     help="Render this part of the output at full resolution, in px, from the last finished stage of the run.",
 )
-@click.option("--stage", type=int, help="With --crop: last stage to render; default the run's last.")
+@click.option("--stage", type=int, metavar="N", help="With --crop: last stage to render; default the run's last.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Image file; default beside the config's output.")
 @click.option("--force", is_flag=True, help="Overwrite the file even if no preview of this config wrote it.")
 @with_log_format
@@ -189,15 +189,16 @@ def preview(
     size_px: int | None,
     rect: Rect | None,
     stage: int | None,
-    as_json: bool,
+    output: Path | None,
+    force: bool,
     log_format: str,
-    **options: Any,
+    as_json: bool,
 ) -> None:
-    """Render a config, or a grid of variations of it, at low resolution onto one contact sheet.
+    """Render a config, or variations of it, at low resolution.
 
-    A preview is the run itself up to --size: keys in px mean the same as in the run, and no image is rendered below the
-    largest initial_size. It does not show details that are finer than its pixels. Images that an earlier preview has
-    rendered are reused.
+    Writes each image, and a contact sheet of all. A preview is the run itself up to --size: keys in px mean the same as
+    in the run, and no image is rendered below the largest initial_size. It does not show details that are finer than
+    its pixels. Images that an earlier preview has rendered are reused.
 
     --crop shows those details in a part of the output, once the run has finished a stage. It uses the Gram matrices of
     the whole image, so the result is what the run will produce there.
@@ -207,9 +208,7 @@ def preview(
     if rect is None and stage is not None:
         raise click.UsageError("--stage requires --crop; use --size for a grid")
     with _working(log_format) as (sink, stop):
-        output: Path | None = options["output"]
-        common: dict[str, Any] = {"output": output and output.absolute(), "force": options["force"]}
-        common |= {"sink": sink, "stop": stop}
+        common: dict[str, Any] = {"output": output and output.absolute(), "force": force, "sink": sink, "stop": stop}
         if rect is not None:
             config, crop = pipeline.load_config(config_path, overrides), pipeline.crop
             _raise_if_stopped(stop)
@@ -243,7 +242,7 @@ def status(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path |
 @cli.command(epilog=_EXIT_CODES)
 @with_run
 @click.option("--sample", "share", callback=parse_share, metavar="5%", help="Read only this share of the chunks.")
-@click.option("--seed", type=click.IntRange(0), help="Seed of the sample, to repeat it.")
+@click.option("--seed", type=click.IntRange(0), metavar="N", help="Seed of the sample, to repeat it.")
 @click.option("--repair", is_flag=True, help="Repair what can be repaired, and report what is lost.")
 @as_json_option
 def verify(
@@ -255,9 +254,10 @@ def verify(
     repair: bool,
     as_json: bool,
 ) -> None:
-    """Find every changed, missing or foreign file of a run that is not running. Writes nothing without --repair.
+    """Find the changed, missing and foreign files of a run.
 
-    The exit code is 0 if there is no damage (left), else 6.
+    The run must not be in progress. Nothing is written without --repair. The exit code is 0 if no damage is left, else
+    6.
     """
     if repair and share is not None:
         raise click.UsageError("--repair checks everything: omit --sample")
@@ -280,7 +280,7 @@ def verify(
 @cli.command()
 @with_run
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Image file to write.")
-@click.option("--stage", type=int, help="Stage to export; default the newest.")
+@click.option("--stage", type=int, metavar="N", help="Stage to export; default the newest.")
 @click.option(
     "--bits",
     type=click.Choice(["auto", "8", "16"]),
@@ -291,11 +291,12 @@ def verify(
 @click.option(
     "--compression",
     type=click.Choice(COMPRESSIONS),
+    metavar="NAME",
     default="deflate",
     show_default=True,
-    help="Compression of a TIFF.",
+    help=f"Compression of a TIFF: {', '.join(COMPRESSIONS)}.",
 )
-@click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="JPEG quality.")
+@click.option("--quality", type=click.IntRange(1, 100), metavar="1-100", default=95, help="JPEG quality; default 95.")
 @click.option("--pyramid/--no-pyramid", default=True, show_default=True, help="Smaller levels in a TIFF, for viewers.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.pass_context
@@ -330,7 +331,10 @@ def export(
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path), default="pipeline.yaml")
 def init(path: Path) -> None:
-    """Write a commented config to PATH (default pipeline.yaml; - for stdout)."""
+    """Write a commented config to PATH.
+
+    The default is pipeline.yaml; - is stdout.
+    """
     from pipeline.config.template import template
 
     text = template()

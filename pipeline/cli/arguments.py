@@ -18,9 +18,9 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 with_log_format = click.option(
     "--log-format",
     type=click.Choice(["auto", "live", "plain", "json"]),
+    metavar="FORMAT",
     default="auto",
-    show_default=True,
-    help="Progress output on stderr; auto is live on a terminal, else plain.",
+    help="Progress output on stderr: live, plain, json, or auto (default), which is live on a terminal, else plain.",
 )
 
 

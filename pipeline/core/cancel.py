@@ -27,5 +27,10 @@ class CancelToken:
             raise Stopped
 
 
+class _NeverToken(CancelToken):
+    def set(self) -> None:
+        raise AssertionError("NEVER is shared: setting it would cancel every call of the process")
+
+
 # For calls that cannot be cancelled.
-NEVER = CancelToken()
+NEVER = _NeverToken()
