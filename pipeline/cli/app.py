@@ -127,7 +127,7 @@ def cli() -> None:
 @click.option(
     "--profile",
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
-    help="Write a Chrome trace of all threads to this file, and log how busy they are.",
+    help="Write a Chrome trace of the threads, and log how busy they are.",
 )
 def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: str, profile: Path | None) -> None:
     """Render the output image of a config, or resume a run."""
@@ -145,23 +145,20 @@ def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: 
 @as_json_option
 def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show the stages, tiles, memory, disk space and work of a run."""
+    from pipeline.cli import reports
+
     config = pipeline.load_config(config_path, overrides)
     planned = pipeline.plan(config)
     if as_json:
         _echo_json(planned.as_dict())
     else:
-        from pipeline.cli import reports
-
         reports.print_plan(config, planned)
 
 
 @cli.command(epilog=_EXIT_CODES)
 @with_config(required=True)
 @click.option(
-    "--vary",
-    multiple=True,
-    metavar="KEY=V1,V2",
-    help="Values to compare, such as initial_size=384,512. Several options make a grid.",
+    "--vary", multiple=True, metavar="KEY=V1,V2", help="Values to compare: initial_size=384,512. Several make a grid."
 )
 @click.option(
     "--size",
@@ -171,11 +168,7 @@ def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     help=f"Long side of each image; default {PREVIEW_PX}, at most that of the run.",
 )
 @click.option(
-    "--crop",
-    "rect",
-    callback=parse_rect,
-    metavar="X,Y,W,H",
-    help="Render this part of the output at full resolution, in px, from the last finished stage of the run.",
+    "--crop", "rect", callback=parse_rect, metavar="X,Y,W,H", help="Render this part of the output in full resolution."
 )
 @click.option("--stage", type=int, metavar="N", help="With --crop: last stage to render; default the run's last.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Image file; default beside the config's output.")
@@ -200,8 +193,8 @@ def preview(
     in the run, and no image is rendered below the largest initial_size. It does not show details that are finer than
     its pixels. Images that an earlier preview has rendered are reused.
 
-    --crop shows those details in a part of the output, once the run has finished a stage. It uses the Gram matrices of
-    the whole image, so the result is what the run will produce there.
+    --crop (in px of the output) shows those details in a part of it, once the run has finished a stage. It starts from
+    the last finished stage and uses the Gram matrices of the whole image, so the result is what the run will produce.
     """
     if rect is not None and (vary or size_px is not None or as_json):
         raise click.UsageError("--crop renders one config at full resolution: omit --vary, --size and --json")
@@ -230,12 +223,12 @@ def preview(
 @as_json_option
 def status(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None, as_json: bool) -> None:
     """Show the progress of a run, while it works and afterwards."""
+    from pipeline.cli import reports
+
     progress = pipeline.status(_work_dir(config_path, overrides, run_dir))
     if as_json:
         _echo_json(progress)
     else:
-        from pipeline.cli import reports
-
         reports.print_status(progress)
 
 
@@ -286,7 +279,7 @@ def verify(
     type=click.Choice(["auto", "8", "16"]),
     default="auto",
     show_default=True,
-    help="Bits per channel; auto is 16 if content and format have 16, else 8.",
+    help="Bits per channel; auto: 16 if content and format have 16.",
 )
 @click.option(
     "--compression",

@@ -54,7 +54,12 @@ def result_fields(config: Config) -> dict[str, object]:
     A resume with another value would mix two results in one image. Keys marked HARMLESS are left out, and so are files,
     which are compared by their content elsewhere.
     """
-    fields = {dotted(key): value for key, value, mark in _values(config) if _decides(value, mark)}
+    by_content = COMPARED_BY_CONTENT["resume"]
+    fields = {
+        dotted(key): value
+        for key, value, mark in _values(config)
+        if mark is None or (mark == by_content and isinstance(value, str))  # a keyword of `init`, which may be a file
+    }
     fields |= shared_masks(config.styles, "")
     for index, stage in enumerate(config.stages):
         fields |= shared_masks(stage.styles or (), f"stages.{index}.")
@@ -66,12 +71,6 @@ def input_files(config: Settings) -> Iterator[tuple[Key, Path]]:
     for key, value, mark in _values(config):
         if mark == COMPARED_BY_CONTENT["resume"] and isinstance(value, Path):
             yield key, value
-
-
-def _decides(value: object, mark: object) -> bool:
-    if mark == COMPARED_BY_CONTENT["resume"]:
-        return isinstance(value, str)  # a keyword of `init`, which also accepts a file
-    return mark is None
 
 
 def _values(

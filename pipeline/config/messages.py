@@ -89,12 +89,9 @@ def _limits(metadata: Sequence[object]) -> Iterator[str]:
     for mark in metadata:
         if isinstance(mark, FieldInfo):
             yield from _limits(mark.metadata)
-        else:
-            limits = {name: getattr(mark, name) for name in _LIMITS if hasattr(mark, name)}
-            yield from (
-                _LIMITS[name].format(limit if isinstance(limit, int) else f"{limit:g}")
-                for name, limit in limits.items()
-            )
+        for name, words in _LIMITS.items():
+            if (limit := getattr(mark, name, None)) is not None:
+                yield words.format(limit if isinstance(limit, int) else f"{limit:g}")
 
 
 def _written(value: object) -> str:
@@ -134,7 +131,7 @@ def validate(model: type[_M], document: Document, base: Path) -> _M | None:
             conflicts = [conflict for conflict in _conflicts(error) if not _touches(conflict, faults)]
     for conflict in conflicts:
         key = conflict.keys[0]
-        document.problems.append(Problem(document.place_of_value(key), dotted(key), conflict.text))
+        document.problems.append(Problem(document.place(key), dotted(key), conflict.text))
     document.problems += faults.values()
     return None
 
@@ -176,13 +173,13 @@ def _faults(error: ValidationError, model: type[BaseModel], document: Document) 
     for detail in error.errors(include_url=False):
         key, parent, field = _resolve(model, detail["loc"])
         kind, cause = detail["type"], detail.get("ctx", {}).get("error")
-        place = document.place_of_value(key)
+        place = document.place(key)
         if kind == "missing":
             text = f"missing; expected {expected(field.annotation, field.metadata)} ({field.description})"
             specific[key] = Problem(place, dotted(key), text)
         elif kind == "extra_forbidden":
             text = f"unknown key; {allowed(str(key[-1]), tuple(parent.model_fields))}"
-            specific[key] = Problem(document.place_of_key(key), dotted(key), text)
+            specific[key] = Problem(document.place(key, of_name=True), dotted(key), text)
         elif kind == "value_error" and not isinstance(cause, ConflictsError):
             specific[key] = Problem(place, dotted(key), str(cause))
         elif kind not in ("value_error", "default_factory_not_called"):  # the latter's cause is a fault of its own

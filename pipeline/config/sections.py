@@ -52,15 +52,9 @@ class StyleConfig(Section):
     image: File = Field(description="style image", json_schema_extra=COMPARED_BY_CONTENT)
     weight: Share = Field(1.0, description="weight relative to the other styles")
     scale: Float = Field(
-        1.0,
-        gt=0,
-        le=100,
-        description="size of the style relative to the canvas; smaller values give finer detail",
-        json_schema_extra=NEW,
+        1.0, gt=0, le=100, description="size relative to the canvas; smaller: finer detail", json_schema_extra=NEW
     )
-    max_size: SidePx | None = Field(
-        None, description="maximum long side of the style in px; null: no limit", json_schema_extra=NEW
-    )
+    max_size: SidePx | None = Field(None, description="maximum long side in px; null: no limit", json_schema_extra=NEW)
     mask: File | None = Field(
         None,
         description="mask for this style: same aspect ratio as the content; white = apply, black = leave",
@@ -73,9 +67,7 @@ class NetworkConfig(Section):
 
     name: NetworkName = Field("vgg19", description="feature network; vgg19-lite needs no download, random is for tests")
     weights: File | None = Field(
-        None,
-        description="weights file; null uses those of the network",
-        json_schema_extra=COMPARED_BY_CONTENT,
+        None, description="weights file; null uses those of the network", json_schema_extra=COMPARED_BY_CONTENT
     )
     padding: Literal["replicate", "zeros", "reflect"] = Field("replicate", description="padding at the image border")
     pooling: Literal["max", "average"] = Field("max", description="pooling of the network; average gives cleaner lines")
@@ -91,11 +83,7 @@ class LossConfig(Section):
     kind: Literal["normalized", "gatys"] = Field("normalized", description="how layer losses are scaled")
     content_weight: Share = Field(0.05, description="weight of the content loss")
     style_weight: Share = Field(1.0, description="weight of the style loss")
-    tv_weight: Share = Field(
-        0.0,
-        description="weight of total variation, which smooths grain; 0.1 to 3, 0: off",
-        json_schema_extra=NEW,
-    )
+    tv_weight: Share = Field(0.0, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=NEW)
     content_mask: File | None = Field(
         None,
         description="mask for the content loss: same aspect ratio as the content; white = keep, black = ignore",
@@ -112,13 +100,9 @@ class OptimizerConfig(Section):
 
     schedule: Literal["cosine", "constant"] = Field("cosine", description="step size over the iterations of a stage")
     max_iterations: Int = Field(60, ge=1, le=MAX_ITERATIONS, description="iterations of each stage")
-    target_pixel_change: Float = Field(
-        12.8, gt=0, le=255, description="maximum change of a pixel in the first step, on the scale 0..255"
-    )
+    target_pixel_change: Float = Field(12.8, gt=0, le=255, description="largest pixel change in the first step")
     stop_condition: Float = Field(
-        default_factory=_default_stop,
-        ge=0,
-        description="end a stage when mean|u| is below this; 0.1 if constant",
+        default_factory=_default_stop, ge=0, description="end a stage when mean|u| is below this; 0.1 if constant"
     )
     beta1: Float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
     beta2: Float = Field(0.99, ge=0, lt=1, description="decay of Adam's second moment")
@@ -128,7 +112,7 @@ class OptimizerConfig(Section):
         0.0,
         ge=0,
         lt=1,
-        description="decay of a moving average of the canvas, used as the stage's result; 0: off, 0.95: smoother",
+        description="decay of a moving average of the canvas, the stage's result; 0: off, 0.95: smoother",
         json_schema_extra=NEW,
     )
 
@@ -165,13 +149,7 @@ class ComputeConfig(Section):
     tile_px: Annotated[Int, Field(gt=0, le=2 * MAX_SIDE_PX)] | Literal["auto"] = Field(
         "auto", description="side of a tile in px, a multiple of store.chunk_px", json_schema_extra=HARMLESS
     )
-    workers: Int = Field(
-        0,
-        ge=0,
-        le=MAX_WORKERS,
-        description="worker processes; 0: compute in the main one",
-        json_schema_extra=HARMLESS,
-    )
+    workers: Int = Field(0, ge=0, le=MAX_WORKERS, description="worker processes; 0: none", json_schema_extra=HARMLESS)
     threads: Annotated[Int, Field(ge=1, le=MAX_THREADS)] | Literal["auto"] = Field(
         "auto",
         description="CPU threads per tile; auto chooses at the start and keeps the number on resume",
@@ -193,9 +171,7 @@ class MemoryConfig(Section):
 class StoreConfig(Section):
     """Format of the state on disk. It cannot change during a run, except for `durability`."""
 
-    chunk_px: Int = Field(
-        512, ge=ALIGN_PX, le=MAX_CHUNK_PX, multiple_of=ALIGN_PX, description="side of a chunk on disk in px"
-    )
+    chunk_px: Int = Field(512, ge=ALIGN_PX, le=MAX_CHUNK_PX, multiple_of=ALIGN_PX, description="side of a chunk in px")
     codec: Literal["none", "zstd", "lz4"] = Field("none", description="compression of the state, for slow disks")
     state_dtype: Literal["float", "compact"] = Field(
         "float", description="number format of the state; compact: 16 bits per value, half the disk space"
@@ -231,8 +207,7 @@ class ExportConfig(Section):
     compression: Compression = Field("deflate", description="compression of a TIFF")
     quality: Int = Field(95, ge=1, le=100, description="JPEG quality")
     pyramid: StrictBool = Field(
-        True,
-        description="smaller levels in a TIFF, for viewers; a third more disk space, two thirds while writing",
+        True, description="smaller levels in a TIFF, for viewers; a third more disk space, two thirds while writing"
     )
 
     @property

@@ -46,7 +46,7 @@ class Settings(Section):
 
     content: File | None = Field(
         None,
-        description="content image; null, with loss.content_weight 0, synthesises a texture from the styles",
+        description="content image; null, with loss.content_weight 0, makes a texture of the styles",
         examples=["content.jpg"],
         json_schema_extra=COMPARED_BY_CONTENT,
     )
@@ -56,9 +56,7 @@ class Settings(Section):
         examples=[[{"image": "style.jpg"}]],
     )
     output: Output = Field(
-        description=f"output image, {' '.join(OUTPUT_SUFFIXES)}",
-        examples=["result.tif"],
-        json_schema_extra=HARMLESS,
+        description=f"output image, {' '.join(OUTPUT_SUFFIXES)}", examples=["result.tif"], json_schema_extra=HARMLESS
     )
     work_dir: File = Field(
         default_factory=_default_work_dir,
@@ -66,8 +64,7 @@ class Settings(Section):
         json_schema_extra=HARMLESS,
     )
     size: SidePx | tuple[SidePx, SidePx] | None = Field(
-        None,
-        description="long side of the output in px, or [width, height] of a texture; null uses the content's size",
+        None, description="long side of the output in px, or [width, height] of a texture; null: as the content"
     )
     initial_size: SidePx = Field(512, description="long side of the coarsest stage in px")
     network: NetworkConfig = Field(NetworkConfig(), description="feature network")
@@ -89,9 +86,7 @@ class Settings(Section):
     compute: ComputeConfig = Field(ComputeConfig(), description="device, precision and parallelism")
     memory: MemoryConfig = Field(MemoryConfig(), description="host memory", json_schema_extra=HARMLESS)
     store: StoreConfig = Field(StoreConfig(), description="state on disk")
-    limits: LimitsConfig = Field(
-        LimitsConfig(), description="inputs and sizes to refuse before any work starts", json_schema_extra=HARMLESS
-    )
+    limits: LimitsConfig = Field(LimitsConfig(), description="limits checked at the start", json_schema_extra=HARMLESS)
     export: ExportConfig = Field(ExportConfig(), description="file format of the output", json_schema_extra=HARMLESS)
     seed: Int = Field(0, ge=0, lt=2**63, description="seed of the noise and of the random network")
 

@@ -33,6 +33,8 @@ _WORDS: dict[str, object] = {
     **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
     **{sign + word: float(sign + "inf") for sign in ("", "+", "-") for word in (".inf", ".Inf", ".INF")},
 }
+# An escape can name half of a surrogate pair, which cannot be encoded.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # Longer numbers are read as text: no setting needs them, and Python refuses to convert or print very long ones.
 _MAX_NUMBER_CHARS = 40
 
@@ -96,15 +98,9 @@ class Document:
     keys: dict[Key, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def place_of_value(self, key: Key) -> Place:
-        """Place of the value at `key`, or of the nearest enclosing section that is in the file."""
-        return self._nearest(self.values, key)
-
-    def place_of_key(self, key: Key) -> Place:
-        """Place of the name of `key`, or of the nearest enclosing section that is in the file."""
-        return self._nearest(self.keys, key)
-
-    def _nearest(self, places: dict[Key, Place], key: Key) -> Place:
+    def place(self, key: Key, *, of_name: bool = False) -> Place:
+        """Place of the value (or the name) at `key`, or of the nearest enclosing section that is in the file."""
+        places = self.keys if of_name else self.values
         while key and key not in places:
             key = key[:-1]
         return places.get(key, Place(1, 1, self.source))
@@ -124,9 +120,10 @@ class Document:
             return
         value = Document(place.source)
         _parse(text, value, lambda _mark: place, CommandLineText)
-        self.problems += [
-            Problem(place, dotted((*parts, *_split(problem.key))), problem.text) for problem in value.problems
-        ]
+        for problem in value.problems:
+            self.problems.append(
+                Problem(place, ".".join(filter(None, (dotted(tuple(parts)), problem.key))), problem.text)
+            )
         if value.readable:
             self._put(parts, value.data, place)
 
@@ -140,15 +137,11 @@ class Document:
             if index is None:
                 return
             path = (*path, index)
-            if depth == len(parts):
-                container[index] = value
-            elif isinstance(container, dict) and container.get(part) is None:
-                container[index] = {}
-            else:
-                container = container[index]
-                continue
-            self._forget(path)
-            self.values[path] = self.keys[path] = place
+            is_last = depth == len(parts)
+            if is_last or (isinstance(container, dict) and container.get(part) is None):
+                container[index] = value if is_last else {}
+                self._forget(path)
+                self.values[path] = self.keys[path] = place
             container = container[index]
 
     def _index(self, container: object, part: str, path: Key, place: Place) -> str | int | None:
@@ -182,9 +175,7 @@ def read(path: Path) -> Document:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        before = raw[: error.start]
-        column = len(before) - before.rfind(b"\n")
-        document.fail("not UTF-8 text; save the file as UTF-8", before.count(b"\n") + 1, column)
+        document.fail("not UTF-8 text; save the file as UTF-8", *_position_after(raw[: error.start].decode()))
         return document
     _parse(text, document, lambda mark: Place(mark.line + 1, mark.column + 1, document.source), str)
     if document.readable and document.data is None:
@@ -238,14 +229,8 @@ def _parse(text: str, document: Document, locate: Locate, as_text: type[str]) ->
         loader = _Loader(text)
         node = loader.get_single_node()
     except yaml.reader.ReaderError as error:
-        before = text[: error.position]
-        document.fail(
-            f"the character {chr(error.character)!r} is not allowed in YAML"
-            if isinstance(error.character, int)
-            else "a character that is not allowed in YAML",
-            before.count("\n") + 1,
-            len(before) - before.rfind("\n"),
-        )
+        character = chr(error.character)
+        document.fail(f"the character {character!r} is not allowed in YAML", *_position_after(text[: error.position]))
     except yaml.MarkedYAMLError as error:
         place = locate(error.problem_mark or error.context_mark)
         document.fail(_syntax(error), place.line, place.column)
@@ -258,6 +243,11 @@ def _parse(text: str, document: Document, locate: Locate, as_text: type[str]) ->
         document.data = _Builder(document, locate, as_text).build(node, ())
 
 
+def _position_after(text: str) -> tuple[int, int]:
+    """Line and column, from 1, of the character that follows `text`."""
+    return text.count("\n") + 1, len(text) - text.rfind("\n")
+
+
 def _syntax(error: yaml.MarkedYAMLError) -> str:
     problem = error.problem or "it cannot be parsed"
     if "'\\t'" in problem:
@@ -266,10 +256,6 @@ def _syntax(error: yaml.MarkedYAMLError) -> str:
         return "a second document starts here; a config has only one"
     context = f" {error.context}" if error.context else ""
     return f"not valid YAML:{shown(context)} {shown(problem)}".replace(":  ", ": ")
-
-
-def _split(key: str) -> list[str]:
-    return key.split(".") if key else []
 
 
 class _Loader(yaml.SafeLoader):
@@ -336,7 +322,7 @@ class _Builder:
                 first = self.document.keys[inner]
                 where = f", first given at line {first.line}" if first.column else ""
                 self._problem(place, inner, f"duplicate key{where}; keep one of the two")
-            elif not _encodable(name):
+            elif _SURROGATE.search(name):
                 self._problem(place, key, f"{name!r} is not valid text")
             else:
                 self.document.keys[inner] = place
@@ -352,19 +338,10 @@ class _Builder:
                 return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
             if len(text) <= _MAX_NUMBER_CHARS and _FLOAT.fullmatch(text):
                 return float(text)
-        if not _encodable(text):
+        if _SURROGATE.search(text):
             self._problem(self.locate(node.start_mark), key, f"{shown(text)} is not valid text")
             return None
         return self.as_text(text)
 
     def _problem(self, place: Place, key: Key, text: str) -> None:
         self.document.problems.append(Problem(place, dotted(key), text))
-
-
-def _encodable(text: str) -> bool:
-    """Whether `text` can be encoded: an escape can name half of a surrogate pair, which cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

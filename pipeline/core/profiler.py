@@ -34,27 +34,17 @@ _trace: TextIO | None = None
 @contextmanager
 def span(kind: str, **details: object) -> Iterator[None]:
     """Add the duration of the block to the sum of `kind`. `details` are the arguments of the event in the trace."""
-    start = time.perf_counter_ns()
+    start_ns = time.perf_counter_ns()
     try:
         yield
     finally:
-        _add(kind, start, time.perf_counter_ns(), details)
-
-
-def _add(kind: str, start_ns: int, end_ns: int, details: dict[str, object]) -> None:
-    with _lock:
-        _seconds[kind] += (end_ns - start_ns) / 1e9
-        if _trace is not None:
-            event = {
-                "name": kind,
-                "ph": "X",
-                "ts": start_ns / 1000,
-                "dur": (end_ns - start_ns) / 1000,
-                "pid": 0,
-                "tid": threading.get_native_id(),
-                "args": details,
-            }
-            _trace.write(f"{json.dumps(event)},\n")
+        duration_ns = time.perf_counter_ns() - start_ns
+        with _lock:
+            _seconds[kind] += duration_ns / 1e9
+            if _trace is not None:
+                event = {"name": kind, "ph": "X", "ts": start_ns / 1000, "dur": duration_ns / 1000, "pid": 0}
+                event |= {"tid": threading.get_native_id(), "args": details}
+                _trace.write(f"{json.dumps(event)},\n")
 
 
 def add(seconds: Mapping[str, float]) -> None:
