@@ -149,7 +149,7 @@ def same_file(first: Path, second: Path) -> bool:
         return True
     try:
         return first.samefile(second)
-    except OSError:  # one of them does not exist or is unreadable; whoever opens it reports that
+    except OSError:  # one does not exist or is unreadable, which is reported when it is opened
         return False
 
 
