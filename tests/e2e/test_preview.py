@@ -85,7 +85,7 @@ def test_commas_inside_values_do_not_part_them(config, key, values):
     ("vary", "told"),
     [
         (["loss.style_wieght=1,2"], "--vary loss.style_wieght=2: loss.style_wieght: unknown key"),
-        (["loss.style_weight=1,much"], "--vary loss.style_weight=much: loss.style_weight: a number"),
+        (["loss.style_weight=1,much"], "--vary loss.style_weight=much: loss.style_weight: expected a number"),
         (["loss.style_weight"], "--vary loss.style_weight: this is not key=value,value"),
         (["loss.style_weight="], "--vary loss.style_weight=: this is not key=value,value"),
         (["loss.style_weight=1,,2"], "--vary loss.style_weight=1,,2: not valid YAML"),
