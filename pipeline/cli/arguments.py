@@ -26,16 +26,10 @@ with_log_format = click.option(
 
 def with_config(required: bool) -> Callable[[F], F]:
     """The options --config and --set."""
-
-    def add(command: F) -> F:
-        overrides = click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the config."
-        )
-        path = click.Path(path_type=Path)
-        config = click.option("-c", "--config", "config_path", type=path, required=required, help="Config file.")
-        return config(overrides(command))
-
-    return add
+    path, metavar = click.Path(path_type=Path), "KEY=VALUE"
+    config = click.option("-c", "--config", "config_path", type=path, required=required, help="Config file.")
+    overrides = click.option("--set", "overrides", multiple=True, metavar=metavar, help="Change a value of the config.")
+    return lambda command: config(overrides(command))
 
 
 def with_run(command: F) -> F:

@@ -66,13 +66,15 @@ def print_plan(config: Config, planned: Plan) -> None:
     phases = ", ".join(f"{phase} {gib(size)}" for phase, size in planned.host_bytes.items())
     tile = f"tiles of {planned.tile_px} px, chunks of {planned.chunk_px} px, halo {planned.halo_px} px"
     levels = f", plus {gib(planned.levels_bytes)} while it is written" if planned.levels_bytes else ""
+    numbers = [stage.max_iterations for stage in planned.stages]
+    iterations = "–".join(map(str, dict.fromkeys((min(numbers), max(numbers)))))  # one number if they are equal
     lines = [
         f"device   {planned.device}; {tile}",
         f"memory   {gib(planned.projected_mem_bytes)} of {limit} (memory.limit); {phases}",
         *([] if planned.device == "cpu" else [f"on {planned.device}  {gib(planned.device_bytes)}"]),
         f"disk     {gib(planned.disk_bytes)} in {config.work_dir}",
         f"output   up to {gib(planned.output_bytes)} for {config.output}, {planned.picture}{levels}",
-        f"work     {planned.flop / 1e12:,.0f} TFLOP for {_iterations(planned)} iterations per stage",
+        f"work     {planned.flop / 1e12:,.0f} TFLOP for {iterations} iterations per stage",
     ]
     _print_lines(lines)
 
@@ -81,12 +83,6 @@ def _print_lines(lines: list[str]) -> None:
     console = _console()
     for line in lines:
         console.print(line)
-
-
-def _iterations(planned: Plan) -> str:
-    """The iterations of a stage: one number, or minimum–maximum."""
-    numbers = sorted(stage.max_iterations for stage in planned.stages)
-    return "–".join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1])))
 
 
 def print_status(status: dict[str, Any]) -> None:

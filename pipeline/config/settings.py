@@ -132,6 +132,5 @@ def _overridden(base: Section, override: Section) -> Section:
             call_default_factory=True, validated_data=values
         ):
             del values[name]
-    given = {name: getattr(override, name) for name in override.model_fields_set}
-    values |= {name: value for name, value in given.items() if value is not None}
+    values |= {name: value for name in override.model_fields_set if (value := getattr(override, name)) is not None}
     return type(base).model_validate(values)
