@@ -1,7 +1,7 @@
 """Neural style transfer at print size: exact tiles, disk-backed state, bounded memory, exact resume.
 
-The public surface, beside the CLI, the config schema and the layout on disk. A name is imported when it is first used:
-the command can listen to signals before anything slow is imported, and `import pipeline` changes nothing else.
+The public API, beside the command line, the config schema and the layout on disk. Each name is imported on first use,
+so that `import pipeline` is fast and the command line can handle signals before the slow imports.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-TYPE_CHECKING = False  # typing would be the slowest import before the command listens to signals
+TYPE_CHECKING = False  # importing typing would be the slowest step before the signal handlers are installed
 if TYPE_CHECKING:
     from pipeline.commands.export import export
     from pipeline.commands.preview.crop import crop
@@ -39,12 +39,12 @@ _HOMES = {
 
 
 class _Package(ModuleType):
-    """This package. A function that is called like its module hides it, whichever of them was imported first."""
+    """This package. Where a function and a module share a name, the attribute is always the function."""
 
     def __getattr__(self, name: str) -> object:
-        from importlib import import_module  # noqa: PLC0415 - see above
+        from importlib import import_module  # noqa: PLC0415 - slow
 
-        if name == "errors":  # what the functions raise, to be caught as pipeline.errors.Stopped
+        if name == "errors":  # the exceptions of the functions, as pipeline.errors.Stopped
             return import_module("pipeline.core.errors")
         if name not in __all__:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
@@ -54,7 +54,7 @@ class _Package(ModuleType):
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in __all__ and isinstance(value, ModuleType):
-            return  # the import system puts every module that it has imported into its package
+            return  # the import system sets every imported module as an attribute of its package
         super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:

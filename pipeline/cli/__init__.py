@@ -1,1 +1,1 @@
-"""The command line: arguments to calls, exit codes, progress display, signals."""
+"""The command line: options, exit codes, progress display, reports and signals."""

@@ -1,6 +1,6 @@
-"""The command line: arguments to calls, exceptions to exit codes.
+"""The command line: maps arguments to calls of the package, and exceptions to exit codes.
 
-What is slow to import is imported by the commands that need it, once they listen to signals.
+Slow modules are imported inside the commands that need them, after the signal handlers are installed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import click
 from click.core import ParameterSource
 
 import pipeline
-from pipeline.cli.arguments import parse_rect, parse_share, with_config, with_log_format, with_run
-from pipeline.cli.signals import drop_unwritable_stdout, steadfast_stderr, stop_on_signals
+from pipeline.cli.arguments import as_json_option, parse_rect, parse_share, with_config, with_log_format, with_run
+from pipeline.cli.signals import discard_unwritable_stdout, stop_on_signals, tolerant_stderr
 from pipeline.core import profiler
 from pipeline.core.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.core.events import Note, Sink
@@ -29,15 +29,21 @@ if TYPE_CHECKING:
     from pipeline.core.tiling import Rect
 
 _EXIT_CODES = """\b
-Exit codes: 0 done, 1 a bug of ours, 2 wrong usage, 3 wrong config or input,
-4 another run works there, 5 a disk that is full, read-only or failing,
-6 damaged state, 75 stopped by Ctrl-C, TERM or HUP (the same command goes on),
-130/143/129 aborted by a second one."""
+Exit codes:
+  0   done
+  1   bug in this program
+  2   wrong usage
+  3   invalid config or input
+  4   run directory locked by another process
+  5   disk full, read-only or failing
+  6   damaged state
+  75  stopped by Ctrl-C, TERM or HUP; resumable
+  130, 143, 129  aborted by a second signal"""
 
 
 def main() -> NoReturn:
-    """Entry point: run a command and exit with its code (see errors.py)."""
-    with steadfast_stderr():
+    """Run a command and exit with its code (see errors.py)."""
+    with tolerant_stderr():
         try:
             cli.main(standalone_mode=False)
             code = 0
@@ -46,136 +52,129 @@ def main() -> NoReturn:
         except click.ClickException as error:
             error.show()
             code = error.exit_code
-        except (click.Abort, KeyboardInterrupt):  # of a caller that has Python's own handler
-            code = _tell(Stopped())
+        except (click.Abort, KeyboardInterrupt):  # if a caller kept Python's own SIGINT handler
+            code = _report(Stopped())
         except PipelineError as error:
-            code = _tell(error)
+            code = _report(error)
         except OSError as error:
-            told = storage_error("standard output", error)
-            code = _tell(told) if isinstance(told, StorageError) else _tell_bug()
-        except Exception:  # the last place where a bug can be told from a user's mistake
-            code = _tell_bug()
-        drop_unwritable_stdout()
+            converted = storage_error("standard output", error)
+            code = _report(converted) if isinstance(converted, StorageError) else _report_bug()
+        except Exception:  # anything else is a bug, not a mistake of the user
+            code = _report_bug()
+        discard_unwritable_stdout()
     sys.exit(code)
 
 
-def _tell(error: PipelineError) -> int:
+def _report(error: PipelineError) -> int:
     from pipeline.core.text import printable
 
-    word = "stopped" if isinstance(error, Stopped) else "error"
     text = printable(str(error))
-    gap = "\n" if "\n" in text else " "  # several problems, each on a line of its own
-    click.echo(f"pipeline: {word}:{gap}{text}", err=True)
+    separator = "\n" if "\n" in text else " "  # several errors get a line each
+    label = "" if isinstance(error, Stopped) else f" error:{separator}"
+    click.echo(f"pipeline:{label or ' '}{text}", err=True)
     return error.exit_code
 
 
-def _tell_bug() -> int:
+def _report_bug() -> int:
     traceback.print_exc()
-    click.echo("pipeline: this is a bug of ours. Your run is safe: the same command goes on.", err=True)
+    click.echo("pipeline: this is a bug in pipeline. The run is safe: the same command resumes it.", err=True)
     return 1
 
 
 @contextmanager
 def _working(log_format: str) -> Iterator[tuple[Sink, threading.Event]]:
-    """The sink and the stop flag of a command that takes its time, the imports at its beginning included."""
+    """The sink and the stop event of a command that takes a while, including its imports."""
     from pipeline.cli.display import make_sink
 
     sink = make_sink(log_format)
-    with (
-        stop_on_signals(sink, sink.farewell) as stop,
-        sink,
-    ):  # the terminal is changed only while signals are listened to
-        if sys.stderr.isatty():  # somebody waits; in a log, what is refused stays one line
+    # Signals first: the live display changes the terminal, and a signal must not leave it like that.
+    with stop_on_signals(sink, sink.farewell) as stop, sink:
+        if sys.stderr.isatty():  # not in logs, where a refused command should remain a single line
             sink(Note("starting"))
         yield sink, stop
 
 
 def _raise_if_stopped(stop: threading.Event) -> None:
-    """Raise Stopped if a signal came during the imports."""
+    """Raise Stopped if a signal arrived during the imports."""
     if stop.is_set():
         raise Stopped()
 
 
-def _one_of(config_path: Path | None, run_dir: Path | None) -> None:
+def _check_run_options(config_path: Path | None, run_dir: Path | None) -> None:
     if (config_path is None) == (run_dir is None):
         raise click.UsageError("give either --config or --run")
 
 
 def _work_dir(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None) -> Path:
-    _one_of(config_path, run_dir)
+    _check_run_options(config_path, run_dir)
     return run_dir if run_dir is not None else pipeline.load_config(cast(Path, config_path), overrides).work_dir
+
+
+def _echo_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2))
 
 
 @click.group(epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pipeline")
 def cli() -> None:
-    """Neural style transfer at print size: exact tiles, resumable, in bounded memory."""
+    """Neural style transfer at print size: exact tiles, bounded memory, resumable."""
 
 
 @cli.command(epilog=_EXIT_CODES)
 @with_config(required=True)
-@click.option("--force", is_flag=True, help="Overwrite an output that this run did not make.")
+@click.option("--force", is_flag=True, help="Overwrite the output even if this run did not write it.")
 @with_log_format
 @click.option(
     "--profile",
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
-    help="Write a timeline of all threads there (Chrome trace), and tell how busy they were.",
+    help="Write a Chrome trace of the threads, and log how busy they are.",
 )
 def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: str, profile: Path | None) -> None:
-    """Render the picture of a config, or go on where it stopped."""
+    """Render the output image of a config, or resume a run."""
     with _working(log_format) as (sink, stop):
         from pipeline.cli.display import with_profile
 
-        config, work = pipeline.load_config(config_path, overrides), pipeline.run  # which imports it
+        config, render = pipeline.load_config(config_path, overrides), pipeline.run  # the attribute access imports it
         _raise_if_stopped(stop)
         with profiler.recording(profile):
-            work(config, force=force, sink=with_profile(sink) if profile else sink, stop=stop)
+            render(config, force=force, sink=with_profile(sink) if profile else sink, stop=stop)
 
 
 @cli.command()
 @with_config(required=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@as_json_option
 def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show stages, tiles, memory, disk and work of a run, without rendering."""
+    """Show the stages, tiles, memory, disk space and work of a run."""
+    from pipeline.cli import reports
+
     config = pipeline.load_config(config_path, overrides)
     planned = pipeline.plan(config)
     if as_json:
-        click.echo(json.dumps(planned.as_dict(), indent=2))
+        _echo_json(planned.as_dict())
     else:
-        from pipeline.cli import reports
-
         reports.print_plan(config, planned)
 
 
 @cli.command(epilog=_EXIT_CODES)
 @with_config(required=True)
 @click.option(
-    "--vary",
-    multiple=True,
-    metavar="KEY=V1,V2",
-    help="Values to compare, such as initial_size=384,512; several make a grid.",
+    "--vary", multiple=True, metavar="KEY=V1,V2", help="Values to compare: initial_size=384,512. Several make a grid."
 )
 @click.option(
     "--size",
     "size_px",
     type=click.IntRange(32, MAX_SIDE_PX),
     metavar="PX",
-    help=f"Long side of each picture as shown; default {PREVIEW_PX}, at most the run's own.",
+    help=f"Long side of each image; default {PREVIEW_PX}, at most that of the run.",
 )
 @click.option(
-    "--crop",
-    "rect",
-    callback=parse_rect,
-    metavar="X,Y,W,H",
-    help="Render this part at full resolution, in px of the finished picture, from the last finished stage of the run.",
+    "--crop", "rect", callback=parse_rect, metavar="X,Y,W,H", help="Render this part of the output in full resolution."
 )
-@click.option("--stage", type=int, help="With --crop: up to which stage; default the last.")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="The picture; default beside the config's output."
-)
-@click.option("--force", is_flag=True, help="Overwrite a picture that no preview of this config made.")
+@click.option("--stage", type=int, metavar="N", help="With --crop: last stage to render; default the run's last.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Image file; default beside the config's output.")
+@click.option("--force", is_flag=True, help="Overwrite the file even if no preview of this config wrote it.")
 @with_log_format
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@as_json_option
 def preview(
     config_path: Path,
     overrides: tuple[str, ...],
@@ -188,56 +187,57 @@ def preview(
     log_format: str,
     as_json: bool,
 ) -> None:
-    """Render a config, or a grid of variations of it, at low resolution onto one contact sheet.
+    """Render a config, or variations of it, at low resolution.
 
-    A preview is the run up to --size: keys in px mean what they mean in the run, and no picture is rendered below the
-    largest initial_size. Detail finer than its pixels is not there. Pictures that are rendered are not rendered again.
+    Writes each image, and a contact sheet of all. A preview is the run itself up to --size: keys in px mean the same as
+    in the run, and no image is rendered below the largest initial_size. It does not show details that are finer than
+    its pixels. Images that an earlier preview has rendered are reused.
 
-    --crop shows that detail in a part of the picture, once the run has finished a stage: with the whole picture's Gram
-    matrices, so that what one sees is what the run will do there.
+    --crop (in px of the output) shows those details in a part of it, once the run has finished a stage. It starts from
+    the last finished stage and uses the Gram matrices of the whole image, so the result is what the run will produce.
     """
     if rect is not None and (vary or size_px is not None or as_json):
-        raise click.UsageError("--crop is at full resolution, of one config: leave out --vary, --size and --json")
+        raise click.UsageError("--crop renders one config at full resolution: omit --vary, --size and --json")
     if rect is None and stage is not None:
-        raise click.UsageError("--stage goes with --crop: give --size for the grid")
+        raise click.UsageError("--stage requires --crop; use --size for a grid")
     with _working(log_format) as (sink, stop):
-        told: dict[str, Any] = {"output": output and output.absolute(), "force": force, "sink": sink, "stop": stop}
+        common: dict[str, Any] = {"output": output and output.absolute(), "force": force, "sink": sink, "stop": stop}
         if rect is not None:
             config, crop = pipeline.load_config(config_path, overrides), pipeline.crop
             _raise_if_stopped(stop)
-            click.echo(crop(config, rect, stage=stage, **told))
+            click.echo(crop(config, rect, stage=stage, **common))
             return
-        work, size = pipeline.preview, PREVIEW_PX if size_px is None else size_px
+        render, size = pipeline.preview, PREVIEW_PX if size_px is None else size_px
         _raise_if_stopped(stop)
-        found = work(config_path, vary=vary, overrides=overrides, size_px=size, **told)
+        result = render(config_path, vary=vary, overrides=overrides, size_px=size, **common)
     if as_json:
-        click.echo(json.dumps(found.as_dict(), indent=2))
+        _echo_json(result.as_dict())
     else:
         from pipeline.cli import reports
 
-        reports.print_preview(found)
+        reports.print_preview(result)
 
 
 @cli.command()
 @with_run
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@as_json_option
 def status(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None, as_json: bool) -> None:
-    """Show where a run stands; works while it runs and after."""
-    found = pipeline.status(_work_dir(config_path, overrides, run_dir))
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        from pipeline.cli import reports
+    """Show the progress of a run, while it works and afterwards."""
+    from pipeline.cli import reports
 
-        reports.print_status(found)
+    progress = pipeline.status(_work_dir(config_path, overrides, run_dir))
+    if as_json:
+        _echo_json(progress)
+    else:
+        reports.print_status(progress)
 
 
 @cli.command(epilog=_EXIT_CODES)
 @with_run
 @click.option("--sample", "share", callback=parse_share, metavar="5%", help="Read only this share of the chunks.")
-@click.option("--seed", type=click.IntRange(0), help="Choose the same sample again.")
-@click.option("--repair", is_flag=True, help="Mend what can be mended, and say what is lost.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--seed", type=click.IntRange(0), metavar="N", help="Seed of the sample, to repeat it.")
+@click.option("--repair", is_flag=True, help="Repair what can be repaired, and report what is lost.")
+@as_json_option
 def verify(
     config_path: Path | None,
     overrides: tuple[str, ...],
@@ -247,41 +247,49 @@ def verify(
     repair: bool,
     as_json: bool,
 ) -> None:
-    """Find every changed, missing or foreign file of a run that stands still; nothing is written without --repair.
+    """Find the changed, missing and foreign files of a run.
 
-    Ends with 0 if nothing is damaged (any more), else with 6.
+    The run must not be in progress. Nothing is written without --repair. The exit code is 0 if no damage is left, else
+    6.
     """
     if repair and share is not None:
-        raise click.UsageError("--repair looks at everything: leave out --sample")
-    _one_of(config_path, run_dir)
+        raise click.UsageError("--repair checks everything: omit --sample")
+    _check_run_options(config_path, run_dir)
     with _working("auto") as (sink, stop):
         from pipeline.cli import reports
 
         config = pipeline.load_config(config_path, overrides) if config_path is not None else None
-        work_dir, work = config.work_dir if config is not None else cast(Path, run_dir), pipeline.verify
+        work_dir, check = config.work_dir if config is not None else cast(Path, run_dir), pipeline.verify
         _raise_if_stopped(stop)
-        found = work(work_dir, config=config, share=share, seed=seed, repair=repair, sink=sink, stop=stop)
+        report = check(work_dir, config=config, share=share, seed=seed, repair=repair, sink=sink, stop=stop)
     if as_json:
-        click.echo(json.dumps(found.as_dict(), indent=2))
+        _echo_json(report.as_dict())
     else:
-        reports.print_verify(found)
-    if not found.clean:
-        raise DamagedStateError(reports.verdict(found))
+        reports.print_verify(report)
+    if not report.clean:
+        raise DamagedStateError(reports.verdict(report))
 
 
 @cli.command()
 @with_run
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The picture to write.")
-@click.option("--stage", type=int, help="Which stage; default the newest.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Image file to write.")
+@click.option("--stage", type=int, metavar="N", help="Stage to export; default the newest.")
 @click.option(
     "--bits",
     type=click.Choice(["auto", "8", "16"]),
     default="auto",
     show_default=True,
-    help="Of a channel; auto is 16 where content and format have them, else 8.",
+    help="Bits per channel; auto: 16 if content and format have 16.",
 )
-@click.option("--compression", type=click.Choice(COMPRESSIONS), default="deflate", show_default=True, help="Of a TIFF.")
-@click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG.")
+@click.option(
+    "--compression",
+    type=click.Choice(COMPRESSIONS),
+    metavar="NAME",
+    default="deflate",
+    show_default=True,
+    help=f"Compression of a TIFF: {', '.join(COMPRESSIONS)}.",
+)
+@click.option("--quality", type=click.IntRange(1, 100), metavar="1-100", default=95, help="JPEG quality; default 95.")
 @click.option("--pyramid/--no-pyramid", default=True, show_default=True, help="Smaller levels in a TIFF, for viewers.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.pass_context
@@ -296,27 +304,30 @@ def export(
     force: bool,
     **options: Any,
 ) -> None:
-    """Write the canvas of any stage as a picture, at any time."""
+    """Write the canvas of any stage as an image, at any time."""
     bits = options["bits"] if options["bits"] == "auto" else int(options["bits"])
-    _one_of(config_path, run_dir)
-    # what was asked for, even if it is the default
+    _check_run_options(config_path, run_dir)
+    # An option that was given explicitly must not be ignored, even if its value is the default.
     given = [name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
     with _working("auto") as (sink, stop):
         from pipeline.config.sections import ExportConfig
         from pipeline.images.writer import refuse_unheeded
 
         export_config = ExportConfig.model_validate({**options, "bits": bits})
-        work_dir, work = _work_dir(config_path, overrides, run_dir), pipeline.export
+        work_dir, write = _work_dir(config_path, overrides, run_dir), pipeline.export
         refuse_unheeded(output, {name: options[name] for name in given})
         _raise_if_stopped(stop)
-        path = work(work_dir, output.absolute(), stage=stage, options=export_config, force=force, sink=sink, stop=stop)
+        path = write(work_dir, output.absolute(), stage=stage, options=export_config, force=force, sink=sink, stop=stop)
     click.echo(path)
 
 
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path), default="pipeline.yaml")
 def init(path: Path) -> None:
-    """Write a commented config to PATH (default pipeline.yaml; - for stdout)."""
+    """Write a commented config to PATH.
+
+    The default is pipeline.yaml; - is stdout.
+    """
     from pipeline.config.template import template
 
     text = template()
@@ -327,15 +338,15 @@ def init(path: Path) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        raise ConfigError(f"{path}: exists, and would be lost. Choose another name.") from error
+        raise ConfigError(f"{path}: exists and would be overwritten. Choose another name.") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}). Choose another place.") from error
-    click.echo(f"{path}: now set content, styles and output in it, then: pipeline run --config {path}")
+    click.echo(f"{path}: set content, styles and output in it, then run: pipeline run --config {path}")
 
 
 @cli.command()
 def doctor() -> None:
-    """Show versions, devices, memory and disk."""
+    """Show versions, devices, memory and disk space."""
     from pipeline.cli import reports
 
     reports.print_doctor()

@@ -1,4 +1,4 @@
-"""Options of the command line that several commands have, and how the values of others are read."""
+"""Options that several commands share, and parsers of option values."""
 
 from __future__ import annotations
 
@@ -14,38 +14,33 @@ from pipeline.core.tiling import Rect
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-
-def with_config(required: bool) -> Callable[[F], F]:
-    """The options that name a config and change its values."""
-
-    def add(command: F) -> F:
-        command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value.")(
-            command
-        )
-        path = click.Path(path_type=Path)
-        return click.option("-c", "--config", "config_path", type=path, required=required)(command)
-
-    return add
-
-
-def with_run(command: F) -> F:
-    """The options that name a run: its config, or its folder."""
-    path = click.Path(path_type=Path, file_okay=False)
-    command = click.option("--run", "run_dir", type=path, help="The run's work_dir, instead of its config.")(command)
-    return with_config(required=False)(command)
-
-
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 with_log_format = click.option(
     "--log-format",
     type=click.Choice(["auto", "live", "plain", "json"]),
+    metavar="FORMAT",
     default="auto",
-    show_default=True,
-    help="How progress is shown on stderr; auto is live on a terminal, else plain.",
+    help="Progress output on stderr: live, plain, json, or auto (default), which is live on a terminal, else plain.",
 )
 
 
+def with_config(required: bool) -> Callable[[F], F]:
+    """The options --config and --set."""
+    path, metavar = click.Path(path_type=Path), "KEY=VALUE"
+    config = click.option("-c", "--config", "config_path", type=path, required=required, help="Config file.")
+    overrides = click.option("--set", "overrides", multiple=True, metavar=metavar, help="Change a value of the config.")
+    return lambda command: config(overrides(command))
+
+
+def with_run(command: F) -> F:
+    """The options that select a run: its config or its run directory."""
+    path = click.Path(path_type=Path, file_okay=False)
+    run = click.option("--run", "run_dir", type=path, help="Run directory (work_dir), instead of --config.")
+    return with_config(required=False)(run(command))
+
+
 def parse_rect(_context: click.Context, _option: click.Parameter, value: str | None) -> Rect | None:
-    """`x,y,width,height` in px."""
+    """Parse `x,y,width,height` in px. Raises BadParameter."""
     if value is None:
         return None
     match = re.fullmatch(r"([0-9]{1,7}),([0-9]{1,7}),([0-9]{1,7}),([0-9]{1,7})", value.replace(" ", ""))
@@ -56,7 +51,7 @@ def parse_rect(_context: click.Context, _option: click.Parameter, value: str | N
 
 
 def parse_share(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
-    """A share above 0 and up to 1: `5%` and `0.05` are the same."""
+    """Parse a share above 0 and up to 1: `5%` and `0.05` are the same. Raises BadParameter."""
     if value is None:
         return None
     try:
@@ -64,5 +59,5 @@ def parse_share(_context: click.Context, _option: click.Parameter, value: str | 
     except ValueError:
         share = math.nan
     if not 0 < share <= 1:
-        raise click.BadParameter(f"{value!r} is no share above 0 and up to 100 %, such as 5%")
+        raise click.BadParameter(f"{value!r} is not a share above 0 and up to 100 %, such as 5%")
     return share

@@ -1,4 +1,4 @@
-"""Where a run's events go: a live display, plain lines, or JSON lines; all on stderr."""
+"""Shows the events of a run on stderr: as a live display, as plain lines or as JSON lines."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from pipeline.core.events import (
 )
 from pipeline.core.text import count, duration
 
-# Columns left free beside the bars: the terminal writes ^C where the cursor stands, at the end of the last bar. Were
-# there no room, it would go to another line, and the bars above would not be erased any more.
+# Columns to the right of the bars: the terminal echoes ^C at the cursor, after the last bar. Without free columns the
+# echo would wrap to the next line, and rich would no longer erase the bars above it.
 _FREE_COLUMNS = 6
-# The least that a bar takes, with the gaps beside it.
+# Minimum width of a bar with the gaps beside it.
 _BAR_COLUMNS = 6
 
 
@@ -43,7 +43,7 @@ def make_sink(log_format: str) -> EventSink:
 
 
 class EventSink(ABC):
-    """Shows events one at a time: they come from several threads."""
+    """Shows one event at a time; may be called from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -51,8 +51,8 @@ class EventSink(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:  # noqa: B027 - most leave nothing behind
-        """Leave the terminal as it was."""
+    def __exit__(self, *error: object) -> None:  # noqa: B027 - only the live display overrides it
+        """Restore the terminal."""
 
     def __call__(self, event: Event) -> None:
         """Show the event."""
@@ -60,16 +60,16 @@ class EventSink(ABC):
             self._show(event)
 
     def farewell(self) -> bytes:
-        """What leaves the terminal as it was, where the process ends without `__exit__`."""
+        """The bytes that restore the terminal if the process ends without `__exit__`."""
         return b""
 
     @abstractmethod
     def _show(self, event: Event) -> None:
-        """The same, while no other thread does."""
+        """Show the event; called by one thread at a time."""
 
 
 class PlainSink(EventSink):
-    """One line per event worth a line; for logs and pipes."""
+    """One line for each event of interest, for logs and pipes."""
 
     def _show(self, event: Event) -> None:
         if (line := line_of(event)) is not None:
@@ -84,16 +84,16 @@ class JsonSink(EventSink):
 
 
 class LiveSink(EventSink):
-    """Live lines under the log: the stage's iterations, and one for each pass that is under way."""
+    """Progress bars below the log: the iterations of the stage, and one for each pass in progress."""
 
     def __init__(self) -> None:
         super().__init__()
-        console = Console(stderr=True, markup=False, emoji=False)  # a path may hold what rich takes for markup
+        console = Console(stderr=True, markup=False, emoji=False)  # a path may look like markup of rich
         numbers = MofNCompleteColumn(table_column=Column(no_wrap=True))
         columns = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), numbers]
         self._progress = _Bars(*columns, console=console, expand=True, transient=True)
         self._iterations: TaskID | None = None
-        self._passes: dict[TaskID, WorkDone] = {}  # the last event on each of their lines
+        self._passes: dict[TaskID, WorkDone] = {}  # the last event of each pass bar
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -103,14 +103,14 @@ class LiveSink(EventSink):
         self._progress.stop()
 
     def farewell(self) -> bytes:
-        """Without the lock: a thread that cannot write to the terminal may hold it."""
+        """Does not take the lock, because a thread that is blocked by the terminal may hold it."""
         if not self._progress.console.is_terminal:
             return b""
         lines = len(self._passes) + (self._iterations is not None)
         return b"\r\x1b[2K" + b"\x1b[A\x1b[2K" * (lines - 1) + b"\x1b[?25h"
 
     def _show(self, event: Event) -> None:
-        """Move a bar, or print a line above the bars."""
+        """Update a bar, or print a line above the bars."""
         if isinstance(event, WorkDone):
             self._show_work(event)
         elif isinstance(event, IterationDone):
@@ -127,37 +127,37 @@ class LiveSink(EventSink):
                 )
 
     def _describe(self, event: IterationDone) -> str:
-        """As much as leaves room for the bar and its numbers."""
+        """The longest description that leaves room for the bar and its numbers."""
         stage, eta = f"stage {event.stage}", f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
         losses = f"content {event.content_loss:.3g} style {event.style_loss:.3g}"
         update = f"mean|u| {event.mean_abs_u:.3f}"
         texts = (f"{stage}: {losses} {update}{eta}", f"{stage}: {update}{eta}", f"{stage}{eta}")
         numbers = f"{event.max_iterations}/{event.max_iterations}"
-        room = self._progress.console.width - _FREE_COLUMNS - _BAR_COLUMNS - len(numbers)
-        return next((text for text in texts if len(text) <= room), stage)
+        width = self._progress.console.width - _FREE_COLUMNS - _BAR_COLUMNS - len(numbers)
+        return next((text for text in texts if len(text) <= width), stage)
 
     def _show_work(self, event: WorkDone) -> None:
-        """On the line of its pass, else on that of one which is over, else on a new one."""
-        shown = self._passes.items()
-        lines = [line for line, last in shown if last.what == event.what]
-        lines = lines or [line for line, last in shown if last.done >= last.total]
-        if lines:
-            line = lines[0]
-            self._progress.update(line, description=event.what, completed=event.done, total=event.total)
+        """Update the bar of this pass, else reuse that of a finished pass, else add a bar."""
+        passes = self._passes.items()
+        bars = [bar for bar, last in passes if last.what == event.what]
+        bars = bars or [bar for bar, last in passes if last.done >= last.total]
+        if bars:
+            bar = bars[0]
+            self._progress.update(bar, description=event.what, completed=event.done, total=event.total)
         else:
-            line = self._progress.add_task(event.what, completed=event.done, total=event.total)
-        self._passes[line] = event
+            bar = self._progress.add_task(event.what, completed=event.done, total=event.total)
+        self._passes[bar] = event
 
     def _clear(self) -> None:
-        """No bar: what they showed is over."""
-        for line in self._progress.task_ids:
-            self._progress.remove_task(line)
+        """Remove all bars."""
+        for bar in self._progress.task_ids:
+            self._progress.remove_task(bar)
         self._passes.clear()
         self._iterations = None
 
 
 class _Bars(Progress):
-    """Bars that leave the last columns of the terminal free."""
+    """Progress bars that leave the last columns of the terminal free."""
 
     def get_renderable(self) -> RenderableType:
         return _Narrower(super().get_renderable())
@@ -165,16 +165,16 @@ class _Bars(Progress):
 
 @dataclass(frozen=True)
 class _Narrower:
-    """What is shown, on fewer columns than there are."""
+    """Renders its content _FREE_COLUMNS narrower than the terminal."""
 
-    whole: RenderableType
+    content: RenderableType
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from console.render(self.whole, options.update_width(max(1, options.max_width - _FREE_COLUMNS)))
+        yield from console.render(self.content, options.update_width(max(1, options.max_width - _FREE_COLUMNS)))
 
 
-def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one for each kind
-    """The event as one line of text, or None if it is not worth one."""
+def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one per event type
+    """The event as one line of text, or None for events without a line."""
     match event:
         case Note():
             return event.message
@@ -191,27 +191,27 @@ def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one for each kind
         case StageDone():
             return f"  stage {event.stage} ended after {count(event.iterations, 'iteration')}: {event.reason}"
         case PictureDone():
-            what = " ".join(event.settings) or "as the config says"
-            took = "rendered before" if event.seconds is None else duration(event.seconds)
-            return f"picture {event.picture} of {event.pictures}: {what}: {took}"
+            settings = " ".join(event.settings) or "the config unchanged"
+            took = "reused" if event.seconds is None else duration(event.seconds)
+            return f"image {event.picture} of {event.pictures}: {settings}: {took}"
         case RunDone():
             return f"done in {duration(event.seconds)}: {event.output}"
     return None
 
 
 def with_profile(sink: Sink) -> Sink:
-    """`sink`, told after every iteration how busy the threads were."""
+    """`sink`, with a note after every iteration that says how busy the threads were."""
 
-    def told(event: Event) -> None:
+    def profiled(event: Event) -> None:
         sink(event)
         if isinstance(event, IterationDone):
             sink(Note(f"  busy: {busy_line(event.busy)}"))
 
-    return told
+    return profiled
 
 
 def busy_line(busy: Mapping[str, float]) -> str:
-    """Thread seconds by kind of work, and how much of the time the device computed."""
+    """Thread seconds by kind of work, and the share of the elapsed time in which the device computed."""
     wall = busy["wall"]
     kinds = ", ".join(f"{kind} {busy.get(kind, 0.0):.1f}s" for kind in ("read", "write", "update", "wait"))
     computing = busy.get("compute", 0.0)

@@ -1,4 +1,4 @@
-"""Text for people: the plan, the status and the doctor's findings, on stdout."""
+"""The text output of plan, preview, status, verify and doctor, on stdout."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,31 +24,34 @@ from pipeline.plan.device import resolve_device
 from pipeline.plan.plan import Plan
 
 _PACKAGES = ("pipeline", "torch", "zarr", "numcodecs", "dask", "numpy", "pyvips", "pydantic")
+# Lines of damage in the text output; --json lists all.
+_MAX_LINES = 20
 
 
 def gib(size_bytes: float) -> str:
-    """Bytes for people."""
+    """A size in GiB."""
     return f"{size_bytes / 2**30:.2f} GiB"
 
 
 def _console(width: int | None = None) -> Console:
-    """Text as it is: a path may hold what rich takes for markup, and only a terminal needs lines to be broken."""
+    """A console without markup, because a path may look like markup. It wraps lines on a terminal only."""
     return Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty(), width=width)
 
 
-def _print_table(table: Table) -> None:
-    """Every cell whole: in a narrow window a line that the terminal breaks says more than a number cut short."""
+def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table with every cell in full: in a narrow terminal a wrapped line is better than a truncated number."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     _console(width=1000).print(table)
 
 
 def print_plan(config: Config, planned: Plan) -> None:
-    """Stages, tiles, memory, disk and work of a run."""
-    console = _console()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("stage", "size px", "tiles", "halo", "store", "TFLOP/it"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for stage in planned.stages:
-        table.add_row(
+    """Print the stages, tiles, memory, disk space and work of a run."""
+    rows = [
+        (
             str(stage.index),
             f"{stage.size[1]}×{stage.size[0]}",
             f"{stage.tiles:,}",
@@ -55,43 +59,38 @@ def print_plan(config: Config, planned: Plan) -> None:
             gib(stage.store_bytes),
             f"{stage.flop_per_iteration / 1e12:.2f}",
         )
-    _print_table(table)
+        for stage in planned.stages
+    ]
+    _print_table(("stage", "size px", "tiles", "halo", "store", "TFLOP/it"), rows)
     limit = gib(planned.memory_limit_bytes)
     phases = ", ".join(f"{phase} {gib(size)}" for phase, size in planned.host_bytes.items())
     tile = f"tiles of {planned.tile_px} px, chunks of {planned.chunk_px} px, halo {planned.halo_px} px"
+    levels = f", plus {gib(planned.levels_bytes)} while it is written" if planned.levels_bytes else ""
+    numbers = [stage.max_iterations for stage in planned.stages]
+    iterations = "–".join(map(str, dict.fromkeys((min(numbers), max(numbers)))))  # one number if they are equal
     lines = [
         f"device   {planned.device}; {tile}",
         f"memory   {gib(planned.projected_mem_bytes)} of {limit} (memory.limit); {phases}",
         *([] if planned.device == "cpu" else [f"on {planned.device}  {gib(planned.device_bytes)}"]),
         f"disk     {gib(planned.disk_bytes)} in {config.work_dir}",
-        f"picture  up to {gib(planned.output_bytes)} for {config.output}, {planned.picture}{_beside(planned)}",
-        f"work     {planned.flop / 1e12:,.0f} TFLOP for {_iterations(planned)} iterations of every stage",
+        f"output   up to {gib(planned.output_bytes)} for {config.output}, {planned.picture}{levels}",
+        f"work     {planned.flop / 1e12:,.0f} TFLOP for {iterations} iterations per stage",
     ]
+    _print_lines(lines)
+
+
+def _print_lines(lines: list[str]) -> None:
+    console = _console()
     for line in lines:
         console.print(line)
 
 
-def _beside(planned: Plan) -> str:
-    """What a TIFF's smaller levels take besides."""
-    return f", and {gib(planned.levels_bytes)} beside it while it is written" if planned.levels_bytes else ""
-
-
-def _iterations(planned: Plan) -> str:
-    """Of every stage: one number, or the least and the most."""
-    numbers = sorted(stage.max_iterations for stage in planned.stages)
-    return "–".join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1])))
-
-
-def print_status(found: dict[str, Any]) -> None:
-    """Where a run stands."""
-    console = _console()
-    process = f" (process {found['pid']})" if found["pid"] else ""
-    console.print(f"{found['work_dir']}: {found['state']}{process}, {duration(found['seconds'])} of computing")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("stage", "size px", "state", "iterations", "ended by", "time"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for stage in found["stages"]:
-        table.add_row(
+def print_status(status: dict[str, Any]) -> None:
+    """Print the progress of a run."""
+    process = f" (process {status['pid']})" if status["pid"] else ""
+    _print_lines([f"{status['work_dir']}: {status['state']}{process}, computed for {duration(status['seconds'])}"])
+    rows = [
+        (
             str(stage["stage"]),
             f"{stage['width_px']}×{stage['height_px']}",
             stage["state"],
@@ -99,88 +98,84 @@ def print_status(found: dict[str, Any]) -> None:
             stage["reason"] or "",
             duration(stage["seconds"]),
         )
-    _print_table(table)
-    if found["last"]:
-        last = found["last"]
+        for stage in status["stages"]
+    ]
+    _print_table(("stage", "size px", "state", "iterations", "ended by", "time"), rows)
+    lines = []
+    if last := status["last"]:
         losses = f"content {last['content_loss']:.4g}, style {last['style_loss']:.4g}"
-        console.print(f"last: {losses}, mean|u| {last['mean_abs_u']:.3f}")
-    for output in found["exported"]:
-        console.print(f"picture: {output}")
+        lines.append(f"last iteration: {losses}, mean|u| {last['mean_abs_u']:.3f}")
+    _print_lines([*lines, *(f"output: {output}" for output in status["exported"])])
 
 
-def print_preview(found: Preview) -> None:
-    """Where the sheet is, and which keys make each of its pictures, as lines that can be copied."""
-    lines = [str(found.sheet)]
-    for index, one in enumerate(found.pictures):
-        if len(found.pictures) > 1:
-            lines.append(f"row {index // found.across + 1}, picture {index % found.across + 1}:")
-        settings = " ".join(f"--set {shlex.quote(setting)}" for setting in one.settings)
-        lines += [f"  {settings or 'the config as it is'}", f"  {one.picture}"]
-    _console().print("\n".join(lines), soft_wrap=True)  # a path that is broken into two lines is none
+def print_preview(preview: Preview) -> None:
+    """Print the path of the sheet and, for each image, its path and the options that reproduce its settings."""
+    lines = [str(preview.sheet)]
+    for index, rendered in enumerate(preview.pictures):
+        if len(preview.pictures) > 1:
+            lines.append(f"row {index // preview.across + 1}, image {index % preview.across + 1}:")
+        settings = " ".join(f"--set {shlex.quote(setting)}" for setting in rendered.settings)
+        lines += [f"  {settings or 'the config unchanged'}", f"  {rendered.picture}"]
+    _console().print("\n".join(lines), soft_wrap=True)  # a path must not be split into two lines
 
 
-# Lines of damage that a person reads; --json has them all.
-_MOST_LINES = 20
+def print_verify(report: Report) -> None:
+    """Print what was checked, the damage, and the steps of a repair."""
+    extent = f"{report.checked:,} of {report.total:,}" if report.sample else f"all {report.total:,}"
+    lines = [f"{report.work_dir}: checked {extent} chunks, array metadata, journal, inputs and file names"]
+    if report.sample is not None:
+        share = f"{report.sample.share:.4g} of each array, --seed {report.sample.seed}"
+        lines.append(f"this was a sample ({share}): damage in other chunks is not detected")
+    lines += [f"note: {note}" for note in report.notes]
+    lines += _limited([str(problem) for problem in report.found])
+    lines += _limited([f"{'done' if report.repaired else '--repair would'}: {step}" for step in report.steps])
+    if report.steps:
+        lost = count(report.iterations_lost, "iteration")
+        lines.append(f"{'to compute again' if report.repaired else 'to compute again after a repair'}: {lost}")
+    if report.repaired and report.found:
+        lines.append(f"the run resumes at stage {report.stage}, iteration {report.iteration}")
+        lines += _limited([f"still {problem}" for problem in report.remaining])
+    if report.leftovers:
+        paths = ", ".join(map(str, report.leftovers[:3]))
+        more = f" and {len(report.leftovers) - 3:,} more" if len(report.leftovers) > 3 else ""
+        lines.append(f"unused files: {paths}{more}")
+    if report.clean:
+        lines.append("no damage in the sample" if report.sample else "no damage")
+    _print_lines(lines)
 
 
-def print_verify(found: Report) -> None:
-    """What a run directory holds, what is wrong with it, and what is or can be done about that."""
-    console = _console()
-    extent = f"all {found.total:,} chunks" if found.sample is None else f"{found.checked:,} of {found.total:,} chunks"
-    console.print(f"{found.work_dir}: {extent}, all descriptions, records, inputs and names")
-    if found.sample is not None:
-        share = f"{found.sample.share:.4g} of each array, --seed {found.sample.seed}"
-        console.print(f"this was a sample ({share}): damage elsewhere was not looked for")
-    for text in found.notes:
-        console.print(f"note: {text}")
-    _print_some(console, [str(problem) for problem in found.found])
-    _print_some(console, [f"{'done' if found.repaired else '--repair would'}: {text}" for text in found.steps])
-    if found.steps:
-        lost = count(found.iterations_lost, "iteration")
-        console.print(f"{'lost' if found.repaired else 'lost by that'}: {lost}, to be computed again")
-    if found.repaired and found.found:
-        console.print(f"the run goes on at stage {found.stage}, iteration {found.iteration}")
-        _print_some(console, [f"still {problem}" for problem in found.remaining])
-    if found.leftovers:
-        paths = ", ".join(map(str, found.leftovers[:3]))
-        more = "" if len(found.leftovers) <= 3 else f" and {len(found.leftovers) - 3:,} more"
-        console.print(f"left over, read by nothing: {paths}{more}")
-    if found.clean:
-        console.print("no damage" if found.sample is None else "no damage in the sample")
+def _limited(lines: list[str]) -> list[str]:
+    if (more := len(lines) - _MAX_LINES) > 0:
+        return [*lines[:_MAX_LINES], f"and {more:,} more (--json lists them)"]
+    return lines
 
 
-def _print_some(console: Console, lines: list[str]) -> None:
-    for line in lines[:_MOST_LINES]:
-        console.print(line)
-    if len(lines) > _MOST_LINES:
-        console.print(f"and {len(lines) - _MOST_LINES:,} more (--json lists them)")
-
-
-def verdict(found: Report) -> str:
-    """Why a run directory is not clean, and what to do, in one sentence."""
-    problems = count(len(found.remaining), "damaged or foreign file")
-    if not found.repaired and found.steps:
-        remedy = "`pipeline verify --repair` does what is listed above."
-    elif any("restore" in problem.what for problem in found.remaining):
+def verdict(report: Report) -> str:
+    """Why a run directory is not clean, and the remedy, in one sentence."""
+    problems = count(len(report.remaining), "damaged or foreign file")
+    if not report.repaired and report.steps:
+        remedy = "`pipeline verify --repair` takes the steps listed above."
+    elif any("restore" in problem.what for problem in report.remaining):
         remedy = "Restore the inputs named above, then repair again."
     else:
-        remedy = (
-            "Nothing here can mend that: restore the files from a copy, or delete the run directory to begin again."
-        )
-    return f"{found.work_dir}: {problems}. {remedy}"
+        remedy = "This cannot be repaired: restore the files from a backup, or delete the run directory to start again."
+    return f"{report.work_dir}: {problems}. {remedy}"
 
 
 def print_doctor() -> None:
-    """Versions, devices, memory and disk of this machine."""
-    console = _console()
-    console.print(f"python     {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in _PACKAGES:
-        console.print(f"{package:<10} {version(package)}")
-    from pipeline import images  # noqa: PLC0415
+    """Print the versions, devices, memory and disk space of this machine."""
+    from pipeline import images  # noqa: PLC0415 - slow, and not needed by the other reports
 
-    console.print(f"libvips    {images.vips_version()}")
+    python = f"python     {platform.python_version()} on {platform.system()} {platform.machine()}"
+    packages = [f"{package:<10} {version(package)}" for package in _PACKAGES]
+    # Before the device is looked for: that may fail, and the versions are needed to report it.
+    _print_lines([python, *packages, f"libvips    {images.vips_version()}"])
     device = resolve_device("auto")
-    console.print(f"device     {device.name}: {device.label}, {gib(device.memory_bytes)}")
     memory = psutil.virtual_memory()
-    console.print(f"memory     {gib(memory.total)}, {gib(memory.available)} available")
-    console.print(f"disk       {gib(shutil.disk_usage(Path.cwd()).free)} free in {os.getcwd()}")  # noqa: PTH109
+    _print_lines(
+        [
+            f"device     {device.name}: {device.label}, {gib(device.memory_bytes)}",
+            f"memory     {gib(memory.total)}, {gib(memory.available)} available",
+            f"disk       {gib(shutil.disk_usage(Path.cwd()).free)} free in {os.getcwd()}",  # noqa: PTH109
+        ]
+    )

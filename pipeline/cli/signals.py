@@ -1,4 +1,4 @@
-"""What the outside does to the process: signals that ask it to stop, and a terminal or log that goes away."""
+"""Signals that ask the process to stop, and a stderr or stdout that can no longer be written."""
 
 from __future__ import annotations
 
@@ -14,73 +14,74 @@ from typing import Any, TextIO
 
 from pipeline.core.events import Note, Sink
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_ending = threading.Event()  # set: nothing more is written to stderr
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_aborting = threading.Event()  # once set, nothing more is written to stderr
 
 
 @contextmanager
 def stop_on_signals(sink: Sink, farewell: Callable[[], bytes] = bytes) -> Iterator[threading.Event]:
-    """The event that Ctrl-C, TERM or HUP sets: stop between two tasks. A second signal ends the process at once.
+    """An event that Ctrl-C, TERM and HUP set, to stop between two tasks. A second signal aborts the process at once.
 
-    `farewell` gives what stderr needs at such an end, for a terminal whose display was changed.
+    `farewell` returns the bytes that restore the terminal before an abort.
 
-    Ending at once is safe: what is committed is on the disk, and the system releases the lock. A signal that is
-    ignored stays so: HUP under nohup, Ctrl-C in the background. A thread listens, so that a long call of the main
-    thread into a library (a sync, a hash) keeps no signal waiting.
+    Aborting is safe: committed state is on the disk, and the system releases the lock. Signals that are ignored stay
+    ignored: HUP under nohup, Ctrl-C in the background. A thread of its own reads the signals, because the main thread
+    may be inside a long library call (a sync, a hash), during which Python runs no handlers.
     """
     stop = threading.Event()
-    hearing, telling = os.pipe2(os.O_CLOEXEC)
-    os.set_blocking(telling, False)
-    listener = threading.Thread(target=_listen, args=(hearing, stop, sink, farewell), name="signals", daemon=True)
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(writer, False)
+    listener = threading.Thread(target=_listen, args=(reader, stop, sink, farewell), name="signals", daemon=True)
     listener.start()
-    # The pipe before the handlers, and after them at the end: else a signal between the two would be lost.
-    outer = signal.set_wakeup_fd(telling, warn_on_full_buffer=False)
-    # What a handler does is of no matter, but there must be one: the byte for the listener is written beside it.
-    listened = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    # Connect the pipe before the handlers, and disconnect it after them, so that no signal is lost in between.
+    outer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # The handlers do nothing, but Python only writes signal numbers to the pipe for signals that have a handler.
+    listened = [number for number in _STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     handlers = {number: signal.signal(number, lambda *_: None) for number in listened}
     for number in listened:
-        signal.siginterrupt(number, False)  # else a slow disk (NFS, FUSE) answers EINTR to what Python does not repeat
+        # Restart interrupted system calls: some libraries do not retry EINTR, which slow disks (NFS, FUSE) return.
+        signal.siginterrupt(number, False)
     try:
         yield stop
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(outer)
-        os.close(telling)  # the listener reads the end
+        os.close(writer)  # ends the listener
         listener.join()
-        os.close(hearing)
+        os.close(reader)
 
 
-def _listen(hearing: int, stop: threading.Event, sink: Sink, farewell: Callable[[], bytes]) -> None:
-    """Act on every signal number that comes through the pipe, until that is closed."""
-    while heard := os.read(hearing, 1):
-        if heard[0] not in _STOPPING:
+def _listen(reader: int, stop: threading.Event, sink: Sink, farewell: Callable[[], bytes]) -> None:
+    """Handle every signal number that arrives through the pipe, until the pipe is closed."""
+    while received := os.read(reader, 1):
+        if received[0] not in _STOP_SIGNALS:
             continue
         if stop.is_set():
-            _end_at_once(heard[0], farewell)
+            _abort(received[0], farewell)
         stop.set()
-        # on a thread of its own: where the terminal is stopped or full, the second signal must still be heard
-        note = Note("stopping after the tiles in flight; once more to abort")
+        # In another thread: while a suspended or full terminal blocks the note, a second signal must still abort.
+        note = Note("stopping after the tiles in flight; interrupt again to abort")
         threading.Thread(target=sink, args=(note,), daemon=True).start()
 
 
-def _end_at_once(number: int, farewell: Callable[[], bytes]) -> None:
-    _ending.set()
+def _abort(number: int, farewell: Callable[[], bytes]) -> None:
+    _aborting.set()
     with contextlib.suppress(OSError):
-        if select.select([], [2], [], 0)[1]:  # a terminal that is stopped or full would keep us here
+        if select.select([], [2], [], 0)[1]:  # a suspended or full terminal would block the write
             os.write(2, farewell())
     os._exit(128 + number)
 
 
-class _Steadfast:
-    """A text stream whose reader may go away: a closed terminal or a full disk under a log must not end a run."""
+class _TolerantStream:
+    """A text stream that ignores write errors: a closed terminal or a full disk under a log must not end a run."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
-            if not _ending.is_set():
+            if not _aborting.is_set():
                 return self._stream.write(text)
         return len(text)
 
@@ -93,18 +94,18 @@ class _Steadfast:
 
 
 @contextmanager
-def steadfast_stderr() -> Iterator[None]:
-    """Inside, what cannot be written to stderr is lost, and nothing else."""
+def tolerant_stderr() -> Iterator[None]:
+    """Inside the block, text that cannot be written to stderr is lost without an error."""
     stream = sys.stderr
-    sys.stderr = _Steadfast(stream)
+    sys.stderr = _TolerantStream(stream)
     try:
         yield
     finally:
         sys.stderr = stream
 
 
-def drop_unwritable_stdout() -> None:
-    """Forget what nobody takes from stdout: the interpreter would try again at its end, and fail with its own code."""
+def discard_unwritable_stdout() -> None:
+    """Discard unwritten stdout. Otherwise the interpreter flushes it at exit, fails again and changes the exit code."""
     try:
         sys.stdout.flush()
     except OSError:

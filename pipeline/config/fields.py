@@ -1,7 +1,7 @@
-"""The types of the config's values: what each takes, how it is read from YAML, and how it is written back.
+"""The types of the config's values: what each accepts, how it is parsed from YAML and how it is written back.
 
-Every number has an upper bound, so that no config, whoever wrote it, asks for more than the program can count, list or
-name: what is bounded only by the machine (memory, disk) is for the plan to refuse.
+Every number has an upper bound, so that no config can ask for more than the program can count, list or name. Values
+that only the machine limits (memory, disk) are checked against the plan instead.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Strict, ValidationInfo
 
-from pipeline.config.messages import Wanted, allowed
+from pipeline.config.messages import Expected, allowed
 from pipeline.config.yaml_reader import CommandLineText
 from pipeline.core import image_formats
-from pipeline.core.files import unnameable
+from pipeline.core.files import path_fault
 from pipeline.core.image_formats import OUTPUT_SUFFIXES
-from pipeline.core.text import _BYTE_UNITS, bytes_text, shown
+from pipeline.core.text import BYTE_UNITS, bytes_text, shown
 from pipeline.core.vgg_layers import ALIGN_PX, CONV_NAMES
 
 MAX_SIDE_PX = image_formats.MAX_SIDE_PX
 MAX_PIXELS = MAX_SIDE_PX**2
-# One chunk, the least that is read or written at once, of 16,384 px is 3 GiB.
+# A chunk is the smallest unit of I/O, so it must fit into memory: one of 16,384 px is 3 GiB.
 MAX_CHUNK_PX = 2**14
-# Each is read at every stage.
+# Every stage reads every style.
 MAX_STYLES = 100
-# A stage has twice the size of the one before.
+# The size doubles from stage to stage.
 MAX_STAGES = 32
 # More than any machine has cores.
 MAX_WORKERS = 256
 MAX_THREADS = 1024
-# The journal has a line for each.
+# The journal has a line for each iteration.
 MAX_ITERATIONS = 100_000
-# Far above any use, far below where the square of a sum of float64 overflows.
+# Far below where the square of a sum of float64 overflows.
 MAX_WEIGHT = 1e12
 MAX_BYTES = 2**60
-# What Linux and its file systems take. What is made of a name (a run's folder, an unfinished picture) is checked later.
+# The limits of Linux and its file systems. Longer names that are derived from a path are checked before the run.
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 
 
@@ -47,16 +47,16 @@ def _absolute(value: object, info: ValidationInfo) -> object:
     if not text:
         raise ValueError("an empty path")
     base = Path.cwd() if isinstance(value, CommandLineText) or not info.context else info.context["base"]
-    if fault := unnameable(base / text):
+    if fault := path_fault(base / text):
         raise ValueError(fault)
     if any(len(part.encode()) > MAX_NAME_BYTES for part in Path(text).parts) or len(text.encode()) > MAX_PATH_BYTES:
         raise ValueError(f"a name longer than {MAX_NAME_BYTES} bytes, or a path longer than {MAX_PATH_BYTES}")
     try:
         path = base / Path(text).expanduser()
-        # without `..`, and with the name as given: a link's own name says the format, its target's may not
+        # Resolve the folder but not the name: the suffix of a link gives the format, that of its target may differ.
         return path.parent.resolve() / path.name if path.is_absolute() else path
     except RuntimeError as error:
-        raise ValueError(f"the home folder of {shown(text)!r} is not known; write the path out") from error
+        raise ValueError(f"the home folder of {shown(text)!r} cannot be determined; write the full path") from error
 
 
 def _known_layer(name: str) -> str:
@@ -67,15 +67,15 @@ def _known_layer(name: str) -> str:
 
 def _output_suffix(path: Path) -> Path:
     if path.suffix.lower() not in OUTPUT_SUFFIXES:
-        ending = f"the ending {shown(path.suffix)!r}" if path.suffix else "no ending"
-        raise ValueError(f"has {ending}, which says the format; {allowed(path.suffix, OUTPUT_SUFFIXES)}")
+        suffix = f"the suffix {shown(path.suffix)!r}" if path.suffix else "no suffix"
+        raise ValueError(f"has {suffix}, but the suffix selects the format; {allowed(path.suffix, OUTPUT_SUFFIXES)}")
     return path
 
 
-def _bytes_from(value: object) -> object:
-    """`value` in bytes where it is text such as 4GiB; anything else is left for the type check to refuse."""
+def _parse_bytes(value: object) -> object:
+    """`value` in bytes if it is text such as 4GiB. Anything else is left for the type check to refuse."""
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)", value) if isinstance(value, str) else None
-    factors = {unit.lower(): factor for unit, factor in _BYTE_UNITS.items()}
+    factors = {unit.lower(): factor for unit, factor in BYTE_UNITS.items()}
     if match is None or match[2].lower() not in factors:
         return value
     return int(float(match[1]) * factors[match[2].lower()])
@@ -86,16 +86,16 @@ Float = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
 SidePx = Annotated[Int, Field(ge=ALIGN_PX, le=MAX_SIDE_PX)]
 Pixels = Annotated[Int, Field(ge=1, le=MAX_PIXELS)]
-File = Annotated[Path, BeforeValidator(_absolute), Wanted("a path")]
+File = Annotated[Path, BeforeValidator(_absolute), Expected("a path")]
 Output = Annotated[File, AfterValidator(_output_suffix)]
 Share = Annotated[Float, Field(ge=0, le=MAX_WEIGHT)]
 Layers = dict[Annotated[str, AfterValidator(_known_layer)], Annotated[Float, Field(gt=0, le=MAX_WEIGHT)]]
 Bytes = Annotated[
     Int,
     Field(gt=0, le=MAX_BYTES),
-    BeforeValidator(_bytes_from),
+    BeforeValidator(_parse_bytes),
     PlainSerializer(bytes_text),
-    Wanted(f"a size such as 4GiB, or a number of bytes, up to {bytes_text(MAX_BYTES)}"),
+    Expected(f"a size such as 4GiB, or a number of bytes, up to {bytes_text(MAX_BYTES)}"),
 ]
 Start = Annotated[Literal["content", "noise", "gray"] | File, Field(union_mode="left_to_right")]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"), Wanted("one of auto, cpu, cuda, cuda:N")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"), Expected("one of auto, cpu, cuda, cuda:N")]

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, in sentences made from the models themselves: wanted, found, allowed, did you mean."""
+"""Turns pydantic's validation errors into sentences, generated from the models: expected, found, did you mean."""
 
 from __future__ import annotations
 
@@ -24,77 +24,77 @@ _LIMITS = {"ge": ">= {}", "gt": "> {}", "le": "<= {}", "lt": "< {}", "multiple_o
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Marks a type with the words for what it takes, where the words cannot be made from the type."""
+class Expected:
+    """Annotates a type with a description of its values, where none can be generated from the type."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Conflict:
-    """Values that are right one by one and wrong together: their keys, the first being where to say so, and why."""
+    """Values that are valid one by one and contradict each other: their keys (the message is placed at the first)."""
 
     keys: tuple[Key, ...]
     text: str
 
+    def __str__(self) -> str:
+        return f"{dotted(self.keys[0])}: {self.text}"
+
 
 class ConflictsError(ValueError):
-    """Raised by a model's own check, with all it found."""
+    """Raised by the validator of a model, with all conflicts."""
 
     def __init__(self, conflicts: Iterable[Conflict]) -> None:
         self.conflicts = tuple(conflicts)
-        super().__init__("; ".join(f"{dotted(one.keys[0])}: {one.text}" for one in self.conflicts))
+        super().__init__("; ".join(map(str, self.conflicts)))
 
 
-def allowed(found: str, names: Sequence[str]) -> str:
-    """The accepted names, and the one that was probably meant."""
-    close = difflib.get_close_matches(found[:80], names, n=1)
-    meant = f"; did you mean {close[0]!r}?" if close else ""
-    return f"allowed: {', '.join(names)}{meant}"
+def allowed(name: str, names: Sequence[str]) -> str:
+    """The accepted names, and the one that is closest to `name`."""
+    close = difflib.get_close_matches(name[:80], names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"allowed: {', '.join(names)}{hint}"
 
 
-def wanted(annotation: Any, metadata: Sequence[object] = ()) -> str:
-    """What a field of this type takes, in words."""
+def expected(annotation: Any, metadata: Sequence[object] = ()) -> str:
+    """What a field of this type accepts, in words."""
     if get_origin(annotation) is Annotated:
         base, *marks = get_args(annotation)
-        return wanted(base, [*metadata, *marks])
+        return expected(base, [*metadata, *marks])
     for mark in metadata:
-        if isinstance(mark, Wanted):
+        if isinstance(mark, Expected):
             return mark.text
     if get_origin(annotation):
-        return _wanted_generic(get_origin(annotation), get_args(annotation), metadata)
+        return _expected_generic(get_origin(annotation), get_args(annotation), metadata)
     if issubclass(annotation, BaseModel):
         return f"a section with {', '.join(annotation.model_fields)}"
     return " ".join([_PLAIN[annotation], ", ".join(_limits(metadata))]).strip()
 
 
-def _wanted_generic(origin: Any, inner: Sequence[Any], metadata: Sequence[object]) -> str:
+def _expected_generic(origin: Any, inner: Sequence[Any], metadata: Sequence[object]) -> str:
     if origin in (Union, types.UnionType):
-        return " or ".join(wanted(member) for member in inner)
+        return " or ".join(expected(member) for member in inner)
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}" if len(inner) > 1 else str(inner[0])
     if origin is tuple:
         if inner[-1] is not Ellipsis:
-            return f"a list of {len(inner)}, each {wanted(inner[0])}"
-        most = next((mark.max_length for mark in metadata if isinstance(mark, MaxLen)), None)
-        return "a list" + (f" with at most {most} entries" if most else "")
+            return f"a list of {len(inner)}, each {expected(inner[0])}"
+        max_length = next((mark.max_length for mark in metadata if isinstance(mark, MaxLen)), None)
+        return "a list" + (f" with at most {max_length} entries" if max_length else "")
     assert origin is dict, origin
-    return f"a mapping of each name to {wanted(inner[1])}"
+    return f"a mapping of each name to {expected(inner[1])}"
 
 
 def _limits(metadata: Sequence[object]) -> Iterator[str]:
     for mark in metadata:
         if isinstance(mark, FieldInfo):
             yield from _limits(mark.metadata)
-        else:
-            limits = {name: getattr(mark, name) for name in _LIMITS if hasattr(mark, name)}
-            yield from (
-                _LIMITS[name].format(limit if isinstance(limit, int) else f"{limit:g}")
-                for name, limit in limits.items()
-            )
+        for name, words in _LIMITS.items():
+            if (limit := getattr(mark, name, None)) is not None:
+                yield words.format(limit if isinstance(limit, int) else f"{limit:g}")
 
 
-def found(value: object) -> str:
+def _written(value: object) -> str:
     """A value as the user wrote it."""
     if value is None:
         return "nothing (null)"
@@ -113,103 +113,106 @@ def placeholders(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def validate(model: type[_M], document: Document, base: Path) -> _M | None:
-    """`document` as a `model` whose relative paths start at `base`; None, and `document.problems` added, if wrong."""
+    """`document` as a `model` whose relative paths start at `base`; None if it is invalid.
+
+    Adds every error to `document.problems`.
+    """
     context = {"base": base}
     try:
         return model.model_validate(document.data, context=context)
     except ValidationError as error:
-        faults = _explain(error, model, document)
+        faults = _faults(error, model, document)
         conflicts = _conflicts(error)
     if faults:
-        # Pydantic looks for conflicts only where every value is right, so look again with the wrong ones put right.
+        # Pydantic checks for conflicts only if every value is valid, so validate again with the invalid ones replaced.
         try:
             model.model_validate(_repaired(model, document.data, faults), context=context)
         except ValidationError as error:
-            conflicts = [one for one in _conflicts(error) if not _touches(one, faults)]
-    for one in conflicts:
-        document.problems.append(Problem(document.place_of_value(one.keys[0]), dotted(one.keys[0]), one.text))
+            conflicts = [conflict for conflict in _conflicts(error) if not _touches(conflict, faults)]
+    for conflict in conflicts:
+        key = conflict.keys[0]
+        document.problems.append(Problem(document.place(key), dotted(key), conflict.text))
     document.problems += faults.values()
     return None
 
 
 def faults_in(error: ValidationError, model: type[BaseModel]) -> str:
-    """Everything that pydantic found wrong with data that no file of the user's holds, on one line."""
-    conflicts = [f"{dotted(one.keys[0])}: {one.text}" for one in _conflicts(error)]
-    faults = [f"{one.key}: {one.text}" for one in _explain(error, model, Document("")).values()]
-    return shown("; ".join(conflicts + faults), 500)
+    """Every fault of data that does not come from a file of the user, on one line."""
+    faults = [f"{fault.key}: {fault.text}" for fault in _faults(error, model, Document("")).values()]
+    return shown("; ".join([*map(str, _conflicts(error)), *faults]), 500)
 
 
 def _conflicts(error: ValidationError) -> list[Conflict]:
     causes = [detail.get("ctx", {}).get("error") for detail in error.errors(include_url=False)]
-    return [one for cause in causes if isinstance(cause, ConflictsError) for one in cause.conflicts]
+    return [conflict for cause in causes if isinstance(cause, ConflictsError) for conflict in cause.conflicts]
 
 
 def _repaired(model: type[BaseModel], data: object, faults: Iterable[Key]) -> dict[str, Any]:
-    """`data` with the default, or the example, in place of every wrong value."""
+    """`data` with the default, or the example, in place of every invalid value."""
     repaired: Any = copy.deepcopy(data)
     for key in faults:
-        inner = repaired
+        section = repaired
         names = list(itertools.takewhile(lambda part: isinstance(part, str), key))  # a list is replaced as a whole
         for name in names[:-1]:
-            inner = inner.get(name, {})
-        inner.pop(names[-1], None)
+            section = section.get(name, {})
+        section.pop(names[-1], None)
     required = {name: value for name, value in placeholders(model).items() if model.model_fields[name].is_required()}
     return {**required, **repaired}
 
 
 def _touches(conflict: Conflict, faults: Iterable[Key]) -> bool:
-    """Whether the conflict is about a value that was wrong by itself, so that it may be gone once that is mended."""
+    """Whether a conflict involves an invalid value, and so may disappear once that value is corrected."""
     pairs = itertools.product(conflict.keys, faults)
     return any(key[: len(fault)] == fault[: len(key)] for key, fault in pairs)
 
 
-def _explain(error: ValidationError, model: type[BaseModel], document: Document) -> dict[Key, Problem]:
-    """What is wrong with single values, one problem per key, each at its place in `document`."""
+def _faults(error: ValidationError, model: type[BaseModel], document: Document) -> dict[Key, Problem]:
+    """The errors of single values, one problem per key, each at its place in `document`."""
     specific: dict[Key, Problem] = {}
     general: dict[Key, Problem] = {}
     for detail in error.errors(include_url=False):
-        key, parent, inside = _resolve(model, detail["loc"])
+        key, parent, field = _resolve(model, detail["loc"])
         kind, cause = detail["type"], detail.get("ctx", {}).get("error")
-        place = document.place_of_value(key)
+        place = document.place(key)
         if kind == "missing":
-            text = f"missing; {wanted(inside.annotation, inside.metadata)} is wanted: {inside.description}"
+            text = f"missing; expected {expected(field.annotation, field.metadata)} ({field.description})"
             specific[key] = Problem(place, dotted(key), text)
         elif kind == "extra_forbidden":
             text = f"unknown key; {allowed(str(key[-1]), tuple(parent.model_fields))}"
-            specific[key] = Problem(document.place_of_key(key), dotted(key), text)
+            specific[key] = Problem(document.place(key, of_name=True), dotted(key), text)
         elif kind == "value_error" and not isinstance(cause, ConflictsError):
             specific[key] = Problem(place, dotted(key), str(cause))
-        elif kind not in ("value_error", "default_factory_not_called"):  # the latter's cause has its own problem
-            general[key] = Problem(place, dotted(key), _mismatch(inside, detail["input"]))
-    # A sentence of our own says more than what pydantic adds for other members of a union, or for a list left
-    # without a good entry.
-    said = {key[:length] for key in specific | general for length in range(len(key))} | specific.keys()
-    return specific | {key: problem for key, problem in general.items() if key not in said}
+        elif kind not in ("value_error", "default_factory_not_called"):  # the latter's cause is a fault of its own
+            general[key] = Problem(place, dotted(key), _mismatch(field, detail["input"]))
+    # Prefer the specific sentences: pydantic also reports the other members of a union, and a list whose only entry is
+    # invalid.
+    reported = {key[:length] for key in specific | general for length in range(len(key))} | specific.keys()
+    return specific | {key: problem for key, problem in general.items() if key not in reported}
 
 
 def _mismatch(field: FieldInfo, value: object) -> str:
-    text = f"{wanted(field.annotation, field.metadata)} is wanted, found {found(value)}"
+    text = f"expected {expected(field.annotation, field.metadata)}, found {_written(value)}"
     names = [str(name) for name in get_args(field.annotation)] if get_origin(field.annotation) is Literal else []
     close = difflib.get_close_matches(value[:80], names, n=1) if isinstance(value, str) else []
     return f"{text}; did you mean {close[0]!r}?" if close else text
 
 
 def _not_null(annotation: Any) -> Any:
-    """The type that a key takes beside null; the type itself if it takes more, or no null."""
+    """The type that a key accepts beside null; the annotation itself if it is not such a pair."""
     members = [member for member in get_args(annotation) if member is not types.NoneType]
     is_union = get_origin(annotation) in (Union, types.UnionType)
     return members[0] if is_union and len(members) == 1 else annotation
 
 
 def field_at(model: type[BaseModel], key: Key) -> FieldInfo:
-    """The field of `model` that a key names; one that takes nothing where there is none."""
+    """The field of `model` that a key names; a field of type None if there is no such key."""
     return _resolve(model, key)[2]
 
 
 def _resolve(model: type[BaseModel], location: Sequence[str | int]) -> tuple[Key, type[BaseModel], FieldInfo]:
-    """The config key of a pydantic location, the model around it and the field (or the type of a list's entry) there.
+    """The config key of a pydantic location, the model around it, and its field (or the type of the list's entry).
 
-    Pydantic appends its own names for union members and dict keys; they are no part of the key.
+    Pydantic appends names of union members and of dict keys, which are not part of the config key.
     """
     field = FieldInfo(annotation=model)
     parent = model

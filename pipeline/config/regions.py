@@ -1,11 +1,9 @@
-"""Masks: which styles paint where, and where the content counts (Gatys et al., "Controlling perceptual factors").
+"""Masks: where each style applies (Gatys et al., "Controlling Perceptual Factors in Neural Style Transfer").
 
-Styles with the same mask file form a region of the canvas; those without any form one more, of what the masks leave.
-A pixel belongs to region r by the share T_r, from the masks m there, 0..1:
+Styles with the same mask file form a region of the canvas. Styles without a mask form one more region, the area that
+the masks leave uncovered. With mask values m in 0..1, a pixel belongs to region r with weight T_r:
 
     T_r = m_r / max(1, Σ m)          T_rest = max(0, 1 − Σ m)
-
-A stage keeps every mask, and the map of the content's weight, as an array at the size of its canvas.
 """
 
 from __future__ import annotations
@@ -19,14 +17,14 @@ from pipeline.config.sections import StyleConfig
 
 @dataclass(frozen=True)
 class MaskRegion:
-    """A part of the canvas: its mask (None: what the others leave), and the indices of the styles that paint it."""
+    """A region of the canvas: its mask (None: the area that no mask covers) and the indices of its styles."""
 
     mask: Path | None
     styles: tuple[int, ...]
 
 
 def regions_of(styles: Sequence[StyleConfig]) -> tuple[MaskRegion, ...]:
-    """The regions of a stage: one per mask file in the order of the styles, then what is left if it has a style."""
+    """The regions of a stage: one per mask file in the order of the styles, then that of the styles without a mask."""
     masks: list[Path | None] = list(dict.fromkeys(style.mask for style in styles if style.mask is not None))
     if any(style.mask is None for style in styles):
         masks.append(None)
@@ -35,11 +33,11 @@ def regions_of(styles: Sequence[StyleConfig]) -> tuple[MaskRegion, ...]:
     )
 
 
-def shared_masks(styles: Sequence[StyleConfig], start: str) -> Iterator[tuple[str, int]]:
-    """(dotted key, the first style with the same mask) of every style that is not the first; keys begin with `start`.
+def shared_masks(styles: Sequence[StyleConfig], prefix: str) -> Iterator[tuple[str, int]]:
+    """(dotted key, index of the first style with the same mask) of every further style that shares a mask.
 
-    Masks are compared by content when a run goes on, but which styles have one in common is a matter of names.
+    A resume compares masks by content, which does not say which styles share one: that depends on the file names.
     """
     for region in regions_of(styles):
         if region.mask is not None:
-            yield from ((f"{start}styles.{index}.mask_of", region.styles[0]) for index in region.styles[1:])
+            yield from ((f"{prefix}styles.{index}.mask_of", region.styles[0]) for index in region.styles[1:])

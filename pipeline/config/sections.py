@@ -1,6 +1,6 @@
-"""The sections of a config: frozen models of its keys, with their defaults, limits and what they are for.
+"""The sections of a config: frozen models of its keys, with their defaults, limits and descriptions.
 
-Error messages, the `pipeline init` template and the resume check are all made from them. Lengths are in px, sizes in
+Error messages, the `pipeline init` template and the resume check are generated from them. Lengths are in px, sizes in
 bytes.
 """
 
@@ -32,64 +32,61 @@ from pipeline.core.image_formats import Bits, Compression
 from pipeline.core.vgg_layers import ALIGN_PX
 
 NetworkName = Literal["vgg19", "vgg19-lite", "random"]
-# Both are left out of `result_fields`; files of the second kind decide the picture by their content, not their name.
+# A resume may change these keys: they do not affect the result.
 HARMLESS: dict[str, Any] = {"resume": "harmless"}
+# Files: a resume compares their content, not their names.
 COMPARED_BY_CONTENT: dict[str, Any] = {"resume": "compared by content hash"}
-# Keys that came later: a run from before them did what their defaults do.
+# Keys that were added after the first release: a run from before them behaves as with their defaults.
 NEW: dict[str, Any] = {"resume": "compared unless it has its default"}
 
 
 class Section(BaseModel):
-    """Frozen, and strict: unknown keys and numbers that are none are refused."""
+    """Frozen and strict: unknown keys, NaN and infinity are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class StyleConfig(Section):
-    """A style image and its share; shares are relative to their sum."""
+    """A style image and its weight, relative to the sum of all weights."""
 
     image: File = Field(description="style image", json_schema_extra=COMPARED_BY_CONTENT)
-    weight: Share = Field(1.0, description="share among the styles")
+    weight: Share = Field(1.0, description="weight relative to the other styles")
     scale: Float = Field(
-        1.0, gt=0, le=100, description="size of the style beside the canvas; small: finer detail", json_schema_extra=NEW
+        1.0, gt=0, le=100, description="size relative to the canvas; smaller: finer detail", json_schema_extra=NEW
     )
-    max_size: SidePx | None = Field(
-        None, description="largest long side of the style in px; null: its own", json_schema_extra=NEW
-    )
+    max_size: SidePx | None = Field(None, description="maximum long side in px; null: no limit", json_schema_extra=NEW)
     mask: File | None = Field(
         None,
-        description="where it paints: a picture of the content's proportions, white there, black elsewhere",
+        description="mask for this style: same aspect ratio as the content; white = apply, black = leave",
         json_schema_extra=COMPARED_BY_CONTENT,
     )
 
 
 class NetworkConfig(Section):
-    """The feature network, and which of its layers the losses look at."""
+    """The feature network, and the layers that the losses use."""
 
     name: NetworkName = Field("vgg19", description="feature network; vgg19-lite needs no download, random is for tests")
     weights: File | None = Field(
-        None, description="weights file; null takes the network's own", json_schema_extra=COMPARED_BY_CONTENT
+        None, description="weights file; null uses those of the network", json_schema_extra=COMPARED_BY_CONTENT
     )
     padding: Literal["replicate", "zeros", "reflect"] = Field("replicate", description="padding at the image border")
-    pooling: Literal["max", "average"] = Field("max", description="pooling of the network; average draws cleaner lines")
-    content_layers: Layers = Field({"conv4_2": 1.0}, description="layers that keep the content")
+    pooling: Literal["max", "average"] = Field("max", description="pooling of the network; average gives cleaner lines")
+    content_layers: Layers = Field({"conv4_2": 1.0}, description="layers of the content loss and their weights")
     style_layers: Layers = Field(
-        {f"conv{block}_1": 0.2 for block in range(1, 6)}, description="layers whose statistics make the style"
+        {f"conv{block}_1": 0.2 for block in range(1, 6)}, description="layers of the style loss and their weights"
     )
 
 
 class LossConfig(Section):
-    """Family of losses and the weights between content and style."""
+    """The kind of losses, and the weights of content, style and total variation."""
 
     kind: Literal["normalized", "gatys"] = Field("normalized", description="how layer losses are scaled")
-    content_weight: Share = Field(0.05, description="how much the content is kept")
-    style_weight: Share = Field(1.0, description="how strongly the style is applied")
-    tv_weight: Share = Field(
-        0.0, description="total variation: smooths grain; 0.1 to 3, 0 not at all", json_schema_extra=NEW
-    )
+    content_weight: Share = Field(0.05, description="weight of the content loss")
+    style_weight: Share = Field(1.0, description="weight of the style loss")
+    tv_weight: Share = Field(0.0, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=NEW)
     content_mask: File | None = Field(
         None,
-        description="where the content is kept: a picture of its proportions, white there, black where it is not",
+        description="mask for the content loss: same aspect ratio as the content; white = keep, black = ignore",
         json_schema_extra=COMPARED_BY_CONTENT,
     )
 
@@ -101,45 +98,43 @@ def _default_stop(data: dict[str, Any]) -> float:
 class OptimizerConfig(Section):
     """Adam and its schedule."""
 
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="step size over a stage's iterations")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="step size over the iterations of a stage")
     max_iterations: Int = Field(60, ge=1, le=MAX_ITERATIONS, description="iterations of each stage")
-    target_pixel_change: Float = Field(
-        12.8, gt=0, le=255, description="largest change of a pixel by the first step, of 255"
-    )
+    target_pixel_change: Float = Field(12.8, gt=0, le=255, description="largest pixel change in the first step")
     stop_condition: Float = Field(
-        default_factory=_default_stop, ge=0, description="ends a stage when mean|u| falls below; with constant 0.1"
+        default_factory=_default_stop, ge=0, description="end a stage when mean|u| is below this; 0.1 if constant"
     )
     beta1: Float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
     beta2: Float = Field(0.99, ge=0, lt=1, description="decay of Adam's second moment")
-    epsilon: Float = Field(1e-6, gt=0, le=1e6, description="added to the second moment, under the root")
-    clip: Bool = Field(True, description="keep the canvas within 0..255 after each step")
+    epsilon: Float = Field(1e-6, gt=0, le=1e6, description="added to the second moment, under the square root")
+    clip: Bool = Field(True, description="clip the canvas to 0..255 after each step")
     average: Float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="decay of the average of a stage's canvases, which is its result; 0: the last one, 0.95 is calmer",
+        description="decay of a moving average of the canvas, the stage's result; 0: off, 0.95: smoother",
         json_schema_extra=NEW,
     )
 
 
 class StageLayersConfig(Section):
-    """The layers that the losses look at in some stages: all stages have the same network."""
+    """The layers that the losses use in some stages. All stages have the same network."""
 
-    content_layers: Layers | None = Field(None, description="layers that keep the content there")
-    style_layers: Layers | None = Field(None, description="layers whose statistics make the style there")
+    content_layers: Layers | None = Field(None, description="layers of the content loss in these stages")
+    style_layers: Layers | None = Field(None, description="layers of the style loss in these stages")
 
 
 class StageConfig(Section):
-    """What differs in the stages up to a size; a key that is not given here is as for the others.
+    """Overrides for the stages up to a size. A key that is not given keeps its value of the config's top level.
 
-    Of the sections, only the keys that are given count; they are written back like that.
+    Only the given keys of a section count, and only they are serialised.
     """
 
-    up_to: SidePx = Field(description="stages whose canvas has at most this long side in px, and none before says so")
-    styles: tuple[StyleConfig, ...] | None = Field(None, max_length=MAX_STYLES, description="their styles")
-    network: StageLayersConfig | None = Field(None, description="their layers")
-    loss: LossConfig | None = Field(None, description="their losses")
-    optimizer: OptimizerConfig | None = Field(None, description="their optimizer")
+    up_to: SidePx = Field(description="largest long side, in px, of these stages; the first matching entry applies")
+    styles: tuple[StyleConfig, ...] | None = Field(None, max_length=MAX_STYLES, description="styles of these stages")
+    network: StageLayersConfig | None = Field(None, description="layers of these stages")
+    loss: LossConfig | None = Field(None, description="losses of these stages")
+    optimizer: OptimizerConfig | None = Field(None, description="optimizer of these stages")
 
     @field_serializer("network", "loss", "optimizer")
     def _given_keys(self, section: Section | None) -> dict[str, Any] | None:
@@ -147,27 +142,25 @@ class StageConfig(Section):
 
 
 class ComputeConfig(Section):
-    """Where and in what numbers to compute."""
+    """Device, precision and parallelism."""
 
-    device: Device = Field("auto", description="where to compute", json_schema_extra=HARMLESS)
+    device: Device = Field("auto", description="device", json_schema_extra=HARMLESS)
     dtype: Literal["float32", "float64", "tf32", "bfloat16"] = Field("float32", description="number format")
     tile_px: Annotated[Int, Field(gt=0, le=2 * MAX_SIDE_PX)] | Literal["auto"] = Field(
         "auto", description="side of a tile in px, a multiple of store.chunk_px", json_schema_extra=HARMLESS
     )
-    workers: Int = Field(
-        0, ge=0, le=MAX_WORKERS, description="worker processes; 0 computes in the run's own", json_schema_extra=HARMLESS
-    )
+    workers: Int = Field(0, ge=0, le=MAX_WORKERS, description="worker processes; 0: none", json_schema_extra=HARMLESS)
     threads: Annotated[Int, Field(ge=1, le=MAX_THREADS)] | Literal["auto"] = Field(
         "auto",
-        description="CPU threads for one tile; auto keeps those that the run began with",
+        description="CPU threads per tile; auto chooses at the start and keeps the number on resume",
         json_schema_extra=HARMLESS,
     )
 
 
 class MemoryConfig(Section):
-    """What the run may take of the host's memory."""
+    """Host memory of the run."""
 
-    limit: Bytes = Field(4 * 2**30, description="most host memory the run may take")
+    limit: Bytes = Field(4 * 2**30, description="maximum host memory of the run")
 
     @property
     def limit_bytes(self) -> int:
@@ -176,50 +169,48 @@ class MemoryConfig(Section):
 
 
 class StoreConfig(Section):
-    """How the state lies on disk; fixed for the life of a run."""
+    """Format of the state on disk. It cannot change during a run, except for `durability`."""
 
-    chunk_px: Int = Field(
-        512, ge=ALIGN_PX, le=MAX_CHUNK_PX, multiple_of=ALIGN_PX, description="side of a chunk on disk in px"
-    )
-    codec: Literal["none", "zstd", "lz4"] = Field("none", description="compression of the state; for slow disks")
+    chunk_px: Int = Field(512, ge=ALIGN_PX, le=MAX_CHUNK_PX, multiple_of=ALIGN_PX, description="side of a chunk in px")
+    codec: Literal["none", "zstd", "lz4"] = Field("none", description="compression of the state, for slow disks")
     state_dtype: Literal["float", "compact"] = Field(
-        "float", description="numbers of the state; compact: 16 bits each, half the disk"
+        "float", description="number format of the state; compact: 16 bits per value, half the disk space"
     )
     durability: Literal["process", "power"] = Field(
         "process",
-        description="what a run survives: process, any crash; power, also a power cut",
+        description="what the state survives; process: any crash of the program; power: also a power failure",
         json_schema_extra=HARMLESS,
     )
 
 
 class LimitsConfig(Section):
-    """What is refused before it costs anything: files may come from a stranger, and numbers be mistyped.
+    """Limits that guard against untrusted files and mistyped numbers.
 
-    Inputs are judged by their size and their header, before a pixel or a weight of them is decoded.
+    They are checked before the run starts, against the size and the header of each input, before decoding it.
     """
 
-    max_pixels: Pixels = Field(10**10, description="largest input image in px; 10000000000 is 100,000×100,000")
-    # 100,000×100,000 px of 16-bit RGB are 56 GiB
-    max_file_bytes: Bytes = Field(64 * 2**30, description="largest file of an input image")
+    max_pixels: Pixels = Field(10**10, description="largest input image in pixels; 10000000000 is 100,000×100,000")
+    # A 16-bit RGB image of 100,000×100,000 px has 56 GiB.
+    max_file_bytes: Bytes = Field(64 * 2**30, description="maximum file size of an input image")
     max_decode_bytes: Bytes = Field(
-        2 * 2**30, description="most memory to decode an input that cannot be streamed, such as a progressive JPEG"
+        2 * 2**30, description="maximum memory to decode an input that cannot be streamed, such as a progressive JPEG"
     )
-    # VGG-19 with its classifier is 0.54 GiB, in float64 twice that
-    max_weights_bytes: Bytes = Field(2 * 2**30, description="largest weights file")
-    max_result_pixels: Pixels = Field(10**10, description="largest result in px")
+    # VGG-19 with its classifier has 0.54 GiB, and twice that in float64.
+    max_weights_bytes: Bytes = Field(2 * 2**30, description="maximum size of a weights file")
+    max_result_pixels: Pixels = Field(10**10, description="maximum size of the output in pixels")
 
 
 class ExportConfig(Section):
-    """How the finished picture is written."""
+    """How the output image is written."""
 
-    bits: Bits = Field("auto", description="bits per channel; auto: 16 where content and format have them, else 8")
+    bits: Bits = Field("auto", description="bits per channel; auto: 16 if content and format have 16, else 8")
     compression: Compression = Field("deflate", description="compression of a TIFF")
     quality: Int = Field(95, ge=1, le=100, description="JPEG quality")
     pyramid: StrictBool = Field(
-        True, description="smaller levels in a TIFF, for viewers; a third more on the disk, twice while it is written"
+        True, description="smaller levels in a TIFF, for viewers; a third more disk space, two thirds while writing"
     )
 
     @property
     def changed(self) -> dict[str, Any]:
-        """What differs from its default: a config may give any format a default, because `pipeline init` writes all."""
+        """The options that differ from their defaults; `pipeline init` writes the defaults for every format."""
         return self.model_dump(exclude_defaults=True)

@@ -10,15 +10,13 @@ import yaml
 from pydantic import BaseModel
 
 from pipeline.config.config import Config
-from pipeline.config.messages import placeholders, wanted
+from pipeline.config.messages import expected, placeholders
 
 
 def template() -> str:
-    """A config file with every key, its default and what it is for; files are placeholders to be replaced."""
+    """A config file with every key, its default and its description; the file names are placeholders."""
     config = Config.model_validate(placeholders(Config), context={"base": Path()})
-    head = (
-        "# Every setting with its default; one behind # takes its default from others. Paths are relative to this file."
-    )
+    head = "# All settings with their defaults; those behind # follow other settings. Paths are relative to this file."
     return "\n".join([head, *_template_lines(config)]) + "\n"
 
 
@@ -30,13 +28,13 @@ def _template_lines(section: BaseModel) -> Iterator[str]:
             yield f"{name}:  # {field.description}"
             yield from (f"  {line}" for line in _template_lines(value))
         elif isinstance(value, tuple) and value:
-            yield f"{name}:  # {field.description}; {wanted(field.annotation, field.metadata)}"
+            yield f"{name}:  # {field.description}; {expected(field.annotation, field.metadata)}"
             for entry in value:
                 first, *others = _template_lines(entry)
                 yield from (f"  - {first}", *(f"    {line}" for line in others))
         else:
-            # A default that follows from another key is only shown: written down, it would no longer follow.
+            # A default that depends on another key is commented out: a fixed value would no longer follow that key.
             follows = "# " if field.default_factory_takes_validated_data else ""
             flow = yaml.safe_dump([plain[name]], default_flow_style=True, width=math.inf, sort_keys=False).strip()[1:-1]
-            takes = wanted(field.annotation, field.metadata)
-            yield f"{follows}{name}: {flow}  # {field.description}; {takes}"
+            accepts = expected(field.annotation, field.metadata)
+            yield f"{follows}{name}: {flow}  # {field.description}; {accepts}"

@@ -1,7 +1,7 @@
-"""YAML read as plain data that remembers where every key and value was written.
+"""Reads YAML as plain data with the position of every key and value, for error messages.
 
-A deliberately small YAML: scalars follow the 1.2 core schema (so `1e-3` is a number and `no` is a word), and anchors,
-aliases and tags are refused, so that a config is only ever what it looks like. Problems are collected, never raised.
+A deliberate subset of YAML: scalars follow the 1.2 core schema (`1e-3` is a number and `no` is text), and anchors,
+aliases and tags are refused, because they can hide what a config contains. Problems are collected, never raised.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pipeline.core.errors import MISPLACED, storage_error
 from pipeline.core.text import shown
 
 Key = tuple[str | int, ...]
-# The template has 4 KB and 80 values. A file within these limits is read in a second, whatever is in it.
+# The template has 4 KB and 80 values. A file within these limits is parsed within a second, whatever it contains.
 MAX_FILE_BYTES = 2**16
 MAX_DEPTH = 20
 MAX_VALUES = 5000
-# As many as a terminal shows at once.
+# About one screen of a terminal.
 MAX_PROBLEMS = 40
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -33,13 +33,15 @@ _WORDS: dict[str, object] = {
     **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
     **{sign + word: float(sign + "inf") for sign in ("", "+", "-") for word in (".inf", ".Inf", ".INF")},
 }
-# Longer digits are text: no setting needs them, and Python refuses to convert or print very long ones.
+# An escape can name half of a surrogate pair, which cannot be encoded.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# Longer numbers are read as text: no setting needs them, and Python refuses to convert or print very long ones.
 _MAX_NUMBER_CHARS = 40
 
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where something was written: line and column from 1, or column 0 for an option; orders as a reader meets them."""
+    """A position: line and column from 1, or column 0 for a command-line option. Sorts in reading order."""
 
     line: int
     column: int
@@ -51,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """One thing wrong with a config, as one line of text."""
+    """One error in a config, as one line of text."""
 
     place: Place
     key: str
@@ -61,8 +63,8 @@ class Problem:
         return ": ".join(part for part in (str(self.place), self.key, self.text) if part)
 
 
-def told(problems: Iterable[Problem]) -> str:
-    """The problems in the order of their places, one a line; the last line stands for those that are too many."""
+def problem_lines(problems: Iterable[Problem]) -> str:
+    """The problems sorted by place, one per line. The last line counts those beyond MAX_PROBLEMS."""
     lines = sorted(set(problems))
     if (more := len(lines) - MAX_PROBLEMS) > 0:
         lines[MAX_PROBLEMS:] = [Problem(lines[MAX_PROBLEMS].place, "", f"{more} more problems from here on")]
@@ -70,24 +72,24 @@ def told(problems: Iterable[Problem]) -> str:
 
 
 class CommandLineText(str):
-    """Text that came from `--set`: as a path it is relative to the current folder, not to the config file's."""
+    """Text from `--set`: a path in it is relative to the current folder, not to that of the config file."""
 
     __slots__ = ()
 
 
 def dotted(key: Key) -> str:
-    """A key as the user writes it in `--set`."""
+    """A key as it is written in `--set`."""
     return shown(".".join(str(part) for part in key))
 
 
 def undotted(text: str) -> Key:
-    """The key that `dotted` wrote: parts that are numbers are places in lists."""
+    """The inverse of `dotted`: parts that are numbers are list indices."""
     return tuple(int(part) if re.fullmatch("[0-9]{1,4}", part) else part for part in text.split("."))
 
 
 @dataclass
 class Document:
-    """Plain data, the places of its keys and values, and the problems met so far."""
+    """Plain data, the places of its keys and values, and the problems found so far."""
 
     source: str
     data: object = None
@@ -96,69 +98,60 @@ class Document:
     keys: dict[Key, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def place_of_value(self, key: Key) -> Place:
-        """Place of the value at `key`, or of the nearest section around it that was written down."""
-        return self._nearest(self.values, key)
-
-    def place_of_key(self, key: Key) -> Place:
-        """Place of the name of `key`, or of the nearest section around it that was written down."""
-        return self._nearest(self.keys, key)
-
-    def _nearest(self, places: dict[Key, Place], key: Key) -> Place:
+    def place(self, key: Key, *, of_name: bool = False) -> Place:
+        """Place of the value (or the name) at `key`, or of the nearest enclosing section that is in the file."""
+        places = self.keys if of_name else self.values
         while key and key not in places:
             key = key[:-1]
         return places.get(key, Place(1, 1, self.source))
 
     def fail(self, text: str, line: int = 1, column: int = 1) -> None:
-        """Note a problem that leaves no data to look at."""
+        """Add a problem that leaves the document without data."""
         self.readable = False
         self.problems.append(Problem(Place(line, column, self.source), "", text))
 
     def override(self, number: int, setting: str, option: str = "--set") -> None:
-        """Apply the `number`-th `--set key=value`; the value is YAML, and its problems are placed at the setting."""
+        """Apply the `number`-th `--set key=value`. The value is YAML; its problems are placed at the option."""
         place = Place(10**9 + number, 0, f"{option} {shown(setting)}")
         name, equals, text = setting.partition("=")
         parts = name.split(".")
         if not equals or not all(parts) or len(parts) > MAX_DEPTH:
-            self.problems.append(Problem(place, "", "this is not key=value, such as size=4096 or styles.0.weight=2"))
+            self.problems.append(Problem(place, "", "not key=value, such as size=4096 or styles.0.weight=2"))
             return
         value = Document(place.source)
         _parse(text, value, lambda _mark: place, CommandLineText)
-        self.problems += [
-            Problem(place, dotted((*parts, *_split(problem.key))), problem.text) for problem in value.problems
-        ]
+        for problem in value.problems:
+            self.problems.append(
+                Problem(place, ".".join(filter(None, (dotted(tuple(parts)), problem.key))), problem.text)
+            )
         if value.readable:
             self._put(parts, value.data, place)
 
     def _put(self, parts: list[str], value: object, place: Place) -> None:
         if not isinstance(self.data, dict):
             self.data = {}
-        here: Any = self.data
+        container: Any = self.data
         path: Key = ()
         for depth, part in enumerate(parts, start=1):
-            index = self._index(here, part, path, place)
+            index = self._index(container, part, path, place)
             if index is None:
                 return
             path = (*path, index)
-            if depth == len(parts):
-                here[index] = value
-            elif isinstance(here, dict) and here.get(part) is None:
-                here[index] = {}
-            else:
-                here = here[index]
-                continue
-            self._forget(path)
-            self.values[path] = self.keys[path] = place
-            here = here[index]
+            is_last = depth == len(parts)
+            if is_last or (isinstance(container, dict) and container.get(part) is None):
+                container[index] = value if is_last else {}
+                self._forget(path)
+                self.values[path] = self.keys[path] = place
+            container = container[index]
 
-    def _index(self, here: object, part: str, path: Key, place: Place) -> str | int | None:
-        """`part` as an index of the container `here`; None, with a problem noted, where it is none."""
-        if isinstance(here, dict):
+    def _index(self, container: object, part: str, path: Key, place: Place) -> str | int | None:
+        """`part` as an index of `container`; None, with a problem added, if there is no such entry."""
+        if isinstance(container, dict):
             return part
-        if isinstance(here, list) and part.isascii() and part.isdigit() and int(part[:9]) < len(here):
+        if isinstance(container, list) and part.isascii() and part.isdigit() and int(part[:9]) < len(container):
             return int(part[:9])
-        if isinstance(here, list):
-            text = f"there is no entry {shown(part)}; the list has {len(here)}, counted from 0"
+        if isinstance(container, list):
+            text = f"there is no entry {shown(part)}; the list has {len(container)}, counted from 0"
         else:
             text = f"this is a single value, so it has no {shown(part)} inside"
         self.problems.append(Problem(place, dotted(path), text))
@@ -171,9 +164,9 @@ class Document:
 
 
 def read(path: Path) -> Document:
-    """The YAML file at `path`. A file that cannot be read or parsed gives a `Document` with problems and no data.
+    """The YAML file at `path`. If it cannot be read or parsed, the `Document` has problems and no data.
 
-    Raises StorageError where its disk fails.
+    Raises StorageError if the disk fails.
     """
     document = Document(shown(str(path)))
     raw = _read_bytes(path, document)
@@ -182,18 +175,13 @@ def read(path: Path) -> Document:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        before = raw[: error.start]
-        column = len(before) - before.rfind(b"\n")
-        document.fail("not UTF-8 text; save the file as UTF-8", before.count(b"\n") + 1, column)
+        document.fail("not UTF-8 text; save the file as UTF-8", *_position_after(raw[: error.start].decode()))
         return document
     _parse(text, document, lambda mark: Place(mark.line + 1, mark.column + 1, document.source), str)
-    if document.readable and not isinstance(document.data, dict):
-        empty = document.data is None
-        document.fail(
-            "the config is empty; `pipeline init` writes one to start from"
-            if empty
-            else "the top level must be a list of `key: value` lines"
-        )
+    if document.readable and document.data is None:
+        document.fail("the config is empty; `pipeline init` writes one to start from")
+    elif document.readable and not isinstance(document.data, dict):
+        document.fail("the top level must consist of `key: value` lines")
     return document
 
 
@@ -202,28 +190,26 @@ def _read_bytes(path: Path, document: Document) -> bytes:
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        document.fail("there is no such file; `pipeline init` writes a config to start from")
+        document.fail("no such file; `pipeline init` writes a config to start from")
     except IsADirectoryError:
-        document.fail("this is a folder; give the config file in it")
+        document.fail("a folder; give the config file in it")
     except OSError as error:
         if error.errno not in MISPLACED:
             raise storage_error(path, error) from error
         document.fail(f"cannot be read: {error.strerror}")
-    except ValueError as error:  # no path at all
+    except ValueError as error:  # e.g. a NUL in the path
         document.fail(f"cannot be read: {error}")
     else:
         if len(raw) <= MAX_FILE_BYTES:
             return raw
-        document.fail(
-            f"larger than {MAX_FILE_BYTES} bytes, so this is hardly a config file; was an image given instead?"
-        )
+        document.fail(f"larger than {MAX_FILE_BYTES} bytes, so probably not a config file; is it an image?")
     return b""
 
 
 def listed(text: str, place: Place) -> tuple[list[str], list[Problem]]:
-    """The YAML values between the commas of `text`, as they are written there, and what keeps them from being read.
+    """The comma-separated YAML values in `text`, as written, and the problems that keep them from being parsed.
 
-    A comma inside quotes, [] or {} parts nothing.
+    Commas inside quotes, [] or {} do not separate.
     """
     flow, document = f"[{text}]", Document(place.source)
     _parse(flow, document, lambda _mark: place, str)
@@ -237,48 +223,43 @@ Locate = Callable[[Any], Place]  # of a PyYAML mark
 
 
 def _parse(text: str, document: Document, locate: Locate, as_text: type[str]) -> None:
-    """Fill `document` from YAML `text`; only what cannot be parsed at all makes it unreadable."""
+    """Fill `document` from YAML `text`. It becomes unreadable only if the text cannot be parsed at all."""
     loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
     except yaml.reader.ReaderError as error:
-        before = text[: error.position]
-        document.fail(
-            f"the character {chr(error.character)!r} is not allowed in YAML"
-            if isinstance(error.character, int)
-            else "a character that is not allowed in YAML",
-            before.count("\n") + 1,
-            len(before) - before.rfind("\n"),
-        )
+        character = chr(error.character)
+        document.fail(f"the character {character!r} is not allowed in YAML", *_position_after(text[: error.position]))
     except yaml.MarkedYAMLError as error:
         place = locate(error.problem_mark or error.context_mark)
         document.fail(_syntax(error), place.line, place.column)
-    except (ValueError, OverflowError):  # PyYAML lets these through for impossible escapes such as "\U99999999"
+    except (ValueError, OverflowError):  # PyYAML does not catch these for invalid escapes such as "\U99999999"
         place = locate(loader.get_mark()) if loader else Place(1, 1, document.source)
-        document.fail("not valid YAML: a character escape or number that cannot exist", place.line, place.column)
+        document.fail("not valid YAML: an invalid character escape or number", place.line, place.column)
     else:
-        for mark, what in loader.refused:
-            document.problems.append(Problem(locate(mark), "", what))
+        for mark, reason in loader.refused:
+            document.problems.append(Problem(locate(mark), "", reason))
         document.data = _Builder(document, locate, as_text).build(node, ())
+
+
+def _position_after(text: str) -> tuple[int, int]:
+    """Line and column, from 1, of the character that follows `text`."""
+    return text.count("\n") + 1, len(text) - text.rfind("\n")
 
 
 def _syntax(error: yaml.MarkedYAMLError) -> str:
     problem = error.problem or "it cannot be parsed"
     if "'\\t'" in problem:
-        return "a tab; YAML is indented with spaces only"
+        return "a tab; indent YAML with spaces only"
     if "another document" in problem:
-        return "a second document starts here; a config is one"
+        return "a second document starts here; a config has only one"
     context = f" {error.context}" if error.context else ""
     return f"not valid YAML:{shown(context)} {shown(problem)}".replace(":  ", ": ")
 
 
-def _split(key: str) -> list[str]:
-    return key.split(".") if key else []
-
-
 class _Loader(yaml.SafeLoader):
-    """Composes nodes and takes anchors, aliases and tags out; stops where no config is so long or so deep."""
+    """Composes nodes without anchors, aliases and tags, and stops at MAX_VALUES and MAX_DEPTH."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -294,13 +275,13 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=f"more than {MAX_VALUES} values", problem_mark=mark)
         if self.check_event(yaml.AliasEvent):
             self.get_event()  # type: ignore[no-untyped-call]
-            self.refused.append((mark, f"aliases are not read; write the value in place of *{shown(event.anchor)}"))
+            self.refused.append((mark, f"aliases are not supported; replace *{shown(event.anchor)} by its value"))
             return yaml.ScalarNode("tag:yaml.org,2002:null", "", mark, event.end_mark)
         if event.anchor is not None:
-            self.refused.append((mark, f"anchors are not read; remove &{shown(event.anchor)}"))
+            self.refused.append((mark, f"anchors are not supported; remove &{shown(event.anchor)}"))
             event.anchor = None
         if event.tag is not None:
-            self.refused.append((mark, f"tags are not read; remove {shown(event.tag)}"))
+            self.refused.append((mark, f"tags are not supported; remove {shown(event.tag)}"))
             event.tag = None
         if self._depth == MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels deep", problem_mark=mark)
@@ -312,7 +293,7 @@ class _Loader(yaml.SafeLoader):
 
 @dataclass(frozen=True)
 class _Builder:
-    """Turns nodes into plain data, noting places and duplicate keys in `document`."""
+    """Turns nodes into plain data, and records places and problems in `document`."""
 
     document: Document
     locate: Locate
@@ -333,16 +314,16 @@ class _Builder:
         for name_node, value_node in node.value:
             place = self.locate(name_node.start_mark)
             if not isinstance(name_node, yaml.ScalarNode):
-                self._problem(place, key, "a key must be a single word")
+                self._problem(place, key, "a key must be a plain name")
                 continue
             name = str(name_node.value)
             inner = (*key, name)
             if name in data:
                 first = self.document.keys[inner]
-                since = f", first given at line {first.line}" if first.column else ""
-                self._problem(place, inner, f"duplicate key{since}; keep one of the two")
-            elif not _encodable(name):
-                self._problem(place, key, f"{name!r} is not text")
+                where = f", first given at line {first.line}" if first.column else ""
+                self._problem(place, inner, f"duplicate key{where}; keep one of the two")
+            elif _SURROGATE.search(name):
+                self._problem(place, key, f"{name!r} is not valid text")
             else:
                 self.document.keys[inner] = place
                 data[name] = self.build(value_node, inner)
@@ -357,19 +338,10 @@ class _Builder:
                 return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
             if len(text) <= _MAX_NUMBER_CHARS and _FLOAT.fullmatch(text):
                 return float(text)
-        if not _encodable(text):
-            self._problem(self.locate(node.start_mark), key, f"{shown(text)} is not text")
+        if _SURROGATE.search(text):
+            self._problem(self.locate(node.start_mark), key, f"{shown(text)} is not valid text")
             return None
         return self.as_text(text)
 
     def _problem(self, place: Place, key: Key, text: str) -> None:
         self.document.problems.append(Problem(place, dotted(key), text))
-
-
-def _encodable(text: str) -> bool:
-    """Whether `text` can be written down: an escape can name half of a surrogate pair, which cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -1,1 +1,1 @@
-"""What every room may use: errors, events, tiles, the layer table, files and text."""
+"""Used by all other packages: errors, events, tile geometry, the layer table, files and text."""

@@ -1,30 +1,23 @@
-"""How many threads are inside calls of ours: each may compute with a network of its own."""
+"""The threads that are inside a call of the library. Each of them may use a network of its own."""
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
 
-_lock = threading.Lock()
-_inside: Counter[int] = Counter()
+# Thread ids, one per call. No lock: every operation below is a single step under the GIL.
+_inside: list[int] = []
 
 
 def enter() -> None:
-    """This thread is inside one more call."""
-    with _lock:
-        _inside[threading.get_ident()] += 1
+    """Record that this thread has entered a call; calls may be nested."""
+    _inside.append(threading.get_ident())
 
 
 def leave() -> None:
-    """And one less."""
-    thread = threading.get_ident()
-    with _lock:
-        _inside[thread] -= 1
-        if not _inside[thread]:
-            del _inside[thread]
+    """Record that this thread has left a call."""
+    _inside.remove(threading.get_ident())
 
 
 def number() -> int:
-    """Threads inside; calls within calls count once."""
-    with _lock:
-        return len(_inside)
+    """The number of threads inside a call."""
+    return len(set(_inside))

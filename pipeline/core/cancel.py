@@ -1,4 +1,4 @@
-"""Cancelling work between two steps: one token per call of the library, shared by all its threads."""
+"""Cancellation: one token per call of the library, which all its threads check between two tasks."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class CancelToken:
             raise Stopped
 
 
-class _Never(CancelToken):
+class _NeverToken(CancelToken):
     def set(self) -> None:
-        raise AssertionError("this token is shared by all calls that nothing cancels")
+        raise AssertionError("NEVER is shared: setting it would cancel every call of the process")
 
 
-NEVER = _Never()
+# For calls that cannot be cancelled.
+NEVER = _NeverToken()

@@ -1,14 +1,14 @@
-"""What can go wrong, and the exit code it ends the program with.
+"""The errors of the package, with the exit code of the program for each.
 
-    PipelineError                      1   (never raised itself)
-    ├── ConfigError (ValueError)       3   the config, or what it asks for, cannot work
-    │   └── DeviceMemoryError          3   no memory for the smallest tile
+    PipelineError                      1   base class, never raised itself
+    ├── ConfigError (ValueError)       3   the config is invalid, or asks for something impossible
+    │   └── DeviceMemoryError          3   the device is out of memory
     ├── InputError  (ValueError)       3   an image or a weights file cannot be used
-    ├── LockedError                    4   another process works on this run
-    ├── StorageError (OSError)         5   a disk refuses or fails, or cannot be reached
+    ├── LockedError                    4   the run directory is locked by another process
+    ├── StorageError (OSError)         5   a disk is read-only, fails or cannot be reached
     │   └── SpaceError                 5   the disk is full, or too small for the plan
-    ├── DamagedStateError              6   a run directory is not what its journal says
-    └── Stopped                       75   asked to stop; the same command goes on
+    ├── DamagedStateError              6   the state on disk contradicts the journal
+    └── Stopped                       75   stopped on request; the same command resumes
 
 Every message names the cause, the danger, the remedy and the place.
 """
@@ -23,19 +23,19 @@ from typing import ClassVar
 
 
 class PipelineError(Exception):
-    """Root of all errors that are not bugs."""
+    """Base class of all errors that are not bugs."""
 
     exit_code: ClassVar[int] = 1
 
 
 class ConfigError(PipelineError, ValueError):
-    """The config is wrong, or asks for what cannot be done."""
+    """The config is invalid, or asks for something impossible."""
 
     exit_code = 3
 
 
 class DeviceMemoryError(ConfigError):
-    """A tile does not fit into the memory of the device; a smaller one may."""
+    """A tile does not fit into device memory; a smaller one may."""
 
 
 class InputError(PipelineError, ValueError):
@@ -45,60 +45,61 @@ class InputError(PipelineError, ValueError):
 
 
 class LockedError(PipelineError):
-    """Another process holds the run directory."""
+    """The run directory is locked by another process."""
 
     exit_code = 4
 
 
 class StorageError(PipelineError, OSError):
-    """A disk does not give or take what the run needs; nothing that was committed is lost."""
+    """A read or write failed. What was committed before is safe."""
 
     exit_code = 5
 
 
 class SpaceError(StorageError):
-    """The disk has, or will have, no room."""
+    """The disk is full, or too small for the plan."""
 
 
 class DamagedStateError(PipelineError):
-    """The state on disk is not what the journal says it is."""
+    """The state on disk contradicts the journal."""
 
     exit_code = 6
 
 
 class Stopped(PipelineError):  # noqa: N818 - an outcome, not an error
-    """The run was asked to stop, and stopped between two tasks; it can go on."""
+    """The run was asked to stop, and stopped between two tasks. It can be resumed."""
 
     exit_code = 75
 
-    def __init__(self, message: str = "run the same command again to resume."):  # as __main__ says it
+    # __main__ prints the same message without importing this module.
+    def __init__(self, message: str = "Stopped. Run the same command again to resume."):
         super().__init__(message)
 
 
-_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What to do, by errno. An error that is not here is no disk's fault: a bug, most likely.
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The remedy for each errno that a disk can cause. Any other error is most likely a bug.
 _REMEDIES = {
-    errno.ENOSPC: "Make room (`df -h`, and `df -i` for the number of files)",
-    errno.EDQUOT: "Make room, or have the quota raised",
-    errno.EFBIG: "Raise the limit of a file's size (`ulimit -f`), or use a disk that holds larger files",
+    errno.ENOSPC: "Free disk space (`df -h`, and `df -i` for the number of files)",
+    errno.EDQUOT: "Free disk space, or have the quota raised",
+    errno.EFBIG: "Raise the file size limit (`ulimit -f`), or use a file system that supports larger files",
     errno.EROFS: "Make the disk writable again",
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "Give this user the right to it"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Grant this user access to it"),
     **dict.fromkeys((errno.EIO, errno.EREMOTEIO, errno.EUCLEAN, errno.EBADMSG), "Check the disk (`dmesg`)"),
-    errno.EMFILE: "Let this process open more files (`ulimit -n`)",
-    errno.ENFILE: "Close other programs, which have too many files open",
+    errno.EMFILE: "Raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "Close other programs, which have too many open files",
     errno.ENOMEM: "Free memory",
-    errno.ENOLCK: "Use a disk that knows file locks",
+    errno.ENOLCK: "Use a file system that supports file locks",
     **dict.fromkeys(
         (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
-        "Something else moved, replaced or deleted it: put it back",
+        "Another program moved, replaced or deleted it: restore it",
     ),
     **dict.fromkeys(
         (errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.ESHUTDOWN),
-        "The disk is gone: connect it again",
+        "The disk is disconnected: connect it again",
     ),
 }
 
-# The errnos of a path that names the wrong place: where the user has just named it, a mistake and no disk's fault.
+# The errnos of a wrong path: if the user has just typed it, that is a mistake of theirs, not a failure of the disk.
 MISPLACED = frozenset(
     {
         *(errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
@@ -108,27 +109,27 @@ MISPLACED = frozenset(
 
 
 def storage_error(place: Path | str, error: OSError) -> OSError:
-    """`error` as a StorageError that says what to do; itself if it is one, or if no disk is the cause.
+    """`error` as a StorageError with a remedy; `error` itself if it is one already, or if the disk is not the cause.
 
-    `place`: the file in question, where the error names none; a part of a path, as rmtree's, is none.
+    `place`: the file, for errors that name none or only a relative name, as those of rmtree.
     """
     if isinstance(error, StorageError) or error.errno not in _REMEDIES:
         return error
-    kind = SpaceError if error.errno in _ROOM else StorageError
+    kind = SpaceError if error.errno in _NO_SPACE else StorageError
     name = error.filename
     path = name if isinstance(name, str) and Path(name).is_absolute() else place
     return kind(
-        f"{path}: {error.strerror}. Nothing that was committed is lost. {_REMEDIES[error.errno]}, and give the same "
+        f"{path}: {error.strerror}. Nothing that was committed is lost. {_REMEDIES[error.errno]}, and run the same "
         "command again."
     )
 
 
 @contextmanager
 def storage(place: Path | str) -> Iterator[None]:
-    """Turns every OSError inside that is a disk's fault into a StorageError: see storage_error."""
+    """Convert each OSError of the block that a disk caused into a StorageError: see storage_error."""
     try:
         yield
     except OSError as error:
-        if (told := storage_error(place, error)) is error:
+        if (converted := storage_error(place, error)) is error:
             raise
-        raise told from error
+        raise converted from error

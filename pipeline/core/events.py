@@ -1,4 +1,4 @@
-"""What a run tells the world: typed events. The library emits them; only the CLI prints (see sinks in cli)."""
+"""Typed events of a run. The library emits them; only the command line prints them (cli/display.py)."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Event:
-    """Root of all events."""
+    """Base class of all events."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The event as JSON-able data, with its kind under `event`."""
+        """The event as JSON-able data, with its class name under `event`."""
         return {"event": type(self).__name__, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class Note(Event):
-    """Something worth a line of its own."""
+    """A message for the user."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class StageStarted(Event):
-    """A stage begins, or goes on at `iteration`."""
+    """A stage starts, or resumes at `iteration`."""
 
     stage: int
     stages: int
@@ -40,7 +40,7 @@ class StageStarted(Event):
 
 @dataclass(frozen=True)
 class WorkDone(Event):
-    """`done` of `total` pieces of `what` (ingest, content pass, Gram pass, …) are finished."""
+    """`done` of `total` units of `what` (ingest, content pass, Gram pass, …) are finished."""
 
     stage: int
     what: str
@@ -50,9 +50,10 @@ class WorkDone(Event):
 
 @dataclass(frozen=True)
 class IterationDone(Event):
-    """An iteration is committed. Losses are those of the canvas before its update.
+    """An iteration is committed. The losses are those of the canvas before the update.
 
-    `seconds`: of each pass. `busy`: thread seconds by kind of work since the last commit, and as `wall` all of them.
+    `seconds`: duration of each pass. `busy`: thread seconds by kind of work since the last commit (see
+    core/profiler.py), and the elapsed seconds as `wall`.
     """
 
     stage: int
@@ -71,7 +72,7 @@ class IterationDone(Event):
 
 @dataclass(frozen=True)
 class StageDone(Event):
-    """A stage ended: `reason` is max_iterations, stop_condition or converged."""
+    """A stage has ended. `reason` is max_iterations, stop_condition or converged."""
 
     stage: int
     iterations: int
@@ -80,7 +81,7 @@ class StageDone(Event):
 
 @dataclass(frozen=True)
 class RunDone(Event):
-    """The picture is at `output`."""
+    """The output image has been written to `output`."""
 
     output: str
     seconds: float
@@ -88,9 +89,9 @@ class RunDone(Event):
 
 @dataclass(frozen=True)
 class PictureDone(Event):
-    """One of the `pictures` of a preview is at `output`. `seconds` is None if it was there before.
+    """Number `picture` of the `pictures` images of a preview is at `output`. `settings`: its varied keys, as key=value.
 
-    `settings`: what it varies, as key=value.
+    `seconds` is None if an earlier preview rendered it.
     """
 
     picture: int
@@ -104,22 +105,23 @@ Sink = Callable[[Event], None]
 
 
 def ignore(_event: Event) -> None:
-    """The sink of those who do not listen."""
+    """A sink that discards events."""
 
 
 def in_order(
-    tell: Callable[[int, int], None], total: int, then: Callable[[int], None] = lambda done: None
+    report: Callable[[int, int], None], total: int, then: Callable[[int], None] = lambda done: None
 ) -> Callable[[], None]:
-    """For tasks to call when they are done, on any thread: tells 1, 2, … of `total`, and then calls `then` with it.
+    """A callback for finished tasks, on any thread: calls report(1, total), report(2, total), …, each time then `then`.
 
-    Counting and telling are one step. Else a thread held up between them would take a bar back, or leave it unfinished.
+    Counting and reporting are one atomic step. Otherwise a thread that is suspended between the two would move a
+    progress bar backwards, or leave it unfinished.
     """
-    telling, numbers = threading.Lock(), itertools.count(1)
+    lock, numbers = threading.Lock(), itertools.count(1)
 
-    def one_more() -> None:
-        with telling:
+    def finish_one() -> None:
+        with lock:
             done = next(numbers)
-            tell(done, total)
+            report(done, total)
         then(done)
 
-    return one_more
+    return finish_one

@@ -1,7 +1,7 @@
-"""Files that are whole under their name: written beside it, synced, and renamed when nothing is missing.
+"""Atomic file writes (temporary file, sync, rename), and checks of paths and files.
 
-What is not synced stays in memory for half a minute, and goes with the power. What a process leaves half-written when
-it is killed is removed by the next that writes the same file.
+A file that is not synced may stay in the page cache for half a minute and is lost in a power failure. A temporary file
+that a killed process leaves behind is removed by the next process that writes the same file.
 """
 
 from __future__ import annotations
@@ -15,38 +15,49 @@ import shutil
 import stat
 import unicodedata
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file beside its place, sync it, and give it its name. For files that one process writes at once."""
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
+    """Replace a small file atomically. Only one process may write it at a time."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+        sync_file(file)
+    rename_synced(temporary, path)
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Write everything in the buffers of an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def rename_synced(temporary: Path, path: Path) -> None:
+    """Rename a file or folder whose content is on the disk to `path`, and sync the new name."""
+    temporary.replace(path)
     sync_folder(path.parent)
 
 
 def new_partial(path: Path) -> Path:
-    """A free name beside `path` for what is not whole yet, a file or a folder.
+    """A free name beside `path` for a temporary file or folder.
 
-    What processes of this machine left under such a name when they were killed is removed. A folder on a file server
-    may be another machine's too: its processes cannot be asked for, so the name says whose they are.
+    Removes temporary files that killed processes of this machine left there. The names contain the host name, because
+    other machines may write to a folder on a file server, and their processes cannot be checked from here.
     """
     prefix = _partial_prefix(path)
     for entry in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
         pid = entry.name.removeprefix(prefix).partition("-")[0]
-        ours = entry.name.removesuffix(".old").endswith(path.suffix)
-        if ours and pid.isdigit() and not _is_at_work(int(pid), entry):
+        same_kind = entry.name.removesuffix(".old").endswith(path.suffix)
+        if same_kind and pid.isdigit() and not _is_alive(int(pid), entry):
             remove(entry)
     return path.with_name(partial_name(path))
 
 
 def partial_name(path: Path) -> str:
-    """A name that nothing has, which new_partial(path) removes once this process has ended."""
+    """An unused temporary name, which new_partial(path) cleans up once this process has ended."""
     return f"{_partial_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
 
 
@@ -54,8 +65,8 @@ def _partial_prefix(path: Path) -> str:
     return f".{path.stem}.partial-{os.uname().nodename}-"
 
 
-def _is_at_work(pid: int, partial: Path) -> bool:
-    """Whether a process of this number runs that can have made `partial`: after a restart another has the number."""
+def _is_alive(pid: int, partial: Path) -> bool:
+    """Whether the process that created `partial` is alive. A process that is younger only has the same id by chance."""
     try:
         return psutil.Process(pid).create_time() <= partial.lstat().st_mtime + 1
     except (psutil.Error, OSError):
@@ -63,7 +74,7 @@ def _is_at_work(pid: int, partial: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a whole folder, if it is there; of a link the link alone."""
+    """Delete a file or a folder if it exists. A symbolic link is deleted, not its target."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -71,7 +82,7 @@ def remove(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder onto the disk."""
+    """Write the directory entries of a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -80,12 +91,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file_system(path: Path) -> None:
-    """Bring everything written to the file system of `path` onto its disk. Raises OSError if it refuses.
+    """Write everything on the file system of `path` to its disk; for many files faster than one fsync each.
 
-    Of very many files this is faster than one sync each.
+    Raises OSError if the disk fails.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "syncfs"):  # Linux alone can sync one file system, and tell of errors
+    if not hasattr(libc, "syncfs"):  # only Linux can sync a single file system and report errors
         os.sync()
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -97,63 +108,73 @@ def sync_file_system(path: Path) -> None:
         os.close(descriptor)
 
 
-# What desktops (macOS, Windows, KDE) and file servers (Synology, NFS) put into any folder that they show or serve.
+# Files that desktops (macOS, Windows, KDE) and file servers (Synology, NFS) create in any folder.
 _SYSTEM_NAMES = re.compile(
     r"\.DS_Store|\._.*|\.AppleDouble|Thumbs\.db|desktop\.ini|\.directory|@eaDir|\.nfs[0-9a-f]+", re.IGNORECASE
 )
 
 
 def is_of_the_system(name: str) -> bool:
-    """Whether a name is one that a desktop or a file server gives: it says nothing of whose a folder is."""
+    """Whether a desktop or a file server creates files of this name by itself."""
     return _SYSTEM_NAMES.fullmatch(name) is not None
 
 
 def names_in(folder: Path) -> set[str]:
-    """The names in a folder, but those that a desktop or a file server put there; none where there is no folder."""
+    """The names in a folder, without those that desktops and file servers create; empty if there is no folder."""
     return {path.name for path in folder.iterdir() if not is_of_the_system(path.name)} if folder.is_dir() else set()
 
 
-def unnameable(path: Path) -> str:
-    """Why a name cannot be kept in a journal or shown on a line; empty if it can."""
+def path_fault(path: Path) -> str:
+    """Why a path cannot be stored in the journal or printed on one line; empty if it can."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        return "its name, or that of a folder around it, is no UTF-8, which the run's records could not keep"
+        return "the path is not valid UTF-8, so it cannot be stored in the journal"
     if any(unicodedata.category(char) == "Cc" for char in str(path)):
-        return "a path cannot contain a NUL, a line break or another control character"
+        return "the path contains a NUL, a line break or another control character"
     return ""
 
 
 def real(path: Path) -> Path:
-    """`path` with links followed, as far as they lead anywhere."""
+    """`path` with symbolic links resolved, as far as they can be."""
     try:
         return path.resolve()
     except (OSError, RuntimeError):  # a link to itself
         return path
 
 
+def same_file(first: Path, second: Path) -> bool:
+    """Whether two paths are the same file; False if they cannot be compared."""
+    if real(first) == real(second):
+        return True
+    try:
+        return first.samefile(second)
+    except OSError:  # one does not exist or is unreadable, which is reported when it is opened
+        return False
+
+
 def taken(path: Path) -> bool:
-    """Whether something has this name, even if it is a link that leads nowhere."""
+    """Whether the name exists, including a dangling link."""
     return os.path.lexists(path)
 
 
 def read_regular(path: Path, max_bytes: int) -> bytes:
-    """All of a file of at most `max_bytes`. Raises OSError, and ValueError where it is a link, no file, or larger."""
+    """The content of a regular file. Raises OSError; ValueError if it is a link, not a file, or above `max_bytes`."""
     if stat.S_ISLNK(path.lstat().st_mode):
         raise ValueError("it is a link")
-    # neither waits for somebody to write into a pipe
+    # O_NONBLOCK: opening a pipe would wait for a writer. O_NOFOLLOW: the file may have become a link since the check.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         if status.st_size > max_bytes:
             raise ValueError(f"it has {status.st_size:,} bytes, more than any run writes")
         return file.read()
 
 
 def unwritable(folder: Path) -> OSError | None:
-    """Why nothing can be written in a folder, as the system would tell it; None if it can."""
+    """The OSError that writing into a folder would raise; None if it is writable."""
     if os.access(folder, os.W_OK | os.X_OK):
         return None
     number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES

@@ -1,9 +1,16 @@
-"""Where the threads of this process spend their time: sums by kind of work, and a Chrome trace if one is asked for.
+"""Profiler: the time that threads spend on each kind of work, and optionally a Chrome trace of every span.
 
-    with span("read"): …          the kinds: read, compute, write, update, and wait (for the device, or another pass)
+    with span("read", tile=3): …
 
-The sums are always kept; a span costs microseconds, and there are a few per tile. A trace is opened with
-chrome://tracing or https://ui.perfetto.dev.
+    kind      measured
+    read      reading chunks from disk and decoding them
+    compute   the network on one tile, or other work on the device
+    update    the arithmetic of the Adam update of one block
+    write     encoding chunks and writing them to disk
+    wait      waiting for the device, for the disk or for chunks of another pass
+
+The sums are always kept: a span costs microseconds, and there are a few per tile. Open a trace with chrome://tracing or
+https://ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -26,32 +33,22 @@ _trace: TextIO | None = None
 
 @contextmanager
 def span(kind: str, **details: object) -> Iterator[None]:
-    """Count the time of the block as `kind`; `details` go into the trace."""
-    start = time.perf_counter_ns()
+    """Add the duration of the block to the sum of `kind`. `details` are the arguments of the event in the trace."""
+    start_ns = time.perf_counter_ns()
     try:
         yield
     finally:
-        _add(kind, start, time.perf_counter_ns(), details)
-
-
-def _add(kind: str, start_ns: int, end_ns: int, details: dict[str, object]) -> None:
-    with _lock:
-        _seconds[kind] += (end_ns - start_ns) / 1e9
-        if _trace is not None:
-            event = {
-                "name": kind,
-                "ph": "X",
-                "ts": start_ns / 1000,
-                "dur": (end_ns - start_ns) / 1000,
-                "pid": 0,
-                "tid": threading.get_native_id(),
-                "args": details,
-            }
-            _trace.write(f"{json.dumps(event)},\n")
+        duration_ns = time.perf_counter_ns() - start_ns
+        with _lock:
+            _seconds[kind] += duration_ns / 1e9
+            if _trace is not None:
+                event = {"name": kind, "ph": "X", "ts": start_ns / 1000, "dur": duration_ns / 1000, "pid": 0}
+                event |= {"tid": threading.get_native_id(), "args": details}
+                _trace.write(f"{json.dumps(event)},\n")
 
 
 def add(seconds: Mapping[str, float]) -> None:
-    """Count what another process has taken; its spans do not get into the trace."""
+    """Add the sums of another process. Its spans are not part of the trace."""
     with _lock:
         for kind, value in seconds.items():
             _seconds[kind] += value
@@ -60,19 +57,19 @@ def add(seconds: Mapping[str, float]) -> None:
 def take() -> dict[str, float]:
     """Seconds by kind, summed over all threads since the last call."""
     with _lock:
-        taken = dict(_seconds)
+        sums = dict(_seconds)
         _seconds.clear()
-    return taken
+    return sums
 
 
 @contextmanager
 def recording(path: Path | None) -> Iterator[None]:
     """Append every span of the block to the Chrome trace `path`; None writes nothing.
 
-    The list of events is never closed, so that the same command can go on with it; viewers take it as it is.
-    Raises ConfigError if `path` cannot be written, or is something else.
+    The JSON list of events is never closed, so that a resumed run can append to it; viewers accept that.
+    Raises ConfigError if `path` cannot be written, or is a file of another kind.
     """
-    global _trace  # noqa: PLW0603 - one process, one timeline
+    global _trace  # noqa: PLW0603 - one trace per process
     if path is None:
         yield
         return
@@ -97,5 +94,5 @@ def _opened(path: Path) -> TextIO:
         raise ConfigError(f"--profile {path}: cannot be written ({error.strerror}). Choose another place.") from error
     if start not in ("", "[\n"):
         file.close()
-        raise ConfigError(f"--profile {path}: exists and is no timeline; it would be spoilt. Choose another name.")
+        raise ConfigError(f"--profile {path}: exists and is not a trace; it would be damaged. Choose another name.")
     return file

@@ -1,4 +1,4 @@
-"""Text for messages: shortened and on one line, safe for a terminal, sizes, counts and durations."""
+"""Text for messages: shortening, escaping, sizes, counts and durations."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import unicodedata
 
 
 def shown(text: str, max_chars: int = 80) -> str:
-    """`text` shortened and on one line, so that one problem stays one line whatever the user, or a file, says."""
+    """`text` shortened and escaped, so that a message stays on one line whatever text a user or a file puts into it."""
     short = text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
     return short if short.isprintable() else repr(short)[1:-1]
 
 
 def printable(text: str) -> str:
-    """`text` without what a terminal would obey: the names in a message may be anybody's."""
+    """`text` with control characters escaped: file names in a message may contain terminal control sequences."""
     return "".join(
         char if char == "\n" or unicodedata.category(char) not in ("Cc", "Cs") else repr(char)[1:-1] for char in text
     )
 
 
-_BYTE_UNITS = {"B": 1} | {
+BYTE_UNITS = {"B": 1} | {
     f"{prefix}{unit}": base ** (power + 1)
     for unit, base in (("B", 1000), ("iB", 1024))
     for power, prefix in enumerate("KMGT")
@@ -26,18 +26,18 @@ _BYTE_UNITS = {"B": 1} | {
 
 
 def bytes_text(size_bytes: int) -> str | int:
-    """The shortest exact spelling of a size, as a config takes it."""
-    unit, factor = max(_BYTE_UNITS.items(), key=lambda item: (size_bytes % item[1] == 0, item[1]))
+    """The shortest exact notation of a size that the config accepts."""
+    unit, factor = max(BYTE_UNITS.items(), key=lambda item: (size_bytes % item[1] == 0, item[1]))
     return f"{size_bytes // factor}{unit}"
 
 
 def count(number: int, noun: str) -> str:
-    """`number` with its noun, in the plural where it needs one."""
+    """`number` with its noun, in the plural unless it is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 42s, 3m 10s, 5h 02m, 2d 03h."""
+    """A duration: 42s, 3m 10s, 5h 02m, 2d 03h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -1,4 +1,4 @@
-"""Tiles: how a canvas is cut, read with a halo, and put together again.
+"""Tile geometry: how a canvas is divided into tiles, which are read with a halo.
 
     canvas (H, W)
     ┌──────────────────────────────────────────┐
@@ -7,14 +7,14 @@
     │      │  halo                 │           │
     │      │    ┌────────────┐     │           │
     │      │    │   inner    │     │           │   inner: a whole number of chunks,
-    │      │    │  (kept)    │     │           │   aligned to 16 px except at the right and
+    │      │    │ (result)   │     │           │   aligned to 16 px except at the right and
     │      │    └────────────┘     │           │   bottom border of the canvas
     │      └───────────────────────┘           │
     └──────────────────────────────────────────┘
 
-A side of `outer` that lies on the canvas border is padded by every convolution, as the whole image is; a side
-that is an artificial cut is not: there the feature map shrinks, and wrong values are never computed.
-All rectangles are half-open and in (y, x) order.
+Every convolution pads a side of `outer` that lies on the canvas border, as it pads the whole image. It does not pad the
+other sides: there the feature map shrinks, so wrong values are never computed. All rectangles are half-open and in
+(y, x) order.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Rect(NamedTuple):
         return self.height * self.width
 
     def grown(self, by_px: int, height: int, width: int) -> Rect:
-        """This rectangle with `by_px` more on every side, cut at the border of a (height, width) image."""
+        """This rectangle enlarged by `by_px` on every side, clipped to a (height, width) image."""
         return Rect(
             max(0, self.y0 - by_px), min(height, self.y1 + by_px), max(0, self.x0 - by_px), min(width, self.x1 + by_px)
         )
@@ -58,23 +58,23 @@ class Rect(NamedTuple):
     def positions(self, layer: Layer) -> Rect:
         """The positions of `layer` that belong to this pixel rectangle.
 
-        Exact for edges aligned to the stride and for the canvas border, where sizes floor at every pooling.
+        Exact for edges aligned to the stride, and for the canvas border, where every pooling rounds sizes down.
         """
         return Rect(*(edge // layer.stride for edge in self))
 
     def within(self, other: Rect) -> tuple[slice, slice]:
-        """Slices that cut this rectangle out of an array that covers `other`."""
+        """Slices of this rectangle in an array that covers `other`."""
         return slice(self.y0 - other.y0, self.y1 - other.y0), slice(self.x0 - other.x0, self.x1 - other.x0)
 
     def intersection(self, other: Rect) -> Rect:
-        """The part that both cover (maybe empty)."""
+        """The common part of both rectangles, possibly empty."""
         y0, x0 = max(self.y0, other.y0), max(self.x0, other.x0)
         return Rect(y0, max(y0, min(self.y1, other.y1)), x0, max(x0, min(self.x1, other.x1)))
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One unit of compute: the rectangle that is kept, and the canvas it is cut from."""
+    """One unit of compute: its inner rectangle, and the (height, width) of the canvas."""
 
     index: int
     inner: Rect
@@ -82,12 +82,12 @@ class Tile:
     width: int
 
     def outer(self, halo_px: int) -> Rect:
-        """The rectangle that is read: `inner` with the halo, cut at the canvas border."""
+        """The rectangle that is read: `inner` with the halo, clipped to the canvas."""
         return self.inner.grown(halo_px, self.height, self.width)
 
 
 def grid(height: int, width: int, tile_px: int) -> tuple[Tile, ...]:
-    """Cut a (height, width) canvas into tiles of `tile_px`, row by row; the last ones may be smaller.
+    """Divide a (height, width) canvas into tiles of `tile_px`, row by row; the last ones may be smaller.
 
     Raises ValueError if `tile_px` is not a positive multiple of ALIGN_PX.
     """
@@ -102,7 +102,7 @@ def grid(height: int, width: int, tile_px: int) -> tuple[Tile, ...]:
 
 
 def chunks_of(rect: Rect, chunk_px: int) -> Iterator[tuple[int, int, Rect]]:
-    """The chunks that `rect` touches: (chunk row, chunk column, the part of `rect` inside that chunk)."""
+    """The chunks that overlap `rect`: (chunk row, chunk column, the part of `rect` inside that chunk)."""
     for cy in range(rect.y0 // chunk_px, ceil_to(rect.y1, chunk_px) // chunk_px):
         for cx in range(rect.x0 // chunk_px, ceil_to(rect.x1, chunk_px) // chunk_px):
             chunk = Rect(cy * chunk_px, (cy + 1) * chunk_px, cx * chunk_px, (cx + 1) * chunk_px)

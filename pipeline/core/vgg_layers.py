@@ -1,9 +1,9 @@
-"""The layer table of the VGG-19 topology: the one place that knows its convolutions, strides and halo.
+"""The layer table of the VGG-19 topology: its convolutions, strides and the halo that follows from them.
 
     conv1_1 conv1_2 pool1 conv2_1 conv2_2 pool2 conv3_1 … conv3_4 pool3 conv4_1 … conv4_4 pool4 conv5_1
     stride  1             2                     4                       8                       16
 
-Channel widths are not here: they come with the weights.
+Channel widths are not part of the table: they come with the weights.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def _make_layers() -> tuple[Layer, ...]:
 LAYERS = _make_layers()
 CONV_NAMES = tuple(layer.name for layer in LAYERS if layer.kind == "conv")
 LAYER_BY_NAME = {layer.name: layer for layer in LAYERS}
-# Widths of VGG-19 itself: 64·2^(X−1) up to 512.
+# Channel widths of the original VGG-19: block X has 64·2^(X−1), at most 512.
 VGG19_WIDTHS: Mapping[str, int] = {name: min(64 * LAYER_BY_NAME[name].stride, 512) for name in CONV_NAMES}
-# Every tile and chunk edge is a multiple of this, so that no pooling window straddles one (eq. 11).
+# Every tile and chunk edge is a multiple of this, so that no pooling window crosses an edge (eq. 11).
 ALIGN_PX = max(layer.stride for layer in LAYERS)
 
 
@@ -65,16 +65,16 @@ def needed_layers(names: Iterable[str]) -> tuple[Layer, ...]:
 
 
 def halo_px(names: Iterable[str]) -> int:
-    """Pixels a tile must be read beyond its inner rectangle to know the layers `names` there (eqs. 12, 13).
+    """Width of the border around a tile's inner rectangle that the layers `names` depend on, in px (eqs. 12, 13).
 
-    The sum of 1 px per 3×3 convolution at its stride, rounded up to ALIGN_PX so that every pooling
-    window starts where the whole image's does. Forward and backward halo are this same number.
+    The sum of 1 px per 3×3 convolution at its stride, rounded up to ALIGN_PX so that every pooling window starts where
+    it does in the whole image. The forward and the backward pass need the same halo.
     """
     radius = sum(layer.stride for layer in needed_layers(names) if layer.kind == "conv")
     return ceil_to(radius, ALIGN_PX)
 
 
 def min_side_px(names: Iterable[str], padding: str) -> int:
-    """Smallest image side, in px, at which the deepest of `names` still has the positions `padding` needs."""
-    positions = 2 if padding == "reflect" else 1  # reflect mirrors about the border, so it needs a second position
+    """Smallest image side, in px, at which the deepest of `names` has as many positions as `padding` needs."""
+    positions = 2 if padding == "reflect" else 1  # reflect copies the second position
     return positions * needed_layers(names)[-1].stride

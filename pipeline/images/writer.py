@@ -45,7 +45,7 @@ from pipeline.core.image_formats import (
     Format,
     PixelKind,
     format_of,
-    unheeded,
+    unsupported_options,
 )
 from pipeline.core.tiling import Size
 from pipeline.images.vips_streams import POLL_S, FileTarget, Rows, RowSource
@@ -74,8 +74,8 @@ def check_output(path: Path, width_px: int, height_px: int, bits: int, compressi
 
 
 def refuse_unheeded(path: Path, options: Mapping[str, object], alpha: bool = False) -> None:
-    """Raise ConfigError for options of an export that the format passes over; see pictures.unheeded."""
-    if wrong := [f"{option}: {why}" for option, why in unheeded(path, options, alpha)]:
+    """Raise ConfigError for options of an export that the format passes over; see pictures.unsupported_options."""
+    if wrong := [f"{option}: {why}" for option, why in unsupported_options(path, options, alpha)]:
         raise ConfigError(f"{path}: {'. '.join(wrong)}.")
 
 

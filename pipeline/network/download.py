@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -12,7 +11,7 @@ from threading import Thread
 
 from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import InputError, storage, storage_error
-from pipeline.core.files import new_partial, remove, sync_folder
+from pipeline.core.files import new_partial, remove, rename_synced, sync_file
 
 _POLL_S = 0.2
 _TIMEOUT_S = 60  # without a byte from the server
@@ -47,9 +46,8 @@ def download(
             partial.mkdir()
             _download_to(partial / path.name, url, sha256_prefix, cancel, on_progress)
             with (partial / path.name).open("rb") as file:
-                os.fsync(file.fileno())  # before the rename: a power loss must not leave half a file under the name
-            (partial / path.name).replace(path)
-            sync_folder(path.parent)
+                sync_file(file)  # before the rename: a power loss must not leave half a file under the name
+            rename_synced(partial / path.name, path)
     finally:
         with contextlib.suppress(OSError):
             remove(partial)

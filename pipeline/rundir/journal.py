@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import DamagedStateError, storage
-from pipeline.core.files import read_regular, sync_folder
+from pipeline.core.files import read_regular, sync_folder, write_whole
 from pipeline.rundir.position import Position, checked_position, effective, no_runs_records
 from pipeline.rundir.records import MAX_JOURNAL_BYTES, OtherVersionError, Record, as_json, parse_json, parse_record
 from pipeline.store.checksums import checksum
@@ -86,11 +86,8 @@ class Journal:
         found = self._parse(to_damage=True)
         names = (self.path.with_name(f"{self.path.name}.damaged-{number}") for number in itertools.count(1))
         aside = next(path for path in names if not path.exists())
-        with storage(aside), aside.open("xb") as file:
-            file.write(self.path.read_bytes()[found.good_bytes :])
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(self.path.parent)
+        with storage(aside):
+            write_whole(aside, self.path.read_bytes()[found.good_bytes :])
         self._cut(found)
         return aside
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline import store
 from pipeline.core.errors import storage
-from pipeline.core.files import is_of_the_system, read_regular, sync_file_system, sync_folder, write_whole
+from pipeline.core.files import is_of_the_system, read_regular, rename_synced, sync_file_system, write_whole
 from pipeline.store.array import MAX_METADATA_BYTES, ChunkError, StageArray
 from pipeline.store.checksums import checksum, packed, unpacked
 from pipeline.store.layout import METADATA, ArraySpec, gram_name
@@ -107,8 +107,7 @@ def create_store(path: Path) -> None:
             if old.exists():
                 shutil.rmtree(old)
         write_metadata(aside / METADATA, group_metadata())
-        aside.replace(path)
-        sync_folder(path.parent)
+        rename_synced(aside, path)
 
 
 def write_metadata(path: Path, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What cannot work ends in one clear sentence and the right exit code, and leaves nothing half-written.
+"""Invalid input ends with one clear message and the right exit code, and leaves no partial files.
 
 Every case runs the command itself. Mounts need root; without it those cases are skipped.
 """
@@ -49,7 +49,7 @@ def nursery(tmp_path: Path) -> Iterator[Nursery]:
 
 
 def assert_one_sentence(outcome: Outcome, code: int, *words: object) -> None:
-    """The error is told once, on stderr, with these words in it, and without a traceback."""
+    """Check that the error is printed once, on stderr, with these words and without a traceback."""
     assert outcome.code == code, outcome
     assert "Traceback" not in outcome.err, outcome.err
     assert outcome.err.count("pipeline: error: ") == 1, outcome.err
@@ -65,7 +65,7 @@ def assert_nothing_written(folder: Path) -> None:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixel of it."""
+    """A PNG whose header claims a size, without pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -116,7 +116,7 @@ IMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("role", ["content", "style"])
 @pytest.mark.parametrize("case", IMAGES)
 def test_image_that_cannot_be_used(tmp_path, call, role, case):
-    """A wrong or broken image would end in a traceback, a picture of grey, or a machine out of memory."""
+    """An unusable image must not cause a traceback, a grey output or an out-of-memory error."""
     make, words = IMAGES[case]
     write_run(tmp_path)
     bad = tmp_path / "bad.jpg"  # whatever it is, it claims to be a JPEG
@@ -128,7 +128,7 @@ def test_image_that_cannot_be_used(tmp_path, call, role, case):
 
 
 def test_header_of_a_possible_size_needs_no_memory(tmp_path, call):
-    """A file of 100 bytes that claims a gigapixel would be believed until the memory is gone."""
+    """A file of 100 bytes that claims a gigapixel must not exhaust memory."""
     write_run(tmp_path)
     (tmp_path / "content.png").write_bytes(png_header(60_000, 60_000))
     outcome = call("run", "-c", write_config(tmp_path, size=70))
@@ -152,7 +152,7 @@ def small_state() -> dict[str, Any]:
 
 
 class Harmful:
-    """A pickle of it would run a command when it is loaded."""
+    """An object whose pickle runs a command when it is loaded."""
 
     def __init__(self, proof: Path):
         self.proof = proof
@@ -223,7 +223,7 @@ WEIGHTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_weights_that_cannot_be_used(tmp_path, call, case):
-    """Another network's weights would give a picture of noise, or a traceback from inside torch."""
+    """The weights of another network must not give noise, or a traceback of torch."""
     name, make, words = WEIGHTS[case]
     write_run(tmp_path)
     make(tmp_path / name)
@@ -237,7 +237,7 @@ def test_weights_that_cannot_be_used(tmp_path, call, case):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickled_code_is_not_run(tmp_path, call, monkeypatch):
-    """A weights file from the internet would run its maker's code, whatever an environment variable allows."""
+    """A weights file from the internet must not run code, whatever an environment variable allows."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     write_run(tmp_path)
     (tmp_path / "w.pth").write_bytes(pickle.dumps({"conv1_1.weight": Harmful(tmp_path / "proof")}))
@@ -250,7 +250,7 @@ def test_pickled_code_is_not_run(tmp_path, call, monkeypatch):
 
 
 def test_places_that_cannot_be_written(tmp_path, call):
-    """A mistyped folder would be found after the first stage, or after the last."""
+    """A mistyped folder is reported before the run."""
     config = write_run(tmp_path)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder.png").mkdir()
@@ -270,7 +270,7 @@ def test_places_that_cannot_be_written(tmp_path, call):
 
 
 def test_folder_of_somebody_else_is_left_alone(tmp_path, call):
-    """A work_dir mistyped as ~/Pictures would be filled with state, and its folders deleted."""
+    """A work_dir mistyped as ~/Pictures must not be filled with state, nor its folders deleted."""
     config = write_run(tmp_path)
     (tmp_path / "pictures" / "stage_0").mkdir(parents=True)
     (tmp_path / "pictures" / "stage_0" / "photo.jpg").write_text("mine")
@@ -280,7 +280,7 @@ def test_folder_of_somebody_else_is_left_alone(tmp_path, call):
 
 
 def test_output_folder_of_somebody_else_is_left_alone(tmp_path, call):
-    """An output mistyped as another picture's folder would replace it as a whole."""
+    """An output mistyped as another image's folder must not replace it."""
     config = write_run(tmp_path)
     for suffix in (".zarr", ".dz"):
         (tmp_path / f"other{suffix}").mkdir()
@@ -291,7 +291,7 @@ def test_output_folder_of_somebody_else_is_left_alone(tmp_path, call):
 
 
 def test_names_cannot_steer_the_terminal(tmp_path, call):
-    """A file called so by a stranger would clear the screen, or write what looks like the answer of the program."""
+    """Control characters in a file name must not clear the screen or fake output."""
     folder = tmp_path / "\x1b[2J\r\x9bfake"
     folder.mkdir()
     for outcome in (call("status", "--run", folder), call("plan", "-c", folder / "none.yaml")):
@@ -301,7 +301,7 @@ def test_names_cannot_steer_the_terminal(tmp_path, call):
 
 
 def test_no_run_and_no_config(tmp_path, call):
-    """A mistyped name would end in a traceback, or begin a run."""
+    """A mistyped name must not cause a traceback or start a run."""
     (tmp_path / "empty").mkdir()
     for command in (["status"], ["export", "-o", tmp_path / "x.png"]):
         for folder in ("empty", "missing"):
@@ -333,7 +333,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave_bytes: int = 0) -> Path:
-    """Take all room but `leave_bytes`; gives the file that takes it."""
+    """Fill the disk up to `leave_bytes`; returns the file that fills it."""
     path = disk / "filler"
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - leave_bytes)
@@ -342,7 +342,7 @@ def fill(disk: Path, leave_bytes: int = 0) -> Path:
 
 @NEEDS_ROOT
 def test_read_only_disk(tmp_path, call, small_disk):
-    """A disk that went read-only would look like a bug of ours."""
+    """A disk that went read-only is not reported as a bug."""
     config = write_run(tmp_path)
     (small_disk / "run").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
@@ -355,7 +355,7 @@ def test_read_only_disk(tmp_path, call, small_disk):
 
 @NEEDS_ROOT
 def test_disk_too_small_is_refused_before_the_start(tmp_path, call, small_disk):
-    """A day of rendering would end on a full disk that could be foreseen."""
+    """A disk that is too small is reported before the run."""
     config = write_run(tmp_path, size=600)
     for place in (small_disk / "run", small_disk / "new" / "run"):
         outcome = call("run", "-c", config, "--set", f"work_dir={place}")
@@ -370,7 +370,7 @@ def test_disk_too_small_is_refused_before_the_start(tmp_path, call, small_disk):
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize("moment", ["start", "content", "first stage", "last stage"])
 def test_disk_that_fills_up_while_rendering(tmp_path, nursery, small_disk, codec, moment):
-    """A full disk would cost what was rendered, or end in a traceback; with room again the run must go on."""
+    """A full disk ends the run without a traceback; once there is space, the run resumes."""
     keys = {"work_dir": "disk/run", "output": "disk/out.png", "store": {"codec": codec}}
     expected = write_run(tmp_path / "expected", store={"codec": codec})
     assert nursery.run("run", "-c", expected).wait() == 0
@@ -406,7 +406,7 @@ def test_disk_that_fills_up_while_rendering(tmp_path, nursery, small_disk, codec
 
 @NEEDS_ROOT
 def test_finished_run_needs_no_room(tmp_path, call, small_disk):
-    """A finished run, started again or with another output, would ask for the room that its stages gave back."""
+    """A finished run must not ask again for the disk space of its stages."""
     config = write_run(tmp_path, (200, 200), work_dir="disk/run", initial_size=200, optimizer={"max_iterations": 1})
     assert call("run", "-c", config).code == 0
     fill(small_disk, leave_bytes=8192)
@@ -419,7 +419,7 @@ def test_finished_run_needs_no_room(tmp_path, call, small_disk):
 @NEEDS_ROOT
 @pytest.mark.parametrize("suffix", [".tif", ".png", ".jpg", ".dz", ".zarr"])
 def test_disk_full_at_export(tmp_path, call, small_disk, suffix):
-    """Half a picture would stand under the output's name and be sent to the printer."""
+    """A partial image must not have the name of the output."""
     config = write_run(
         tmp_path, (300, 300), initial_size=300, optimizer={"max_iterations": 1}, compute={"tile_px": 320}
     )
@@ -513,7 +513,7 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("case", DAMAGES)
 def test_damaged_state_is_told(stopped_runs, tmp_path, call, case):
-    """A damaged disk would go into the picture unseen, or end in a traceback."""
+    """Damage is reported, and does not get into the output."""
     codec, name, damage, commands = DAMAGES[case]
     folder = tmp_path / "run_here"
     shutil.copytree(stopped_runs[codec], folder)
@@ -530,14 +530,14 @@ def test_damaged_state_is_told(stopped_runs, tmp_path, call, case):
 
 
 def test_undamaged_copies_go_on(stopped_runs, tmp_path, call):
-    """The cases above would pass because nothing at all can be run there."""
+    """A check of the cases above: the undamaged copies can be resumed."""
     for codec in ("none", "zstd"):
         shutil.copytree(stopped_runs[codec], tmp_path / codec)
         assert call("run", "-c", tmp_path / codec / "config.yaml").code == 0
 
 
 def test_changed_file_in_one_process_is_noticed(tmp_path):
-    """A notebook that runs, changes an image and runs again would mix two pictures."""
+    """A notebook may run, change an image and run again."""
     from pipeline import load_config, run
     from pipeline.core.errors import ConfigError
 

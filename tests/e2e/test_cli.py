@@ -1,4 +1,4 @@
-"""The program as its users meet it: every command, every format, every kind of setting, on pictures of 100 px."""
+"""The command line end to end: every command, output format and kind of setting, on images of 100 px."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def iterations(work_dir: Path) -> list[dict[str, Any]]:
     return [record for record in journal(work_dir) if record["type"] == "iteration"]
 
 
-# --- the way of a newcomer -------------------------------------------------------------------------------------------
+# --- the first steps -------------------------------------------------------------------------------------------
 
 
 def test_from_init_to_picture(tmp_path, call):
-    """The first thing that anybody does with the program would not work."""
+    """The first steps of a new user: init, plan, run, status."""
     write_picture(tmp_path / "content.jpg", 100, 80, seed=1)
     write_picture(tmp_path / "style.jpg", 90, 70, seed=2)
     path = tmp_path / "mine.yaml"
@@ -61,8 +61,8 @@ def test_from_init_to_picture(tmp_path, call):
         "  tile_px": 64,
         "output": "result.tif",
     }.items():
-        text, found = re.subn(rf"(?m)^{key}: [^#\n]*", f"{key}: {value} ", text)
-        assert found == 1, key
+        text, number = re.subn(rf"(?m)^{key}: [^#\n]*", f"{key}: {value} ", text)
+        assert number == 1, key
     path.write_text(text)
 
     planned = call("plan", "-c", path)
@@ -82,17 +82,17 @@ def test_from_init_to_picture(tmp_path, call):
     assert picture.shape == (80, 100, 3)
     assert picture.std() > 10
 
-    found = json.loads(call("status", "-c", path, "--json").out)
-    assert (found["state"], found["pid"], found["exported"]) == ("done", None, [str(tmp_path / "result.tif")])
-    assert [stage["iterations"] for stage in found["stages"]] == [2, 2]
-    assert found["last"]["seconds"].keys() == {"gram", "gradient", "update"}
-    shown = call("status", "--run", tmp_path / "result.run").out
-    assert "done" in shown and "100×80" in shown and "2/2" in shown
+    progress = json.loads(call("status", "-c", path, "--json").out)
+    assert (progress["state"], progress["pid"], progress["exported"]) == ("done", None, [str(tmp_path / "result.tif")])
+    assert [stage["iterations"] for stage in progress["stages"]] == [2, 2]
+    assert progress["last"]["seconds"].keys() == {"gram", "gradient", "update"}
+    report = call("status", "--run", tmp_path / "result.run").out
+    assert "done" in report and "100×80" in report and "2/2" in report
 
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory) -> Path:
-    """The folder of a run of two stages that is done; not to be changed."""
+    """The folder of a finished run of two stages. Tests must not change it."""
     from pipeline import load_config, run
 
     config = write_run(tmp_path_factory.mktemp("finished"), (90, 70))
@@ -102,16 +102,16 @@ def finished_run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def finished(finished_run, tmp_path) -> Path:
-    """A copy of it, for one test to change."""
+    """A copy of the finished run that a test may change."""
     import shutil
 
     shutil.copytree(finished_run, tmp_path / "finished")
-    (tmp_path / "finished" / "out.png").unlink()  # made elsewhere, so not this one's own
+    (tmp_path / "finished" / "out.png").unlink()  # written by another run directory
     return tmp_path / "finished"
 
 
 def test_finished_run_is_not_computed_again(finished, call):
-    """The same command, typed again by mistake or by cron, would cost the whole run, or fail."""
+    """The same command again must neither render again nor fail."""
     config = finished / "config.yaml"
     assert call("run", "-c", config).code == 0
     before, picture = (finished / "run" / "journal.jsonl").read_bytes(), (finished / "out.png").stat()
@@ -123,7 +123,7 @@ def test_finished_run_is_not_computed_again(finished, call):
 
 
 def test_lost_picture_is_exported_again_without_computing(finished, call):
-    """A picture deleted by mistake would cost the whole run again."""
+    """A deleted output is exported again without rendering."""
     count = len(iterations(finished / "run"))
     assert call("run", "-c", finished / "config.yaml").code == 0
     expected = (finished / "out.png").read_bytes()
@@ -134,7 +134,7 @@ def test_lost_picture_is_exported_again_without_computing(finished, call):
 
 
 def test_changed_export_settings_make_the_picture_anew(finished, call):
-    """Asked for 16 bits, the user would be told that the picture of 8 bits is already there."""
+    """A change of the bit depth must export the image again."""
     config, count = finished / "config.yaml", len(iterations(finished / "run"))
     assert call("run", "-c", config).code == 0
     assert call("run", "-c", config, "--set", "export.bits=16").code == 0
@@ -144,7 +144,7 @@ def test_changed_export_settings_make_the_picture_anew(finished, call):
 
 @pytest.mark.parametrize("suffix", [".tif", ".png", ".jpg", ".dz", ".zarr"])
 def test_export_of_every_stage_in_every_format(finished, call, suffix):
-    """A stage could not be looked at, or not in the format that a printer or a viewer wants."""
+    """Every stage can be exported in every format."""
     (finished / "exports").mkdir()
     for stage, size in ((0, (37, 48, 3)), (1, (70, 90, 3))):
         output = finished / "exports" / f"stage_{stage}{suffix}"
@@ -164,14 +164,14 @@ def test_export_of_every_stage_in_every_format(finished, call, suffix):
 
 
 def test_a_suffix_in_capitals_is_the_same_format(finished, call):
-    """The check before the run took .ZARR, and the writer after it did not: a day's render without its picture."""
+    """The check before a run and the writer after it must accept the same suffixes."""
     output = finished / "capitals.ZARR"
     assert call("export", "--run", finished / "run", "--stage", 0, "-o", output).code == 0
     assert (output / "0" / "zarr.json").is_file()
 
 
 def exported_pixels(output: Path) -> np.ndarray:
-    """A picture of any format as (H, W, 3); of a DeepZoom its largest level, which must be one tile."""
+    """An image of any format as (H, W, 3). Reads the largest level of a DeepZoom, which must be one tile."""
     if output.suffix == ".zarr":
         import zarr
 
@@ -183,7 +183,7 @@ def exported_pixels(output: Path) -> np.ndarray:
 
 
 def canvas_of(work_dir: Path, stage: int) -> np.ndarray:
-    """The kept canvas of a stage, read as any Zarr reader would."""
+    """The retained canvas of a stage, read with plain zarr."""
     import zarr
 
     (path,) = (work_dir / "store.zarr" / f"stage_{stage}").glob("canvas_*")
@@ -191,7 +191,7 @@ def canvas_of(work_dir: Path, stage: int) -> np.ndarray:
 
 
 def test_export_options_and_mistakes(finished, call):
-    """16 bits would be 8 with zeros, or a wrong --stage would end in a traceback."""
+    """16-bit output has 16 bits of precision, and wrong options give a message instead of a traceback."""
     run = finished / "run"
     assert call("export", "--run", run, "-o", finished / "deep.png", "--bits", 16).code == 0
     deep = read_picture(finished / "deep.png")
@@ -221,7 +221,7 @@ def test_export_options_and_mistakes(finished, call):
 
 @pytest.mark.parametrize("command", ["export", "preview --size 48", "preview --crop 0,0,20,20"])
 def test_no_folder_is_made_for_a_picture_that_the_command_line_names(finished, call, command):
-    """A mistyped name would become a tree of folders, which stays even where the picture is refused or stopped."""
+    """A mistyped path must not create folders."""
     before = sorted(finished.rglob("*"))
     for name in ("some/new/tree/x.png", "neu/x.png"):
         outcome = call(*command.split(), "-c", finished / "config.yaml", "-o", finished / name)
@@ -234,30 +234,35 @@ def test_no_folder_is_made_for_a_picture_that_the_command_line_names(finished, c
 
 
 def test_the_configs_own_output_may_be_in_a_new_folder(tmp_path, call):
-    """The quickstart has one: a config that was copied with its pictures must run as it is."""
+    """As in the quickstart: a config that is copied with its images runs without preparation."""
     config = write_run(tmp_path, output="out/new/x.png")
     assert call("run", "-c", config).code == 0
     assert (tmp_path / "out" / "new" / "x.png").exists()
 
 
 UNHEEDED = [
-    ("x.png", ["--compression", "jpeg"], "compression: PNG has deflate alone, not jpeg", ".tif or .jpg or .dz"),
-    ("x.jpg", ["--compression", "zstd"], "compression: JPEG has jpeg alone, not zstd", ".tif or .zarr"),
-    ("x.dz", ["--compression", "deflate"], "compression: DeepZoom has jpeg alone, not deflate", ".tif or .png"),
-    ("x.zarr", ["--compression", "none"], "compression: OME-Zarr has zstd alone, not none", ".tif"),
-    ("x.png", ["--quality", "95"], "quality: it is that of JPEG, which PNG does not hold", ".jpg or .dz, or .tif with"),
-    ("x.zarr", ["--quality", "5"], "quality: it is that of JPEG, which OME-Zarr does not hold", ".jpg"),
-    ("x.tif", ["--quality", "5"], "which TIFF with compression deflate does not hold", "or .tif with compression jpeg"),
-    ("x.dz", ["--no-pyramid"], "pyramid: DeepZoom always has smaller levels", ".tif or .png or .jpg"),
-    ("x.zarr", ["--no-pyramid"], "pyramid: OME-Zarr always has smaller levels", ".tif or .png or .jpg"),
-    ("x.png", ["--pyramid"], "pyramid: PNG has no smaller levels", ".tif or .dz or .zarr"),
-    ("x.png", ["--compression", "jpeg", "--quality", "7"], "quality: it is that of JPEG", "compression: PNG has"),
+    ("x.png", ["--compression", "jpeg"], "compression: PNG supports only deflate, not jpeg", ".tif or .jpg or .dz"),
+    ("x.jpg", ["--compression", "zstd"], "compression: JPEG supports only jpeg, not zstd", ".tif or .zarr"),
+    ("x.dz", ["--compression", "deflate"], "compression: DeepZoom supports only jpeg, not deflate", ".tif or .png"),
+    ("x.zarr", ["--compression", "none"], "compression: OME-Zarr supports only zstd, not none", ".tif"),
+    ("x.png", ["--quality", "95"], "quality: applies to JPEG only, and PNG does not", ".jpg or .dz, or .tif with"),
+    ("x.zarr", ["--quality", "5"], "quality: applies to JPEG only, and OME-Zarr", ".jpg"),
+    ("x.tif", ["--quality", "5"], "and TIFF with compression deflate does not use", "or .tif with compression jpeg"),
+    ("x.dz", ["--no-pyramid"], "pyramid: DeepZoom is always a pyramid", ".tif or .png or .jpg"),
+    ("x.zarr", ["--no-pyramid"], "pyramid: OME-Zarr is always a pyramid", ".tif or .png or .jpg"),
+    ("x.png", ["--pyramid"], "pyramid: PNG does not support pyramids", ".tif or .dz or .zarr"),
+    (
+        "x.png",
+        ["--compression", "jpeg", "--quality", "7"],
+        "quality: applies to JPEG only",
+        "compression: PNG supports",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "options", "why", "instead"), UNHEEDED)
 def test_options_that_a_format_passes_over_are_refused(finished, call, name, options, why, instead):
-    """Asked for a small file, or for none but exact pixels, the user would get another, without a word."""
+    """An option that the format would ignore is an error."""
     outcome = call("export", "--run", finished / "run", "-o", finished / name, *options)
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (3, "", 1), outcome
     assert str(finished / name) in outcome.err and why in outcome.err and instead in outcome.err
@@ -276,13 +281,13 @@ HEEDED = [
 
 @pytest.mark.parametrize(("name", "options"), HEEDED)
 def test_options_that_say_what_a_format_does_are_taken(finished, call, name, options):
-    """A script that names what it gets would stop working."""
+    """An option that agrees with the format is accepted."""
     outcome = call("export", "--run", finished / "run", "-o", finished / name, *options)
     assert outcome.code == 0, outcome.err
 
 
 def test_a_config_may_give_its_defaults_to_any_format(tmp_path, call):
-    """`pipeline init` writes all keys: every format but TIFF would be refused with them."""
+    """`pipeline init` writes all keys, so every format must accept the defaults."""
     export = {"bits": "auto", "compression": "deflate", "quality": 95, "pyramid": True}
     for suffix in (".tif", ".png", ".jpg", ".dz", ".zarr"):
         config = write_run(tmp_path, export=export, output=f"out{suffix}")
@@ -291,23 +296,23 @@ def test_a_config_may_give_its_defaults_to_any_format(tmp_path, call):
 
 
 def test_a_config_with_options_that_its_format_passes_over(tmp_path, call):
-    """The same before a run of a day, with all that is wrong at once; an old run goes on when the key is corrected."""
+    """The same check before a run, with all errors at once."""
     config = write_run(tmp_path, export={"compression": "zstd", "quality": 80})
     outcome = call("run", "-c", config)
     assert outcome.code == 3
-    for line in ("export.compression: PNG has deflate alone", "export.quality: it is that of JPEG"):
+    for line in ("export.compression: PNG supports only deflate", "export.quality: applies to JPEG only"):
         assert line in outcome.err
     assert not (tmp_path / "run").exists()
     assert call("plan", "-c", config, "--set", "export.pyramid=false", "--set", "output=x.zarr").code == 3
 
 
 def test_quality_of_tiles_that_are_png(tmp_path, call):
-    """A DeepZoom of a picture with alpha has PNG tiles: what the config asks for is known to be idle only then."""
+    """A DeepZoom with alpha has PNG tiles, so `quality` has no effect; only the content tells."""
     config = write_run(tmp_path, content_kind=PixelKind(8, alpha=True), output="out.dz", export={"quality": 50})
     for command in ("plan", "run"):
         outcome = call(command, "-c", config)
         assert (outcome.code, outcome.err.count("\n")) == (3, 1), outcome
-        assert "quality: it is that of JPEG, which DeepZoom with alpha does not hold" in outcome.err
+        assert "quality: applies to JPEG only, and DeepZoom with alpha does not" in outcome.err
     assert not (tmp_path / "run").exists()
     assert call("run", "-c", config, "--set", "export.quality=95").code == 0
     outcome = call("export", "-c", config, "--set", "export.quality=95", "-o", tmp_path / "x.dz", "--quality", 50)
@@ -315,7 +320,7 @@ def test_quality_of_tiles_that_are_png(tmp_path, call):
 
 
 def test_doctor(call):
-    """A bug report would not say what it ran on."""
+    """A bug report needs the versions and the hardware."""
     outcome = call("doctor")
     assert outcome.code == 0
     for what in ("python", "torch", "zarr", "libvips", "device", "memory", "disk"):
@@ -344,7 +349,7 @@ def test_doctor(call):
     ids=" ".join,
 )
 def test_wrong_usage_exits_with_2(call, argv):
-    """A script could not tell a typing mistake from a failed run."""
+    """Scripts distinguish usage errors from failed runs."""
     outcome = call(*argv)
     assert (outcome.code, outcome.out) == (2, "")
     assert "Traceback" not in outcome.err
@@ -352,7 +357,7 @@ def test_wrong_usage_exits_with_2(call, argv):
 
 
 def test_set_changes_and_checks_values(tmp_path, call):
-    """A mistyped --set would render for days with the default."""
+    """A mistyped --set is an error, not ignored."""
     config = write_run(tmp_path, (100, 80))
     changed = call("plan", "-c", config, "--json", "--set", "size=64", "--set", "compute.tile_px=32")
     as_json = json.loads(changed.out)
@@ -376,7 +381,7 @@ def test_set_changes_and_checks_values(tmp_path, call):
 
 
 def test_foreign_output_is_kept_unless_forced(tmp_path, call):
-    """Somebody's picture of the same name would be overwritten, or found so only after a day of rendering."""
+    """An existing file at the output path is refused before the run."""
     config = write_run(tmp_path)
     (tmp_path / "out.png").write_bytes(b"mine")
     outcome = call("run", "-c", config)
@@ -385,11 +390,11 @@ def test_foreign_output_is_kept_unless_forced(tmp_path, call):
     assert (tmp_path / "out.png").read_bytes() == b"mine"
     assert call("run", "-c", config, "--force").code == 0
     assert read_picture(tmp_path / "out.png").shape == (52, 70, 3)
-    assert call("run", "-c", config).code == 0  # it is ours now
+    assert call("run", "-c", config).code == 0  # this run has written it
 
 
 def test_refused_before_the_start_what_cannot_end(tmp_path, call):
-    """A day of rendering would end in an error that could be foreseen: memory, or the limits of a format."""
+    """Predictable errors (memory, limits of a format, disk space) are reported before the run."""
     config = write_run(tmp_path)
     for settings, words in [
         (["memory.limit=100MiB"], ["memory.limit", "GiB"]),
@@ -410,7 +415,7 @@ def test_refused_before_the_start_what_cannot_end(tmp_path, call):
 
 @pytest.mark.parametrize("columns", ["20", "40", "80"])
 def test_narrow_terminals_lose_nothing(finished, call, monkeypatch, columns):
-    """Numbers cut to '15…' in a narrow window, or in a log, would be unreadable."""
+    """Numbers are not truncated to '15…' in a narrow terminal or a log."""
     monkeypatch.setenv("COLUMNS", columns)
     config = finished / "config.yaml"
     shown = call("plan", "-c", config)
@@ -429,7 +434,7 @@ def test_narrow_terminals_lose_nothing(finished, call, monkeypatch, columns):
 
 
 def test_plan_on_a_real_narrow_terminal(finished):
-    """What is true of a pipe would not hold where people read."""
+    """The same on a real terminal instead of a pipe."""
     import fcntl
     import pty
     import struct
@@ -458,7 +463,7 @@ def test_plan_on_a_real_narrow_terminal(finished):
 
 
 def test_brackets_and_colons_in_names_are_printed_as_they_are(tmp_path, call):
-    """A folder called '[/old] :x:' would end the run in a traceback after its last stage."""
+    """A folder called '[/old] :x:' looks like markup of rich."""
     folder = tmp_path / "[/old] [red]x :smile:"
     config = write_run(folder, optimizer={"max_iterations": 1})
     for log_format in ("plain", "live"):
@@ -471,8 +476,8 @@ def test_brackets_and_colons_in_names_are_printed_as_they_are(tmp_path, call):
         assert "[/old] [red]x :smile:" in outcome.out.replace("\n", "")
 
 
-def test_plain_and_live_logs_show_the_way(tmp_path, call):
-    """Nobody would know how far a run of days is."""
+def test_plain_logs_show_the_progress(tmp_path, call):
+    """Stages, iterations, losses and times of the passes."""
     config = write_run(tmp_path, (90, 70))
     plain = call("run", "-c", config)  # stderr is no terminal here
     assert "stage 0 (0 to 1): 48×37 px, 1 tile" in plain.err
@@ -486,7 +491,7 @@ def test_plain_and_live_logs_show_the_way(tmp_path, call):
 
 
 def render(call, folder: Path, content_px=(70, 52), style_px=(60, 50), **keys: Any) -> np.ndarray:
-    """The picture of a small run in a folder of its own; it ended well and has only numbers."""
+    """The output of a small run in a folder of its own. Checks that all losses are finite."""
     config = write_run(folder, content_px, style_px, **keys)
     outcome = call("run", "-c", config)
     assert outcome.code == 0, outcome.err
@@ -496,7 +501,7 @@ def render(call, folder: Path, content_px=(70, 52), style_px=(60, 50), **keys: A
 
 
 def test_several_styles_are_mixed_by_weight(tmp_path, call):
-    """All but the first style would be ignored, or their weights."""
+    """All styles and their weights affect the output."""
     alone = render(call, tmp_path / "alone")
     mixed = {}
     for weights in ((1.0, 0.0), (1.0, 1.0), (2.0, 2.0), (0.25, 0.75)):
@@ -512,7 +517,7 @@ def test_several_styles_are_mixed_by_weight(tmp_path, call):
 
 
 def test_noise_is_seeded(tmp_path, call):
-    """A picture begun from noise could not be made again."""
+    """Noise depends on the seed only, so a run can be reproduced."""
     first, again, other = (
         render(call, tmp_path / name, init="noise", seed=seed) for name, seed in (("a", 4), ("b", 4), ("c", 5))
     )
@@ -522,7 +527,7 @@ def test_noise_is_seeded(tmp_path, call):
 
 
 def test_codecs_change_the_disk_and_not_the_picture(tmp_path, call):
-    """A user with a slow disk would get another picture."""
+    """Compression of the state must not change the output."""
     for codec in ("none", "zstd", "lz4"):
         render(call, tmp_path / codec, store={"codec": codec})
     none, *others = (results_without_metadata(tmp_path / codec / "run") for codec in ("none", "zstd", "lz4"))
@@ -533,16 +538,16 @@ def test_codecs_change_the_disk_and_not_the_picture(tmp_path, call):
 
 
 def results_without_metadata(work_dir: Path) -> list[dict[str, Any]]:
-    """The results, without the checksums of the files that name the codec."""
-    found = results(work_dir)
-    for record in found:
+    """The results, without the checksums of the metadata files, which name the codec."""
+    records = results(work_dir)
+    for record in records:
         sums = record.get("checksums", {})
         record["checksums"] = {name: value for name, value in sums.items() if not name.endswith("zarr.json")}
-    return found
+    return records
 
 
 def test_every_kind_of_network_loss_and_schedule_runs(tmp_path, call):
-    """A setting that the config allows would fail, or change nothing."""
+    """Every allowed setting works, and changes the output."""
     kinds: dict[str, dict[str, Any]] = {
         "zeros": {"network": {"padding": "zeros"}},
         "reflect": {"network": {"padding": "reflect"}},
@@ -568,7 +573,7 @@ def test_every_kind_of_network_loss_and_schedule_runs(tmp_path, call):
 
 
 def test_alike_content_and_style_converge(tmp_path, call):
-    """Nothing to optimise would be a division by zero, and a picture of NaN."""
+    """Zero gradients must not cause a division by zero."""
     write_run(tmp_path)
     (tmp_path / "style.png").write_bytes((tmp_path / "content.png").read_bytes())
     config = write_config(tmp_path, initial_size=70, optimizer={"max_iterations": 3})
@@ -582,7 +587,7 @@ def test_alike_content_and_style_converge(tmp_path, call):
 
 
 def test_stop_condition_ends_a_stage_early_and_says_so(tmp_path, call):
-    """Stages would use all their iterations, or nobody would know why one ended."""
+    """The stop condition ends a stage, and the journal records the reason."""
     render(call, tmp_path / "stopped", (90, 70), optimizer={"max_iterations": 5, "stop_condition": 100.0})
     ended = [record for record in journal(tmp_path / "stopped" / "run") if record["type"] == "stage_done"]
     assert [(record["stage"], record["reason"], record["iterations"]) for record in ended] == [
@@ -604,15 +609,15 @@ def test_stop_condition_ends_a_stage_early_and_says_so(tmp_path, call):
     ids=["smaller", "larger", "style_larger", "style_tall", "odd"],
 )
 def test_sizes_of_stages(tmp_path, call, content, style, keys, sizes):
-    """The result would have another size than asked for, or a large style would not be used in full."""
+    """The output has the requested size, and a large style is used at full size."""
     picture = render(call, tmp_path / "run_here", content, style, **keys)
     assert picture.shape == (sizes[-1][1], sizes[-1][0], 3)
-    found = json.loads(call("status", "--run", tmp_path / "run_here" / "run", "--json").out)
-    assert [(stage["width_px"], stage["height_px"]) for stage in found["stages"]] == sizes
+    progress = json.loads(call("status", "--run", tmp_path / "run_here" / "run", "--json").out)
+    assert [(stage["width_px"], stage["height_px"]) for stage in progress["stages"]] == sizes
 
 
 def test_weights_files_of_both_kinds_run(tmp_path, call):
-    """Only the built-in networks could be used."""
+    """Weights files in both formats give the same output."""
     import torch
     from safetensors.torch import save_file
 
@@ -629,7 +634,7 @@ def test_weights_files_of_both_kinds_run(tmp_path, call):
 
 
 def test_relative_paths_are_of_the_config_and_of_the_command(tmp_path, call, monkeypatch):
-    """A config could not be used from another folder than its own."""
+    """A config works from any current folder."""
     config = write_run(tmp_path / "project", initial_size=70)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -642,7 +647,7 @@ def test_relative_paths_are_of_the_config_and_of_the_command(tmp_path, call, mon
 
 
 def test_the_minimal_config_is_enough(tmp_path, call):
-    """Defaults would not fit together."""
+    """The defaults do not contradict each other."""
     write_run(tmp_path)
     path = tmp_path / "minimal.yaml"
     keys = {"content": "content.png", "styles": [{"image": "style.png"}], "output": "out.jpg"}

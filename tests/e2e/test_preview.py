@@ -86,7 +86,7 @@ def test_commas_inside_values_do_not_part_them(config, key, values):
     ("vary", "told"),
     [
         (["loss.style_wieght=1,2"], "--vary loss.style_wieght=2: loss.style_wieght: unknown key"),
-        (["loss.style_weight=1,much"], "--vary loss.style_weight=much: loss.style_weight: a number"),
+        (["loss.style_weight=1,much"], "--vary loss.style_weight=much: loss.style_weight: expected a number"),
         (["loss.style_weight"], "--vary loss.style_weight: this is not key=value,value"),
         (["loss.style_weight="], "--vary loss.style_weight=: this is not key=value,value"),
         (["loss.style_weight=1,,2"], "--vary loss.style_weight=1,,2: not valid YAML"),
@@ -551,4 +551,4 @@ def test_preview_works_as_a_command(config):
     sheet, *lines = done.out.splitlines()
     assert read_picture(Path(sheet)).ndim == 3
     assert [line.strip() for line in lines if "--set" in line] == [f"--set loss.style_weight={n}" for n in (1, 2)]
-    assert [line.split(":")[0] for line in done.err.splitlines()[1:]] == ["picture 1 of 2", "picture 2 of 2"]
+    assert [line.split(":")[0] for line in done.err.splitlines()[1:]] == ["image 1 of 2", "image 2 of 2"]

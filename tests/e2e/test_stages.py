@@ -152,17 +152,17 @@ def test_settings_of_a_stage_survive_being_written_down(make_config):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("stages: [{up_to: 64}, {up_to: 64}]", "stages.1.up_to: 64 is not above the entry before (64)"),
-        ("stages: [{up_to: 64, styles: []}]", "stages.0.styles: a list with at least one entry is wanted"),
+        ("stages: [{up_to: 64}, {up_to: 64}]", "stages.1.up_to: 64 is not above that of the previous entry (64)"),
+        ("stages: [{up_to: 64, styles: []}]", "stages.0.styles: expected a list with at least one entry"),
         ("stages: [{up_to: 64, loss: {style_wieght: 1}}]", "stages.0.loss.style_wieght: unknown key"),
-        ("stages: [{up_to: 64, loss: {style_weight: -1}}]", "stages.0.loss.style_weight: a number >= 0"),
+        ("stages: [{up_to: 64, loss: {style_weight: -1}}]", "stages.0.loss.style_weight: expected a number >= 0"),
         (
             "stages: [{up_to: 64, network: {pooling: max}}]",
             "stages.0.network.pooling: unknown key; allowed: content",
         ),
         ("stages: [{loss: {style_weight: 1}}]", "stages.0.up_to: missing"),
-        ("size: [64, 64]", "size: [width, height] is for a picture without content"),
-        ("init: gray\nloss: {content_weight: 0}", "init: without content every pixel of a gray canvas"),
+        ("size: [64, 64]", "size: [width, height] is for textures"),
+        ("init: gray\nloss: {content_weight: 0}", "init: without a content loss every pixel of a gray canvas"),
     ],
 )
 def test_wrong_stages_and_starts(tmp_path, text, said):

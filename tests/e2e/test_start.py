@@ -1,6 +1,6 @@
-"""Ctrl-C, TERM and HUP from the first instruction to the last; and `python -m pipeline`.
+"""Ctrl-C, TERM and HUP at any time between the start and the end of the process; and `python -m pipeline`.
 
-The moments are the imports, of which the slow part of a start consists: each is exact, and there are hundreds.
+The signals are sent at imports, of which the slow part of the start consists: there are hundreds, at exact moments.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tests.support.e2e import PIPELINE, TIMEOUT_S, make_call, read_picture, writ
 from tests.support.terminal import Terminal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STOPPING = "stopping after the tiles in flight; once more to abort"
-LINE = "pipeline: stopped: run the same command again to resume.\n"
+STOPPING = "stopping after the tiles in flight; interrupt again to abort"
+LINE = "pipeline: Stopped. Run the same command again to resume.\n"
 
 # The command of the arguments, which sends itself a signal at the import with a number, the first of our own being 0,
 # or at the interpreter's very end; prints how many imports there were.
@@ -69,7 +69,7 @@ def call(capfd, monkeypatch):
     ["--help", "plan -c {}", "status -c {}", "export -c {} -o {}.png --force", "verify -c {}", "init -", "doctor"],
 )
 def test_a_signal_in_the_first_seconds_prints_one_line(tmp_path, call, command):
-    """Ctrl-C while it starts would fill the window with a traceback, and look like a crash to what had started it."""
+    """Ctrl-C during the start prints one line instead of a traceback, and exits with 75."""
     config = write_run(tmp_path, (48, 36), optimizer={"max_iterations": 1})
     if "status" in command or "export" in command or "verify" in command:
         assert call("run", "-c", config).code == 0
@@ -83,7 +83,7 @@ def test_a_signal_in_the_first_seconds_prints_one_line(tmp_path, call, command):
 
 
 def test_a_signal_while_a_run_starts_begins_nothing(tmp_path):
-    """A folder of a run would be left by somebody who saw a mistake in the command, and had to be deleted."""
+    """A run that is interrupted during its start leaves no files behind."""
     config = write_run(tmp_path, (48, 36), optimizer={"max_iterations": 1})
     undisturbed = run_with("none", signal.SIGINT, "plan", "-c", config)
     files = sorted(tmp_path.rglob("*"))
@@ -97,7 +97,7 @@ def test_a_signal_while_a_run_starts_begins_nothing(tmp_path):
 
 
 def test_a_signal_at_any_import_of_a_run_stops_it_and_it_resumes(tmp_path):
-    """Torch is imported when a run is under way already."""
+    """Torch is imported while a run is in progress."""
     config = write_run(tmp_path, (48, 36), optimizer={"max_iterations": 2})
     undisturbed = run_with("none", signal.SIGINT, "run", "-c", config, "--set", f"work_dir={tmp_path / 'undisturbed'}")
     assert undisturbed.returncode == 0
@@ -114,7 +114,7 @@ def test_a_signal_at_any_import_of_a_run_stops_it_and_it_resumes(tmp_path):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_after_the_end_changes_no_exit_code(number):
-    """What was done would look like a failure to a script, and be done again."""
+    """Completed work must not look like a failure to a script."""
     ended = run_with("end", number, "--version")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert run_with("end", number, "plan").returncode == 2
@@ -123,7 +123,7 @@ def test_a_signal_after_the_end_changes_no_exit_code(number):
 @pytest.mark.parametrize("command", [[PIPELINE], [sys.executable, "-m", "pipeline"]], ids=["script", "module"])
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_a_real_process_as_soon_as_it_listens(command, number):
-    """The same as its users meet it: the process is stopped from outside, by its shell or a batch system."""
+    """The same with a signal from another process, like a shell or a batch system."""
     default = ["env", *(f"--default-signal={name}" for name in ("INT", "TERM", "HUP"))]
     process = subprocess.Popen(
         [*default, *command, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -143,7 +143,7 @@ def catches(pid: int, number: int) -> bool:
 
 
 def test_a_signal_that_is_ignored_stays_so_during_the_start():
-    """nohup would be of no use in the first seconds."""
+    """nohup must work in the first seconds as well."""
     code = AT_AN_IMPORT.replace("signal.SIG_DFL)", "signal.SIG_IGN)")
     command = [sys.executable, "-c", code, "3", str(int(signal.SIGHUP)), "--version"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
@@ -151,7 +151,7 @@ def test_a_signal_that_is_ignored_stays_so_during_the_start():
 
 
 def test_ctrl_c_in_a_process_of_somebody_else_is_a_stop_as_well(call, monkeypatch):
-    """Where another program calls `cli.main` it has Python's own handler, and would get another exit code."""
+    """A program that calls `cli.main` has Python's own SIGINT handler, and must get the same exit code."""
     from pipeline.cli import reports
 
     def interrupted() -> None:
@@ -164,7 +164,7 @@ def test_ctrl_c_in_a_process_of_somebody_else_is_a_stop_as_well(call, monkeypatc
 
 
 def test_python_m_pipeline_is_the_command():
-    """Where the script is not on PATH, there would be no way in."""
+    """Works where the script is not on PATH."""
     helped = subprocess.run(
         [sys.executable, "-m", "pipeline", "--help"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
@@ -176,7 +176,7 @@ def test_python_m_pipeline_is_the_command():
 
 @pytest.mark.parametrize("log_format", ["auto", "plain", "json"])
 def test_a_start_says_so_where_somebody_waits(tmp_path, call, log_format):
-    """A newcomer would look at an empty window for seconds, and press Ctrl-C."""
+    """The slow imports would leave the terminal empty for seconds."""
     config = write_run(tmp_path, (48, 36), optimizer={"max_iterations": 1})
     first = "starting" if log_format != "json" else json.dumps({"event": "Note", "message": "starting"})
     terminal = Terminal(80, PIPELINE, "run", "-c", config, "--log-format", log_format)
@@ -186,7 +186,7 @@ def test_a_start_says_so_where_somebody_waits(tmp_path, call, log_format):
 
 
 def test_a_terminal_is_left_as_it_was_by_a_signal_during_the_start(tmp_path):
-    """The shell would have no cursor, or a bar would stand above its prompt."""
+    """A signal during the start restores the cursor and removes the bars."""
     config = write_run(tmp_path, (48, 36), optimizer={"max_iterations": 1})
     imports = imports_of(run_with("none", signal.SIGINT, "plan", "-c", config))
     for index in range(5):
@@ -194,5 +194,5 @@ def test_a_terminal_is_left_as_it_was_by_a_signal_during_the_start(tmp_path):
         terminal = Terminal(80, sys.executable, "-c", AT_AN_IMPORT, *arguments)
         assert terminal.wait() == 75
         assert terminal.screen.cursor_shown and terminal.screen.bars == []
-        told = [line for line in terminal.screen.shown if not line.startswith(("starting", STOPPING, "imports: "))]
-        assert told == [LINE.strip()]
+        lines = [line for line in terminal.screen.shown if not line.startswith(("starting", STOPPING, "imports: "))]
+        assert lines == [LINE.strip()]

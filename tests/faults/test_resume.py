@@ -267,7 +267,7 @@ def test_one_signal_stops_between_two_tasks(nursery, unbroken, tmp_path, call, n
     assert wait_for_rank(child, unbroken["none"].ranks, moment)
     child.signal(number)
     assert child.wait() == 75
-    assert "run the same command again" in child.err
+    assert "Run the same command again" in child.err
     assert "Traceback" not in child.err
     assert not (tmp_path / "out.tif").exists()
     assert json.loads(call("status", "-c", config, "--json").out)["state"] == "stopped"
@@ -292,7 +292,7 @@ def test_second_signal_ends_at_once(nursery, tmp_path, number, code):
     assert child.wait_until(lambda events: any(event.get("what") == "Gram pass" for event in events)), child.err
     child.signal(number)
     deadline = time.monotonic() + TIMEOUT_S
-    while "once more to abort" not in child.err and time.monotonic() < deadline:
+    while "interrupt again to abort" not in child.err and time.monotonic() < deadline:
         time.sleep(0.001)
     child.signal(number)
     assert child.wait() == code, child.err

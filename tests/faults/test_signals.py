@@ -1,4 +1,4 @@
-"""Ctrl-C, TERM and HUP, once and twice, in every phase of a run. The moments are calls into the kernel: exact."""
+"""Ctrl-C, TERM and HUP, once and twice, in every phase of a run. The signals are sent at exact system calls."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PHASES = {
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as the nursery's runs: with more of them, sums round otherwise
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SOON_S = 5  # to the end of a run that was told to stop; a tile takes a twentieth of one here
+SOON_S = 5  # until a run stops after a signal; a tile takes 0.05 s here
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def nursery(tmp_path_factory) -> Iterator[Nursery]:
 
 @pytest.fixture(scope="module")
 def whole_run(nursery, tmp_path_factory) -> tuple[Ending, float]:
-    """How a run ends that nobody stops, and the seconds that it takes."""
+    """The result of an uninterrupted run, and its duration in seconds."""
     config, started = write_variant(tmp_path_factory.mktemp("unbroken") / "run", "tiff"), time.monotonic()
     assert start(nursery, config).wait() == 0
     return Ending.of(config), time.monotonic() - started
@@ -65,7 +65,7 @@ def unbroken(whole_run) -> Ending:
 
 
 class Moment:
-    """Does something to a run at its first call of a phase, and counts the calls of that kind from then on.
+    """Calls `do` at a run's first system call of a phase, and counts the calls of that kind from then on.
 
     That call waits meanwhile; with `hangs`, it and those of its kind do not return at all. `seconds`: from that moment
     to the run's end.
@@ -113,7 +113,7 @@ def deliver(child: Child, number: int) -> None:
     machine the run would be over before its listener has its turn.
     """
     child.signal(number)
-    wait_until(lambda: "once more to abort" in child.err or not status_of(child))
+    wait_until(lambda: "interrupt again to abort" in child.err or not status_of(child))
 
 
 def wait_until(reached: Callable[[], bool]) -> None:
@@ -123,7 +123,7 @@ def wait_until(reached: Callable[[], bool]) -> None:
 
 
 def status_of(child: Child) -> dict[str, str]:
-    """What the kernel says of a process; nothing once it has ended."""
+    """The fields of /proc/PID/status; empty once the process has ended."""
     try:
         lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
     except OSError:
@@ -134,7 +134,7 @@ def status_of(child: Child) -> dict[str, str]:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_one_signal_stops_in_every_phase(nursery, whole_run, tmp_path, phase):
-    """A batch system's warning would be heard too late, and the run be killed; or it would look like a failure."""
+    """A run stops soon after a signal, with its exit code, and can be resumed."""
     unbroken, whole_run_s = whole_run
     number = SIGNALS[list(PHASES).index(phase) % len(SIGNALS)]
     config = write_variant(tmp_path / "run", "tiff")
@@ -143,7 +143,7 @@ def test_one_signal_stops_in_every_phase(nursery, whole_run, tmp_path, phase):
     assert moment.reached
     assert child.wait() == 75, child.err
     assert moment.seconds < max(SOON_S, whole_run_s)  # a machine that is busy is given the time that it takes for all
-    assert "run the same command again" in child.err and "Traceback" not in child.err
+    assert "Run the same command again" in child.err and "Traceback" not in child.err
     work_dir, output = places(config)
     assert not output.exists() and leftovers(output) == []
     assert damage(work_dir) == []
@@ -153,7 +153,7 @@ def test_one_signal_stops_in_every_phase(nursery, whole_run, tmp_path, phase):
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_second_signal_ends_at_once_in_every_phase(nursery, whole_run, tmp_path, phase):
-    """Somebody in a hurry would have to wait for a slow disk, or for a tile, which may take minutes."""
+    """An abort does not wait for a slow disk or for a tile, which may take minutes."""
     number = SIGNALS[list(PHASES).index(phase) % len(SIGNALS)]
     config = write_variant(tmp_path / "run", "tiff")
 
@@ -170,7 +170,7 @@ def test_a_second_signal_ends_at_once_in_every_phase(nursery, whole_run, tmp_pat
 
 @pytest.mark.parametrize("variant", ["tiff", "deepzoom", "ome-zarr", "power"])
 def test_a_stop_while_exporting_leaves_nothing_in_any_format(nursery, tmp_path, variant):
-    """Half a picture would lie beside the output, or the stop would wait for a picture that takes an hour."""
+    """A stop during the export ends soon and leaves no temporary files."""
     config = write_variant(tmp_path / "run", variant)
     name = "openat" if variant in ("deepzoom", "ome-zarr") else "write"
     moment = Moment((name, ".out.partial"), lambda child: deliver(child, signal.SIGTERM))
@@ -180,13 +180,13 @@ def test_a_stop_while_exporting_leaves_nothing_in_any_format(nursery, tmp_path, 
 
 
 def test_a_stop_ends_the_reading_of_a_large_picture(nursery, tmp_path):
-    """Ten gigapixels become a first stage of 160 px: the first row would come after minutes, and the stop with it."""
+    """Decoding ten gigapixels for a stage of 160 px takes minutes before the first row; a stop must not wait for it."""
     config = write_variant(tmp_path / "run", "tiff")
     write_picture(config.parent / "content.png", 3000, 3000)
     decoding = threading.Event()
 
     class Reading(Moment):
-        """Reads of the decoder, after those of the header and of the hash."""
+        """Counts the reads of the decoder, after those of the header and of the hash."""
 
         def _judge(self, call: Call) -> Answer:
             if call.name == "fallocate":
@@ -203,7 +203,7 @@ def test_a_stop_ends_the_reading_of_a_large_picture(nursery, tmp_path):
 
 
 def test_a_stop_ends_the_hashing_of_a_large_file(nursery, tmp_path):
-    """A picture of 100 GB on a slow disk takes an hour to hash."""
+    """Hashing 100 GB on a slow disk takes an hour."""
     config = write_variant(tmp_path / "run", "tiff")
     os.truncate(config.parent / "content.png", 2**30)  # what follows a picture's end is no part of it
     hashing = Moment(PHASES["hashing the inputs"], lambda child: deliver(child, signal.SIGHUP))
@@ -213,7 +213,7 @@ def test_a_stop_ends_the_hashing_of_a_large_file(nursery, tmp_path):
 
 
 def test_a_signal_that_is_ignored_stays_so(nursery, unbroken, tmp_path):
-    """nohup would be of no use: the run would stop when the terminal is closed."""
+    """Under nohup a run continues when the terminal is closed."""
     config = write_variant(tmp_path / "run", "tiff")
     process = subprocess.Popen(
         ["nohup", PIPELINE, "run", "-c", config, "--log-format", "json"],
@@ -233,7 +233,7 @@ def test_a_signal_that_is_ignored_stays_so(nursery, unbroken, tmp_path):
 
 
 def test_a_terminal_that_is_closed_stops_the_run_in_order(tmp_path):
-    """The live display would fail to write, and end the run as a bug of ours in the middle of a tile."""
+    """Write errors of the live display must not end the run as a bug."""
     config = write_variant(tmp_path / "run", "tiff", optimizer={"max_iterations": 10_000})
     ours, theirs = pty.openpty()
     command = ["env", "--default-signal=HUP", "setsid", "--ctty", PIPELINE, "run", "-c", config]
@@ -248,7 +248,7 @@ def test_a_terminal_that_is_closed_stops_the_run_in_order(tmp_path):
 
 
 def test_a_second_signal_ends_at_once_where_the_terminal_takes_nothing():
-    """A terminal that is stopped (Ctrl-S), or whose connection hangs, would keep the process from ending."""
+    """A suspended terminal (Ctrl-S) or a hanging connection must not block the abort."""
     code = """
 import os, threading
 from pipeline.cli.signals import stop_on_signals
@@ -265,7 +265,7 @@ with stop_on_signals(lambda event: threading.Event().wait(), lambda: b"farewell"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full)
     assert process.stdout is not None and process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGINT)  # another: two of a kind may become one
+    process.send_signal(signal.SIGINT)  # another signal: two of a kind may be merged into one
     assert process.wait(TIMEOUT_S) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
     os.close(hearing)
     os.close(full)
@@ -273,7 +273,7 @@ with stop_on_signals(lambda event: threading.Event().wait(), lambda: b"farewell"
 
 @pytest.mark.parametrize("log_format", ["plain", "json", "live"])
 def test_a_log_that_cannot_be_written_ends_no_run(unbroken, tmp_path, log_format):
-    """A full disk under the log, which has nothing to do with the picture, would end a render of a week."""
+    """A full disk under the log must not end a run."""
     config = write_variant(tmp_path / "run", "tiff")
     command = [PIPELINE, "run", "-c", config, "--log-format", log_format]
 

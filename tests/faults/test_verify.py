@@ -154,7 +154,7 @@ def test_damage_is_named_to_the_chunk_and_what_to_do_is_told(base, call):
     shown = call("verify", "--run", base.work_dir)
     assert shown.code == 6
     assert f"changed: {path} (stage 2, m_1, chunk row 0, column 0)" in shown.out
-    assert "lost by that: 1 iteration" in shown.out
+    assert "to compute again after a repair: 1 iteration" in shown.out
 
 
 def cut(path: Path) -> None:
@@ -398,7 +398,7 @@ def test_files_of_desktops_and_file_servers_are_no_damage(base, call):
         path.write_text("icons")
     outcome = call("verify", "--run", base.work_dir)
     assert outcome.code == 0, outcome.out
-    assert "left over, read by nothing" in outcome.out
+    assert "unused files: " in outcome.out
     found = pipeline.verify(base.work_dir, repair=True)
     listed = {path if path.parent.name != "@eaDir" else path.parent for path in paths}
     assert found.found == () and set(found.leftovers) == listed

@@ -1,4 +1,4 @@
-"""What importing a part of the package loads, and how the console script starts."""
+"""Which modules an import of a part of the package loads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SLOW = {"torch", "distributed", "dask", "zarr", "numcodecs", "pyvips", "numpy", 
 
 
 def test_importing_the_package_loads_nothing_slow():
-    """Every command would start later, and Ctrl-C meanwhile would end it in a traceback."""
+    """Slow imports delay every command, and Ctrl-C during them would print a traceback."""
     modules = loaded_after("import pipeline, pipeline.__main__")
     assert {name for name in modules if name.startswith("pipeline.")} == {"pipeline.__main__"}
     assert not {*SLOW, "click"} & modules
@@ -37,7 +37,7 @@ def test_importing_the_package_loads_nothing_slow():
 
 
 def test_a_name_of_the_package_loads_its_own_module():
-    """A script that reads a config would wait for torch."""
+    """A script that loads a config must not wait for torch."""
     assert not {"torch", "distributed", "zarr", "dask"} & loaded_after("import pipeline; pipeline.load_config")
     modules = loaded_after("from pipeline import run; assert callable(run)")
     assert "pipeline.commands.run" in modules
@@ -49,7 +49,7 @@ def test_a_name_of_the_package_loads_its_own_module():
     ["", "import pipeline.commands.run, pipeline.plan.plan, pipeline.commands.preview.crop, pipeline.commands.status"],
 )
 def test_names_of_the_package_are_what_they_are_in_any_order_of_imports(first):
-    """`pipeline.run(config)` would fail, because a module of that name had been imported before."""
+    """`pipeline.run` must be the function even if the module of that name was imported first."""
     loaded_after(
         f"""
 {first}
@@ -91,7 +91,7 @@ def finished_run(tmp_path_factory, narrow_weights) -> Path:
 
 
 def test_a_run_in_one_process_does_not_load_distributed(tmp_path, narrow_weights):
-    """It would add its start and its memory to every run, for a scheduler that is not used."""
+    """Its start-up time and memory are only needed with worker processes."""
     write_image(tmp_path / "content.png", 32, 32)
     write_image(tmp_path / "style.png", 32, 32)
     path = write_config(
@@ -104,7 +104,7 @@ def test_a_run_in_one_process_does_not_load_distributed(tmp_path, narrow_weights
 
 @pytest.mark.parametrize("command", ["plan", "plan --json", "status", "export -o {}/again.tif", "verify", "run"])
 def test_commands_that_compute_nothing_do_not_load_torch(finished_run, command):
-    """They answer at once, and on a machine that has not torch's memory to spare."""
+    """They answer quickly, and without the memory that torch needs."""
     name, *options = command.format(finished_run.parent).split()
     modules = loaded_after(COMMAND, name, *options, "--config", str(finished_run))
     assert "pipeline.plan.plan" in modules
@@ -113,7 +113,7 @@ def test_commands_that_compute_nothing_do_not_load_torch(finished_run, command):
 
 @pytest.mark.parametrize("command", ["--help", "run --help", "init -", "doctor"])
 def test_commands_without_a_run_do_not_load_torch(command):
-    """The first that a newcomer types would take seconds."""
+    """The first commands of a new user must not take seconds."""
     if command == "doctor" and any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
         pytest.skip("torch is what knows the GPU")
     modules = loaded_after(COMMAND, *command.split())

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.config import Config, input_files, same_file
+from pipeline.config.config import Config, input_files
 from pipeline.config.yaml_reader import dotted
 from pipeline.core.errors import ConfigError, storage
-from pipeline.core.files import names_in, real, taken, unnameable, write_whole
+from pipeline.core.files import names_in, path_fault, real, same_file, taken, write_whole
 from pipeline.core.text import shown
 from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.open import now
@@ -83,7 +83,7 @@ def claimed(config: Config, picture: Path, force: bool) -> Iterator[Claim]:
 
 def _refuse_place(config: Config, folder: Path, picture: Path) -> None:
     """Raise ConfigError if the picture, or the folder, would be in place of what the config reads or makes."""
-    if fault := unnameable(picture):
+    if fault := path_fault(picture):
         raise ConfigError(f"-o {shown(str(picture))}: {fault}. Choose another name.")
     if picture.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{picture}: a preview is one file; give a name that ends in {', '.join(SUFFIXES)}.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.config import Config, load_config
-from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, listed, told
+from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, listed, problem_lines
 from pipeline.core.errors import ConfigError
 from pipeline.core.text import shown
 
@@ -76,5 +76,5 @@ def _axes(vary: Sequence[str]) -> list[Axis]:
         problems += wrong
         axes.append(Axis(key, tuple(values)))
     if problems:
-        raise ConfigError(told(problems))
+        raise ConfigError(problem_lines(problems))
     return axes

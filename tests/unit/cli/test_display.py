@@ -1,4 +1,4 @@
-"""What a user sees of a run's events, which come from several threads: on a terminal, in a log, as JSON."""
+"""The display of events from several threads: on a terminal, in a log, as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ THREADS = 8
 
 
 class Display(io.StringIO):
-    """stderr as a terminal, and what it shows."""
+    """A stderr that is a terminal, with its screen."""
 
     def __init__(self, columns: int):
         super().__init__()
@@ -34,7 +34,7 @@ class Display(io.StringIO):
         return len(text)
 
     def settle(self, reached: Callable[[list[str]], object]) -> list[str]:
-        """The bars, once they are as they should be: they are drawn ten times a second."""
+        """The bars once they satisfy `reached`; rich draws them ten times per second."""
         deadline = time.monotonic() + 5
         while not reached(self.screen.bars) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -42,7 +42,7 @@ class Display(io.StringIO):
 
 
 def terminal_of(monkeypatch, columns: int = 80) -> Display:
-    """Makes stderr a terminal. No fixture: pytest puts its own stderr in place after those."""
+    """Make stderr a terminal. Not a fixture, because pytest replaces stderr after the fixtures."""
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
     display = Display(columns)
@@ -59,7 +59,7 @@ def eager_switches() -> Iterator[None]:
 
 
 def at_once(sink: Callable[[Event], None], events: list[list[Event]]) -> None:
-    """Every list of events on a thread of its own, all at the same time."""
+    """Send every list of events from a thread of its own, all at the same time."""
     barrier = threading.Barrier(len(events))
 
     def send(own: list[Event]) -> None:
@@ -88,11 +88,11 @@ def iterated(iteration: int, eta_s: float | None = 7_400) -> IterationDone:
 
 @pytest.mark.parametrize("log_format", ["plain", "json", "live"])
 def test_lines_of_several_threads_stay_whole(monkeypatch, eager_switches, log_format):
-    """Two lines in one could be read by no person, and by no program."""
+    """Interleaved lines could not be read, nor parsed as JSON."""
 
     class Slow(io.StringIO):
         def write(self, text: str) -> int:
-            time.sleep(0)  # another thread has its turn
+            time.sleep(0)  # lets another thread run
             return super().write(text)
 
     monkeypatch.setattr(sys, "stderr", Slow())
@@ -107,7 +107,7 @@ def test_lines_of_several_threads_stay_whole(monkeypatch, eager_switches, log_fo
 
 
 def test_the_first_events_of_a_pass_share_one_line(monkeypatch, eager_switches):
-    """After a resume `check 1/8` would stay under three stages: the first two threads each had added a line."""
+    """If two threads each added a bar, `check 1/8` would remain on the screen."""
     display = terminal_of(monkeypatch)
     for _ in range(30):
         with LiveSink() as sink:
@@ -119,7 +119,7 @@ def test_the_first_events_of_a_pass_share_one_line(monkeypatch, eager_switches):
 
 
 def test_passes_at_once_have_a_line_each_and_the_next_takes_the_free_one(monkeypatch):
-    """One line would flicker between two passes, or the display would jump up and down."""
+    """A shared bar would alternate between two passes; a new bar per pass would make the display jump."""
     display = terminal_of(monkeypatch)
     with LiveSink() as sink:
         sink(started(0))
@@ -140,23 +140,23 @@ def test_passes_at_once_have_a_line_each_and_the_next_takes_the_free_one(monkeyp
 
 
 def test_tasks_that_end_at_once_are_counted_in_order(eager_switches):
-    """A bar would go backwards, and stay at 7/8 after its pass."""
+    """Otherwise a bar would move backwards, and end at 7/8."""
     for _ in range(20):
-        told: list[tuple[int, int]] = []
+        reports: list[tuple[int, int]] = []
         then: list[int] = []
 
-        def tell(done: int, total: int, told: list[tuple[int, int]] = told) -> None:
-            time.sleep(0)  # another thread has its turn
-            told.append((done, total))
+        def report(done: int, total: int, reports: list[tuple[int, int]] = reports) -> None:
+            time.sleep(0)  # lets another thread run
+            reports.append((done, total))
 
-        one_more = in_order(tell, 4 * THREADS, then.append)
-        at_once(lambda _event, one_more=one_more: one_more(), [[Note("")] * 4 for _ in range(THREADS)])
-        assert told == [(done, 4 * THREADS) for done in range(1, 4 * THREADS + 1)]
+        finish_one = in_order(report, 4 * THREADS, then.append)
+        at_once(lambda _event, finish_one=finish_one: finish_one(), [[Note("")] * 4 for _ in range(THREADS)])
+        assert reports == [(done, 4 * THREADS) for done in range(1, 4 * THREADS + 1)]
         assert sorted(then) == list(range(1, 4 * THREADS + 1))
 
 
 def test_passes_of_a_single_tile_are_shown_at_every_iteration(monkeypatch):
-    """The line would be frozen at a pass of the first iteration."""
+    """Otherwise the bar would stay at a pass of the first iteration."""
     display = terminal_of(monkeypatch)
     with LiveSink() as sink:
         sink(started(0))
@@ -167,8 +167,8 @@ def test_passes_of_a_single_tile_are_shown_at_every_iteration(monkeypatch):
                 assert len(bars) == 2 and bars[1].startswith(what)
 
 
-def test_nothing_of_a_stage_is_left_when_the_next_begins(monkeypatch):
-    """It would look as if the run still did what it has done long ago."""
+def test_the_bars_of_a_stage_are_removed_at_its_end(monkeypatch):
+    """Old bars would show work that has ended."""
     display = terminal_of(monkeypatch)
     with LiveSink() as sink:
         sink(work("download", 5))
@@ -185,7 +185,7 @@ def test_nothing_of_a_stage_is_left_when_the_next_begins(monkeypatch):
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 120])
 def test_numbers_are_whole_in_narrow_terminals(monkeypatch, columns):
-    """In a window beside an editor nobody could see how far the run is, or how long it takes."""
+    """Progress and remaining time are readable in a narrow window."""
     display = terminal_of(monkeypatch, columns)
     with LiveSink() as sink:
         sink(started(0))
@@ -201,13 +201,13 @@ def test_numbers_are_whole_in_narrow_terminals(monkeypatch, columns):
 
 
 def two_bars(screen: Screen) -> bool:
-    """A run is under way: its iterations, and a pass."""
+    """Whether the bars of the iterations and of a pass are shown."""
     return len(screen.bars) >= 2 and "/10000" in screen.bars[0]
 
 
 @pytest.mark.parametrize("columns", [40, 80])
 def test_ctrl_c_leaves_no_bar_behind(tmp_path, columns):
-    """The terminal's ^C would push the bars up a line, and a dead copy of them would stay above the prompt."""
+    """The echo of ^C must not wrap, or a copy of the bars would stay above the prompt."""
     config = write_run(tmp_path, (90, 70), optimizer={"max_iterations": 10_000})
     for _ in range(2):  # the second is a resume
         terminal = Terminal(columns, PIPELINE, "run", "-c", config)
@@ -218,29 +218,29 @@ def test_ctrl_c_leaves_no_bar_behind(tmp_path, columns):
         screen = terminal.screen
         assert screen.bars == [] and screen.cursor_shown
         text = "".join(screen.lines)
-        assert text.startswith("starting") and "once more to abort" in text and "^C" not in text
+        assert text.startswith("starting") and "interrupt again to abort" in text and "^C" not in text
 
 
 @pytest.mark.parametrize("columns", [40, 80])
 def test_a_second_ctrl_c_leaves_no_bar_behind(tmp_path, columns):
-    """The prompt would stand beside a bar, without a cursor."""
+    """An abort restores the cursor and removes the bars."""
     config = write_run(tmp_path, (90, 70), optimizer={"max_iterations": 10_000})
     terminal = Terminal(columns, PIPELINE, "run", "-c", config)
     terminal.wait_until(two_bars)
     terminal.type(b"\x03\x03")
     code = terminal.wait()
-    assert code in (75, 130)  # it may have stopped before it heard of the second
+    assert code in (75, 130)  # it may have stopped before the second signal arrived
     assert terminal.screen.bars == [] and terminal.screen.cursor_shown
 
 
 def test_a_terminal_that_is_full_holds_no_lock_of_the_farewell(monkeypatch):
-    """The second Ctrl-C would wait for a terminal that takes nothing."""
+    """A second Ctrl-C must abort even if the terminal blocks a thread that holds the lock."""
     terminal_of(monkeypatch)
     with LiveSink() as sink:
         sink(started(0))
         with sink._lock:
-            told: list[bytes] = []
-            thread = threading.Thread(target=lambda: told.append(sink.farewell()), daemon=True)
+            farewells: list[bytes] = []
+            thread = threading.Thread(target=lambda: farewells.append(sink.farewell()), daemon=True)
             thread.start()
             thread.join(TIMEOUT_S)
-            assert told and told[0].endswith(b"\x1b[?25h")
+            assert farewells and farewells[0].endswith(b"\x1b[?25h")

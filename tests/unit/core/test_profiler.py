@@ -1,4 +1,4 @@
-"""The timeline: what it says of the threads is what they did, and it spoils no other file."""
+"""The profiler: sums and traces match what the threads did, and no other file is overwritten."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.e2e import run_pipeline, write_run
 
 
 def test_seconds_are_summed_by_kind_over_threads():
-    """Who tunes a disk or a GPU by these sums must not miss the threads beside the main one."""
+    """The sums include all threads, not only the main one."""
     profiler.take()
 
     def work() -> None:
@@ -29,21 +29,21 @@ def test_seconds_are_summed_by_kind_over_threads():
         time.sleep(0.01)
     for thread in threads:
         thread.join()
-    taken = profiler.take()
-    assert taken["read"] >= 0.06 and taken["write"] >= 0.01 and taken.keys() == {"read", "write"}
+    sums = profiler.take()
+    assert sums["read"] >= 0.06 and sums["write"] >= 0.01 and sums.keys() == {"read", "write"}
     assert profiler.take() == {}
 
 
 def test_a_failed_span_counts_too():
-    """The time that ended in an error was spent all the same."""
+    """A span that raises counts as well."""
     profiler.take()
     with pytest.raises(ZeroDivisionError), profiler.span("compute"):
         raise ZeroDivisionError
     assert "compute" in profiler.take()
 
 
-def test_a_trace_is_one_list_even_after_going_on(tmp_path):
-    """A run that was stopped goes on with the same command, and the viewer shows both halves."""
+def test_a_trace_is_one_list_after_a_resume(tmp_path):
+    """A resumed run appends to the trace of the stopped one."""
     path = tmp_path / "trace.json"
     for tile in range(2):
         with profiler.recording(path), profiler.span("compute", tile=tile):
@@ -57,10 +57,10 @@ def test_a_trace_is_one_list_even_after_going_on(tmp_path):
 
 
 def test_another_file_is_left_alone(tmp_path):
-    """A wrong path after --profile must not cost somebody a picture."""
+    """A wrong path after --profile must not damage an image."""
     path = tmp_path / "picture.png"
     path.write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(ConfigError, match="is no timeline"), profiler.recording(path):
+    with pytest.raises(ConfigError, match="is not a trace"), profiler.recording(path):
         pass
     assert path.read_bytes() == b"\x89PNG\r\n"
     with pytest.raises(ConfigError, match="cannot be written"), profiler.recording(tmp_path / "gone" / "t.json"):
@@ -68,13 +68,13 @@ def test_another_file_is_left_alone(tmp_path):
 
 
 def test_the_summary_says_how_much_of_the_time_was_computing():
-    """The one number that tells a slow disk from a slow device."""
+    """This number distinguishes a slow disk from a slow device."""
     line = busy_line({"wall": 10.0, "compute": 9.5, "read": 1.25})
     assert "computing 9.5s of 10.0s (95%)" in line and "read 1.2s" in line and "write 0.0s" in line
 
 
 def test_a_run_can_be_profiled(tmp_path):
-    """What `--profile` promises, from the command line to the file."""
+    """`--profile` from the command line to the trace file."""
     config = write_run(tmp_path, size=100)
     trace = tmp_path / "trace.json"
     done = run_pipeline("run", "-c", config, "--profile", trace, "--log-format", "plain")

@@ -1,4 +1,4 @@
-"""Geometry: tiles, halos, chunks, and the layer table they follow from."""
+"""Geometry: tiles, halos, chunks, and the layer table that determines them."""
 
 from math import ceil
 
@@ -27,7 +27,7 @@ def rects(draw, height: int = 300, width: int = 300) -> Rect:
 
 @given(sides, sides, multiples)
 def test_tiles_cover_every_pixel_exactly_once(height, width, tile_px):
-    """A pixel in no tile would never change, one in two would be summed twice: a seam or a wrong style."""
+    """A pixel in no tile would never change; a pixel in two tiles would be summed twice."""
     counts = [[0] * width for _ in range(height)]
     for tile in grid(height, width, tile_px):
         assert tile.inner.height > 0 < tile.inner.width
@@ -53,7 +53,7 @@ def test_tiles_start_at_pooling_windows_and_never_exceed_their_size(height, widt
 
 @given(sides, sides, multiples, st.integers(0, 12).map(lambda k: 16 * k))
 def test_outer_is_inner_and_halo_cut_at_the_border(height, width, tile_px, halo):
-    """Too small a halo gives wrong pixels at cuts, one beyond the border reads what is not there."""
+    """Too small a halo gives wrong pixels at tile edges; one beyond the border reads outside of the canvas."""
     for tile in grid(height, width, tile_px):
         y0, y1, x0, x1 = tile.inner
         assert tile.outer(halo) == (
@@ -73,7 +73,7 @@ def test_tiles_that_would_cut_pooling_windows_are_refused(tile_px):
 
 @given(sides, sides, multiples, st.sampled_from(CONVS))
 def test_positions_of_tiles_cover_every_position_of_a_layer_once(height, width, tile_px, name):
-    """A position counted twice or never makes another Gram matrix than the whole image's."""
+    """Each position must count once for the Gram matrix to equal that of the whole image."""
     layer = LAYER_BY_NAME[name]
     parts = [tile.inner.positions(layer) for tile in grid(height, width, tile_px)]
     assert sum(part.area for part in parts) == (height // layer.stride) * (width // layer.stride)
@@ -86,7 +86,7 @@ def test_positions_of_tiles_cover_every_position_of_a_layer_once(height, width, 
 
 @given(rects(), multiples)
 def test_chunks_of_a_rectangle_cover_it_exactly_once(rect, chunk_px):
-    """A chunk left out of a window would leave old memory in the picture."""
+    """A missing chunk would leave uninitialised memory in the window."""
     parts = list(chunks_of(rect, chunk_px))
     assert sum(part.area for _, _, part in parts) == rect.area
     assert len({(cy, cx) for cy, cx, _ in parts}) == len(parts)
@@ -98,11 +98,11 @@ def test_chunks_of_a_rectangle_cover_it_exactly_once(rect, chunk_px):
 
 
 @given(rects(), rects())
-def test_intersection_is_what_both_cover(one, other):
-    """The copy from chunk to window goes through this rectangle."""
-    both = one.intersection(other)
-    rows = set(range(one.y0, one.y1)) & set(range(other.y0, other.y1))
-    columns = set(range(one.x0, one.x1)) & set(range(other.x0, other.x1))
+def test_intersection_is_what_both_cover(first, second):
+    """Copies between chunks and windows use this rectangle."""
+    both = first.intersection(second)
+    rows = set(range(first.y0, first.y1)) & set(range(second.y0, second.y1))
+    columns = set(range(first.x0, first.x1)) & set(range(second.x0, second.x1))
     assert both.area == len(rows) * len(columns)
     if both.area:
         assert (both.y0, both.y1, both.x0, both.x1) == (min(rows), max(rows) + 1, min(columns), max(columns) + 1)
@@ -110,7 +110,7 @@ def test_intersection_is_what_both_cover(one, other):
 
 @given(rects())
 def test_within_cuts_the_same_pixels_from_a_window(inner):
-    """One pixel off here shifts the picture against its halo."""
+    """An off-by-one error here would shift the image against its halo."""
     outer = inner.grown(7, 300, 300)
     rows, columns = inner.within(outer)
     assert list(range(outer.y0, outer.y1))[rows] == list(range(inner.y0, inner.y1))
@@ -121,7 +121,7 @@ def test_within_cuts_the_same_pixels_from_a_window(inner):
 
 
 def test_torchvision_indices_are_those_of_its_vgg19():
-    """With a wrong index VGG-19's own weights load into other layers, or not at all."""
+    """With a wrong index the weights of VGG-19 would be loaded into other layers, or not at all."""
     convs = [layer for layer in LAYERS if layer.kind == "conv"]
     assert [layer.name for layer in convs] == list(CONV_NAMES) == CONVS
     assert [layer.torchvision_index for layer in convs] == TORCHVISION_INDICES
@@ -129,7 +129,7 @@ def test_torchvision_indices_are_those_of_its_vgg19():
 
 
 def test_strides_and_widths_are_those_of_vgg19():
-    """Every position of every tile, and the planned memory, is computed from these."""
+    """Tile positions and the memory plan are computed from these."""
     assert {name: LAYER_BY_NAME[name].stride for name in CONVS} == STRIDES
     assert [LAYER_BY_NAME[f"pool{block}"].stride for block in range(1, 5)] == [2, 4, 8, 16]
     assert [VGG19_WIDTHS[f"conv{block}_1"] for block in range(1, 6)] == [64, 128, 256, 512, 512]
@@ -151,14 +151,14 @@ def test_strides_and_widths_are_those_of_vgg19():
     ],
 )
 def test_halo_is_the_receptive_radius_rounded_up(deepest, radius_px, halo):
-    """16 px less give an error up to 0.8 of the gradient, 16 px more cost time for nothing (eqs. 12, 13)."""
+    """16 px less give an error up to 0.8 of the gradient, 16 px more only cost time (eqs. 12, 13)."""
     assert halo_px([deepest]) == halo_px(["conv1_1", deepest]) == halo
     assert ceil(radius_px / 16) * 16 == halo
 
 
 @given(layer_sets)
 def test_only_the_layers_down_to_the_deepest_are_run(names):
-    """A layer too few is a crash, one too many is time and memory for nothing."""
+    """With a layer too few the pass crashes; a layer too many only costs time and memory."""
     deepest = max(names, key=CONVS.index)
     assert needed(names)[-1].name == deepest
     assert [layer.name for layer in needed(names) if layer.kind == "conv"] == CONVS[: CONVS.index(deepest) + 1]
@@ -167,9 +167,9 @@ def test_only_the_layers_down_to_the_deepest_are_run(names):
 
 @given(layer_sets, st.sampled_from(["replicate", "zeros", "reflect"]))
 def test_min_side_is_the_least_that_leaves_the_positions_padding_needs(names, padding):
-    """Smaller images crash in the pooling or the reflection; refusing larger ones would forbid what works."""
+    """Smaller images fail in the pooling or the reflection; larger ones must not be refused."""
     stride = max(STRIDES[name] for name in names)
     least = min_side_px(names, padding)
-    wanted = 2 if padding == "reflect" else 1
-    assert least // stride == wanted
-    assert (least - 1) // stride == wanted - 1
+    positions = 2 if padding == "reflect" else 1
+    assert least // stride == positions
+    assert (least - 1) // stride == positions - 1

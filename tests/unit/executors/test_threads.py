@@ -222,7 +222,7 @@ def test_the_stop_flag_ends_the_work_between_two_tasks(how):
             ended += 1
         return index
 
-    with pytest.raises(Stopped, match="run the same command again"), ThreadExecutor(2, CancelToken(stop)) as executor:
+    with pytest.raises(Stopped, match="Run the same command again"), ThreadExecutor(2, CancelToken(stop)) as executor:
         if how == "map":
             executor.map(task, list(range(200)))
         else:

@@ -249,7 +249,7 @@ def test_names_that_a_record_cannot_keep_are_refused_at_once(tmp_path, call):
     write_run(tmp_path / "project")
     folder = (tmp_path / "project").rename(tmp_path / os.fsdecode(b"\xff"))
     outcome = call("run", "-c", folder / "config.yaml")
-    assert outcome.code == 3 and "no UTF-8" in outcome.err, outcome
+    assert outcome.code == 3 and "not valid UTF-8" in outcome.err, outcome
     assert not (folder / "run").exists()
 
 

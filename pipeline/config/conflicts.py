@@ -1,0 +1,151 @@
+"""Rules between several keys of a config: values that are valid one by one and contradict each other.
+
+Each rule yields conflicts. The first key of a conflict is where the message is placed. The other keys are its causes:
+if one of them is invalid by itself, the conflict is not reported, because it may disappear with that error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pipeline.config.messages import Conflict
+from pipeline.config.regions import regions_of
+from pipeline.config.settings import Settings
+from pipeline.config.yaml_reader import Key, dotted
+from pipeline.core.files import real, same_file
+from pipeline.core.image_formats import format_of, is_jpeg_inside, unsupported_options
+
+_STYLE_WEIGHT, _CONTENT_WEIGHT = ("loss", "style_weight"), ("loss", "content_weight")
+_STYLE_LAYERS, _CONTENT_LAYERS = ("network", "style_layers"), ("network", "content_layers")
+
+
+def all_conflicts(settings: Settings, inputs: Iterable[tuple[Key, Path]]) -> Iterator[Conflict]:
+    """Every conflict of a config. `inputs`: key and path of each file that it reads."""
+    yield from _loss(settings)
+    yield from _stages(settings)
+    yield from _start(settings)
+    yield from _grid(settings)
+    yield from _state(settings)
+    yield from _format(settings)
+    yield from _paths(settings, inputs)
+
+
+def _stages(settings: Settings) -> Iterator[Conflict]:
+    for index, stage in enumerate(settings.stages):
+        key = ("stages", index)
+        previous = settings.stages[index - 1]
+        if index and stage.up_to <= previous.up_to:
+            text = f"{stage.up_to} is not above that of the previous entry ({previous.up_to}); sort the entries by size"
+            yield Conflict(((*key, "up_to"),), text)
+        for conflict in _loss(settings.overridden_by(stage)):
+            yield Conflict(tuple((*key, *inner) for inner in conflict.keys), conflict.text)
+
+
+def _start(settings: Settings) -> Iterator[Conflict]:
+    """The size of the output and the initial canvas."""
+    content, size, init = ("content",), ("size",), ("init",)
+    first = settings.for_stage(settings.initial_size)
+    if settings.content is None:
+        if settings.size is None and not settings.loss.content_weight:  # else the missing content is reported
+            yield Conflict((size, content), "null uses the content's size, but there is no content; give a size")
+        if settings.init == "content":
+            yield Conflict((init, content), "there is no content to start from; choose noise, or an image file")
+        if settings.color != "style":
+            text = f"{settings.color} uses the content's colours, but there is no content; choose style, or add one"
+            yield Conflict((("color",), content), text)
+    elif isinstance(settings.size, tuple):
+        text = "[width, height] is for textures, which have no content; give the long side only"
+        yield Conflict((size, content), text)
+    if settings.init == "gray" and not first.loss.content_weight:
+        text = "without a content loss every pixel of a gray canvas has the same gradient, and it stays gray"
+        yield Conflict((init, _CONTENT_WEIGHT), f"{text}; choose noise")
+
+
+def _loss(settings: Settings) -> Iterator[Conflict]:
+    total = sum(style.weight for style in settings.styles)
+    if settings.content is None and settings.loss.content_weight:
+        text = "missing; expected a path (content image). Only textures (loss.content_weight: 0) have no content"
+        yield Conflict((("content",),), text)
+    if not settings.styles:
+        if settings.loss.style_weight:
+            text = "expected a list with at least one entry, unless loss.style_weight is 0"
+            yield Conflict((("styles",), _STYLE_WEIGHT), text)
+    elif not 0 < total < math.inf:
+        yield Conflict((("styles",),), f"the weights sum to {total}, so they cannot be normalised")
+    else:
+        yield from _regions(settings)
+    yield from _nothing_to_optimise(settings)
+    if settings.network.name == "random" and settings.network.weights is not None:
+        text = "network random draws its weights from the seed and would ignore this file; set it to null"
+        yield Conflict((("network", "weights"), ("network", "name")), text)
+
+
+def _nothing_to_optimise(settings: Settings) -> Iterator[Conflict]:
+    weights = settings.loss.content_weight, settings.loss.style_weight
+    layers = settings.network.content_layers, settings.network.style_layers
+    keys, layer_keys = (_STYLE_WEIGHT, _CONTENT_WEIGHT), (_STYLE_LAYERS, _CONTENT_LAYERS)
+    nothing = "so there is nothing to optimise"
+    if not any(weights):
+        yield Conflict(keys, f"0, like loss.content_weight, {nothing}")
+    elif not any(layers):
+        yield Conflict(layer_keys, f"no layers, and none in network.content_layers, {nothing}")
+    elif not any(weight and names for weight, names in zip(weights, layers, strict=True)):
+        yield Conflict((*keys, *layer_keys), f"the only weight above 0 belongs to an empty list of layers, {nothing}")
+
+
+def _regions(settings: Settings) -> Iterator[Conflict]:
+    """Styles with the same mask share its region by their weights, so one of the weights must be above 0."""
+    for region in regions_of(settings.styles):
+        if not sum(settings.styles[index].weight for index in region.styles) > 0:
+            keys = tuple(("styles", index, "weight") for index in region.styles)
+            where = "without a mask" if region.mask is None else f"with the mask {region.mask}"
+            text = f"0 for every style {where}, so no style would apply there; give one a weight, or remove them"
+            yield Conflict(keys, text)
+
+
+def _grid(settings: Settings) -> Iterator[Conflict]:
+    tile_px, chunk_px = settings.compute.tile_px, settings.store.chunk_px
+    if tile_px != "auto" and tile_px % chunk_px:
+        text = f"{tile_px} is not a multiple of store.chunk_px = {chunk_px}; tiles are written as whole chunks"
+        yield Conflict((("compute", "tile_px"), ("store", "chunk_px")), text)
+
+
+def _state(settings: Settings) -> Iterator[Conflict]:
+    if settings.store.state_dtype != "compact":
+        return
+    key = ("store", "state_dtype")
+    if not settings.optimizer.clip:
+        text = "compact stores canvas values within 0..255, and optimizer.clip: false exceeds them; choose float"
+        yield Conflict((key, ("optimizer", "clip")), f"{text}, or clip")
+    if settings.compute.dtype == "float64":
+        text = "compact would round off the precision of compute.dtype float64; choose float, or float32"
+        yield Conflict((key, ("compute", "dtype")), text)
+
+
+def _format(settings: Settings) -> Iterator[Conflict]:
+    image_format, export = format_of(settings.output), settings.export
+    bits, compression, output = ("export", "bits"), ("export", "compression"), ("output",)
+    if export.bits == 16 and image_format is not None and 16 not in image_format.bits:
+        text = f"{image_format.suffixes[0]} images have 8 bits; choose 8, or a .tif, .png or .zarr output"
+        yield Conflict((bits, output), text)
+    if export.bits == 16 and is_jpeg_inside(settings.output, export.compression):
+        text = "jpeg stores 8 bits only; choose another compression, or export.bits 8"
+        yield Conflict((compression, bits, output), text)
+    for option, reason in unsupported_options(settings.output, export.changed):
+        yield Conflict((("export", option), output), reason)
+
+
+def _paths(settings: Settings, inputs: Iterable[tuple[Key, Path]]) -> Iterator[Conflict]:
+    output_key, work_dir_key = ("output",), ("work_dir",)
+    for key, path in inputs:
+        if same_file(path, settings.output):
+            yield Conflict((output_key, key), f"the same file as {dotted(key)}, which would be overwritten")
+        if same_file(path, settings.work_dir):
+            text = f"the same path as {dotted(key)}; choose a folder for the run directory"
+            yield Conflict((work_dir_key, key, output_key), text)
+    output, work_dir = real(settings.output), real(settings.work_dir)
+    if output == work_dir or output in work_dir.parents:
+        text = "at or inside the output, which is replaced as a whole at the end; choose another folder"
+        yield Conflict((work_dir_key, output_key), text)

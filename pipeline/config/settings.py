@@ -1,0 +1,136 @@
+"""All settings of a run and their defaults, each valid by itself; `Config` adds the rules between them.
+
+The models here and in sections.py are the only place that knows the keys, their defaults and limits, and what a changed
+value means for a resume. Lengths are in px, sizes in bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field
+
+from pipeline.config.fields import MAX_STAGES, MAX_STYLES, File, Int, Output, SidePx, Start
+from pipeline.config.sections import (
+    COMPARED_BY_CONTENT,
+    HARMLESS,
+    NEW,
+    ComputeConfig,
+    ExportConfig,
+    LimitsConfig,
+    LossConfig,
+    MemoryConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    Section,
+    StageConfig,
+    StoreConfig,
+    StyleConfig,
+)
+from pipeline.core.image_formats import OUTPUT_SUFFIXES
+
+
+def _default_work_dir(data: dict[str, Any]) -> Path:
+    # `output` is absent if it was invalid; then the whole config is refused, and this value is never used.
+    output: Path = data.get("output", Path("refused"))
+    return output.with_name(f"{output.stem}.run")
+
+
+def _default_init(data: dict[str, Any]) -> Literal["content", "noise"]:
+    return "content" if data.get("content") else "noise"
+
+
+class Settings(Section):
+    """The keys of a config file. All paths are absolute."""
+
+    content: File | None = Field(
+        None,
+        description="content image; null, with loss.content_weight 0, makes a texture of the styles",
+        examples=["content.jpg"],
+        json_schema_extra=COMPARED_BY_CONTENT,
+    )
+    styles: tuple[StyleConfig, ...] = Field(
+        max_length=MAX_STYLES,
+        description="style images; may be empty if loss.style_weight is 0",
+        examples=[[{"image": "style.jpg"}]],
+    )
+    output: Output = Field(
+        description=f"output image, {' '.join(OUTPUT_SUFFIXES)}", examples=["result.tif"], json_schema_extra=HARMLESS
+    )
+    work_dir: File = Field(
+        default_factory=_default_work_dir,
+        description="run directory, which holds the state; by default beside the output",
+        json_schema_extra=HARMLESS,
+    )
+    size: SidePx | tuple[SidePx, SidePx] | None = Field(
+        None, description="long side of the output in px, or [width, height] of a texture; null: as the content"
+    )
+    initial_size: SidePx = Field(512, description="long side of the coarsest stage in px")
+    network: NetworkConfig = Field(NetworkConfig(), description="feature network")
+    loss: LossConfig = Field(LossConfig(), description="loss function")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and its schedule")
+    stages: tuple[StageConfig, ...] = Field(
+        (), max_length=MAX_STAGES, description="overrides for some sizes: styles, network layers, loss, optimizer"
+    )
+    color: Literal["style", "content", "luminance"] = Field(
+        "style",
+        description="where the colours come from; luminance keeps the content's colours and stylises brightness only",
+        json_schema_extra=NEW,
+    )
+    init: Start = Field(
+        default_factory=_default_init,
+        description="initial canvas of the coarsest stage",
+        json_schema_extra=COMPARED_BY_CONTENT,
+    )
+    compute: ComputeConfig = Field(ComputeConfig(), description="device, precision and parallelism")
+    memory: MemoryConfig = Field(MemoryConfig(), description="host memory", json_schema_extra=HARMLESS)
+    store: StoreConfig = Field(StoreConfig(), description="state on disk")
+    limits: LimitsConfig = Field(LimitsConfig(), description="limits checked at the start", json_schema_extra=HARMLESS)
+    export: ExportConfig = Field(ExportConfig(), description="file format of the output", json_schema_extra=HARMLESS)
+    seed: Int = Field(0, ge=0, lt=2**63, description="seed of the noise and of the random network")
+
+    @property
+    def state(self) -> str:
+        """The number format of the state on disk: float32, float64 or compact."""
+        if self.store.state_dtype == "compact":
+            return "compact"
+        return "float64" if self.compute.dtype == "float64" else "float32"
+
+    @property
+    def masks(self) -> tuple[Path, ...]:
+        """The mask files of all styles and of the content, without duplicates."""
+        paths = [*(style.mask for style in self.styles), self.loss.content_mask]
+        return tuple(dict.fromkeys(path for path in paths if path is not None))
+
+    @property
+    def target_px(self) -> int | None:
+        """The long side of the output, or None if it is the content's."""
+        return max(self.size) if isinstance(self.size, tuple) else self.size
+
+    def for_stage(self, long_px: int) -> Self:
+        """The config of a stage whose canvas has this long side: this one with the overrides of `stages`."""
+        stage = next((stage for stage in self.stages if long_px <= stage.up_to), None)
+        return self if stage is None else self.overridden_by(stage)
+
+    def overridden_by(self, stage: StageConfig) -> Self:
+        """This config with the overrides of one entry of `stages`."""
+        sections = {name: getattr(stage, name) for name in ("network", "loss", "optimizer")}
+        changed: dict[str, Any] = {
+            name: _overridden(getattr(self, name), section) for name, section in sections.items() if section is not None
+        }
+        if stage.styles is not None:
+            changed["styles"] = stage.styles
+        return self.model_copy(update=changed)
+
+
+def _overridden(base: Section, override: Section) -> Section:
+    """`base` with the given keys of `override`. Defaults that depend on another key are computed again."""
+    values = dict(base)
+    for name, field in type(base).model_fields.items():
+        if field.default_factory_takes_validated_data and values[name] == field.get_default(
+            call_default_factory=True, validated_data=values
+        ):
+            del values[name]
+    values |= {name: value for name in override.model_fields_set if (value := getattr(override, name)) is not None}
+    return type(base).model_validate(values)
