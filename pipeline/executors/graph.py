@@ -52,7 +52,7 @@ def ignore(_key: Key) -> None:
 class Executor(ABC):
     """Runs graphs; `cancel` ends a run between two nodes. To be closed by leaving its `with` block.
 
-    `most_ahead`: how many tiles may be computed before the one that a sum waits for; None where it makes no difference.
+    `most_ahead`: how many tiles may be computed before the one that a sum waits for; None: any number.
     """
 
     most_ahead: int | None = None

@@ -29,6 +29,7 @@ class ThreadExecutor(Executor):
     def __init__(self, tiles: int, cancel: CancelToken | None = None, others: int | None = None):
         """`others`: threads for nodes that hold no tile; as many as `tiles` if not given."""
         super().__init__(cancel)
+        self.most_ahead = 2 * tiles
         self._tiles, self._others = _RankedPool(tiles, "tile"), _RankedPool(others or tiles, "task")
 
     def __exit__(self, *_: object) -> None:
