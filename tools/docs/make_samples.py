@@ -2,8 +2,8 @@
 
     python -m tools.docs.make_samples configs/samples
 
-The same seed gives the same pictures. Both are drawn at twice their size and reduced, which smooths the edges.
-Axes: rows down, columns right; colours are RGB, 0..1, until the picture is written.
+The seed is fixed, so the images are reproducible. Both are drawn at twice their size and reduced, which smooths edges.
+Axes: rows down, columns right; colours are RGB, 0..1, until the image is written.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def mix(first: ndarray, second: ndarray, share: ndarray) -> ndarray:
 
 
 def gradient(position: ndarray, stops: list[tuple[float, str]]) -> ndarray:
-    """Colours along the given stops."""
+    """The colours at `position` along the given stops."""
     places = [place for place, _ in stops]
     colours = np.array([rgb(code) for _, code in stops])
     return np.stack([np.interp(position, places, colours[:, channel]) for channel in range(3)], -1)
@@ -87,7 +87,7 @@ def draw_sky(rng: Generator, y: ndarray, x: ndarray, sun: tuple[float, float]) -
 
 
 def ridge_line(rng: Generator, width: int, level: float, relief: float, slope: float) -> ndarray:
-    """The height of a mountain range over every column, as a part of the picture's height."""
+    """The height of a mountain range at every column, as a fraction of the image height."""
     line = clouds(rng, (8, width), slope)[0]
     return level - relief * (np.abs(line) * 0.9 + 0.35 * line)
 
@@ -251,7 +251,7 @@ def cypress(y: ndarray, x: ndarray) -> ndarray:
 
 
 def motif(rng: Generator, y: ndarray, x: ndarray, whirls: list[tuple[float, float, float]]) -> ndarray:
-    """What the strokes depict: the colour of every place before it is broken into strokes."""
+    """The colour of every pixel before the image is broken into strokes."""
     tone = 0.5 + 0.16 * clouds(rng, y.shape, 2.0, 2.5) + 0.12 * np.sin(16 * y + 5 * np.sin(3 * x))
     sky = gradient(tone, [
         (0.1, "14204f"), (0.35, "1f4690"), (0.5, "2f78b4"), (0.65, "58a9b8"), (0.8, "a7d0b4"), (0.95, "eee9c0"),
@@ -276,7 +276,7 @@ def motif(rng: Generator, y: ndarray, x: ndarray, whirls: list[tuple[float, floa
 
 
 def pick_colour(rng: Generator, colour: ndarray) -> ndarray:
-    """The colour of a stroke: near what it depicts, now and then a bolder or a complementary one."""
+    """The colour of a stroke: near the scene's colour, sometimes bolder or complementary."""
     colour = colour + rng.normal(0, 0.035, 3) + rng.normal(0, 0.05)
     if rng.random() < 0.10:
         colour = colour * 0.7 + 0.3 * rgb(("e4572e", "f3e9d2", "2e86ab", "8e5572", "f9c22e")[rng.integers(5)])
