@@ -90,10 +90,10 @@ class Experiment:
         weights = find_weights(self.network["name"], self.weights, 0)
         return NetworkSpec(weights, "replicate", pooling, "float32", "cpu")
 
-    def losses(self, picture: Path, *long_px: int) -> dict[str, float]:
+    def losses(self, image: Path, *long_px: int) -> dict[str, float]:
         """Lc and Ls against both inputs, with all images reduced to each of these long sides."""
-        content = {side: content_losses(self.spec(), picture, self.content, side) for side in long_px}
-        style = {side: style_losses(self.spec(), picture, self.style, side) for side in long_px}
+        content = {side: content_losses(self.spec(), image, self.content, side) for side in long_px}
+        style = {side: style_losses(self.spec(), image, self.style, side) for side in long_px}
         return {
             **{f"Lc at {side}": float(np.mean([content[side][layer] for layer in CONTENT_LAYERS])) for side in long_px},
             **{f"Ls at {side}": float(np.mean([style[side][layer] for layer in STYLE_LAYERS])) for side in long_px},
@@ -132,13 +132,13 @@ def sheet(target: Path, columns: Sequence[tuple[str, Path]], zoom: Zoom, quality
 
 
 def _column(label: str, path: Path, width: int, zoom: Zoom) -> Any:
-    picture = pyvips.Image.new_from_file(str(path)).colourspace("srgb")[:3]
-    side = min(round(zoom.width * picture.width), picture.height)
-    x = min(max(0, round(zoom.x * picture.width) - side // 2), picture.width - side)
-    y = min(max(0, round(zoom.y * picture.height) - side // 2), picture.height - side)
-    part = picture.crop(x, y, side, side)
+    image = pyvips.Image.new_from_file(str(path)).colourspace("srgb")[:3]
+    side = min(round(zoom.width * image.width), image.height)
+    x = min(max(0, round(zoom.x * image.width) - side // 2), image.width - side)
+    y = min(max(0, round(zoom.y * image.height) - side // 2), image.height - side)
+    part = image.crop(x, y, side, side)
     part = part.resize(width / side, kernel="lanczos3" if side > width else "nearest").crop(0, 0, width, width)
-    small = picture.thumbnail_image(width)
+    small = image.thumbnail_image(width)
     text = pyvips.Image.text(label, font="DejaVu Sans 15", fontfile=str(FONT)).invert()
     head = text.embed(4, 4, width, 28, extend="white").copy(interpretation="b-w").colourspace("srgb")
     column = head.join(small, "vertical", shim=2, background=255, expand=True)
@@ -168,7 +168,7 @@ def fig4(experiment: Experiment) -> None:
     direct = experiment.render("fig4_direct", initial_size=size)
     fine = experiment.render("fig4_coarse_to_fine", initial_size=coarse)
     columns = [(f"direct, {size} px", direct), (f"{coarse} to {size} px", fine)]
-    rows = [{"picture": label, **experiment.losses(path, coarse, size)} for label, path in columns]
+    rows = [{"image": label, **experiment.losses(path, coarse, size)} for label, path in columns]
     columns = [("content", experiment.content), *columns]
     experiment.finish("fig4", columns, Zoom(0.6, 0.42, 0.2), rows)
 
@@ -236,10 +236,10 @@ def tiled(
             for result in driven.to_its_end():
                 last = result
             previous = driven.canvas
-    picture = driven.pixels()
-    image = pyvips.Image.new_from_array(np.rint(picture).astype(np.uint8), interpretation="srgb")
+    pixels = driven.pixels()
+    image = pyvips.Image.new_from_array(np.rint(pixels).astype(np.uint8), interpretation="srgb")
     image.write_to_file(str(path))
-    steps = seams(picture, tile_px)
+    steps = seams(pixels, tile_px)
     figures = {
         "border step": steps.borders,
         "lattice step": steps.lattice,

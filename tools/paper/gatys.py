@@ -22,13 +22,13 @@ from tools.paper.measures import features, read
 VGG_CHANNELS = 512  # of conv4_2
 
 
-def write_normalised(network: NetworkSpec, pictures: Sequence[Path], long_px: int, target: Path) -> Path:
+def write_normalised(network: NetworkSpec, images: Sequence[Path], long_px: int, target: Path) -> Path:
     """Write the weights of `network` with every filter scaled to a mean activation of 1 over these images."""
     assert network.source.path is not None
     means: dict[str, torch.Tensor] = {}
-    for picture in pictures:
-        for name, features_CHW in features(network, read(picture, long_px)).items():
-            means[name] = means.get(name, 0) + features_CHW.mean((1, 2)).double() / len(pictures)
+    for image in images:
+        for name, features_CHW in features(network, read(image, long_px)).items():
+            means[name] = means.get(name, 0) + features_CHW.mean((1, 2)).double() / len(images)
     state = load_state(network.source.path)
     scaled = {key: value for key, value in state.items() if key.startswith("input.")}
     before = torch.ones(3, dtype=torch.float64)

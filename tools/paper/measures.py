@@ -44,11 +44,11 @@ class Seams:
         return (self.borders - self.lattice) / self.spread
 
 
-def seams(picture: np.ndarray, tile_px: int) -> Seams:
+def seams(image: np.ndarray, tile_px: int) -> Seams:
     borders: list[float] = []
     others: list[float] = []
     for axis in (0, 1):
-        steps = np.abs(np.diff(picture.astype(np.float64), axis=axis)).mean(axis=(1 - axis, 2))
+        steps = np.abs(np.diff(image.astype(np.float64), axis=axis)).mean(axis=(1 - axis, 2))
         for line in range(ALIGN_PX, len(steps) - 8, ALIGN_PX):  # the step between rows line - 1 and line
             around = np.r_[steps[line - 8 : line - 3], steps[line + 2 : line + 7]]
             (others if line % tile_px else borders).append(float(steps[line - 1] / around.mean()))
@@ -131,26 +131,26 @@ def read(path: Path, long_px: int | None = None) -> np.ndarray:
     return image.numpy().astype(np.float32)
 
 
-def content_losses(network: NetworkSpec, picture: Path, content: Path, long_px: int) -> dict[str, float]:
+def content_losses(network: NetworkSpec, image: Path, content: Path, long_px: int) -> dict[str, float]:
     """‖φ(p) − φ(o)‖²/‖φ(o)‖² of every layer, with both images reduced to this long side."""
-    actual, target = (features(network, read(path, long_px)) for path in (picture, content))
+    actual, target = (features(network, read(path, long_px)) for path in (image, content))
     return {name: float((actual[name] - target[name]).square().sum() / target[name].square().sum()) for name in target}
 
 
-def style_losses(network: NetworkSpec, picture: Path, style: Path, long_px: int) -> dict[str, float]:
+def style_losses(network: NetworkSpec, image: Path, style: Path, long_px: int) -> dict[str, float]:
     """‖G(p) − G(s)‖²/‖G(s)‖² of every layer, with both images reduced to this long side."""
     actual, target = (
         {name: _mean_gram(feature_map) for name, feature_map in features(network, read(path, long_px)).items()}
-        for path in (picture, style)
+        for path in (image, style)
     )
     return {name: float(np.sum((actual[name] - target[name]) ** 2) / np.sum(target[name] ** 2)) for name in target}
 
 
-def features(network: NetworkSpec, picture: np.ndarray) -> dict[str, torch.Tensor]:
+def features(network: NetworkSpec, image: np.ndarray) -> dict[str, torch.Tensor]:
     """(C, H, W) of every layer up to conv5_1."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     whole, names = Rect(0, height, 0, width), set(network.source.widths)
-    pixels_1CHW = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    pixels_1CHW = torch.from_numpy(image).permute(2, 0, 1)[None]
     with torch.no_grad():
         maps = get_network(network).features(pixels_1CHW, whole, (height, width), names, whole)
         return {feature.layer.name: feature.features_1CHW[0] for feature in maps}
@@ -160,8 +160,8 @@ def _mean_gram(features_CHW: torch.Tensor) -> Gram:
     return objective.gram_sum(features_CHW) / features_CHW[0].numel()
 
 
-def detail(picture: np.ndarray, sigma: float = 3.0) -> float:
+def detail(image: np.ndarray, sigma: float = 3.0) -> float:
     """Root mean square, in levels, of the brightness minus its Gaussian blur of `sigma` px."""
-    grey = pyvips.Image.new_from_array(np.ascontiguousarray(picture.mean(axis=2)))
+    grey = pyvips.Image.new_from_array(np.ascontiguousarray(image.mean(axis=2)))
     fine = grey.numpy() - grey.gaussblur(sigma, precision="float").numpy()
     return float(np.sqrt(np.mean(fine**2)))

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pipeline.config.config import Config
 from pipeline.config.template import template
 from pipeline.core.vgg_layers import CONV_NAMES
-from tools.torture.fuzz_files import BYTES, SMALL, Case, pictures
+from tools.torture.fuzz_files import BYTES, SMALL, Case, sample_images
 
 # --- text ---
 
@@ -87,7 +87,7 @@ def change_text(rng: random.Random, text: str) -> str:
 
 def yaml_cases(rng: random.Random, count: int) -> Iterator[Case]:
     """Valid configs with changed text or bytes."""
-    image = pictures()["png"]
+    image = sample_images()["png"]
     bases = [yaml.safe_dump(SMALL), template(), yaml.safe_dump(SMALL, default_flow_style=True)]
     for _ in range(count):
         text = rng.choice(bases)
@@ -241,7 +241,7 @@ def value_configs() -> st.SearchStrategy[tuple[dict[str, Any], list[str]]]:
 
 def value_cases(rng: random.Random, count: int) -> Iterator[Case]:
     """Valid configs with changed values."""
-    image = pictures()["png"]
+    image = sample_images()["png"]
     for config, some in collected(value_configs(), count, rng.getrandbits(32)):
         try:
             data = yaml.safe_dump(config, allow_unicode=True).encode()

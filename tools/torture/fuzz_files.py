@@ -116,7 +116,7 @@ BYTES: list[Mutate] = [flip_bits, flip_bits, overwrite, overwrite, cut, drop, re
 # --- images ---
 
 
-def picture() -> Any:
+def sample_image() -> Any:
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:HEIGHT_PX, 0:WIDTH_PX]
     waves = [127 + 90 * np.sin(x / (5 + c)) * np.cos(y / (7 + c)) for c in range(3)]
@@ -124,9 +124,9 @@ def picture() -> Any:
     return pyvips.Image.new_from_array(pixels, interpretation="srgb")
 
 
-def pictures() -> dict[str, bytes]:
+def sample_images() -> dict[str, bytes]:
     """Small images of every format and its variants."""
-    image = picture()
+    image = sample_image()
     deep = (image.cast("ushort") * 257).cast("ushort").copy(interpretation="rgb16")
     turned = image.copy()
     turned.set_type(pyvips.GValue.gint_type, "orientation", 6)
@@ -218,7 +218,7 @@ def change_tiff(rng: random.Random, data: bytes) -> bytes:
 
 def image_cases(rng: random.Random, count: int) -> Iterator[Case]:
     """Changed images of every format; all are planned, and one of ten is also rendered."""
-    known = pictures()
+    known = sample_images()
     names = sorted(known)
     # A changed image that is valid but large would take minutes to render.
     configs = [SMALL, {**SMALL, "limits": {**SMALL["limits"], "max_pixels": 10**6}}]
@@ -322,7 +322,7 @@ def change_pickle(rng: random.Random, data: bytes) -> bytes:
 
 def weights_cases(rng: random.Random, count: int) -> Iterator[Case]:
     """Changed weights files in the formats of torch and safetensors."""
-    image = pictures()["png"]
+    image = sample_images()["png"]
     tensors, zipped, old = save(weights()), saved(True), saved(False)
     for _ in range(count):
         name, data, changes = rng.choice(
