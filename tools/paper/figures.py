@@ -209,7 +209,7 @@ def fig9(experiment: Experiment, tile_px: int) -> None:
         ("no halo, own Grams", False, False),
         ("no halo", False, True),
         ("own Grams", True, False),
-        ("correct", True, True),
+        ("as it should be", True, True),
     ):
         path, figures = tiled(experiment, label, halo, whole_grams, tile_px)
         columns.append((label, path))
