@@ -50,7 +50,7 @@ MASKED = {**CONFIG, "styles": STYLES, "loss": {"content_weight": 0.3, "content_m
 
 
 def stopped(path: Path) -> None:
-    """Render all stages except the last."""
+    """Render all stages except the last, or resume a run that was interrupted while it did."""
     stop = threading.Event()
 
     def sink(event: Any) -> None:
@@ -122,8 +122,7 @@ def main(folder: Path, rect: tuple[int, int, int, int], masks: bool) -> None:
     path.write_text(yaml.safe_dump(MASKED if masks else CONFIG), encoding="utf-8")
     x, y, width, height = rect
     part = Rect(y, y + height, x, x + width)
-    if not (folder / "stopped").exists():
-        stopped(path)
+    stopped(path)
     with_whole, alone = (cropped(path, part, name, name == "alone") for name in ("crop", "alone"))
     real = finished(path)[part.y0 : part.y1, part.x0 : part.x1]
     report("crop", with_whole, real)
