@@ -1,12 +1,12 @@
-"""What a GPU makes of it: the paper's two renders, the last stage at 16K and 30K, tiles against none, growth.
+"""Speed and memory on a GPU: the paper's two renders, the last stage at 16K and 30K, one tile against many, growth.
 
-    python -m tools.bench.gpu --json gpu.json                       all of it
+    python -m tools.bench.gpu --json gpu.json                       all cases
     python -m tools.bench.gpu --case paper-4k --dtype tf32          one case
     python -m tools.bench.gpu --device cpu --shrink 16 --case …     a rehearsal without a GPU: sides divided by 16
 
-`compute` is the share of the time in which the device has a tile to compute, to its end. Its speed is given beside that
-of a large matrix product in the same numbers, in the same process. Cases run in the order given until `--budget`
-seconds are spent; those left out are named. The figures of the paper are of a Titan V (5,258.7 s and 23,504.1 s).
+`compute` is the share of the time in which the device computes a tile, from its launch to its end. TFLOP/s are compared
+with a large matrix product of the same dtype in the same process. Cases run in the given order until `--budget` seconds
+have passed; the tool names the cases it skips. The paper's times are for a Titan V (5,258.7 s and 23,504.1 s).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.core.allocator import set_up_process
-from tools.bench.runs import Taken, machine, make_picture, make_weights, render, synchronised
+from tools.bench.runs import Taken, machine, make_image, make_weights, render, synchronised
 
 PAPER_S = {"paper-4k": 5258.7, "paper-8k": 23504.1}
 SIZES = {"paper-4k": (2160, 4096), "paper-8k": (4320, 7680)}
@@ -33,13 +33,13 @@ PAPER = {"schedule": "constant", "stop_condition": 0.0}
 
 
 class Bench:
-    """The pictures, the weights, and the settings that all cases share."""
+    """Images, weights and settings that all cases share."""
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         self.folder, self.options, self.shrink = folder, options, options["shrink"]
         self.weights = options["weights"] or make_weights(folder / "random.safetensors", options["divide"])
-        make_picture(folder / "style.png", *[1024 // self.shrink] * 2, seed=1)
-        make_picture(folder / "square.png", *[1024 // self.shrink] * 2, seed=2)
+        make_image(folder / "style.png", *[1024 // self.shrink] * 2, seed=1)
+        make_image(folder / "square.png", *[1024 // self.shrink] * 2, seed=2)
 
     def render(self, name: str, dtype: str, content: str, size: int, **sections: Any) -> Taken:
         config: dict[str, Any] = {
@@ -59,9 +59,9 @@ class Bench:
 
 
 def paper(bench: Bench, which: str, dtype: str, iterations: int) -> list[Taken]:
-    """The whole render of the paper, from 512, without early stop and with it."""
+    """The paper's whole render from 512 px, without and with early stop."""
     height, width = (side // bench.shrink for side in SIZES[which])
-    make_picture(bench.folder / f"{which}.png", height, width, seed=0)
+    make_image(bench.folder / f"{which}.png", height, width, seed=0)
     taken = []
     for stop in (0.0, 0.1):
         optimizer = {**PAPER, "max_iterations": iterations, "stop_condition": stop}
@@ -74,14 +74,14 @@ def paper(bench: Bench, which: str, dtype: str, iterations: int) -> list[Taken]:
 
 
 def last_stage(bench: Bench, size: int, dtype: str) -> list[Taken]:
-    """A few iterations of a square last stage; its content is an enlarged picture, its state compact."""
+    """A few iterations of a square last stage with an enlarged content and a compact state."""
     compact = {"state_dtype": "compact"}
     optimizer = {"max_iterations": bench.options["last_iterations"]}
     return [bench.render(f"last stage {size} {dtype}", dtype, "square.png", size, store=compact, optimizer=optimizer)]
 
 
 def tiling(bench: Bench, dtype: str) -> list[Taken]:
-    """One tile, and four and sixteen of them."""
+    """The same canvas as one, four and sixteen tiles."""
     return [
         bench.render(f"tiles of {tile} {dtype}", dtype, "square.png", 4096, compute={"tile_px": tile // bench.shrink})
         for tile in (4096, 2048, 1024)
@@ -89,7 +89,7 @@ def tiling(bench: Bench, dtype: str) -> list[Taken]:
 
 
 def growth(bench: Bench, dtype: str) -> list[Taken]:
-    """Seconds per pixel from 1K on, in tiles of one size."""
+    """Time per pixel from 1K up, with tiles of one size."""
     return [
         bench.render(f"growth {size} {dtype}", dtype, "square.png", size, compute={"tile_px": 1024 // bench.shrink})
         for size in (1024, 2048, 4096, 8192)
@@ -108,22 +108,22 @@ CASES: dict[str, Callable[[Bench, str, int], list[Taken]]] = {
 
 
 def rates(device: str) -> dict[str, float]:
-    """FLOP/s of a large matrix product in each kind of numbers, and bytes/s of a copy on the device."""
+    """FLOP/s of a large matrix product per dtype, and bytes/s of a copy on the device."""
     side = 8192 if device != "cpu" else 512
-    found = {}
+    measured = {}
     for dtype, numbers in (("float32", torch.float32), ("tf32", torch.float32), ("bfloat16", torch.bfloat16)):
         torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
         a, b = (torch.randn(side, side, device=device, dtype=numbers) for _ in range(2))
-        found[dtype] = 2 * side**3 / _seconds(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+        measured[dtype] = 2 * side**3 / _seconds(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
     torch.backends.cuda.matmul.allow_tf32 = False
     source = torch.ones(side * side * 8, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found["copy"] = 2 * source.numel() / _seconds(lambda: target.copy_(source), device)
-    return found
+    measured["copy"] = 2 * source.numel() / _seconds(lambda: target.copy_(source), device)
+    return measured
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
-    """Median of some turns after a warm-up."""
+    """Median of six calls after two warm-up calls."""
     turns = []
     for _ in range(8):
         start = synchronised(device)
@@ -133,7 +133,7 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 
 
 def full_run_s(taken: Taken, iterations: int) -> float:
-    """Projected: `iterations` of every stage from 512 px on, each pixel taking what it takes in the last stage."""
+    """Projected seconds of a run from 512 px with `iterations` per stage, at the last stage's time per pixel."""
     height, width = taken.last["size"]
     pixels, long_side = 0.0, max(height, width)
     side = 512
@@ -145,8 +145,8 @@ def full_run_s(taken: Taken, iterations: int) -> float:
 
 
 def show(rows: list[dict[str, Any]], speeds: dict[str, float]) -> None:
-    """One line per run: of its last stage what an iteration takes, and what the device does in it."""
-    table = Table(title="last stage of every run; seconds of an iteration are medians")
+    """Print one line per run: time, device share and speed of an iteration of its last stage."""
+    table = Table(title="last stage of every run; seconds per iteration are medians")
     for column in ("run", "px", "tiles", "all s", "s/it", "ns/px", "compute", "read", "write", "update", "GiB", "plan"):
         table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
     table.add_column("TFLOP/s (of matmul)", justify="right")
@@ -182,18 +182,18 @@ def show(rows: list[dict[str, Any]], speeds: dict[str, float]) -> None:
 @click.command()
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), default=list(CASES))
 @click.option("--dtype", "dtypes", multiple=True, default=["tf32", "float32", "bfloat16"], show_default=True)
-@click.option("--iterations", default=100, show_default=True, help="Of each stage of the paper's renders.")
-@click.option("--last-iterations", default=3, show_default=True, help="Of the last stage at 16K and 30K.")
-@click.option("--largest", default=8192, show_default=True, help="Largest canvas of the growth, px.")
-@click.option("--skip-early-stop", is_flag=True, help="The paper's renders without early stop only.")
+@click.option("--iterations", default=100, show_default=True, help="Iterations per stage of the paper's renders.")
+@click.option("--last-iterations", default=3, show_default=True, help="Iterations of the last stage at 16K and 30K.")
+@click.option("--largest", default=8192, show_default=True, help="Largest canvas of the growth case, px.")
+@click.option("--skip-early-stop", is_flag=True, help="Render the paper's images without early stop only.")
 @click.option("--device", default="cuda:0", show_default=True)
 @click.option("--limit", default="64GiB", show_default=True, help="memory.limit")
-@click.option("--weights", type=click.Path(path_type=Path), help="A weights file; default random of VGG-19's widths.")
-@click.option("--divide", default=1, show_default=True, help="Random weights of VGG-19's widths divided by this.")
-@click.option("--shrink", default=1, show_default=True, help="Divide all sides by this, to rehearse.")
-@click.option("--budget", default=3600.0, show_default=True, help="Seconds after which no case is begun.")
-@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Where to work.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here, after every case.")
+@click.option("--weights", type=click.Path(path_type=Path), help="VGG-19-shaped weights file; default: random weights.")
+@click.option("--divide", default=1, show_default=True, help="Divide the widths of the random weights by this.")
+@click.option("--shrink", default=1, show_default=True, help="Divide all sides by this, for a rehearsal.")
+@click.option("--budget", default=3600.0, show_default=True, help="Seconds after which no further case starts.")
+@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Working folder; default: temporary.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here after every case.")
 def main(
     cases: tuple[str, ...],
     dtypes: tuple[str, ...],
@@ -203,7 +203,7 @@ def main(
     json_path: Path | None,
     **options: Any,
 ) -> None:
-    """Print what renders take on a GPU."""
+    """Print time and memory of renders on a GPU."""
     set_up_process()
     started = time.monotonic()
     device = options["device"]
@@ -215,16 +215,16 @@ def main(
         for case in cases:
             for dtype in dtypes:
                 if time.monotonic() - started > budget:
-                    print(f"left out: {case} {dtype}")
+                    print(f"skipped (out of budget): {case} {dtype}")
                     continue
                 try:
                     taken = CASES[case](bench, dtype, iterations)
-                except Exception as error:  # what the others have found is not lost
+                except Exception as error:  # the results of the other cases are still reported
                     print(f"failed: {case} {dtype}: {error!r}", flush=True)
                     continue
-                rows += [{"case": case, "dtype": dtype, "taken": asdict(one)} for one in taken]
-                for one in taken:
-                    print(f"{time.monotonic() - started:.0f} s: {one.name} took {one.seconds:.1f} s", flush=True)
+                rows += [{"case": case, "dtype": dtype, "taken": asdict(run)} for run in taken]
+                for run in taken:
+                    print(f"{time.monotonic() - started:.0f} s: {run.name} took {run.seconds:.1f} s", flush=True)
                 if json_path:
                     json_path.write_text(json.dumps({"machine": about, "rates": speeds, "rows": rows}), "utf-8")
     show(rows, speeds)

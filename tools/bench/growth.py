@@ -1,10 +1,10 @@
-"""Seconds per pixel and iteration by size of the canvas, in tiles of one size.
+"""Time per pixel and iteration as the canvas grows, with tiles of one size.
 
-Wanted: flat within 10 % from the size on that has more than four tiles.
+Goal: constant within 10 % for canvases of more than four tiles.
 
-Every run is one stage from its own content, in this process; from the first Gram pass to the last commit, so that each
-iteration has all its passes. `computed` counts the pixels with halos that the passes compute for one of the canvas:
-tiles at the border have less of it, and a canvas of few tiles has more of them.
+Every run is one stage at its content's size, in this process, timed from the first Gram pass to the last commit, so
+that each iteration includes all passes. `computed` is the number of pixels, halos included, that the passes compute per
+pixel of the canvas: border tiles have a smaller halo, and small canvases have a larger share of border tiles.
 
     python -m tools.bench.growth --sizes 1024,2048,4096,8192 --json growth.json
 """
@@ -28,7 +28,7 @@ from pipeline.core.events import Event, IterationDone, WorkDone
 
 @dataclass(frozen=True)
 class Row:
-    """Microseconds, of the clock and of all processors, per pixel and iteration; pixels computed per pixel."""
+    """Microseconds (elapsed, and processor time of all cores) per pixel and iteration; pixels computed per pixel."""
 
     size: int
     tiles: int
@@ -39,7 +39,7 @@ class Row:
 
 
 def measure(folder: Path, size: int, tile_px: int, iterations: int, state: str) -> Row:
-    """One run."""
+    """Render one stage of `size` px and measure it."""
     config = folder / f"{size}.json"
     keys = {
         "content": "content.png",
@@ -64,10 +64,10 @@ def measure(folder: Path, size: int, tile_px: int, iterations: int, state: str) 
     loaded = pipeline.load_config(config)
     (stage,) = pipeline.plan(loaded).stages
     pipeline.run(loaded, sink=sink)
-    begun, ended = times[stage.tiles - 1], times[-1]
+    start, end = times[stage.tiles - 1], times[-1]
     per_px = 1e6 / (iterations * stage.pixels)
     computed = (stage.gram_px * (stage.tiles > 1) + 2 * stage.gradient_px) / stage.pixels
-    elapsed, cpu = ((after - before) * per_px for before, after in zip(begun, ended, strict=True))
+    elapsed, cpu = ((after - before) * per_px for before, after in zip(start, end, strict=True))
     return Row(size, stage.tiles, iterations, elapsed, cpu, computed)
 
 
@@ -75,24 +75,22 @@ def measure(folder: Path, size: int, tile_px: int, iterations: int, state: str) 
 @click.option("--sizes", default="1024,2048,4096,8192", show_default=True, help="Sides of square canvases, px.")
 @click.option("--tile", "tile_px", default=1024, show_default=True, help="Side of a tile, px.")
 @click.option("--state", type=click.Choice(["float", "compact"]), default="float", show_default=True)
-@click.option("--pixels", default=2**26, show_default=True, help="Iterations of a size: as many as make these pixels.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Where to work; default the temporary folder.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--pixels", default=2**26, show_default=True, help="Pixels to render per size: sets its iterations.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Working directory; default: a temporary one.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
 def main(sizes: str, tile_px: int, state: str, pixels: int, folder: Path | None, json_path: Path | None) -> None:
-    """Print time per pixel and iteration."""
+    """Print the time per pixel and iteration."""
     rows: list[Row] = []
     for number, size in enumerate([tile_px // 2, *map(int, sizes.split(","))]):
         with tempfile.TemporaryDirectory(dir=folder) as name:
-            for image, side in (
-                ("content", 1024),
-                ("style", min(256, tile_px // 2)),
-            ):  # a larger one has stages of its own
+            # a style larger than the canvas would add stages
+            for image, side in (("content", 1024), ("style", min(256, tile_px // 2))):
                 noise = pyvips.Image.gaussnoise(side, side, mean=128, sigma=40).cast("uchar")
                 noise.bandjoin([noise, noise]).write_to_file(f"{name}/{image}.png")
             row = measure(Path(name), size, tile_px, max(1, min(8, pixels // size**2)), state)
-        if number:  # the first one loads libraries and weights
+        if number:  # the first run loads libraries and weights
             rows.append(row)
-            print(f"{size} px: {row.elapsed_us:.2f} µs, {row.cpu_us:.2f} of processors", flush=True)
+            print(f"{size} px: {row.elapsed_us:.2f} µs, {row.cpu_us:.2f} CPU", flush=True)
     table = Table(title=f"µs per pixel and iteration, tiles of {tile_px} px, {state}")
     for column in ("canvas", "tiles", "iterations", "elapsed", "CPU", "computed px", "CPU / computed", "CPU / last"):
         table.add_column(column, justify="right")

@@ -1,6 +1,6 @@
-"""Peak resident memory of whole runs, crops, grids of previews and repairs beside what the plan projected for them.
+"""Measured and projected peak memory of whole runs, crops, preview grids and repairs.
 
-Every one is a process of its own; its peak is the kernel's own figure (VmHWM).
+Each is a process of its own; its peak is the kernel's figure (VmHWM).
 
     python -m tools.bench.memory --weights vgg19.safetensors --json memory.json
 """
@@ -22,7 +22,7 @@ import pipeline
 from pipeline.core.events import IterationDone
 from tests.support.e2e import peak_of_command, run_until
 
-# (canvas px, tile px, dtype): one tile, many tiles, and the precision of the proofs
+# (canvas px, tile px, dtype): one tile, many tiles, and the precision of the exactness tests
 CASES = (
     (512, 512, "float32"),
     (1024, 1024, "float32"),
@@ -30,7 +30,7 @@ CASES = (
     (2048, 2048, "float32"),
     (1024, 512, "float64"),
 )
-# Of a run whose first stage has ended and whose second is under way, in 16 tiles.
+# (canvas px, tile px) of a run that is stopped in its second stage, which has 16 tiles.
 STAGED = (2048, 512)
 GRID_PX = 1024
 COMMANDS: dict[str, Callable[[Path], list[str]]] = {
@@ -44,7 +44,7 @@ COMMANDS: dict[str, Callable[[Path], list[str]]] = {
 
 
 def write_config(folder: Path, name: str, weights: Path | None, **keys: object) -> Path:
-    """A config of two iterations."""
+    """Write a config of two iterations per stage."""
     network = {"name": "vgg19", "weights": str(weights.absolute())} if weights else {"name": "random"}
     common = {
         "content": "content.png",
@@ -67,8 +67,8 @@ def measure(folder: Path, weights: Path | None, size: int, tile_px: int, dtype: 
     return projected, peak_of_command("run", "-c", str(config))
 
 
-def begin(folder: Path, weights: Path | None) -> Path:
-    """The config of a run that was stopped in its second stage."""
+def stopped_run(folder: Path, weights: Path | None) -> Path:
+    """Start a run, stop it in its second stage, and return its config."""
     size, tile_px = STAGED
     keys = {"size": size, "initial_size": size // 2, "compute": {"tile_px": tile_px}, "styles": [_style(size // 2)]}
     config = write_config(folder, "staged", weights, **keys)
@@ -81,7 +81,7 @@ def _style(max_px: int) -> dict[str, object]:
 
 
 def _damaged(config: Path) -> Path:
-    """The run directory, with features that have to be computed again, all of them."""
+    """The run directory after zeroing a feature chunk, so that a repair recomputes all features."""
     work_dir = pipeline.load_config(config).work_dir
     features = next((work_dir / "store.zarr" / "stage_1").glob("features_*/c/0/0/0"))
     features.write_bytes(bytes(features.stat().st_size))
@@ -89,10 +89,10 @@ def _damaged(config: Path) -> Path:
 
 
 @click.command()
-@click.option("--weights", type=click.Path(path_type=Path), help="A VGG-19-shaped file; default seeded random weights.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--weights", type=click.Path(path_type=Path), help="VGG-19-shaped weights file; default: random weights.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
 def main(weights: Path | None, json_path: Path | None) -> None:
-    """Print projected and measured memory of a few runs, and of what goes along with them."""
+    """Print projected and measured memory of runs, a crop, a preview grid and a repair."""
     rows = []
     table = Table()
     for column in ("what", "canvas", "tile", "dtype", "projected MiB", "measured MiB", "projected / measured"):
@@ -102,13 +102,13 @@ def main(weights: Path | None, json_path: Path | None) -> None:
         for image in ("content", "style"):
             noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype="uint8")
             pyvips.Image.new_from_array(noise).write_to_file(str(folder / f"{image}.png"))
-        found = [("run", *case, *measure(folder, weights, *case)) for case in CASES]
-        config = begin(folder, weights)
+        results = [("run", *case, *measure(folder, weights, *case)) for case in CASES]
+        config = stopped_run(folder, weights)
         for what, command in COMMANDS.items():
             size = GRID_PX if what == "grid" else STAGED[0]
             projected = pipeline.plan(pipeline.load_config(config, [f"size={size}"])).projected_mem_bytes
-            found.append((what, size, STAGED[1], "float32", projected, peak_of_command(*command(config))))
-        for what, size, tile_px, dtype, projected, measured in found:
+            results.append((what, size, STAGED[1], "float32", projected, peak_of_command(*command(config))))
+        for what, size, tile_px, dtype, projected, measured in results:
             names = ("what", "size", "tile_px", "dtype", "projected", "measured")
             rows.append(dict(zip(names, (what, size, tile_px, dtype, projected, measured), strict=True)))
             mib = (f"{value / 2**20:.0f}" for value in (projected, measured))

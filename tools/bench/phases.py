@@ -1,9 +1,9 @@
-"""Peak resident memory of every phase of a run, by size of the canvas, beside what the plan projected.
+"""Measured and projected peak memory of every phase of a run, by size of the canvas.
 
-Two stages (half the size, then the size), an export to a TIFF pyramid, and one to DeepZoom by a
-process of its own; with `--deepzoom` the other way round. Every run is a process of its own; the kernel's mark of its
-peak (VmHWM) is reset whenever a phase has ended. `--cap` runs it where the kernel gives it no more: `data` limits its
-private memory (RLIMIT_DATA), `cgroup` all of it, page cache included (needs root and cgroup v1).
+A run has two stages (half the size, then the size) and an export to a TIFF pyramid; a separate process exports to
+DeepZoom. `--deepzoom` exchanges the formats. The kernel's peak (VmHWM) is reset when a phase ends. `--cap` makes the
+kernel enforce `memory.limit`: `data` limits private memory (RLIMIT_DATA), `cgroup` limits all memory, page cache
+included (this needs root and cgroup v1).
 
     python -m tools.bench.phases --sizes 4096,8192,16384 --limit 2GiB --json phases.json
 """
@@ -34,7 +34,7 @@ from tools.bench.runs import make_weights
 
 PIPELINE = Path(sys.executable).with_name("pipeline")
 CGROUP = Path("/sys/fs/cgroup/memory/pipeline-bench")
-# What the program calls its work, and the phase of the plan that it belongs to.
+# The names of work in the events, and the phase of the plan that each belongs to.
 PHASES = {
     "content": "ingest",
     "style": "ingest",
@@ -52,47 +52,47 @@ PHASES = {
 
 
 class PeakOf:
-    """The peak resident memory and the time of a process, phase by phase.
+    """Peak resident memory and time of a process, by phase.
 
-    A phase tells of itself when a piece of it is done, so what is seen belongs to the phase that tells next.
+    A phase emits events only when a piece of it is done, so each peak belongs to the phase of the next event.
     """
 
-    def __init__(self, pid: int, told: Callable[[str], None]):
+    def __init__(self, pid: int, report: Callable[[str], None]):
         self.peaks: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
-        self._proc, self._told = Path(f"/proc/{pid}"), told
+        self._proc, self._report = Path(f"/proc/{pid}"), report
         self._mark, self._since = 0, time.monotonic()
         self._lock = threading.Lock()
 
-    def look(self) -> None:
-        """Keep the mark as it is now; a process that has just ended leaves none."""
+    def sample(self) -> None:
+        """Read the current peak; it is unavailable once the process has ended."""
         with self._lock, contextlib.suppress(OSError):
             for line in (self._proc / "status").read_text().splitlines():
                 if line.startswith("VmHWM"):
                     self._mark = int(line.split()[1]) * 1024
 
     def done(self, phase: str, last: bool) -> None:
-        """A piece of `phase` is done; if it is the last one, what follows belongs to another."""
-        self.look()
+        """Record that a piece of `phase` is done; the last piece resets the peak for the next phase."""
+        self.sample()
         now = time.monotonic()
         self.peaks[phase] = max(self.peaks.get(phase, 0), self._mark)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
         self._since = now
         if last:
-            self._told(f"{phase}: {self.peaks[phase] / 2**20:.0f} MiB, {self.seconds[phase]:.1f} s")
+            self._report(f"{phase}: {self.peaks[phase] / 2**20:.0f} MiB, {self.seconds[phase]:.1f} s")
             with self._lock, contextlib.suppress(OSError):
                 (self._proc / "clear_refs").write_text("5")
 
 
-def capped(cap: str, limit: int) -> list[str]:
-    """The command that runs another in bounded memory."""
+def cap_command(cap: str, limit: int) -> list[str]:
+    """The prefix of a command line that runs it in limited memory."""
     if cap == "data":
         return ["prlimit", f"--data={limit}"]
     return ["sh", "-c", f'echo $$ > {CGROUP}/cgroup.procs && exec "$@"', "sh"] if cap == "cgroup" else []
 
 
 def watch(command: list[str], name: str) -> tuple[PeakOf, list[dict[str, Any]]]:
-    """(peak bytes and seconds of every phase, all iterations) of a command that writes JSON events, or none."""
+    """(peak bytes and seconds of every phase, all iterations) of a command that may write JSON events."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         assert process.stderr is not None
@@ -115,22 +115,22 @@ def watch(command: list[str], name: str) -> tuple[PeakOf, list[dict[str, Any]]]:
 
 
 def _sample(process: subprocess.Popen[str], peak: PeakOf) -> None:
-    """The mark is gone with the process, so it is looked at often."""
+    """Read the peak every 20 ms, because it disappears with the process."""
     while process.poll() is None:
-        peak.look()
+        peak.sample()
         time.sleep(0.02)
 
 
 def measure(folder: Path, size: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Planned and measured bytes of all phases at one size, and the iterations."""
+    """Planned and measured bytes of every phase at one size, and the iterations."""
     config = folder / f"{size}.yaml"
-    within, alone = ("dz", "tif") if options["deepzoom"] else ("tif", "dz")
+    in_run, separate = ("dz", "tif") if options["deepzoom"] else ("tif", "dz")
     config.write_text(
         yaml.safe_dump(
             {
                 "content": str(options["content"] or folder / "content.jpg"),
                 "styles": [{"image": str(options["style"] or folder / "style.jpg")}],
-                "output": f"{size}.{within}",
+                "output": f"{size}.{in_run}",
                 "work_dir": f"{size}.run",
                 "size": size,
                 "initial_size": -(-size // 2),
@@ -144,11 +144,20 @@ def measure(folder: Path, size: int, options: dict[str, Any]) -> dict[str, Any]:
         encoding="utf-8",
     )
     planned = pipeline.plan(pipeline.load_config(config))
-    cap = capped(options["cap"], planned.memory_limit_bytes)
+    cap = cap_command(options["cap"], planned.memory_limit_bytes)
     run, iterations = watch([*cap, str(PIPELINE), "run", "-c", str(config), "--log-format", "json"], f"{size:,} px")
-    again = [*cap, str(PIPELINE), "export", "-c", str(config), "-o", str(folder / f"{size}.{alone}"), "--force"]
-    export, _ = watch(again, f"{size:,} px")
-    export.done("export alone", True)  # it tells of nothing
+    export_command = [
+        *cap,
+        str(PIPELINE),
+        "export",
+        "-c",
+        str(config),
+        "-o",
+        str(folder / f"{size}.{separate}"),
+        "--force",
+    ]
+    export, _ = watch(export_command, f"{size:,} px")
+    export.done("export alone", True)  # it emits no events
     if not options["keep"]:
         subprocess.run(["rm", "-rf", *map(str, folder.glob(f"{size}[._]*"))], check=True)
     return {
@@ -157,12 +166,12 @@ def measure(folder: Path, size: int, options: dict[str, Any]) -> dict[str, Any]:
         "planned": planned.host_bytes,
         "peaks": run.peaks | export.peaks,
         "seconds": run.seconds | export.seconds,
-        "iterations": [{key: one[key] for key in ("stage", "seconds", "busy")} for one in iterations],
+        "iterations": [{key: event[key] for key in ("stage", "seconds", "busy")} for event in iterations],
     }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The tables: MiB of every phase by size, then time per pixel."""
+    """Print MiB of every phase by size, then the time per pixel."""
     table = Table(title="peak MiB (planned)")
     table.add_column("phase")
     for row in rows:
@@ -170,12 +179,12 @@ def show(rows: list[dict[str, Any]]) -> None:
     for what, phase in PHASES.items():
         cells = [(row["peaks"].get(what), row["planned"][phase]) for row in rows]
         table.add_row(what, *(f"{peak / 2**20:.0f} ({plan / 2**20:.0f})" if peak else "" for peak, plan in cells))
-    most = [(max(row["peaks"].values()), max(row["planned"].values())) for row in rows]
-    table.add_row("all", *(f"{peak / 2**20:.0f} ({plan / 2**20:.0f}, {plan / peak:.2f}×)" for peak, plan in most))
+    peaks = [(max(row["peaks"].values()), max(row["planned"].values())) for row in rows]
+    table.add_row("all", *(f"{peak / 2**20:.0f} ({plan / 2**20:.0f}, {plan / peak:.2f}×)" for peak, plan in peaks))
     times = Table(title="seconds per megapixel and iteration, last stage")
     for column in ("canvas", "tile", "Gram", "gradient", "update", "all"):
         times.add_column(column, justify="right")
-    for row in (row for row in rows if row["iterations"]):  # a run that went on may have had none left
+    for row in (row for row in rows if row["iterations"]):  # a resumed run may have had no iterations left
         seconds, megapixels = row["iterations"][-1]["seconds"], row["size"] ** 2 / 1e6
         parts = [seconds.get(name, 0.0) / megapixels for name in ("gram", "gradient", "update")]
         times.add_row(f"{row['size']:,}", f"{row['tile_px']:,}", *(f"{part:.3f}" for part in (*parts, sum(parts))))
@@ -186,21 +195,15 @@ def show(rows: list[dict[str, Any]]) -> None:
 @click.option("--sizes", default="2048,4096", show_default=True, help="Long sides in px.")
 @click.option("--limit", default="2GiB", show_default=True, help="memory.limit")
 @click.option("--state-dtype", type=click.Choice(["float", "compact"]), default="float", show_default=True)
-@click.option(
-    "--iterations", default=1, show_default=True, help="Of each stage; the passes of one go on beside others."
-)
-@click.option(
-    "--divide", type=int, help="Random weights of VGG-19's widths divided by this, not vgg19-lite: soon done."
-)
+@click.option("--iterations", default=1, show_default=True, help="Iterations of each stage.")
+@click.option("--divide", type=int, help="Use random weights of VGG-19's widths divided by this, not vgg19-lite.")
 @click.option("--cap", type=click.Choice(["none", "data", "cgroup"]), default="none", show_default=True)
-@click.option("--deepzoom", is_flag=True, help="The run writes the DeepZoom, a process of its own the TIFF.")
-@click.option("--content", type=click.Path(path_type=Path), help="A picture; default a square of noise.")
-@click.option("--style", type=click.Path(path_type=Path), help="A picture; default noise.")
-@click.option(
-    "--folder", type=click.Path(path_type=Path, file_okay=False), help="Where to work; default a temporary one."
-)
-@click.option("--keep", is_flag=True, help="Work in --folder itself, and leave all there: the same command goes on.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--deepzoom", is_flag=True, help="The run exports DeepZoom, the separate process TIFF.")
+@click.option("--content", type=click.Path(path_type=Path), help="Image file; default: a square of noise.")
+@click.option("--style", type=click.Path(path_type=Path), help="Image file; default: noise.")
+@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Working folder; default: temporary.")
+@click.option("--keep", is_flag=True, help="Work in --folder itself and keep its files; the same command resumes.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
 def main(sizes: str, folder: Path | None, json_path: Path | None, divide: int | None, **options: Any) -> None:
     """Print planned and measured memory of every phase."""
     if options["cap"] == "cgroup":

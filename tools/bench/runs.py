@@ -1,6 +1,6 @@
-"""Renders for the benchmarks: pictures made up for them, VGG-19-sized random weights, and what a run took.
+"""Renders for the benchmarks: synthetic images, random weights of VGG-19's widths, and measurements of a run.
 
-Random weights see no picture in a picture: time and memory are those of VGG-19, losses and early stops are not.
+With random weights, time and memory are VGG-19's, but losses and early stops are meaningless.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from pipeline.network.weights import WeightsSource
 
 
 def synchronised(device: str) -> float:
-    """The time, once the device has done what it was asked for."""
+    """The time after the device has finished its queued work."""
     if device != "cpu":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures are of."""
+    """A description of the machine that is measured."""
     name = "none" if device == "cpu" else torch.cuda.get_device_name(device)
     return {
         "gpu": name,
@@ -50,19 +50,19 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def make_picture(path: Path, height: int, width: int, seed: int) -> Path:
-    """Noise of every scale, as pictures have it: a smooth one for the eye, and grain."""
+def make_image(path: Path, height: int, width: int, seed: int) -> Path:
+    """Write an image of noise at several scales, like the spectrum of photographs."""
     rng = np.random.default_rng(seed)
-    picture = pyvips.Image.black(width, height, bands=3)
+    image = pyvips.Image.black(width, height, bands=3)
     for side in (4, 16, 64, 256):
         noise = pyvips.Image.new_from_array(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-        picture = picture + noise.resize(width / side, vscale=height / side, kernel="cubic") / 4
-    picture.cast("uchar").copy(interpretation="srgb").write_to_file(str(path))
+        image = image + noise.resize(width / side, vscale=height / side, kernel="cubic") / 4
+    image.cast("uchar").copy(interpretation="srgb").write_to_file(str(path))
     return path
 
 
 def make_weights(path: Path, divisor: int = 1) -> Path:
-    """VGG-19-shaped random weights, as wide as VGG-19 or a part of it."""
+    """Write random weights in VGG-19's shape, with its widths divided by `divisor`."""
     widths = {name: width // divisor for name, width in VGG19_WIDTHS.items()}
     save_file(random_state(WeightsSource(None, 0, widths, "random")), path)
     return path
@@ -70,9 +70,10 @@ def make_weights(path: Path, divisor: int = 1) -> Path:
 
 @dataclass
 class Taken:
-    """What a run took. `stages`: (height, width), tiles, seconds, and of the iterations `busy`, seconds by kind.
+    """Measurements of a run.
 
-    And `counted`, which `render` was given something for.
+    `stages`: size (height, width), tiles, seconds, and per iteration `busy` (seconds by kind of work), the objective,
+    and `counted` (the result of the callback that `render` received).
     """
 
     name: str
@@ -91,13 +92,13 @@ class Taken:
         return self.stages[-1]
 
     def per_iteration(self, kind: str) -> float:
-        """Median seconds of `kind` (busy, or `wall`) in the last stage; its first iteration warms up."""
+        """Median seconds of a kind of work (or `wall`) in the last stage, without its first iteration."""
         values = [busy.get(kind, 0.0) for busy in self.last["busy"]]
         return float(np.median(values[1:] or values))
 
 
 class Watch:
-    """The sink of a run that is measured."""
+    """An event sink that records a run's measurements."""
 
     def __init__(self, taken: Taken, count: Callable[[], Any]) -> None:
         self._taken, self._count, self._since = taken, count, time.perf_counter()
@@ -120,9 +121,9 @@ class Watch:
 
 
 def render(folder: Path, name: str, config: dict[str, Any], count: Callable[[], Any] = lambda: None) -> Taken:
-    """Run `config` (without output) in `folder`, and clear away what it made.
+    """Run `config` (without output) in `folder` and delete its files afterwards.
 
-    `count` is called after every iteration; what it gives is kept.
+    `count` is called after every iteration, and its results are recorded.
     """
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({**config, "output": f"{name}.tif", "work_dir": f"{name}.run"}), encoding="utf-8")
@@ -137,8 +138,8 @@ def render(folder: Path, name: str, config: dict[str, Any], count: Callable[[], 
     try:
         pipeline.run(loaded, sink=Watch(taken, count))
     finally:
-        for left in (folder / f"{name}.run", folder / f"{name}.tif"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        for leftover in (folder / f"{name}.run", folder / f"{name}.tif"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     taken.seconds = time.perf_counter() - start
     taken.exported_s = start + taken.seconds - taken.exported_s
     taken.host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,8 +1,8 @@
-"""One gradient of the same image, from tiles and for the whole image at once, in one process.
+"""The cost of tiles: one gradient of the same image computed in tiles and as a whole, in one process.
 
-Three rows: the Gram pass and the gradient pass over tiles, each against the same pass over the whole image as one
-tile; and both together against plain autograd of J, which needs one forward less because it has all features at hand.
-Pixels are those that are computed, a backward pass counting as much as a forward one. Wanted:
+Three rows: the Gram pass and the gradient pass over tiles, each against the same pass over the whole image as one tile;
+and both passes against plain autograd of J, which needs one forward pass fewer because it keeps all features. The pixel
+ratio counts computed pixels, a backward pass counting as much as a forward pass. Goal:
 
     ratio of seconds ≤ 1.1 × ratio of pixels computed
 
@@ -44,7 +44,7 @@ HALO_PX = halo_px(STYLE + CONTENT)
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: median seconds of both sides, and how often the right side's seconds and pixels the left has."""
+    """One comparison: median seconds of tiles and of the whole, and the ratios of their seconds and pixels."""
 
     name: str
     tiled_s: float
@@ -54,7 +54,7 @@ class Row:
 
 
 class Bench:
-    """A stage with a random canvas, and its two passes over any set of tiles."""
+    """A stage with a random canvas, and its Gram and gradient passes over any set of tiles."""
 
     def __init__(self, folder: Path, network: NetworkSpec, size: int, chunk: int) -> None:
         self.folder, self.network, self.size = folder / "stage_0", network, size
@@ -84,27 +84,27 @@ class Bench:
         )
 
     def autograd(self) -> None:
-        """dJ/dp of the whole image by torch alone, content and Gram targets being zero."""
+        """dJ/dp of the whole image by torch alone; content and Gram targets are zero."""
         network = get_network(self.network)
         whole = Rect(0, self.size, 0, self.size)
         pixels = store.open_array(self.folder, "canvas_0").read_window(whole)
         canvas = torch.from_numpy(pixels).to(self.network.device).permute(2, 0, 1)[None].requires_grad_()
         objective = torch.zeros((), device=self.network.device)
-        for found in network.features(canvas, whole, (self.size, self.size), {*STYLE, *CONTENT}, whole):
-            features_Cn = found.features_1CHW[0].flatten(1)
-            if found.layer.name in STYLE:
+        for layer_map in network.features(canvas, whole, (self.size, self.size), {*STYLE, *CONTENT}, whole):
+            features_Cn = layer_map.features_1CHW[0].flatten(1)
+            if layer_map.layer.name in STYLE:
                 objective = objective + ((features_Cn @ features_Cn.T) / features_Cn.shape[1]).square().sum()
-            if found.layer.name in CONTENT:
+            if layer_map.layer.name in CONTENT:
                 objective = objective + features_Cn.square().sum()
         (gradient,) = torch.autograd.grad(objective, canvas)
         store.open_array(self.folder, "gradient").write_window(whole, gradient[0].permute(1, 2, 0).cpu().numpy())
 
 
 def compare(name: str, tiled: Callable[[], object], whole: Callable[[], object], pixels: float, repeats: int) -> Row:
-    """Median seconds of both, in turn, after one warm-up of each, and the median of the ratios."""
+    """Medians of seconds and of their ratios; both sides run in turn, after one warm-up each."""
     pairs = [(_seconds(tiled), _seconds(whole)) for _ in range(repeats + 1)][1:]
     tiled_s, whole_s = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return Row(name, tiled_s, whole_s, statistics.median(one / other for one, other in pairs), pixels)
+    return Row(name, tiled_s, whole_s, statistics.median(tiles / image for tiles, image in pairs), pixels)
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -114,7 +114,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def measure(bench: Bench, tile_px: int, repeats: int) -> list[Row]:
-    """The three comparisons."""
+    """All three comparisons."""
     side = ceil_to(bench.size, ALIGN_PX)
     tiles, whole = grid(bench.size, bench.size, tile_px), grid(bench.size, bench.size, side)
     size = (bench.size, bench.size)
@@ -142,14 +142,14 @@ def measure(bench: Bench, tile_px: int, repeats: int) -> list[Row]:
 
 
 @click.command()
-@click.option("--weights", type=click.Path(path_type=Path), help="A VGG-19-shaped file; default seeded random weights.")
+@click.option("--weights", type=click.Path(path_type=Path), help="VGG-19-shaped weights file; default: random weights.")
 @click.option("--size", default=2048, show_default=True, help="Side of the square canvas, px.")
 @click.option("--tile", "tile_px", default=1024, show_default=True, help="Side of a tile, px.")
 @click.option("--chunk", default=512, show_default=True, help="Side of a chunk, px.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--repeats", default=3, show_default=True)
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
 def main(
     weights: Path | None,
     size: int,
@@ -160,7 +160,7 @@ def main(
     repeats: int,
     json_path: Path | None,
 ) -> None:
-    """Print seconds and pixels of tiles beside those of the whole image."""
+    """Print seconds and pixels of tiles and of the whole image."""
     source = find_weights("vgg19" if weights else "random", weights, 0)
     network = NetworkSpec(source, "replicate", "max", dtype, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -172,11 +172,11 @@ def main(
         figures = (row.tiled_s, row.whole_s, row.seconds_ratio, row.pixels_ratio, row.seconds_ratio / row.pixels_ratio)
         table.add_row(row.name, *(f"{figure:.2f}" for figure in figures))
     Console().print(table)
-    kept = computed_px((30_000, 30_000), tile_px, 2 * HALO_PX) / 30_000**2
-    print(f"pixels computed per pixel kept, gradient pass, tiles of {tile_px} px on 30,000²: {kept:.3f}")
+    per_kept = computed_px((30_000, 30_000), tile_px, 2 * HALO_PX) / 30_000**2
+    print(f"pixels computed per pixel kept, gradient pass, tiles of {tile_px} px on 30,000²: {per_kept:.3f}")
     if json_path:
         json_path.write_text(
-            json.dumps({"rows": [asdict(row) for row in rows], "computed_per_kept_30k": kept}, indent=2),
+            json.dumps({"rows": [asdict(row) for row in rows], "computed_per_kept_30k": per_kept}, indent=2),
             encoding="utf-8",
         )
 

@@ -1,13 +1,13 @@
-"""The update pass beside a plain np.memmap sweep over the same bytes, in the same process, in turn.
+"""The update pass compared with a plain np.memmap sweep over the same bytes, in the same process, in turn.
 
-The sweep does the same arithmetic on seven flat files, chunk after chunk, as one would write it without this program:
-no tasks, no checksums. A second one only moves the bytes. Wanted, in GB of state read and written per second:
+The sweep does the same arithmetic on seven flat files, chunk by chunk, without tasks and checksums. A second sweep only
+moves the bytes. Goals, in GB of state read and written per second:
 
     pass / sweep      ≥ 0.8 with everything in the page cache, ≥ 1.0 read from disk
     Dask              ≤ 0.3 ms per chunk
     extra memory      ≤ 64 MiB, whatever the canvas
 
-`from disk` drops the files from the page cache before every turn; what is written goes into the cache, as in a run.
+`from disk` drops the files from the page cache before every turn; writes go to the cache, as in a run.
 
     python -m tools.bench.update --size 2048 --size 8192 --state float --state compact --json update.json
 """
@@ -48,10 +48,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over the turns. `ratio` is of one turn: speed of the pass by speed of the sweep beside it.
+    """Medians over the turns. `ratio`: speed of the pass relative to that of the sweep in the same turn.
 
-    `cpu_ms`: processor time per chunk of (pass, sweep), all threads together; the least seen, which other programs on
-    the machine change little.
+    `cpu_ms`: processor time of all threads per chunk of (pass, sweep), the minimum over the turns, because other
+    programs on the machine affect a minimum least.
     """
 
     state: str
@@ -67,7 +67,7 @@ class Row:
 
 
 class Bench:
-    """The state of one stage as the program keeps it, and the same bytes in flat files."""
+    """The state of one stage as the program stores it, and the same bytes in flat files."""
 
     def __init__(self, folder: Path, state: str, size: int, chunk: int) -> None:
         self.folder, self.flat, self.compact = folder / "stage_0", folder / "flat", state == "compact"
@@ -103,7 +103,7 @@ class Bench:
         return [replace(spec, gradient_sums={chunk: sums[chunk] for chunk in spec.chunks}) for spec in specs]
 
     def update_pass(self, engine: ThreadExecutor) -> None:
-        """The program's own, into the other slot."""
+        """The program's update pass into the other slot."""
         results = engine.map(update_task, self.specs())
         for name in slot_names(1 - self.slot, averaged=False):
             array = store.open_array(self.folder, name)
@@ -111,18 +111,18 @@ class Bench:
             self.checksums[name] = array.packed(sums)
 
     def sweep(self, update: Callable[[list[Any], list[Any]], None]) -> None:
-        """One chunk after the other: `update` of (gradient, canvas, m, v) and where canvas, m, v are to go."""
+        """Call `update` for every chunk with (gradient, canvas, m, v) and the targets of canvas, m and v."""
         maps = {name: np.memmap(self.flat / name, np.uint16 if self.compact else np.float32, "r+") for name in ARRAYS}
         count = self.chunk_bytes // maps["gradient"].itemsize
         for start in range(0, maps["gradient"].size, count):
-            part = {name: one[start : start + count] for name, one in maps.items()}
+            part = {name: values[start : start + count] for name, values in maps.items()}
             update(
                 [part[name] for name in ("gradient", *slot_names(self.slot, averaged=False))],
                 [part[name] for name in slot_names(1 - self.slot, averaged=False)],
             )
 
     def arithmetic(self) -> Callable[[list[Any], list[Any]], None]:
-        """What the pass computes, in a plain way, on buffers that are used again."""
+        """The arithmetic of the pass in plain numpy, on reused buffers."""
         count = int(np.prod(self.shape))
         values = [np.empty(count, np.float32) for _ in range(5)]
 
@@ -151,7 +151,7 @@ class Bench:
             yield from (path for path in folder.rglob("*") if path.is_file())
 
     def drop_from_cache(self) -> None:
-        os.sync()  # only what is on disk can be dropped
+        os.sync()  # dirty pages cannot be dropped
         for path in self.files():
             descriptor = os.open(path, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -163,56 +163,56 @@ def _measures(abs_u: Any) -> tuple[float, float]:
 
 
 def move_bytes(old: list[Any], new: list[Any]) -> None:
-    """Read four, write three, and next to no arithmetic."""
+    """Read four arrays and write three, with almost no arithmetic."""
     np.maximum(old[0], old[1], out=new[0])
     for source, target in zip(old[2:], new[1:], strict=True):
         target[...] = source
 
 
 def resident_bytes() -> int:
-    """Anonymous memory of this process: neither the page cache nor mapped files."""
+    """Anonymous memory of this process, without page cache and mapped files."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 @contextmanager
 def watching_memory() -> Iterator[list[int]]:
-    """A list whose last item is the most memory seen in the block."""
-    seen, done = [resident_bytes()], threading.Event()
+    """A list whose last item is the peak memory within the block, sampled every 2 ms."""
+    samples, done = [resident_bytes()], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.002):
-            seen.append(max(seen[-1], resident_bytes()))
+            samples.append(max(samples[-1], resident_bytes()))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield seen
+        yield samples
     finally:
         done.set()
         watcher.join()
 
 
 def nothing(_spec: UpdateSpec) -> None:
-    """A task that costs what the scheduler takes."""
+    """A task that measures the scheduler alone."""
 
 
 def _seconds(call: Callable[[], object]) -> tuple[float, float]:
-    """(elapsed, of processors) while `call` runs."""
+    """Seconds (elapsed, of processor time) that `call` takes."""
     start, cpu = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - start, time.process_time() - cpu
 
 
 def measure(folder: Path, state: str, size: int, chunk: int, turns: int) -> list[Row]:
-    """Both places for one state and one size."""
+    """The rows of both places for one state and one size."""
     bench = Bench(folder, state, size, chunk)
     rows = []
     with ThreadExecutor(WORKERS) as engine:
         before = resident_bytes()
-        with watching_memory() as seen:
+        with watching_memory() as samples:
             bench.update_pass(engine)
-        extra = (seen[-1] - before) / MIB
+        extra = (samples[-1] - before) / MIB
         specs = bench.specs()
         dask = min(_seconds(lambda: engine.map(nothing, specs))[0] for _ in range(5)) * 1000 / len(bench.chunks)
         calls = {
@@ -228,7 +228,7 @@ def measure(folder: Path, state: str, size: int, chunk: int, turns: int) -> list
                         bench.drop_from_cache()
                     taken[name].append(_seconds(call))
                 bench.slot, bench.turns = 1 - bench.slot, bench.turns + 1
-            taken = {name: seconds[1:] for name, seconds in taken.items()}  # the first warms up
+            taken = {name: seconds[1:] for name, seconds in taken.items()}  # without the warm-up turn
             ratio = statistics.median(b[0] / a[0] for a, b in zip(taken["pass"], taken["sweep"], strict=True))
             speeds = [bench.gigabytes / statistics.median(elapsed for elapsed, _ in taken[name]) for name in calls]
             cpu_ms = tuple(min(cpu for _, cpu in taken[name]) * 1000 / len(bench.chunks) for name in ("pass", "sweep"))
@@ -241,8 +241,8 @@ def measure(folder: Path, state: str, size: int, chunk: int, turns: int) -> list
 @click.option("--state", "states", multiple=True, type=click.Choice(["float", "compact"]), default=["float", "compact"])
 @click.option("--chunk", default=512, show_default=True, help="Side of a chunk, px.")
 @click.option("--turns", default=5, show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path), help="Where to write; default the temporary folder.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Working directory; default: a temporary one.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
 def main(
     sizes: tuple[int, ...], states: tuple[str, ...], chunk: int, turns: int, folder: Path | None, json_path: Path | None
 ) -> None:

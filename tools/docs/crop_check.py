@@ -1,12 +1,12 @@
-"""How close a crop comes to what the run makes: `pipeline preview --crop` against the finished picture.
+"""The distance between `pipeline preview --crop` and the same part of the finished output image.
 
     python -m tools.docs.crop_check
     python -m tools.docs.crop_check --masks
 
-Stops a run of the samples before its last stage, renders a corner of it as a crop, once as it is done and once without
-what is known of the whole picture, and finishes the run. Prints how far both are from the run's own pixels, and writes
-docs/pictures/controls_crop.jpg. What was rendered before in --folder is not rendered again. --masks: a picture of two
-styles, one of them in the sky alone, and a map that keeps the content of the house; drawn as masks.jpg in --folder.
+The tool stops a run of the samples before its last stage, renders a corner as a crop (once normally, and once without
+the whole image's Gram matrices), and finishes the run. It prints the distance of both from the run's pixels and writes
+docs/pictures/controls_crop.jpg. Renders in --folder are reused. `--masks` uses two styles, one of them only in the sky,
+and a content mask of the house; it writes masks.jpg to --folder.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MASKED = {**CONFIG, "styles": STYLES, "loss": {"content_weight": 0.3, "content_m
 
 
 def stopped(path: Path) -> None:
-    """Render all stages but the last."""
+    """Render all stages except the last, or resume a run that was interrupted while it did."""
     stop = threading.Event()
 
     def sink(event: Any) -> None:
@@ -68,7 +68,7 @@ def _no_estimate(_whole: WholeImage, stage: Any, _region: Any) -> WholeImageEsti
 
 
 def cropped(path: Path, rect: Rect, name: str, alone: bool) -> np.ndarray:
-    """The crop, or what a crop would be that knows nothing of the whole picture."""
+    """The pixels of the crop; `alone`: without the estimates of the whole image."""
     known: Any = WholeImage.known
     if alone:
         WholeImage.known = _no_estimate  # type: ignore[method-assign]
@@ -80,7 +80,7 @@ def cropped(path: Path, rect: Rect, name: str, alone: bool) -> np.ndarray:
 
 
 def finished(path: Path) -> np.ndarray:
-    """The run's own picture."""
+    """The pixels of the finished run."""
     if not (path.parent / "whole").exists():
         shutil.copytree(path.parent / "stopped", path.parent / "whole")
     return pixels_of(pipeline.run(pipeline.load_config(path, [f"work_dir={path.parent / 'whole'}"])))
@@ -91,20 +91,20 @@ def pixels_of(path: Path) -> np.ndarray:
 
 
 def grams(pixels_HWC: np.ndarray) -> dict[str, torch.Tensor]:
-    """Mean Gram of every style layer."""
+    """The mean Gram of every style layer."""
     network = get_network(NetworkSpec(find_weights("vgg19-lite", None, 0), "replicate", "average", "float32", "cpu", 1))
     height, width, _ = pixels_HWC.shape
     rect = Rect(0, height, 0, width)
     pixels_1CHW = torch.from_numpy(pixels_HWC.astype(np.float32)).permute(2, 0, 1)[None]
     with torch.no_grad():
         maps = network.features(pixels_1CHW, rect, (height, width), set(LAYERS), rect)
-        flat = {one.layer.name: one.features_1CHW[0].flatten(1) for one in maps}
+        flat = {feature.layer.name: feature.features_1CHW[0].flatten(1) for feature in maps}
     return {name: features @ features.T / features.shape[1] for name, features in flat.items()}
 
 
-def report(name: str, found: np.ndarray, real: np.ndarray) -> None:
-    squares = np.square(found.astype(float) - real).mean()
-    ours, theirs = grams(found), grams(real)
+def report(name: str, pixels: np.ndarray, real: np.ndarray) -> None:
+    squares = np.square(pixels.astype(float) - real).mean()
+    ours, theirs = grams(pixels), grams(real)
     distances = [float((ours[layer] - theirs[layer]).norm() / theirs[layer].norm()) for layer in LAYERS]
     text = " ".join(f"{distance:.3f}" for distance in distances)
     click.echo(f"{name}: PSNR {10 * np.log10(255**2 / squares):.1f} dB; ‖G − G_run‖/‖G_run‖ at {LAYERS}: {text}")
@@ -113,23 +113,24 @@ def report(name: str, found: np.ndarray, real: np.ndarray) -> None:
 @click.command()
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "out" / "crop_check")
 @click.option("--rect", nargs=4, type=int, default=(648, 480, 120, 96), show_default=True, help="x y width height")
-@click.option("--masks", is_flag=True)
+@click.option("--masks", is_flag=True, help="Use two styles with masks and a content mask.")
 def main(folder: Path, rect: tuple[int, int, int, int], masks: bool) -> None:
-    """Measure, and draw the picture."""
+    """Measure the distances and draw the figure."""
     folder = folder.resolve() / ("masks" if masks else "plain")
     draw_masks(folder)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(MASKED if masks else CONFIG), encoding="utf-8")
     x, y, width, height = rect
     part = Rect(y, y + height, x, x + width)
-    if not (folder / "stopped").exists():
-        stopped(path)
+    stopped(path)
     with_whole, alone = (cropped(path, part, name, name == "alone") for name in ("crop", "alone"))
     real = finished(path)[part.y0 : part.y1, part.x0 : part.x1]
-    report("as it is done", with_whole, real)
-    report("of the region alone", alone, real)
+    report("crop", with_whole, real)
+    report("region alone", alone, real)
     shown = [("the run", real), ("--crop", with_whole), ("the region alone", alone)]
-    row, *others = [labelled(pyvips.Image.new_from_array(one, interpretation="srgb"), name) for name, one in shown]
+    row, *others = [
+        labelled(pyvips.Image.new_from_array(pixels, interpretation="srgb"), name) for name, pixels in shown
+    ]
     for other in others:
         row = row.join(other, "horizontal", expand=True, shim=GAP_PX, background=255)
     save(row, folder.with_name("masks.jpg") if masks else ROOT / "docs" / "pictures" / "controls_crop.jpg")

@@ -1,10 +1,10 @@
-"""Make the pictures of docs/controls.md: what each control changes, side by side, each with its keys.
+"""Make the images of docs/controls.md: the effect of each control, side by side, labelled with its keys.
 
     python -m tools.docs.make_controls                 all of them
     python -m tools.docs.make_controls tv color        some
 
-Every picture is a run of its own, of the samples in configs/samples and the packaged network, in a folder of --folder
-that is named after its keys: what was rendered before is not rendered again.
+Every image is a run of its own with the samples in configs/samples and the packaged network, in a folder of --folder
+that is named after a hash of its config, so that nothing is rendered twice.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "configs" / "samples"
 FONT = Path(pipeline.__file__).parent / "assets" / "DejaVuSans.ttf"
 GAP_PX, LABEL_PX, HEIGHT_PX = 8, 26, 300
-MOST_BYTES = 150_000
-# The quickstart's settings, at a size that is rendered in a minute; a control's keys come on top.
+MAX_BYTES = 150_000
+# The quickstart's settings at a size that renders in a minute; the keys of a control override them.
 BASE: dict[str, Any] = {
     "content": str(SAMPLES / "landscape.jpg"),
     "styles": [{"image": str(SAMPLES / "strokes.jpg")}],
@@ -45,9 +45,9 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Control:
-    """One picture of the docs: (label, keys) of every render in it, and the part of them that is shown, in px.
+    """One figure of the docs: (label, keys) of each of its renders, and the part of them that is shown, in px.
 
-    `inputs`: pictures to show before them, by label. Files that it needs, and has not, are made by `prepare`.
+    `inputs`: (label, file) of images shown before the renders. `prepare` creates the files that the renders need.
     """
 
     renders: Sequence[tuple[str, Keys]]
@@ -57,7 +57,7 @@ class Control:
 
 
 def draw_dots(folder: Path) -> None:
-    """A second painting, dots.png: discs of strong colours on dark blue, as large as a brush."""
+    """Draw a second painting, dots.png: brush-sized discs of strong colours on dark blue."""
     rng = np.random.default_rng(0)
     dots = np.full((480, 480, 3), (20, 30, 70), np.uint8)
     y, x = np.mgrid[:480, :480]
@@ -71,7 +71,7 @@ def draw_dots(folder: Path) -> None:
 
 
 STROKES = str(SAMPLES / "strokes.jpg")
-DOTS: Keys = {"image": "../dots.png"}  # from a run's own folder
+DOTS: Keys = {"image": "../dots.png"}  # relative to a run's folder
 RECONSTRUCTED: Keys = {"styles": [], "loss": {"content_weight": 1.0, "style_weight": 0.0}, "init": "noise"}
 
 CONTROLS: dict[str, Control] = {
@@ -131,7 +131,7 @@ CONTROLS: dict[str, Control] = {
 
 
 def draw_masks(folder: Path) -> None:
-    """sky.png, white above the horizon of landscape.jpg, and house.png, white around its house; soft edges."""
+    """Draw sky.png, white above the horizon of landscape.jpg, and house.png, white around its house; soft edges."""
     draw_dots(folder)
     y, x = np.mgrid[:240, :320] / 240
     sky = np.clip((0.56 - y) / 0.06, 0, 1)
@@ -142,7 +142,7 @@ def draw_masks(folder: Path) -> None:
 
 
 def draw_cutout(folder: Path) -> None:
-    """cutout.png: landscape.jpg in a disc with a soft edge, transparent around it."""
+    """Draw cutout.png: landscape.jpg in a disc with a soft edge, transparent around it."""
     folder.mkdir(parents=True, exist_ok=True)
     content = pyvips.Image.new_from_file(str(SAMPLES / "landscape.jpg"))
     y, x = np.mgrid[: content.height, : content.width] / content.height
@@ -151,7 +151,7 @@ def draw_cutout(folder: Path) -> None:
     content.bandjoin(alpha).write_to_file(str(folder / "cutout.png"))
 
 
-# Two stages instead of four: a style has no more to show at its full size here.
+# Limits the style to the canvas: two stages instead of four.
 PAINTED: Keys = {"image": STROKES, "max_size": 320}
 SKY = "../sky.png"
 CONSTANT: Keys = {"target_pixel_change": 40.0, "schedule": "constant", "stop_condition": 0.0}
@@ -200,7 +200,7 @@ CONTROLS |= {
 
 
 def merged(base: Keys, keys: Keys) -> Keys:
-    """`base` with `keys`: sections are merged, all else is replaced."""
+    """`base` overridden by `keys`: sections are merged, other values are replaced."""
     both = {**base, **keys}
     return both | {
         key: merged(base[key], value)
@@ -210,7 +210,7 @@ def merged(base: Keys, keys: Keys) -> Keys:
 
 
 def render(keys: Keys, folder: Path) -> Any:
-    """The picture of BASE with `keys`, of a run in a folder of its own."""
+    """The output image of BASE with `keys`, rendered in a folder of its own."""
     config = merged(BASE, keys)
     run_dir = folder / hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -220,7 +220,7 @@ def render(keys: Keys, folder: Path) -> Any:
 
 
 def over_checks(image: Any) -> Any:
-    """An image with alpha over the grey squares that stand for nothing."""
+    """An image with alpha over a grey checkerboard."""
     y, x = np.mgrid[: image.height, : image.width] // (image.height // 20)
     checks = np.where((y + x) % 2, 200, 240).astype(np.uint8)
     below = pyvips.Image.new_from_array(checks, interpretation="b-w").colourspace("srgb")
@@ -228,7 +228,7 @@ def over_checks(image: Any) -> Any:
 
 
 def labelled(image: Any, label: str) -> Any:
-    """The image at HEIGHT_PX, with its label under it."""
+    """The image at HEIGHT_PX with its label below."""
     image = image.colourspace("srgb")
     image = (over_checks(image) if image.hasalpha() else image).extract_band(0, n=3)
     image = image.resize(HEIGHT_PX / image.height, kernel="lanczos3" if image.height > HEIGHT_PX else "cubic")
@@ -237,13 +237,13 @@ def labelled(image: Any, label: str) -> Any:
     return image.join(shown, "vertical")
 
 
-def picture(control: Control, folder: Path) -> Any:
-    """Inputs and renders of a control in one row."""
+def figure(control: Control, folder: Path) -> Any:
+    """The inputs and renders of a control in one row."""
     control.prepare(folder)
     parts = [labelled(pyvips.Image.new_from_file(str(folder / name)), label) for label, name in control.inputs]
     for label, keys in control.renders:
-        made = render(keys, folder)
-        parts.append(labelled(made.crop(*control.crop) if control.crop else made, label))
+        image = render(keys, folder)
+        parts.append(labelled(image.crop(*control.crop) if control.crop else image, label))
     row = parts[0]
     for part in parts[1:]:
         row = row.join(part, "horizontal", expand=True, shim=GAP_PX, background=255)
@@ -251,10 +251,10 @@ def picture(control: Control, folder: Path) -> Any:
 
 
 def save(image: Any, path: Path) -> None:
-    """Write a JPEG of at most MOST_BYTES."""
+    """Write a JPEG of at most MAX_BYTES."""
     for quality in range(90, 40, -5):
         data = image.jpegsave_buffer(Q=quality, keep="none")
-        if len(data) <= MOST_BYTES:
+        if len(data) <= MAX_BYTES:
             break
     path.write_bytes(data)
 
@@ -264,10 +264,10 @@ def save(image: Any, path: Path) -> None:
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "out" / "controls")
 @click.option("--pictures", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "docs" / "pictures")
 def main(names: Sequence[str], folder: Path, pictures: Path) -> None:
-    """Render what is missing, and write docs/pictures/controls_NAME.jpg."""
+    """Render missing images and write docs/pictures/controls_NAME.jpg."""
     folder = folder.resolve()
     for name in names or CONTROLS:
-        save(picture(CONTROLS[name], folder), pictures / f"controls_{name}.jpg")
+        save(figure(CONTROLS[name], folder), pictures / f"controls_{name}.jpg")
         click.echo(name)
 
 

@@ -1,4 +1,4 @@
-"""Make the README's picture from a finished quickstart: content and style, result, and a zoom into the result.
+"""Make the README's image from a finished quickstart: content and style, result, and a zoom into the result.
 
 pipeline run --config configs/quickstart.yaml && python -m tools.docs.make_pictures
 """
@@ -27,7 +27,7 @@ def fitted(image: Any, height_px: int) -> Any:
 @click.option("--config", type=click.Path(path_type=Path), default=ROOT / "configs" / "quickstart.yaml")
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "docs" / "pictures" / "quickstart.jpg")
 def main(config: Path, output: Path) -> None:
-    """Write the picture of content, style, result and zoom."""
+    """Write the image of content, style, result and zoom."""
     settings = pipeline.load_config(config)
     content, style = (pyvips.Image.new_from_file(str(path)) for path in (settings.content, settings.styles[0].image))
     result = pyvips.Image.new_from_file(str(settings.output))

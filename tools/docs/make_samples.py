@@ -2,8 +2,8 @@
 
     python -m tools.docs.make_samples configs/samples
 
-The same seed gives the same pictures. Both are drawn at twice their size and reduced, which smooths the edges.
-Axes: rows down, columns right; colours are RGB, 0..1, until the picture is written.
+The seed is fixed, so the images are reproducible. Both are drawn at twice their size and reduced, which smooths edges.
+Axes: rows down, columns right; colours are RGB, 0..1, until the image is written.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def mix(first: ndarray, second: ndarray, share: ndarray) -> ndarray:
 
 
 def gradient(position: ndarray, stops: list[tuple[float, str]]) -> ndarray:
-    """Colours along the given stops."""
+    """The colours at `position` along the given stops."""
     places = [place for place, _ in stops]
     colours = np.array([rgb(code) for _, code in stops])
     return np.stack([np.interp(position, places, colours[:, channel]) for channel in range(3)], -1)
 
 
-def save(picture: ndarray, path: Path, quality: int) -> None:
+def save(image: ndarray, path: Path, quality: int) -> None:
     """Reduce by OVERSAMPLING and write a JPEG."""
-    image = pyvips.Image.new_from_array((np.clip(picture, 0, 1) * 255).astype(np.float32))
-    small = image.resize(1 / OVERSAMPLING, kernel="lanczos3").rint().cast("uchar").copy(interpretation="srgb")
+    large = pyvips.Image.new_from_array((np.clip(image, 0, 1) * 255).astype(np.float32))
+    small = large.resize(1 / OVERSAMPLING, kernel="lanczos3").rint().cast("uchar").copy(interpretation="srgb")
     small.jpegsave(str(path), Q=quality, optimize_coding=True, keep="none")
 
 
@@ -64,14 +64,14 @@ def draw_landscape(rng: Generator) -> ndarray:
     height, width = (side * OVERSAMPLING for side in LANDSCAPE_PX)
     y, x = np.mgrid[:height, :width] / np.array([height, width]).reshape(2, 1, 1)
     sun = (0.435, 0.60)
-    picture = draw_sky(rng, y, x, sun)
-    picture = draw_mountains(rng, picture, y, x, sun)
-    picture = draw_lake(rng, picture, y, x, sun)
-    picture = draw_shore(rng, picture, y, x)
-    draw_house(picture, int(0.815 * height), int(0.755 * width), height // 11)
+    image = draw_sky(rng, y, x, sun)
+    image = draw_mountains(rng, image, y, x, sun)
+    image = draw_lake(rng, image, y, x, sun)
+    image = draw_shore(rng, image, y, x)
+    draw_house(image, int(0.815 * height), int(0.755 * width), height // 11)
     for row, column, size in pine_places(rng):
-        draw_pine(rng, picture, int(row * height), int(column * width), int(size * height))
-    return picture
+        draw_pine(rng, image, int(row * height), int(column * width), int(size * height))
+    return image
 
 
 def draw_sky(rng: Generator, y: ndarray, x: ndarray, sun: tuple[float, float]) -> ndarray:
@@ -87,12 +87,12 @@ def draw_sky(rng: Generator, y: ndarray, x: ndarray, sun: tuple[float, float]) -
 
 
 def ridge_line(rng: Generator, width: int, level: float, relief: float, slope: float) -> ndarray:
-    """The height of a mountain range over every column, as a part of the picture's height."""
+    """The height of a mountain range at every column, as a fraction of the image height."""
     line = clouds(rng, (8, width), slope)[0]
     return level - relief * (np.abs(line) * 0.9 + 0.35 * line)
 
 
-def draw_mountains(rng: Generator, picture: ndarray, y: ndarray, x: ndarray, sun: tuple[float, float]) -> ndarray:
+def draw_mountains(rng: Generator, image: ndarray, y: ndarray, x: ndarray, sun: tuple[float, float]) -> ndarray:
     ranges = (  # level, relief, roughness, shadow, light, lower end of the snow
         (0.480, 0.070, 1.60, "7f80b0", "f0bfae", 0.440),
         (0.525, 0.098, 1.62, "464f8a", "e39a86", 0.435),
@@ -106,15 +106,15 @@ def draw_mountains(rng: Generator, picture: ndarray, y: ndarray, x: ndarray, sun
         facing = np.gradient(rock, axis=1) * np.sign(sun[1] - x) - 0.5 * np.gradient(rock, axis=0)
         leaning = np.convolve(np.gradient(top), np.hanning(63) / 31, "same")[None] * np.sign(sun[1] - x)
         facing = np.tanh(facing / facing.std()) + 0.9 * np.tanh(900 * leaning)
-        colour = mix(np.broadcast_to(rgb(shadow), picture.shape), rgb(light), 0.42 + 0.42 * facing)
-        white = mix(np.broadcast_to(rgb("93a2d4"), picture.shape), rgb("fff1e2"), 0.55 + 0.45 * facing)
+        colour = mix(np.broadcast_to(rgb(shadow), image.shape), rgb(light), 0.42 + 0.42 * facing)
+        white = mix(np.broadcast_to(rgb("93a2d4"), image.shape), rgb("fff1e2"), 0.55 + 0.45 * facing)
         colour = mix(colour, white, (snow + 0.022 * rock + 0.012 * facing - y) / 0.004)
         colour = mix(colour, rgb("f2c9ac"), np.clip((y - level + 0.03) / 0.09, 0, 1) * 0.55 * (0.66 - level) / 0.19)
-        picture = mix(picture, colour, (y - top[None]) * y.shape[0])
-    return picture
+        image = mix(image, colour, (y - top[None]) * y.shape[0])
+    return image
 
 
-def draw_lake(rng: Generator, picture: ndarray, y: ndarray, x: ndarray, sun: tuple[float, float]) -> ndarray:
+def draw_lake(rng: Generator, image: ndarray, y: ndarray, x: ndarray, sun: tuple[float, float]) -> ndarray:
     height, width = y.shape
     shore = int(0.625 * height)
     down = np.arange(shore, height)
@@ -122,16 +122,16 @@ def draw_lake(rng: Generator, picture: ndarray, y: ndarray, x: ndarray, sun: tup
     nearness = ((down - shore) / (height - shore))[:, None]
     rows = 2 * shore - down[:, None] * 1.12 + 0.12 * shore + ripple * (2 + 26 * nearness)
     columns = np.arange(width)[None] + ripple * 3 * nearness
-    mirrored = picture[np.clip(rows, 0, shore - 1).astype(int), np.clip(columns, 0, width - 1).astype(int)]
+    mirrored = image[np.clip(rows, 0, shore - 1).astype(int), np.clip(columns, 0, width - 1).astype(int)]
     water = mix(mirrored * np.array([0.80, 0.86, 0.92]), rgb("173a63"), 0.12 + 0.35 * nearness + 0.06 * ripple)
     glitter = np.exp(-(((x[shore:] - sun[1]) / (0.03 + 0.07 * nearness)) ** 2)) * np.clip(ripple - 0.35, 0, 1)
     water = mix(water, rgb("ffdf9e"), 0.9 * glitter * (1 - 0.5 * nearness))
-    picture[shore:] = water
+    image[shore:] = water
     line = np.abs(y - 0.625) * height
-    return mix(picture, rgb("16323a"), (4 + 2 * clouds(rng, (8, width), 1.3)[:1] - line) / 2)
+    return mix(image, rgb("16323a"), (4 + 2 * clouds(rng, (8, width), 1.3)[:1] - line) / 2)
 
 
-def draw_shore(rng: Generator, picture: ndarray, y: ndarray, x: ndarray) -> ndarray:
+def draw_shore(rng: Generator, image: ndarray, y: ndarray, x: ndarray) -> ndarray:
     height, width = y.shape
     line = 0.885 - 0.10 * np.exp(-(((x[0] - 0.89) / 0.21) ** 2)) - 0.085 * np.exp(-(((x[0] - 0.02) / 0.16) ** 2))
     line = line + 0.006 * clouds(rng, (8, width), 1.3)[0]
@@ -145,26 +145,26 @@ def draw_shore(rng: Generator, picture: ndarray, y: ndarray, x: ndarray) -> ndar
         spots = np.roll(flowers, offset, (0, 1))
         colour[spots] = rgb(("e8583f", "f6d35b", "efe6e9")[int(meadow[0, 0] * 1e6) % 3]) * (0.8 + 0.05 * offset[0])
     colour = mix(colour, rgb("0d2221"), (9 - depth) / 9)
-    return mix(picture, colour, depth)
+    return mix(image, colour, depth)
 
 
-def draw_house(picture: ndarray, bottom: int, left: int, size: int) -> None:
+def draw_house(image: ndarray, bottom: int, left: int, size: int) -> None:
     """A gable and a side wall under a red roof, two lit windows, a chimney; `size` is the height of the wall."""
     wide, deep, high = int(0.9 * size), int(1.5 * size), int(0.62 * size)
     top = bottom - high
-    picture[top:bottom, left : left + wide] = rgb("d9b98c")
-    picture[top:bottom, left + wide : left + wide + deep] = rgb("8d6a58")
+    image[top:bottom, left : left + wide] = rgb("d9b98c")
+    image[top:bottom, left + wide : left + wide + deep] = rgb("8d6a58")
     for row in range(int(0.55 * size)):  # the gable, and the roof beside it, row by row from the ridge
         half = int(row / (0.55 * size) * wide / 2)
         middle, y = left + wide // 2, top - int(0.55 * size) + row
-        picture[y, middle + half : middle + half + deep + 6] = rgb("a8402f") * (0.82 + 0.18 * ((row // 6) % 2))
-        picture[y, middle - half : middle + half] = rgb("e3c79b")
-        picture[y, middle - half - 7 : middle - half + 2] = rgb("6d2a24")
+        image[y, middle + half : middle + half + deep + 6] = rgb("a8402f") * (0.82 + 0.18 * ((row // 6) % 2))
+        image[y, middle - half : middle + half] = rgb("e3c79b")
+        image[y, middle - half - 7 : middle - half + 2] = rgb("6d2a24")
     for x in (left + wide + deep // 5, left + wide + 3 * deep // 5):
-        picture[top + high // 4 : top + 2 * high // 3, x : x + deep // 6] = rgb("ffd873")
-    picture[bottom - int(0.42 * size) : bottom, left + wide // 3 : left + 2 * wide // 3] = rgb("5a3526")
+        image[top + high // 4 : top + 2 * high // 3, x : x + deep // 6] = rgb("ffd873")
+    image[bottom - int(0.42 * size) : bottom, left + wide // 3 : left + 2 * wide // 3] = rgb("5a3526")
     chimney = left + wide + deep // 2
-    picture[top - int(0.75 * size) : top - int(0.35 * size), chimney : chimney + size // 7] = rgb("7b4b40")
+    image[top - int(0.75 * size) : top - int(0.35 * size), chimney : chimney + size // 7] = rgb("7b4b40")
 
 
 def pine_places(rng: Generator) -> list[tuple[float, float, float]]:
@@ -177,12 +177,12 @@ def pine_places(rng: Generator) -> list[tuple[float, float, float]]:
     return sorted(far + right + left + small)
 
 
-def draw_pine(rng: Generator, picture: ndarray, foot: int, column: int, size: int) -> None:
+def draw_pine(rng: Generator, image: ndarray, foot: int, column: int, size: int) -> None:
     """A pine of hanging branches, lit from the right; a far one is paler."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     haze = np.clip(0.45 - size / height * 3, 0, 0.45)
     dark, light = (mix(rgb(code), rgb("55708a"), np.array(haze)) for code in ("0b1f1c", "4f7038"))
-    picture[foot - size // 8 : foot, max(0, column - size // 60) : max(0, column + size // 60 + 1)] = dark * 0.8
+    image[foot - size // 8 : foot, max(0, column - size // 60) : max(0, column + size // 60 + 1)] = dark * 0.8
     whorls = max(6, size // 22)
     reach = rng.uniform(0.75, 1.15, (whorls + 1, 2))  # of every whorl, to the left and to the right
     for row in range(size):
@@ -197,7 +197,7 @@ def draw_pine(rng: Generator, picture: ndarray, foot: int, column: int, size: in
         if last > first:
             across = (np.arange(first, last) - column) / half
             needles = rng.random(last - first)
-            picture[y, first:last] = mix(dark, light, (0.25 + 0.45 * across - 0.5 * within + 0.55 * needles) * 0.9)
+            image[y, first:last] = mix(dark, light, (0.25 + 0.45 * across - 0.5 * within + 0.55 * needles) * 0.9)
 
 
 # ------------------------------------------------------------------------------------------------------ the painting
@@ -210,7 +210,7 @@ def draw_strokes(rng: Generator) -> ndarray:
     whirls = [(0.24, 0.30, 0.13), (0.17, 0.98, 0.15), (0.40, 0.66, 0.09), (0.47, 1.16, 0.07), (0.50, 0.10, 0.06)]
     direction = flow(rng, y, x, whirls)
     colours = motif(rng, y, x, whirls)
-    picture = 0.75 * colours
+    image = 0.75 * colours
     relief = np.zeros((height, width))
     for count, length, breadth in ((1500, 170, 30), (4200, 120, 17), (6500, 80, 10), (3500, 48, 6)):
         for _ in range(count):
@@ -218,9 +218,9 @@ def draw_strokes(rng: Generator) -> ndarray:
             row, column = (int(np.clip(place, 0, side - 1)) for place, side in zip(start, relief.shape, strict=True))
             colour = pick_colour(rng, colours[row, column])
             path = follow(direction, start, int(rng.uniform(0.6, 1.3) * length / 3) + 2)
-            paint_stroke(rng, (picture, relief), path, rng.uniform(0.6, 1.3) * breadth, colour)
+            paint_stroke(rng, (image, relief), path, rng.uniform(0.6, 1.3) * breadth, colour)
     light = np.gradient(relief, axis=0) + np.gradient(relief, axis=1)
-    return picture * (1 - 0.32 * np.tanh(1.2 * light))[..., None]
+    return image * (1 - 0.32 * np.tanh(1.2 * light))[..., None]
 
 
 def flow(rng: Generator, y: ndarray, x: ndarray, whirls: list[tuple[float, float, float]]) -> ndarray:
@@ -251,7 +251,7 @@ def cypress(y: ndarray, x: ndarray) -> ndarray:
 
 
 def motif(rng: Generator, y: ndarray, x: ndarray, whirls: list[tuple[float, float, float]]) -> ndarray:
-    """What the strokes depict: the colour of every place before it is broken into strokes."""
+    """The colour of every pixel before the image is broken into strokes."""
     tone = 0.5 + 0.16 * clouds(rng, y.shape, 2.0, 2.5) + 0.12 * np.sin(16 * y + 5 * np.sin(3 * x))
     sky = gradient(tone, [
         (0.1, "14204f"), (0.35, "1f4690"), (0.5, "2f78b4"), (0.65, "58a9b8"), (0.8, "a7d0b4"), (0.95, "eee9c0"),
@@ -276,7 +276,7 @@ def motif(rng: Generator, y: ndarray, x: ndarray, whirls: list[tuple[float, floa
 
 
 def pick_colour(rng: Generator, colour: ndarray) -> ndarray:
-    """The colour of a stroke: near what it depicts, now and then a bolder or a complementary one."""
+    """The colour of a stroke: near the scene's colour, sometimes bolder or complementary."""
     colour = colour + rng.normal(0, 0.035, 3) + rng.normal(0, 0.05)
     if rng.random() < 0.10:
         colour = colour * 0.7 + 0.3 * rgb(("e4572e", "f3e9d2", "2e86ab", "8e5572", "f9c22e")[rng.integers(5)])
@@ -286,8 +286,8 @@ def pick_colour(rng: Generator, colour: ndarray) -> ndarray:
 def paint_stroke(
     rng: Generator, canvas: tuple[ndarray, ndarray], path: ndarray, breadth: float, colour: ndarray
 ) -> None:
-    """Lay one stroke along a path on (picture, relief): bristles give it streaks and relief, its ends are ragged."""
-    picture, relief = canvas
+    """Lay one stroke along a path on (image, relief): bristles give it streaks and relief, its ends are ragged."""
+    image, relief = canvas
     height, width = relief.shape
     steps = np.linspace(0, len(path) - 1, int(len(path) * 4.5))
     spine = np.stack([np.interp(steps, np.arange(len(path)), path[:, axis]) for axis in range(2)], -1)
@@ -301,11 +301,11 @@ def paint_stroke(
     points = spine[:, None] + offset[..., None] * np.stack([along[:, 1], -along[:, 0]], -1)[:, None]
     rows, columns = np.moveaxis(np.rint(points).astype(int), -1, 0)
     ragged = (part < 0.86 + 0.09 * bristles) & (part > 0.02 + 0.03 * bristles)
-    kept = ragged & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    streaks = np.broadcast_to(0.055 * bristles * (1 + 0.5 * part), kept.shape)[kept]
-    picture[rows[kept], columns[kept]] = colour + streaks[:, None]
+    inside = ragged & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    streaks = np.broadcast_to(0.055 * bristles * (1 + 0.5 * part), inside.shape)[inside]
+    image[rows[inside], columns[inside]] = colour + streaks[:, None]
     ridge = 0.55 * bristles + 1.3 * np.abs(across) ** 3 + 0.5 * part
-    relief[rows[kept], columns[kept]] = np.broadcast_to(ridge * (0.5 + breadth / 40), kept.shape)[kept]
+    relief[rows[inside], columns[inside]] = np.broadcast_to(ridge * (0.5 + breadth / 40), inside.shape)[inside]
 
 
 def follow(direction: ndarray, start: ndarray, count: int) -> ndarray:

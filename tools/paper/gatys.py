@@ -1,8 +1,8 @@
-"""What Gatys et al.'s experiments need beside the product: their normalised network, and their α and β as our keys.
+"""Additions for the experiments of Gatys et al.: their normalised network, and their α and β as config keys.
 
-Their network is "normalised": its weights are scaled so that the mean activation of every filter, over images and
-positions, is 1. ReLU and pooling let that pass, so no feature changes but for its factor. Theirs are of ImageNet, ours
-of the pictures at hand.
+Their network is "normalised": its weights are scaled so that the mean activation of every filter over images and
+positions is 1. ReLU and pooling are positively homogeneous, so features change by a factor only. Gatys et al. take the
+means over ImageNet, this tool over its two input images.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tools.paper.measures import features, read
 VGG_CHANNELS = 512  # of conv4_2
 
 
-def write_normalised(network: NetworkSpec, pictures: Sequence[Path], long_px: int, target: Path) -> Path:
-    """The weights of `network`, every filter scaled to a mean activation of 1 over these pictures."""
+def write_normalised(network: NetworkSpec, images: Sequence[Path], long_px: int, target: Path) -> Path:
+    """Write the weights of `network` with every filter scaled to a mean activation of 1 over these images."""
     assert network.source.path is not None
     means: dict[str, torch.Tensor] = {}
-    for picture in pictures:
-        for name, features_CHW in features(network, read(picture, long_px)).items():
-            means[name] = means.get(name, 0) + features_CHW.mean((1, 2)).double() / len(pictures)
+    for image in images:
+        for name, features_CHW in features(network, read(image, long_px)).items():
+            means[name] = means.get(name, 0) + features_CHW.mean((1, 2)).double() / len(images)
     state = load_state(network.source.path)
     scaled = {key: value for key, value in state.items() if key.startswith("input.")}
     before = torch.ones(3, dtype=torch.float64)
@@ -44,10 +44,10 @@ def write_normalised(network: NetworkSpec, pictures: Sequence[Path], long_px: in
 
 
 def loss_keys(ratio: float, height: int, width: int, layer: str = "conv4_2") -> dict[str, Any]:
-    """The section `loss` that weighs content against style as the papers' α/β does, on a canvas of this size.
+    """The config section `loss` that corresponds to α/β = `ratio` of the paper on a canvas of this size in px.
 
-    Their content loss is a sum over channels and positions, ours a mean: it takes the factor C·M, C being VGG-19's 512
-    also where the network is narrower. Their style loss is ours where content and style have the same size.
+    Their content loss is a sum over channels and positions, ours a mean, hence the factor C·M (C = 512 as in VGG-19,
+    also for narrower networks). Their style loss equals ours if content and style have the same size.
     """
     stride = LAYER_BY_NAME[layer].stride
     positions = (height // stride) * (width // stride)

@@ -1,6 +1,6 @@
-"""Numbers that tell what a picture shows: seams, tiles that drift apart, losses by scale, strength of detail.
+"""Measurements of an image: seams, differences between tiles, losses by scale, strength of detail.
 
-Pictures are (H, W, 3) arrays of 0..255. Axes in names: C channels, H rows, W columns.
+Images are (H, W, 3) arrays of 0..255. Axes in names: C channels, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ STRIP_PX = 32
 
 @dataclass(frozen=True)
 class Seams:
-    """Mean |step| across a line of the picture over that of the lines beside it: on tile borders, and on all other
-    multiples of 16 px, where the lattice of the poolings is; `spread` is the standard deviation of those."""
+    """Mean |step| across a line of the image relative to that of nearby lines.
+
+    `borders`: on tile borders. `lattice`: on all other multiples of 16 px, where the lattice of the poolings is;
+    `spread` is their standard deviation.
+    """
 
     borders: float
     lattice: float
@@ -37,15 +40,15 @@ class Seams:
 
     @property
     def deviations(self) -> float:
-        """By how many standard deviations tile borders stand out from the lattice, each line by itself."""
+        """The number of standard deviations between the tile borders and the lattice."""
         return (self.borders - self.lattice) / self.spread
 
 
-def seams(picture: np.ndarray, tile_px: int) -> Seams:
+def seams(image: np.ndarray, tile_px: int) -> Seams:
     borders: list[float] = []
     others: list[float] = []
     for axis in (0, 1):
-        steps = np.abs(np.diff(picture.astype(np.float64), axis=axis)).mean(axis=(1 - axis, 2))
+        steps = np.abs(np.diff(image.astype(np.float64), axis=axis)).mean(axis=(1 - axis, 2))
         for line in range(ALIGN_PX, len(steps) - 8, ALIGN_PX):  # the step between rows line - 1 and line
             around = np.r_[steps[line - 8 : line - 3], steps[line + 2 : line + 7]]
             (others if line % tile_px else borders).append(float(steps[line - 1] / around.mean()))
@@ -54,9 +57,12 @@ def seams(picture: np.ndarray, tile_px: int) -> Seams:
 
 @dataclass(frozen=True)
 class Drift:
-    """How unlike tiles are. `variance`: of their mean Grams, Σ‖G_t − Ḡ‖² over their number and ‖Ḡ‖², mean over layers.
-    `jump`: relative difference of the mean Grams of two strips side by side, of 32 px, whose common edge is a tile
-    border; `elsewhere` the same where it is the middle of a tile, which is what the picture itself changes."""
+    """Differences between tiles.
+
+    `variance`: of the tiles' mean Grams, Σ‖G_t − Ḡ‖² / (tiles · ‖Ḡ‖²), averaged over layers. `jump`: relative
+    difference of the mean Grams of two adjacent 32-px strips whose common edge is a tile border; `elsewhere`: the same
+    for an edge in the middle of a tile, which measures how much the image itself changes.
+    """
 
     variance: float
     jump: float
@@ -64,7 +70,7 @@ class Drift:
 
 
 def drift(stage: Stage, canvas: str) -> Drift:
-    """Of a canvas in its stage's tiles, always read with their halo."""
+    """Measure a canvas in the tiles of its stage, always read with their halo."""
     height, width = stage.plan.size
     layers = stage.layer_use.style_layers
 
@@ -78,7 +84,7 @@ def drift(stage: Stage, canvas: str) -> Drift:
     tiles = [grams(rect) for rect in full or [tile.inner for tile in stage.tiles]]
     variance = np.mean([_variance([tile[layer] for tile in tiles]) for layer in layers])
     on, off = (
-        np.mean([_difference(grams(one), grams(other), layers) for one, other in _strips(stage, shift)])
+        np.mean([_difference(grams(first), grams(second), layers) for first, second in _strips(stage, shift)])
         for shift in (0, stage.tile_px // 2)
     )
     return Drift(float(variance), float(on), float(off))
@@ -92,11 +98,11 @@ def _variance(grams: Sequence[Gram]) -> float:
     return float(np.mean([np.sum((gram - mean) ** 2) for gram in grams]) / np.sum(mean**2))
 
 
-def _difference(one: dict[str, Gram], other: dict[str, Gram], layers: Sequence[str]) -> float:
+def _difference(first: dict[str, Gram], second: dict[str, Gram], layers: Sequence[str]) -> float:
     return float(
         np.mean(
             [
-                np.linalg.norm(one[layer] - other[layer]) / np.linalg.norm(one[layer] + other[layer]) * 2
+                np.linalg.norm(first[layer] - second[layer]) / np.linalg.norm(first[layer] + second[layer]) * 2
                 for layer in layers
             ]
         )
@@ -104,7 +110,7 @@ def _difference(one: dict[str, Gram], other: dict[str, Gram], layers: Sequence[s
 
 
 def _strips(stage: Stage, shift: int) -> Iterator[tuple[Rect, Rect]]:
-    """Pairs of strips on both sides of each line between tiles, moved by `shift`, one pair per tile's side."""
+    """Pairs of strips on both sides of every tile border, moved by `shift` px: one pair per side of a tile."""
     (height, width), tile_px, strip = stage.plan.size, stage.tile_px, STRIP_PX
     for line in range(shift or tile_px, width - strip, tile_px):
         for start in range(0, height, tile_px):
@@ -117,7 +123,7 @@ def _strips(stage: Stage, shift: int) -> Iterator[tuple[Rect, Rect]]:
 
 
 def read(path: Path, long_px: int | None = None) -> np.ndarray:
-    """A picture, or what it is when reduced to this long side; never enlarged."""
+    """An image as float32, reduced to a long side of `long_px` if it is larger."""
     image = pyvips.Image.new_from_file(str(path)).colourspace("srgb")[:3]
     if long_px is not None and long_px < max(image.width, image.height):
         height, width = fit((image.height, image.width), long_px)
@@ -125,37 +131,37 @@ def read(path: Path, long_px: int | None = None) -> np.ndarray:
     return image.numpy().astype(np.float32)
 
 
-def content_losses(network: NetworkSpec, picture: Path, content: Path, long_px: int) -> dict[str, float]:
-    """‖φ(p) − φ(o)‖²/‖φ(o)‖² of every layer, both pictures reduced to this long side."""
-    found, aim = (features(network, read(path, long_px)) for path in (picture, content))
-    return {name: float((found[name] - aim[name]).square().sum() / aim[name].square().sum()) for name in aim}
+def content_losses(network: NetworkSpec, image: Path, content: Path, long_px: int) -> dict[str, float]:
+    """‖φ(p) − φ(o)‖²/‖φ(o)‖² of every layer, with both images reduced to this long side."""
+    actual, target = (features(network, read(path, long_px)) for path in (image, content))
+    return {name: float((actual[name] - target[name]).square().sum() / target[name].square().sum()) for name in target}
 
 
-def style_losses(network: NetworkSpec, picture: Path, style: Path, long_px: int) -> dict[str, float]:
-    """‖G(p) − G(s)‖²/‖G(s)‖² of every layer, both pictures reduced to this long side."""
-    found, aim = (
-        {name: _mean_gram(one) for name, one in features(network, read(path, long_px)).items()}
-        for path in (picture, style)
+def style_losses(network: NetworkSpec, image: Path, style: Path, long_px: int) -> dict[str, float]:
+    """‖G(p) − G(s)‖²/‖G(s)‖² of every layer, with both images reduced to this long side."""
+    actual, target = (
+        {name: _mean_gram(feature_map) for name, feature_map in features(network, read(path, long_px)).items()}
+        for path in (image, style)
     )
-    return {name: float(np.sum((found[name] - aim[name]) ** 2) / np.sum(aim[name] ** 2)) for name in aim}
+    return {name: float(np.sum((actual[name] - target[name]) ** 2) / np.sum(target[name] ** 2)) for name in target}
 
 
-def features(network: NetworkSpec, picture: np.ndarray) -> dict[str, torch.Tensor]:
+def features(network: NetworkSpec, image: np.ndarray) -> dict[str, torch.Tensor]:
     """(C, H, W) of every layer up to conv5_1."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     whole, names = Rect(0, height, 0, width), set(network.source.widths)
-    pixels_1CHW = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    pixels_1CHW = torch.from_numpy(image).permute(2, 0, 1)[None]
     with torch.no_grad():
-        found = get_network(network).features(pixels_1CHW, whole, (height, width), names, whole)
-        return {one.layer.name: one.features_1CHW[0] for one in found}
+        maps = get_network(network).features(pixels_1CHW, whole, (height, width), names, whole)
+        return {feature.layer.name: feature.features_1CHW[0] for feature in maps}
 
 
 def _mean_gram(features_CHW: torch.Tensor) -> Gram:
     return objective.gram_sum(features_CHW) / features_CHW[0].numel()
 
 
-def detail(picture: np.ndarray, sigma: float = 3.0) -> float:
-    """Root mean square, in levels, of what is finer than a Gaussian of `sigma` px in the picture's brightness."""
-    grey = pyvips.Image.new_from_array(np.ascontiguousarray(picture.mean(axis=2)))
+def detail(image: np.ndarray, sigma: float = 3.0) -> float:
+    """Root mean square, in levels, of the brightness minus its Gaussian blur of `sigma` px."""
+    grey = pyvips.Image.new_from_array(np.ascontiguousarray(image.mean(axis=2)))
     fine = grey.numpy() - grey.gaussblur(sigma, precision="float").numpy()
     return float(np.sqrt(np.mean(fine**2)))

@@ -1,13 +1,13 @@
-"""The paper's check of its section IV: a canvas cut into 1, 4 and 6 parts has the same gradient at every iteration.
+"""The check of the paper's section IV: a canvas cut into 1, 4 and 6 parts has the same gradient at every iteration.
 
 Content 1,024×768 px, style 800×600 px, r0 = 1,024: one stage. The paper's partitions are 2×2 and 3×2 parts of equal
 size; ours are 1, 2×2 and 3×2 square tiles of 1,024, 512 and 384 px, the last of a row or column smaller. Two questions:
 
-same canvas   every partition is given the canvas that the whole image has reached: is its gradient the same?
-own canvas    every partition goes its own way from the first iteration on: how far does rounding take them apart?
+same canvas   every partition receives the canvas of the whole image: is its gradient the same?
+own canvas    every partition iterates on its own canvas: how far do the canvases diverge through rounding?
 
     python -m tools.paper.partition --iterations 10 --dtype float64 --json partition.json
-    python -m tools.paper.partition --iterations 0      # as many as the paper's optimiser makes, at most 100
+    python -m tools.paper.partition --iterations 0      # until the optimiser stops, at most 100
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ from pipeline.executors.threads import ThreadExecutor
 from tools.paper.stages import CONTENT, STYLE, Driven, write_config
 
 TILES_PX = (1024, 512, 384)
-CHUNK_PX = 128  # divides them all
+CHUNK_PX = 128  # divides all tile sizes
 
 
 @dataclass(frozen=True)
 class Row:
-    """One partition at one iteration against the whole image: gradients by the largest and the root mean square
-    difference, each relative to that of the gradient itself, and canvases by their differences in levels of 255."""
+    """One partition compared with the whole image at one iteration.
+
+    Differences of gradients (maximum, root mean square) are relative to the same norm of the whole image's gradient;
+    differences of canvases are in levels of 255.
+    """
 
     iteration: int
     tiles: int
@@ -48,9 +51,9 @@ class Row:
     canvas_mean: float
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-    """(largest, root mean square) difference over that of `expected`."""
-    difference = found - expected
+def relative(actual: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
+    """(maximum, root mean square) of the difference, relative to those of `expected`."""
+    difference = actual - expected
     return (
         float(np.abs(difference).max() / np.abs(expected).max()),
         float(np.sqrt(np.square(difference).mean() / np.square(expected).mean())),
@@ -58,7 +61,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
 
 
 class Partition:
-    """One way to cut the canvas: a stage that follows the whole image's canvas, and one that follows its own."""
+    """One way to cut the canvas: a stage on the whole image's canvas and a stage on its own canvas."""
 
     def __init__(self, folder: Path, values: dict[str, Any], tile_px: int, engine: ThreadExecutor):
         compute = {**values["compute"], "tile_px": tile_px}
@@ -68,7 +71,7 @@ class Partition:
         self.tiles = len(self.own.stage.tiles)
 
     def compare(self, whole: Driven, canvas: np.ndarray, alpha: float | None) -> Row:
-        """The iteration that `whole` has just made, from `canvas`, with its step size."""
+        """Repeat the last iteration of `whole`, from `canvas` with step size `alpha`, and compare."""
         self.following.place(canvas, whole.iteration - 1, alpha)
         self.following.iterate()
         own_canvas = self.own.pixels()
@@ -85,7 +88,7 @@ def _driven(folder: Path, name: str, values: dict[str, Any], engine: ThreadExecu
 
 
 def resized(source: Path, width: int, height: int, target: Path) -> Path:
-    """`source` at exactly this size, cut to its shape around the middle."""
+    """Write `source` at exactly this size, cropped around its centre."""
     image = pyvips.Image.thumbnail(str(source), width, height=height, size="both", crop="centre")
     image.write_to_file(str(target))
     return target
@@ -94,7 +97,7 @@ def resized(source: Path, width: int, height: int, target: Path) -> Path:
 def settings(
     folder: Path, content: Path, style: Path, weights: Path | None, dtype: str, scale: float
 ) -> dict[str, Any]:
-    """The config of configs/paper.yaml on the paper's sizes, times `scale`."""
+    """The settings of configs/paper.yaml at the paper's sizes times `scale`."""
     width, height = (round(side * scale) for side in (1024, 768))
     pixels = resized(content, width, height, folder / "content.png")
     painting = resized(style, round(800 * scale), round(600 * scale), folder / "style.png")
@@ -113,7 +116,7 @@ def settings(
 
 
 def measure(folder: Path, values: dict[str, Any], tiles_px: tuple[int, ...], iterations: int) -> Iterator[list[Row]]:
-    """Gives every partition's row after each iteration; `iterations` 0 goes on to the optimiser's end."""
+    """Yield the rows of all partitions after each iteration; with `iterations` 0 until the optimiser stops."""
     whole_px, *others_px = tiles_px
     with ThreadExecutor(2) as engine:
         compute = {**values["compute"], "tile_px": whole_px}
@@ -138,31 +141,33 @@ def show(rows: list[Row], title: str) -> None:
     Console(width=110).print(table)
     for tiles in sorted({row.tiles for row in rows}):
         same = max(row.same_canvas_max for row in rows if row.tiles == tiles)
-        print(f"{tiles} tiles: largest relative difference of a gradient of the same canvas {same:.2e}")
+        print(f"{tiles} tiles: maximum relative difference of the gradients of the same canvas {same:.2e}")
 
 
 @click.command()
 @click.option("--content", type=click.Path(path_type=Path, exists=True), default=CONTENT, show_default=True)
 @click.option("--style", type=click.Path(path_type=Path, exists=True), default=STYLE, show_default=True)
-@click.option("--weights", type=click.Path(path_type=Path), help="A VGG-19-shaped file; default vgg19-lite.")
-@click.option("--iterations", default=10, show_default=True, help="Iterations compared; 0: all that are made.")
+@click.option("--weights", type=click.Path(path_type=Path), help="VGG-19-shaped weights file; default: vgg19-lite.")
+@click.option("--iterations", default=10, show_default=True, help="Iterations; 0: until the optimiser stops.")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
 @click.option("--scale", default=1.0, show_default=True, help="Factor of all sizes, tiles included; a multiple of 1/8.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
 def main(
     content: Path, style: Path, weights: Path | None, iterations: int, dtype: str, scale: float, json_path: Path | None
 ) -> None:
-    """Print how far the gradients of 4 and of 6 tiles are from that of the whole image, at every iteration."""
+    """Print the distance of the gradients of 4 and 6 tiles from that of the whole image at every iteration."""
     rows: list[Row] = []
     name = weights.name if weights else "vgg19-lite"
     with tempfile.TemporaryDirectory() as folder:
         values = settings(Path(folder), content, style, weights, dtype, scale)
-        for found in measure(Path(folder), values, tuple(round(side * scale) for side in TILES_PX), iterations):
-            rows += found
-            if json_path:  # at once: a long comparison that is broken off has said something
+        for iteration_rows in measure(
+            Path(folder), values, tuple(round(side * scale) for side in TILES_PX), iterations
+        ):
+            rows += iteration_rows
+            if json_path:  # after every iteration, so that an interrupted comparison leaves its figures
                 figures = {"weights": name, "dtype": dtype, "scale": scale, "rows": [asdict(row) for row in rows]}
                 json_path.write_text(json.dumps(figures, indent=2), encoding="utf-8")
-    show(rows, f"{content.name} in the style of {style.name}, {name}, {dtype}: against one tile, relative")
+    show(rows, f"{content.name} in the style of {style.name}, {name}, {dtype}: relative to one tile")
 
 
 if __name__ == "__main__":

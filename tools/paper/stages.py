@@ -1,7 +1,7 @@
-"""Stages of a run, driven one iteration at a time: what the paper's experiments read, or change, between two of them.
+"""Stages of a run, driven one iteration at a time, so that experiments can read or change the state in between.
 
-They are the product's own stages: its preparation, passes, Adam and store. Only journal and resume are left out.
-Arrays are (H, W, 3), rows down; pixels and gradients as the store keeps them.
+They use the program's own preparation, passes, Adam and store, without journal and resume. Arrays are (H, W, 3), rows
+down, with pixels and gradients as they are stored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CONTENT, STYLE = SAMPLES / "landscape.jpg", SAMPLES / "strokes.jpg"
 
 
 def write_config(folder: Path, name: str, values: Mapping[str, Any]) -> Config:
-    """The config of a run called `name` that lives in `folder`, written there as a file and read back."""
+    """Write the config of a run called `name` to `folder` and load it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({"output": f"{name}.png", **values}, sort_keys=False), encoding="utf-8")
@@ -42,12 +42,12 @@ def write_config(folder: Path, name: str, values: Mapping[str, Any]) -> Config:
 
 
 class Driven:
-    """One stage of the run of `config`, prepared anew in its work_dir and iterated by hand."""
+    """One stage of the run of `config`, prepared in its work_dir and iterated by the caller."""
 
     def __init__(
         self, config: Config, plan: StagePlan, engine: ThreadExecutor, previous: store.StageArray | None = None
     ):
-        """`previous`: the canvas of the stage before. Tiles are of the config's compute.tile_px, which must be set."""
+        """`previous`: the canvas of the previous stage. The config must set compute.tile_px."""
         config = config.for_stage(max(plan.size))
         weights = find_weights(config.network.name, config.network.weights, config.seed)
         spec = NetworkSpec(
@@ -75,35 +75,35 @@ class Driven:
         self.iteration, self.alpha, self._iterations = 0, None, Iterations(self.stage, self._energies)
 
     def iterate(self, one_more: Callable[[IterationResult], bool] = lambda _: False) -> IterationResult:
-        """Do the next iteration. `one_more`: whether it is followed by another, whose Gram pass may begin already."""
-        found: list[IterationResult] = []
+        """Run the next iteration. `one_more`: whether another follows, whose Gram pass may start early."""
+        results: list[IterationResult] = []
 
         def commit(result: IterationResult) -> bool:
-            found.append(result)
+            results.append(result)
             return one_more(result)
 
         self._iterations.iterate(self.iteration, self.alpha, self.checksums, commit)
-        (result,) = found
+        (result,) = results
         self.checksums |= result.checksums
         self.alpha, self.iteration = result.alpha or None, self.iteration + 1
         return result
 
     def to_its_end(self) -> Iterator[IterationResult]:
-        """Iterate until the config's optimizer ends the stage; gives what each iteration measured."""
+        """Iterate until the config's optimizer ends the stage; yields the result of each iteration."""
         settings = self.stage.config.optimizer
 
-        def goes_on(result: IterationResult) -> bool:
+        def continues(result: IterationResult) -> bool:
             return result.stepped and result.mean_abs_u >= settings.stop_condition
 
         while self.iteration < settings.max_iterations:
-            result = self.iterate(goes_on)
+            result = self.iterate(continues)
             yield result
-            if not goes_on(result):
+            if not continues(result):
                 return
 
     @property
     def canvas(self) -> store.StageArray:
-        """What the next iteration reads."""
+        """The canvas that the next iteration reads."""
         return store.open_array(self.stage.stage_dir, f"canvas_{self.iteration % 2}")
 
     def pixels(self) -> np.ndarray:
@@ -115,14 +115,14 @@ class Driven:
         return store.open_array(self.stage.stage_dir, GRADIENT).read_window(self._whole)
 
     def place(self, pixels: np.ndarray, iteration: int, alpha: float | None) -> None:
-        """Let the next iteration be this one, of a canvas that came about elsewhere."""
+        """Continue at `iteration` from a canvas that was computed elsewhere."""
         self.iteration, self.alpha = iteration, alpha
         array = self.canvas
         self.checksums[array.path.name] = array.packed(array.write_window(self._whole, pixels))
-        for moment in ("m", "v"):  # whatever they are: the gradient does not depend on them
+        for moment in ("m", "v"):  # any values will do: the gradient does not depend on them
             zeros = store.open_array(self.stage.stage_dir, f"{moment}_{iteration % 2}")
             self.checksums[zeros.path.name] = zeros.packed(zeros.write_window(self._whole, np.zeros_like(pixels)))
-        self._iterations = Iterations(self.stage, self._energies)  # what is known ahead is of another canvas
+        self._iterations = Iterations(self.stage, self._energies)  # discards the Gram sums of the old canvas
 
     @property
     def _whole(self) -> Rect:

@@ -1,10 +1,10 @@
-"""Fig. 9's wrong ways to render in tiles, beside the right one: the product's own passes, given other specs.
+"""The wrong ways to render in tiles of the paper's Fig. 9: the program's own passes with modified specs.
 
-no halo          a tile is read without its neighbours' pixels, and padded on all sides as if it were a picture
-own Grams        a tile is pulled by the difference between its own Gram matrices and the style's, as if it were one
+no halo          a tile is read without its neighbours' pixels and padded on all sides, as if it were an image
+own Grams        a tile is optimised with its own Gram matrices, as if it were an image
 
-The paper's Fig. 9(c) has both faults, 9(d) the second, 9(e) none. No config can ask for this: what is wrong lives
-here, in tasks that take the place of the product's.
+Fig. 9(c) has both faults, 9(d) the second, 9(e) none. No config can produce them: the faults are implemented here, in
+tasks that replace the program's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Task = Callable[[Any], Any]
 
 
 class OtherTasks(ThreadExecutor):
-    """An executor that runs other tasks in the place of some of the product's."""
+    """An executor that replaces some of the program's tasks."""
 
     def __init__(self, tiles: int, tasks: Mapping[Task, Task]):
         super().__init__(tiles)
@@ -53,14 +53,14 @@ class OtherTasks(ThreadExecutor):
 
 @dataclass(frozen=True)
 class Faults:
-    """What is wrong with the tiles of a run of `config`; of the style's images nothing is."""
+    """The faults of the tiles of a run of `config`; the passes over style images are correct."""
 
     config: Config
     halo: bool
     whole_grams: bool
 
     def engine(self, workers: int) -> ThreadExecutor:
-        """An executor whose tiles are at fault."""
+        """An executor whose tile tasks have these faults."""
         return OtherTasks(workers, {tile_tasks.gram_task: self.gram, tile_tasks.gradient_task: self.gradient})
 
     def gram(self, spec: tile_tasks.GramSpec) -> dict[str, Gram]:
@@ -75,12 +75,12 @@ class Faults:
         if self.halo:
             return tile_tasks.gradient_task(spec)
         alone = _alone(self.config, spec)
-        found = tile_tasks.gradient_task(alone)
+        result = tile_tasks.gradient_task(alone)
         values = store.open_array(alone.stage_dir, GRADIENT).read_window(alone.tile.inner)
-        return replace(found, sums=store.open_array(spec.stage_dir, GRADIENT).write_window(spec.tile.inner, values))
+        return replace(result, sums=store.open_array(spec.stage_dir, GRADIENT).write_window(spec.tile.inner, values))
 
     def _own_seeds(self, spec: tile_tasks.GradientSpec) -> dict[str, Gram]:
-        """The seeds of a tile that knows no Gram matrices but its own."""
+        """The seeds of a tile from its own Gram matrices only."""
         layers, inner, loss = tuple(spec.style_seeds_CC), spec.tile.inner, self.config.loss
         sums = self.gram(
             tile_tasks.GramSpec(spec.stage_dir, spec.array, spec.tile, spec.network, spec.checksums, layers)
@@ -100,7 +100,7 @@ class Faults:
 
 
 def _alone(config: Config, spec: Any) -> Any:
-    """`spec` for its tile's inner rectangle as a picture of its own, in a folder of its own."""
+    """`spec` for the tile's inner rectangle as an image of its own, in a folder of its own."""
     inner, folder = spec.tile.inner, spec.stage_dir / f"alone_{spec.tile.index}"
     tile = Tile(spec.tile.index, Rect(0, inner.height, 0, inner.width), inner.height, inner.width)
     if not folder.exists():
@@ -111,7 +111,7 @@ def _alone(config: Config, spec: Any) -> Any:
 
 
 def _make_alone(config: Config, spec: Any, tile: Tile) -> None:
-    """The arrays that the passes read and write, and the features of this part of the content by itself."""
+    """Create the arrays that the passes use, and compute the features of this part of the content alone."""
     folder, layers = spec.stage_dir / f"alone_{tile.index}", tuple(config.network.content_layers)
     store.create_stage(folder)
     arrays = arrays_of(config, (tile.height, tile.width), layers_in_use(config, spec.network.source.widths), RGB8)

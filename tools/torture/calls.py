@@ -1,10 +1,10 @@
-"""Kill a small run at every call by which it changes a file, one after another, and see that it always ends the same.
+"""Kill a small run at every system call that changes a file, and check that it resumes with the same bytes.
 
-First an unbroken run is watched and its calls are listed. Then, for each of them, a new run is killed (SIGKILL) just
-before it, and for writes once more in its middle; it is started again, and must end with the bytes of the unbroken one.
-With --twice the second start is killed too, at a random call. Calls are told apart by name, file and occurrence, so
-that it does not matter which thread makes them when; of the second and later variants, only those are killed at that no
-variant before has had. With --besides a variant counts as done, in another process. Needs Linux on x86-64.
+The tool lists the calls of an unbroken run. For each call it kills a new run (SIGKILL) just before the call, and writes
+also in their middle. It starts the run again and compares its files with those of the unbroken run. `--twice` also
+kills the second start, at a random call. Calls are identified by name, file and occurrence, independently of the thread
+that makes them. Later variants are killed only at calls that no earlier variant has; `--besides` names variants whose
+calls were tested by another process. Needs Linux on x86-64.
 
     python -m tools.torture.calls --variant tiff --variant deepzoom --jobs 2
 """
@@ -32,7 +32,7 @@ from tests.support.torture import VARIANTS, Score, Target, Unbroken, kill_at, ta
 
 @dataclass(frozen=True)
 class Torture:
-    """One variant of the run, and where it is broken again and again."""
+    """One variant of the run and the calls of its unbroken run."""
 
     folder: Path
     variant: str
@@ -40,7 +40,7 @@ class Torture:
     unbroken: Unbroken
 
     def at(self, nursery: Nursery, target: Target, seed: int) -> Score:
-        """Kill at the target; what went wrong is left for a look."""
+        """Kill at the target and resume; a run with problems is kept for inspection."""
         config = write_variant(self.folder / f"{self.variant}_{seed}", self.variant)
         again = random.Random(seed).randrange(1, len(self.unbroken.calls)) if self.twice else 0
         score = kill_at(nursery, config, target, self.unbroken, again)
@@ -62,7 +62,7 @@ def run_all(torture: Torture, targets: list[Target], nurseries: list[Nursery]) -
 
 
 def show(console: Console, variant: str, scores: list[tuple[Target, Score]], seconds: float) -> bool:
-    """Print a table of the calls; whether all went well."""
+    """Print a table of the calls; returns whether every run recovered."""
     table = Table(title=f"{variant}: {len(scores)} calls in {seconds / 60:.0f} min")
     for column in ("system call", "killed at", "recovered", "not reached"):
         table.add_column(column, justify="right")
@@ -70,8 +70,8 @@ def show(console: Console, variant: str, scores: list[tuple[Target, Score]], sec
     for name in (*names, "all"):
         of_name = [score for target, score in scores if name in (target.call.name, "all")]
         killed = [score for score in of_name if score.kills]
-        well = sum(not score.problems for score in killed)
-        table.add_row(name, str(len(killed)), str(well), str(len(of_name) - len(killed)))
+        recovered = sum(not score.problems for score in killed)
+        table.add_row(name, str(len(killed)), str(recovered), str(len(of_name) - len(killed)))
     console.print(table)
     for target, score in scores:
         if score.problems:
@@ -83,13 +83,15 @@ def show(console: Console, variant: str, scores: list[tuple[Target, Score]], sec
 
 @click.command()
 @click.option("--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)), default=list(VARIANTS))
-@click.option("--besides", "others", multiple=True, type=click.Choice(list(VARIANTS)), help="Leave its calls out.")
-@click.option("--jobs", default=2, show_default=True, help="Runs at the same time.")
-@click.option("--every", default=1, show_default=True, help="Kill only at every so many calls.")
-@click.option("--twice", is_flag=True, help="Kill the second start too.")
+@click.option(
+    "--besides", "others", multiple=True, type=click.Choice(list(VARIANTS)), help="Skip this variant's calls."
+)
+@click.option("--jobs", default=2, show_default=True, help="Concurrent runs.")
+@click.option("--every", default=1, show_default=True, help="Kill only at every N-th call.")
+@click.option("--twice", is_flag=True, help="Also kill the second start.")
 def main(variants: tuple[str, ...], others: tuple[str, ...], jobs: int, every: int, twice: bool) -> None:
-    """Kill at every file operation; exit 1 if a run did not recover."""
-    well, known = True, set[Target]()
+    """Kill at every file operation; exit with 1 if a run does not recover."""
+    all_recovered, known = True, set[Target]()
     with tempfile.TemporaryDirectory() as name:
         nurseries = [Nursery(Path(tempfile.mkdtemp(dir=name))) for _ in range(jobs)]
         for variant in others:
@@ -101,10 +103,10 @@ def main(variants: tuple[str, ...], others: tuple[str, ...], jobs: int, every: i
             targets = [target for target in targets_of(unbroken.calls) if target not in known]
             scores = list(run_all(torture, targets[::every], nurseries))
             known |= {target for target, score in scores if score.kills}
-            well &= show(Console(), variant, scores, time.monotonic() - started)
+            all_recovered &= show(Console(), variant, scores, time.monotonic() - started)
         for nursery in nurseries:
             nursery.close()
-    sys.exit(not well)
+    sys.exit(not all_recovered)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Give the program thousands of wrong configs, pictures and weights, and see that each is refused in a line or works.
+"""Feed thousands of malformed configs, images and weights to the program, and check that it works or refuses cleanly.
 
-Every case goes through the command line's own entry point, in one of a few processes that live long, with a limit on
-the memory that it may take on top, and on time. Whatever the case is, it must end with exit 0 and a plan, or with 2 or
-3 and an error of one line (a config's: a line per problem), and with nothing else on stderr. What ends otherwise is
-kept, with what was said.
+Every case runs through the command line's entry point in one of a few long-lived processes, with limits on additional
+memory and on time. A case must end with exit code 0 and a plan, or with 2 or 3 and a one-line error (for a config one
+line per problem), and print nothing else to stderr. Cases that fail are kept together with their output.
 
     python -m tools.torture.fuzz --cases 12000 --jobs 2 --keep failures --json fuzz.json
 """
@@ -42,12 +41,12 @@ KINDS: dict[str, Callable[[random.Random, int], Iterator[Case]]] = {
     "picture": image_cases,
     "weights": weights_cases,
 }
-# On top of what a worker has when a case begins. `limits.max_decode_bytes` of the cases is a quarter of it.
+# Additional memory that a case may use; `limits.max_decode_bytes` of the cases is a quarter of it.
 MEMORY_BYTES = 2**30
 CPU_S = 20.0
-# Of the clock, for a case that waits for something: the machine may be busy with other things.
+# Elapsed time, generous because the machine may be busy.
 WALL_S = 180.0
-# Networks and shapes of weights are kept per process.
+# Workers are restarted, because every process caches networks and shapes of weights.
 CASES_PER_WORKER = 400
 PROBLEM = re.compile(r"(.+:[1-9]\d*:[1-9]\d*|--set .*?): \S.*")
 USAGE = re.compile(r"Usage: .*\nTry '.*' for help\.\n\nError: .*\n")
@@ -55,7 +54,7 @@ USAGE = re.compile(r"Usage: .*\nTry '.*' for help\.\n\nError: .*\n")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended, and what is wrong with that; "" if nothing is."""
+    """How a command ended; `wrong`: the reason why that is a failure, or ""."""
 
     code: int | None
     out: str
@@ -66,24 +65,24 @@ class Outcome:
 
 
 def cases(kind: str, count: int, number: int) -> Iterator[Case]:
-    """`count` cases of a kind, at most."""
+    """At most `count` cases of a kind."""
     return KINDS[kind](random.Random(f"{kind} {number}"), count)
 
 
 def judged(outcome: Outcome, kind: str) -> str:
-    """What is wrong with the way a command ended."""
+    """The reason why an outcome is a failure, or ""."""
     if outcome.code not in (0, 2, 3):
         return f"exit code {outcome.code}"
     if outcome.cpu_s > CPU_S:
         return f"{outcome.cpu_s:.0f} s"
     if outcome.code == 0:
-        return "words on stderr" if outcome.err else ""
-    fine = USAGE.fullmatch(outcome.err) if outcome.code == 2 else tells_problems(outcome.err, kind)
-    return "" if fine and not outcome.out else "not told as it should be"
+        return "output on stderr" if outcome.err else ""
+    well_formed = USAGE.fullmatch(outcome.err) if outcome.code == 2 else is_error_message(outcome.err, kind)
+    return "" if well_formed and not outcome.out else "malformed error message"
 
 
-def tells_problems(err: str, kind: str) -> bool:
-    """Whether this is an error of one line, or of a line for each problem of a config, and nothing else."""
+def is_error_message(err: str, kind: str) -> bool:
+    """Whether the text is a one-line error, or one line per problem of a config, and nothing else."""
     if not all(char == "\n" or char.isprintable() or char in "\u2028\u202e\ufeff\ufffd" for char in err):
         return False
     if re.fullmatch(r"pipeline: error: .+\n", err):
@@ -97,10 +96,10 @@ def tells_problems(err: str, kind: str) -> bool:
 
 
 def serve(connection: Any, folder: str) -> None:
-    """Run the cases that come, until None comes."""
+    """Run the cases from `connection` until None arrives."""
     import torch  # noqa: PLC0415
 
-    from pipeline.cli import app  # noqa: PLC0415 - here, so that the process that asks stays small
+    from pipeline.cli import app  # noqa: PLC0415 - keeps the parent process small
 
     torch.set_num_threads(1)
     os.chdir(folder)
@@ -112,7 +111,7 @@ def serve(connection: Any, folder: str) -> None:
 
 
 def run_case(case: Case, main: Callable[[], Any]) -> Outcome:
-    """The outcome of a case's command, or of the run after it if that follows."""
+    """The outcome of a case's command, or of the run that follows it."""
     for path in Path().iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     for name, data in case.files.items():
@@ -126,11 +125,11 @@ def run_case(case: Case, main: Callable[[], Any]) -> Outcome:
 def run_command(argv: Iterable[str], main: Callable[[], Any], kind: str) -> Outcome:
     sys.argv = ["pipeline", *argv]
     process = psutil.Process()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory is counted from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
     before, started = process.memory_info().rss, time.process_time()
     code: int | None = None
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        kept = [os.dup(1), os.dup(2)]
+        saved = [os.dup(1), os.dup(2)]
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -143,18 +142,18 @@ def run_command(argv: Iterable[str], main: Callable[[], Any], kind: str) -> Outc
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
             sys.stdout.flush()
             sys.stderr.flush()
-            for number, descriptor in enumerate(kept, start=1):
+            for number, descriptor in enumerate(saved, start=1):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
         texts = [read(file) for file in (out, err)]
     grown = peak_bytes() - before
     outcome = Outcome(code, texts[0], texts[1], time.process_time() - started, grown)
-    told = progress_left_out(outcome) if kind.endswith("run") else outcome
-    return Outcome(**{**asdict(outcome), "wrong": judged(told, kind)})
+    relevant = without_events(outcome) if kind.endswith("run") else outcome
+    return Outcome(**{**asdict(outcome), "wrong": judged(relevant, kind)})
 
 
-def progress_left_out(outcome: Outcome) -> Outcome:
-    """A run tells what it does on stderr: what is judged is how it ends."""
+def without_events(outcome: Outcome) -> Outcome:
+    """The outcome without the event lines that a run prints to stderr."""
     lines = [line for line in outcome.err.splitlines(keepends=True) if not line.startswith('{"event": ')]
     return Outcome(**{**asdict(outcome), "err": "".join(lines)})
 
@@ -177,11 +176,11 @@ def peak_bytes() -> int:
     return 1024 * status_kb("VmHWM")
 
 
-# --- in the process that asks ---
+# --- in the parent process ---
 
 
 class Worker:
-    """A process that runs cases, started anew where one has ended or hung."""
+    """A process that runs cases; it is restarted when it dies or hangs."""
 
     def __init__(self) -> None:
         self._context = mp.get_context("spawn")
@@ -211,7 +210,7 @@ class Worker:
         self._process = self._context.Process(target=serve, args=(theirs, self._folder), daemon=True)
         self._process.start()
         theirs.close()
-        assert self._connection.recv() == "ready"  # importing may take its time, and is no case's
+        assert self._connection.recv() == "ready"  # the time of imports does not count
 
     def _end(self) -> None:
         if self._process is not None:
@@ -227,13 +226,13 @@ class Worker:
 
 @dataclass
 class Tally:
-    """What became of the cases of one kind."""
+    """Statistics of the cases of one kind."""
 
     cases: int = 0
     codes: Counter[str] | None = None
     cpu_s: float = 0.0
     slowest_s: float = 0.0
-    most_bytes: int = 0
+    peak_bytes: int = 0
     failures: int = 0
 
     def add(self, outcome: Outcome) -> None:
@@ -242,21 +241,23 @@ class Tally:
         self.cases += 1
         self.cpu_s += outcome.cpu_s
         self.slowest_s = max(self.slowest_s, outcome.cpu_s)
-        self.most_bytes = max(self.most_bytes, outcome.grown_bytes)
+        self.peak_bytes = max(self.peak_bytes, outcome.grown_bytes)
         self.failures += bool(outcome.wrong)
 
 
-Told = Callable[[Case, Outcome], None]
+OnFailure = Callable[[Case, Outcome], None]
 
 
-def fuzz(wanted: dict[str, int], number: int, jobs: int, tell: Told = lambda case, outcome: None) -> dict[str, Tally]:
-    """Run `wanted` cases of every kind; `tell` hears of every one that ends as it must not."""
-    tallies = {kind: Tally() for kind in wanted}
-    stream = chain.from_iterable(cases(kind, count, number) for kind, count in wanted.items())
+def fuzz(
+    counts: dict[str, int], number: int, jobs: int, on_failure: OnFailure = lambda case, outcome: None
+) -> dict[str, Tally]:
+    """Run `counts` cases of every kind; `on_failure` is called with every failure."""
+    tallies = {kind: Tally() for kind in counts}
+    stream = chain.from_iterable(cases(kind, count, number) for kind, count in counts.items())
     workers = [Worker() for _ in range(jobs)]
     free = list(workers)
 
-    def one(case: Case) -> tuple[Case, Outcome]:
+    def run_one(case: Case) -> tuple[Case, Outcome]:
         worker = free.pop()
         try:
             return case, worker.run(case)
@@ -265,10 +266,10 @@ def fuzz(wanted: dict[str, int], number: int, jobs: int, tell: Told = lambda cas
 
     try:
         with ThreadPoolExecutor(jobs) as pool:
-            for case, outcome in in_order(pool, one, stream, 4 * jobs):
+            for case, outcome in in_order(pool, run_one, stream, 4 * jobs):
                 tallies[case.kind].add(outcome)
                 if outcome.wrong:
-                    tell(case, outcome)
+                    on_failure(case, outcome)
     finally:
         for worker in workers:
             worker.close()
@@ -276,47 +277,49 @@ def fuzz(wanted: dict[str, int], number: int, jobs: int, tell: Told = lambda cas
 
 
 def in_order(
-    pool: ThreadPoolExecutor, one: Callable[[Case], tuple[Case, Outcome]], stream: Iterator[Case], ahead: int
+    pool: ThreadPoolExecutor, run_one: Callable[[Case], tuple[Case, Outcome]], stream: Iterator[Case], ahead: int
 ) -> Iterator[tuple[Case, Outcome]]:
-    """As pool.map, but with no more than `ahead` cases in memory: some have megabytes."""
-    waiting = deque(pool.submit(one, case) for case in islice(stream, ahead))
+    """Like pool.map, with at most `ahead` cases in memory, because some have megabytes."""
+    waiting = deque(pool.submit(run_one, case) for case in islice(stream, ahead))
     while waiting:
         yield waiting.popleft().result()
-        waiting.extend(pool.submit(one, case) for case in islice(stream, 1))
+        waiting.extend(pool.submit(run_one, case) for case in islice(stream, 1))
 
 
 def keep(folder: Path, index: int, case: Case, outcome: Outcome) -> None:
-    """The files of a case, its command, and what it said."""
+    """Write the files of a failed case, its command and its output to a folder."""
     place = folder / f"{index:04d} {case.kind}"
     place.mkdir(parents=True, exist_ok=True)
     for name, data in case.files.items():
         (place / name).write_bytes(data)
-    said = f"{' '.join(case.argv)}\nthen run: {case.then_run}\nwrong: {outcome.wrong}\nexit: {outcome.code}\n"
-    (place / "said.txt").write_text(said + f"\n--- stderr\n{outcome.err}\n--- stdout\n{outcome.out}", encoding="utf-8")
+    report = f"{' '.join(case.argv)}\nthen run: {case.then_run}\nwrong: {outcome.wrong}\nexit: {outcome.code}\n"
+    (place / "report.txt").write_text(
+        report + f"\n--- stderr\n{outcome.err}\n--- stdout\n{outcome.out}", encoding="utf-8"
+    )
 
 
 @click.command(help=__doc__)
-@click.option("--cases", "count", default=12_000, show_default=True, help="Of all kinds together.")
+@click.option("--cases", "count", default=12_000, show_default=True, help="Cases of all kinds together.")
 @click.option("--seed", "number", default=0, show_default=True)
 @click.option("--jobs", default=2, show_default=True)
-@click.option("--kind", "kinds", type=click.Choice(sorted(KINDS)), multiple=True, help="Only these.")
-@click.option("--keep", "folder", type=click.Path(path_type=Path), help="Where failing cases are kept.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the figures are written.")
+@click.option("--kind", "kinds", type=click.Choice(sorted(KINDS)), multiple=True, help="Run only this kind.")
+@click.option("--keep", "folder", type=click.Path(path_type=Path), help="Keep failed cases in this folder.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
 def main(
     count: int, number: int, jobs: int, kinds: tuple[str, ...], folder: Path | None, json_path: Path | None
 ) -> None:
-    """See the module."""
+    """Run the cases; exit with 1 if one fails."""
     os.environ["OMP_NUM_THREADS"] = "1"
     chosen = kinds or tuple(KINDS)
-    kept: list[str] = []
+    failures: list[str] = []
 
-    def tell(case: Case, outcome: Outcome) -> None:
+    def on_failure(case: Case, outcome: Outcome) -> None:
         print(f"{case.kind}: {outcome.wrong}: {outcome.err.strip()[-300:]}", flush=True)
         if folder:
-            keep(folder, len(kept), case, outcome)
-        kept.append(outcome.wrong)
+            keep(folder, len(failures), case, outcome)
+        failures.append(outcome.wrong)
 
-    tallies = fuzz(dict.fromkeys(chosen, count // len(chosen)), number, jobs, tell)
+    tallies = fuzz(dict.fromkeys(chosen, count // len(chosen)), number, jobs, on_failure)
     table = Table(box=None)
     for column in (
         "kind",
@@ -327,7 +330,7 @@ def main(
         "other",
         "CPU s",
         "slowest s",
-        "MB on top",
+        "extra MB",
         "failures",
     ):
         table.add_column(column, justify="right")
@@ -335,12 +338,14 @@ def main(
         codes = tally.codes or Counter()
         known = [codes[code] for code in ("0", "2", "3")]
         figures = [tally.cases, *known, tally.cases - sum(known), round(tally.cpu_s), round(tally.slowest_s, 2)]
-        table.add_row(kind, *map(str, figures), f"{tally.most_bytes / 1e6:.0f}", str(tally.failures))
+        table.add_row(kind, *map(str, figures), f"{tally.peak_bytes / 1e6:.0f}", str(tally.failures))
     Console().print(table)
     if json_path:
-        found = {kind: {**asdict(tally), "codes": dict(tally.codes or {})} for kind, tally in tallies.items()}
-        json_path.write_text(json.dumps({"seed": number, "kinds": found, "failures": kept}, indent=2), encoding="utf-8")
-    sys.exit(bool(kept))
+        kinds_json = {kind: {**asdict(tally), "codes": dict(tally.codes or {})} for kind, tally in tallies.items()}
+        json_path.write_text(
+            json.dumps({"seed": number, "kinds": kinds_json, "failures": failures}, indent=2), encoding="utf-8"
+        )
+    sys.exit(bool(failures))
 
 
 if __name__ == "__main__":

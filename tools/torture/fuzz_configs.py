@@ -1,4 +1,4 @@
-"""Configs as people mistype them, and as nobody should write them: other text, other bytes, other values."""
+"""Malformed configs: changed text, changed bytes, and unusual or invalid values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pipeline.config.config import Config
 from pipeline.config.template import template
 from pipeline.core.vgg_layers import CONV_NAMES
-from tools.torture.fuzz_files import BYTES, SMALL, Case, pictures
+from tools.torture.fuzz_files import BYTES, SMALL, Case, sample_images
 
 # --- text ---
 
@@ -63,7 +63,7 @@ WORDS = [
 ]
 
 
-# SMALL's, and the template's.
+# The image names of SMALL and of the template.
 IMAGES = ("content.png", "style.png", "content.jpg", "style.jpg")
 
 
@@ -86,8 +86,8 @@ def change_text(rng: random.Random, text: str) -> str:
 
 
 def yaml_cases(rng: random.Random, count: int) -> Iterator[Case]:
-    """Configs that were right, with other text or other bytes in them."""
-    image = pictures()["png"]
+    """Valid configs with changed text or bytes."""
+    image = sample_images()["png"]
     bases = [yaml.safe_dump(SMALL), template(), yaml.safe_dump(SMALL, default_flow_style=True)]
     for _ in range(count):
         text = rng.choice(bases)
@@ -136,36 +136,36 @@ def anything() -> st.SearchStrategy[Any]:
 
 
 def fitting(annotation: Any, marks: Sequence[object] = ()) -> st.SearchStrategy[Any]:
-    """Values of the kind that a field takes: within its bounds, at them, and beyond."""
+    """Values of a field's type: within, at and beyond its bounds."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        found = fitting(inner[0], [*marks, *inner[1:]])
+        strategy = fitting(inner[0], [*marks, *inner[1:]])
     elif origin is Literal:
-        found = st.sampled_from(inner)
+        strategy = st.sampled_from(inner)
     elif origin is dict:
-        found = st.dictionaries(st.sampled_from([*CONV_NAMES]), st.floats(0, 1e12), max_size=16)
+        strategy = st.dictionaries(st.sampled_from([*CONV_NAMES]), st.floats(0, 1e12), max_size=16)
     elif inner:  # a union
-        found = st.one_of(*map(fitting, inner))
+        strategy = st.one_of(*map(fitting, inner))
     elif annotation in (int, float):
-        found = bounded(annotation, marks)
+        strategy = bounded(annotation, marks)
     else:
-        found = {type(None): st.none(), bool: st.booleans()}.get(annotation, NAMES)
-    return found
+        strategy = {type(None): st.none(), bool: st.booleans()}.get(annotation, NAMES)
+    return strategy
 
 
 NAMES = st.sampled_from(["content.png", "style.jpg", "out.tif", "out.zarr", "out.dz", "out.jpg", "cpu", "auto", *NASTY])
 
 
 def bounded(kind: type[int] | type[float], marks: Sequence[object]) -> st.SearchStrategy[Any]:
-    """Numbers of a field with these bounds."""
-    inside = {name: value for mark in flat(marks) for name, value in bounds_of(mark)}
-    least = inside.get("ge", inside.get("gt", 0))
-    most = inside.get("le", inside.get("lt", least + 2**40))
-    step = inside.get("multiple_of", 1)
-    edges = st.sampled_from([least - step, least, least + step, most - step, most, most + step, 2 * most])
+    """Numbers for a field with these bounds."""
+    limits = {name: value for mark in flat(marks) for name, value in bounds_of(mark)}
+    low = limits.get("ge", limits.get("gt", 0))
+    high = limits.get("le", limits.get("lt", low + 2**40))
+    step = limits.get("multiple_of", 1)
+    edges = st.sampled_from([low - step, low, low + step, high - step, high, high + step, 2 * high])
     if kind is float:
-        return st.floats(least, min(most, 1e9)) | st.floats(least, least + 1) | edges
-    small = st.integers(-(-least // step), min(most // step, least // step + 2**12)).map(lambda n: n * step)
+        return st.floats(low, min(high, 1e9)) | st.floats(low, low + 1) | edges
+    small = st.integers(-(-low // step), min(high // step, low // step + 2**12)).map(lambda n: n * step)
     powers = st.integers(0, 60).map(lambda n: 2**n)
     return small | small | powers | edges
 
@@ -182,7 +182,7 @@ def bounds_of(mark: object) -> Iterator[tuple[str, Any]]:
 def leaves(
     model: type[BaseModel], start: tuple[str | int, ...] = ()
 ) -> Iterator[tuple[tuple[str | int, ...], FieldInfo]]:
-    """Every setting that is no section, under the way to it; of the list of styles the first entry's."""
+    """(path, field) of every setting that is not a section; for the list of styles those of its first entry."""
     for name, field in model.model_fields.items():
         kind, inner = field.annotation, get_args(field.annotation)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -197,17 +197,17 @@ Setting = tuple[tuple[str | int, ...], Any]
 
 
 def a_setting() -> st.SearchStrategy[Setting]:
-    """A key and a value: of ten, eight of the key's own kind."""
+    """A key and a value; eight of ten values have the key's type."""
     known = list(leaves(Config))
-    right = [st.tuples(st.just(way), fitting(field.annotation, field.metadata)) for way, field in known]
-    ways = st.sampled_from([way for way, _ in known] + [(name,) for name in (*Config.model_fields, "sise")])
-    wrong = st.tuples(ways, anything())
+    right = [st.tuples(st.just(path), fitting(field.annotation, field.metadata)) for path, field in known]
+    paths = st.sampled_from([path for path, _ in known] + [(name,) for name in (*Config.model_fields, "sise")])
+    wrong = st.tuples(paths, anything())
     return st.integers(0, 9).flatmap(lambda n: wrong if n > 7 else st.one_of(right))
 
 
-def put(data: Any, way: tuple[str | int, ...], value: Any) -> None:
-    """Set a value in a config, where the way to it is still there."""
-    *parents, last = way
+def put(data: Any, path: tuple[str | int, ...], value: Any) -> None:
+    """Set a value in a config if its parents still exist."""
+    *parents, last = path
     for part in parents:
         if isinstance(data, dict) and isinstance(part, str):
             data = data.setdefault(part, {})
@@ -218,30 +218,30 @@ def put(data: Any, way: tuple[str | int, ...], value: Any) -> None:
 
 
 def with_settings(some: list[Setting]) -> dict[str, Any]:
-    """SMALL with these values put into it."""
+    """SMALL with these settings."""
     config = copy.deepcopy(SMALL)
-    for way, value in some:
-        put(config, way, value)
+    for path, value in some:
+        put(config, path, value)
     return config
 
 
 def as_text(setting: Setting) -> str:
-    """A setting as it is given on the command line."""
-    way, value = setting
+    """A setting in the form of the command line."""
+    path, value = setting
     text = yaml.safe_dump([value], default_flow_style=True, width=10**9).strip()[1:-1]
-    return f"{'.'.join(map(str, way))}={text}"
+    return f"{'.'.join(map(str, path))}={text}"
 
 
 def value_configs() -> st.SearchStrategy[tuple[dict[str, Any], list[str]]]:
     """(config, settings on the command line)."""
     configs = st.lists(a_setting(), min_size=1, max_size=4).map(with_settings)
-    given_too = st.lists(a_setting().map(as_text) | st.text(max_size=10), max_size=1)
-    return st.tuples(configs, st.just([]) | st.just([]) | given_too)
+    overrides = st.lists(a_setting().map(as_text) | st.text(max_size=10), max_size=1)
+    return st.tuples(configs, st.just([]) | st.just([]) | overrides)
 
 
 def value_cases(rng: random.Random, count: int) -> Iterator[Case]:
-    """Configs with other values in them."""
-    image = pictures()["png"]
+    """Valid configs with changed values."""
+    image = sample_images()["png"]
     for config, some in collected(value_configs(), count, rng.getrandbits(32)):
         try:
             data = yaml.safe_dump(config, allow_unicode=True).encode()
@@ -253,8 +253,8 @@ def value_cases(rng: random.Random, count: int) -> Iterator[Case]:
 
 
 def collected(strategy: st.SearchStrategy[Any], count: int, number: int) -> list[Any]:
-    """What Hypothesis draws from a strategy."""
-    found: list[Any] = []
+    """`count` examples that Hypothesis draws from a strategy."""
+    examples: list[Any] = []
 
     @seed(number)
     @settings(
@@ -266,7 +266,7 @@ def collected(strategy: st.SearchStrategy[Any], count: int, number: int) -> list
     )
     @given(strategy)
     def draw(value: Any) -> None:
-        found.append(value)
+        examples.append(value)
 
     draw()
-    return found
+    return examples

@@ -1,6 +1,6 @@
-"""Pictures and weights as a stranger, or a bad disk, might give them: right once, and then changed.
+"""Malformed images and weights, as from an untrusted source or a bad disk: valid files with random changes.
 
-The same seed gives the same cases, but for names that torch makes up in weights files.
+Cases are reproducible from their seed, except for names that torch generates in weights files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors.torch import save
 from pipeline.core.vgg_layers import CONV_NAMES
 
 WIDTH_PX, HEIGHT_PX = 57, 43
-# What a small picture is rendered with: a tenth of a second.
+# The config of a small image, which renders in a tenth of a second.
 SMALL: dict[str, Any] = {
     "content": "content.png",
     "styles": [{"image": "style.png"}],
@@ -43,7 +43,7 @@ SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """Files of a folder, arguments of a command there, and whether the run follows where the plan is possible."""
+    """Files of a folder, arguments of a command, and whether a run follows a successful plan."""
 
     kind: str
     files: dict[str, bytes]
@@ -54,11 +54,11 @@ class Case:
 Mutate = Callable[[random.Random, bytes], bytes]
 
 
-# --- bytes of any kind ---
+# --- bytes ---
 
 
 def number(rng: random.Random, bits: int) -> int:
-    """A number that programs stumble over."""
+    """A number that often causes errors: near a limit or a power of two."""
     top = 2**bits
     near = rng.choice([0, 1, 2, 3, 255, 256, 65_535, 65_536, 2**24, 2**31 - 1, 2**31, top - 1, top // 2, top - 4096])
     return (near if rng.random() < 0.8 else rng.getrandbits(bits)) % top
@@ -74,7 +74,7 @@ def flip_bits(rng: random.Random, data: bytes) -> bytes:
 
 
 def overwrite(rng: random.Random, data: bytes) -> bytes:
-    """A field of 1 to 8 bytes with a number in it."""
+    """Overwrite 1 to 8 bytes with a number."""
     size = rng.choice([1, 2, 4, 8])
     if len(data) < size:
         return data
@@ -87,13 +87,13 @@ def cut(rng: random.Random, data: bytes) -> bytes:
 
 
 def drop(rng: random.Random, data: bytes) -> bytes:
-    """Some bytes out of the middle."""
+    """Remove some bytes."""
     at = rng.randrange(len(data) + 1)
     return data[:at] + data[at + rng.choice([1, 2, 4, 17, 300]) :]
 
 
 def repeat(rng: random.Random, data: bytes) -> bytes:
-    """A piece twice, or many times."""
+    """Repeat a piece two or more times."""
     start = rng.randrange(len(data) + 1)
     piece = data[start : start + rng.choice([1, 4, 12, 200])]
     return data[:start] + piece * rng.choice([2, 3, 100, 5000]) + data[start:]
@@ -104,19 +104,19 @@ def pad(rng: random.Random, data: bytes) -> bytes:
 
 
 def resize_claims(rng: random.Random, data: bytes) -> bytes:
-    """Another number wherever the picture's width or height stands, as any format writes numbers."""
-    wanted, form = rng.choice([WIDTH_PX, HEIGHT_PX]), rng.choice([">H", "<H", ">I", "<I"])
-    old = struct.pack(form, wanted)
+    """Replace the image's width or height, in any byte order, with another number."""
+    side, form = rng.choice([WIDTH_PX, HEIGHT_PX]), rng.choice([">H", "<H", ">I", "<I"])
+    old = struct.pack(form, side)
     return data.replace(old, struct.pack(form, number(rng, 8 * len(old))), rng.choice([1, -1]))
 
 
 BYTES: list[Mutate] = [flip_bits, flip_bits, overwrite, overwrite, cut, drop, repeat, pad]
 
 
-# --- pictures ---
+# --- images ---
 
 
-def picture() -> Any:
+def sample_image() -> Any:
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:HEIGHT_PX, 0:WIDTH_PX]
     waves = [127 + 90 * np.sin(x / (5 + c)) * np.cos(y / (7 + c)) for c in range(3)]
@@ -124,9 +124,9 @@ def picture() -> Any:
     return pyvips.Image.new_from_array(pixels, interpretation="srgb")
 
 
-def pictures() -> dict[str, bytes]:
-    """Small pictures of every format, and of the ways in which each can be written."""
-    image = picture()
+def sample_images() -> dict[str, bytes]:
+    """Small images of every format and its variants."""
+    image = sample_image()
     deep = (image.cast("ushort") * 257).cast("ushort").copy(interpretation="rgb16")
     turned = image.copy()
     turned.set_type(pyvips.GValue.gint_type, "orientation", 6)
@@ -166,7 +166,7 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def change_png(rng: random.Random, data: bytes) -> bytes:
-    """A PNG whose checksums are right and whose chunks are not."""
+    """Change the chunks of a PNG and recompute their checksums."""
     chunks = list(png_chunks(data))
     if not data.startswith(b"\x89PNG") or not chunks:
         return flip_bits(rng, data)
@@ -199,14 +199,14 @@ def change_png(rng: random.Random, data: bytes) -> bytes:
 
 
 def change_tiff(rng: random.Random, data: bytes) -> bytes:
-    """Another number in a field of the first directory."""
+    """Change a field of the first directory of a TIFF."""
     if data[:4] not in (b"II*\0", b"II+\0"):
         return overwrite(rng, data)
     big = data[2] == 43
     try:
         (start,) = struct.unpack_from("<Q" if big else "<I", data, 8 if big else 4)
         (count,) = struct.unpack_from("<Q" if big else "<H", data, start)
-    except struct.error:  # an earlier change has cut it off
+    except struct.error:  # an earlier change has truncated it
         return overwrite(rng, data)
     entry_bytes = 20 if big else 12
     at = start + (8 if big else 2) + entry_bytes * rng.randrange(max(1, count))
@@ -217,10 +217,10 @@ def change_tiff(rng: random.Random, data: bytes) -> bytes:
 
 
 def image_cases(rng: random.Random, count: int) -> Iterator[Case]:
-    """Pictures of every format, changed; nine of ten are looked at, the tenth, if it can be, is rendered too."""
-    known = pictures()
+    """Changed images of every format; all are planned, and one of ten is also rendered."""
+    known = sample_images()
     names = sorted(known)
-    # A picture that is right again, and large, would be rendered for minutes.
+    # A changed image that is valid but large would take minutes to render.
     configs = [SMALL, {**SMALL, "limits": {**SMALL["limits"], "max_pixels": 10**6}}]
     for _ in range(count):
         data = known[rng.choice(names)]
@@ -257,7 +257,7 @@ def saved(new: bool) -> bytes:
 
 
 def change_header(rng: random.Random, data: bytes) -> bytes:
-    """A .safetensors file with something else in its header, and the length that belongs to it."""
+    """Change the header of a .safetensors file and adjust its length."""
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
     entry = header[rng.choice(sorted(header.keys() - {"__metadata__"}))]
@@ -280,7 +280,7 @@ def change_header(rng: random.Random, data: bytes) -> bytes:
 
 
 def change_zip(rng: random.Random, data: bytes) -> bytes:
-    """A .pth zip file, whole but for one of its parts."""
+    """Change one member of a .pth zip file."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
         chosen = rng.choice([*old.namelist(), *[name for name in old.namelist() if name.endswith("data.pkl")] * 5])
@@ -293,7 +293,7 @@ def change_zip(rng: random.Random, data: bytes) -> bytes:
 
 
 def change_pickle(rng: random.Random, data: bytes) -> bytes:
-    """Other steps for the pickle machine, some of them calls."""
+    """Insert pickle opcodes, some of them calls."""
     calls = [b"cos\nsystem\n", b"cbuiltins\neval\n", b"ctorch\nTensor\n", b"cbuiltins\nbytearray\n", b"ctorch\nSize\n"]
     numbers = [b"J" + struct.pack("<i", number(rng, 31)), b"K\xff", b"\x8a\x08" + struct.pack("<Q", number(rng, 63))]
     steps = [
@@ -321,8 +321,8 @@ def change_pickle(rng: random.Random, data: bytes) -> bytes:
 
 
 def weights_cases(rng: random.Random, count: int) -> Iterator[Case]:
-    """Weights as torch and safetensors write them, changed."""
-    image = pictures()["png"]
+    """Changed weights files in the formats of torch and safetensors."""
+    image = sample_images()["png"]
     tensors, zipped, old = save(weights()), saved(True), saved(False)
     for _ in range(count):
         name, data, changes = rng.choice(

@@ -1,7 +1,7 @@
-"""Kill small runs at random moments of every phase, several times each, and see that they always end the same.
+"""Kill small runs at random moments of every phase, several times each, and check that they end with the same bytes.
 
-Each run is killed up to six times, at moments of phases taken at random; then it has to end with the bytes of an
-unbroken one. Never more than one iteration of work may be lost per kill, counted in gradient tiles.
+Each run is killed up to six times, in randomly chosen phases. Then it must end with the bytes of an unbroken run. A
+kill may cost at most one iteration of work, counted in gradient tiles.
 
     python -m tools.torture.kill --kills 1000 --jobs 2
 """
@@ -25,19 +25,19 @@ from rich.table import Table
 from tests.support.e2e import Nursery, gradient_tiles
 from tests.support.torture import PHASES, VARIANTS, Score, Unbroken, kill_at_random, write_variant
 
-MOST_PER_RUN = 6
+MAX_KILLS_PER_RUN = 6
 
 
 def kill_runs(
     nursery: Nursery, folder: Path, unbroken: dict[str, Unbroken], kills: int, seed: int
 ) -> list[tuple[str, Score]]:
-    """Runs of all variants in turn until `kills` are done."""
+    """Kill runs of all variants in turn until `kills` is reached."""
     rng, done = random.Random(seed), []
     for number, variant in enumerate(itertools.cycle(VARIANTS)):
         if sum(len(score.kills) for _, score in done) >= kills:
             return done
         config = write_variant(folder / str(number), variant)
-        score = kill_at_random(nursery, config, unbroken[variant], rng.randint(1, MOST_PER_RUN), rng)
+        score = kill_at_random(nursery, config, unbroken[variant], rng.randint(1, MAX_KILLS_PER_RUN), rng)
         done.append((variant, score))
         if score.problems:
             print(f"{config.parent}: {score}", file=sys.stderr, flush=True)
@@ -56,16 +56,16 @@ def show(console: Console, done: list[tuple[str, Score]], unbroken: dict[str, Un
         table.add_row(phase, str(kills[phase]))
     console.print(table)
     per_kill = lost / max(1, kills.total())
-    console.print(f"{lost} gradient tiles were computed again, {per_kill:.2f} per kill, of at most 4")
-    console.print(f"{sum(not score.problems for _, score in done)} of {len(done)} runs ended as they must")
+    console.print(f"{lost} gradient tiles were recomputed, {per_kill:.2f} per kill (at most 4 are allowed)")
+    console.print(f"{sum(not score.problems for _, score in done)} of {len(done)} runs ended with the expected bytes")
 
 
 @click.command()
 @click.option("--kills", default=1000, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--jobs", default=2, show_default=True, help="Runs at the same time.")
+@click.option("--jobs", default=2, show_default=True, help="Concurrent runs.")
 def main(kills: int, seed: int, jobs: int) -> None:
-    """Kill at random moments; exit 1 if a run did not recover."""
+    """Kill at random moments; exit with 1 if a run does not recover."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(tempfile.mkdtemp(dir=name)) for _ in range(jobs)]
@@ -76,7 +76,7 @@ def main(kills: int, seed: int, jobs: int) -> None:
             return kill_runs(nurseries[job], folders[job], unbroken, -(-kills // jobs), seed + job)
 
         with ThreadPoolExecutor(jobs) as pool:
-            done = [one for part in pool.map(share, range(jobs)) for one in part]
+            done = [run for part in pool.map(share, range(jobs)) for run in part]
         for nursery in nurseries:
             nursery.close()
     show(Console(), done, unbroken, time.monotonic() - started)

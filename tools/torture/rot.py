@@ -1,11 +1,10 @@
-"""Damage small runs one file at a time, in every state that a run stops in, and see that no damage goes unseen.
+"""Damage small runs one file at a time, in every state that a run stops in, and check that all damage is detected.
 
-A run of three stages per codec is left alone, and its folder is kept as it was at moments on the way. Each trial puts
-one of these back and changes one file of it: a bit is flipped, until --flips of those have hit something that counts;
-then, --others times, a file is deleted, cut off, put in another's place, brought back to what it was before, or added.
-`verify` has to find it. A resume has to refuse, or must not need that file: of a quarter of the trials it then goes on
-to its end, which must be the picture of a run that was left alone. An eighth is repaired, and has to end with the same
-bytes.
+The tool runs three stages per codec and keeps copies of the run directory at several moments. Each trial restores a
+copy and changes one file: first it flips single bits until `--flips` of them have hit relevant bytes; then, `--others`
+times, it deletes, truncates, swaps, reverts or adds a file. `verify` must detect the change. A resume must refuse, or
+must not depend on the file: in a quarter of the trials it continues to the end, and the output image must be that of an
+undamaged run. An eighth of the trials is repaired, and must end with the same bytes.
 
     python -m tools.torture.rot --flips 1000 --others 500 --jobs 2
 """
@@ -31,37 +30,37 @@ from rich.table import Table
 
 from tests.support.rot import FINISHED, KINDS, STATES, VARIANTS, Trial, make_base, try_fault
 
-MENDED, TO_END = 1 / 8, 1 / 4
+REPAIRED, COMPLETED = 1 / 8, 1 / 4
 OTHERS = tuple(kind for kind in KINDS if kind != "flip")
 COLUMNS: dict[str, Callable[[Trial], object]] = {
     "damaged": lambda trial: True,
-    "found by verify": lambda trial: trial.told,
-    "nobody's bytes": lambda trial: trial.fault.told is False and not trial.told,
+    "detected by verify": lambda trial: trial.told,
+    "unused bytes": lambda trial: trial.fault.told is False and not trial.told,
     "an earlier position": lambda trial: trial.fault.told is None and not trial.told,
     "refused by run": lambda trial: trial.run_code in (3, 6),
-    "run to its end": lambda trial: trial.ended,
-    "mended": lambda trial: trial.mended,
+    "completed": lambda trial: trial.ended,
+    "repaired": lambda trial: trial.mended,
     "undetected or wrong": lambda trial: trial.problems,
 }
 
 
 def trials_of(job: int, jobs: int, flips: int, others: int, seconds: float) -> list[Trial]:
-    """One process' share: so many flips that hit what counts, and so many others, of each what it has time for."""
+    """The trials of one process: `flips` and `others` that hit relevant bytes, or as many as time allows."""
     states, done, started = (*STATES, FINISHED), [], time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         bases = []
         for variant in VARIANTS:
             (folder := Path(name) / variant).mkdir()
             bases.append(make_base(folder, variant))
-        for kinds, wanted in ((("flip",), flips), (OTHERS, others)):
+        for kinds, target in ((("flip",), flips), (OTHERS, others)):
             counted, share = 0, flips / (flips + others) if kinds == ("flip",) else 1.0
             for number in itertools.count():
-                if counted >= wanted or time.monotonic() - started > share * seconds:
+                if counted >= target or time.monotonic() - started > share * seconds:
                     break
                 base, state = bases[number % len(bases)], states[number // len(bases) % len(states)]
                 seed = number * jobs + job
                 dice = random.Random(f"more {seed}").random()
-                trial = try_fault(base, state, seed, mend=dice < MENDED, to_end=dice > 1 - TO_END, kinds=kinds)
+                trial = try_fault(base, state, seed, mend=dice < REPAIRED, to_end=dice > 1 - COMPLETED, kinds=kinds)
                 if trial is None:
                     continue
                 done.append(trial)
@@ -81,7 +80,7 @@ def show(console: Console, trials: list[Trial], seconds: float) -> None:
 
 
 def groups(trials: list[Trial]) -> Iterator[tuple[str, list[Trial]]]:
-    """By what was done, then the flips by what they hit, then all."""
+    """Groups by kind of damage, then flips by the kind of file, then all."""
     for kind in KINDS:
         yield kind, [trial for trial in trials if trial.fault.kind == kind]
     for what in sorted({trial.fault.what for trial in trials if trial.fault.kind == "flip"}):
@@ -90,15 +89,15 @@ def groups(trials: list[Trial]) -> Iterator[tuple[str, list[Trial]]]:
 
 
 @click.command()
-@click.option("--flips", default=1000, show_default=True, help="Flipped bits that count, of all jobs.")
-@click.option("--others", default=500, show_default=True, help="Other damages that count, of all jobs.")
-@click.option("--jobs", default=2, show_default=True, help="Processes.")
-@click.option("--minutes", default=600.0, show_default=True, help="End after these, with what was done till then.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all that was seen here.")
+@click.option("--flips", default=1000, show_default=True, help="Flipped bits in relevant bytes, all jobs together.")
+@click.option("--others", default=500, show_default=True, help="Other damages of relevant files, all jobs together.")
+@click.option("--jobs", default=2, show_default=True, help="Number of processes.")
+@click.option("--minutes", default=600.0, show_default=True, help="Time limit; results so far are reported.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all results to this file.")
 def main(flips: int, others: int, jobs: int, minutes: float, json_path: Path | None) -> None:
-    """Damage runs; exit 1 if a damage was not found, or got into a picture."""
+    """Damage runs; exit with 1 if damage is undetected or reaches an output image."""
     started = time.monotonic()
-    os.environ["OMP_NUM_THREADS"] = "1"  # of each job
+    os.environ["OMP_NUM_THREADS"] = "1"  # per job
     share = (jobs, -(-flips // jobs), -(-others // jobs), 60 * minutes)
     with ProcessPoolExecutor(jobs, mp_context=mp.get_context("spawn")) as pool:
         futures = [pool.submit(trials_of, job, *share) for job in range(jobs)]
