@@ -1,4 +1,4 @@
-"""Looking at everything a run needs before it starts: headers, plan, output, disk. Torch is not needed for it."""
+"""Checks everything that a run needs before it starts: image headers, plan, output. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipeline.rundir.process_settings import process_settings
 
 @process_settings()
 def plan(config: Config) -> Plan:
-    """What a run of `config` will do and need, from the image headers alone; nothing is rendered or written.
+    """What a run of `config` will compute and need, from the image headers alone; nothing is rendered or written.
 
-    Raises ConfigError if it cannot fit in memory or the output's format cannot hold it, InputError for an image or
-    weights that cannot be used.
+    Raises ConfigError if the run does not fit in memory or the output format cannot store the image, InputError for an
+    image or weights that cannot be used.
     """
     return plan_on(config, resolve_device(config.compute.device))
 

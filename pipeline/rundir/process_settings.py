@@ -1,7 +1,7 @@
-"""What is one for the whole process while a call of ours runs, and put back when the last of them has ended.
+"""Process-wide settings of zarr, libvips and torch, restored when the last call of the library has ended.
 
-Settings of zarr, libvips and torch, and the network in memory. A program that imports this package, or calls it, keeps
-its own. (malloc's settings cannot be put back: see allocator.py.)
+A program that imports or calls this package keeps its own settings. The network in memory is released with them.
+(malloc's settings cannot be restored: see allocator.py.)
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from pipeline.core import callers
 from pipeline.store import metadata
 
 _lock = threading.Lock()
-_put_back = ExitStack()
+_restore = ExitStack()
 
 
 @contextmanager
 def process_settings() -> Iterator[None]:
-    """Inside, libraries are set as we need them. Calls may be nested, and run on several threads at once."""
+    """Apply the settings inside the block. Blocks may be nested, and run on several threads at once."""
     with _lock:
         if not callers.number():
-            _put_back.enter_context(metadata.zarr_settings())
-            _put_back.enter_context(images.vips_settings())
-            _put_back.callback(_release_network)
+            _restore.enter_context(metadata.zarr_settings())
+            _restore.enter_context(images.vips_settings())
+            _restore.callback(_release_network)
         callers.enter()
     try:
         yield
@@ -34,10 +34,10 @@ def process_settings() -> Iterator[None]:
         with _lock:
             callers.leave()
             if not callers.number():
-                _put_back.close()
+                _restore.close()
 
 
 def _release_network() -> None:
-    """Frees the network, and puts torch's settings back, if anything was computed: else torch is not even there."""
+    """Release the network and restore torch's settings, if torch has been imported at all."""
     if (network := sys.modules.get("pipeline.network.vgg")) is not None:
         network.release()

@@ -148,7 +148,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damaged(config: Path) -> list[object]:
-    """A repair that computes features of all tiles again."""
+    """A repair that checks a whole stage and rolls it back."""
     features = next((config.with_name("run") / "store.zarr" / "stage_1").glob("features_*/c/0/0/0"))
     features.write_bytes(bytes(features.stat().st_size))
     return ["verify", "--run", config.with_name("run"), "--repair"]

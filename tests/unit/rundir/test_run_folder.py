@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import LockedError
-from pipeline.core.events import IterationDone
 from pipeline.network import weights
 from pipeline.rundir.lock import RunLock, running_owner
 from pipeline.rundir.manifest import _manifest_text
-from tests.support.e2e import Outcome, journal, make_call, run_until, write_journal, write_picture, write_run
+from tests.support.e2e import Outcome, journal, make_call, write_journal, write_picture, write_run
 
 Refusal = Callable[[Path, pytest.MonkeyPatch], list[str]]
 
@@ -243,14 +242,3 @@ def test_a_resume_compares_its_plan_with_the_runs_stages(tmp_path, call, change)
         outcome = call(*command, "-c", config)
         assert outcome.code == 3 and outcome.err.count("\n") == 1, outcome
         assert "of this run is" in outcome.err and "plans it as" in outcome.err
-
-
-def test_a_repair_compares_them_too(tmp_path, call):
-    """It would make content of other sizes anew, in the place of the run's."""
-    config = write_run(tmp_path, optimizer={"max_iterations": 3})
-    run_until(config, lambda event: isinstance(event, IterationDone) and event.stage == 1)
-    features = next((tmp_path / "run" / "store.zarr" / "stage_1").glob("features_*/c/0/0/0"))
-    features.write_bytes(bytes(features.stat().st_size))
-    forge_stages(tmp_path / "run", another_style_size)
-    outcome = call("verify", "--run", tmp_path / "run", "--repair")
-    assert outcome.code == 3 and "plans it as" in outcome.err
