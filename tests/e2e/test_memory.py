@@ -259,7 +259,7 @@ def test_memory_that_is_not_there_makes_tiles_smaller_or_stops_and_loses_nothing
     assert not (tmp_path / "run").exists()  # nothing was prepared
     smaller = run_short_of_memory(config, 900)
     assert smaller.returncode == 0, smaller.stderr
-    told = [line for line in smaller.stderr.splitlines() if "going on with tiles of" in line]
+    told = [line for line in smaller.stderr.splitlines() if "resuming with tiles of" in line]
     assert len(told) == 1, smaller.stderr
     journal = (tmp_path / "run" / "journal.jsonl").read_text()
     assert journal.count('"smaller_tile"') == 1  # a resume takes the same tiles: the bits depend on them
