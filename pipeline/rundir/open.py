@@ -126,7 +126,7 @@ def identity(config: Config, weights: WeightsSource, cancel: CancelToken) -> Ide
 
 
 def lost_its_stages(work_dir: Path, records: Sequence[Record]) -> bool:
-    """Whether a journal without stages has lost records: a run writes `begun` before it creates the store."""
+    """Whether a journal without stages has lost records, given the order of writing: `begun`, the store, stages."""
     begun = begun_manifest(records) is not None
     return stage_path(work_dir, 1).exists() or (not begun and store_path(work_dir).exists())
 

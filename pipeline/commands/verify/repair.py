@@ -44,15 +44,6 @@ class Step:
     iterations_lost: int = 0
 
 
-@dataclass(frozen=True)
-class _Target:
-    """The position before record `index`. `stage`: prepared again from there; None if the current stage continues."""
-
-    index: int
-    position: Position
-    stage: int | None
-
-
 def repair_steps(scan: ScanResult, engine: Engine) -> list[Step]:
     """The steps of one round, after which the directory has to be scanned again.
 
@@ -120,33 +111,35 @@ def _store_steps(scan: ScanResult, engine: Engine) -> list[Step]:
         else:
             damage.append(problem)
     damaged = {problem.stage for problem in damage if problem.stage is not None}
-    stage = scan.position.stage
-    if stage not in damaged:
+    discarded = scan.position.stage  # the first stage that is not merely given up
+    if discarded not in damaged:
         steps = [_allocation_step(scan, name, chunks) for name, chunks in spare_chunks.items()]
     elif target := _newest_intact(scan, damage, damaged, engine):
-        steps, stage = [_rollback_step(scan, target)], target.position.stage
+        steps = [_rollback_step(scan, *target)]
+        discarded = min(discarded, target[1])
     else:
         return []  # until the inputs are restored
-    return steps + [_lost_step(scan, index) for index in sorted(damaged) if index < stage]
+    return steps + [_lost_step(scan, stage) for stage in sorted(damaged) if stage < discarded]
 
 
-def _newest_intact(scan: ScanResult, damage: Sequence[Problem], damaged: set[int], engine: Engine) -> _Target | None:
-    """The newest position before the current one whose arrays are all intact."""
+def _newest_intact(
+    scan: ScanResult, damage: Sequence[Problem], damaged: set[int], engine: Engine
+) -> tuple[int, int] | None:
+    """(the first record, the first stage) that a rollback to the newest intact position discards."""
     stage, records = scan.position.stage, scan.journal.records
     newest = slot_names(scan.position.newest_slot, averaged=True)
     only_newest = all(item.array in newest and item.chunk is not None for item in damage if item.stage == stage)
     iteration = _last(records, Iteration, stage)
-    if iteration is not None and only_newest:
-        # the last iteration read the other slot, which stays intact until the next one begins to overwrite it
-        position = position_of(records[:iteration])
-        if _slot_is_intact(scan.work_dir, position, engine):
-            return _Target(iteration, position, None)
+    # the last iteration read the other slot, which stays intact until the next one begins to overwrite it
+    other = position_of(records[:iteration])
+    if iteration is not None and only_newest and _slot_is_intact(scan.work_dir, other, engine):
+        return iteration, stage + 1
     for index in range(stage, -1, -1) if scan.inputs_intact else ():
         # a stage needs the inputs and the result of the stage before, which is lost if a repair has given it up
         if index == 0 or (index - 1 in scan.position.slots and index - 1 not in damaged):
             prepared = _last(records, StagePrepared, index)
             assert prepared is not None, index
-            return _Target(prepared, position_of(records[:prepared]), index)
+            return prepared, index
     return None
 
 
@@ -162,20 +155,19 @@ def _slot_is_intact(work_dir: Path, position: Position, engine: Engine) -> bool:
     return not integrity.damage(specs, engine, lambda done, total: None)
 
 
-def _rollback_step(scan: ScanResult, target: _Target) -> Step:
-    lost = sum(isinstance(record, Iteration) for record in scan.journal.records[target.index :])
-    if target.stage is None:
-        where = f"stage {target.position.stage} resumes at iteration {target.position.iteration}"
-        first = scan.position.stage + 1
-    else:
-        where = f"stage {target.stage} starts again"
-        first = target.stage
+def _rollback_step(scan: ScanResult, first_record: int, first_stage: int) -> Step:
+    position = position_of(scan.journal.records[:first_record])
+    lost = sum(isinstance(record, Iteration) for record in scan.journal.records[first_record:])
+    stages = range(first_stage, scan.position.stage + 1)
+    where = f"stage {first_stage} starts again"
+    if not stages:
+        where = f"stage {position.stage} resumes at iteration {position.iteration}"
 
     def take() -> None:
         # the record first: after a crash here, the arrays are leftovers that the next preparation replaces
-        _append(scan, RolledBack(records=target.index))
-        for index in range(first, scan.position.stage + 1):
-            shutil.rmtree(stage_path(scan.work_dir, index), ignore_errors=True)
+        _append(scan, RolledBack(records=first_record))
+        for stage in stages:
+            shutil.rmtree(stage_path(scan.work_dir, stage), ignore_errors=True)
 
     return Step(f"roll back: {where}, and the output image will be the same", take, lost)
 

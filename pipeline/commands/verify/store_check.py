@@ -17,12 +17,11 @@ from pipeline.rundir.open import stage_path
 from pipeline.rundir.paths import store_path
 from pipeline.rundir.position import Position
 from pipeline.store import integrity
-from pipeline.store import metadata as zarr_files
 from pipeline.store.array import ChunkError, StageArray
-from pipeline.store.checksums import checksum, unpacked
+from pipeline.store.checksums import checksum, packed
 from pipeline.store.integrity import CheckSpec, Finding, OnProgress
 from pipeline.store.layout import METADATA, gram_key, is_stage_array, kept_files, slot_names
-from pipeline.store.metadata import group_metadata
+from pipeline.store.metadata import check_metadata, group_metadata, read_gram
 
 # The folder to which a repair moves unknown files, in the run directory.
 FOREIGN = "foreign-files"
@@ -130,26 +129,29 @@ def _check_group(path: Path, stages: Sequence[ExpectedStage], damage: StoreDamag
     """The store's own metadata: the same as that of every stage, or what today's zarr writes."""
     if not path.parent.exists() and not stages:
         return  # the run was killed before it created its store
-    sums = {checksum(group_metadata()), *(int(unpacked(stage.metadata[METADATA])[0]) for stage in stages)}
-    try:
-        if checksum(path.read_bytes()) not in sums:
-            damage.problems.append(Problem(path, "changed", "is not what was written there"))
-    except FileNotFoundError:
-        damage.problems.append(Problem(path, "missing", "is missing"))
-    except OSError as error:
-        damage.problems.append(Problem(path, "unreadable", f"cannot be read ({error.strerror})"))
+    checksums = {packed([checksum(group_metadata())]), *(stage.metadata[METADATA] for stage in stages)}
+    errors = [_metadata_error(path.parent, METADATA, value) for value in checksums]
+    if None not in errors and errors[0] is not None:
+        damage.problems.append(problem_of((path, errors[0]), []))
 
 
 def _check_metadata(stage: ExpectedStage, damage: StoreDamage) -> set[str]:
     """The names of the arrays whose metadata is intact."""
     intact = set()
-    for name, sums in stage.metadata.items():
-        try:
-            zarr_files.check_metadata(stage.folder, name, sums)
-            intact.add(name.removesuffix(f"/{METADATA}"))
-        except (ChunkError, OSError) as error:
+    for name, checksums in stage.metadata.items():
+        if error := _metadata_error(stage.folder, name, checksums):
             damage.problems.append(problem_of((stage.folder / name, error), [stage]))
+        else:
+            intact.add(name.removesuffix(f"/{METADATA}"))
     return intact
+
+
+def _metadata_error(folder: Path, name: str, checksums: str) -> ChunkError | OSError | None:
+    try:
+        check_metadata(folder, name, checksums)
+        return None
+    except (ChunkError, OSError) as error:
+        return error
 
 
 def _open(stage: ExpectedStage, name: str, damage: StoreDamage) -> StageArray | None:
@@ -160,7 +162,7 @@ def _open(stage: ExpectedStage, name: str, damage: StoreDamage) -> StageArray | 
     damage.total += 1
     damage.checked += 1
     try:
-        zarr_files.read_gram(stage.folder, key, stage.live[name])
+        read_gram(stage.folder, key, stage.live[name])
     except (ChunkError, OSError) as error:
         damage.problems.append(problem_of((stage.folder / name / "c" / "0" / "0", error), [stage]))
     return None
@@ -189,9 +191,9 @@ def _specs(
 def problem_of(finding: Finding, stages: Sequence[ExpectedStage]) -> Problem:
     """A finding as a problem, with the stage, array and chunk that its path names."""
     path, error = finding
-    kind, what = (
-        (error.kind, error.what) if isinstance(error, ChunkError) else ("unreadable", f"cannot be read ({error})")
-    )
+    kind, what = "unreadable", f"cannot be read ({error})"
+    if isinstance(error, ChunkError):
+        kind, what = error.kind, error.what
     for stage in stages:
         if path.is_relative_to(stage.folder):
             array, *inner = path.relative_to(stage.folder).parts
