@@ -89,7 +89,7 @@ class RunLock:
                     continue
                 cause = "the worker processes of a run that was killed have not ended yet"
                 if owner is not None:
-                    cause = f"the run directory is locked by another process ({owner})"
+                    cause = f"the run directory is locked by another run (process {owner})"
                 raise LockedError(
                     f"{self._path.parent}: {cause}. Two runs would destroy each other's state: wait for it, stop it, "
                     "or choose another work_dir."
