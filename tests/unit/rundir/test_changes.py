@@ -57,7 +57,7 @@ CHANGES: list[tuple[Json, Json, str, str, str]] = [
         {"stages": [{"up_to": 512, "styles": [STYLES[0], {**STYLES[1], "scale": 2}]}]},
         "stages.0.styles.1.scale", "1.0", "2.0",
     ),
-    # a stage without a key has the value of the other stages
+    # a stage without a key has the value outside `stages`
     (
         {"stages": [STAGE]},
         {"stages": [{**STAGE, "optimizer": {"beta1": 0.5, "average": 0.9}}]},
@@ -92,7 +92,7 @@ CHANGES: list[tuple[Json, Json, str, str, str]] = [
 @pytest.mark.parametrize(
     ("old", "new", "key", "was", "becomes"), CHANGES, ids=[f"{case[2]} {case[4]}" for case in CHANGES]
 )
-def test_a_changed_key_is_told_with_both_its_values(folder, old, new, key, was, becomes):
+def test_a_changed_key_is_listed_with_both_values(folder, old, new, key, was, becomes):
     """`color: was None, is content` would name a value that is in no config and cannot be restored."""
     there, back = both_ways(folder, old, new)
     assert there == [f"{key}: was {was}, is {becomes}"]
@@ -107,7 +107,7 @@ def test_a_picture_in_place_of_a_word_is_named(folder):
 
 
 def test_a_run_from_before_a_key_had_its_default(folder):
-    """Its manifest says nothing of the key, and it would be refused for that, or be changes to have been None."""
+    """Its manifest lacks the key: the resume would be refused, or the message would say that it was None."""
     config = load_config(write_config(folder, stages=[{"up_to": 512, "styles": STYLES}]))
     manifest = manifest_of(config)
     del manifest["config"]["color"]
@@ -137,7 +137,7 @@ def test_what_a_stage_repeats_is_no_change(folder):
 
 
 def test_a_run_that_gave_a_stage_a_default_goes_on(folder):
-    """Runs from before that was manifest_of among what decides a picture have it in their config alone."""
+    """Older runs have this key in their config but not among the result fields."""
     config = load_config(
         write_config(folder, loss={"tv_weight": 0.5}, stages=[{"up_to": 512, "loss": {"tv_weight": 0}}])
     )
