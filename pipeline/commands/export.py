@@ -21,7 +21,7 @@ from pipeline.render.export import export_canvas
 from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.manifest import content_kind
 from pipeline.rundir.open import content_alpha, newest_canvas
-from pipeline.rundir.paths import refuse_links, refuse_missing_folder, refuse_own_state
+from pipeline.rundir.paths import journal_path, refuse_links, refuse_missing_folder, refuse_own_state
 from pipeline.rundir.position import Position, position_of
 from pipeline.rundir.process_settings import process_settings
 from pipeline.rundir.records import Manifest
@@ -52,7 +52,7 @@ def export(
     if taken(output) and not force:
         raise ConfigError(f"output {output}: exists and would be lost. Choose another name, or give --force.")
     manifest = manifest_of(work_dir)
-    journal = Journal(work_dir / "journal.jsonl")
+    journal = Journal(journal_path(work_dir))
     read_bytes = journal.size_bytes()  # before reading: a record that follows makes the export check again
     _, position = standing(journal)
     chosen = choose_stage(work_dir, position, stage)

@@ -12,6 +12,7 @@ from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.lock import running_owner
 from pipeline.rundir.manifest import read_manifest
 from pipeline.rundir.open import refuse_unknown_stage
+from pipeline.rundir.paths import journal_path, manifest_path
 from pipeline.rundir.position import Position
 from pipeline.rundir.records import Iteration, Manifest, Record, StageDone, StagePrepared, as_json
 
@@ -22,7 +23,7 @@ def status(work_dir: Path) -> dict[str, Any]:
     Raises ConfigError if there is no run, DamagedStateError if its manifest or journal is damaged.
     """
     manifest = manifest_of(work_dir)
-    records, position = standing(Journal(work_dir / "journal.jsonl"))
+    records, position = standing(Journal(journal_path(work_dir)))
     refuse_unknown_stage(work_dir, manifest, position)
     iterations = [record for record in records if isinstance(record, Iteration)]
     owner = running_owner(work_dir)
@@ -52,6 +53,7 @@ def status(work_dir: Path) -> dict[str, Any]:
 
 
 def _max_iterations(manifest: Manifest, stage: int) -> int:
+    # older manifests have only the config's value, which is that of stages without settings of their own
     recorded = manifest.stages[stage].max_iterations
     return manifest.config.optimizer.max_iterations if recorded is None else recorded
 
@@ -87,6 +89,6 @@ def choose_stage(work_dir: Path, position: Position, stage: int | None) -> int:
 
 def manifest_of(work_dir: Path) -> Manifest:
     """The manifest of the run in `work_dir`. Raises ConfigError if there is no run."""
-    if not taken(work_dir / "manifest.json"):
+    if not taken(manifest_path(work_dir)):
         raise ConfigError(f"{work_dir}: there is no run here. Give the work_dir of one, or the config that began it.")
-    return read_manifest(work_dir / "manifest.json")
+    return read_manifest(manifest_path(work_dir))

@@ -53,11 +53,11 @@ class Journal:
 
         Raises DamagedStateError for a damaged line, an invalid record, and a record of a later version.
         """
-        return self._typed(self._parse())
+        return self._typed(self._intact_lines())
 
     def inspect(self) -> JournalState:
         """The state of the file up to its first damage. Raises DamagedStateError for invalid records."""
-        lines = self._parse(to_damage=True)
+        lines = self._parse()
         torn = lines.damaged_line is None and self.size_bytes() > lines.good_bytes
         return JournalState(self._typed(lines), lines.good_bytes, lines.damaged_line, torn)
 
@@ -79,11 +79,11 @@ class Journal:
 
     def repair_tail(self) -> None:
         """Cut off an incomplete last line, so that the next record starts on a line of its own."""
-        self._cut(self._parse())
+        self._cut(self._intact_lines())
 
     def set_damage_aside(self) -> Path:
         """Move everything from the first damaged line on to a new file, and return its path."""
-        lines = self._parse(to_damage=True)
+        lines = self._parse()
         names = (self.path.with_name(f"{self.path.name}.damaged-{number}") for number in itertools.count(1))
         aside = next(path for path in names if not path.exists())
         with storage(aside), aside.open("xb") as file:
@@ -91,7 +91,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         sync_folder(self.path.parent)
-        self._cut(lines)
+        self._cut(lines)  # only now that the copy is on the disk
         return aside
 
     def _cut(self, lines: _Lines) -> None:
@@ -103,7 +103,8 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Commit one record: it is on the disk when this returns. Raises StorageError."""
-        crc = self._parse().crc if self._crc is None else self._crc
+        # the CRC is remembered: reading a long journal for every record would take longer each time
+        crc = self._intact_lines().crc if self._crc is None else self._crc
         data = _line_of(as_json(record), crc)
         line = memoryview(data)
         created = not self.path.exists()
@@ -119,7 +120,7 @@ class Journal:
                     with contextlib.suppress(OSError):  # if this fails too, the next start cuts the line off
                         os.ftruncate(file.fileno(), start)
                     raise
-            if created:
+            if created:  # without this, a power cut may remove the new file's name
                 sync_folder(self.path.parent)
         self._crc = _crc_of(data)
 
@@ -133,23 +134,28 @@ class Journal:
                 message = f"{self.path}: {error}, so it is not a journal. Restore it from a copy."
                 raise DamagedStateError(message) from error
 
-    def _parse(self, to_damage: bool = False) -> _Lines:
+    def _intact_lines(self) -> _Lines:
+        """All lines except an incomplete last one. Raises DamagedStateError if one is damaged."""
+        lines = self._parse()
+        if lines.damaged_line is not None:
+            raise DamagedStateError(
+                f"{self.path}:{lines.damaged_line}: this line or the one before it was changed after it was written, "
+                "so the state it describes cannot be trusted. `pipeline verify --repair` rolls back to the line before."
+            )
+        return lines
+
+    def _parse(self) -> _Lines:
+        """The lines before the first that is damaged or incomplete."""
         records: list[Mapping[str, Any]] = []
         good_bytes = crc = 0
         damaged_line = None
         lines = self._bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             record = _record_of(line, crc)
-            if record is None and number == len(lines) and _is_torn(line, good_bytes, crc):
-                break
-            if record is None and to_damage:
-                damaged_line = number
-                break
             if record is None:
-                raise DamagedStateError(
-                    f"{self.path}:{number}: this line or the one before it was changed after it was written, so the "
-                    "state it describes cannot be trusted. `pipeline verify --repair` rolls back to the line before."
-                )
+                is_torn = number == len(lines) and _is_torn(line, good_bytes, crc)
+                damaged_line = None if is_torn else number
+                break
             records.append(record)
             good_bytes, crc = good_bytes + len(line), _crc_of(line)
         return _Lines(records, good_bytes, crc, damaged_line)
@@ -174,7 +180,7 @@ class _Lines:
     damaged_line: int | None
 
 
-_SECTOR_BYTES = 512
+_SECTOR_BYTES = 512  # a disk writes whole sectors of at least this size
 _CRC = slice(len('{"crc": "'), len('{"crc": "89abcdef'))
 
 

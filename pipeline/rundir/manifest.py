@@ -30,7 +30,7 @@ class OtherFormatError(DamagedStateError):
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the manifest to a temporary file, sync and rename it. Raises StorageError."""
-    with storage(path):
+    with storage(path):  # renamed when complete: without a valid manifest, the folder is not recognised as a run's
         write_whole(path, _manifest_text(manifest.model_dump(mode="json")))
 
 

@@ -66,7 +66,7 @@ def open_run(config: Config, planned: Plan, weights: WeightsSource, cancel: Canc
     path = manifest_path(config.work_dir)
     identity_now = identity(config, weights, cancel)
     records, position = standing(journal)
-    if position.slots:
+    if position.slots:  # stages exist, which must have been rendered from the same config and inputs
         manifest = trusted_manifest(path, records)
         refuse_changes(config, manifest, identity_now)
         refuse_other_stages(config, manifest, planned)

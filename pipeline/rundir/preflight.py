@@ -28,6 +28,7 @@ def plan_on(config: Config, device: Device) -> Plan:
     images = {path: read_header(path, config.limits) for key, path in input_files(config) if key != weights_key}
     widths = widths_for_plan(config.network.name, config.network.weights, config.limits.max_weights_bytes)
     weights = weights_bytes(config.network.name, config.network.weights)
+    # all that can be refused is refused here, because a run finds the rest only after hours
     refuse_own_state(config.output, config.work_dir)
     planned = make_plan(config, images, widths, weights, device.name, device.memory_bytes)
     height, width = planned.stages[-1].size

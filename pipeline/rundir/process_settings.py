@@ -23,7 +23,7 @@ _restore = ExitStack()
 def process_settings() -> Iterator[None]:
     """Apply the settings inside the block. Blocks may be nested, and run on several threads at once."""
     with _lock:
-        if not callers.number():
+        if not callers.number():  # the first call; others that overlap with it share its settings
             _restore.enter_context(metadata.zarr_settings())
             _restore.enter_context(images.vips_settings())
             _restore.callback(_release_network)
@@ -33,7 +33,7 @@ def process_settings() -> Iterator[None]:
     finally:
         with _lock:
             callers.leave()
-            if not callers.number():
+            if not callers.number():  # not earlier, since other threads may still be computing
                 _restore.close()
 
 

@@ -25,7 +25,7 @@ def written_picture(path: Path, cancel: CancelToken = NEVER) -> WrittenPicture:
     size_bytes, modified_ns = _size_and_time(path)
     digest = hashlib.sha256()
     for file in _files(path):
-        if file != path:
+        if file != path:  # in a folder, names and sizes matter too: two tiles may be exchanged
             digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as opened:
             while block := opened.read(_BLOCK_BYTES):
@@ -58,6 +58,7 @@ def refuse_foreign(output: Path, pictures: Pictures, foreign: str, cancel: Cance
 
     `foreign`: the cause in the message if no image was written at this path.
     """
+    # an empty file is what a full disk or a crash leaves; nothing is lost with it
     if not taken(output) or _is_empty(output):
         return
     own = pictures.get(str(output), ())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -91,6 +90,7 @@ def scan(work_dir: Path, config: Config | None, sample: SampleSpec | None, engin
         refuse_unknown_stage(work_dir, manifest, position)
     config = _config(work_dir, config, manifest, position)
     ended = position.stage_done or bool(config and manifest and position.slots and _ended(position, config, manifest))
+    # before the first stage is prepared, inputs may still be changed
     specs = _input_specs(work_dir, manifest, config) if position.slots and manifest and config else []
     inputs = [problem for problem in engine.map(input_task, specs) if problem is not None]
     expected = expected_stages(work_dir, position, ended)
@@ -98,7 +98,11 @@ def scan(work_dir: Path, config: Config | None, sample: SampleSpec | None, engin
         in_store = StoreDamage(links)  # a file behind a link may be anybody's, so nothing is read through one
         notes.append("the store is not looked into while there are links in it")
     else:
-        in_store = store_damage(work_dir, expected, sample, engine, partial(_report_progress, sink, position.stage))
+
+        def progress(done: int, total: int) -> None:
+            sink(WorkDone(position.stage, "verify", done, total))
+
+        in_store = store_damage(work_dir, expected, sample, engine, progress)
     foreign, leftovers = foreign_at_the_top(work_dir, lambda path: _is_own(path, config, position))
     return ScanResult(
         work_dir=work_dir,
@@ -113,10 +117,6 @@ def scan(work_dir: Path, config: Config | None, sample: SampleSpec | None, engin
         checked=in_store.checked,
         total=in_store.total,
     )
-
-
-def _report_progress(sink: Sink, stage: int, done: int, total: int) -> None:
-    sink(WorkDone(stage, "verify", done, total))
 
 
 def _journal_problems(work_dir: Path, journal: JournalState, position: Position) -> tuple[list[Problem], list[str]]:

@@ -106,7 +106,7 @@ def verify(
             for step in steps:
                 sink(Note(step.text))
                 step.take()
-            if store_path(work_dir).exists():
+            if store_path(work_dir).exists():  # a repair must survive a power cut whatever store.durability is
                 metadata.sync(store_path(work_dir))
             done += steps
             last = scan(work_dir, config, sample, engine, sink)

@@ -357,5 +357,5 @@ def test_small_files_are_read_when_they_are_files(tmp_path):
 def test_links_are_named_with_the_way_on(tmp_path):
     """The message says what is wrong with the file, and what to do."""
     (tmp_path / "store.zarr").symlink_to(tmp_path)
-    with pytest.raises(DamagedStateError, match=r"store\.zarr: is a link, .* Delete it, and copy here"):
+    with pytest.raises(DamagedStateError, match=r"store\.zarr: is a link, .* Delete it, and copy its target here"):
         refuse_links(tmp_path)
