@@ -1,4 +1,4 @@
-"""The `export` command: the canvas of any stage as a picture, also while the run is at work."""
+"""The `export` command: writes the canvas of any stage as an image, also while the run is active."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.render.export import export_canvas
 from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.manifest import content_kind
 from pipeline.rundir.open import content_alpha, newest_canvas
-from pipeline.rundir.paths import refuse_links, refuse_missing_folder, refuse_own_state
+from pipeline.rundir.paths import journal_path, refuse_links, refuse_missing_folder, refuse_own_state
 from pipeline.rundir.position import Position, position_of
 from pipeline.rundir.process_settings import process_settings
 from pipeline.rundir.records import Manifest
@@ -41,10 +41,10 @@ def export(
     sink: Sink = ignore,
     stop: threading.Event | None = None,
 ) -> Path:
-    """Write the canvas of any stage (default: the newest) as a picture, at any time; gives its path.
+    """Write the canvas of a stage (default: the newest) as an image at any time, and return its path.
 
-    Raises ConfigError if there is no such stage, the format cannot hold it or passes over an option, `output` exists
-    without `force`, or its folder does not.
+    Raises ConfigError if there is no such stage, the format cannot store it or ignores an option, `output` exists
+    without `force`, its folder does not exist, or an active run overwrites the canvas meanwhile; DamagedStateError.
     """
     options = options or ExportConfig()
     refuse_own_state(output, work_dir)
@@ -52,8 +52,8 @@ def export(
     if taken(output) and not force:
         raise ConfigError(f"output {output}: exists and would be lost. Choose another name, or give --force.")
     manifest = manifest_of(work_dir)
-    journal = Journal(work_dir / "journal.jsonl")
-    seen_bytes = journal.size_bytes()
+    journal = Journal(journal_path(work_dir))
+    read_bytes = journal.size_bytes()  # before reading: a record that follows makes the export check again
     _, position = standing(journal)
     chosen = choose_stage(work_dir, position, stage)
     refuse_links(work_dir)
@@ -66,58 +66,58 @@ def export(
     height, width, _channels = canvas.shape
     check_output(output, width, height, kind.bits, options.compression)
 
-    cancel = _NotOvertaken(journal, seen_bytes, position, chosen, stop)
+    cancel = _OvertakenToken(journal, read_bytes, position, chosen, stop)
 
-    def told(what: str) -> Callable[[int, int], None]:
+    def progress(what: str) -> Callable[[int, int], None]:
         return lambda done, total: sink(WorkDone(chosen, what, done, total))
 
     try:
         with ThreadExecutor(WORKERS, CancelToken(stop)) as engine:
-            integrity.require_intact([canvas] if alpha is None else [canvas, alpha], engine, told("check"))
-        export_canvas(canvas, alpha, output, options, cancel, told("export"))
+            integrity.require_intact([canvas] if alpha is None else [canvas, alpha], engine, progress("check"))
+        export_canvas(canvas, alpha, output, options, cancel, progress("export"))
     except ChunkError:
-        cancel.raise_if_set()  # a run that has gone on is no damage
+        cancel.raise_if_set()  # chunks that an active run has overwritten are not damaged
         raise
     return output
 
 
-class _NotOvertaken(CancelToken):
-    """Also ends an export whose arrays a run has overwritten meanwhile, with an error that says so."""
+class _OvertakenToken(CancelToken):
+    """Also raises ConfigError once an active run has overwritten the arrays that the export reads."""
 
-    def __init__(self, journal: Journal, seen_bytes: int, position: Position, stage: int, stop: threading.Event | None):
-        """`seen_bytes`: size of the journal before `position` was read from it."""
+    def __init__(self, journal: Journal, read_bytes: int, position: Position, stage: int, stop: threading.Event | None):
+        """`read_bytes`: the size of the journal before `position` was read from it."""
         super().__init__(stop)
-        self._journal, self._seen_bytes = journal, seen_bytes
+        self._journal, self._read_bytes = journal, read_bytes
         self._position, self._stage = position, stage
 
     def raise_if_set(self) -> None:
         super().raise_if_set()
-        # several times a second: a long journal is read only when it has grown
-        if not finished_stage(self._position, self._stage) and self._seen_bytes != self._journal.size_bytes():
-            self._seen_bytes = self._journal.size_bytes()
+        # called several times a second, so that a long journal is read only when it has grown
+        if not finished_stage(self._position, self._stage) and self._read_bytes != self._journal.size_bytes():
+            self._read_bytes = self._journal.size_bytes()
             _refuse_overtaken(self._journal.path.parent, self._position, position_of(self._journal.read()))
 
 
 def _check_arrays(canvas: StageArray, alpha: StageArray | None, manifest: Manifest) -> None:
-    """The arrays are a run's: their own metadata may claim any size, of which a chunk is taken at once."""
+    """Raise ChunkError for a size that no stage has: a stranger's metadata could make a read take all memory."""
     sizes = [(*stage.size, 3) for stage in manifest.stages]
     for array, shapes in ((canvas, sizes), (alpha, [(*canvas.shape[:2], 1)])):
         if array is None:
             continue
         if array.shape not in shapes or array.chunk_px > MAX_CHUNK_PX or array.dtype.kind not in "fu":
-            told = f"tells of {array.shape} {array.dtype}, which no stage has"
-            raise ChunkError(array.path / METADATA, "changed", told)
+            what = f"describes {array.shape} {array.dtype}, which no stage has"
+            raise ChunkError(array.path / METADATA, "changed", what)
 
 
 def finished_stage(position: Position, stage: int) -> bool:
-    """Whether no iteration will write to the stage's canvas any more."""
+    """Whether no further iteration overwrites the stage's canvas."""
     return stage < position.stage or position.stage_done
 
 
 def _refuse_overtaken(work_dir: Path, before: Position, now: Position) -> None:
-    """The slot that was newest is the next iteration's target: what is read of it later is another canvas."""
+    """Raise ConfigError if the run has committed an iteration: the next one overwrites the slot that was read."""
     if (now.stage, now.iteration) != (before.stage, before.iteration):
         raise ConfigError(
-            f"{work_dir}: the run finished an iteration while its canvas was being read, and the picture would mix "
+            f"{work_dir}: the run finished an iteration while its canvas was being read, and the image would mix "
             "two of them. Export a finished stage with --stage, or stop the run first."
         )

@@ -1,4 +1,4 @@
-"""The coarse-to-fine loop and its resume. No maths here: stage.py and the passes below it do the work."""
+"""The `run` command: the coarse-to-fine loop, and its resume. The computations are in `render`."""
 
 from __future__ import annotations
 
@@ -51,26 +51,26 @@ _FOREIGN = "this run did not make it"
 
 @process_settings()
 def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threading.Event | None = None) -> Path:
-    """Render the picture of `config`, or go on where an earlier run of the same config stopped; gives its path.
+    """Render the output image of `config`, or resume an earlier run of the same config; returns the image's path.
 
-    `force`: overwrite an output that this run did not make. `stop`: set it from anywhere to stop between two tasks.
-    Raises the errors of errors.py; after Stopped, or any crash, the same call goes on.
+    `force`: overwrite an output that this run did not make. `stop`: set it from any thread to stop between two tasks.
+    Raises the errors of errors.py; after Stopped, or any crash, the same call resumes.
     """
     started, cancel = time.monotonic(), CancelToken(stop)
-    with storage(config.work_dir), ExitStack() as held:
-        begun = config.work_dir.exists()
-        if begun:  # before all that takes long: a second run is told at once
-            lock = held.enter_context(locked_folder(config.work_dir))
+    with storage(config.work_dir), ExitStack() as stack:
+        exists = config.work_dir.exists()
+        if exists:  # before anything that takes long, so that a second run is refused at once
+            lock = stack.enter_context(locked_folder(config.work_dir))
         device = resolve_device(config.compute.device)
         planned = plan_on(config, device)
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
-        begun_before = taken(manifest_path(config.work_dir)) or taken(journal_path(config.work_dir))
-        if not (force or begun_before):
+        begun = taken(manifest_path(config.work_dir)) or taken(journal_path(config.work_dir))
+        if not (force or begun):
             refuse_foreign(config.output, {}, _FOREIGN)
-        if not begun:  # after all that may be refused: then nothing was made
-            lock = held.enter_context(locked_folder(config.work_dir))
-        # inside the lock: its tasks have ended before another run may begin
-        engine = held.enter_context(_engine(config, device, lock, sink, cancel))
+        if not exists:  # after all refusals, so that a refused start creates nothing
+            lock = stack.enter_context(locked_folder(config.work_dir))
+        # inside the lock: its tasks have ended before another run can lock the directory
+        engine = stack.enter_context(_engine(config, device, lock, sink, cancel))
         refuse_links(config.work_dir)
         journal = open_run(config, planned, weights, cancel)
         context = render_context(config, planned, device, weights, engine, sink)
@@ -95,7 +95,7 @@ def _engine(config: Config, device: Device, lock: RunLock, sink: Sink, cancel: C
 
 @dataclass
 class _Rendering:
-    """One process's share of a run: everything it holds, and the position it has reached."""
+    """The state of a run in this process, from its start or resume to the export."""
 
     config: Config
     plan: Plan
@@ -111,17 +111,17 @@ class _Rendering:
         self.sink, self.engine = self.context.sink, self.context.engine
 
     def refuse_foreign_output(self) -> None:
-        """Raise ConfigError if there is anything under the output's name that this run did not write.
+        """Raise ConfigError if the output path has a file that this run did not write.
 
-        Looked for at the start, and again at the end: in a day somebody may have saved a picture there.
+        Checked at the start and again before the export, because a run may take days.
         """
         if not self.force:
             refuse_foreign(self.config.output, self.position.pictures, _FOREIGN, self.engine.cancel)
 
     def render(self) -> None:
-        """Every stage that is not done yet."""
+        """Render every stage that is not done."""
         if self.position.prepared:
-            self.sink(Note(f"going on at stage {self.position.stage}, iteration {self.position.iteration}"))
+            self.sink(Note(f"resuming at stage {self.position.stage}, iteration {self.position.iteration}"))
         for stage_plan in self.plan.stages[self.position.stage :]:
             if self.position.stage_done and self.position.stage == stage_plan.index:
                 self._free_arrays(stage_plan.index)
@@ -129,7 +129,7 @@ class _Rendering:
             self._render_stage(stage_plan)
 
     def _render_stage(self, stage_plan: StagePlan) -> None:
-        """One stage, in smaller tiles where the device has no memory for those of the plan."""
+        """Render one stage, in smaller tiles if those of the plan do not fit in the device's memory."""
         chunk_px = self.config.store.chunk_px
         longest = ceil_to(max(*stage_plan.size, *chain.from_iterable(stage_plan.style_sizes)), chunk_px)
         while True:
@@ -140,15 +140,15 @@ class _Rendering:
             except DeviceMemoryError:
                 if tile_px == chunk_px:
                     raise
-            gc.collect()  # the error is gone now, but its frames hold the tile's tensors, and each other
+            gc.collect()  # the error's frames refer to each other, and to the tile's tensors
             smaller = max(chunk_px, tile_px // 2 // chunk_px * chunk_px)
             # recorded: the bits depend on the tiles, and a resume must take the same
             self._commit(records.SmallerTile(tile_px=smaller))
-            told = f"{self.context.device.name} has no memory for tiles of {tile_px} px"
-            self.sink(Note(f"{told}: going on with tiles of {smaller} px, from the last iteration"))
+            cause = f"{self.context.device.name} is out of memory for tiles of {tile_px} px"
+            self.sink(Note(f"{cause}: resuming with tiles of {smaller} px from the last iteration"))
 
     def _render_in_tiles(self, stage_plan: StagePlan, tile_px: int) -> None:
-        # these bring torch, which export and status do without
+        # these import torch, which other commands start without
         from pipeline.render.iteration import Iterations  # noqa: PLC0415
         from pipeline.render.preparation import prepare  # noqa: PLC0415
 
@@ -157,13 +157,13 @@ class _Rendering:
         iteration = self.position.iteration if self.position.stage == index else 0
         stages, (height, width) = len(self.plan.stages), stage_plan.size
         prepared = self.position.prepared and self.position.stage == index
-        in_place = prepared and self.config.store.codec == "none"  # it has its room already, and writes nowhere else
-        check_space(self.config, self.plan, index + in_place)
+        # uncompressed arrays are allocated when the stage is prepared, and overwritten in place
+        allocated = prepared and self.config.store.codec == "none"
+        check_space(self.config, self.plan, index + allocated)
         self.sink(StageStarted(index, stages, height, width, len(stage.tiles), iteration, settings.max_iterations))
         if not prepared:
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
-            made = prepare(stage, previous)
-            self._commit(prepared_record(index, stage.tile_px, made))
+            self._commit(prepared_record(index, stage.tile_px, prepare(stage, previous)))
         elif end_reason(self.position, settings) is None:
             stage.check(self.position.newest_slot, self.position.checksums[index])
         iterations = Iterations(stage, self.position.content_energies, self.position.areas)
@@ -176,7 +176,7 @@ class _Rendering:
         self.sink(StageDone(index, self.position.iteration, reason))
 
     def _commit_iteration(self, stage_plan: StagePlan, iteration: int, result: IterationResult) -> bool:
-        """Gives whether another iteration follows."""
+        """Commit the iteration, and return whether another one follows."""
         self._commit(iteration_record(stage_plan.index, iteration, result))
         self._speed.add(stage_plan.flop_per_iteration, sum(result.seconds.values()))
         self.sink(
@@ -198,21 +198,21 @@ class _Rendering:
         return end_reason(self.position, self._settings(stage_plan)) is None
 
     def _remaining_flop(self, index: int) -> int:
-        """Work to the end if no stage stops early."""
-        now, *later = self.plan.stages[index:]
-        here = now.flop_per_iteration * (now.max_iterations - self.position.iteration)
-        return here + sum(stage.flop_per_iteration * stage.max_iterations for stage in later)
+        """FLOP of all remaining iterations if no stage stops early."""
+        current, *later = self.plan.stages[index:]
+        remaining = current.flop_per_iteration * (current.max_iterations - self.position.iteration)
+        return remaining + sum(stage.flop_per_iteration * stage.max_iterations for stage in later)
 
     def _settings(self, stage_plan: StagePlan) -> OptimizerConfig:
         return self.config.for_stage(max(stage_plan.size)).optimizer
 
     def export(self) -> None:
-        """The last stage's canvas, as the picture asked for; not again if it stands there already."""
+        """Write the last stage's canvas as the output image, unless the same image is there already."""
         output, picture = self.config.output, self.plan.picture
         settings = self.config.export.model_copy(update={"bits": picture.bits})
         options = settings.model_dump(mode="json")
         before = self.position.exported.get(str(output))
-        # a key that came after that record says nothing of its picture
+        # options that are newer than the record did not affect its image
         same = before and before == {key: options.get(key) for key in before}
         if same and is_as_written(output, self.position.pictures[str(output)][-1], self.engine.cancel):
             self.sink(Note(f"{output} is already there"))
@@ -240,17 +240,18 @@ class _Rendering:
         self._commit(records.Exported(output=str(output), options=options, picture=written))
 
     def _record_picture(self, whole: Path) -> None:
-        """What gets the output's name next: a crash between the name and a record would leave a picture of nobody's."""
-        made = written_picture(whole, self.engine.cancel)
+        """Record the image before it is renamed: after a crash between the two, the run would not recognise it."""
+        written = written_picture(whole, self.engine.cancel)
         self.refuse_foreign_output()
-        self._commit(records.Exporting(output=str(self.config.output), picture=made))
+        self._commit(records.Exporting(output=str(self.config.output), picture=written))
 
     def _free_arrays(self, stage: int) -> None:
-        keep = set(kept_files(self.position.slots[stage], self.position.checksums[stage]))
-        store.delete_arrays(stage_path(self.config.work_dir, stage), keep)
+        retained = set(kept_files(self.position.slots[stage], self.position.checksums[stage]))
+        store.delete_arrays(stage_path(self.config.work_dir, stage), retained)
 
     def _commit(self, record: records.Record) -> None:
         has_pixels = isinstance(record, records.StagePrepared | records.Iteration)
+        # the chunks must be on the disk before the record that commits them
         if has_pixels and self.config.store.durability == "power":
             metadata.sync(store_path(self.config.work_dir))
         self.journal.append(record.model_copy(update={"time": now()}))
@@ -258,7 +259,7 @@ class _Rendering:
 
 
 def end_reason(position: Position, settings: OptimizerConfig) -> str | None:
-    """Why the stage ends at this position, or None if it goes on. Once it ends, only its newest canvas is needed."""
+    """Why the stage ends at this position, or None if it continues."""
     if position.max_abs_u == 0:
         return "converged"
     if position.mean_abs_u is not None and position.mean_abs_u < settings.stop_condition:
@@ -275,10 +276,10 @@ class _Speed:
         self._warm = False
 
     def add(self, flop: int, seconds: float) -> None:
-        if not self._warm:  # the first iteration loads weights and compiles kernels
+        if not self._warm:  # the first iteration also loads weights and compiles kernels
             self._warm = True
             return
-        # older iterations count less: they were of smaller stages, where overheads weigh more
+        # older iterations have less weight: those of smaller stages have relatively more overhead
         self._flop, self._seconds = self._flop * 0.8 + flop, self._seconds * 0.8 + seconds
 
     def seconds_for(self, flop: int) -> float | None:

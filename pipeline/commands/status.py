@@ -1,4 +1,4 @@
-"""Looking at a run, and taking pictures out of it, without disturbing it."""
+"""The `status` command: the state of a run, active or not. Takes no lock and writes nothing."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.lock import running_owner
 from pipeline.rundir.manifest import read_manifest
 from pipeline.rundir.open import refuse_unknown_stage
+from pipeline.rundir.paths import journal_path, manifest_path
 from pipeline.rundir.position import Position
 from pipeline.rundir.records import Iteration, Manifest, Record, StageDone, StagePrepared, as_json
 
 
 def status(work_dir: Path) -> dict[str, Any]:
-    """Where the run in `work_dir` stands, as JSON-able data; works while it runs and after.
+    """The state of the run in `work_dir` as JSON-able data, while it runs and after.
 
-    Raises ConfigError if there is no run, DamagedStateError if its records cannot be trusted.
+    Raises ConfigError if there is no run, DamagedStateError if its manifest or journal is damaged.
     """
     manifest = manifest_of(work_dir)
-    records, position = standing(Journal(work_dir / "journal.jsonl"))
+    records, position = standing(Journal(journal_path(work_dir)))
     refuse_unknown_stage(work_dir, manifest, position)
     iterations = [record for record in records if isinstance(record, Iteration)]
     owner = running_owner(work_dir)
@@ -52,8 +53,9 @@ def status(work_dir: Path) -> dict[str, Any]:
 
 
 def _max_iterations(manifest: Manifest, stage: int) -> int:
-    kept = manifest.stages[stage].max_iterations
-    return manifest.config.optimizer.max_iterations if kept is None else kept
+    # older manifests have only the config's value, which is that of stages without settings of their own
+    recorded = manifest.stages[stage].max_iterations
+    return manifest.config.optimizer.max_iterations if recorded is None else recorded
 
 
 def _without_checksums(record: Record) -> dict[str, Any]:
@@ -65,11 +67,11 @@ def _seconds(iterations: Sequence[Iteration]) -> float:
 
 
 def _stage_state(stage: int, records: Sequence[Record]) -> dict[str, Any]:
-    own = [one for one in records if isinstance(one, StagePrepared | Iteration | StageDone) and one.stage == stage]
-    done = next((record for record in own if isinstance(record, StageDone)), None)
-    iterations = [record for record in own if isinstance(record, Iteration)]
+    prepared = any(isinstance(record, StagePrepared) and record.stage == stage for record in records)
+    done = next((record for record in records if isinstance(record, StageDone) and record.stage == stage), None)
+    iterations = [record for record in records if isinstance(record, Iteration) and record.stage == stage]
     return {
-        "state": "done" if done else "prepared" if own else "waiting",
+        "state": "done" if done else "prepared" if prepared else "waiting",
         "iterations": len(iterations),
         "reason": done.reason if done else None,
         "seconds": _seconds(iterations),
@@ -77,7 +79,7 @@ def _stage_state(stage: int, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def choose_stage(work_dir: Path, position: Position, stage: int | None) -> int:
-    """The stage asked for, or the newest. Raises ConfigError where the run has no such stage."""
+    """`stage`, or the newest if it is None. Raises ConfigError if the run has no canvas of that stage."""
     chosen = position.stage if stage is None else stage
     if chosen not in position.slots:
         ready = ", ".join(str(index) for index in sorted(position.slots)) or "none yet"
@@ -86,7 +88,7 @@ def choose_stage(work_dir: Path, position: Position, stage: int | None) -> int:
 
 
 def manifest_of(work_dir: Path) -> Manifest:
-    """The manifest of the run in `work_dir`. Raises ConfigError where there is none."""
-    if not taken(work_dir / "manifest.json"):
+    """The manifest of the run in `work_dir`. Raises ConfigError if there is no run."""
+    if not taken(manifest_path(work_dir)):
         raise ConfigError(f"{work_dir}: there is no run here. Give the work_dir of one, or the config that began it.")
-    return read_manifest(work_dir / "manifest.json")
+    return read_manifest(manifest_path(work_dir))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,8 @@ from pipeline.store.layout import (
     CONTENT_GUIDE,
     STYLE,
     content_features_name,
-    gram_key,
     gram_name,
     guide_name,
-    is_guide,
 )
 
 
@@ -93,39 +90,9 @@ def _prepare(
     return Prepared(energies, sums, areas)
 
 
-def remake(stage: Stage, names: Collection[str], content_sums: str | None) -> dict[str, str]:
-    """Recompute inputs of a stage in its partial folder; gives the checksums of everything in it.
-
-    `names`: any of content, alpha, features, masks and style targets. `content_sums`: checksums of the stage's content,
-    if it is intact. Raises like `prepare`.
-    """
-    folder = stage.partial_dir
-    features = [name for name in names if name in map(content_features_name, stage.layer_use.content_layers)]
-    sums: dict[str, str] = {}
-    with storage(folder):
-        store.create_stage(folder)
-        if {CONTENT, ALPHA} & set(names):
-            _create_arrays(stage, folder, {CONTENT, ALPHA})
-            sums |= _ingest_content(stage, folder)
-        elif content_sums is not None:
-            shutil.copytree(stage.stage_dir / CONTENT, folder / CONTENT)
-            sums[CONTENT] = content_sums
-        if guides := [name for name in names if is_guide(name)]:
-            _create_arrays(stage, folder, guides)
-            sums |= ingest_guides(stage, folder, guides)
-        if any(gram_key(name) for name in names):
-            sums |= _store_style_targets(stage, folder, sums.get(CONTENT))
-        if features:
-            _create_arrays(stage, folder, set(map(content_features_name, stage.layer_use.content_layers)))
-            sums |= _content_pass(stage, folder, sums)[1]
-        return sums | metadata.metadata_checksums(folder)
-
-
-def _create_arrays(stage: Stage, folder: Path, names: Collection[str] | None = None) -> None:
-    """Create all arrays of the stage, or only those in `names`."""
+def _create_arrays(stage: Stage, folder: Path) -> None:
     for name, array in arrays_of(stage.config, stage.plan.size, stage.layer_use, stage.plan.content).items():
-        if names is None or name in names:
-            store.create_array(folder, name, array.shape, array.chunk_px, array.form, stage.config.store.codec)
+        store.create_array(folder, name, array.shape, array.chunk_px, array.form, stage.config.store.codec)
 
 
 def _ingest_content(stage: Stage, folder: Path) -> dict[str, str]:

@@ -1,11 +1,11 @@
-"""The journal of a run: what was committed, one line per record, JSON with a CRC-32C, fsynced.
+"""The journal of a run: one line per committed record, JSON with a CRC-32C, synced to the disk.
 
     {"crc": "89abcdef", "record": {"type": "iteration", "version": 1, "stage": 1, "iteration": 17, ...}}
 
-The journal, not the presence of files, says where a run stands. Every line's CRC goes on from that of the line before,
-so that a line that was taken out is seen too. A last line that was cut short by a crash was never committed, and is
-dropped. Any other bad line is damage. The first record holds the manifest once more. Records of prepared stages and of
-iterations carry the checksum of every chunk they stand for. What a record holds: records.py.
+The journal alone, not the presence of files, determines where a run resumes. The CRC of a line continues that of the
+line before, so that a removed line is detected too. An incomplete last line, cut short by a crash, was never committed
+and is dropped; any other invalid line is damage. The first record holds a copy of the manifest. Records of prepared
+stages and of iterations hold the checksums of all chunks that they commit. The fields of the records: records.py.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pipeline.store.checksums import checksum
 
 @dataclass(frozen=True)
 class JournalState:
-    """A journal as it lies on the disk.
+    """A journal file, damaged or not.
 
-    `records`: those that hold, of the whole lines from the start; these are the first `good_bytes` of the file.
-    `damaged_line`: the number of the line after them, if it was changed. `torn`: the last line is not whole, because
-    a crash cut it short before it was committed.
+    `records`: those before the first damage, without those that a repair rolled back; their lines are the first
+    `good_bytes` of the file. `damaged_line`: the number of the line after them, if it was changed. `torn`: a crash cut
+    the last line short before it was committed.
     """
 
     records: list[Record]
@@ -49,74 +49,75 @@ class Journal:
         self._crc: int | None = None
 
     def read(self) -> list[Record]:
-        """All committed records that hold.
+        """All committed records, without those that a repair rolled back.
 
-        Raises DamagedStateError for a damaged line, for a record that no run writes, and for one of a later version.
+        Raises DamagedStateError for a damaged line, an invalid record, and a record of a later version.
         """
-        return self._typed(self._parse())
+        return self._typed(self._intact_lines())
 
     def inspect(self) -> JournalState:
-        """What is there, damaged or not: what a repair can build on."""
-        found = self._parse(to_damage=True)
-        torn = found.damaged_line is None and self.path.exists() and self.path.stat().st_size > found.good_bytes
-        return JournalState(self._typed(found), found.good_bytes, found.damaged_line, torn)
+        """The state of the file up to its first damage. Raises DamagedStateError for invalid records."""
+        lines = self._parse()
+        torn = lines.damaged_line is None and self.size_bytes() > lines.good_bytes
+        return JournalState(self._typed(lines), lines.good_bytes, lines.damaged_line, torn)
 
-    def _typed(self, found: _Lines) -> list[Record]:
+    def _typed(self, lines: _Lines) -> list[Record]:
         try:
-            return effective(map(parse_record, found.records))
+            return effective(map(parse_record, lines.records))
         except OtherVersionError as error:
             raise DamagedStateError(
                 f"{self.path}: holds records of {error}, which a later version of pipeline has written. Nothing is "
-                "damaged: go on with that version."
+                "damaged: resume with that version."
             ) from error
         except ValueError as error:
             raise no_runs_records(self.path, error) from error
 
     def size_bytes(self) -> int:
-        """Of the file, a last line that is being written included; 0 where there is none yet."""
+        """The size of the file, including a line that is being written; 0 if there is no file yet."""
         with storage(self.path):
             return self.path.stat().st_size if self.path.exists() else 0
 
     def repair_tail(self) -> None:
-        """Cut off a last line that a crash left half-written, so that appending starts on a fresh line."""
-        self._cut(self._parse())
+        """Cut off an incomplete last line, so that the next record starts on a line of its own."""
+        self._cut(self._intact_lines())
 
     def set_damage_aside(self) -> Path:
-        """Keep everything from the first damaged line on in a file of its own, and cut it off; gives that file."""
-        found = self._parse(to_damage=True)
+        """Move everything from the first damaged line on to a new file, and return its path."""
+        lines = self._parse()
         names = (self.path.with_name(f"{self.path.name}.damaged-{number}") for number in itertools.count(1))
         aside = next(path for path in names if not path.exists())
         with storage(aside):
-            write_whole(aside, self.path.read_bytes()[found.good_bytes :])
-        self._cut(found)
+            write_whole(aside, self.path.read_bytes()[lines.good_bytes :])
+        self._cut(lines)  # only now that the copy is on the disk
         return aside
 
-    def _cut(self, found: _Lines) -> None:
-        with storage(self.path):
-            if self.path.exists() and self.path.stat().st_size > found.good_bytes:
-                with self.path.open("r+b") as file:
-                    file.truncate(found.good_bytes)
-                    os.fsync(file.fileno())
-        self._crc = found.crc
+    def _cut(self, lines: _Lines) -> None:
+        if self.size_bytes() > lines.good_bytes:
+            with storage(self.path), self.path.open("r+b") as file:
+                file.truncate(lines.good_bytes)
+                os.fsync(file.fileno())
+        self._crc = lines.crc
 
     def append(self, record: Record) -> None:
-        """Commit one record: when this returns, it is on the disk. Raises StorageError."""
-        crc = self._parse().crc if self._crc is None else self._crc
+        """Commit one record: it is on the disk when this returns. Raises StorageError."""
+        # the CRC is remembered: reading a long journal for every record would take longer each time
+        crc = self._intact_lines().crc if self._crc is None else self._crc
         data = _line_of(as_json(record), crc)
         line = memoryview(data)
         created = not self.path.exists()
         with storage(self.path):
-            with self.path.open("ab", buffering=0) as file:  # a buffer would be written again by closing the file
+            # unbuffered: after a failed write, closing a buffered file would write the rest of the line
+            with self.path.open("ab", buffering=0) as file:
                 start = file.tell()
                 try:
                     while line:
                         line = line[file.write(line) :]
                     os.fsync(file.fileno())
                 except OSError:
-                    with contextlib.suppress(OSError):  # else the next start cuts the line off
+                    with contextlib.suppress(OSError):  # if this fails too, the next start cuts the line off
                         os.ftruncate(file.fileno(), start)
                     raise
-            if created:
+            if created:  # without this, a power cut may remove the new file's name
                 sync_folder(self.path.parent)
         self._crc = _crc_of(data)
 
@@ -127,35 +128,40 @@ class Journal:
             except FileNotFoundError:
                 return b""
             except ValueError as error:
-                message = f"{self.path}: {error}, so it is no journal. Restore it from a copy."
+                message = f"{self.path}: {error}, so it is not a journal. Restore it from a copy."
                 raise DamagedStateError(message) from error
 
-    def _parse(self, to_damage: bool = False) -> _Lines:
+    def _intact_lines(self) -> _Lines:
+        """All lines except an incomplete last one. Raises DamagedStateError if one is damaged."""
+        lines = self._parse()
+        if lines.damaged_line is not None:
+            raise DamagedStateError(
+                f"{self.path}:{lines.damaged_line}: this line or the one before it was changed after it was written, "
+                "so the state it describes cannot be trusted. `pipeline verify --repair` rolls back to the line before."
+            )
+        return lines
+
+    def _parse(self) -> _Lines:
+        """The lines before the first that is damaged or incomplete."""
         records: list[Mapping[str, Any]] = []
         good_bytes = crc = 0
         damaged_line = None
         lines = self._bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             record = _record_of(line, crc)
-            if record is None and number == len(lines) and _is_torn(line, good_bytes, crc):
-                break
-            if record is None and to_damage:
-                damaged_line = number
-                break
             if record is None:
-                raise DamagedStateError(
-                    f"{self.path}:{number}: this line or the one before it was changed after it was written, so the "
-                    "state it describes cannot be trusted. `pipeline verify --repair` goes back to what can be."
-                )
+                is_torn = number == len(lines) and _is_torn(line, good_bytes, crc)
+                damaged_line = None if is_torn else number
+                break
             records.append(record)
             good_bytes, crc = good_bytes + len(line), _crc_of(line)
         return _Lines(records, good_bytes, crc, damaged_line)
 
 
 def standing(journal: Journal) -> tuple[list[Record], Position]:
-    """The records of a run, and where it stands.
+    """The records of a run, and the position at which it resumes.
 
-    Raises DamagedStateError for a damaged line, and for whole ones that no run has written.
+    Raises DamagedStateError for a damaged line, and for records in an order that no run writes.
     """
     records = journal.read()
     return records, checked_position(records, journal.path)
@@ -163,7 +169,7 @@ def standing(journal: Journal) -> tuple[list[Record], Position]:
 
 @dataclass(frozen=True)
 class _Lines:
-    """Whole lines from the start of a journal, their bytes, what the next one's CRC goes on from, and the bad one."""
+    """The intact lines at the start of a journal: their records and size, and the CRC that the next line continues."""
 
     records: list[Mapping[str, Any]]
     good_bytes: int
@@ -171,7 +177,7 @@ class _Lines:
     damaged_line: int | None
 
 
-_SECTOR_BYTES = 512
+_SECTOR_BYTES = 512  # a disk writes whole sectors of at least this size
 _CRC = slice(len('{"crc": "'), len('{"crc": "89abcdef'))
 
 
@@ -185,7 +191,7 @@ def _crc_of(line: bytes) -> int:
 
 
 def _record_of(line: bytes, previous_crc: int) -> Mapping[str, Any] | None:
-    """The record of a whole line, or None. Whole is what was written, byte for byte: JSON overlooks a changed space."""
+    """The record of an intact line, or None. Compares bytes, because JSON would accept a changed space."""
     try:
         record: Mapping[str, Any] = parse_json(line)["record"]
         return record if _line_of(record, previous_crc) == line else None
@@ -194,10 +200,10 @@ def _record_of(line: bytes, previous_crc: int) -> Mapping[str, Any] | None:
 
 
 def _is_torn(line: bytes, offset: int, previous_crc: int) -> bool:
-    """Whether the last line, at this offset of the file, was still being written when the process or the power went.
+    """Whether a crash or a power cut interrupted the write of the last line, which starts at this offset of the file.
 
-    It ends early then, or a whole sector of it is zeros: a disk writes sectors in any order. Of a single changed bit
-    neither comes: a line that is whole but for its last byte was committed.
+    Such a line ends early, or a whole sector of it is zeros, since a disk writes sectors in any order. A flipped bit
+    causes neither: a line that is complete except for its last byte was committed.
     """
     first = -offset % _SECTOR_BYTES
     sectors = [line[:first], *(line[start : start + _SECTOR_BYTES] for start in range(first, len(line), _SECTOR_BYTES))]

@@ -1,4 +1,4 @@
-"""The lock that keeps a second run out of a run directory, and whose it is."""
+"""The lock of a run directory, and the process that holds it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pipeline.core.errors import LockedError, SpaceError, storage
 from pipeline.core.files import read_regular
 from pipeline.rundir.records import MAX_OWNER_BYTES, parse_json
 
-# How long a start waits for the worker processes of a run that was killed: the system kills them within a moment.
+# How long a start waits for the worker processes of a killed run: the system kills them within a moment.
 _LEFT_BEHIND_S = 10.0
 
 
 class RunLock:
-    """Keeps a second run out of a run directory.
+    """Locks a run directory against other runs. Raises LockedError on entry if another run holds the lock.
 
-    Released by the system however the process ends, once its worker processes, which inherit `descriptor`, have ended
-    too: a file is closed after the last call that writes, so that nothing writes into a directory that can be locked.
-    `named`: others have to be told who works here, which takes room on the disk; else they are if there is some.
+    The system releases the lock however the process ends, once its worker processes, which inherit `descriptor`, have
+    ended too: a process closes its files after its last write, so that nothing writes into an unlocked directory.
+    `named`: the file that names the owner is required; otherwise a full disk does not prevent the lock.
     """
 
     descriptor: int
@@ -60,22 +60,22 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         if self._is_there():
-            with contextlib.suppress(OSError):  # it names a process that has ended, which `running_owner` sees
+            with contextlib.suppress(OSError):  # if it stays, `running_owner` finds that its process has ended
                 self._owner.unlink(missing_ok=True)
         os.close(self.descriptor)
 
     def _is_there(self) -> bool:
-        """Whether the lock is still the folder's: a refused start takes both away, and another makes them anew."""
+        """Whether the locked file still has its name: a refused start deletes it, and another start makes a new one."""
         try:
             return os.path.samestat(os.fstat(self.descriptor), self._path.stat())
         except OSError:
             return False
 
     def _removed(self) -> LockedError:
-        return LockedError(f"{self._path.parent}: was removed by another run, which did not begin. Try again.")
+        return LockedError(f"{self._path.parent}: was removed by another run that did not start. Try again.")
 
     def _acquire(self) -> None:
-        """Lock, once what a killed run left has ended. Raises LockedError if a run works here, or that takes long."""
+        """Wait for the workers of a killed run, and lock. Raises LockedError if a run is alive, or after a timeout."""
         deadline = time.monotonic() + _LEFT_BEHIND_S
         while True:
             try:
@@ -87,19 +87,21 @@ class RunLock:
                 if owner is None and time.monotonic() < deadline:
                     time.sleep(0.05)
                     continue
-                who = f"another run is working here (process {owner})"
-                left = "the worker processes of a run that was killed have not ended yet"
+                cause = "the worker processes of a run that was killed have not ended yet"
+                if owner is not None:
+                    cause = f"the run directory is locked by another run (process {owner})"
                 raise LockedError(
-                    f"{self._path.parent}: {left if owner is None else who}. Two runs would destroy each other's "
-                    "state: wait for it, stop it, or choose another work_dir."
+                    f"{self._path.parent}: {cause}. Two runs would destroy each other's state: wait for it, stop it, "
+                    "or choose another work_dir."
                 ) from error
 
 
 def running_owner(work_dir: Path) -> int | None:
-    """The process id of the run that is working in `work_dir`, or None. Never disturbs it."""
+    """The process id of the run that holds the lock of `work_dir`, or None. Takes no lock itself."""
     try:
         owner = parse_json(read_regular(work_dir / "lock.owner", MAX_OWNER_BYTES))
         process = psutil.Process(owner["pid"])
+        # a process id may be in use again, by another process with another start time
         alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner["started"]) < 1
         return int(owner["pid"]) if alive else None
     except (OSError, ValueError, LookupError, TypeError, OverflowError, psutil.Error):

@@ -1,4 +1,4 @@
-"""What a run began with: written once, with a checksum, and kept once more in the journal's first record."""
+"""The manifest: what a run began with. Written once, with a checksum; the journal's first record holds a copy."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from pipeline.store.checksums import checksum
 
 
 class OtherFormatError(DamagedStateError):
-    """A whole manifest, but of a version of pipeline that keeps its runs otherwise."""
+    """An intact manifest of a version of pipeline with another format of run directories."""
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write the manifest aside, sync it, and give it its name. Raises StorageError."""
-    with storage(path):
+    """Write the manifest to a temporary file, sync and rename it. Raises StorageError."""
+    with storage(path):  # renamed when complete: without a valid manifest, the folder is not recognised as a run's
         write_whole(path, _manifest_text(manifest.model_dump(mode="json")))
 
 
@@ -40,20 +40,20 @@ def _manifest_text(manifest: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest. Raises DamagedStateError if it is unreadable or was changed, OtherFormatError."""
+    """Read the manifest. Raises DamagedStateError if it is unreadable or was changed, OtherFormatError."""
     try:
         with storage(path):
             data = read_regular(path, MAX_MANIFEST_BYTES) if path.exists() else b""
-        found: dict[str, Any] = parse_json(data)
-        written_in = found["format"]
-        # before the format is believed: that number may be what was changed
-        if (found.pop("crc", None) is not None or written_in == FORMAT) and _manifest_text(found) != data:
+        fields: dict[str, Any] = parse_json(data)
+        written_in = fields["format"]
+        # the checksum first, because the format may be what was changed; old formats had none
+        if (fields.pop("crc", None) is not None or written_in == FORMAT) and _manifest_text(fields) != data:
             raise ValueError("it was changed after it was written")
         if written_in == FORMAT:
-            return parse_manifest(found)
+            return parse_manifest(fields)
     except OtherVersionError as error:
         raise OtherFormatError(
-            f"{path}: is of {error}, which a later version of pipeline has written. Nothing is damaged: go on with "
+            f"{path}: is of {error}, which a later version of pipeline has written. Nothing is damaged: resume with "
             "that version."
         ) from error
     except (ValueError, KeyError, TypeError) as error:
@@ -68,22 +68,22 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def content_kind(manifest: Manifest) -> PixelKind:
-    """What the pixels of the run's content are."""
+    """Bit depth and alpha of the run's content."""
     return PixelKind(manifest.content.bits, manifest.content.alpha)
 
 
 def begun_manifest(records: Iterable[Record]) -> Manifest | None:
-    """The copy of the manifest that a journal's records hold, if they hold one."""
+    """The journal's copy of the manifest, or None."""
     copies = [record.manifest for record in records if isinstance(record, Begun)]
     return copies[-1] if copies else None
 
 
 def trusted_manifest(path: Path, records: Iterable[Record]) -> Manifest:
-    """The manifest, which the journal must agree with. Raises DamagedStateError if it cannot be trusted."""
+    """Read the manifest. Raises DamagedStateError if it is damaged or differs from the journal's copy."""
     manifest = read_manifest(path)
     if manifest != begun_manifest(records):
         raise DamagedStateError(
-            f"{path}: is whole, but not the manifest that the journal beside it began with: it belongs to another run, "
-            "and going on would mix two. `pipeline verify --repair` restores it from the journal."
+            f"{path}: is intact, but not the manifest that the journal beside it began with: it belongs to another "
+            "run, and to resume would mix two. `pipeline verify --repair` restores it from the journal."
         )
     return manifest

@@ -1,4 +1,4 @@
-"""What lies in a run directory, and beginning a run there, or checking that it is the run of this config."""
+"""Opens a run directory: begins a run there, or checks that the run in it has this config."""
 
 from __future__ import annotations
 
@@ -37,51 +37,52 @@ def stage_path(work_dir: Path, stage: int) -> Path:
 
 
 def newest_canvas(work_dir: Path, position: Position, stage: int) -> store.StageArray:
-    """The canvas of `stage` after its last committed iteration, or the average, where it is averaged: its result.
+    """The result of `stage`: its canvas after the last committed iteration, or the average of its canvases.
 
-    It checks itself. Raises ChunkError.
+    Reads compare checksums. Raises ChunkError if the metadata is damaged.
     """
     return _checked(work_dir, position, stage, result_name(position.slots[stage], position.checksums[stage]))
 
 
 def content_alpha(work_dir: Path, position: Position, stage: int) -> store.StageArray | None:
-    """The alpha of the content at the size of `stage`, if it has one; it checks itself. Raises ChunkError."""
+    """The content's alpha at the size of `stage`, or None. Raises ChunkError if its metadata is damaged."""
     return _checked(work_dir, position, stage, ALPHA) if ALPHA in position.checksums[stage] else None
 
 
 def _checked(work_dir: Path, position: Position, stage: int, name: str) -> store.StageArray:
     folder, checksums = stage_path(work_dir, stage), position.checksums[stage]
-    # A description that was changed may still describe: another height, or integers for the same bytes.
+    # changed metadata may still be valid: another height, or integers for the same bytes
     metadata.check_metadata(folder, f"{name}/{METADATA}", checksums[f"{name}/{METADATA}"])
     return store.open_array(folder, name, checksums[name])
 
 
 def open_run(config: Config, planned: Plan, weights: WeightsSource, cancel: CancelToken) -> Journal:
-    """The journal of the run directory; begins a run there, or checks that it is the run of this config.
+    """The journal of the run directory, in which a run is begun unless it holds one of this config.
 
-    Raises Stopped soon after `cancel` is set.
-    Raises ConfigError listing every field whose change would change the picture, SpaceError.
+    Raises Stopped soon after `cancel` is set, ConfigError that lists every change that would change the output image,
+    DamagedStateError, SpaceError.
     """
     journal = Journal(journal_path(config.work_dir))
     path = manifest_path(config.work_dir)
-    wanted = identity(config, weights, cancel)
+    identity_now = identity(config, weights, cancel)
     records, position = standing(journal)
-    if position.slots:
+    if position.slots:  # stages exist, which must have been rendered from the same config and inputs
         manifest = trusted_manifest(path, records)
-        refuse_changes(config, manifest, wanted)
+        refuse_changes(config, manifest, identity_now)
         refuse_other_stages(config, manifest, planned)
         journal.repair_tail()
         return journal
     if lost_its_stages(config.work_dir, records):
         raise DamagedStateError(
-            f"{journal.path}: holds no stage, but {store_path(config.work_dir)} does, which would be rendered again. "
-            "Restore the journal from a copy, or begin again: `pipeline verify --repair` sets the store aside."
+            f"{journal.path}: records no stage, but {store_path(config.work_dir)} holds one, which would be "
+            "overwritten. Restore the journal from a copy, or start again: `pipeline verify --repair` sets the store "
+            "aside."
         )
     check_space(config, planned, 0)
-    # Nothing is prepared yet, so a config or an image that was corrected after an error is no change. The manifest
-    # comes before the store: a folder that holds anything without one is taken for somebody else's.
+    # Nothing is prepared yet, so that a config or an image may be corrected after an error. The manifest is written
+    # before the store: a folder with files but without a manifest is refused as not a run's.
     journal.repair_tail()
-    manifest = _new_manifest(config, planned, wanted)
+    manifest = _new_manifest(config, planned, identity_now)
     if not (_same_manifest(begun_manifest(records), manifest) and _same_manifest(_manifest_at(path), manifest)):
         write_manifest(path, manifest)
         journal.append(Begun(manifest=manifest, time=now()))
@@ -89,7 +90,7 @@ def open_run(config: Config, planned: Plan, weights: WeightsSource, cancel: Canc
     return journal
 
 
-def _new_manifest(config: Config, planned: Plan, wanted: Identity) -> Manifest:
+def _new_manifest(config: Config, planned: Plan, identity_now: Identity) -> Manifest:
     compute = config.compute
     return Manifest(
         format=FORMAT,
@@ -98,8 +99,8 @@ def _new_manifest(config: Config, planned: Plan, wanted: Identity) -> Manifest:
         stages=_stage_sizes(planned),
         content=ContentKind(**asdict(planned.stages[-1].content or RGB8)),
         threads=default_threads(compute.workers) if compute.threads == "auto" else compute.threads,
-        result_fields=wanted.result_fields,
-        inputs=wanted.inputs,
+        result_fields=identity_now.result_fields,
+        inputs=identity_now.inputs,
     )
 
 
@@ -112,20 +113,20 @@ def _stage_sizes(planned: Plan) -> list[StageSizes]:
 
 @dataclass(frozen=True)
 class Identity:
-    """All that decides a picture: values by config key, and the SHA-256 of every file that is read."""
+    """Everything that determines an output image: values by config key, and the SHA-256 of every input file."""
 
     result_fields: dict[str, Any]
     inputs: dict[str, str]
 
 
 def identity(config: Config, weights: WeightsSource, cancel: CancelToken) -> Identity:
-    """That of a run of `config`. Raises Stopped soon after `cancel` is set."""
+    """The identity of a run of `config`. Hashes all inputs; raises Stopped soon after `cancel` is set."""
     inputs = {dotted(key): sha256_of(path, cancel) for key, path in input_files(config)}
     return Identity(result_fields(config), inputs | {"network.weights": weights.sha256})
 
 
 def lost_its_stages(work_dir: Path, records: Sequence[Record]) -> bool:
-    """Whether a journal that holds no stage once held some: `begun` comes before the store, a stage before the next."""
+    """Whether a journal without stages has lost records, given the order of writing: `begun`, the store, stages."""
     begun = begun_manifest(records) is not None
     return stage_path(work_dir, 1).exists() or (not begun and store_path(work_dir).exists())
 
@@ -137,37 +138,37 @@ def _manifest_at(path: Path) -> Manifest | None:
         return None
 
 
-def _same_manifest(found: Manifest | None, manifest: Manifest) -> bool:
-    """Whether they are the same, but for the time."""
-    return found is not None and found == manifest.model_copy(update={"created": found.created})
+def _same_manifest(old: Manifest | None, manifest: Manifest) -> bool:
+    """Whether the manifests differ in nothing but the time."""
+    return old is not None and old == manifest.model_copy(update={"created": old.created})
 
 
 def refuse_unknown_stage(work_dir: Path, manifest: Manifest, position: Position) -> None:
-    """Raise DamagedStateError if the journal stands at a stage that the manifest does not know."""
-    if position.stage >= (known := len(manifest.stages)):
+    """Raise DamagedStateError if the journal records a stage that the manifest does not have."""
+    if position.stage >= (stages := len(manifest.stages)):
         raise DamagedStateError(
-            f"{journal_path(work_dir)}: stands at stage {position.stage}, but the manifest beside it knows stages 0 to "
-            f"{known - 1} alone, so the two are not of one run. Restore the run directory from a copy."
+            f"{journal_path(work_dir)}: records stage {position.stage}, but the manifest beside it has stages 0 to "
+            f"{stages - 1} only, so the two are not of one run. Restore the run directory from a copy."
         )
 
 
-def refuse_changes(config: Config, manifest: Manifest, wanted: Identity) -> None:
-    """Raise ConfigError with every field of `wanted` that differs from the manifest."""
-    old, new = manifest.result_fields, wanted.result_fields
-    before, now_given = manifest.config.model_dump(), config.model_dump(mode="json")
+def refuse_changes(config: Config, manifest: Manifest, identity_now: Identity) -> None:
+    """Raise ConfigError with every field of `identity_now` that differs from the manifest."""
+    old, new = manifest.result_fields, identity_now.result_fields
+    old_config, new_config = manifest.config.model_dump(), config.model_dump(mode="json")
     changes: list[str] = []
     for key in sorted(old.keys() | new.keys()):
-        was, becomes = _value(key, old, before), _value(key, new, now_given)
-        if was != becomes:
-            changes.append(f"  {key}: was {was}, is {becomes}")
-    files, files_now = manifest.inputs, wanted.inputs
+        old_value, new_value = _value(key, old, old_config), _value(key, new, new_config)
+        if old_value != new_value:
+            changes.append(f"  {key}: was {old_value}, is {new_value}")
+    files, files_now = manifest.inputs, identity_now.inputs
     changed = [key for key in sorted(files.keys() | files_now.keys()) if files.get(key) != files_now.get(key)]
     changes += [f"  {key}: the content of the file has changed" for key in changed]
     if changes:
         raise ConfigError(
-            f"{config.work_dir} holds a run of another config, and going on would mix two pictures. Changed:\n"
+            f"{config.work_dir} holds a run of another config, and to resume would mix two images. Changed:\n"
             + "\n".join(changes)
-            + "\nPut these back, or give the new config its own work_dir, or delete the old one."
+            + "\nRestore these values, or give the new config its own work_dir, or delete the old one."
         )
 
 
@@ -175,14 +176,14 @@ _NOT_GIVEN = "not given"
 
 
 def _value(key: str, fields: Mapping[str, Any], config: object) -> object:
-    """What a dotted key is in a run: not all that have their default are among its result fields.
+    """The value of a dotted key in a run, whose result fields leave out some keys that have their default.
 
-    `config`: as a manifest keeps it. A key that came later has its default there; what a stage does not say is as for
-    the others.
+    `config`: as in a manifest. Keys that newer versions added have their default in old runs; keys that a stage does
+    not set have the value outside `stages`.
     """
     parts = undotted(key)
     if parts[0] == "stages" and len(parts) == 3 and fields.get(key) is None:
-        return _NOT_GIVEN  # a section of a stage, whose own keys are compared
+        return _NOT_GIVEN  # a whole section of a stage: its keys are compared one by one
     if key in fields:
         return fields[key]
     inner = config
@@ -202,26 +203,25 @@ def _value(key: str, fields: Mapping[str, Any], config: object) -> object:
 
 
 def refuse_other_stages(config: Config, manifest: Manifest, planned: Plan) -> None:
-    """Raise ConfigError if the plan's stages are not those of the run, whose arrays have the sizes of the manifest."""
-    old, new = ([(one.size, one.style_sizes) for one in stages] for stages in (manifest.stages, _stage_sizes(planned)))
-    if old == new:
-        return
-    pairs = enumerate(itertools.zip_longest(old, new))
-    number = next(index for index, (one, other) in pairs if one != other)
-    was, now_is = (_told_stage(stages[number]) if number < len(stages) else "not there" for stages in (old, new))
-    raise ConfigError(
-        f"{config.work_dir}: stage {number} of this run is {was}, but this version of pipeline plans it as {now_is}: "
-        "the arrays on disk would not fit. Finish the run with the version that began it, or give this config another "
-        "work_dir."
-    )
+    """Raise ConfigError if the plan has other stages than the manifest, which has the sizes of the arrays on disk."""
+    for number, (stage, plan) in enumerate(itertools.zip_longest(manifest.stages, _stage_sizes(planned))):
+        old, new = _stage_text(stage), _stage_text(plan)
+        if old != new:
+            raise ConfigError(
+                f"{config.work_dir}: stage {number} of this run is {old}, but this version of pipeline plans it as "
+                f"{new}: the arrays on disk would not fit. Finish the run with the version that began it, or give this "
+                "config another work_dir."
+            )
 
 
-def _told_stage(stage: tuple[tuple[int, int], list[tuple[int, int]]]) -> str:
-    (height, width), styles = stage
-    beside = ", ".join(f"{style_width}×{style_height}" for style_height, style_width in styles)
-    return f"{width}×{height} px" + (f" with styles of {beside} px" if beside else "")
+def _stage_text(stage: StageSizes | None) -> str:
+    if stage is None:
+        return "not there"
+    height, width = stage.size
+    styles = ", ".join(f"{style_width}×{style_height}" for style_height, style_width in stage.style_sizes)
+    return f"{width}×{height} px" + (f" with styles of {styles} px" if styles else "")
 
 
 def now() -> str:
-    """The time for records, in UTC."""
+    """The current time in UTC, as records have it."""
     return datetime.now(UTC).isoformat(timespec="seconds")

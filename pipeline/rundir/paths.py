@@ -1,7 +1,7 @@
-"""Where a run may write: nowhere through a link, and no picture over its own state.
+"""The paths of a run directory, and the refusal of links in it and of outputs that would overwrite it.
 
-A run directory, or a part of one, may come from a stranger, or out of an archive. A run writes into the files that it
-finds there and deletes folders: through a link, or another name of the same file, those would be somebody else's.
+A run directory may come from a stranger or from an archive. A run overwrites files in it and deletes folders; through
+symbolic or hard links it would change files outside.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ def refuse_links(work_dir: Path) -> None:
 
 
 def links_in_store(work_dir: Path) -> Iterator[tuple[Path, str]]:
-    """Everything in a run's store that is a link, or is neither a file nor a folder, and what it is."""
+    """(path, description) of everything in the store that is a link, or neither a file nor a folder."""
     folders = [os.fspath(store_path(work_dir))]
     while folders:
         try:
             with os.scandir(folders.pop()) as entries:
-                found = list(entries)
-        except (FileNotFoundError, NotADirectoryError):  # a run at work deletes what it no longer needs
+                listing = list(entries)
+        except (FileNotFoundError, NotADirectoryError):  # an active run deletes what it no longer needs
             continue
-        for entry in found:
+        for entry in listing:
             if what := _link(entry):
                 yield Path(entry.path), what
-        folders += [entry.path for entry in found if entry.is_dir(follow_symlinks=False)]
+        folders += [entry.path for entry in listing if entry.is_dir(follow_symlinks=False)]
 
 
 def refuse_links_at_top(work_dir: Path) -> None:
-    """The same for the directory's own entries alone: locking it would already empty the file that a link names."""
+    """The same for the top level alone. Called before locking, which would truncate the target of a link."""
     with os.scandir(work_dir) as entries:
         for entry in entries:
             if what := _link(entry):
@@ -66,12 +66,12 @@ SECOND_NAME = "has a second name elsewhere (a hard link)"
 
 
 def _link(entry: os.DirEntry[str]) -> str | None:
-    """What an entry is that no run makes; None for a folder or a file of one name, and for what is gone by now."""
+    """A description of an entry that no run makes; None for folders, ordinary files and deleted entries."""
     if entry.is_dir(follow_symlinks=False):
         return None
     try:
         status = entry.stat(follow_symlinks=False)
-    except FileNotFoundError:  # a run at work has deleted it
+    except FileNotFoundError:  # an active run has deleted it
         return None
     if stat.S_ISLNK(status.st_mode):
         return "is a link"
@@ -82,25 +82,25 @@ def _link(entry: os.DirEntry[str]) -> str | None:
 
 def _link_error(path: Path, what: str) -> DamagedStateError:
     return DamagedStateError(
-        f"{path}: {what}, and no run makes one. Going on would read or change what is not this run's. Delete it, "
-        "and copy here what it stands for if that is yours, or use another work_dir."
+        f"{path}: {what}, and no run makes one. To resume would read or change a file outside this run. Delete it, "
+        "and copy its target here if that is yours, or use another work_dir."
     )
 
 
 def refuse_own_state(output: Path, work_dir: Path) -> None:
-    """Raise ConfigError if a picture of this name would replace the state of the run in `work_dir`, or a part of it."""
-    picture, store = real(output), real(store_path(work_dir))
-    if picture in (store, *store.parents) or store in picture.parents:
+    """Raise ConfigError if an output image at this path would overwrite the state of the run in `work_dir`."""
+    image, store = real(output), real(store_path(work_dir))
+    if image in (store, *store.parents) or store in image.parents:
         raise ConfigError(
-            f"output {output}: is, or is in, the state of the run in {work_dir}, which the picture would replace. "
+            f"output {output}: is, or is in, the state of the run in {work_dir}, which the image would overwrite. "
             "Choose another name."
         )
 
 
 def refuse_missing_folder(output: Path) -> None:
-    """Raise ConfigError if a picture that the command line names would need a folder made for it.
+    """Raise ConfigError if the folder of an output path from the command line does not exist.
 
-    A mistyped name would else become a tree of folders, which stays there whatever becomes of the picture.
+    It is not created, because a mistyped path would leave a tree of empty folders.
     """
     folder = output.absolute().parent
     if not os.access(folder, os.F_OK):

@@ -1,4 +1,4 @@
-"""Where a run stands: what the records of its journal add up to."""
+"""The position of a run: the state that the records of its journal describe, from which it resumes."""
 
 from __future__ import annotations
 
@@ -28,16 +28,15 @@ from pipeline.store.layout import kept_files
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: what is committed, and so what comes next.
+    """What is committed, and so what comes next.
 
     `prepared`: stage `stage` has its arrays. `iteration`: the next one; it reads slot `iteration % 2`.
     `alpha`, `mean_abs_u`, `max_abs_u`: of the stage's last iteration, None before its first.
-    `stage_done`: the stage ended. `slots`: where the newest canvas of every stage is. `exported`: pictures made, with
-    their export options.
-    `pictures`: by name, what was written under it, the newest last; None where an older version kept the name alone.
-    `checksums`: per stage, of the chunks of its arrays (the newest slot's) and of its metadata files, as checksums.py
-    packs them. `tile_px`: the largest tile that the device has room for, None while it is not known to be smaller than
-    the plan's.
+    `stage_done`: the stage ended. `slots`: the slot of the newest canvas of every stage. `exported`: the export options
+    of every output image. `pictures`: by path, the images written there, the newest last; None where an older version
+    recorded the path alone. `checksums`: per stage, packed as in checksums.py, of the chunks of its arrays (the newest
+    slot's) and of its metadata files. `tile_px`: the largest tile that fits in the device's memory, None while tiles of
+    the plan have fitted.
     """
 
     stage: int = 0
@@ -69,8 +68,8 @@ class Position:
                 return self._after_preparation(record)
             case StageDone():
                 sums = self.checksums[self.stage]
-                left = {name: sums[name] for name in kept_files(self.newest_slot, sums)}
-                return replace(self, stage_done=True, checksums={**self.checksums, self.stage: left})
+                retained = {name: sums[name] for name in kept_files(self.newest_slot, sums)}
+                return replace(self, stage_done=True, checksums={**self.checksums, self.stage: retained})
             case Exporting() | Exported():
                 return self._after_export(record)
             case CanvasLost():
@@ -94,12 +93,13 @@ class Position:
         )
 
     def _after_export(self, record: Exporting | Exported) -> Position:
-        made = {record.output: record.options} if isinstance(record, Exported) else {}
-        known = [one for one in self.pictures.get(record.output, ()) if one != record.picture]
-        if isinstance(record, Exported) and record.picture is not None:  # it has taken the place of any other
-            known = [one for one in known if one is not None]
-        pictures = {**self.pictures, record.output: (*known, record.picture)}
-        return replace(self, exported={**self.exported, **made}, pictures=pictures)
+        earlier = [image for image in self.pictures.get(record.output, ()) if image != record.picture]
+        pictures = {**self.pictures, record.output: (*earlier, record.picture)}
+        if not isinstance(record, Exported):
+            return replace(self, pictures=pictures)
+        if record.picture is not None:  # it has replaced the image of unknown hash
+            pictures[record.output] = tuple(image for image in pictures[record.output] if image is not None)
+        return replace(self, exported={**self.exported, record.output: record.options}, pictures=pictures)
 
     def _after_iteration(self, record: Iteration) -> Position:
         iteration = record.iteration + record.stepped
@@ -118,46 +118,48 @@ def _without(mapping: Mapping[int, Any], key: int) -> dict[int, Any]:
     return {other: value for other, value in mapping.items() if other != key}
 
 
-# What stays true however far a repair goes back: whose a picture is, which canvas the disk lost, how large a tile fits.
-_KEPT_ALWAYS = (Exporting, Exported, CanvasLost, SmallerTile)
+# A rollback keeps these, which do not depend on the position: which images are the run's, which canvases were given up,
+# and which tile fits in memory.
+_NEVER_ROLLED_BACK = (Exporting, Exported, CanvasLost, SmallerTile)
 
 
 def effective(records: Iterable[Record]) -> list[Record]:
-    """The records without those that a repair took back; some are never taken back."""
-    kept: list[Record] = []
+    """The records without those that a repair rolled back."""
+    retained: list[Record] = []
     for record in records:
         if isinstance(record, RolledBack):
-            taken = kept[record.records :]
-            kept = kept[: record.records] + [one for one in taken if isinstance(one, _KEPT_ALWAYS)]
+            discarded = retained[record.records :]
+            retained = retained[: record.records]
+            retained += [other for other in discarded if isinstance(other, _NEVER_ROLLED_BACK)]
         else:
-            kept.append(record)
-    return kept
+            retained.append(record)
+    return retained
 
 
 def position_of(records: Iterable[Record]) -> Position:
-    """The resume point that a journal's records describe."""
+    """The position after these records."""
     return reduce(Position.after, records, Position())
 
 
 def checked_position(records: Iterable[Record], path: Path) -> Position:
-    """The resume point of the records in the journal `path`.
+    """The position after the records of the journal `path`.
 
-    Raises DamagedStateError for records in an order that no run writes, or with checksums that are none.
+    Raises DamagedStateError for records in an order that no run writes, or with invalid checksums.
     """
     try:
         position = position_of(records)
         for stage, slot in position.slots.items():
             for name in kept_files(slot, position.checksums[stage]):
-                position.checksums[stage][name]  # a LookupError where it is not there
+                position.checksums[stage][name]  # raises LookupError if it is missing
             for text in position.checksums[stage].values():
-                unpacked(text)[0]  # a ValueError or LookupError where it is no checksum
+                unpacked(text)[0]  # raises ValueError or LookupError if it is not a checksum
         return position
     except (LookupError, ValueError) as error:
         raise no_runs_records(path, error) from error
 
 
 def no_runs_records(path: Path, error: Exception) -> DamagedStateError:
-    """The error of a journal whose lines are whole, but hold what no run has written."""
+    """The error of a journal whose lines are intact, but not records of a run."""
     return DamagedStateError(
         f"{path}: its records are not a run's ({shown(str(error), 200)}), so the state they describe "
         "cannot be trusted. Restore the run directory from a copy, or delete it to render again."

@@ -1,4 +1,4 @@
-"""Looking at everything a run needs before it starts: headers, plan, output, disk. Torch is not needed for it."""
+"""Checks everything that a run needs before it starts: image headers, plan, output. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipeline.rundir.process_settings import process_settings
 
 @process_settings()
 def plan(config: Config) -> Plan:
-    """What a run of `config` will do and need, from the image headers alone; nothing is rendered or written.
+    """What a run of `config` will compute and need, from the image headers alone; nothing is rendered or written.
 
-    Raises ConfigError if it cannot fit in memory or the output's format cannot hold it, InputError for an image or
-    weights that cannot be used.
+    Raises ConfigError if the run does not fit in memory or the output format cannot store the image, InputError for an
+    image or weights that cannot be used.
     """
     return plan_on(config, resolve_device(config.compute.device))
 
@@ -28,6 +28,7 @@ def plan_on(config: Config, device: Device) -> Plan:
     images = {path: read_header(path, config.limits) for key, path in input_files(config) if key != weights_key}
     widths = widths_for_plan(config.network.name, config.network.weights, config.limits.max_weights_bytes)
     weights = weights_bytes(config.network.name, config.network.weights)
+    # all that can be refused is refused here, because a run finds the rest only after hours
     refuse_own_state(config.output, config.work_dir)
     planned = make_plan(config, images, widths, weights, device.name, device.memory_bytes)
     height, width = planned.stages[-1].size

@@ -1,7 +1,7 @@
-"""What is one for the whole process while a call of ours runs, and put back when the last of them has ended.
+"""Process-wide settings of zarr, libvips and torch, restored when the last call of the library has ended.
 
-Settings of zarr, libvips and torch, and the network in memory. A program that imports this package, or calls it, keeps
-its own. (malloc's settings cannot be put back: see allocator.py.)
+A program that imports or calls this package keeps its own settings. The network in memory is released with them.
+(malloc's settings cannot be restored: see allocator.py.)
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from pipeline.core import callers
 from pipeline.store import metadata
 
 _lock = threading.Lock()
-_put_back = ExitStack()
-_kept = ExitStack()
+_restore = ExitStack()
+_for_ever = ExitStack()
 
 
 @contextmanager
 def process_settings() -> Iterator[None]:
-    """Inside, libraries are set as we need them. Calls may be nested, and run on several threads at once."""
+    """Apply the settings inside the block. Blocks may be nested, and run on several threads at once."""
     with _lock:
-        if not callers.number():
-            _put_back.enter_context(metadata.zarr_settings())
-            _put_back.enter_context(images.vips_settings())
-            _put_back.callback(_release_network)
+        if not callers.number():  # the first call; others that overlap with it share its settings
+            _restore.enter_context(metadata.zarr_settings())
+            _restore.enter_context(images.vips_settings())
+            _restore.callback(_release_network)
         callers.enter()
     try:
         yield
     finally:
         with _lock:
             callers.leave()
-            if not callers.number():
-                _put_back.close()
+            if not callers.number():  # not earlier, since other threads may still be computing
+                _restore.close()
 
 
 def enter_process_settings() -> None:
     """The settings for a worker process, which keeps them until it ends."""
-    _kept.enter_context(process_settings())
+    _for_ever.enter_context(process_settings())
 
 
 def _release_network() -> None:
-    """Frees the network, and puts torch's settings back, if anything was computed: else torch is not even there."""
+    """Release the network and restore torch's settings, if torch has been imported at all."""
     if (network := sys.modules.get("pipeline.network.cache")) is not None:
         network.release()

@@ -1,11 +1,10 @@
-"""What a run's manifest and journal hold: typed, strict records, with names of their own, from which all is read.
+"""The schema of a run's manifest and journal: typed, strict records.
 
-The names on disk are those of the fields here, and of nothing else in the program: a variable that is renamed elsewhere
-changes no journal. Every record carries the version of this schema. Records without one are from before there were
-versions: of those, fields that are not known here are left out. A field that is added, renamed or removed takes a new
-VERSION.
+The names on disk are the field names here, and no others in the program: renaming a variable elsewhere changes no
+journal. Every record has the version of this schema. Records without a version are older than versions; their unknown
+fields are ignored. Adding, renaming or removing a field takes a new VERSION.
 
-Files may come from a stranger, and a checksum is not a signature: what is not of the right type is refused.
+Files may come from a stranger, and a checksum is not a signature: values of the wrong type are refused.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from pipeline.core.text import shown
 
 VERSION = 1
 FORMAT = 2  # of a run directory, as the manifest says
-MAX_MANIFEST_BYTES = 2**20  # with a hundred styles 0.2 MB
-MAX_JOURNAL_BYTES = 2**30  # of 100,000² px and 1,000 iterations 0.6 GB, nearly all of it checksums
+MAX_MANIFEST_BYTES = 2**20  # a hundred styles take 0.2 MB
+MAX_JOURNAL_BYTES = 2**30  # 100,000² px and 1,000 iterations take 0.6 GB, nearly all of it checksums
 MAX_OWNER_BYTES = 1000
-_MAX_STAGES = 64  # sizes double
+_MAX_STAGES = 64  # each stage has twice the size of the one before
 
 _Count = Annotated[int, Field(ge=0, le=MAX_ITERATIONS)]
 _Stage = Annotated[int, Field(ge=0, lt=_MAX_STAGES)]
 _Side = Annotated[int, Field(ge=1, le=MAX_SIDE_PX)]
 _Size = Annotated[tuple[_Side, _Side], Field(strict=False)]  # JSON has lists; its numbers are still strict
 _Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=5000)]
-# Names of arrays, and of metadata: a repair writes there.
+# Names of arrays and of metadata files. They become paths, so that separators are refused.
 _File = Annotated[str, StringConstraints(pattern=r"^([a-z0-9_]+|([a-z0-9_]+/)?zarr\.json)$")]
 _Sums = dict[_File, str]
 _Numbers = dict[_Line, float]
@@ -49,7 +48,7 @@ class _Strict(BaseModel):
 
 
 class _Kept(BaseModel):
-    """A part of a config as the manifest keeps it: only what is read without validating the whole is named here."""
+    """A part of the manifest's config: names only the fields that are read without validating the whole config."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
@@ -61,14 +60,14 @@ class KeptOptimizer(_Kept):
 
 
 class KeptConfig(_Kept):
-    """The config that a run began with, in the words of the version that wrote it."""
+    """The config that a run began with, with the keys of the version that wrote it."""
 
     output: _Line
     optimizer: KeptOptimizer
 
 
 class StageSizes(_Strict):
-    """(height, width) in px of a stage's canvas and styles. `max_iterations`: None in runs from before it was kept."""
+    """(height, width) in px of a stage's canvas and styles. `max_iterations`: None in runs older than the field."""
 
     size: _Size
     style_sizes: Annotated[list[_Size], Field(max_length=MAX_STYLES)]
@@ -76,7 +75,7 @@ class StageSizes(_Strict):
 
 
 class ContentKind(_Strict):
-    """The pixels of the content; runs from before this was kept have these."""
+    """Bit depth and alpha of the content. The defaults are those of runs older than these fields."""
 
     bits: Literal[8, 16] = 8
     alpha: bool = False
@@ -85,7 +84,7 @@ class ContentKind(_Strict):
 class Manifest(_Strict):
     """What a run began with. `threads`: CPU threads of one tile. `inputs`: SHA-256 by config key."""
 
-    version: Literal[1] = 1  # those from before there were versions have the same fields
+    version: Literal[1] = 1  # manifests older than versions have the same fields
     format: int
     created: _Line
     config: KeptConfig
@@ -97,7 +96,7 @@ class Manifest(_Strict):
 
 
 class WrittenPicture(_Strict):
-    """A picture as it was written: a file, or a folder with all its files. `modified_ns`: of the newest of them."""
+    """An output image: a file, or a folder with all its files. `modified_ns`: the time of the newest file."""
 
     size_bytes: Annotated[int, Field(ge=0)]
     modified_ns: int
@@ -105,23 +104,23 @@ class WrittenPicture(_Strict):
 
 
 class Record(_Strict):
-    """Root of the records: one line of the journal each. `time`: in UTC, when it was committed."""
+    """Base class: one line of the journal. `time`: when it was committed, in UTC."""
 
     version: Literal[1] = 1
     time: _Line = ""
 
 
 class Begun(Record):
-    """A run began; the manifest once more."""
+    """A run began. Holds a copy of the manifest."""
 
     type: Literal["begun"] = "begun"
     manifest: Manifest
 
 
 class StagePrepared(Record):
-    """The arrays of a stage are there, in tiles of `tile_px` (None: from before it was kept).
+    """The arrays of a stage are complete, computed in tiles of `tile_px` (None in runs older than the field).
 
-    `content_energies`: ‖φ_l(o)‖² by layer. `areas`: n_r,l by style key, where there are regions.
+    `content_energies`: ‖φ_l(o)‖² by layer. `areas`: n_r,l by style key, if there are regions.
     """
 
     type: Literal["stage_prepared"] = "stage_prepared"
@@ -133,7 +132,7 @@ class StagePrepared(Record):
 
 
 class Iteration(Record):
-    """An iteration is complete. Losses are those of the canvas it read; `checksums` are of the arrays it wrote."""
+    """An iteration is complete. Losses: of the canvas that it read. `checksums`: of the arrays that it wrote."""
 
     type: Literal["iteration"] = "iteration"
     stage: _Stage
@@ -161,14 +160,14 @@ class StageDone(Record):
 
 
 class SmallerTile(Record):
-    """The device has no memory for tiles larger than this."""
+    """Larger tiles than this do not fit in the device's memory."""
 
     type: Literal["smaller_tile"] = "smaller_tile"
     tile_px: _Side
 
 
 class Exporting(Record):
-    """A picture is whole and gets its name next. `picture`: None in records from before it was kept."""
+    """An output image is complete and is renamed next. `picture`: None in records older than the field."""
 
     type: Literal["exporting"] = "exporting"
     output: _Line
@@ -176,7 +175,7 @@ class Exporting(Record):
 
 
 class Exported(Record):
-    """A picture has its name. `options`: those of its export."""
+    """An output image has its name. `options`: the export options that made it."""
 
     type: Literal["exported"] = "exported"
     output: _Line
@@ -192,7 +191,7 @@ class CanvasLost(Record):
 
 
 class RolledBack(Record):
-    """A repair took back all records from this index on."""
+    """A repair rolled back all records from this index on."""
 
     type: Literal["rolled_back"] = "rolled_back"
     records: Annotated[int, Field(ge=0)]
@@ -203,7 +202,7 @@ _BY_TYPE: Mapping[str, type[Record]] = {str(kind.model_fields["type"].default): 
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON as data. Raises ValueError, also for what Python's reader lets through: NaN, and nesting beyond use."""
+    """Parse JSON. Raises ValueError, also for NaN and for deep nesting, which Python's parser accepts or fails on."""
     try:
         return json.loads(data, parse_constant=_refuse_constant)
     except RecursionError:
@@ -211,21 +210,21 @@ def parse_json(data: bytes) -> Any:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def as_json(record: Record) -> dict[str, Any]:
-    """The record as a line of the journal has it."""
+    """The record as it is in a line of the journal."""
     data = record.model_dump(mode="json")
-    return {"type": data["type"], **data}  # what it is comes first, for people who read it
+    return {"type": data["type"], **data}  # the type comes first, for human readers
 
 
 def parse_record(data: Any) -> Record:
-    """The record that a journal's line holds. Raises ValueError for what is none, OtherVersionError for a later one."""
+    """The record of a journal's line. Raises ValueError if it is invalid, OtherVersionError for a later version."""
     _refuse_later(data)
     kind = data.get("type") if isinstance(data, dict) else None
     if not isinstance(kind, str) or kind not in _BY_TYPE:
-        raise ValueError(f"type: {shown(str(kind), 100)} is no kind of record")
+        raise ValueError(f"type: {shown(str(kind), 100)} is not a kind of record")
     model = _BY_TYPE[kind]
     if "version" not in data:
         data = {name: value for name, value in data.items() if name in model.model_fields}
@@ -233,13 +232,13 @@ def parse_record(data: Any) -> Record:
 
 
 def parse_manifest(data: Any) -> Manifest:
-    """The manifest that a file holds. Raises ValueError for what is none, OtherVersionError for a later one."""
+    """The manifest of a file. Raises ValueError if it is invalid, OtherVersionError for a later version."""
     _refuse_later(data)
     return _validated(Manifest, data)
 
 
 def _refuse_later(data: Any) -> None:
-    """Before anything else of it is looked at: a later version may have other kinds, and other fields."""
+    """Called before any other check, because a later version may have other types and fields."""
     version = data.get("version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > VERSION:
         raise OtherVersionError(f"version {version}")

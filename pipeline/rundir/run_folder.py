@@ -1,4 +1,4 @@
-"""Making a run directory, or a preview's folder, and locking it; a refused start leaves nothing of it behind."""
+"""Creates and locks a run directory or a preview's folder; a refused start leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from pipeline.rundir.lock import RunLock
 from pipeline.rundir.manifest import OtherFormatError, read_manifest
 from pipeline.rundir.paths import STORE, journal_path, manifest_path, refuse_links_at_top, store_path
 
-# What a start makes before anything is rendered; the lock last, so that it is there as long as anything else.
+# What a start creates before it renders. The lock is last, so that it is deleted after everything that it protects.
 _LOCK = ("lock.owner", "lock")
 _BEGUN = ("manifest.json", "manifest.json.partial", "journal.jsonl", f"{STORE}.partial", STORE, *_LOCK)
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[RunLock]:
-    """The folder, made if it is not there, and its lock.
+    """Create the folder if it does not exist, and hold its lock.
 
-    When the block is refused before a stage is prepared, what was begun is taken back, and the folders that were made.
-    Nothing is that was there before. Raises what make_work_dir raises, LockedError.
+    If the block is refused before a stage is prepared, all files and folders that this start created are deleted.
+    Raises what make_work_dir raises, LockedError.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    locks = {name for name in _LOCK if not taken(folder / name)}  # those that this start makes
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+    new_locks = {name for name in _LOCK if not taken(folder / name)}
     make_work_dir(folder)
     with RunLock(folder) as lock:
-        before = {path.name for path in folder.iterdir()} - locks  # in the lock: nobody adds anything any more
+        before = {path.name for path in folder.iterdir()} - new_locks  # under the lock, no other run adds files
         try:
             yield lock
         except (ConfigError, InputError, SpaceError, DamagedStateError):
             new = not before & {"manifest.json", "journal.jsonl"} and not _holds_stage(folder)
-            with suppress(OSError):  # the refusal says more
-                _take_back(folder, made, [name for name in (_BEGUN if new else _LOCK) if name not in before])
+            with suppress(OSError):  # the refusal is the more useful error
+                _discard(folder, new_folders, [name for name in (_BEGUN if new else _LOCK) if name not in before])
             raise
 
 
@@ -53,11 +53,11 @@ def _holds_stage(folder: Path) -> bool:
     try:
         return bool(standing(Journal(journal_path(folder)))[1].slots)
     except (PipelineError, OSError):
-        return True  # for all we know
+        return True  # it may hold one, which must not be deleted
 
 
-def _take_back(folder: Path, made: Sequence[Path], names: Sequence[str]) -> None:
-    """Delete these, and the folders. Pictures of a preview that are there keep its journal, which knows them."""
+def _discard(folder: Path, new_folders: Sequence[Path], names: Sequence[str]) -> None:
+    """Delete these files and folders; only the lock if there are images of a preview, whose journal identifies them."""
     if names_in(folder) - set(_BEGUN):
         names = [name for name in names if name in _LOCK]
     for path in (folder / name for name in names):
@@ -65,12 +65,12 @@ def _take_back(folder: Path, made: Sequence[Path], names: Sequence[str]) -> None
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    for path in made:  # the innermost first; one that holds anything else stays
+    for path in new_folders:  # the innermost first; one that is not empty stays
         path.rmdir()
 
 
 def _is_a_runs(work_dir: Path) -> bool:
-    """Whether there is a run, whole or not. Its manifest is its first file, and others have files of that name."""
+    """Whether there is a run, damaged or not. A manifest alone has to be valid: other programs use that name too."""
     if taken(journal_path(work_dir)) or taken(store_path(work_dir)):
         return True
     try:
@@ -83,9 +83,9 @@ def _is_a_runs(work_dir: Path) -> bool:
 
 
 def make_work_dir(work_dir: Path) -> None:
-    """Make the run directory, or check that it is one.
+    """Create the run directory, or check that it is one.
 
-    Raises ConfigError if it cannot serve, DamagedStateError if there are links in it, StorageError.
+    Raises ConfigError if it cannot be used, DamagedStateError if there are links in it, StorageError.
     """
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -93,18 +93,18 @@ def make_work_dir(work_dir: Path) -> None:
         if error.errno not in MISPLACED:
             raise storage_error(work_dir, error) from error
         raise ConfigError(
-            f"work_dir {work_dir}: cannot be made ({error.strerror}). Choose another work_dir."
+            f"work_dir {work_dir}: cannot be created ({error.strerror}). Choose another work_dir."
         ) from error
     if (refusal := unwritable(work_dir)) is not None:
-        if refusal.errno == errno.EROFS or manifest_path(work_dir).exists():  # it could once
+        if refusal.errno == errno.EROFS or manifest_path(work_dir).exists():  # it was writable when the run began
             raise storage_error(work_dir, refusal)
         raise ConfigError(f"work_dir {work_dir}: cannot be written to. Change its permissions or choose another.")
     refuse_links_at_top(work_dir)
     ours = {"lock", "lock.owner", "manifest.json.partial"}
     names = names_in(work_dir)
-    known = names & {"manifest.json", "journal.jsonl"}
-    if (names - ours and not known) or (known and not _is_a_runs(work_dir)):
+    run_files = names & {"manifest.json", "journal.jsonl"}
+    if (names - ours and not run_files) or (run_files and not _is_a_runs(work_dir)):
         raise ConfigError(
-            f"work_dir {work_dir}: holds files that are not a run's, and a run deletes what it does not know. "
+            f"work_dir {work_dir}: holds files that are not a run's, and a run deletes unknown files. "
             "Choose an empty or a new folder."
         )

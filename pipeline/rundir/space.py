@@ -1,4 +1,4 @@
-"""Disk space and free file entries (inodes): what a run still needs, and whether the disks have it."""
+"""Disk space and free file entries (inodes): how much a run still needs, and whether the disks have it."""
 
 from __future__ import annotations
 
@@ -13,79 +13,83 @@ from pipeline.core.errors import SpaceError
 from pipeline.plan.plan import Plan
 
 _BLOCK_BYTES = 4096  # of nearly every file system
-_METADATA_FILES = 64  # of one stage: one per array, and the style's targets
+_METADATA_FILES = 64  # per stage: one for each array, and the style targets
 
 
 @dataclass(frozen=True)
 class DiskSpace:
-    """Room on a disk: bytes, and files and folders."""
+    """Disk space: bytes, and the number of files and folders."""
 
     bytes: int
     files: int
 
 
 def check_space(config: Config, planned: Plan, stage: int) -> None:
-    """Raise SpaceError if the disks have no room for what is written from `stage` on; behind the last, for the picture.
+    """Raise SpaceError if the disks lack space for what is written from `stage` on, or, after the last, for the image.
 
-    What the run holds already is not counted again: a stage begins when those before it have given back all but their
-    result, and takes over what an interrupted preparation left.
+    Files that the run already has count as space: when a stage starts, earlier ones have freed all but their result,
+    and it reuses the files of an interrupted preparation.
     """
     later = planned.stages[stage:]
-    held = space_taken(config.work_dir)
-    kept = [_room(one.kept_bytes, one.kept_chunks) for one in planned.stages]
+    used = space_taken(config.work_dir)
+    results = [_array_space(plan.kept_bytes, plan.kept_chunks) for plan in planned.stages]
     peak = after = DiskSpace(0, 0)
     if later:
-        after = _more(kept, held)
-        peaks = [_more([*kept[: one.index], _room(one.store_bytes, one.store_chunks)], held) for one in later]
-        peak = DiskSpace(max(one.bytes for one in peaks), max(one.files for one in peaks))
-    what = f"stage {stage} and all behind it" if later else "the picture"
-    picture_bytes = planned.output_bytes + planned.levels_bytes
+        after = _missing(results, used)
+        peaks = [
+            _missing([*results[: plan.index], _array_space(plan.store_bytes, plan.store_chunks)], used)
+            for plan in later
+        ]
+        peak = DiskSpace(max(need.bytes for need in peaks), max(need.files for need in peaks))
+    what = f"rendering from stage {stage} on" if later else "the output image"
+    image_bytes = planned.output_bytes + planned.levels_bytes
     if _device_of(config.work_dir) == _device_of(config.output.parent):
-        _require(config.work_dir, DiskSpace(max(peak.bytes, after.bytes + picture_bytes), peak.files), what)
+        _require(config.work_dir, DiskSpace(max(peak.bytes, after.bytes + image_bytes), peak.files), what)
     else:
         _require(config.work_dir, peak, what)
-        _require(config.output.parent, DiskSpace(picture_bytes, 0), "the picture")
+        _require(config.output.parent, DiskSpace(image_bytes, 0), "the output image")
 
 
-def _room(array_bytes: int, chunks: int) -> DiskSpace:
-    """Arrays of this size. Every chunk is a file in a folder of its own, which takes a block on most disks."""
+def _array_space(array_bytes: int, chunks: int) -> DiskSpace:
+    """The space of arrays of this size. Every chunk is a file in a folder of its own, which takes a block."""
     return DiskSpace(array_bytes + (chunks + _METADATA_FILES) * _BLOCK_BYTES, 3 * chunks + _METADATA_FILES)
 
 
-def _more(wanted: Sequence[DiskSpace], held: DiskSpace) -> DiskSpace:
-    """What is missing to the sum of `wanted`."""
-    return DiskSpace(
-        max(0, sum(one.bytes for one in wanted) - held.bytes), max(0, sum(one.files for one in wanted) - held.files)
-    )
+def _missing(needs: Sequence[DiskSpace], used: DiskSpace) -> DiskSpace:
+    """The sum of `needs` less the space that is already `used` for them."""
+    need_bytes, need_files = sum(need.bytes for need in needs), sum(need.files for need in needs)
+    return DiskSpace(max(0, need_bytes - used.bytes), max(0, need_files - used.files))
 
 
 def _require(folder: Path, need: DiskSpace, what: str) -> None:
-    """Raise SpaceError if the disk of `folder` has not what is needed for `what`."""
+    """Raise SpaceError if the disk of `folder` lacks the space that `what` needs."""
     disk = os.statvfs(existing_parent(folder))
+    free_bytes = disk.f_bavail * disk.f_frsize
     remedy = (
-        "and the run would stop half-way. Nothing that was committed is lost. Make room, or put work_dir or output on "
-        "another disk, and give the same command again; or choose a smaller size."
+        "and the run would stop half-way. Nothing that was committed is lost. Free disk space, or put work_dir or "
+        "output on another disk, and run the same command again; or choose a smaller size."
     )
-    if need.bytes > disk.f_bavail * disk.f_frsize:
+    if need.bytes > free_bytes:
         raise SpaceError(
-            f"{folder}: {what} still needs {_shown(need.bytes)} here, but "
-            f"{_shown(disk.f_bavail * disk.f_frsize)} are free, {remedy}"
+            f"{folder}: {what} still needs {_size(need.bytes)} here, but {_size(free_bytes)} are free, {remedy}"
         )
-    if disk.f_files and need.files > disk.f_favail:  # some file systems count none
+    if disk.f_files and need.files > disk.f_favail:  # some file systems do not count files
         raise SpaceError(
-            f"{folder}: {what} still needs {need.files:,} files and folders here, but the disk can make no more than "
-            f"{disk.f_favail:,} (`df -i`), {remedy}"
+            f"{folder}: {what} still needs {need.files:,} files and folders here, but the disk has only "
+            f"{disk.f_favail:,} free (`df -i`), {remedy}"
         )
 
 
-def _shown(size_bytes: int) -> str:
-    """In the unit that leaves digits in front of the point: `needs 0.00 GiB, 0.00 are free` says nothing."""
-    unit, factor = next((one for one in (("GiB", 2**30), ("MiB", 2**20)) if size_bytes >= one[1]), ("KiB", 2**10))
-    return f"{size_bytes / factor:.2f} {unit}"
+def _size(size_bytes: int) -> str:
+    """Bytes in the largest unit that fits, since "needs 0.00 GiB, 0.00 are free" explains nothing."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.2f} {unit}"
+    return f"{size_bytes / 2**10:.2f} KiB"
 
 
 def space_taken(folder: Path) -> DiskSpace:
-    """What all files and folders below `folder` take; nothing if it does not exist."""
+    """The space of all files and folders below `folder`; nothing if it does not exist."""
     blocks = list(_blocks(folder))
     return DiskSpace(512 * sum(blocks), len(blocks))
 
@@ -93,7 +97,7 @@ def space_taken(folder: Path) -> DiskSpace:
 def _blocks(folder: Path) -> Iterator[int]:
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            with contextlib.suppress(FileNotFoundError):  # a file server deletes what it has made there
+            with contextlib.suppress(FileNotFoundError):  # file servers delete temporary files of their own
                 yield Path(parent, name).lstat().st_blocks
 
 

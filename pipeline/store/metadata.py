@@ -17,7 +17,7 @@ from pipeline.core.errors import storage
 from pipeline.core.files import is_of_the_system, read_regular, rename_synced, sync_file_system, write_whole
 from pipeline.store.array import MAX_METADATA_BYTES, ChunkError, StageArray
 from pipeline.store.checksums import checksum, packed, unpacked
-from pipeline.store.layout import METADATA, ArraySpec, gram_name
+from pipeline.store.layout import METADATA, gram_name
 
 _MAX_GRAM_BYTES = 2**30  # of 11,000 channels
 
@@ -89,13 +89,6 @@ def group_metadata() -> bytes:
     return bytes(files[METADATA].to_bytes())
 
 
-def array_metadata(spec: ArraySpec, codec: str) -> bytes:
-    """The metadata file of an array of a stage."""
-    files: dict[str, Any] = {}
-    store.new_array(files, spec.shape, spec.chunk_px, spec.form, codec)
-    return bytes(files[METADATA].to_bytes())
-
-
 def create_store(path: Path) -> None:
     """Make the run's Zarr group, replacing what an interrupted start left there. Raises StorageError.
 
@@ -125,9 +118,3 @@ def make_room_again(array: StageArray, cy: int, cx: int) -> None:
         store.preallocate(path, int(np.prod(array.chunk_shape)) * array.dtype.itemsize)
     else:
         array.write_chunk(cy, cx, np.zeros(array.chunk_shape, array.dtype))
-
-
-def replace_array(source: Path, target: Path) -> None:
-    """Put an array that was made anew in the place of a damaged one."""
-    shutil.rmtree(target, ignore_errors=True)
-    source.replace(target)

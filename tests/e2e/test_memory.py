@@ -148,7 +148,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damaged(config: Path) -> list[object]:
-    """A repair that computes features of all tiles again."""
+    """A repair that checks a whole stage and rolls it back."""
     features = next((config.with_name("run") / "store.zarr" / "stage_1").glob("features_*/c/0/0/0"))
     features.write_bytes(bytes(features.stat().st_size))
     return ["verify", "--run", config.with_name("run"), "--repair"]
@@ -259,7 +259,7 @@ def test_memory_that_is_not_there_makes_tiles_smaller_or_stops_and_loses_nothing
     assert not (tmp_path / "run").exists()  # nothing was prepared
     smaller = run_short_of_memory(config, 900)
     assert smaller.returncode == 0, smaller.stderr
-    told = [line for line in smaller.stderr.splitlines() if "going on with tiles of" in line]
+    told = [line for line in smaller.stderr.splitlines() if "resuming with tiles of" in line]
     assert len(told) == 1, smaller.stderr
     journal = (tmp_path / "run" / "journal.jsonl").read_text()
     assert journal.count('"smaller_tile"') == 1  # a resume takes the same tiles: the bits depend on them

@@ -1,4 +1,4 @@
-"""What a program keeps of its own while it calls the library, and what every way into computing sets up alike."""
+"""Process-wide settings: a program that calls the library keeps its own, and all commands set up the device alike."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pipeline
-from pipeline.core.events import IterationDone, StageDone
+from pipeline.core.events import StageDone
 from pipeline.network import cache, vgg
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.device import Device
@@ -26,7 +26,7 @@ from pipeline.rundir.preflight import plan_on
 from pipeline.rundir.process_settings import process_settings
 from tests.support.e2e import TIMEOUT_S, Outcome, make_call, run_until, write_run
 
-# Prints, as JSON, what of a process a library can change, before and after the code in the middle.
+# Prints, as JSON, the settings of a process before and after the code in the middle.
 SETTINGS = """
 import json, logging, os, signal, sys
 import dask, numpy, pyvips, torch, zarr
@@ -48,7 +48,7 @@ def settings():
         "dask": json.dumps(dask.config.config, default=str, sort_keys=True),
         "torch": [torch.get_num_threads(), cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic],
         "environment": dict(os.environ),
-        "signals": [str(signal.getsignal(one)) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+        "signals": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
         "numpy": json.dumps(numpy.geterr()),
         "logging": [logging.root.level, len(logging.root.handlers), logging.getLogger("distributed").level],
     }
@@ -80,7 +80,7 @@ def call(capfd, monkeypatch) -> Callable[..., Outcome]:
     ids=["import", "run", "preview", "plan"],
 )
 def test_the_process_is_left_as_it_was(tmp_path, code):
-    """A notebook that imports this package could no longer read its own files, or computed in other threads."""
+    """Importing or calling this package must not change the settings of a notebook."""
     import pyvips
 
     write_run(tmp_path, optimizer={"max_iterations": 1}, compute={"device": "cpu", "tile_px": 64, "threads": 1})
@@ -98,7 +98,7 @@ def test_the_process_is_left_as_it_was(tmp_path, code):
 
 
 def test_settings_are_put_back_by_the_last_call(tmp_path):
-    """Two renders on two threads: the first to end would change the libraries under the other."""
+    """Of two renders on two threads, the first to end must not restore the settings under the other."""
     import pyvips
     import zarr
 
@@ -125,7 +125,7 @@ def test_settings_are_put_back_by_the_last_call(tmp_path):
 
 
 def test_one_network_at_a_time_is_in_memory(narrow_weights):
-    """A preview over paddings and poolings grew by a VGG-19 with each of them: 431 MiB where 104 were planned."""
+    """A preview over paddings and poolings kept a VGG-19 for each: 431 MiB where 104 were planned."""
     spec = NetworkSpec(find_weights("vgg19", narrow_weights, 0), "zeros", "max", "float32", "cpu")
     first = weakref.ref(cache.get_network(spec))
     second = weakref.ref(cache.get_network(replace(spec, pooling="average")))
@@ -137,12 +137,12 @@ def test_one_network_at_a_time_is_in_memory(narrow_weights):
 
 
 def test_runs_on_several_threads_keep_their_networks(make_config, tmp_path):
-    """Two renders side by side would read their weights anew for every tile."""
-    made: list[str] = []
+    """Two concurrent renders would read their weights again for every tile."""
+    networks: list[str] = []
     original = vgg.Network.__init__
 
     def counted(self: Any, *arguments: Any, **keys: Any) -> None:
-        made.append(keys["pooling"])
+        networks.append(keys["pooling"])
         original(self, *arguments, **keys)
 
     def render(number: int) -> None:
@@ -162,24 +162,24 @@ def test_runs_on_several_threads_keep_their_networks(make_config, tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-    assert sorted(made) in (["average", "max"], ["average", "max", "max"], ["average", "average", "max"])
+    assert sorted(networks) in (["average", "max"], ["average", "max", "max"], ["average", "average", "max"])
     cache.release()
 
 
 def test_a_call_leaves_no_network_behind(make_config):
-    """A notebook would keep the weights of every network that it ever rendered with."""
-    made: list[weakref.ref[Any]] = []
+    """A notebook would keep every network that it has ever used in memory."""
+    networks: list[weakref.ref[Any]] = []
     original = vgg.Network.__init__
 
     def counted(self: Any, *arguments: Any, **keys: Any) -> None:
         original(self, *arguments, **keys)
-        made.append(weakref.ref(self))
+        networks.append(weakref.ref(self))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vgg.Network, "__init__", counted)
         pipeline.run(make_config(initial_size=64, optimizer={"max_iterations": 1}, compute={"device": "cpu"}))
     gc.collect()
-    assert made and all(one() is None for one in made)
+    assert networks and all(network() is None for network in networks)
 
 
 # --- the bound on a GPU's memory ---
@@ -189,41 +189,35 @@ GPU_BYTES = 8 * 2**30
 
 @pytest.fixture
 def bounds(monkeypatch) -> list[int]:
-    """The bound that every task of a plan for a GPU comes with; the tasks themselves are computed on the CPU."""
-    found: list[int] = []
+    """The memory bounds of all tasks of a plan for a GPU; the tasks themselves run on the CPU."""
+    gpu_bytes: list[int] = []
 
     def planned(config: Any, device: Device) -> Any:
         return replace(plan_on(config, device), device_bytes=GPU_BYTES)
 
     def get_network(spec: NetworkSpec) -> vgg.Network:
-        found.append(spec.gpu_bytes)
+        gpu_bytes.append(spec.gpu_bytes)
         return cache.get_network(spec)
 
-    for module in ("run", "crop", "repair"):
-        monkeypatch.setattr(import_module(f"pipeline.{module}"), "plan_on", planned)
+    for module in ("run", "preview.crop"):
+        monkeypatch.setattr(import_module(f"pipeline.commands.{module}"), "plan_on", planned)
     monkeypatch.setattr(tile_tasks, "get_network", get_network)
-    return found
+    return gpu_bytes
 
 
-def test_run_crop_and_repair_compute_within_the_same_bound(tmp_path, call, bounds):
-    """Without it cuDNN takes workspaces of 132 GiB, and a crop's or a repair's bits differ from the run's."""
+def test_run_and_crop_compute_within_the_same_bound(tmp_path, call, bounds):
+    """Without it cuDNN takes workspaces of 132 GiB, and the bits of a crop differ from the run's."""
     config = write_run(tmp_path, (96, 80), optimizer={"max_iterations": 3})
     run_until(config, lambda event: isinstance(event, StageDone))
     assert bounds and set(bounds) == {GPU_BYTES}
     bounds.clear()
     assert call("preview", "-c", config, "--crop", "8,8,40,40").code == 0
     assert bounds and set(bounds) == {GPU_BYTES}
-    run_until(config, lambda event: isinstance(event, IterationDone) and event.stage == 1)
-    bounds.clear()
-    features = next((tmp_path / "run" / "store.zarr" / "stage_1").glob("features_*/c/0/0/0"))
-    features.write_bytes(bytes(features.stat().st_size))
-    assert call("verify", "--run", tmp_path / "run", "--repair").code == 0
-    assert bounds and set(bounds) == {GPU_BYTES}
 
 
 @pytest.mark.parametrize(("workers", "each"), [(0, GPU_BYTES), (1, GPU_BYTES), (4, GPU_BYTES // 4)])
 def test_worker_processes_share_what_was_planned(make_config, workers, each):
-    """The plan counts all of them: each may take its part, and says so to every task, wherever that runs."""
+    """The plan is for all processes together, so that every task gets the bound of its share."""
     from pipeline.core.events import ignore
     from pipeline.executors.threads import ThreadExecutor
     from pipeline.render.context import make_stage, render_context
@@ -240,12 +234,12 @@ def test_worker_processes_share_what_was_planned(make_config, workers, each):
 
 
 def test_every_process_bounds_its_gpu_before_it_builds_a_network(monkeypatch):
-    """Worker processes have no run around them that would do it: the task must."""
+    """In a worker process no run sets the bound, so that the task has to."""
     calls: list[tuple[float, str]] = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda name: type("P", (), {"total_memory": 80 * 2**30}))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *call: calls.append(call))
     spec = NetworkSpec(find_weights("random", None, 0), "zeros", "max", "float32", "cuda:0", gpu_bytes=GPU_BYTES)
-    with pytest.raises(Exception, match=r"(?i)cuda|nvidia"):  # there is none here, which the network finds
+    with pytest.raises(Exception, match=r"(?i)cuda|nvidia"):  # this machine has no GPU
         cache.get_network(spec)
     assert calls == [((GPU_BYTES + 2 * 2**30) / (80 * 2**30), "cuda:0")]
     cache.release()

@@ -1,4 +1,4 @@
-"""A run directory from a stranger: `status` and `export` say in one line what is wrong with it, and no more happens."""
+"""A run directory from a stranger: `status` and `export` end with one line that says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """A copy of it that may be spoiled."""
+    """A copy of it to be damaged."""
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
 
@@ -62,7 +62,7 @@ def records_of(run: Path) -> list[Json]:
     return [json.loads(line)["record"] for line in (run / "journal.jsonl").read_text().splitlines()]
 
 
-# --- files that are no records ---
+# --- files that are not records ---
 
 DEEP = b'{"a":' * 200_000
 FILES: dict[str, bytes] = {
@@ -85,9 +85,9 @@ FILES: dict[str, bytes] = {
 @pytest.mark.parametrize("case", FILES)
 @pytest.mark.parametrize("name", ["manifest.json", "journal.jsonl"])
 def test_files_that_are_no_records(run, call, name, case):
-    """The first thing that is done with a run from elsewhere is `status`: it must survive what it finds."""
+    """`status` is the first command for a run from elsewhere: it must not fail on any content."""
     (run / name).write_bytes(FILES[case])
-    if name == "journal.jsonl" and b"\n" not in FILES[case]:  # a line that was cut short was never committed
+    if name == "journal.jsonl" and b"\n" not in FILES[case]:  # an incomplete last line was never committed
         outcome = call("status", "--run", run)
         assert (outcome.code, "stopped" in outcome.out) == (0, True), outcome
         return
@@ -96,23 +96,23 @@ def test_files_that_are_no_records(run, call, name, case):
 
 @pytest.mark.parametrize("name", ["manifest.json", "journal.jsonl"])
 def test_files_beyond_any_size(run, call, name):
-    """Sparse, it costs its sender nothing; read, it fills the memory."""
+    """A sparse file costs its sender nothing, and would use all memory when read."""
     os.truncate(run / name, 2**40)
     refused(call, run, name, "more than any run writes")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "journal.jsonl", "lock.owner"])
 def test_pipes_are_not_waited_for(run, call, name):
-    """`status` would hang, for ever."""
+    """`status` would hang forever."""
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
-    if name == "lock.owner":  # whose run is at work is only a line of the answer
+    if name == "lock.owner":  # the owner is only one line of the output
         assert call("status", "--run", run).code == 0
     else:
         refused(call, run, name)
 
 
-# --- whole files that hold something else ---
+# --- intact files with other content ---
 
 
 def set_at(data: Any, path: str, value: object) -> None:
@@ -134,7 +134,7 @@ FITS = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_manifests_with_other_things_in_them(run, call, place):
-    """The readers take every name and kind for granted: one that is another ends in a traceback, or in the terminal."""
+    """A wrong name or type would end in a traceback, or reach the terminal."""
     whole = json.loads((run / "manifest.json").read_bytes())
     whole.pop("crc")
     for value in WRONG:
@@ -166,7 +166,7 @@ RECORD_PLACES = {
     ("kind", "place"), [(kind, place) for kind, places in RECORD_PLACES.items() for place in places]
 )
 def test_records_with_other_things_in_them(run, kind, place):
-    """The same for the journal, whose records say which files are read and deleted."""
+    """The same for the journal, whose records determine which files are read and deleted."""
     whole = records_of(run)
     index = next(index for index, record in enumerate(whole) if record["type"] == kind)
     for value in [*WRONG, math.pi]:
@@ -182,7 +182,7 @@ def test_records_with_other_things_in_them(run, kind, place):
 
 
 def fits(place: str, value: object) -> bool:
-    """Whether a value of WRONG may stand there after all."""
+    """Whether this value of WRONG is valid in this field."""
     name = place.rpartition("/")[2]
     if name in ("alpha", "mean_abs_u", "max_abs_u", "objective", "content_loss", "style_loss", "gram"):
         return isinstance(value, int | float) or (name == "alpha" and value is None)
@@ -205,7 +205,7 @@ def test_records_in_an_order_that_no_run_writes(run, call):
 
 
 def test_a_manifest_that_knows_fewer_stages_than_the_journal(run, call):
-    """Both are whole, and of two runs: the first look at them would end in a traceback."""
+    """Manifest and journal are intact, but of two runs: reading them must not end in a traceback."""
     manifest = json.loads((run / "manifest.json").read_bytes())
     del manifest["crc"], manifest["stages"][1:]
     (run / "manifest.json").write_bytes(_manifest_text(manifest))
@@ -215,7 +215,7 @@ def test_a_manifest_that_knows_fewer_stages_than_the_journal(run, call):
     for command in (["status"], ["verify"], ["verify", "--repair"]):
         outcome = call(*command, "--run", run)
         assert (outcome.code, outcome.err.count("\n")) == (6, 1), outcome
-        assert "the manifest beside it knows stages 0 to 0 alone" in outcome.err
+        assert "the manifest beside it has stages 0 to 0 only" in outcome.err
 
 
 METADATA: dict[str, Callable[[Json], Any]] = {
@@ -237,7 +237,7 @@ METADATA: dict[str, Callable[[Json], Any]] = {
 
 @pytest.mark.parametrize("case", METADATA)
 def test_arrays_that_are_no_canvas(run, call, case):
-    """The metadata of an array say how much memory is taken for a chunk of it, and what unpacks it."""
+    """The metadata of an array determines the memory of a chunk, and its decompressor."""
     canvas = next((run / "store.zarr" / "stage_1").glob("canvas_*"))
     data = json.loads((canvas / "zarr.json").read_text())
     text = METADATA[case](data)
@@ -290,13 +290,13 @@ def test_any_other_record_is_refused_or_known(run, finished, data):
     ],
 )
 def test_an_owner_that_is_none(run, text):
-    """Whose run is at work is a courtesy: what cannot be read says that nobody is."""
+    """The owner file is optional: an unreadable one means that no run is active."""
     (run / "lock.owner").write_text(text)
     assert running_owner(run) is None
 
 
 def test_every_record_of_a_run_is_known(finished):
-    """A kind of record that nobody told here about would make every run that writes it unreadable."""
+    """A type of record that this test does not cover could make every run that writes it unreadable."""
     kinds = {record["type"] for record in records_of(finished)}
     assert kinds == {"begun", "stage_prepared", "iteration", "stage_done", "exporting", "exported"}
     for record in records_of(finished):

@@ -1,4 +1,4 @@
-"""A run that ended at any moment goes on to the same picture: kills, signals, locks, and what may change meanwhile."""
+"""A run that ended at any moment resumes to the same image: kills, signals, locks, and changes between starts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write_three_stages(folder: Path, **keys: Any) -> Path:
 
 @dataclass(frozen=True)
 class Unbroken:
-    """A run that was left alone: what every other must end like, and the order of its events."""
+    """An uninterrupted run: its results, which every other run must have, and the order of its events."""
 
     config: Path
     picture: bytes
@@ -66,8 +66,8 @@ class Unbroken:
     gradient_tiles: int
 
     def assert_same(self, folder: Path) -> None:
-        """The run in `folder` is done, has the same bits, and nothing beside them."""
-        assert results(folder / "run") == self.results  # as many records: nothing was done twice
+        """The run in `folder` is done, with the same bits and no other files."""
+        assert results(folder / "run") == self.results  # the same number of records: no work was committed twice
         assert (folder / "out.tif").read_bytes() == self.picture
         assert canvases(folder / "run") == self.canvases
         assert leftovers(folder / "out.tif") == []
@@ -107,7 +107,7 @@ def start(nursery: Nursery, config: Path, *options: object, kill_before: int = 0
 
 
 def wait_for_rank(child: Child, ranks: dict[tuple[Any, ...], int], rank: int) -> bool:
-    """Wait until the run is as far as the event of this rank, or further."""
+    """Wait until the run has reached the event of this rank."""
     return child.wait_until(lambda events: any(ranks.get(key, -1) >= rank for key in keys_of(events)))
 
 
@@ -124,14 +124,14 @@ def kill_at(nursery: Nursery, unbroken: Unbroken, config: Path, rank: int, delay
 
 @pytest.mark.parametrize(("codec", "seed"), [("none", 0), ("none", 1), ("zstd", 2)])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(nursery, unbroken, tmp_path, codec, seed):
-    """A crash, a power cut or the OOM killer, at any moment and many times, would change or lose the picture."""
+    """Crashes or the OOM killer, at any moment and many times, must not change or lose the image."""
     expected = unbroken[codec]
     config = write_three_stages(tmp_path, store={"codec": codec})
     rng = random.Random(seed)
     parts, moments = 10, len(expected.ranks)  # one moment in every tenth of the run
     kills = tiles = 0
     for part in range(parts):
-        if part % 3 == 1:  # and one while the last resume is starting
+        if part % 3 == 1:  # and one moment while the last resume is starting
             starting = start(nursery, config)
             time.sleep(rng.uniform(0, 0.3))
             kills += starting.kill() == KILLED
@@ -152,7 +152,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(nursery, unbroken, 
 
 
 def progress(run: Path) -> int:
-    """Records of work: every export says anew what it is about to give the picture's name."""
+    """The records except `exporting`, of which every export appends one."""
     return sum(record["type"] != "exporting" for record in journal(run))
 
 
@@ -183,7 +183,7 @@ def test_killed_before_every_commit_it_ends_with_the_same_bits(nursery, tmp_path
 
 
 def test_installed_command_on_all_cores_is_killed_and_goes_on(tmp_path):
-    """What the other tests show of one core and a forked process would not hold for the command that users type."""
+    """The other tests use one core and a forked process; this one uses the command of the user."""
     done = [write_run(tmp_path / name, (150, 110), output="out.tif") for name in ("unbroken", "broken")]
     assert run_pipeline("run", "-c", done[0]).code == 0
     rng = random.Random(3)
@@ -204,7 +204,7 @@ def test_installed_command_on_all_cores_is_killed_and_goes_on(tmp_path):
 
 @pytest.fixture(scope="module")
 def rendered_run(nursery, tmp_path_factory) -> Path:
-    """The folder of a run that is done; for another output it has only to export."""
+    """The folder of a finished run, which for another output only has to export."""
     config = write_run(tmp_path_factory.mktemp("rendered"))
     assert start(nursery, config).wait() == 0
     return config.parent
@@ -212,7 +212,7 @@ def rendered_run(nursery, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("suffix", [".tif", ".dz", ".zarr"])
 def test_killed_while_exporting_leaves_no_half_picture(nursery, rendered_run, tmp_path, suffix):
-    """Half a picture would stand under the output's name, or the disk would fill with hidden halves."""
+    """Half an image would be at the output path, or the disk would fill with hidden temporary files."""
     folder = tmp_path / "copy"
     shutil.copytree(rendered_run, folder)
     config = write_config(folder, output=f"whole/out{suffix}")
@@ -233,15 +233,15 @@ def test_killed_while_exporting_leaves_no_half_picture(nursery, rendered_run, tm
 
 
 def test_what_a_killed_export_left_goes_though_its_number_is_taken_again(nursery, rendered_run, tmp_path):
-    """After a restart other processes have the old numbers: half a picture of gigabytes would stay for ever, unseen."""
+    """After a reboot, other processes have the old ids: temporary files of gigabytes would never be deleted."""
     folder = tmp_path / "copy"
     shutil.copytree(rendered_run, folder)
     config = write_config(folder, output="out.tif")
-    # the first process runs always: it made what is new, and not what is older than itself
+    # process 1 always runs: it may have made the new file, but not one that is older than itself
     old, new = (folder / f".out.partial-{os.uname().nodename}-1-{number:08}.tif" for number in range(2))
-    for path, made in ((old, psutil.boot_time() - 1000), (new, time.time())):
+    for path, modified_s in ((old, psutil.boot_time() - 1000), (new, time.time())):
         path.touch()
-        os.utime(path, (made, made))
+        os.utime(path, (modified_s, modified_s))
     assert start(nursery, config).wait() == 0
     assert (old.exists(), new.exists()) == (False, True)
 
@@ -260,7 +260,7 @@ def tree(path: Path) -> dict[str, bytes]:
     [(signal.SIGINT, "content"), (signal.SIGINT, "gradient pass"), (signal.SIGTERM, "update pass")],
 )
 def test_one_signal_stops_between_two_tasks(nursery, unbroken, tmp_path, call, number, what):
-    """Ctrl-C, or a batch system's warning, would lose work, or look like a failure of ours."""
+    """Ctrl-C or a batch system's signal must not lose work, nor look like a failure."""
     config = write_three_stages(tmp_path)
     child = start(nursery, config)
     moment = next(rank for key, rank in unbroken["none"].ranks.items() if key[0] == 1 and key[2] == what)
@@ -278,7 +278,7 @@ def test_one_signal_stops_between_two_tasks(nursery, unbroken, tmp_path, call, n
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_second_signal_ends_at_once(nursery, tmp_path, number, code):
-    """Somebody in a hurry would have to wait for a tile, which may take minutes."""
+    """A tile may take minutes, which the second signal must not wait for."""
     # two tiles of some seconds: when the first is done, the second is being computed, and a stop has to wait for it
     config = write_run(
         tmp_path,
@@ -303,7 +303,7 @@ def test_second_signal_ends_at_once(nursery, tmp_path, number, code):
 
 
 def test_second_run_is_kept_out_and_the_first_unharmed(nursery, unbroken, tmp_path, call):
-    """Two runs of one config would destroy each other's state; and `status` would not show which process works."""
+    """Two runs of one config would destroy each other's state; `status` has to name the process of the run."""
     config = write_three_stages(tmp_path)
     first = start(nursery, config)
     ranks = unbroken["none"].ranks
@@ -312,8 +312,8 @@ def test_second_run_is_kept_out_and_the_first_unharmed(nursery, unbroken, tmp_pa
         started = time.monotonic()
         outcome = run_pipeline("status", "-c", config, "--json")
         status_s = time.monotonic() - started
-        found = json.loads(outcome.out)
-        assert (found["state"], found["pid"]) == ("running", first.pid)
+        status = json.loads(outcome.out)
+        assert (status["state"], status["pid"]) == ("running", first.pid)
         assert str(first.pid) in call("status", "-c", config).out
         started = time.monotonic()
         second = run_pipeline("run", "-c", config)
@@ -324,11 +324,11 @@ def test_second_run_is_kept_out_and_the_first_unharmed(nursery, unbroken, tmp_pa
         assert call("export", "-c", config, "-o", tmp_path / "while_running.png").code == 0
     assert first.wait() == 0, first.err
     unbroken["none"].assert_same(tmp_path)
-    found = json.loads(call("status", "-c", config, "--json").out)
-    assert (found["state"], found["pid"]) == ("done", None)
+    status = json.loads(call("status", "-c", config, "--json").out)
+    assert (status["state"], status["pid"]) == ("done", None)
 
 
-# --- what may change between two starts, and what not ----------------------------------------------------------------
+# --- changes between two starts: allowed and refused ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -349,15 +349,15 @@ def killed(killed_run, tmp_path) -> Path:
 
 
 def test_status_of_a_killed_run_is_stopped(killed, call):
-    """A dead run would be shown as running, and nobody would start it again."""
-    found = json.loads(call("status", "--run", killed / "run", "--json").out)
-    assert (found["state"], found["pid"], found["stage"], found["iteration"]) == ("stopped", None, 2, 1)
-    assert [stage["state"] for stage in found["stages"]] == ["done", "done", "prepared"]
+    """A dead run would be shown as running."""
+    status = json.loads(call("status", "--run", killed / "run", "--json").out)
+    assert (status["state"], status["pid"], status["stage"], status["iteration"]) == ("stopped", None, 2, 1)
+    assert [stage["state"] for stage in status["stages"]] == ["done", "done", "prepared"]
 
 
 @pytest.mark.parametrize("tile_px", ["32", "160", "auto"])
 def test_tiles_memory_and_device_may_change(nursery, unbroken, killed, tile_px):
-    """A run could not go on when it moved to a smaller or larger machine; or its picture would change there."""
+    """A run could not resume on a smaller or larger machine, or its image would change there."""
     options = [f"--set=compute.tile_px={tile_px}", "--set=memory.limit=3GiB", "--set=compute.device=auto"]
     child = start(nursery, killed / "config.yaml", *options)
     assert child.wait() == 0, child.err
@@ -366,11 +366,11 @@ def test_tiles_memory_and_device_may_change(nursery, unbroken, killed, tile_px):
     ]
     assert done == [(stage, iteration) for stage in range(3) for iteration in range(3)]
     expected = read_picture(unbroken["none"].config.with_name("out.tif")).astype(int)
-    assert np.abs(read_picture(killed / "out.tif") - expected).mean() < 0.01  # another order of additions
+    assert np.abs(read_picture(killed / "out.tif") - expected).mean() < 0.01  # additions in another order
 
 
 def test_changed_result_fields_are_refused_with_a_list(killed, call):
-    """The rest of the picture would be painted otherwise than its beginning, and nobody would know."""
+    """The stages of the image would be rendered with different settings, unnoticed."""
     changes = {
         "optimizer.beta1": ("0.9", "0.8"),
         "optimizer.max_iterations": ("3", "9"),
@@ -410,7 +410,7 @@ def test_styles_may_not_come_or_go(killed, call):
 
 @pytest.mark.parametrize(("name", "key"), [("content.png", "content"), ("second.png", "styles.1.image")])
 def test_changed_inputs_are_refused(killed, call, name, key):
-    """An image that was overwritten meanwhile would be mixed with its older self."""
+    """An input that was overwritten meanwhile would be mixed with its older version."""
     height, width, _ = read_picture(killed / name).shape
     write_picture(killed / name, width, height, seed=99)
     outcome = call("run", "-c", killed / "config.yaml")
@@ -420,7 +420,7 @@ def test_changed_inputs_are_refused(killed, call, name, key):
 
 
 def test_everything_may_move(nursery, unbroken, killed):
-    """A run could not be moved to another disk, nor its picture be called otherwise."""
+    """A run could not be moved to another disk, nor its output be renamed."""
     elsewhere = killed.with_name("elsewhere")
     elsewhere.mkdir()
     (killed / "run").rename(elsewhere / "state")
@@ -435,7 +435,7 @@ def test_everything_may_move(nursery, unbroken, killed):
 
 
 def test_half_a_journal_line_is_forgotten(nursery, unbroken, killed):
-    """Power lost while a record was written would be called damage, and days of work thrown away."""
+    """A power cut during the write of a record would be reported as damage, at the cost of days of work."""
     with (killed / "run" / "journal.jsonl").open("ab") as file:
         file.write(b'{"crc": "00000000", "record": {"type": "itera')
     child = start(nursery, killed / "config.yaml")
@@ -444,7 +444,7 @@ def test_half_a_journal_line_is_forgotten(nursery, unbroken, killed):
 
 
 def test_a_picture_that_is_only_renamed_is_not_a_stranger(nursery, unbroken, tmp_path):
-    """Killed between the picture's name and its record, the run would take its own picture for somebody else's."""
+    """Killed between the rename of the image and its record, the run would refuse its own image."""
     config = write_three_stages(tmp_path)
     assert start(nursery, config).wait() == 0
     path = tmp_path / "run" / "journal.jsonl"
@@ -457,7 +457,7 @@ def test_a_picture_that_is_only_renamed_is_not_a_stranger(nursery, unbroken, tmp
 
 
 def test_what_an_error_asked_for_is_no_change(tmp_path, call):
-    """Told to give an intact copy of an image, the user would be refused for having changed it."""
+    """A user who follows the advice to replace a broken image would be refused for having changed it."""
     config = write_run(tmp_path, size=60)
     whole = (tmp_path / "style.png").read_bytes()
     (tmp_path / "style.png").write_bytes(whole[: len(whole) // 2])
@@ -468,7 +468,7 @@ def test_what_an_error_asked_for_is_no_change(tmp_path, call):
 
 
 def test_the_lock_ends_with_its_process(killed, call):
-    """A lock file that a crash left behind would keep everybody out."""
+    """A lock file that a crash left behind would refuse every start."""
     assert (killed / "run" / "lock").exists()
     owner = json.loads((killed / "run" / "lock.owner").read_text())
     assert owner["pid"] != os.getpid()

@@ -1,7 +1,8 @@
-"""Damaging a run on purpose, one file at a time, and seeing who notices: for a test and for tools/torture/rot.py.
+"""Damages a run, one file at a time, and checks that `verify` and `run` detect it.
 
-One run per codec is left alone and watched: snapshots of its folder are taken at the positions of STATES. A trial puts
-one of them back, damages one file, and asks `verify`, then `run`; and of some trials it asks the repair, too.
+Used by tests/faults/test_verify.py and tools/torture/rot.py. One uninterrupted run per codec gives snapshots of its
+folder at the positions of STATES. A trial restores a snapshot, damages one file, and calls `verify` and `run`; some
+trials repair the run too.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zstd": {"codec": "zstd"},
     "lz4": {"codec": "lz4"},
     "compact": {"codec": "none", "state_dtype": "compact"},
-    # with what only some runs have: averages, and a content with alpha and 16 bits
+    # with optional arrays: averages, and a content with alpha and 16 bits
     "rich": {"codec": "none", "state_dtype": "compact"},
 }
 # Three stages of 1, 4 and 20 chunks.
@@ -46,7 +47,7 @@ RUN: dict[str, Any] = {
     "network": {"name": "vgg19", "weights": "weights.safetensors"},
     "optimizer": {"max_iterations": ITERATIONS},
 }
-# What must have happened: (stage, iterations of it that are done, work that has begun there or None).
+# By name of a state: (stage, its iterations that are done, work that has begun or None).
 STATES: dict[str, tuple[int, int, str | None]] = {
     "first iteration": (0, 0, "gradient pass"),
     "last iteration done": (1, ITERATIONS, None),
@@ -62,7 +63,7 @@ INPUTS = ("content.png", "style.png", "weights.safetensors")
 
 @dataclass
 class Base:
-    """A run that was left alone: its snapshots by state, and how it ended."""
+    """An uninterrupted run: its snapshots by state, and its results."""
 
     folder: Path
     variant: str
@@ -74,7 +75,7 @@ class Base:
 
     @property
     def raw(self) -> bool:
-        """Whether a chunk's file is its memory."""
+        """Whether chunks are stored uncompressed."""
         return VARIANTS[self.variant]["codec"] == "none"
 
     @property
@@ -86,25 +87,25 @@ class Base:
         return self.folder / "run"
 
     def put_back(self, state: str) -> None:
-        """The folder as it was in this state."""
+        """Restore the folder of this state."""
         shutil.rmtree(self.folder)
         shutil.copytree(self.snapshots[state], self.folder)
 
     def differences(self) -> list[str]:
-        """How the run in the folder ended otherwise than the one that was left alone; lost canvases are left out."""
+        """The results of the run in the folder that differ from the uninterrupted one, except lost canvases."""
         records = Journal(self.work_dir / "journal.jsonl").read()
         lost = tuple(f"stage_{record.stage}/" for record in records if isinstance(record, CanvasLost))
-        found = canvases(self.work_dir)
-        wrong = [name for name in self.canvases if found.get(name) != self.canvases[name] and not name.startswith(lost)]
+        now = canvases(self.work_dir)
+        wrong = [name for name in self.canvases if now.get(name) != self.canvases[name] and not name.startswith(lost)]
         wrong += ["picture"] if (self.folder / "out.tif").read_bytes() != self.picture else []
         return wrong + (["results"] if results_of(self.work_dir) != self.results else [])
 
 
 def results_of(work_dir: Path) -> list[dict[str, Any]]:
-    """The journal's effective records of work, without times."""
+    """The records of stages and iterations that were not rolled back, without times."""
     records = map(as_json, Journal(work_dir / "journal.jsonl").read())
-    kept = [record for record in records if record["type"] in ("stage_prepared", "iteration", "stage_done")]
-    return [{key: record[key] for key in record if key not in ("time", "seconds", "busy")} for record in kept]
+    work = [record for record in records if record["type"] in ("stage_prepared", "iteration", "stage_done")]
+    return [{key: record[key] for key in record if key not in ("time", "seconds", "busy")} for record in work]
 
 
 class Watch:
@@ -116,7 +117,7 @@ class Watch:
         self._lock = threading.Lock()
 
     def __call__(self, event: Event) -> None:
-        with self._lock:  # workers tell of their tasks on their own threads
+        with self._lock:  # events come from several threads
             self._hear(event)
 
     def _hear(self, event: Event) -> None:
@@ -129,11 +130,11 @@ class Watch:
             work = event.what
             if event.stage > self._reached[0]:
                 self._reached = (event.stage, 0)
-        for state, wanted in STATES.items():
-            if wanted == (*self._reached, work) and state not in self.base.snapshots:
+        for state, position in STATES.items():
+            if position == (*self._reached, work) and state not in self.base.snapshots:
                 self.take(state)
         if self._reached == (2, 1) and not self.base.older:
-            # what a write that was lost two iterations later leaves in the slot
+            # the content of the slot if a write two iterations later is lost
             stage = self.base.work_dir / "store.zarr" / "stage_2"
             self.base.older = {relative(self.base, path): path.read_bytes() for path in files_below(stage)}
 
@@ -144,7 +145,7 @@ class Watch:
 
 
 def make_base(folder: Path, variant: str) -> Base:
-    """Render, and take snapshots on the way."""
+    """Render a run and take snapshots meanwhile."""
     base = Base(folder / "here", variant)
     optimizer = {**RUN["optimizer"], "average": 0.8 if variant == "rich" else 0.0}
     kind = PixelKind(16, alpha=True) if variant == "rich" else RGB8
@@ -168,18 +169,18 @@ def relative(base: Base, path: Path) -> str:
     return str(path.relative_to(base.folder))
 
 
-# --- what the files are -----------------------------------------------------------------------------------------------
+# --- kinds of files ---------------------------------------------------------------------------------------------------
 
 RECORDS = ("manifest", "journal", "input")
-# Beside those, what a resume reads before it renders; a finished run whose picture is there reads no more than them.
+# What a resume reads before it renders, besides RECORDS; a finished run with its image reads only RECORDS.
 READ = ("metadata", "state", "features", "style target", "needed canvas", "needed alpha")
 
 
 def sort_files(base: Base) -> dict[str, list[Path]]:
-    """The files of the run as it stands, by what they are to it."""
+    """The files of the run by their kind."""
     top = base.work_dir / "store.zarr"
     position = position_of(Journal(base.work_dir / "journal.jsonl").read())
-    found: dict[str, list[Path]] = {
+    files: dict[str, list[Path]] = {
         "manifest": [base.work_dir / "manifest.json"],
         "journal": [base.work_dir / "journal.jsonl"],
         "input": [base.folder / name for name in INPUTS],
@@ -192,12 +193,12 @@ def sort_files(base: Base) -> dict[str, list[Path]]:
             result = result_name(slot, position.checksums[stage])
             what = _of_ended(path, array, result, stage == position.stage) if ended else _of_current(path, array, slot)
             if what is not None:
-                found.setdefault(what, []).append(path)
-    return found
+                files.setdefault(what, []).append(path)
+    return files
 
 
 def _of_ended(path: Path, array: str, result: str, newest: bool) -> str | None:
-    """A file of a stage that needs no iteration any more; None for one that is only not deleted yet."""
+    """The kind of a file of a stage that has ended; None for one that the next run deletes."""
     if array == "zarr.json":
         return "group metadata"
     if array == "alpha":
@@ -210,7 +211,7 @@ def _of_ended(path: Path, array: str, result: str, newest: bool) -> str | None:
 def _of_current(path: Path, array: str, slot: int) -> str:
     if path.name == "zarr.json":
         return "metadata"
-    newest, idle = (slot_names(one, averaged=True) for one in (slot, 1 - slot))
+    newest, idle = (slot_names(number, averaged=True) for number in (slot, 1 - slot))
     kinds = dict.fromkeys(newest, "state") | dict.fromkeys((*idle, "gradient"), "spare")
     kinds |= {"content": "content", "alpha": "needed alpha"}
     return kinds.get(array, "features" if array.startswith("features") else "style target")
@@ -221,14 +222,14 @@ def _of_current(path: Path, array: str, slot: int) -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """What was done to a file. `what`: the kind of file. `told`: whether verify has to find it; None if it may be right
-    either way. `read`: whether a resume reads it, and must refuse.
+    """A change to a file. `what`: its kind. `detected`: whether verify has to find it; None if both are right.
+    `read`: whether a resume reads the file, and must refuse.
     """
 
     kind: str
     path: str
     what: str
-    told: bool | None
+    detected: bool | None
     read: bool
 
     def __str__(self) -> str:
@@ -236,7 +237,7 @@ class Fault:
 
 
 def damage(base: Base, state: str, rng: random.Random, kinds: Sequence[str] = KINDS) -> Fault | None:
-    """Do something to one file; None where the dice chose what cannot be done to it, or what changes nothing."""
+    """Change one file; None if the random choice cannot be applied to it, or changes nothing."""
     files = sort_files(base)
     what = rng.choice(sorted(files))
     path, kind = rng.choice(files[what]), rng.choice(kinds)
@@ -252,7 +253,7 @@ def damage(base: Base, state: str, rng: random.Random, kinds: Sequence[str] = KI
     gone = not path.exists()
     dead = what == "spare" and not gone and (kind == "flip" or not base.raw)
     if what == "journal" and not gone and kind != "flip":
-        return Fault(kind, relative(base, path), what, None, False)  # an earlier position, or damage
+        return Fault(kind, relative(base, path), what, None, False)  # an earlier position or damage
     read = what in RECORDS or (what in READ and state != FINISHED) or (what == "spare" and not dead)
     return Fault(kind, relative(base, path), what, not dead, read)
 
@@ -276,7 +277,7 @@ def truncate(_base: Base, path: Path, rng: random.Random) -> bool:
 
 
 def swap(_base: Base, path: Path, rng: random.Random) -> bool:
-    """Two chunks of an array change places; of a journal, a line goes."""
+    """Exchange two chunks of an array, or delete a line of the journal."""
     if path.name == "journal.jsonl":
         lines = path.read_bytes().splitlines(keepends=True)
         lines.pop(rng.randrange(len(lines)))
@@ -293,7 +294,7 @@ def swap(_base: Base, path: Path, rng: random.Random) -> bool:
 
 
 def lose_write(base: Base, path: Path, _rng: random.Random) -> bool:
-    """The chunk is what it was two iterations ago."""
+    """Restore the chunk of two iterations ago."""
     older = base.older.get(relative(base, path))
     if older is None or array_of(path) is None:
         return False
@@ -316,7 +317,7 @@ def array_of(path: Path) -> Path | None:
 
 
 def add_foreign(base: Base, files: dict[str, list[Path]], rng: random.Random) -> Fault:
-    """A file or a folder that no run makes, in any folder that the run needs."""
+    """Add a file or a folder that no run makes to a folder of the run."""
     needed = {parent for paths in files.values() for path in paths for parent in path.parents}
     folder = rng.choice(sorted(parent for parent in needed if base.work_dir in (parent, *parent.parents)))
     path = folder / rng.choice(["notes.txt", "9", "zarr.json.bak", ".hidden", "stage_9x"])
@@ -326,11 +327,11 @@ def add_foreign(base: Base, files: dict[str, list[Path]], rng: random.Random) ->
         path.mkdir()
     else:
         path.write_bytes(rng.randbytes(20))
-    return Fault("foreign", relative(base, path), "foreign file", told=True, read=False)
+    return Fault("foreign", relative(base, path), "foreign file", detected=True, read=False)
 
 
 def decodes_alike(base: Base, path: Path, before: bytes) -> bool:
-    """Whether a changed chunk of a compressed array still holds the same pixels: some bits of a codec mean nothing."""
+    """Whether a changed chunk still decodes to the same pixels: codecs have unused bits."""
     array_dir = array_of(path)
     if base.raw or array_dir is None or array_dir.name.startswith("gram"):
         return False
@@ -348,22 +349,22 @@ def decodes_alike(base: Base, path: Path, before: bytes) -> bool:
     return damaged.tobytes() == whole.tobytes()
 
 
-# --- who notices ------------------------------------------------------------------------------------------------------
+# --- trials ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One fault, and what came of it.
+    """One fault and its results.
 
-    `told`: whether verify found something. `run_code`: of a resume, 75 where it began to compute. `ended`: whether it
-    was let go on to its end. `problems`: promises that were broken.
+    `detected`: by verify. `run_code`: the exit code of a resume, 75 if it began to compute. `ended`: whether the run
+    was continued to its end. `problems`: broken promises.
     """
 
     state: str
     variant: str
     seed: int
     fault: Fault
-    told: bool
+    detected: bool
     run_code: int
     ended: bool
     mended: bool
@@ -374,32 +375,32 @@ class Trial:
 def try_fault(
     base: Base, state: str, seed: int, *, mend: bool = False, to_end: bool = False, kinds: Sequence[str] = KINDS
 ) -> Trial | None:
-    """Damage the run in this state, and ask verify and run.
+    """Damage the run in this state, and call verify and run.
 
-    With `to_end`, a run that does not refuse goes on to its end; with `mend`, the damage is repaired, and then it does.
+    With `to_end`, a run that does not refuse continues to its end; with `mend`, it does so after a repair.
     """
     fault = _put_back_damaged(base, state, seed, kinds)
     if fault is None:
         return None
     before = tree_of(base)
-    told = not pipeline.verify(base.work_dir).clean
+    detected = not pipeline.verify(base.work_dir).clean
     problems = [] if tree_of(base) == before else ["verify wrote"]
     code = run_until_it_computes(base)
-    if fault.told is not None and told != fault.told:
-        problems.append(f"verify: {'nothing found' if fault.told else 'called damage'}")
+    if fault.detected is not None and detected != fault.detected:
+        problems.append(f"verify: {'nothing found' if fault.detected else 'called damage'}")
     if fault.read and code != (3 if fault.what == "input" else 6):
         problems.append(f"run went on with {code}")
     ended = to_end and code in (0, 75)
     if ended:
         _put_back_damaged(base, state, seed, kinds)
         problems += _rendered_damage(base)
-    mend = mend or (fault.told is None and not problems)
+    mend = mend or (fault.detected is None and not problems)
     lost = 0
     if mend:
         _put_back_damaged(base, state, seed, kinds)
         lost, more = _mend(base, state, fault)
         problems += more
-    return Trial(state, base.variant, seed, fault, told, code, ended, mend, lost, tuple(problems))
+    return Trial(state, base.variant, seed, fault, detected, code, ended, mend, lost, tuple(problems))
 
 
 def _put_back_damaged(base: Base, state: str, seed: int, kinds: Sequence[str]) -> Fault | None:
@@ -408,7 +409,7 @@ def _put_back_damaged(base: Base, state: str, seed: int, kinds: Sequence[str]) -
 
 
 def _rendered_damage(base: Base) -> list[str]:
-    """What is wrong with the picture of a run that goes on with its damage; to refuse later on is right, too."""
+    """The problems of the image of a run that continues with its damage. A later refusal is right too."""
     try:
         pipeline.run(pipeline.load_config(base.config))
     except PipelineError:
@@ -421,7 +422,7 @@ def tree_of(base: Base) -> dict[str, bytes]:
 
 
 def run_until_it_computes(base: Base) -> int:
-    """The exit code of a resume that is stopped as soon as it has computed anything."""
+    """The exit code of a resume that is stopped as soon as it has computed something."""
     stop = threading.Event()
 
     def sink(event: Event) -> None:
@@ -436,17 +437,17 @@ def run_until_it_computes(base: Base) -> int:
 
 
 def _mend(base: Base, state: str, fault: Fault) -> tuple[int, list[str]]:
-    """(iterations that the repair gave up, what went wrong)."""
+    """(iterations that the repair discarded, problems)."""
     report = pipeline.verify(base.work_dir, repair=True)
     lost = report.iterations_lost
     if fault.what == "input":
         if report.clean:
-            return lost, ["repair: an input is gone, and all is well"]
+            return lost, ["repair: called clean without an input"]
         shutil.copyfile(base.snapshots[state] / fault.path, base.folder / fault.path)
         report = pipeline.verify(base.work_dir, repair=True)
     if not report.clean:
         return lost, [f"repair: left {[str(problem) for problem in report.remaining]}"]
-    # with its records it has forgotten, too, that the picture is its own
+    # without these records the run does not recognise its image
     forgotten = fault.what == "journal" and state == FINISHED
     try:
         pipeline.run(pipeline.load_config(base.config), force=forgotten)

@@ -1,4 +1,4 @@
-"""Measured and projected peak memory of whole runs, crops, preview grids and repairs.
+"""Peak resident memory of whole runs, crops and grids of previews beside what the plan projected for them.
 
 Each is a process of its own; its peak is the kernel's figure (VmHWM).
 
@@ -39,7 +39,6 @@ COMMANDS: dict[str, Callable[[Path], list[str]]] = {
         *("preview", "-c", str(config), "--size", str(GRID_PX)),
         *("--vary", "network.padding=zeros,reflect", "--vary", "network.pooling=max,average"),
     ],
-    "repair": lambda config: ["verify", "--run", str(_damaged(config)), "--repair"],
 }
 
 
@@ -78,14 +77,6 @@ def stopped_run(folder: Path, weights: Path | None) -> Path:
 
 def _style(max_px: int) -> dict[str, object]:
     return {"image": "style.png", "max_size": max_px}
-
-
-def _damaged(config: Path) -> Path:
-    """The run directory after zeroing a feature chunk, so that a repair recomputes all features."""
-    work_dir = pipeline.load_config(config).work_dir
-    features = next((work_dir / "store.zarr" / "stage_1").glob("features_*/c/0/0/0"))
-    features.write_bytes(bytes(features.stat().st_size))
-    return work_dir
 
 
 @click.command()

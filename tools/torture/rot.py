@@ -34,9 +34,9 @@ REPAIRED, COMPLETED = 1 / 8, 1 / 4
 OTHERS = tuple(kind for kind in KINDS if kind != "flip")
 COLUMNS: dict[str, Callable[[Trial], object]] = {
     "damaged": lambda trial: True,
-    "detected by verify": lambda trial: trial.told,
-    "unused bytes": lambda trial: trial.fault.told is False and not trial.told,
-    "an earlier position": lambda trial: trial.fault.told is None and not trial.told,
+    "detected by verify": lambda trial: trial.detected,
+    "unused bytes": lambda trial: trial.fault.detected is False and not trial.detected,
+    "an earlier position": lambda trial: trial.fault.detected is None and not trial.detected,
     "refused by run": lambda trial: trial.run_code in (3, 6),
     "completed": lambda trial: trial.ended,
     "repaired": lambda trial: trial.mended,
@@ -64,7 +64,7 @@ def trials_of(job: int, jobs: int, flips: int, others: int, seconds: float) -> l
                 if trial is None:
                     continue
                 done.append(trial)
-                counted += trial.fault.told is not False
+                counted += trial.fault.detected is not False
                 if trial.problems:
                     print(f"{trial.variant}, {state}, seed {seed}: {trial.fault}: {trial.problems}", flush=True)
     return done

@@ -1,9 +1,8 @@
-"""Looking over a whole run directory: its records, its inputs, its store. Nothing is written here."""
+"""Scans a whole run directory: journal, manifest, inputs and store. Read-only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -35,24 +34,22 @@ from pipeline.rundir.records import Manifest
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What a run directory holds, and what is wrong with it.
+    """The content of a run directory, and all damage to it.
 
-    `manifest`, `config`: what the run began with; None if nothing readable says so. `ended`: the current stage needs no
-    iteration any more. `held`: what the store must hold. `inputs_whole`: all that a stage is prepared from is as it
-    was. `checked` of `total` chunks were read.
+    `manifest`: from the journal if its file is damaged; None if both are. `expected`: what the store must hold.
+    `inputs_intact`: all input files are those that the run began with. `leftovers`: files that nothing reads.
+    `checked` of `total` chunks were read.
     """
 
     work_dir: Path
     manifest: Manifest | None
-    config: Config | None
     journal: JournalState
     position: Position
-    ended: bool
-    held: list[ExpectedStage]
+    expected: list[ExpectedStage]
     problems: list[Problem]
     leftovers: list[Path]
     notes: list[str]
-    inputs_whole: bool
+    inputs_intact: bool
     checked: int
     total: int
 
@@ -67,7 +64,7 @@ class _InputSpec:
 
 
 def input_task(spec: _InputSpec) -> Problem | None:
-    """What is wrong with an input file."""
+    """Compares an input file with the hash in the manifest; None if it is intact."""
     restore = f"({spec.key}); restore the file that the run began with"
     try:
         if sha256_of(spec.path) == spec.sha256:
@@ -80,10 +77,10 @@ def input_task(spec: _InputSpec) -> Problem | None:
 
 
 def scan(work_dir: Path, config: Config | None, sample: SampleSpec | None, engine: Executor, sink: Sink) -> ScanResult:
-    """Everything that is wrong in a run directory.
+    """Compare everything in a run directory with the journal and the manifest.
 
-    `config`: where the inputs are now, if not where the run began with them. Raises ConfigError if it is another run's,
-    OtherFormatError for a run of another version.
+    `config`: gives the paths of inputs that have moved since the run began. Raises ConfigError if it is the config of
+    another run, OtherFormatError for a run of another version.
     """
     journal = Journal(journal_path(work_dir)).inspect()
     position = checked_position(journal.records, journal_path(work_dir))
@@ -93,54 +90,53 @@ def scan(work_dir: Path, config: Config | None, sample: SampleSpec | None, engin
         refuse_unknown_stage(work_dir, manifest, position)
     config = _config(work_dir, config, manifest, position)
     ended = position.stage_done or bool(config and manifest and position.slots and _ended(position, config, manifest))
+    # before the first stage is prepared, inputs may still be changed
     specs = _input_specs(work_dir, manifest, config) if position.slots and manifest and config else []
-    inputs = [found for found in engine.map(input_task, specs) if found is not None]
-    held = expected_stages(work_dir, position, ended)
+    inputs = [problem for problem in engine.map(input_task, specs) if problem is not None]
+    expected = expected_stages(work_dir, position, ended)
     if links := [Problem(path, "foreign", f"{what}, and no run makes one") for path, what in links_in_store(work_dir)]:
-        in_store = StoreDamage(links)  # nothing is read through a link
+        in_store = StoreDamage(links)  # a file behind a link may be anybody's, so nothing is read through one
         notes.append("the store is not looked into while there are links in it")
     else:
-        told = partial(_tell, sink, position.stage)
-        in_store = store_damage(work_dir, held, sample, engine, told)
+
+        def progress(done: int, total: int) -> None:
+            sink(WorkDone(position.stage, "verify", done, total))
+
+        in_store = store_damage(work_dir, expected, sample, engine, progress)
     foreign, leftovers = foreign_at_the_top(work_dir, lambda path: _is_own(path, config, position))
     return ScanResult(
         work_dir=work_dir,
         manifest=manifest,
-        config=config,
         journal=journal,
         position=position,
-        ended=ended,
-        held=held,
+        expected=expected,
         problems=[*problems, *manifest_problems, *inputs, *in_store.problems, *foreign],
         leftovers=[*leftovers, *in_store.leftovers],
         notes=notes,
-        inputs_whole=not inputs,
+        inputs_intact=not inputs,
         checked=in_store.checked,
         total=in_store.total,
     )
 
 
-def _tell(sink: Sink, stage: int, done: int, total: int) -> None:
-    sink(WorkDone(stage, "verify", done, total))
-
-
 def _journal_problems(work_dir: Path, journal: JournalState, position: Position) -> tuple[list[Problem], list[str]]:
+    """(problems, notes) of the journal."""
     path = journal_path(work_dir)
     if journal.damaged_line is not None:
         what = f"line {journal.damaged_line} or the one before it was changed; only what comes before it can be trusted"
         return [Problem(path, "changed", what)], []
-    notes = ["the journal's last line is not whole: a crash cut it short, and the next run drops it"]
+    notes = ["the journal's last line is incomplete: a crash cut it short, and the next run drops it"]
+    notes = notes[: journal.torn]
+    if not position.slots and lost_its_stages(work_dir, journal.records):
+        kind = "truncated" if path.exists() else "missing"
+        return [Problem(path, kind, f"has no record of what is in {store_path(work_dir)}")], notes
     if not position.slots:
-        if lost_its_stages(work_dir, journal.records):
-            kind = "truncated" if path.exists() else "missing"
-            return [Problem(path, kind, f"has no record of what is in {store_path(work_dir)}")], notes[: journal.torn]
-        notes = [*notes[: journal.torn], "no stage is prepared yet, and the next run takes the inputs as they are then"]
-        return [], notes
-    return [], notes[: journal.torn]
+        notes.append("no stage is prepared yet, so the next run reads the inputs as they are then")
+    return [], notes
 
 
 def _manifest(path: Path, journal: JournalState, position: Position) -> tuple[Manifest | None, list[Problem]]:
-    """(the manifest, from the journal if need be; what is wrong with its file)."""
+    """(the manifest, or the journal's copy if the file is damaged; what is wrong with the file)."""
     copy = begun_manifest(journal.records)
     try:
         manifest = read_manifest(path)
@@ -151,27 +147,26 @@ def _manifest(path: Path, journal: JournalState, position: Position) -> tuple[Ma
             return copy, [Problem(path, "missing", "is missing")]
         return copy, [Problem(path, "changed", f"cannot be read ({error.__cause__})")]
     if position.slots and manifest != copy:
-        return copy, [Problem(path, "changed", "is whole, but not the manifest that the journal began with")]
+        return copy, [Problem(path, "changed", "is intact, but not the manifest that the journal began with")]
     return manifest, []
 
 
 def _config(work_dir: Path, given: Config | None, manifest: Manifest | None, position: Position) -> Config | None:
-    """The config of the run, with the paths of the given one; None if nothing says what the run began with.
+    """The given config, else the manifest's; None without a manifest.
 
-    Raises DamagedStateError for one in the manifest that is none here and now.
+    Raises DamagedStateError if the manifest's config is invalid on this machine or in this version.
     """
     if manifest is None:
         return None
-    if given is not None and position.slots:
-        keys = {dotted(key) for key, _ in input_files(given)} | {"network.weights"}
-        same_files = {
-            key: manifest.inputs.get(key, "not there") for key in keys
-        }  # their content is a problem of its own
-        refuse_changes(given, manifest, Identity(result_fields(given), same_files))
     if given is not None:
+        if position.slots:
+            keys = {dotted(key) for key, _ in input_files(given)} | {"network.weights"}
+            # the content of the files is compared later, where a difference is damage and not another config
+            hashes = {key: manifest.inputs.get(key, "not there") for key in keys}
+            refuse_changes(given, manifest, Identity(result_fields(given), hashes))
         return given
     try:
-        # how a picture is written is no part of the state, and may be corrected at any time
+        # export options are no part of the state, and may be corrected at any time
         return Config.model_validate({**manifest.config.model_dump(), "export": {}})
     except ValidationError as error:
         raise DamagedStateError(
@@ -187,7 +182,7 @@ def _ended(position: Position, config: Config, manifest: Manifest) -> bool:
 
 
 def _input_specs(work_dir: Path, manifest: Manifest, config: Config) -> list[_InputSpec]:
-    """Raises DamagedStateError if the manifest's config reads what its inputs do not name."""
+    """Raises DamagedStateError if the config reads a file of which the manifest has no hash."""
     files = {dotted(key): path for key, path in input_files(config)}
     if (weights := weights_path(config.network.name, config.network.weights)) is not None:
         files["network.weights"] = weights
@@ -200,9 +195,9 @@ def _input_specs(work_dir: Path, manifest: Manifest, config: Config) -> list[_In
 
 
 def _is_own(path: Path, config: Config | None, position: Position) -> bool:
-    """Whether a path in the run directory is the run's picture, a part of it, or an input."""
+    """Whether a path in the run directory is an output image, a part of one, or an input."""
     outputs = {Path(output) for output in position.pictures} | ({config.output} if config else set())
     if any(path.name.startswith(output.stem) and path.parent == output.parent for output in outputs):
-        return True  # a DeepZoom picture is a file and a folder
+        return True  # a DeepZoom image is a file and a folder
     inputs = [item for _, item in input_files(config)] if config else []
     return any(path == item or path in item.parents for item in inputs)

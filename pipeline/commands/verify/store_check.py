@@ -1,4 +1,4 @@
-"""What is wrong in a run directory: its records, its store, the files that it began with. Nothing is written here."""
+"""Compares the store with the journal: chunks, array metadata and file names. Read-only."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from pipeline.rundir.open import stage_path
 from pipeline.rundir.paths import store_path
 from pipeline.rundir.position import Position
 from pipeline.store import integrity
-from pipeline.store import metadata as zarr_files
 from pipeline.store.array import ChunkError, StageArray
-from pipeline.store.checksums import checksum, unpacked
+from pipeline.store.checksums import checksum, packed
 from pipeline.store.integrity import CheckSpec, Finding, OnProgress
 from pipeline.store.layout import METADATA, gram_key, is_stage_array, kept_files, slot_names
-from pipeline.store.metadata import group_metadata
+from pipeline.store.metadata import check_metadata, group_metadata, read_gram
 
-# Where a repair puts what it does not understand, beside what it cuts off the journal and the store.
+# The folder to which a repair moves unknown files, in the run directory.
 FOREIGN = "foreign-files"
 _ROOT = re.compile(rf"manifest\.json|journal\.jsonl|lock|lock\.owner|store\.zarr|{FOREIGN}|.*\.damaged-[0-9]+")
 _STAGE = re.compile(r"stage_([0-9]+)")
@@ -32,9 +31,9 @@ _STAGE = re.compile(r"stage_([0-9]+)")
 
 @dataclass(frozen=True)
 class Problem:
-    """One file that is not what it should be.
+    """One damaged or foreign file.
 
-    `kind`: changed, truncated, missing, foreign or unreadable. `chunk`: its (row, column), where it is one of `array`.
+    `kind`: changed, truncated, missing, foreign or unreadable. `chunk`: (row, column) of a chunk of `array`.
     """
 
     path: Path
@@ -53,10 +52,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class ExpectedStage:
-    """What the store must hold of one stage, by the journal.
+    """What the store must hold of one stage according to the journal.
 
-    `live`: arrays whose content counts, with their chunks' checksums. `spare`: arrays that the next iteration writes
-    over, whose content is nobody's. `metadata`: checksum of every metadata file, under its path in the stage.
+    `live`: the packed chunk checksums of every array that is still read. `spare`: arrays that the next iteration
+    overwrites, whose content is unused. `metadata`: the checksum of every metadata file, by its path in the stage.
     """
 
     stage: int
@@ -73,7 +72,7 @@ class ExpectedStage:
 
 @dataclass
 class StoreDamage:
-    """What was found in the store; `checked` of `total` chunks were read, the others only looked at."""
+    """All damage in the store. `checked` of `total` chunks were read; of the others only the size was compared."""
 
     problems: list[Problem] = field(default_factory=list)
     leftovers: list[Path] = field(default_factory=list)
@@ -90,19 +89,18 @@ class SampleSpec:
 
 
 def expected_stages(work_dir: Path, position: Position, ended: bool) -> list[ExpectedStage]:
-    """What the store must hold at this position. `ended`: the current stage needs nothing but its result any more."""
-    return [
-        _held(stage_path(work_dir, stage), stage, position.slots[stage], sums, ended or stage < position.stage)
-        for stage, sums in sorted(position.checksums.items())
-    ]
+    """What the store must hold at this position. `ended`: the current stage needs no iteration, only its result."""
+    stages = []
+    for stage, sums in sorted(position.checksums.items()):
+        only_result = ended or stage < position.stage
+        stages.append(_expected_stage(stage_path(work_dir, stage), stage, position.slots[stage], sums, only_result))
+    return stages
 
 
-def _held(folder: Path, stage: int, slot: int, sums: Mapping[str, str], ended: bool) -> ExpectedStage:
+def _expected_stage(folder: Path, stage: int, slot: int, sums: Mapping[str, str], only_result: bool) -> ExpectedStage:
+    if only_result:
+        sums = {name: sums[name] for name in kept_files(slot, sums)}
     metadata = {name: value for name, value in sums.items() if name.endswith(METADATA)}
-    if ended:
-        kept = {name: sums[name] for name in kept_files(slot, sums)}
-        live = {name: value for name, value in kept.items() if name not in metadata}
-        return ExpectedStage(stage, folder, live, (), {name: kept[name] for name in kept if name in metadata})
     names = [name.removesuffix(f"/{METADATA}") for name in metadata if name != METADATA]
     idle = slot_names(1 - slot, averaged=True)
     spare = tuple(name for name in names if name in idle or name not in sums)
@@ -110,68 +108,72 @@ def _held(folder: Path, stage: int, slot: int, sums: Mapping[str, str], ended: b
 
 
 def store_damage(
-    work_dir: Path, held: Sequence[ExpectedStage], sample: SampleSpec | None, engine: Executor, on_progress: OnProgress
+    work_dir: Path,
+    stages: Sequence[ExpectedStage],
+    sample: SampleSpec | None,
+    engine: Executor,
+    on_progress: OnProgress,
 ) -> StoreDamage:
-    """Everything in the store that is not what the journal says."""
-    found = StoreDamage()
-    _check_group(store_path(work_dir) / METADATA, held, found)
+    """Everything in the store that differs from the journal."""
+    damage = StoreDamage()
+    _check_group(store_path(work_dir) / METADATA, stages, damage)
     arrays: dict[Path, StageArray | None] = {}
-    for stage in held:
-        sound = _check_metadata(stage, found)
+    for stage in stages:
+        intact = _check_metadata(stage, damage)
         for name in stage.arrays:
-            arrays[stage.folder / name] = _opened(stage, name, found) if name in sound else None
-    specs = list(_specs(arrays, sample, found))
+            arrays[stage.folder / name] = _open(stage, name, damage) if name in intact else None
+    specs = list(_specs(arrays, sample, damage))
     findings = integrity.damage(specs, engine, on_progress)
-    found.problems += [problem_of(finding, held) for finding in findings]
-    _check_names(work_dir, held, arrays, found)
-    return found
+    damage.problems += [problem_of(finding, stages) for finding in findings]
+    _check_names(work_dir, stages, arrays, damage)
+    return damage
 
 
-def group_checksums(held: Sequence[ExpectedStage]) -> set[int]:
-    """What the store's own metadata may be: it holds nothing, and is as every stage's, or as zarr writes it today."""
-    return {checksum(group_metadata()), *(int(unpacked(stage.metadata[METADATA])[0]) for stage in held)}
+def _check_group(path: Path, stages: Sequence[ExpectedStage], damage: StoreDamage) -> None:
+    """The store's own metadata: the same as that of every stage, or what today's zarr writes."""
+    if not path.parent.exists() and not stages:
+        return  # the run was killed before it created its store
+    checksums = {packed([checksum(group_metadata())]), *(stage.metadata[METADATA] for stage in stages)}
+    errors = [_metadata_error(path.parent, METADATA, value) for value in checksums]
+    if None not in errors and errors[0] is not None:
+        damage.problems.append(problem_of((path, errors[0]), []))
 
 
-def _check_group(path: Path, held: Sequence[ExpectedStage], found: StoreDamage) -> None:
-    if not path.parent.exists() and not held:
-        return  # killed before it made its store
+def _check_metadata(stage: ExpectedStage, damage: StoreDamage) -> set[str]:
+    """The names of the arrays whose metadata is intact."""
+    intact = set()
+    for name, checksums in stage.metadata.items():
+        if error := _metadata_error(stage.folder, name, checksums):
+            damage.problems.append(problem_of((stage.folder / name, error), [stage]))
+        else:
+            intact.add(name.removesuffix(f"/{METADATA}"))
+    return intact
+
+
+def _metadata_error(folder: Path, name: str, checksums: str) -> ChunkError | OSError | None:
     try:
-        if checksum(path.read_bytes()) not in group_checksums(held):
-            found.problems.append(Problem(path, "changed", "is not what was written there"))
-    except FileNotFoundError:
-        found.problems.append(Problem(path, "missing", "is missing"))
-    except OSError as error:
-        found.problems.append(Problem(path, "unreadable", f"cannot be read ({error.strerror})"))
+        check_metadata(folder, name, checksums)
+        return None
+    except (ChunkError, OSError) as error:
+        return error
 
 
-def _check_metadata(stage: ExpectedStage, found: StoreDamage) -> set[str]:
-    """Names of the arrays whose metadata is what was written."""
-    sound = set()
-    for name, sums in stage.metadata.items():
-        try:
-            zarr_files.check_metadata(stage.folder, name, sums)
-            sound.add(name.removesuffix(f"/{METADATA}"))
-        except (ChunkError, OSError) as error:
-            found.problems.append(problem_of((stage.folder / name, error), [stage]))
-    return sound
-
-
-def _opened(stage: ExpectedStage, name: str, found: StoreDamage) -> StageArray | None:
-    """An array that checks its chunks if they count; None for one that takes no window, and is checked here."""
+def _open(stage: ExpectedStage, name: str, damage: StoreDamage) -> StageArray | None:
+    """The array, with checksums if it is live; None for a style target, which is one small file and checked here."""
     key = gram_key(name)
     if key is None:
         return store.open_array(stage.folder, name, stage.live.get(name))
-    found.total += 1
-    found.checked += 1
+    damage.total += 1
+    damage.checked += 1
     try:
-        zarr_files.read_gram(stage.folder, key, stage.live[name])
+        read_gram(stage.folder, key, stage.live[name])
     except (ChunkError, OSError) as error:
-        found.problems.append(problem_of((stage.folder / name / "c" / "0" / "0", error), [stage]))
+        damage.problems.append(problem_of((stage.folder / name / "c" / "0" / "0", error), [stage]))
     return None
 
 
 def _specs(
-    arrays: Mapping[Path, StageArray | None], sample: SampleSpec | None, found: StoreDamage
+    arrays: Mapping[Path, StageArray | None], sample: SampleSpec | None, damage: StoreDamage
 ) -> Iterator[CheckSpec]:
     rng = random.Random(sample.seed if sample else 0)
     for array in arrays.values():
@@ -181,21 +183,22 @@ def _specs(
         if array.checksums is None:
             yield from integrity.specs_of(array, indices)
             continue
-        found.total += len(indices)
+        damage.total += len(indices)
         chosen = rng.sample(indices, math.ceil(sample.share * len(indices))) if sample else indices
-        found.checked += len(chosen)
+        damage.checked += len(chosen)
         yield from integrity.specs_of(array, sorted(chosen))
+        # comparing sizes reads no pixels, so the sample does not spare it
         others = sorted(set(indices) - set(chosen))
         yield from integrity.specs_of(replace(array, checksums=None), others)
 
 
-def problem_of(finding: Finding, held: Sequence[ExpectedStage]) -> Problem:
-    """A finding, with the stage, array and chunk that its path names."""
+def problem_of(finding: Finding, stages: Sequence[ExpectedStage]) -> Problem:
+    """A finding as a problem, with the stage, array and chunk that its path names."""
     path, error = finding
-    kind, what = (
-        (error.kind, error.what) if isinstance(error, ChunkError) else ("unreadable", f"cannot be read ({error})")
-    )
-    for stage in held:
+    kind, what = "unreadable", f"cannot be read ({error})"
+    if isinstance(error, ChunkError):
+        kind, what = error.kind, error.what
+    for stage in stages:
         if path.is_relative_to(stage.folder):
             array, *inner = path.relative_to(stage.folder).parts
             chunk = (int(inner[1]), int(inner[2])) if inner and inner[0] == "c" else None
@@ -203,62 +206,59 @@ def problem_of(finding: Finding, held: Sequence[ExpectedStage]) -> Problem:
     return Problem(path, kind, what)
 
 
-# --- files that should not be there ---------------------------------------------------------------------------------
+# --- file names -----------------------------------------------------------------------------------------------------
 
 
 def _check_names(
-    work_dir: Path, held: Sequence[ExpectedStage], arrays: Mapping[Path, StageArray | None], found: StoreDamage
+    work_dir: Path, stages: Sequence[ExpectedStage], arrays: Mapping[Path, StageArray | None], damage: StoreDamage
 ) -> None:
-    """Tell what is left over, and what nobody here has made."""
-    last = max((stage.stage for stage in held), default=-1)
-    known = {stage.folder: stage for stage in held}
-    top = store_path(work_dir)
-    for path in _entries(top):
-        stage_number = _STAGE.fullmatch(path.name)
-        if path in known:
-            _check_stage_names(known[path], arrays, known[path].stage == last, found)
-        elif stage_number or _is_left_over(path):
-            # a stage that was prepared but not committed, or that a repair took back: prepared anew, it is replaced
-            found.leftovers.append(path)
+    """Lists leftovers, and files that no run makes."""
+    newest = max((stage.stage for stage in stages), default=-1)
+    expected = {stage.folder: stage for stage in stages}
+    for path in _entries(store_path(work_dir)):
+        if path in expected:
+            _check_stage_names(expected[path], arrays, expected[path].stage == newest, damage)
+        elif _STAGE.fullmatch(path.name) or _is_left_over(path):
+            # a stage that was prepared but not committed, or was rolled back: its next preparation replaces it
+            damage.leftovers.append(path)
         elif path.name != METADATA:
-            found.problems.append(_foreign(path, None, None))
+            damage.problems.append(_foreign(path, None, None))
 
 
 def _check_stage_names(
-    stage: ExpectedStage, arrays: Mapping[Path, StageArray | None], newest: bool, found: StoreDamage
+    stage: ExpectedStage, arrays: Mapping[Path, StageArray | None], newest: bool, damage: StoreDamage
 ) -> None:
     for path in _entries(stage.folder):
         if path.name in stage.arrays:
-            array = arrays[path]
-            keys = _chunk_files(path, array)
-            if keys is not None:
-                _check_array_names(path, {*keys, path / METADATA}, stage.stage, found)
+            files = _chunk_files(path, arrays[path])
+            if files is not None:
+                _check_array_names(path, {*files, path / METADATA}, stage.stage, damage)
         elif _is_left_over(path) or (newest and is_stage_array(path.name)):
-            found.leftovers.append(path)  # the stage has ended, and the next run frees it
+            damage.leftovers.append(path)  # the stage has ended, and the next run deletes its other arrays
         elif path.name != METADATA:
-            found.problems.append(_foreign(path, stage.stage, None))
+            damage.problems.append(_foreign(path, stage.stage, None))
 
 
 def _chunk_files(path: Path, array: StageArray | None) -> set[Path] | None:
-    """The chunk files of an array; None where its metadata is damaged, so that nobody knows them."""
+    """The chunk files of an array; None if its metadata, which defines them, is damaged."""
     if array is not None:
         return {array.chunk_path(cy, cx) for cy, cx in array.chunk_indices()}
     return {path / "c" / "0" / "0"} if gram_key(path.name) else None
 
 
-def _check_array_names(array_dir: Path, files: Collection[Path], stage: int, found: StoreDamage) -> None:
+def _check_array_names(array_dir: Path, files: Collection[Path], stage: int, damage: StoreDamage) -> None:
     folders = {parent for file in files for parent in file.parents}
     for path in _walk(array_dir, folders):
         if path in files:
             continue
         if _is_left_over(path):
-            found.leftovers.append(path)
+            damage.leftovers.append(path)
         else:
-            found.problems.append(_foreign(path, stage, array_dir.name))
+            damage.problems.append(_foreign(path, stage, array_dir.name))
 
 
 def _walk(folder: Path, into: Collection[Path]) -> Iterator[Path]:
-    """All that is below `folder`, without looking into folders that are not among `into`, nor naming those."""
+    """All entries below `folder`; folders in `into` are entered, and others are named but not entered."""
     for path in _entries(folder):
         if path in into and path.is_dir():
             yield from _walk(path, into)
@@ -271,7 +271,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _is_left_over(path: Path) -> bool:
-    """Whether nothing reads a file: what a killed run left, or a desktop or a file server put there."""
+    """Whether nothing reads a file: a temporary file of a killed run, or one of a desktop or a file server."""
     return path.name.endswith(".partial") or is_of_the_system(path.name)
 
 
@@ -280,7 +280,7 @@ def _foreign(path: Path, stage: int | None, array: str | None) -> Problem:
 
 
 def foreign_at_the_top(work_dir: Path, own: Callable[[Path], bool]) -> tuple[list[Problem], list[Path]]:
-    """(foreign files, leftovers) in the run directory itself. `own`: whether a path is a picture or an input."""
+    """(foreign files, leftovers) in the run directory itself. `own`: whether a path is an output image or an input."""
     problems, leftovers = [], []
     for path in _entries(work_dir):
         if _is_left_over(path) or ".partial-" in path.name:

@@ -1,4 +1,4 @@
-"""Whether a run directory is what its journal says, and mending it if it is not."""
+"""The `verify` command: checks a run directory against its journal, and repairs it on request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.verify.repair import Repair, Step
+from pipeline.commands.verify.repair import Step, repair_steps
 from pipeline.commands.verify.scan import ScanResult, scan
 from pipeline.commands.verify.store_check import Problem, SampleSpec, as_dict
 from pipeline.config.config import Config
@@ -25,17 +25,19 @@ from pipeline.rundir.paths import journal_path, manifest_path, refuse_links_at_t
 from pipeline.rundir.process_settings import process_settings
 from pipeline.store import metadata
 
-# Records, descriptions, chunks: what one round mends brings the next into view. More rounds mend nothing.
-_MOST_ROUNDS = 8
+# Repaired records, removed links and rolled-back stages each bring other damage into view. The bound ends a repair
+# whose steps do not help, on a disk that rots faster than it is repaired.
+_MAX_ROUNDS = 8
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found, and did.
+    """The result of `verify`.
 
-    `found`: all damage at first. `remaining`: what is damaged now. `steps`: what --repair would do first, or has done.
-    `iterations_lost`: by them. `stage`, `iteration`: where the run goes on. `checked` of `total` chunks were read;
-    `sample` says which. `leftovers`: what a killed run left, or a desktop or file server put there; nothing reads it.
+    `found`: all damage at first. `remaining`: all damage now. `steps`: those that --repair has taken, or would take
+    first; `iterations_lost`: how many iterations have to be computed again after them. `stage`, `iteration`: where the
+    run resumes. `leftovers`: files of a killed run, a desktop or a file server, which nothing reads. `checked` of
+    `total` chunks were read; `sample` says which.
     """
 
     work_dir: Path
@@ -81,9 +83,9 @@ def verify(
     sink: Sink = ignore,
     stop: threading.Event | None = None,
 ) -> Report:
-    """Check everything that a run keeps against its checksums; with `repair`, mend what can be mended.
+    """Check everything that a run stores against its checksums; with `repair`, roll back to the newest intact state.
 
-    `config`: where inputs are now, if they have moved. `share`: read only this share of the chunks, chosen by `seed`.
+    `config`: gives the paths of inputs that have moved. `share`: read only this share of the chunks, chosen by `seed`.
     Raises ConfigError if there is no run or it is another config's, LockedError while a run works there,
     OtherFormatError for a run of another version, Stopped, StorageError.
     """
@@ -93,29 +95,27 @@ def verify(
     refuse_links_at_top(work_dir)
     sample = None if share is None else SampleSpec(share, secrets.randbits(32) if seed is None else seed)
     with _lock(work_dir, repair), ThreadExecutor(WORKERS, CancelToken(stop)) as engine:
-        first = scan(work_dir, config, sample, engine, sink)
-        mending = Repair(engine, sink)
-        steps = mending.steps(first)
+        first = last = scan(work_dir, config, sample, engine, sink)
+        steps = repair_steps(first, engine)
         if not repair:
             return _report(first, first, steps, False, sample)
-        last = first
         done: list[Step] = []
-        for _ in range(_MOST_ROUNDS):
+        for _ in range(_MAX_ROUNDS):
             if not steps:
                 break
             for step in steps:
                 sink(Note(step.text))
                 step.take()
-            if store_path(work_dir).exists():
+            if store_path(work_dir).exists():  # a repair must survive a power cut whatever store.durability is
                 metadata.sync(store_path(work_dir))
             done += steps
             last = scan(work_dir, config, sample, engine, sink)
-            steps = mending.steps(last)
+            steps = repair_steps(last, engine)
     return _report(first, last, done, True, sample)
 
 
 def _lock(work_dir: Path, repair: bool) -> AbstractContextManager[object]:
-    """Keeps runs out, but on a disk that is read-only, where nobody can run. Who only looks needs no room for it."""
+    """Locks the run directory. A read-only disk cannot be locked, and needs no lock, because no run can write there."""
     read_only = os.statvfs(work_dir).f_flag & os.ST_RDONLY
     return nullcontext() if read_only else RunLock(work_dir, named=repair)
 

@@ -140,7 +140,7 @@ def test_room_for_levels_is_asked_for_before_the_export(small_disk: Path) -> Non
     values = {"size": 30_000, "output": str(small_disk / "a.tif"), "styles": [{"image": "/s0.png"}]}
     plan = planned(**values)
     pixels_bytes = 3 * plan.stages[-1].pixels
-    with pytest.raises(SpaceError, match=f"the picture still needs {pixels_bytes * 5 / 3 / 2**30:.2f} GiB here"):
+    with pytest.raises(SpaceError, match=f"the output image still needs {pixels_bytes * 5 / 3 / 2**30:.2f} GiB here"):
         check_space(config_of(**values), plan, len(plan.stages))
 
 

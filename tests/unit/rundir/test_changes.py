@@ -1,4 +1,4 @@
-"""What a resume says of a config that is not the run's: every changed key, with what it was and what it is."""
+"""A resume with a changed config lists every changed key, with its old and new value."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Json = dict[str, Any]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("content", "style", "other"):
+    for name in ("content", "style", "new"):
         write_image(tmp_path / f"{name}.png", 40, 40)
     return tmp_path
 
 
-def kept(config: Config) -> Json:
-    """A manifest, as it is on the disk; files are those of any other."""
+def manifest_of(config: Config) -> Json:
+    """The manifest of a run of this config, as read from the disk, without hashes of inputs."""
     manifest = {"result_fields": result_fields(config), "inputs": {}, "config": config.model_dump(mode="json")}
     rest = {"format": FORMAT, "created": "now", "threads": 1, "stages": [{"size": [4, 4], "style_sizes": []}]}
     return dict(json.loads(json.dumps(manifest | rest)))
 
 
-def told(manifest: Json, config: Config) -> list[str]:
+def changes(manifest: Json, config: Config) -> list[str]:
     try:
         refuse_changes(config, parse_manifest(manifest), Identity(result_fields(config), {}))
     except ConfigError as error:
@@ -39,12 +39,12 @@ def told(manifest: Json, config: Config) -> list[str]:
     return []
 
 
-def both_ways(folder: Path, one: Json, other: Json) -> tuple[list[str], list[str]]:
-    configs = [load_config(write_config(folder, **values)) for values in (one, other)]
-    return told(kept(configs[0]), configs[1]), told(kept(configs[1]), configs[0])
+def both_ways(folder: Path, old: Json, new: Json) -> tuple[list[str], list[str]]:
+    configs = [load_config(write_config(folder, **values)) for values in (old, new)]
+    return changes(manifest_of(configs[0]), configs[1]), changes(manifest_of(configs[1]), configs[0])
 
 
-STYLES = [{"image": "style.png"}, {"image": "other.png"}]
+STYLES = [{"image": "style.png"}, {"image": "new.png"}]
 STAGE = {"up_to": 512, "optimizer": {"beta1": 0.5}}
 CHANGES: list[tuple[Json, Json, str, str, str]] = [
     ({}, {"color": "content"}, "color", "style", "content"),
@@ -57,7 +57,7 @@ CHANGES: list[tuple[Json, Json, str, str, str]] = [
         {"stages": [{"up_to": 512, "styles": [STYLES[0], {**STYLES[1], "scale": 2}]}]},
         "stages.0.styles.1.scale", "1.0", "2.0",
     ),
-    # what a stage does not say is as for the others
+    # a stage without a key has the value outside `stages`
     (
         {"stages": [STAGE]},
         {"stages": [{**STAGE, "optimizer": {"beta1": 0.5, "average": 0.9}}]},
@@ -90,35 +90,35 @@ CHANGES: list[tuple[Json, Json, str, str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "key", "was", "becomes"), CHANGES, ids=[f"{case[2]} {case[4]}" for case in CHANGES]
+    ("old", "new", "key", "was", "becomes"), CHANGES, ids=[f"{case[2]} {case[4]}" for case in CHANGES]
 )
-def test_a_changed_key_is_told_with_both_its_values(folder, one, other, key, was, becomes):
-    """`color: was None, is content` sends the user looking for a None that is in no config, and cannot be put back."""
-    there, back = both_ways(folder, one, other)
+def test_a_changed_key_is_listed_with_both_values(folder, old, new, key, was, becomes):
+    """`color: was None, is content` would name a value that is in no config and cannot be restored."""
+    there, back = both_ways(folder, old, new)
     assert there == [f"{key}: was {was}, is {becomes}"]
     assert back == [f"{key}: was {becomes}, is {was}"]
 
 
 def test_a_picture_in_place_of_a_word_is_named(folder):
-    """The start of a run is a word or a file: files are compared by content, but the user knows them by name."""
-    there, back = both_ways(folder, {}, {"init": "other.png"})
-    assert there == [f"init: was content, is {folder / 'other.png'}"]
-    assert back == [f"init: was {folder / 'other.png'}, is content"]
+    """`init` is a word or a file: files are compared by content, but the message has to name the path."""
+    there, back = both_ways(folder, {}, {"init": "new.png"})
+    assert there == [f"init: was content, is {folder / 'new.png'}"]
+    assert back == [f"init: was {folder / 'new.png'}, is content"]
 
 
 def test_a_run_from_before_a_key_had_its_default(folder):
-    """Its manifest says nothing of the key, and it would be refused for that, or be told to have been None."""
+    """Its manifest lacks the key: the resume would be refused, or the message would say that it was None."""
     config = load_config(write_config(folder, stages=[{"up_to": 512, "styles": STYLES}]))
-    manifest = kept(config)
+    manifest = manifest_of(config)
     del manifest["config"]["color"]
     for styles in (manifest["config"]["styles"], manifest["config"]["stages"][0]["styles"]):
         for style in styles:
             del style["scale"]
-    assert told(manifest, config) == []
+    assert changes(manifest, config) == []
     changed = load_config(
         folder / "config.yaml", ["color=luminance", "styles.0.scale=0.5", "stages.0.styles.1.scale=2"]
     )
-    assert told(manifest, changed) == [
+    assert changes(manifest, changed) == [
         "color: was style, is luminance",
         "stages.0.styles.1.scale: was 1.0, is 2.0",
         "styles.0.scale: was 1.0, is 0.5",
@@ -126,7 +126,7 @@ def test_a_run_from_before_a_key_had_its_default(folder):
 
 
 def test_what_a_stage_repeats_is_no_change(folder):
-    """A key written down where it only says again what it was anyway would keep the run from going on."""
+    """Adding a key with its default value would prevent the resume."""
     loss = {"tv_weight": 0.5}
     there, back = both_ways(
         folder,
@@ -137,22 +137,22 @@ def test_what_a_stage_repeats_is_no_change(folder):
 
 
 def test_a_run_that_gave_a_stage_a_default_goes_on(folder):
-    """Runs from before that was kept among what decides a picture have it in their config alone."""
+    """Older runs have this key in their config but not among the result fields."""
     config = load_config(
         write_config(folder, loss={"tv_weight": 0.5}, stages=[{"up_to": 512, "loss": {"tv_weight": 0}}])
     )
-    manifest = kept(config)
+    manifest = manifest_of(config)
     del manifest["result_fields"]["stages.0.loss.tv_weight"]
-    assert told(manifest, config) == []
+    assert changes(manifest, config) == []
 
 
 @pytest.mark.parametrize(
     "key", ["stages.x", "a." * 2000, "styles.٣.weight", f"styles.{'9' * 4900}.weight", "", "stages.0.0.0"]
 )
 def test_keys_of_a_foreign_manifest(folder, key):
-    """A key that no config has, out of an archive, must be refused, not end in a traceback."""
+    """An unknown key in a manifest from a stranger must be refused, without a traceback."""
     config = load_config(write_config(folder))
-    manifest = kept(config)
+    manifest = manifest_of(config)
     manifest["result_fields"][key] = "x"
-    (line,) = told(manifest, config)
+    (line,) = changes(manifest, config)
     assert line.endswith(": was x, is not given")

@@ -1,4 +1,4 @@
-"""The record of a run: what was committed is read back, what was damaged is not believed, one process at a time."""
+"""Journal, position, manifest and lock: committed records are read back, damage is detected, one run has the lock."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LOSSES = {"objective": 2.5, "content_loss": 0.5, "style_loss": 2.0, "seconds": {
 
 
 def written_by(number: int) -> dict:
-    """Checksums of an iteration's arrays: any text does here."""
+    """Checksums of an iteration's arrays; their values do not matter here."""
     return {f"{name}_{(number + 1) % 2}": f"{name} after {number}" for name in ("canvas", "m", "v")}
 
 
@@ -132,7 +132,7 @@ def test_no_journal_is_an_empty_one(tmp_path):
 @given(st.lists(some_records, max_size=4))
 @settings(SAME_FOLDER, max_examples=80)
 def test_records_are_read_back_as_written(tmp_path, some):
-    """Losses, step sizes and slots decide how the run goes on; floats must come back to the last bit."""
+    """Losses, step sizes and slots determine the resume; floats must be read back to the last bit."""
     assert written(tmp_path / "journal.jsonl", some).read() == some
 
 
@@ -141,7 +141,7 @@ def test_values_that_json_has_not_are_refused_and_leave_the_journal_whole(tmp_pa
     journal = written(tmp_path / "journal.jsonl")
     with pytest.raises(ValueError, match="finite number"):
         iteration(1, objective=float("nan"))
-    with pytest.raises(ValueError, match="JSON compliant"):  # not even by a way around the check
+    with pytest.raises(ValueError, match="JSON compliant"):  # also if validation is bypassed
         journal.append(iteration(1).model_copy(update={"objective": float("nan")}))
     assert journal.read() == RECORDS
 
@@ -174,7 +174,7 @@ def test_a_torn_last_line_is_dropped_and_repaired(tmp_path, data):
 
 
 def test_a_tail_of_zeros_is_dropped(tmp_path):
-    """Some file systems leave zeros where the last line was, after a power cut."""
+    """Some file systems leave zeros in place of the last line after a power cut."""
     journal = written(tmp_path / "journal.jsonl")
     with journal.path.open("ab") as file:
         file.write(bytes(200))
@@ -187,7 +187,7 @@ def test_a_tail_of_zeros_is_dropped(tmp_path):
 @given(st.data())
 @SAME_FOLDER
 def test_a_last_line_without_some_of_its_sectors_is_dropped(tmp_path, data):
-    """A disk writes sectors in any order: power lost in the middle of a long record would be called damage."""
+    """A disk writes sectors in any order: a power cut during a long record would be reported as damage."""
     path = tmp_path / "journal.jsonl"
     long = iteration(1, checksums={"m_0": "A" * data.draw(st.integers(0, 3000), label="length")})
     last = len(written(path).path.read_bytes())
@@ -209,7 +209,7 @@ def test_a_last_line_without_some_of_its_sectors_is_dropped(tmp_path, data):
 @given(st.data())
 @settings(SAME_FOLDER, max_examples=200)
 def test_a_changed_byte_in_a_committed_line_is_damage(tmp_path, data):
-    """A record that is wrong, or silently gone, resumes from the wrong slot: a wrong picture without a word."""
+    """A wrong or silently missing record would resume from the wrong slot and render a wrong image."""
     path = tmp_path / "journal.jsonl"
     journal = written(path)
     whole = bytearray(path.read_bytes())
@@ -225,7 +225,7 @@ def test_a_changed_byte_in_a_committed_line_is_damage(tmp_path, data):
 
 
 def test_every_newline_and_space_is_guarded(tmp_path):
-    """The same, for the bytes that JSON itself does not mind."""
+    """The same for bytes that JSON ignores."""
     path = tmp_path / "journal.jsonl"
     journal = written(path)
     whole = path.read_bytes()
@@ -240,7 +240,7 @@ def test_every_newline_and_space_is_guarded(tmp_path):
 
 @pytest.mark.parametrize("lines", [[0, 2], [1, 2], [1, 0, 2], [0, 1, 1, 2], [2]])
 def test_whole_lines_missing_or_moved_are_damage(tmp_path, lines):
-    """A line taken out of the middle would put the run onto the wrong slot."""
+    """Removing a line from the middle would make the run resume from the wrong slot."""
     path = tmp_path / "journal.jsonl"
     journal = written(path)
     all_lines = path.read_bytes().splitlines(keepends=True)
@@ -253,7 +253,7 @@ def test_whole_lines_missing_or_moved_are_damage(tmp_path, lines):
 
 
 def test_what_follows_damage_is_set_aside_not_thrown_away(tmp_path):
-    """Days of records behind one bad sector would be gone, while somebody may still have use for them."""
+    """The records after one bad sector must not be deleted: they may still be of use."""
     path = tmp_path / "journal.jsonl"
     journal = written(path)
     first, second, third = path.read_bytes().splitlines(keepends=True)
@@ -268,19 +268,19 @@ def test_what_follows_damage_is_set_aside_not_thrown_away(tmp_path):
 
 
 def test_a_torn_line_is_no_damage_when_a_journal_is_inspected(tmp_path):
-    """A crash would look like a failing disk."""
+    """A crash would be reported as a failing disk."""
     path = tmp_path / "journal.jsonl"
     journal = written(path)
     assert journal.inspect() == JournalState(RECORDS, path.stat().st_size, None, torn=False)
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
-    *kept, _last = RECORDS
+    *committed, _last = RECORDS
     state = journal.inspect()
-    assert (state.records, state.damaged_line, state.torn) == (kept, None, True)
+    assert (state.records, state.damaged_line, state.torn) == (committed, None, True)
 
 
 def test_last_lines_missing_are_an_earlier_position(tmp_path):
-    """Known limit, written down: it is the chunks' checksums that tell a lost record from one never written."""
+    """A known limit: only the checksums of the chunks distinguish a lost record from one never written."""
     path = tmp_path / "journal.jsonl"
     journal = written(path)
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
@@ -288,7 +288,7 @@ def test_last_lines_missing_are_an_earlier_position(tmp_path):
 
 
 def test_what_a_repair_took_back_is_gone_but_for_claims(tmp_path):
-    """A repair that goes back an iteration must not make the run forget that a picture is its own."""
+    """After a rollback, the run must still recognise its output images."""
     claim = Exporting(output="/a.png", picture=PICTURE)
     some = [prepared(0), iteration(0), claim, iteration(1), RolledBack(records=1), iteration(0)]
     journal = written(tmp_path / "journal.jsonl", some)
@@ -300,7 +300,7 @@ def test_what_a_repair_took_back_is_gone_but_for_claims(tmp_path):
 
 
 def test_a_lost_canvas_has_no_slot_until_its_stage_is_rendered_again(tmp_path):
-    """`export --stage` would offer a picture that the disk has lost; or never again one that was made anew."""
+    """`export --stage` would offer a lost canvas, or refuse one that was rendered again."""
     some = [prepared(0), iteration(0), done(0), prepared(1)]
     lost = CanvasLost(stage=0)
     position = position_of([*some, lost])
@@ -309,7 +309,7 @@ def test_a_lost_canvas_has_no_slot_until_its_stage_is_rendered_again(tmp_path):
 
 
 def test_an_append_that_fails_leaves_no_half_line(tmp_path):
-    """A full disk must not make the journal unreadable: the same command goes on once there is room."""
+    """A full disk must not make the journal unreadable: the run resumes once there is space."""
     journal = written(tmp_path / "journal.jsonl")
     before = journal.path.read_bytes()
     code = (
@@ -334,7 +334,7 @@ def test_an_append_that_fails_leaves_no_half_line(tmp_path):
 
 
 def test_a_journal_that_cannot_be_written_says_so(tmp_path):
-    """No room and no permission look alike to a user: a sentence, not a traceback."""
+    """A full disk and missing permissions end in a sentence, not in a traceback."""
     with pytest.raises(StorageError, match=r"journal\.jsonl"):
         Journal(tmp_path / "gone" / "journal.jsonl").append(Exporting(output="x"))
 
@@ -343,7 +343,7 @@ def test_a_journal_that_cannot_be_written_says_so(tmp_path):
 
 
 def test_an_empty_journal_is_the_start():
-    """Nothing committed: everything is to be done."""
+    """Nothing is committed, so the run starts from the beginning."""
     assert position_of([]) == Position()
     assert (Position().stage, Position().prepared, Position().iteration) == (0, False, 0)
 
@@ -359,7 +359,7 @@ def test_a_prepared_stage_starts_at_slot_0():
 
 @given(st.integers(1, 9))
 def test_slots_alternate_with_the_iterations(count):
-    """Reading the wrong slot is going on from an older, or a half-written, canvas."""
+    """Reading the wrong slot would resume from an older or half-written canvas."""
     some = [prepared(0), *(iteration(number, alpha=0.25, mean_abs_u=1 / (number + 1)) for number in range(count))]
     position = position_of(some)
     assert position.iteration == count
@@ -368,7 +368,7 @@ def test_slots_alternate_with_the_iterations(count):
 
 
 def test_checksums_are_those_of_what_was_written_last():
-    """A chunk held to the checksum of another iteration would be called damaged, or damage be called whole."""
+    """Comparing a chunk with the checksum of another iteration would report false damage, or miss damage."""
     position = position_of([prepared(0), iteration(0), iteration(1)])
     sums = position.checksums[0]
     assert sums["canvas_0"] == "canvas after 1" and sums["m_1"] == "m after 0" and sums["gram_conv1_1"]
@@ -378,13 +378,13 @@ def test_checksums_are_those_of_what_was_written_last():
 
 
 def test_an_iteration_that_made_no_step_leaves_the_slot():
-    """Where there was nothing to optimise, the other slot was never written: it still holds zeros."""
+    """An iteration that makes no step does not write the other slot, which still holds zeros."""
     position = position_of([prepared(0), iteration(0, stepped=False, max_abs_u=0.0, mean_abs_u=0.0, alpha=0.0)])
     assert position.slots == {0: 0} and position.iteration == 0 and position.max_abs_u == 0
 
 
 def test_the_next_stage_forgets_step_size_and_moments_but_not_canvases():
-    """α is set anew at every stage, and the canvas of the stage before is still needed."""
+    """α starts again at every stage, and the canvas of the stage before is still needed."""
     some = [prepared(0), iteration(0), done(0)]
     ended = position_of(some)
     assert ended.stage_done and ended.slots == {0: 1}
@@ -396,7 +396,7 @@ def test_the_next_stage_forgets_step_size_and_moments_but_not_canvases():
 
 
 def test_exported_pictures_are_remembered_across_stages():
-    """A finished run must not render its picture again, nor overwrite one that it does not own."""
+    """A finished run must not render again, nor overwrite an image that it did not write."""
     other = PICTURE.model_copy(update={"size_bytes": 4})
     some = [
         prepared(0),
@@ -406,12 +406,12 @@ def test_exported_pictures_are_remembered_across_stages():
         Exported(output="/b.tif", picture=PICTURE),
     ]
     assert set(position_of(some).exported) == {"/a.png", "/b.tif"}
-    # the one before too: a kill before the new one has its name leaves the old one there
+    # and the image before it, which a kill before the rename leaves in place
     assert position_of(some).pictures == {"/a.png": (PICTURE, other), "/b.tif": (PICTURE,)}
 
 
 def test_a_picture_is_known_before_it_has_its_name():
-    """A kill between the name and the record leaves a picture that the next start may overwrite, and no one else's."""
+    """A kill between the rename and the record leaves an image that the next start must recognise as its own."""
     position = position_of([prepared(0), Exporting(output="/a.png", picture=PICTURE)])
     assert position.pictures == {"/a.png": (PICTURE,)} and not position.exported
 
@@ -431,14 +431,14 @@ OLD = [
 
 
 def test_old_journals_are_understood():
-    """A run that was begun before records had versions would have to be rendered again."""
+    """A run that is older than versions of records would have to be rendered again."""
     first, second, *pictures = map(parse_record, OLD)
     assert first == prepared(0).model_copy(update={"content_energies": {"conv4_2": 12.0}})
     assert second == iteration(0, time="2026-01-01T00:00:00+00:00")
     position = position_of([first, second, *pictures])
     assert position.pictures == {"/a.png": (None,)}
     position = position.after(Exporting(output="/a.png", picture=PICTURE))
-    assert position.pictures == {"/a.png": (None, PICTURE)}  # until the new one has the name, the old one may have it
+    assert position.pictures == {"/a.png": (None, PICTURE)}  # before the rename, the old image is still there
     assert position.after(Exported(output="/a.png", picture=PICTURE)).pictures == {"/a.png": (PICTURE,)}
 
 
@@ -457,7 +457,7 @@ def test_old_journals_are_understood():
     ],
 )
 def test_records_are_strict(change):
-    """What `status` adds up, and a resume computes with, would be text, or a field that means something else by now."""
+    """`status` and a resume would compute with values of a wrong type or meaning."""
     data = as_json(iteration(0))
     assert parse_record(data) == iteration(0)
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -471,7 +471,7 @@ def test_old_records_are_strict_too():
 
 
 def test_the_names_on_disk_are_those_of_the_schema():
-    """A variable that is renamed somewhere must not change what a journal holds: these names are for ever."""
+    """Renaming a variable must not change the names in the journal, which are fixed."""
     both, losses = "type version time stage", "objective content_loss style_loss layer_losses"
     names = (
         (iteration(0), f"{both} iteration {losses} mean_abs_u max_abs_u alpha seconds busy stepped checksums"),
@@ -479,20 +479,20 @@ def test_the_names_on_disk_are_those_of_the_schema():
         (done(0), f"{both} iterations reason"),
         (Exported(output="x"), "type version time output options picture"),
     )
-    for record, wanted in names:
-        assert sorted(as_json(record)) == sorted(wanted.split())
-    assert VERSION == 1  # a field more, or less, is a new version
+    for record, fields in names:
+        assert sorted(as_json(record)) == sorted(fields.split())
+    assert VERSION == 1  # adding or removing a field takes a new version
 
 
 def test_records_of_a_later_version_are_named_as_such(tmp_path):
-    """They are no damage, and the advice for damage is to delete the run."""
+    """They are not damage, whose remedy would be to delete the run."""
     journal = written(tmp_path / "journal.jsonl", [prepared(0)])
     later = iteration(0).model_copy(update={"version": VERSION + 1})
     journal.append(later)
     for read in (journal.read, journal.inspect, lambda: standing(journal)):
         with pytest.raises(DamagedStateError, match=f"version {VERSION + 1}.*later version of pipeline"):
             read()
-    with pytest.raises(OtherVersionError):  # a kind that is not known here is what comes first in a later version
+    with pytest.raises(OtherVersionError):  # the first difference of a later version is an unknown type
         parse_record({"type": "color_matched", "version": VERSION + 1, "stage": 1})
     manifest = {**MANIFEST_JSON, "version": VERSION + 1, "palette": "warm"}
     (tmp_path / "manifest.json").write_bytes(_manifest_text(manifest))
@@ -517,9 +517,9 @@ MANIFEST_JSON = MANIFEST.model_dump(mode="json")
 def test_the_manifest_is_read_back_and_leaves_nothing_beside_it(tmp_path):
     """Resume compares the config with it."""
     write_manifest(tmp_path / "manifest.json", MANIFEST)
-    found = read_manifest(tmp_path / "manifest.json")
-    assert found == MANIFEST and found.config.model_dump()["name"] == "é"
-    assert found.result_fields["optimizer.clip"] is True and type(found.result_fields["size"]) is int
+    manifest = read_manifest(tmp_path / "manifest.json")
+    assert manifest == MANIFEST and manifest.config.model_dump()["name"] == "é"
+    assert manifest.result_fields["optimizer.clip"] is True and type(manifest.result_fields["size"]) is int
     other = MANIFEST.model_copy(update={"inputs": {"content": "0" * 64}})
     write_manifest(tmp_path / "manifest.json", other)
     assert read_manifest(tmp_path / "manifest.json") == other
@@ -527,7 +527,7 @@ def test_the_manifest_is_read_back_and_leaves_nothing_beside_it(tmp_path):
 
 
 def test_older_manifests_are_understood(tmp_path):
-    """From before content kinds and each stage's iterations were kept."""
+    """A manifest that is older than `content` and the stages' `max_iterations`."""
     old = {key: value for key, value in MANIFEST_JSON.items() if key not in ("content", "version")}
     old["stages"] = [{"size": [3, 2], "style_sizes": [[1, 1]]}]
     (tmp_path / "manifest.json").write_bytes(_manifest_text(old))
@@ -536,7 +536,7 @@ def test_older_manifests_are_understood(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"config": {}}'])
 def test_a_broken_manifest_is_damage(tmp_path, content):
-    """Without it nobody knows which config the state belongs to."""
+    """Without the manifest, the config of the state is unknown."""
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(DamagedStateError, match=r"manifest\.json"):
         read_manifest(tmp_path / "manifest.json")
@@ -545,7 +545,7 @@ def test_a_broken_manifest_is_damage(tmp_path, content):
 @given(st.data())
 @settings(SAME_FOLDER, max_examples=100)
 def test_a_changed_byte_of_the_manifest_is_damage(tmp_path, data):
-    """A flipped digit in the kept config would refuse the right config, or take a wrong one."""
+    """A flipped digit in the stored config would refuse the right config, or accept a wrong one."""
     path = tmp_path / "manifest.json"
     write_manifest(path, MANIFEST)
     whole = bytearray(path.read_bytes())
@@ -557,7 +557,7 @@ def test_a_changed_byte_of_the_manifest_is_damage(tmp_path, data):
 
 
 def test_a_flipped_format_number_is_damage_not_another_version(tmp_path):
-    """The advice for a run of another version is to delete it."""
+    """The remedy for a run of another version is to delete it, which a damaged run does not deserve."""
     path = tmp_path / "manifest.json"
     write_manifest(path, MANIFEST)
     path.write_text(path.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT ^ 1}'))
@@ -566,7 +566,7 @@ def test_a_flipped_format_number_is_damage_not_another_version(tmp_path):
 
 
 def test_a_manifest_of_another_run_is_not_trusted(tmp_path):
-    """A whole file, but of another run: its result fields would be compared, and two pictures mixed."""
+    """An intact manifest of another run would be compared instead, and two images be mixed."""
     path = tmp_path / "manifest.json"
     write_manifest(path, MANIFEST)
     before = MANIFEST.model_copy(update={"created": "before"})
@@ -579,7 +579,7 @@ def test_a_manifest_of_another_run_is_not_trusted(tmp_path):
 
 
 def test_a_missing_manifest_is_damage(tmp_path):
-    """The same, when it is gone."""
+    """The same without a manifest."""
     with pytest.raises(DamagedStateError, match=r"manifest\.json"):
         read_manifest(tmp_path / "manifest.json")
 
@@ -621,7 +621,7 @@ def test_a_second_run_in_another_process_is_kept_out(tmp_path, holder):
     with pytest.raises(LockedError, match=f"process {holder.pid}") as caught, RunLock(tmp_path):
         pass
     assert str(tmp_path) in str(caught.value)
-    assert running_owner(tmp_path) == holder.pid  # being refused leaves the owner's mark alone
+    assert running_owner(tmp_path) == holder.pid  # a refused start leaves the owner's file unchanged
 
 
 def test_a_second_lock_in_the_same_process_is_kept_out(tmp_path):
@@ -644,7 +644,7 @@ def test_a_lock_is_free_after_its_owner_ends(tmp_path, holder):
 
 
 def test_a_lock_is_free_after_its_owner_was_killed(tmp_path, holder):
-    """After kill -9 the same command goes on; nobody has to delete a stale lock."""
+    """After kill -9 the same command resumes; no stale lock has to be deleted."""
     holder.send_signal(signal.SIGKILL)
     holder.wait(timeout=30)
     assert (tmp_path / "lock.owner").exists()
@@ -677,7 +677,7 @@ def worker_left(tmp_path):
 
 
 def test_a_lock_is_not_free_while_a_worker_of_its_owner_lives(tmp_path, worker_left, monkeypatch):
-    """A worker that outlives a killed run would write an old iteration's chunks into the run that goes on."""
+    """A worker that outlives a killed run would write chunks of an old iteration into the resumed run."""
     monkeypatch.setattr(lock_module, "_LEFT_BEHIND_S", 0.3)
     with pytest.raises(LockedError, match="worker processes of a run that was killed have not ended"):
         RunLock(tmp_path).__enter__()
@@ -687,14 +687,14 @@ def test_a_lock_is_not_free_while_a_worker_of_its_owner_lives(tmp_path, worker_l
 
 
 def test_a_start_waits_for_the_workers_of_a_killed_run(tmp_path, worker_left):
-    """The system takes a moment to end them; whoever starts again at once must not be told to go away."""
+    """The system takes a moment to end them; a start meanwhile has to wait, not to fail."""
     threading.Timer(0.3, os.kill, (worker_left, signal.SIGKILL)).start()
     with RunLock(tmp_path):
         assert running_owner(tmp_path) == os.getpid()
 
 
 def test_a_reused_process_id_is_not_the_owner(tmp_path):
-    """Process ids come round: a stranger with the old number is not our run."""
+    """Process ids are reused: another process with the owner's old id is not the run."""
     (tmp_path / "lock.owner").write_text(json.dumps({"pid": os.getpid(), "started": 1.0}))
     assert running_owner(tmp_path) is None
 
@@ -707,7 +707,7 @@ def test_a_broken_owner_file_is_nobody(tmp_path, text):
 
 
 def test_a_manifest_with_parts_missing_is_damage(tmp_path):
-    """A traceback tells nobody that a file of the run was emptied."""
+    """A traceback does not say that a file of the run was emptied."""
     for key in MANIFEST_JSON.keys() - {"format", "content", "version"}:
         text = _manifest_text({name: value for name, value in MANIFEST_JSON.items() if name != key})
         (tmp_path / "manifest.json").write_bytes(text)

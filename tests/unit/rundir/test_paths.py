@@ -1,4 +1,4 @@
-"""What a run must not write through or over: links in its directory, its own state, pictures that are not its own."""
+"""A run never writes through links, over its own state, or over images that it did not write."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(finished, tmp_path) -> Path:
-    """A copy of the finished run that may be spoiled, beside a folder of somebody else's."""
+    """A copy of the finished run to be damaged, beside a folder of another user."""
     shutil.copytree(finished, tmp_path / "here")
     write_config(tmp_path / "here")
     victim = tmp_path / "victim"
@@ -110,7 +110,7 @@ def pipe(run: Path, victim: Path) -> None:
 def door(run: Path, victim: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         here = Path.cwd()
-        os.chdir(run)  # its name may be too long as a whole
+        os.chdir(run)  # the whole path may be too long
         server.bind("door")
         os.chdir(here)
 
@@ -138,7 +138,7 @@ PLANTS: dict[str, Callable[[Path, Path], object]] = {
 @pytest.mark.parametrize("plant", PLANTS)
 @pytest.mark.parametrize("how", ["going on", "again", "from the start"])
 def test_nothing_is_written_or_deleted_through_links(folder, call, plant, how):
-    """A run directory out of an archive could empty a home folder, or overwrite a file in it, as any run goes on."""
+    """Resuming a run directory from an archive could delete or overwrite files in a home folder."""
     victim = folder.parent / "victim"
     before = snapshot(victim)
     run = folder / "run"
@@ -152,7 +152,7 @@ def test_nothing_is_written_or_deleted_through_links(folder, call, plant, how):
 
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_picture_is_not_made_through_links(folder, call, plant):
-    """An export could be made to read what is not the run's, or wait for ever for a pipe."""
+    """An export could read files outside the run, or wait for a pipe forever."""
     victim = folder.parent / "victim"
     before = snapshot(victim)
     PLANTS[plant](folder / "run", victim)
@@ -164,7 +164,7 @@ def test_a_picture_is_not_made_through_links(folder, call, plant):
 
 
 def test_a_run_at_work_is_not_disturbed_by_the_look(tmp_path):
-    """What a run deletes while its directory is looked at is no damage."""
+    """Files that an active run deletes during the scan are not damage."""
     (tmp_path / "store.zarr" / "stage_0" / "m_0").mkdir(parents=True)
     refuse_links(tmp_path)
     shutil.rmtree(tmp_path / "store.zarr")
@@ -172,7 +172,7 @@ def test_a_run_at_work_is_not_disturbed_by_the_look(tmp_path):
 
 
 class Untyped:
-    """A real entry of a folder on a file system that keeps no types beside names: each question asks the file anew.
+    """A directory entry of a file system that stores no types beside names: every query reads the file.
 
     Python has these where readdir(3) says DT_UNKNOWN: no file system that does can be mounted here.
     """
@@ -195,32 +195,32 @@ class Untyped:
     def _is(self, kind: Callable[[int], bool]) -> bool:
         try:
             return kind(Path(self.path).lstat().st_mode)
-        except FileNotFoundError:  # as Python's own entries answer
+        except FileNotFoundError:  # as os.DirEntry does
             return False
 
 
 def test_a_file_that_a_run_deletes_during_the_look_is_no_pipe(tmp_path, monkeypatch):
-    """On such a disk `export` beside a run at work would refuse a whole run, and say to delete what is gone."""
+    """On such a disk, `export` beside an active run would refuse it, and say to delete files that are gone."""
     store = tmp_path / "store.zarr"
     store.mkdir()
 
     @contextmanager
     def scandir(folder: str) -> Iterator[list[Untyped]]:
-        found = [Untyped(path) for path in sorted(Path(folder).iterdir())]
+        entries = [Untyped(path) for path in sorted(Path(folder).iterdir())]
         (store / "gone").unlink(missing_ok=True)
-        yield found
+        yield entries
 
     (store / "gone").touch()
     os.mkfifo(store / "pipe")
     (store / "stays").touch()
     (store / "link").symlink_to("stays")
     monkeypatch.setattr(os, "scandir", scandir)
-    found = {path.name: what for path, what in links_in_store(tmp_path)}
-    assert found == {"pipe": "is a pipe, a socket or a device", "link": "is a link"}
+    links = {path.name: what for path, what in links_in_store(tmp_path)}
+    assert links == {"pipe": "is a pipe, a socket or a device", "link": "is a link"}
 
 
 def test_the_work_dir_itself_may_be_a_link(folder, call):
-    """A large disk behind a link is an ordinary way to have room: it is the user's own word."""
+    """A work_dir that links to a larger disk is common, and the user's own choice."""
     (folder / "run").rename(folder.parent / "elsewhere")
     (folder / "run").symlink_to(folder.parent / "elsewhere")
     assert call("run", "-c", folder / "config.yaml", "--force").code == 0
@@ -233,7 +233,7 @@ def test_the_work_dir_itself_may_be_a_link(folder, call):
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".zarr", ".dz"])
 @pytest.mark.parametrize("target", ["file", "folder", "nothing"])
 def test_an_output_that_is_a_link(folder, call, suffix, target):
-    """The picture takes the link's place when that is asked for; what the link leads to is never touched."""
+    """With --force the image replaces the link; the target of the link is never changed."""
     victim = folder.parent / "victim"
     before = snapshot(victim)
     link = folder / f"link{suffix}"
@@ -256,7 +256,7 @@ def test_an_output_that_is_a_link(folder, call, suffix, target):
 
 @pytest.mark.parametrize("name", ["store.zarr", "store.zarr/stage_0", "store.zarr/stage_1/x.png", "."])
 def test_a_picture_never_replaces_the_state(folder, call, name):
-    """One wrong name and --force, and the days that the run has cost are gone."""
+    """A wrong output path with --force would delete the state of a run of days."""
     before = snapshot(folder / "run")
     path = folder / "run" / name
     if name in (".", "store.zarr/stage_0"):
@@ -273,7 +273,7 @@ def test_a_picture_never_replaces_the_state(folder, call, name):
 
 
 def test_a_folder_that_is_no_pyramid_is_never_replaced(tmp_path):
-    """--force is for an older picture; a folder with something else in it under that name is a mistake."""
+    """--force replaces images; a folder with other files under that name is a mistake of the user."""
     for name, entry in (("a.zarr", "thesis.txt"), ("a.zarr", "labels"), ("a.dz", "thesis.txt")):
         shutil.rmtree(tmp_path / name, ignore_errors=True)
         (tmp_path / name).mkdir()
@@ -293,7 +293,7 @@ OF_THE_SYSTEM = [".DS_Store", "._0", "Thumbs.db", "Desktop.ini", ".directory", "
 
 
 def test_a_folder_that_a_desktop_has_looked_at_is_still_empty(tmp_path, call):
-    """Made and opened in Finder, a new folder would be refused as somebody else's, because of a file that none sees."""
+    """A new folder that was opened in Finder would be refused because of an invisible file."""
     config = write_run(tmp_path)
     for folder in (tmp_path / "run", tmp_path / "out.preview"):
         folder.mkdir()
@@ -311,7 +311,7 @@ def test_a_folder_that_a_desktop_has_looked_at_is_still_empty(tmp_path, call):
 
 @pytest.mark.parametrize("suffix", [".dz", ".zarr"])
 def test_a_pyramid_that_a_desktop_has_looked_at_is_replaced(folder, call, suffix):
-    """Looked at in Finder, yesterday's picture could be replaced by nothing but hand."""
+    """An output folder that was opened in Finder could not be replaced."""
     picture = folder / f"out{suffix}"
     command = ["export", "--run", folder / "run", "-o", picture]
     assert call(*command).code == 0
@@ -322,14 +322,14 @@ def test_a_pyramid_that_a_desktop_has_looked_at_is_replaced(folder, call, suffix
 
 
 def test_a_name_that_leaves_no_room_for_the_unfinished_picture(tmp_path):
-    """The name itself may be just short enough: the picture would fail at its first byte, at the end of the run."""
+    """If only the temporary file's name is too long, the export would fail at the end of the run."""
     with pytest.raises(ConfigError, match="too long"):
         check_output(tmp_path / f"{'x' * 251}.png", 10, 10, 8, "deflate")
     check_output(tmp_path / f"{'x' * 100}.png", 10, 10, 8, "deflate")
 
 
 def test_init_writes_over_nothing(tmp_path, call):
-    """Not even through a link that leads nowhere yet."""
+    """Also not through a link without a target."""
     (tmp_path / "link.yaml").symlink_to(tmp_path / "new.yaml")
     refused(call("init", tmp_path / "link.yaml"), 3, "link.yaml")
     assert not (tmp_path / "new.yaml").exists()
@@ -339,7 +339,7 @@ def test_init_writes_over_nothing(tmp_path, call):
 
 
 def test_small_files_are_read_when_they_are_files(tmp_path):
-    """A manifest that is a pipe would hang every command; one of a terabyte would fill the memory."""
+    """A pipe as manifest would hang every command; a manifest of a terabyte would use all memory."""
     path = tmp_path / "a.json"
     path.write_text(json.dumps([1]))
     assert read_regular(path, 3) == b"[1]"
@@ -355,7 +355,7 @@ def test_small_files_are_read_when_they_are_files(tmp_path):
 
 
 def test_links_are_named_with_the_way_on(tmp_path):
-    """The user may have made it: the answer says what is wrong with it and what to do."""
+    """The message says what is wrong with the file, and what to do."""
     (tmp_path / "store.zarr").symlink_to(tmp_path)
-    with pytest.raises(DamagedStateError, match=r"store\.zarr: is a link, .* Delete it, and copy here"):
+    with pytest.raises(DamagedStateError, match=r"store\.zarr: is a link, .* Delete it, and copy its target here"):
         refuse_links(tmp_path)

@@ -1,4 +1,4 @@
-"""What lies under the output's name: a run replaces what it wrote there itself, and nothing else."""
+"""A run overwrites its own output images and nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.core.events import Event, StageDone
 from pipeline.rundir.results import is_as_written, written_picture
 from tests.support.e2e import Nursery, Outcome, journal, make_call, write_journal, write_picture, write_run
 
-# By format, an option that makes another picture of it.
+# By format, an option that changes the image.
 OPTIONS = {
     ".png": "export.bits=16",
     ".tif": "export.compression=none",
@@ -32,15 +32,15 @@ def call(capfd, monkeypatch) -> Callable[..., Outcome]:
 
 
 @pytest.fixture(params=OPTIONS)
-def made(request, tmp_path, call) -> tuple[Path, Path]:
-    """The config of a run that has ended, and its picture."""
+def finished(request, tmp_path, call) -> tuple[Path, Path]:
+    """(config, output image) of a finished run."""
     config = write_run(tmp_path, output=f"out{request.param}", optimizer={"max_iterations": 1})
     assert call("run", "-c", config).code == 0
     return config, tmp_path / f"out{request.param}"
 
 
 def a_file_of(picture: Path) -> Path:
-    """The picture, or the largest file in it."""
+    """The image, or the largest file of its folder."""
     files = [path for path in picture.rglob("*") if path.is_file()] if picture.is_dir() else [picture]
     return max(files, key=lambda path: path.stat().st_size)
 
@@ -51,7 +51,7 @@ def bytes_of(picture: Path) -> dict[str, bytes]:
 
 
 def retouch(path: Path, *, keep_time: bool = False) -> None:
-    """Change a pixel, or what an editor would: as many bytes as before."""
+    """Change a pixel, and the time unless `keep_time`, but not the size."""
     before = path.stat()
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -60,9 +60,9 @@ def retouch(path: Path, *, keep_time: bool = False) -> None:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
 
 
-def test_a_retouched_picture_is_not_overwritten(made, call):
-    """An evening's retouching would be gone, because the name was the run's once."""
-    config, picture = made
+def test_a_retouched_picture_is_not_overwritten(finished, call):
+    """The user's retouching would be lost, because the run once wrote to this path."""
+    config, picture = finished
     retouch(a_file_of(picture))
     before = bytes_of(picture)
     for options in ((), ("--set", OPTIONS[picture.suffix])):
@@ -72,11 +72,11 @@ def test_a_retouched_picture_is_not_overwritten(made, call):
         assert bytes_of(picture) == before
     assert call("run", "-c", config, "--force").code == 0
     assert bytes_of(picture) != before
-    assert "already there" in call("run", "-c", config).err  # and now it is the run's again
+    assert "already there" in call("run", "-c", config).err  # now it is the run's own image
 
 
 def test_a_picture_that_is_saved_there_meanwhile_is_not_overwritten(tmp_path):
-    """A run takes a day: what somebody saves under the output's name in the afternoon would be gone in the evening."""
+    """A run takes a day: an image that the user saves at the output path meanwhile would be lost."""
     config, foreign = write_run(tmp_path, optimizer={"max_iterations": 1}), b"somebody's"
 
     def sink(event: Event) -> None:
@@ -92,9 +92,9 @@ def test_a_picture_that_is_saved_there_meanwhile_is_not_overwritten(tmp_path):
     assert len([record for record in journal(tmp_path / "run") if record["type"] == "iteration"]) == before
 
 
-def test_a_picture_of_another_size_or_a_foreign_one_is_not_overwritten(made, call):
-    """Saved by another program under the same name, or put there by somebody else."""
-    config, picture = made
+def test_a_picture_of_another_size_or_a_foreign_one_is_not_overwritten(finished, call):
+    """Another program has saved an image at the output path."""
+    config, picture = finished
     with a_file_of(picture).open("ab") as file:
         file.write(b"more")
     before = bytes_of(picture)
@@ -102,9 +102,9 @@ def test_a_picture_of_another_size_or_a_foreign_one_is_not_overwritten(made, cal
     assert bytes_of(picture) == before
 
 
-def test_a_picture_that_was_only_copied_or_touched_is_its_own(made, call):
-    """A restored backup has other times: the run would ask for --force, which a careful user does not give."""
-    config, picture = made
+def test_a_picture_that_was_only_copied_or_touched_is_its_own(finished, call):
+    """A restored backup has other times: the run would ask for --force."""
+    config, picture = finished
     for path in [picture, *picture.rglob("*")] if picture.is_dir() else [picture]:
         os.utime(path, ns=(10**18, 10**18))
     before = len(journal(config.with_name("run")))
@@ -113,9 +113,9 @@ def test_a_picture_that_was_only_copied_or_touched_is_its_own(made, call):
     assert len(journal(config.with_name("run"))) == before
 
 
-def test_a_picture_that_was_emptied_is_written_again(made, call):
-    """A full disk, or a program that crashed while saving, left 0 bytes, and the run said: already there, done."""
-    config, picture = made
+def test_a_picture_that_was_emptied_is_written_again(finished, call):
+    """A full disk or a crash left an empty file, and the run said that the image was already there."""
+    config, picture = finished
     before = bytes_of(picture)
     if picture.is_dir():
         shutil.rmtree(picture)
@@ -128,9 +128,9 @@ def test_a_picture_that_was_emptied_is_written_again(made, call):
     assert a_file_of(picture).stat().st_size > 0
 
 
-def test_a_picture_whose_record_was_lost_is_its_own(made, call):
-    """A crash between the picture's name and its record: the next start would take its own picture for foreign."""
-    config, _picture = made
+def test_a_picture_whose_record_was_lost_is_its_own(finished, call):
+    """After a crash between rename and record, the next start would refuse its own image."""
+    config, _picture = finished
     path = config.with_name("run") / "journal.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     assert json.loads(lines[-1])["record"]["type"] == "exported"
@@ -139,9 +139,9 @@ def test_a_picture_whose_record_was_lost_is_its_own(made, call):
     assert journal(config.with_name("run"))[-1]["type"] == "exported"
 
 
-def test_an_older_picture_of_its_own_is_replaced_after_a_crash_before_the_rename(made, call):
-    """The record of the new one is there, the old one still has the name: neither is foreign."""
-    config, picture = made
+def test_an_older_picture_of_its_own_is_replaced_after_a_crash_before_the_rename(finished, call):
+    """The new image is recorded, and the old one is still in place: both are the run's own."""
+    config, picture = finished
     old = bytes_of(picture)
     (picture if picture.is_file() else picture.parent / picture.name).rename(config.with_name("aside"))
     assert call("run", "-c", config, "--set", OPTIONS[picture.suffix]).code == 0
@@ -153,9 +153,9 @@ def test_an_older_picture_of_its_own_is_replaced_after_a_crash_before_the_rename
     assert call("run", "-c", config).code == 0
 
 
-def test_a_picture_that_moved_with_its_project_is_its_own(made, call, tmp_path):
+def test_a_picture_that_moved_with_its_project_is_its_own(finished, call, tmp_path):
     """A finished project on another disk would ask for --force."""
-    config, picture = made
+    config, picture = finished
     shutil.copytree(tmp_path, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("elsewhere"))
     moved = tmp_path / "elsewhere" / config.name
     assert call("run", "-c", moved).code == 0
@@ -164,15 +164,15 @@ def test_a_picture_that_moved_with_its_project_is_its_own(made, call, tmp_path):
 
 
 def without_pictures(path: Path) -> None:
-    """The journal as versions wrote it that kept no more than the picture's name."""
+    """The journal of an older version, which recorded only the path of an image."""
     left_out = ("picture", "version", "tile_px")
-    records = [{key: value for key, value in one.items() if key not in left_out} for one in journal(path.parent)]
+    records = [{key: value for key, value in record.items() if key not in left_out} for record in journal(path.parent)]
     write_journal(path, records)
 
 
-def test_a_run_of_an_older_version_goes_on(made, call):
-    """Its pictures are known by their names alone; from the next export on by what they are."""
-    config, picture = made
+def test_a_run_of_an_older_version_goes_on(finished, call):
+    """Its images are recognised by their paths, and from the next export on by their hashes."""
+    config, picture = finished
     without_pictures(config.with_name("run") / "journal.jsonl")
     assert "already there" in call("run", "-c", config).err
     retouch(a_file_of(picture))
@@ -183,12 +183,12 @@ def test_a_run_of_an_older_version_goes_on(made, call):
 
 
 def test_a_retouched_sheet_or_crop_is_not_overwritten(tmp_path, call):
-    """Notes that somebody drew onto the contact sheet would be gone with the next preview."""
+    """Notes that the user drew onto the contact sheet would be lost with the next preview."""
     config = write_run(tmp_path, optimizer={"max_iterations": 1})
     assert call("run", "-c", config).code == 0
     for command, name in ((("preview",), "out.preview.png"), (("preview", "--crop", "8,8,32,32"), "out.crop.png")):
         assert call(*command, "-c", config).code == 0
-        assert call(*command, "-c", config).code == 0  # its own
+        assert call(*command, "-c", config).code == 0  # the preview's own sheet
         retouch(tmp_path / name)
         before = (tmp_path / name).read_bytes()
         outcome = call(*command, "-c", config)
@@ -199,7 +199,7 @@ def test_a_retouched_sheet_or_crop_is_not_overwritten(tmp_path, call):
 
 
 def test_a_kill_before_any_commit_of_an_export_leaves_its_own_picture(tmp_path):
-    """Whatever moment a crash chooses, the same command must not end with: this run did not make it."""
+    """After a crash at any moment, the run must recognise its own image."""
     nursery = Nursery(tmp_path)
     try:
         config = write_run(tmp_path, output="out.tif", optimizer={"max_iterations": 1})
@@ -213,9 +213,9 @@ def test_a_kill_before_any_commit_of_an_export_leaves_its_own_picture(tmp_path):
         nursery.close()
 
 
-def test_the_picture_of_an_old_run_is_its_own_after_a_crash_before_the_rename(made, call):
-    """The record of the new one is there, the old one, of which the name alone is known, still has that name."""
-    config, picture = made
+def test_the_picture_of_an_old_run_is_its_own_after_a_crash_before_the_rename(finished, call):
+    """The new image is recorded; the old one, recorded by its path alone, is still in place."""
+    config, picture = finished
     without_pictures(config.with_name("run") / "journal.jsonl")
     picture.rename(config.with_name("aside"))
     assert call("run", "-c", config, "--set", OPTIONS[picture.suffix]).code == 0
@@ -227,7 +227,7 @@ def test_the_picture_of_an_old_run_is_its_own_after_a_crash_before_the_rename(ma
 
 
 def test_tiles_that_changed_places_are_another_picture(tmp_path):
-    """Neither the size of all of them nor the time of any says so."""
+    """Neither the total size nor the time of a file shows it."""
     for name in ("a", "b"):
         (tmp_path / "x").mkdir(exist_ok=True)
         (tmp_path / "x" / name).write_bytes(name.encode())
@@ -239,7 +239,7 @@ def test_tiles_that_changed_places_are_another_picture(tmp_path):
 
 
 def test_names_that_a_record_cannot_keep_are_refused_at_once(tmp_path, call):
-    """After a day's rendering the journal would refuse them, with a traceback."""
+    """The journal would refuse such paths at the end of the run, with a traceback."""
     config = write_run(tmp_path)
     for name in ("a\nb.png", os.fsdecode(b"\xff.png")):
         for command in (("preview",), ("preview", "--crop", "0,0,32,32")):
@@ -254,7 +254,7 @@ def test_names_that_a_record_cannot_keep_are_refused_at_once(tmp_path, call):
 
 
 def test_a_folder_differs_by_any_of_its_files(tmp_path):
-    """A tile that was exchanged for another of the same size, or renamed, is another picture."""
+    """Exchanging a tile for another of the same size, or renaming one, changes the image."""
     for name in ("a", "b/c"):
         (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "x" / name).write_bytes(name.encode() * 3)
@@ -268,7 +268,7 @@ def test_a_folder_differs_by_any_of_its_files(tmp_path):
 
 
 def test_a_link_or_a_pipe_under_the_name_is_foreign(tmp_path, call):
-    """Waiting for somebody to write into a pipe would hang the start."""
+    """Reading a pipe would hang the start."""
     config = write_run(tmp_path, optimizer={"max_iterations": 1})
     os.mkfifo(tmp_path / "out.png")
     assert call("run", "-c", config).code == 3

@@ -1,4 +1,4 @@
-"""What a start leaves on the disk when it is refused: nothing that was not there before."""
+"""A refused start leaves nothing on the disk, and no run works in a folder that is not a run's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import LockedError
-from pipeline.core.events import IterationDone
 from pipeline.network import weights
 from pipeline.rundir.lock import RunLock, running_owner
 from pipeline.rundir.manifest import _manifest_text
-from tests.support.e2e import Outcome, journal, make_call, run_until, write_journal, write_picture, write_run
+from tests.support.e2e import Outcome, journal, make_call, write_journal, write_picture, write_run
 
 Refusal = Callable[[Path, pytest.MonkeyPatch], list[str]]
 
@@ -34,14 +33,14 @@ def foreign_output(folder: Path, _patch: pytest.MonkeyPatch) -> list[str]:
 
 
 def failing_download(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
-    patch.setattr(weights, "VGG19_URL", "http://127.0.0.1:9/vgg19-dcbb9e9d.pth")  # nobody listens
+    patch.setattr(weights, "VGG19_URL", "http://127.0.0.1:9/vgg19-dcbb9e9d.pth")  # no server listens on port 9
     patch.setenv("TORCH_HOME", str(folder / "hub"))
     (folder / "hub" / "hub" / "checkpoints").mkdir(parents=True)
     return ["--set", "network.name=vgg19"]
 
 
 def cut_content(folder: Path, _patch: pytest.MonkeyPatch) -> list[str]:
-    """Its header is whole: what is wrong is found when the run has begun."""
+    """Its header is intact, so that the damage is found after the run has begun."""
     data = write_picture(folder / "content.png", 200, 200).read_bytes()
     (folder / "content.png").write_bytes(data[: len(data) // 2])
     return []
@@ -61,10 +60,10 @@ def too_little_memory(folder: Path, _patch: pytest.MonkeyPatch) -> list[str]:
 REFUSALS: list[Refusal] = [foreign_output, failing_download, cut_content, black_mask, too_little_memory]
 
 
-@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.__name__)
 @pytest.mark.parametrize("work_dir", ["run", "some/new/run", "there"])
 def test_a_refused_start_leaves_nothing(tmp_path, call, monkeypatch, refusal, work_dir):
-    """A folder with manifest, journal and store after every mistake, or a lone lock after a bad download."""
+    """Every mistake would leave a folder with manifest, journal and store, or with a lock."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     config = write_run(tmp_path, work_dir=work_dir)
@@ -75,7 +74,7 @@ def test_a_refused_start_leaves_nothing(tmp_path, call, monkeypatch, refusal, wo
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.__name__)
 @pytest.mark.parametrize("command", [["preview"], ["preview", "--vary", "loss.style_weight=1,2"]], ids=len)
 def test_a_refused_preview_leaves_nothing(tmp_path, call, monkeypatch, refusal, command):
     """The same for the folder of previews, and for the runs in it."""
@@ -90,7 +89,7 @@ def test_a_refused_preview_leaves_nothing(tmp_path, call, monkeypatch, refusal, 
 
 
 def test_a_refused_crop_leaves_nothing(tmp_path, call):
-    """A crop only reads the run, which need not even be there."""
+    """A crop only reads the run, which may not exist."""
     config = write_run(tmp_path)
     before = tree(tmp_path)
     assert call("preview", "-c", config, "--crop", "0,0,32,32").code == 3
@@ -103,7 +102,7 @@ def test_a_refused_crop_leaves_nothing(tmp_path, call):
 
 
 def test_what_a_run_has_rendered_stays_when_it_is_refused(tmp_path, call):
-    """A picture put under the output's name meanwhile must not cost a day of rendering."""
+    """An image that the user saved at the output path meanwhile must not cost the rendered stages."""
     config = write_run(tmp_path)
     assert call("run", "-c", config).code == 0
     (tmp_path / "out.png").unlink()
@@ -115,7 +114,7 @@ def test_what_a_run_has_rendered_stays_when_it_is_refused(tmp_path, call):
 
 
 def test_pictures_of_a_preview_stay_when_a_later_one_is_refused(tmp_path, call, monkeypatch):
-    """The folder is known by its journal: without it the rendered pictures would be files that are none."""
+    """Its journal identifies the folder and the images in it."""
     monkeypatch.chdir(tmp_path)
     config = write_run(tmp_path)
     data = write_picture(tmp_path / "second.png", 60, 50).read_bytes()
@@ -130,7 +129,7 @@ def test_pictures_of_a_preview_stay_when_a_later_one_is_refused(tmp_path, call, 
 
 
 def test_files_of_others_in_a_folder_are_left_alone(tmp_path, call):
-    """What a run would make may be somebody else's by the same name: a refusal must not tidy that away."""
+    """Files with the names of a run's files may belong to others: a refused start must not delete them."""
     config = write_run(tmp_path)
     (tmp_path / "run" / "store.zarr").mkdir(parents=True)
     (tmp_path / "run" / "store.zarr" / "mine").write_text("mine")
@@ -140,7 +139,7 @@ def test_files_of_others_in_a_folder_are_left_alone(tmp_path, call):
 
 @pytest.mark.parametrize("name", ["lock", "lock.owner", "manifest.json.partial"])
 def test_files_of_the_names_of_a_start_are_left_alone(tmp_path, call, name):
-    """They are taken for what a start left that was killed; a refused one must not tidy them away for that."""
+    """They look like the rest of a killed start; a refused start must not delete them for that."""
     config = write_run(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("mine")
@@ -151,7 +150,7 @@ def test_files_of_the_names_of_a_start_are_left_alone(tmp_path, call, name):
 
 
 def test_a_folder_with_a_manifest_of_its_own_is_no_runs(tmp_path, call):
-    """`manifest.json` is in every web project: it would be replaced, and the files beside it be taken for a run's."""
+    """Every web project has a `manifest.json`: a run would overwrite it, and delete the files beside it."""
     config = write_run(tmp_path)
     (tmp_path / "run").mkdir()
     for name, text in (("manifest.json", '{"name": "my web app"}'), ("style.css", "b {}")):
@@ -164,7 +163,7 @@ def test_a_folder_with_a_manifest_of_its_own_is_no_runs(tmp_path, call):
 
 
 def test_a_foreign_journal_gets_no_lock_beside_it(tmp_path, call):
-    """Whatever it is, it is not ours, and nothing of ours should lie there."""
+    """The folder is not a run's, so that nothing is created in it."""
     config = write_run(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "journal.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
@@ -174,7 +173,7 @@ def test_a_foreign_journal_gets_no_lock_beside_it(tmp_path, call):
 
 
 def test_a_lock_that_was_made_anew_keeps_its_owner(tmp_path):
-    """The end of a refused start would take the name of the run that has begun there since, and call it stopped."""
+    """The end of a refused start would delete the owner file of a run that has started since."""
     first = RunLock(tmp_path).__enter__()
     (tmp_path / "lock").unlink()
     with RunLock(tmp_path):
@@ -184,13 +183,13 @@ def test_a_lock_that_was_made_anew_keeps_its_owner(tmp_path):
 
 
 def test_a_lock_in_a_folder_that_is_gone_is_told_as_such(tmp_path):
-    """A start that was just beside a refused one would be told that a disk fails."""
+    """A start beside a refused one would report a failing disk."""
     with pytest.raises(LockedError, match="Try again"), RunLock(tmp_path / "gone"):
         pass
 
 
 def test_a_lock_on_a_folder_that_was_taken_away_is_none(tmp_path, monkeypatch):
-    """Whoever waited for a refused start would work in a folder that another run makes again meanwhile."""
+    """A start that waited for a refused one would work in a folder that another run creates again."""
     acquire = RunLock._acquire
 
     def slow(self: RunLock) -> None:
@@ -207,7 +206,7 @@ def test_a_lock_on_a_folder_that_was_taken_away_is_none(tmp_path, monkeypatch):
 
 
 def forge_stages(run: Path, change: Callable[[list[dict]], None]) -> None:
-    """As if another version had planned the stages otherwise when the run was begun."""
+    """As if another version had planned other stages when the run began."""
     manifest = json.loads((run / "manifest.json").read_bytes())
     manifest.pop("crc")
     change(manifest["stages"])
@@ -235,7 +234,7 @@ def one_stage_less(stages: list[dict]) -> None:
 
 @pytest.mark.parametrize("change", [one_row_less, another_style_size, one_stage_more, one_stage_less])
 def test_a_resume_compares_its_plan_with_the_runs_stages(tmp_path, call, change):
-    """A store of 34 rows and a plan of 35 went on without a word, into rows that are no picture's."""
+    """A run with a store of 34 rows and a plan of 35 resumed, and wrote rows outside the image."""
     config = write_run(tmp_path)
     assert call("run", "-c", config).code == 0
     forge_stages(tmp_path / "run", change)
@@ -243,14 +242,3 @@ def test_a_resume_compares_its_plan_with_the_runs_stages(tmp_path, call, change)
         outcome = call(*command, "-c", config)
         assert outcome.code == 3 and outcome.err.count("\n") == 1, outcome
         assert "of this run is" in outcome.err and "plans it as" in outcome.err
-
-
-def test_a_repair_compares_them_too(tmp_path, call):
-    """It would make content of other sizes anew, in the place of the run's."""
-    config = write_run(tmp_path, optimizer={"max_iterations": 3})
-    run_until(config, lambda event: isinstance(event, IterationDone) and event.stage == 1)
-    features = next((tmp_path / "run" / "store.zarr" / "stage_1").glob("features_*/c/0/0/0"))
-    features.write_bytes(bytes(features.stat().st_size))
-    forge_stages(tmp_path / "run", another_style_size)
-    outcome = call("verify", "--run", tmp_path / "run", "--repair")
-    assert outcome.code == 3 and "plans it as" in outcome.err
