@@ -26,7 +26,8 @@ from pipeline.rundir.position import Position, position_of
 from pipeline.rundir.process_settings import process_settings
 from pipeline.rundir.records import Manifest
 from pipeline.store import integrity
-from pipeline.store.array import ChunkError, StageArray
+from pipeline.store.array import StageArray
+from pipeline.store.chunk_file import ChunkError
 from pipeline.store.layout import METADATA
 
 

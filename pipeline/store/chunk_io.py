@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.errors import storage
-from pipeline.store.array import ChunkError, StageArray, read_all, write_all
+from pipeline.store.array import StageArray
 from pipeline.store.checksums import checksum
+from pipeline.store.chunk_file import ChunkError, read_all, write_all
 
 Array = NDArray[Any]
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from pipeline.core.events import in_order
 from pipeline.executors.threads import Engine
-from pipeline.store.array import ChunkError, StageArray
+from pipeline.store.array import StageArray
+from pipeline.store.chunk_file import ChunkError
 
 OnProgress = Callable[[int, int], None]
 # A file, and why it cannot be trusted: a ChunkError, or the disk's own error.

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from pipeline import store
 from pipeline.core.errors import storage
 from pipeline.core.files import is_of_the_system, read_regular, sync_file_system, sync_folder, write_whole
-from pipeline.store.array import MAX_METADATA_BYTES, ChunkError, StageArray
+from pipeline.store.array import MAX_METADATA_BYTES, StageArray
 from pipeline.store.checksums import checksum, packed, unpacked
+from pipeline.store.chunk_file import ChunkError
 from pipeline.store.layout import METADATA, ArraySpec, gram_name
 
 _MAX_GRAM_BYTES = 2**30  # of 11,000 channels

@@ -25,7 +25,7 @@ from pipeline.core.events import Event, IterationDone, Note, WorkDone
 from pipeline.executors.processes import ProcessEngine
 from pipeline.executors.worker import ALLOWED_DEATHS
 from pipeline.images.writer import _libvips_files_in
-from pipeline.store.array import ChunkError
+from pipeline.store.chunk_file import ChunkError
 from tests.support.e2e import TIMEOUT_S, Child, Nursery, canvases, results, write_run
 
 # --- tasks: found by name in the workers ------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ from pipeline.rundir.position import Position, position_of
 from pipeline.rundir.preflight import plan_on
 from pipeline.rundir.records import Begun, CanvasLost, Iteration, Record, RolledBack, StagePrepared
 from pipeline.store import integrity
-from pipeline.store.array import ChunkError
 from pipeline.store.checksums import checksum, unpacked
+from pipeline.store.chunk_file import ChunkError
 from pipeline.store.layout import ALPHA, CONTENT, METADATA, is_averaged, slot_names
 from pipeline.store.metadata import array_metadata, group_metadata, make_room_again, replace_array, write_metadata
 

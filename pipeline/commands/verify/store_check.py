@@ -18,8 +18,9 @@ from pipeline.rundir.paths import store_path
 from pipeline.rundir.position import Position
 from pipeline.store import integrity
 from pipeline.store import metadata as zarr_files
-from pipeline.store.array import ChunkError, StageArray
+from pipeline.store.array import StageArray
 from pipeline.store.checksums import checksum, unpacked
+from pipeline.store.chunk_file import ChunkError
 from pipeline.store.integrity import CheckSpec, Finding, OnProgress
 from pipeline.store.layout import METADATA, gram_key, is_stage_array, kept_files, slot_names
 from pipeline.store.metadata import group_metadata
