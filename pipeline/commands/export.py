@@ -15,7 +15,7 @@ from pipeline.core.events import Sink, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.image_formats import picture_kind
 from pipeline.executors.threads import Engine
-from pipeline.images.writer import check_output, refuse_unheeded
+from pipeline.images.output_check import check_output, refuse_unheeded
 from pipeline.plan.memory import WORKERS
 from pipeline.render.export import export_canvas
 from pipeline.rundir.journal import Journal, standing

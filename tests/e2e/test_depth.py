@@ -12,12 +12,13 @@ import pyvips
 import zarr
 
 import pipeline
-from pipeline import images, store
+from pipeline import store
 from pipeline.core.image_formats import RGB8, PixelKind, picture_kind
 from pipeline.core.tiling import Rect
 from pipeline.executors.threads import Engine
+from pipeline.images import reader
 from pipeline.images.header import read_header
-from pipeline.images.writer import write_image
+from pipeline.images.writer import ImageSpec, write_image
 from pipeline.render import color_tasks
 from pipeline.rundir.manifest import _manifest_text
 from tests.support.e2e import make_call, read_picture, write_config, write_picture, write_run
@@ -139,7 +140,7 @@ def test_what_an_output_has(name, compression, bits, content, wanted):
 def test_alpha_is_written_as_it_is(tmp_path, kind, name):
     """Multiplied colours, or a channel of no known meaning, look wrong in every editor."""
     pixels = read_picture(write_picture(tmp_path / "source.png", 700, 600, kind=kind))
-    write_image(tmp_path / name, 700, 600, lambda y0, y1: pixels[y0:y1], kind=kind)
+    write_image(ImageSpec(tmp_path / name, 700, 600, kind), lambda y0, y1: pixels[y0:y1])
     back = pyvips.Image.new_from_file(str(tmp_path / name))
     assert np.array_equal(back.numpy(), pixels)
     assert back.hasalpha() and back.interpretation == ("srgb" if kind.bits == 8 else "rgb16")
@@ -152,7 +153,7 @@ def test_alpha_is_written_as_it_is(tmp_path, kind, name):
 def test_a_deepzoom_with_alpha_has_png_tiles(tmp_path):
     """A viewer would show black where the picture is cut out."""
     pixels = read_picture(write_picture(tmp_path / "source.png", 300, 200, kind=RGBA8))
-    write_image(tmp_path / "a.dz", 300, 200, lambda y0, y1: pixels[y0:y1], kind=RGBA8)
+    write_image(ImageSpec(tmp_path / "a.dz", 300, 200, RGBA8), lambda y0, y1: pixels[y0:y1])
     assert 'Format="png"' in (tmp_path / "a.dz" / "a.dzi").read_text()
     tile = read_picture(tmp_path / "a.dz" / "a_files" / "9" / "0_0.png")
     assert np.array_equal(tile, pixels[: tile.shape[0], : tile.shape[1]])
@@ -212,7 +213,7 @@ def test_a_wide_gamut_cut_out_of_16_bits_keeps_its_colours_and_its_alpha(tmp_pat
     assert np.array_equal(found[..., 3], expected.numpy()[..., 3])
     opaque = found[..., 3] == 65535
     assert opaque.sum() > 1000 and np.abs(found - expected.numpy())[opaque].max() <= 1
-    assert pyvips.Image.new_from_file(str(tmp_path / "out.png")).get("icc-profile-data") == images._srgb_profile()
+    assert pyvips.Image.new_from_file(str(tmp_path / "out.png")).get("icc-profile-data") == reader._srgb_profile()
 
 
 def test_an_exported_stage_has_alpha_of_its_own_size(tmp_path, call):

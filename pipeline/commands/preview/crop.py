@@ -45,7 +45,7 @@ from pipeline.core.image_formats import RGB8
 from pipeline.core.tiling import Rect, Size
 from pipeline.core.vgg_layers import ALIGN_PX, ceil_to, halo_px
 from pipeline.executors.threads import Engine
-from pipeline.images.writer import check_output
+from pipeline.images.output_check import check_output
 from pipeline.network.weights import WeightsSource, find_weights, widths_for_plan
 from pipeline.plan.device import Device, resolve_device
 from pipeline.plan.memory import WORKERS, StageWork

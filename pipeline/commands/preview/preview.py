@@ -32,7 +32,7 @@ from pipeline.core.image_formats import PREVIEW_PX
 from pipeline.core.text import shown
 from pipeline.core.tiling import Size
 from pipeline.images.header import read_header
-from pipeline.images.writer import check_output
+from pipeline.images.output_check import check_output
 from pipeline.network.weights import sha256_of
 from pipeline.plan.device import Device, resolve_device
 from pipeline.plan.memory import BASE_BYTES

@@ -22,9 +22,10 @@ from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError, InputError, SpaceError, Stopped
 from pipeline.core.tiling import Rect
 from pipeline.images.header import read_header
+from pipeline.images.output_check import check_output
 from pipeline.images.reader import stream_rgb
 from pipeline.images.resize import resize_window, source_window
-from pipeline.images.writer import check_output, write_image
+from pipeline.images.writer import ImageSpec, write_image
 from tests.support.pictures import measured_mb, picture, write
 
 
@@ -504,7 +505,7 @@ def test_rows_are_asked_for_in_order_by_the_caller(tmp_path: Path) -> None:
         asked.append((y0, y1))
         return pixels[y0:y1]
 
-    write_image(tmp_path / "a.png", 300, 1500, read_rows, on_progress=shares.append)
+    write_image(ImageSpec(tmp_path / "a.png", 300, 1500), read_rows, on_progress=shares.append)
     assert asked == [(0, 512), (512, 1024), (1024, 1500)]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
@@ -530,13 +531,13 @@ def test_failure_while_reading_leaves_nothing(
         return pixels[y0:y1]
 
     with pytest.raises(CustomError, match="a chunk is missing"):
-        write_image(path, 300, 1500, read_rows)
+        write_image(ImageSpec(path, 300, 1500), read_rows)
     assert list(tmp_path.iterdir()) == []
 
     write(path, pixels)
     before = sorted((entry, entry.stat().st_size) for entry in tmp_path.rglob("*"))
     with pytest.raises(CustomError):
-        write_image(path, 300, 1500, read_rows)
+        write_image(ImageSpec(path, 300, 1500), read_rows)
     assert sorted((entry, entry.stat().st_size) for entry in tmp_path.rglob("*")) == before
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("export ")]
     assert capfd.readouterr() == ("", "")
@@ -548,12 +549,12 @@ def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
         import os, signal, sys
         from pathlib import Path
         import numpy as np
-        from pipeline.images.writer import write_image
+        from pipeline.images.writer import ImageSpec, write_image
         def read_rows(y0, y1):
             if y0 >= 1024:
                 os.kill(os.getpid(), signal.SIGKILL)
             return np.zeros((y1 - y0, 300, 3), np.uint8)
-        write_image(Path(sys.argv[1]), 300, 2000, read_rows)
+        write_image(ImageSpec(Path(sys.argv[1]), 300, 2000), read_rows)
     """
     path = tmp_path / "a.tif"
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(path)], check=False, timeout=60)

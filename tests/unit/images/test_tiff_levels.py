@@ -52,7 +52,7 @@ CHILD = """
     streams.BAND_ROWS_PX = 64
     path = Path(sys.argv[1])
     try:
-        writer.write_image(path, 1500, 2000, read_rows, compression="none")
+        writer.write_image(writer.ImageSpec(path, 1500, 2000, compression="none"), read_rows)
     except PipelineError as error:
         print(error)
         sys.exit(error.exit_code)

@@ -16,7 +16,7 @@ import pytest
 from pipeline.config.config import load_config
 from pipeline.core.errors import ConfigError, DamagedStateError
 from pipeline.core.files import read_regular
-from pipeline.images.writer import check_output
+from pipeline.images.output_check import check_output
 from pipeline.rundir.paths import links_in_store, refuse_links
 from tests.support.e2e import Outcome, make_call, write_config, write_run
 
