@@ -33,7 +33,7 @@ def call(capfd, monkeypatch):
 
 
 def stream(path: Path, width: int, height: int, kind: PixelKind, band_px: int = 16) -> np.ndarray:
-    return np.concatenate([rows for _, rows in images.stream_rgb(path, width, height, band_px, kind=kind)])
+    return np.concatenate([rows for _, rows in reader.stream_rgb(path, width, height, band_px, kind=kind)])
 
 
 def vips(pixels: np.ndarray, interpretation: str) -> Any:
