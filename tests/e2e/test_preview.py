@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from pipeline import load_config, preview, run
 from pipeline.commands.preview.at_size import at_size
-from pipeline.commands.preview.contact_sheet import ContactSheet, Picture, Row, shortened
 from pipeline.commands.preview.sweep import MAX_VARIATIONS, load_variations
 from pipeline.config.config import Config, input_files
+from pipeline.core.cancel import NEVER
 from pipeline.core.errors import ConfigError, Stopped
 from pipeline.core.events import Note, PictureDone
+from pipeline.images.sheet import ContactSheet, Picture, Row, shortened
 from pipeline.plan.plan import _check_overrides, stage_sizes
 from pipeline.rundir.lock import RunLock
 from tests.support.e2e import (
@@ -458,7 +459,7 @@ def place_of(sheet: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int,
 
 
 def written(sheet: ContactSheet, path: Path) -> np.ndarray:
-    sheet.write(path, lambda: None, lambda share: None)
+    sheet.write(path, NEVER, lambda share: None)
     pixels = read_picture(path)
     assert pixels.shape == (*sheet.size, 3)
     return pixels
@@ -530,8 +531,8 @@ def test_labels_need_no_fonts_on_the_machine(tmp_path):
     """In a container without fonts every letter would be the same box."""
     (tmp_path / "fonts.conf").write_text(f"<fontconfig><cachedir>{tmp_path}</cachedir></fontconfig>")
     code = """
-from pipeline.images.text import text_mask
-print(*(int((text_mask(c, 20) > 128).sum()) for c in 'il.m'))
+from pipeline.images.sheet import text_image
+print(*(int((text_image((("", c),), 20).numpy() < 128).sum()) for c in 'il.m'))
 """
     out = subprocess.run(
         [sys.executable, "-c", code],

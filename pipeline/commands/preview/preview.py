@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.commands.preview.at_size import at_size
-from pipeline.commands.preview.contact_sheet import ContactSheet, Label, Picture, Row
 from pipeline.commands.preview.folder import claimed, folder_of
 from pipeline.commands.preview.sweep import Axis, Variation, load_variations
 from pipeline.commands.run import run
@@ -33,6 +32,7 @@ from pipeline.core.text import shown
 from pipeline.core.tiling import Size
 from pipeline.images.header import read_header
 from pipeline.images.output_check import check_output
+from pipeline.images.sheet import ContactSheet, Label, Picture, Row
 from pipeline.network.weights import sha256_of
 from pipeline.plan.device import Device, resolve_device
 from pipeline.plan.memory import BASE_BYTES
