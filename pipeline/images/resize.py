@@ -1,7 +1,7 @@
 """Enlarging a window of an image by centred bicubic interpolation, with the same bits whatever the window.
 
 libvips' affine is exact in double only, and even then its bits depend on the window at ratios other than 2 (measured:
-1.5e-5 levels), because it computes positions in floating point. A run that is resumed with other tiles needs the same.
+1.5e-5 levels), because it computes positions in floating point. A crop of the preview must equal the run bit for bit.
 
 Axes in names: H rows, W columns, C channels. Rectangles are ``(y0, y1, x0, x1)`` in px, half-open; sizes ``(H, W)``.
 """

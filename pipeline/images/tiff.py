@@ -35,9 +35,8 @@ def decode_bytes(read_at: ReadAt) -> int:
     pixel_bytes = tags[_SAMPLES] * -(-tags[_BITS] // 8)
     if tile_width := tags.get(_TILE_WIDTH, 0):
         tile_bytes = tile_width * tags.get(_TILE_HEIGHT, height) * pixel_bytes
-        return (
-            3 * -(-width // tile_width) + 1
-        ) * tile_bytes  # two rows queued, one being decoded, and one tile being cropped
+        # Two rows of tiles are queued, one is being decoded, and one tile is being cropped.
+        return (3 * -(-width // tile_width) + 1) * tile_bytes
     rows = min(tags[_STRIP_ROWS], height)
     by_lines = rows > _TALL_STRIP_ROWS and tags[_PLANAR] != _SEPARATE and tags[_PHOTOMETRIC] != _YCBCR
     return 0 if by_lines else 5 * rows * width * pixel_bytes // 2
