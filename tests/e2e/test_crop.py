@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import crop, images, load_config, run
-from pipeline.commands.preview.crop import regions, scaled
+from pipeline.commands.preview.regions import regions, scaled
 from pipeline.commands.preview.whole_image import WholeImage, WholeImageEstimate
 from pipeline.core.errors import Stopped
 from pipeline.core.tiling import Rect
@@ -70,7 +70,7 @@ def test_crop_is_closer_to_the_run_with_the_whole_pictures_grams(config, monkeyp
     rect = Rect(40, 72, 100, 150)
     with_whole = read_picture(crop(load_config(config), rect)).astype(float)
     nothing = lambda whole, stage, part: WholeImageEstimate({}, dict.fromkeys(stage.layer_use.content_layers, 1.0))  # noqa: E731
-    monkeypatch.setattr(WholeImage, "known", nothing)
+    monkeypatch.setattr(WholeImage, "estimate", nothing)
     alone = read_picture(crop(load_config(config), rect)).astype(float)
     run(load_config(config))
     real = read_picture(config.parent / "out.png")[40:72, 100:150].astype(float)
@@ -137,7 +137,7 @@ def test_stopped_crop_leaves_nothing(config):
     ("arguments", "told", "code"),
     [
         (["--crop", "100,0,51,10"], "150×110", 3),
-        (["--crop", "0,0,0,10"], "is not a part of the picture", 3),
+        (["--crop", "0,0,0,10"], "is not inside the image", 3),
         (["--crop", "0,0,10"], "x,y,width,height", 2),
         (["--crop", "-1,0,10,10"], "x,y,width,height", 2),
         (["--crop", "0,0,10,10", "--stage", "3"], "the run's stages are 0 to 2", 3),

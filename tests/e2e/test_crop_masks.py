@@ -48,7 +48,7 @@ def squares(found: np.ndarray, real: np.ndarray) -> float:
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Crops know nothing of the whole picture from now on."""
     nothing = lambda whole, stage, part: WholeImageEstimate({}, dict.fromkeys(stage.layer_use.content_layers, 1.0))  # noqa: E731
-    monkeypatch.setattr(WholeImage, "known", nothing)
+    monkeypatch.setattr(WholeImage, "estimate", nothing)
 
 
 # --- the objective ---
@@ -248,5 +248,5 @@ def test_grams_of_the_whole_are_planned(tmp_path):
     found = planned(plan.projected_mem_bytes)
     assert found.tile_px < plan.tile_px and found.projected_mem_bytes + held <= plan.projected_mem_bytes
     least = config.model_copy(update={"compute": config.compute.model_copy(update={"tile_px": 32})})
-    with pytest.raises(ConfigError, match=r"--crop: 1 MiB of memory.limit are for the Grams of the whole picture"):
+    with pytest.raises(ConfigError, match=r"--crop: 1 MiB of memory.limit are for the whole image's Gram matrices"):
         planned(pipeline.plan(least).projected_mem_bytes)
