@@ -95,7 +95,7 @@ def test_commas_inside_values_do_not_part_them(config, key, values):
         ([f"seed={','.join(map(str, range(9)))}", "loss.style_weight=1,2,3,4,5,6,7,8"], "72 combinations"),
         (["size=64,128"], "--vary size: --size says how large"),
         (["output=a.png,b.png"], "--vary output: -o names the sheet"),
-        (["compute.tile_px=32,64"], "--vary compute.tile_px: changes nothing in the picture"),
+        (["compute.tile_px=32,64"], "--vary compute.tile_px: does not change the image"),
         (["content=content.png,lost.png"], "lost.png"),
     ],
 )
@@ -299,7 +299,7 @@ def test_a_seed_that_nothing_is_drawn_from_is_refused(tmp_path, narrow_weights, 
     try:
         found = preview(config, vary=("seed=1,2",), size_px=48)
     except ConfigError as error:
-        assert "--vary seed: changes nothing in the picture" in str(error)
+        assert "--vary seed: does not change the image" in str(error)
         assert not matters and not (tmp_path / "out.preview").exists()
         for number in (1, 2):
             run(load_config(config, (f"seed={number}", f"work_dir={tmp_path / str(number)}")), force=True)
@@ -321,7 +321,7 @@ def test_keys_that_made_no_difference_are_told(config, narrow_weights):
         sink=lambda event: notes.append(event.message) if isinstance(event, Note) else None,
     )
     (weight,) = (note for note in notes if note.startswith("styles.0.weight"))
-    assert weight == "styles.0.weight made no difference: its pictures are the same, byte for byte"
+    assert weight == "styles.0.weight made no difference: its images are the same, byte for byte"
     (seed,) = (note for note in notes if note.startswith("seed"))
     assert "with init=content, styles.0.weight=1, loss.style_weight=1;" in seed and "init=noise" not in seed
     assert not any(note.startswith(("init", "loss")) for note in notes)

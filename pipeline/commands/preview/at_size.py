@@ -31,8 +31,8 @@ def full_px(config: Config) -> int:
 def at_size(config: Config, long_px: int) -> Config:
     """The config of the run up to its stage of this long side, or of the whole run if that is smaller.
 
-    If the run has no stage of that size, its next stage is replaced by one, with no style larger than in the run. Export
-    options are the defaults.
+    If the run has no stage of that size, its next stage is replaced by one, with no style larger than in the run.
+    Export options are the defaults.
     """
     if long_px >= full_px(config):
         return config.model_copy(update={"export": ExportConfig()})
@@ -83,8 +83,7 @@ def _with_last_styles(config: Config, long_px: int, styles: tuple[StyleConfig, .
     before_px = config.initial_size
     while 2 * before_px < long_px:
         before_px *= 2
-    if (
-        (entries[-1].up_to if entries else 0) < before_px < long_px
-    ):  # the stage before keeps the entry that applied to it
+    # The stage before the last keeps the entry that applied to it.
+    if (entries[-1].up_to if entries else 0) < before_px < long_px:
         entries.append(last.model_copy(update={"up_to": long_px - 1}))
     return (*entries, last.model_copy(update={"up_to": long_px, "styles": styles}))

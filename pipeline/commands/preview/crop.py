@@ -170,7 +170,7 @@ class _Finished:
 
 
 def _finished(config: Config, planned: Plan, weights: WeightsSource, target: int, engine: Engine) -> _Finished:
-    """The last finished stage of the run, up to `target`. Raises ConfigError if there is none, or the config differs."""
+    """The last finished stage of the run, up to `target`. Raises ConfigError if there is none or the config differs."""
     remedy = "A crop starts from a finished stage: start `pipeline run`, and stop it with Ctrl-C after its first stage."
     if not taken(manifest_path(config.work_dir)):
         raise ConfigError(f"{config.work_dir}: there is no run of this config yet, so no stage is finished. {remedy}")
@@ -256,9 +256,9 @@ class Crop:
         return Region(newest_canvas(self.folder, self._position, index), region, size)
 
     def _cut(self, stage: Stage, region: Rect, size: Size) -> ColorStatistics | None:
-        """Replace the stage's content and masks by their regions; returns the colour statistics of the whole content."""
+        """Cut the stage's content and masks to the region; returns the colour statistics of the whole content."""
         config, cancel = stage.config, self.context.engine.cancel
-        # by path, so that several styles with one mask still share it
+        # By path, so that styles with the same mask still share it.
         cuts = {path: self.folder / f"mask_{stage.plan.index}_{number}.png" for number, path in enumerate(config.masks)}
         for path, cut in cuts.items():
             cut_file(path, size, region, cut, cancel)

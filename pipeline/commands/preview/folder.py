@@ -97,8 +97,8 @@ def _refuse_place(config: Config, folder: Path, picture: Path) -> None:
     work_dir, own = real(config.work_dir), real(folder)
     if work_dir == own or work_dir in own.parents or own in work_dir.parents:
         raise ConfigError(
-            f"{folder}: is the folder of the config's previews, and its work_dir, {config.work_dir}, is the same folder, "
-            "or one contains the other. Choose another work_dir or output."
+            f"{folder}: is the folder of the config's previews, and its work_dir, {config.work_dir}, is the same "
+            "folder, or one contains the other. Choose another work_dir or output."
         )
 
 

@@ -62,7 +62,7 @@ class Grid:
 
     @property
     def rendered_px(self) -> int:
-        """Long side at which the images are rendered: at least the largest initial_size, the size of the first stage."""
+        """Long side at which the images are rendered: at least the largest initial_size."""
         return max(self._size_px, *(variation.config.initial_size for variation in self._variations))
 
     def plan(self, folder: Path, cancel: CancelToken) -> None:

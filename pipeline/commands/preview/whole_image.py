@@ -88,7 +88,7 @@ class WholeImage:
     def _mean_grams(
         self, stage: Stage, array: store.StageArray, layers: tuple[str, ...], rect: Rect, guided: _Guided
     ) -> dict[str, Gram]:
-        """Mean Grams over a rectangle of an image, read with its halo, by style key; masks without area are left out."""
+        """Mean Grams over a rectangle, read with its halo, by style key; masks without area are left out."""
         if not layers:
             return {}
         tiles = [Tile(index, inner, *self.size) for index, inner in enumerate(tiles_of(rect, self.tile_px))]
