@@ -1,4 +1,4 @@
-"""Pictures written by the package, and the memory that reading or writing one takes."""
+"""Images written by the package, and the memory that reading or writing one takes."""
 
 from __future__ import annotations
 
