@@ -14,17 +14,16 @@ from typing import Any, TypeVar
 from pipeline import store
 from pipeline.core import profiler
 from pipeline.core.tiling import chunks_of
-from pipeline.core.vgg_layers import LAYER_BY_NAME, halo_px
+from pipeline.core.vgg_layers import halo_px
 from pipeline.executors.threads import Engine
 from pipeline.losses import objective as losses
 from pipeline.losses.objective import Gram
 from pipeline.losses.total_variation import CHANNELS
-from pipeline.plan.memory import WORKERS
 from pipeline.render import adam, tile_tasks, update
 from pipeline.render.stage import Stage, content_scales, merged, style_targets
 from pipeline.render.written import NotNeeded, Written
 from pipeline.store.encodings import BFLOAT16_ROUNDING
-from pipeline.store.layout import content_features_name, is_averaged, slot_names
+from pipeline.store.layout import is_averaged, slot_names
 
 S = TypeVar("S")
 
@@ -220,22 +219,7 @@ class Iterations:
     ) -> dict[str, Gram]:
         """Gram pass over a canvas, the gradient pass of which comes next."""
         stage = self.stage
-        fetch = partial(self._prefetch, canvas, 2 * halo_px(stage.layer_use.names), stage.layer_use.content_layers)
-        return stage.gram_sums(stage.canvas_grams(canvas, checksums), "Gram pass", before, fetch, on_error)
-
-    def _prefetch(self, canvas: str, halo: int, content_layers: Sequence[str] = ()) -> None:
-        """Have a slow disk begin with the first tiles of the next pass, which would have nothing to compute meanwhile.
-
-        `halo`: that of the pass, in px. `content_layers`: those whose content it reads.
-        """
-        pixels = store.open_array(self.stage.stage_dir, canvas)
-        features = {
-            name: store.open_array(self.stage.stage_dir, content_features_name(name)) for name in content_layers
-        }
-        for outer in (tile.outer(halo) for tile in self.stage.tiles[:WORKERS]):
-            pixels.prefetch(outer)
-            for name, array in features.items():
-                array.prefetch(outer.positions(LAYER_BY_NAME[name]))
+        return stage.gram_sums(stage.canvas_grams(canvas, checksums), "Gram pass", before=before, on_error=on_error)
 
     def _gradient(self, step: _Step) -> tuple[dict[str, losses.StyleTerm], _Gradient]:
         """Gram and gradient pass; of a canvas that is one tile, both in one."""
@@ -269,12 +253,11 @@ class Iterations:
             tile_tasks.GradientSpec(stage.stage_dir, canvas, tile, stage.network, checksums, factors, seeds, **how)
             for tile in stage.tiles
         ]
-        fetch = partial(self._prefetch, f"canvas_{1 - step.iteration % 2}", halo_px(stage.layer_use.style_layers))
         with self._timed("gradient"):
             results = stage.engine.map(
                 tile_tasks.gradient_task,
                 specs,
-                stage.counter("gradient pass", len(specs), fetch),
+                stage.counter("gradient pass", len(specs)),
                 before=step.wanted,
                 after=lambda result: step.gradient.add(result.sums),
                 on_error=partial(step.fail, "gradient"),

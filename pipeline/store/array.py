@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -79,7 +79,7 @@ class StageArray:
         """The dtype of windows, as they are read and written."""
         return np.dtype(np.float32) if self.encoding else self.dtype
 
-    def kept(self, value: float) -> float:
+    def rounded(self, value: float) -> float:
         """`value` rounded to what the array can store."""
         return self.encoding.nearest(value) if self.encoding else value
 
@@ -131,14 +131,6 @@ class StageArray:
                 yield part, self._read_strip(cy, cx, rows, columns, scratch()), slice(None)
             else:
                 yield part, self._read_rows(cy, cx, rows, scratch()), columns
-
-    def prefetch(self, rect: Rect) -> None:
-        """Have the kernel start to read the rectangle's rows; a later read reports any error."""
-        row_bytes = self.chunk_px * self.shape[2] * self.dtype.itemsize
-        for cy, cx, part in chunks_of(rect, self.chunk_px):
-            offset = part.y0 % self.chunk_px * row_bytes
-            with suppress(OSError, ChunkError), self.opened_chunk(self.chunk_path(cy, cx), os.O_RDONLY) as descriptor:
-                os.posix_fadvise(descriptor, offset, part.height * row_bytes, os.POSIX_FADV_WILLNEED)
 
     def _read_strip(self, cy: int, cx: int, rows: slice, columns: slice, scratch: NDArray[Any]) -> NDArray[Any]:
         """Some columns of a chunk, read row by row into a part of `scratch`."""

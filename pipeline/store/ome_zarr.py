@@ -74,11 +74,7 @@ def _ome_metadata(name: str, levels: int) -> dict[str, Any]:
         "multiscales": [
             {
                 "name": name,
-                "axes": [
-                    {"name": "c", "type": "channel"},
-                    {"name": "y", "type": "space"},
-                    {"name": "x", "type": "space"},
-                ],
+                "axes": [{"name": name, "type": "channel" if name == "c" else "space"} for name in "cyx"],
                 "datasets": [
                     {
                         "path": str(level),

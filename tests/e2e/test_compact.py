@@ -67,7 +67,7 @@ def test_windows_are_values_and_chunks_are_16_bits(stage, form, codec):
     chunk = np.empty(array.chunk_shape, np.uint16)
     checked.read_chunk(4, 2, chunk)
     assert not chunk[6:].any() and not chunk[:, 13:].any()  # beyond the border: zeros
-    assert array.kept(float(values[0, 0, 0])) == result[0, 0, 0]
+    assert array.rounded(float(values[0, 0, 0])) == result[0, 0, 0]
 
 
 def test_an_array_says_itself_what_its_numbers_mean(stage):

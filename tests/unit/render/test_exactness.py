@@ -35,7 +35,6 @@ from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
 from pipeline.rundir.records import as_json
-from pipeline.store.array import StageArray
 from tests.support import reference
 from tests.support.inputs import write_config, write_image
 from tests.support.stages import (
@@ -480,28 +479,6 @@ def test_the_update_goes_on_when_tiles_are_read(tmp_path, narrow_weights, monkey
         rendering.iterate()
         rendering.iterate()
     assert max(reading) >= GIVE_WAY_TO and TURNS._reading == 0
-
-
-def test_a_pass_fetches_what_the_next_one_reads_first_before_it_ends(tmp_path, narrow_weights, monkeypatch):
-    """Behind a slow disk the network would have nothing to do at the begin of every pass."""
-    events: list[str] = []
-
-    def prefetch(array, rect, original=StageArray.prefetch):
-        events.append(array.path.name)
-        original(array, rect)
-
-    monkeypatch.setattr(StageArray, "prefetch", prefetch)
-    for name in ("gram_task", "gradient_task"):
-        task = getattr(tile_tasks, name)
-        monkeypatch.setattr(tile_tasks, name, lambda spec, name=name, task=task: (task(spec), events.append(name))[0])
-    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
-        events.clear()
-        Rendering(case).iterate()
-        first_gram_pass, rest = events[: events.index("gradient_task")], events[events.index("gradient_task") :]
-        assert first_gram_pass.count("gram_task") == len(case.tiles)
-        assert {"canvas_0", "features_conv4_2"} < set(first_gram_pass)
-        last = max(place for place, event in enumerate(rest) if event == "gradient_task")
-        assert "canvas_1" in rest[:last]
 
 
 def test_a_stage_that_ends_early_leaves_the_next_gram_pass(tmp_path, narrow_weights, monkeypatch):

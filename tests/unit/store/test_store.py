@@ -183,48 +183,6 @@ def bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])  # rchar
 
 
-def test_what_a_pass_reads_first_is_fetched_before_it(stage):
-    """On a slow disk the network would wait at the begin of every pass."""
-    array = create(stage, shape=(512, 512, 3), chunk_px=256)
-    array.write_window(whole(array), noise((512, 512, 3)))
-    wanted = Rect(0, 64, 200, 300)
-    paths = [array.chunk_path(0, cx) for cx in (0, 1)]
-    for path in paths:
-        forget(path)
-    if all(map(in_memory, paths)):
-        pytest.skip("this file system keeps its files in memory")
-    array.prefetch(wanted)
-    deadline = time.monotonic() + 30
-    while not all(map(in_memory, paths)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def forget(path: Path) -> None:
-    """Have the kernel drop what it keeps of a file."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def in_memory(path: Path) -> bool:
-    """Whether the begin of the file can be read without the disk."""
-    with path.open("rb", buffering=0) as file:
-        try:
-            return os.preadv(file.fileno(), [bytearray(64 * 256 * 12)], 0, os.RWF_NOWAIT) == 64 * 256 * 12
-        except BlockingIOError:
-            return False
-
-
-def test_fetching_leaves_it_to_the_reader_to_tell_of_damage(stage):
-    """A missing chunk must be told with the remedy, not as a failure of something that only wanted to be early."""
-    array = create(stage)
-    array.chunk_path(0, 0).unlink()
-    array.prefetch(whole(array))
-    with pytest.raises(store.ChunkError, match="is missing"):
-        array.read_window(whole(array))
-
-
 def test_valid_parts_tile_the_array():
     """Border padding that is counted into mean|u| ends a stage too early or too late."""
     with tempfile.TemporaryDirectory() as folder:
