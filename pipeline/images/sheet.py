@@ -42,7 +42,7 @@ _CHAR_WIDTH = 0.62  # mean width of a character over the size of the font
 _WHITE = [255, 255, 255]
 
 
-class Picture(NamedTuple):
+class SheetImage(NamedTuple):
     """An image file, and the size (height, width) in px at which it is shown."""
 
     path: Path
@@ -55,7 +55,7 @@ class Row:
 
     label: Label
     above: tuple[Label, ...]
-    pictures: tuple[Picture, ...]
+    images: tuple[SheetImage, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ContactSheet:
     """Rows of images under a title and the reference images, each with its caption."""
 
     title: str
-    references: Sequence[tuple[Label, Picture]]
+    references: Sequence[tuple[Label, SheetImage]]
     rows: Sequence[Row]
 
     @property
@@ -98,7 +98,7 @@ class ContactSheet:
     @cached_property
     def _box(self) -> Size:
         """(height, width) of the cell of one image: the largest of each."""
-        sizes = [picture.size for row in self.rows for picture in row.pictures]
+        sizes = [image.size for row in self.rows for image in row.images]
         return max(height for height, _ in sizes), max(width for _, width in sizes)
 
     @cached_property
@@ -117,12 +117,12 @@ class ContactSheet:
 
     @cached_property
     def _width_px(self) -> int:
-        columns = max(len(row.pictures) for row in self.rows)
+        columns = max(len(row.images) for row in self.rows)
         label_px = self._label_px + self._gap_px if self._label_px else 0
-        widest = max((picture.size[1] for _, picture in self.references), default=0)
+        widest = max((image.size[1] for _, image in self.references), default=0)
         return self._gap_px + max(label_px + columns * (self._box[1] + self._gap_px), widest + self._gap_px)
 
-    def _strips(self, load: Callable[[Picture], Any]) -> Iterator[Any]:
+    def _strips(self, load: Callable[[SheetImage], Any]) -> Iterator[Any]:
         """The sheet from top to bottom, in libvips images of its full width."""
         gap = pyvips.Image.black(1, self._gap_px, bands=3).invert()
         inner_px = self._width_px - 2 * self._gap_px
@@ -134,20 +134,20 @@ class ContactSheet:
             if any(row.above):
                 labels = [self._text(label, self._box[1]) for label in row.above]
                 yield self._full_width(self._beside_label(None, _grid(labels, self._gap_px, self._box[1], "high")))
-            pictures = _grid([load(picture) for picture in row.pictures], self._gap_px, self._box[1], "low")
+            images = _grid([load(image) for image in row.images], self._gap_px, self._box[1], "low")
             label = self._text(row.label, self._label_px) if row.label else None
-            yield from map(self._full_width, (self._beside_label(label, pictures), gap))
+            yield from map(self._full_width, (self._beside_label(label, images), gap))
 
-    def _reference_lines(self, load: Callable[[Picture], Any], inner_px: int) -> Iterator[Any]:
+    def _reference_lines(self, load: Callable[[SheetImage], Any], inner_px: int) -> Iterator[Any]:
         """The references with their captions, as many side by side as fit."""
         if not self.references:
             return
-        cell_px = min(max(8 * self._text_px, *(picture.size[1] for _, picture in self.references)), inner_px)
+        cell_px = min(max(8 * self._text_px, *(image.size[1] for _, image in self.references)), inner_px)
         across = max(1, (inner_px + self._gap_px) // (cell_px + self._gap_px))
         for start in range(0, len(self.references), across):
             cells = [
-                load(picture).join(self._text(label, cell_px), "vertical", expand=True, shim=4, background=_WHITE)
-                for label, picture in self.references[start : start + across]
+                load(image).join(self._text(label, cell_px), "vertical", expand=True, shim=4, background=_WHITE)
+                for label, image in self.references[start : start + across]
             ]
             yield _grid(cells, self._gap_px, cell_px, "low")
 
@@ -209,12 +209,12 @@ def _grid(cells: Sequence[Any], gap_px: int, cell_px: int, align: str) -> Any:
     )
 
 
-def _blank(picture: Picture) -> Any:
-    height, width = picture.size
+def _blank(image: SheetImage) -> Any:
+    height, width = image.size
     return pyvips.Image.black(width, height, bands=3)
 
 
-def _decoded(picture: Picture) -> Any:
-    height, width = picture.size
-    bands = stream_rgb(picture.path, width, height, min(height, 256))
+def _decoded(image: SheetImage) -> Any:
+    height, width = image.size
+    bands = stream_rgb(image.path, width, height, min(height, 256))
     return pyvips.Image.new_from_array(np.concatenate([rows for _, rows in bands]), interpretation="srgb")

@@ -24,7 +24,7 @@ from pipeline.config.config import Config, input_files
 from pipeline.core.cancel import NEVER
 from pipeline.core.errors import ConfigError, Stopped
 from pipeline.core.events import Note, PictureDone
-from pipeline.images.sheet import ContactSheet, Picture, Row, shortened
+from pipeline.images.sheet import ContactSheet, Row, SheetImage, shortened
 from pipeline.plan.plan import _check_overrides, stage_sizes
 from pipeline.rundir.lock import RunLock
 from tests.support.e2e import (
@@ -455,12 +455,12 @@ def test_the_runs_own_state_stays_as_it_is(config):
 # --- the sheet -------------------------------------------------------------------------------------------------------
 
 
-def solid(folder: Path, name: str, size: tuple[int, int], colour: tuple[int, int, int]) -> Picture:
+def solid(folder: Path, name: str, size: tuple[int, int], colour: tuple[int, int, int]) -> SheetImage:
     import pyvips
 
     pixels = np.broadcast_to(np.uint8(colour), (*size, 3))
     pyvips.Image.new_from_array(np.ascontiguousarray(pixels), interpretation="srgb").write_to_file(str(folder / name))
-    return Picture(folder / name, size)
+    return SheetImage(folder / name, size)
 
 
 def place_of(sheet: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:

@@ -35,40 +35,39 @@ def folder_of(config: Config) -> Path:
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to write `picture` while `folder` is locked."""
+    """The right to write `image` while `folder` is locked."""
 
     folder: Path
-    picture: Path
+    image: Path
     journal: Journal
     force: bool
 
     def refuse_foreign(self) -> None:
         """Raise ConfigError if there is a file of that name that no preview of this config wrote."""
         if not self.force:
-            pictures = standing(self.journal)[1].pictures
-            refuse_foreign(self.picture, pictures, "no preview of this config made it")
+            refuse_foreign(self.image, standing(self.journal)[1].pictures, "no preview of this config made it")
 
     def record(self, whole: Path) -> None:
         """Record the complete file before it is renamed, so that a later preview may overwrite it, and nothing else."""
         written = written_picture(whole)
         self.refuse_foreign()
-        self.journal.append(Exporting(output=str(self.picture), picture=written, time=now()))
+        self.journal.append(Exporting(output=str(self.image), picture=written, time=now()))
 
     def done(self) -> None:
         """Record that the file has been renamed to its name."""
-        picture = standing(self.journal)[1].pictures[str(self.picture)][-1]
-        self.journal.append(Exported(output=str(self.picture), picture=picture, time=now()))
+        written = standing(self.journal)[1].pictures[str(self.image)][-1]
+        self.journal.append(Exported(output=str(self.image), picture=written, time=now()))
 
 
 @contextmanager
-def claimed(config: Config, picture: Path, force: bool) -> Iterator[Claim]:
-    """Lock the folder of the config's previews for one that will write `picture`; a refused one leaves no folder.
+def claimed(config: Config, image: Path, force: bool) -> Iterator[Claim]:
+    """Lock the folder of the config's previews for one that will write `image`; a refused one leaves no folder.
 
     `force`: overwrite a file that no preview of this config wrote. Raises ConfigError if the image would replace
     anything else, or the folder is not one of previews; LockedError if another preview is running.
     """
     folder = folder_of(config)
-    _refuse_place(config, folder, picture)
+    _refuse_place(config, folder, image)
     with storage(folder):
         _refuse_foreign(folder)
         with locked_folder(folder):
@@ -76,24 +75,24 @@ def claimed(config: Config, picture: Path, force: bool) -> Iterator[Claim]:
             journal.repair_tail()
             if not taken(journal.path):  # the journal marks the folder as one of previews
                 write_whole(journal.path, b"")
-            claim = Claim(folder, picture, journal, force)
+            claim = Claim(folder, image, journal, force)
             claim.refuse_foreign()
             yield claim
 
 
-def _refuse_place(config: Config, folder: Path, picture: Path) -> None:
+def _refuse_place(config: Config, folder: Path, image: Path) -> None:
     """Raise ConfigError if the image or the folder would replace the config's inputs, output or run directory."""
-    if fault := unnameable(picture):
-        raise ConfigError(f"-o {shown(str(picture))}: {fault}. Choose another name.")
-    if picture.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{picture}: a preview is one file; choose a name that ends in {', '.join(SUFFIXES)}.")
+    if fault := unnameable(image):
+        raise ConfigError(f"-o {shown(str(image))}: {fault}. Choose another name.")
+    if image.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{image}: a preview is one file; choose a name that ends in {', '.join(SUFFIXES)}.")
     named = [*((dotted(key), path) for key, path in input_files(config)), ("output", config.output)]
     for key, path in named:
-        if same_file(path, picture):
-            raise ConfigError(f"{picture}: is the config's {key}. Choose another name with -o.")
-    refuse_own_state(picture, config.work_dir)
-    if real(folder) in real(picture).parents:
-        raise ConfigError(f"{picture}: is in {folder}, the folder of the preview's runs. Choose another place with -o.")
+        if same_file(path, image):
+            raise ConfigError(f"{image}: is the config's {key}. Choose another name with -o.")
+    refuse_own_state(image, config.work_dir)
+    if real(folder) in real(image).parents:
+        raise ConfigError(f"{image}: is in {folder}, the folder of the preview's runs. Choose another place with -o.")
     work_dir, own = real(config.work_dir), real(folder)
     if work_dir == own or work_dir in own.parents or own in work_dir.parents:
         raise ConfigError(

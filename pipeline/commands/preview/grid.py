@@ -20,7 +20,7 @@ from pipeline.core.events import Note, Sink
 from pipeline.core.text import shown
 from pipeline.core.tiling import Size
 from pipeline.images.header import read_header
-from pipeline.images.sheet import ContactSheet, Label, Picture, Row
+from pipeline.images.sheet import ContactSheet, Label, Row, SheetImage
 from pipeline.network.weights import sha256_of
 from pipeline.plan.device import Device
 from pipeline.plan.memory import BASE_BYTES
@@ -129,8 +129,8 @@ class Grid:
         for start in range(0, len(images), across):
             part = slice(start, start + across)
             above = tuple(label[:1] for label in labels[part]) if wrapped or not start else ()
-            pictures = tuple(Picture(image.config.output, image.shown) for image in images[part])
-            rows.append(Row(labels[start][1:], above, pictures))
+            row = tuple(SheetImage(image.config.output, image.shown) for image in images[part])
+            rows.append(Row(labels[start][1:], above, row))
         sizes = sorted({max(image.plan.stages[-1].size) for image in images})
         title = f"{name}, rendered at {' and '.join(map(str, sizes))} px"
         sheet = ContactSheet(title, self._references(), rows)
@@ -142,7 +142,7 @@ class Grid:
             )
         return sheet
 
-    def _references(self) -> list[tuple[Label, Picture]]:
+    def _references(self) -> list[tuple[Label, SheetImage]]:
         """The contents and styles of all images, shown smaller than these."""
         named = {
             path: key[0].removesuffix("s")
@@ -150,12 +150,12 @@ class Grid:
             for key, path in input_files(image.config)
             if key[0] in ("content", "styles") and key[-1] in ("content", "image")
         }
-        references: list[tuple[Label, Picture]] = []
+        references: list[tuple[Label, SheetImage]] = []
         for path, what in list(named.items())[:_MAX_REFERENCES]:
             header = read_header(path, self.images[0].config.limits)
             size = header.height_px, header.width_px
             shown_px = min(max(size), max(max(image.shown) for image in self.images) * 2 // 5)
-            references.append((((what, path.name),), Picture(path, fit(size, shown_px))))
+            references.append((((what, path.name),), SheetImage(path, fit(size, shown_px))))
         return references
 
 
