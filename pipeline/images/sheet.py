@@ -192,7 +192,7 @@ def text_image(label: Label, text_px: int, width_px: int | None = None) -> Any:
 
 
 def _markup(text: str) -> str:
-    return escape(_BREAKS.sub("\\g<0>\u200b", text), quote=False)
+    return escape(_BREAKS.sub("\\g<0>\u200b", printable(text)), quote=False)
 
 
 def shortened(text: str, max_chars: int) -> str:

@@ -19,7 +19,7 @@ from pipeline.core.tiling import Size, grid
 from pipeline.core.vgg_layers import ceil_to, halo_px, min_side_px
 from pipeline.plan.memory import ImageSize, StageWork, Workload
 from pipeline.plan.network_cost import LayerUse, layers_in_use
-from pipeline.store.layout import ArraySpec, kept_files, stage_arrays
+from pipeline.store.layout import ArraySpec, StageLayout, kept_files
 
 # Chunks of an array, each a file, and so the most tiles of a pass: at 512 px that is 520,000×520,000 px.
 MAX_CHUNKS = 2**20
@@ -302,7 +302,8 @@ def computed_px(size: Size, tile_px: int, halo: int) -> int:
 def arrays_of(config: Config, size: Size, layer_use: LayerUse, content: PixelKind | None) -> dict[str, ArraySpec]:
     """The arrays of pixels or features of a stage of `config` whose canvas has this (height, width)."""
     averaged, guides = config.optimizer.average > 0, layer_use.guides.arrays
-    return stage_arrays(size, config.store.chunk_px, config.state, layer_use.content_widths, averaged, content, guides)
+    layout = StageLayout(size, config.store.chunk_px, config.state, layer_use.content_widths, averaged, content, guides)
+    return layout.arrays()
 
 
 def _choose_tile(work: Workload, device_memory_bytes: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.core.image_formats import PixelKind
+from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.core.vgg_layers import LAYER_BY_NAME, ceil_to
 from pipeline.store.encodings import BFLOAT16, ENCODINGS, FIXED16
 
@@ -118,36 +118,42 @@ def is_stage_array(name: str) -> bool:
     return features == "features" and layer in LAYER_BY_NAME
 
 
-def stage_arrays(
-    size: tuple[int, int],
-    chunk_px: int,
-    state: str,
-    content_widths: Mapping[str, int],
-    averaged: bool,
-    content: PixelKind | None,
-    guides: Sequence[str] = (),
-) -> dict[str, ArraySpec]:
-    """Every array of pixels or features of a stage, by name.
+@dataclass(frozen=True)
+class StageLayout:
+    """What determines the arrays of pixels and features of a stage.
 
     `size`: (height, width) in px. `state`: float32, float64 or compact. `content_widths`: channels of each content
     layer. `averaged`: with running averages of the canvas. `content`: None for a texture. `guides`: the mask arrays.
-    The two slots and the gradient take 84, 168 or 42 bytes per px, with averages 108, 216 or 54; the content takes 3 to
-    8 more, and each mask 1.
     """
-    height, width = size
-    canvas_form, form = (FIXED16.name, BFLOAT16.name) if state == "compact" else (state, state)
-    arrays: dict[str, ArraySpec] = {}
-    if content is not None:
-        pixels = "uint8" if content.bits == 8 else FIXED16.name
-        planes = ((CONTENT, 3), (ALPHA, 1)) if content.alpha else ((CONTENT, 3),)
-        arrays |= {name: ArraySpec((height, width, channels), chunk_px, pixels) for name, channels in planes}
-    for canvas, m, v, *average in (slot_names(slot, averaged=averaged) for slot in (0, 1)):
-        arrays |= dict.fromkeys((canvas, *average), ArraySpec((height, width, 3), chunk_px, canvas_form))
-        arrays[m] = arrays[v] = ArraySpec((height, width, 3), chunk_px, form)
-    arrays[GRADIENT] = ArraySpec((height, width, 3), chunk_px, form)
-    for layer, channels in content_widths.items():
-        stride = LAYER_BY_NAME[layer].stride
-        shape = (height // stride, width // stride, channels)
-        arrays[content_features_name(layer)] = ArraySpec(shape, chunk_px // stride, form)
-    arrays |= {name: ArraySpec((height, width, 1), chunk_px, "uint8") for name in guides}
-    return arrays
+
+    size: tuple[int, int]
+    chunk_px: int
+    state: str
+    content_widths: Mapping[str, int]
+    averaged: bool = False
+    content: PixelKind | None = RGB8
+    guides: Sequence[str] = ()
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """Every array by name.
+
+        The two slots and the gradient take 84, 168 or 42 bytes per px, with averages 108, 216 or 54; the content takes
+        3 to 8 more, and each mask 1.
+        """
+        (height, width), chunk_px = self.size, self.chunk_px
+        canvas_form, form = (FIXED16.name, BFLOAT16.name) if self.state == "compact" else (self.state, self.state)
+        arrays: dict[str, ArraySpec] = {}
+        if self.content is not None:
+            pixels = "uint8" if self.content.bits == 8 else FIXED16.name
+            planes = ((CONTENT, 3), (ALPHA, 1)) if self.content.alpha else ((CONTENT, 3),)
+            arrays |= {name: ArraySpec((height, width, channels), chunk_px, pixels) for name, channels in planes}
+        for canvas, m, v, *average in (slot_names(slot, averaged=self.averaged) for slot in (0, 1)):
+            arrays |= dict.fromkeys((canvas, *average), ArraySpec((height, width, 3), chunk_px, canvas_form))
+            arrays[m] = arrays[v] = ArraySpec((height, width, 3), chunk_px, form)
+        arrays[GRADIENT] = ArraySpec((height, width, 3), chunk_px, form)
+        for layer, channels in self.content_widths.items():
+            stride = LAYER_BY_NAME[layer].stride
+            shape = (height // stride, width // stride, channels)
+            arrays[content_features_name(layer)] = ArraySpec(shape, chunk_px // stride, form)
+        arrays |= {name: ArraySpec((height, width, 1), chunk_px, "uint8") for name in self.guides}
+        return arrays

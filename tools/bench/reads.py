@@ -38,7 +38,7 @@ from pipeline.core.tiling import Rect, grid
 from pipeline.core.vgg_layers import LAYER_BY_NAME, halo_px
 from pipeline.network.vgg import get_network
 from pipeline.network.weights import NetworkSpec, find_weights
-from pipeline.store.layout import stage_arrays
+from pipeline.store.layout import StageLayout
 
 STYLE, CONTENT = tuple(NetworkConfig().style_layers), tuple(NetworkConfig().content_layers)
 MIB = 2**20
@@ -111,7 +111,8 @@ def bytes_of_run(folder: Path, state: str, size: int, tile_px: int) -> Bytes:
 
 def least_bytes(state: str, size: int, tile_px: int, content_widths: dict[str, int]) -> tuple[int, int]:
     """(with the halo of every tile, without) of one iteration."""
-    arrays = stage_arrays((size, size), CHUNK_PX, "compact" if state == "compact" else "float32", content_widths, False)
+    form = "compact" if state == "compact" else "float32"
+    arrays = StageLayout((size, size), CHUNK_PX, form, content_widths).arrays()
     value = {name: array.stored_bytes // (-(-size // CHUNK_PX) * CHUNK_PX) ** 2 for name, array in arrays.items()}
     features = sum(value[f"features_{name}"] for name in content_widths)
     update = sum(value[name] for name in ("gradient", "canvas_0", "m_0", "v_0"))
@@ -134,9 +135,8 @@ class TileBench:
         store.create_stage(self.folder)
         widths = {name: network.source.widths[name] for name in CONTENT}
         rng = np.random.default_rng(0)
-        for name, array in stage_arrays(
-            (side, side), CHUNK_PX, "compact" if state == "compact" else "float32", widths, False
-        ).items():
+        form = "compact" if state == "compact" else "float32"
+        for name, array in StageLayout((side, side), CHUNK_PX, form, widths).arrays().items():
             if name in ("canvas_0", "content") or name.startswith("features"):
                 store.create_array(self.folder, name, array.shape, array.chunk_px, array.form, "none")
                 opened = store.open_array(self.folder, name)
