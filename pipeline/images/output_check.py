@@ -78,10 +78,12 @@ def _check_place(path: Path, form: Format) -> None:
     """Refuse a path that cannot be written, or that would overwrite anything but an older output."""
     _check_name(path)
     if form.name == "DeepZoom":
-        if path.exists() and not names_in(path) <= {f"{path.stem}.dzi", f"{path.stem}_files"}:
+        names = {f"{path.stem}.dzi", f"{path.stem}_files"}
+        if path.exists() and not (path.is_dir() and names_in(path) <= names):
             raise ConfigError(f"{path}: exists and is not a DeepZoom folder; it would be lost. Choose another name.")
     elif form.name == "OME-Zarr":
-        if path.exists() and not all(name == "zarr.json" or name.isdigit() for name in names_in(path)):
+        levels = all(name == "zarr.json" or name.isdigit() for name in names_in(path))
+        if path.exists() and not (path.is_dir() and levels):
             raise ConfigError(f"{path}: exists and is not an OME-Zarr of ours; it would be lost. Choose another name.")
     elif path.is_dir():
         raise ConfigError(f"{path}: is a folder. Choose the name of a file.")

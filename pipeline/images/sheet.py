@@ -103,11 +103,8 @@ class ContactSheet:
 
     @cached_property
     def _text_px(self) -> int:
+        """Size of the text, and of the gaps."""
         return min(max(max(self._box) // 26, 13), 48)
-
-    @property
-    def _gap_px(self) -> int:
-        return self._text_px
 
     @cached_property
     def _label_px(self) -> int:
@@ -118,14 +115,14 @@ class ContactSheet:
     @cached_property
     def _width_px(self) -> int:
         columns = max(len(row.images) for row in self.rows)
-        label_px = self._label_px + self._gap_px if self._label_px else 0
+        label_px = self._label_px + self._text_px if self._label_px else 0
         widest = max((image.size[1] for _, image in self.references), default=0)
-        return self._gap_px + max(label_px + columns * (self._box[1] + self._gap_px), widest + self._gap_px)
+        return self._text_px + max(label_px + columns * (self._box[1] + self._text_px), widest + self._text_px)
 
     def _strips(self, load: Callable[[SheetImage], Any]) -> Iterator[Any]:
         """The sheet from top to bottom, in libvips images of its full width."""
-        gap = pyvips.Image.black(1, self._gap_px, bands=3).invert()
-        inner_px = self._width_px - 2 * self._gap_px
+        gap = pyvips.Image.black(1, self._text_px, bands=3).invert()
+        inner_px = self._width_px - 2 * self._text_px
         strips = [gap, self._text(((("", self.title)),), inner_px), gap]
         yield from map(self._full_width, strips)
         for line in self._reference_lines(load, inner_px):
@@ -133,8 +130,8 @@ class ContactSheet:
         for row in self.rows:
             if any(row.above):
                 labels = [self._text(label, self._box[1]) for label in row.above]
-                yield self._full_width(self._beside_label(None, _grid(labels, self._gap_px, self._box[1], "high")))
-            images = _grid([load(image) for image in row.images], self._gap_px, self._box[1], "low")
+                yield self._full_width(self._beside_label(None, _grid(labels, self._text_px, self._box[1], "high")))
+            images = _grid([load(image) for image in row.images], self._text_px, self._box[1], "low")
             label = self._text(row.label, self._label_px) if row.label else None
             yield from map(self._full_width, (self._beside_label(label, images), gap))
 
@@ -143,16 +140,16 @@ class ContactSheet:
         if not self.references:
             return
         cell_px = min(max(8 * self._text_px, *(image.size[1] for _, image in self.references)), inner_px)
-        across = max(1, (inner_px + self._gap_px) // (cell_px + self._gap_px))
+        across = max(1, (inner_px + self._text_px) // (cell_px + self._text_px))
         for start in range(0, len(self.references), across):
             cells = [
                 load(image).join(self._text(label, cell_px), "vertical", expand=True, shim=4, background=_WHITE)
                 for label, image in self.references[start : start + across]
             ]
-            yield _grid(cells, self._gap_px, cell_px, "low")
+            yield _grid(cells, self._text_px, cell_px, "low")
 
     def _full_width(self, strip: Any) -> Any:
-        return strip.embed(self._gap_px, 0, self._width_px, strip.height, extend="white")
+        return strip.embed(self._text_px, 0, self._width_px, strip.height, extend="white")
 
     def _beside_label(self, label: Any | None, cells: Any) -> Any:
         """Cells to the right of the column of labels."""
@@ -161,7 +158,7 @@ class ContactSheet:
         if label is None:
             label = pyvips.Image.black(1, 1, bands=3).invert()
         label = label.embed(0, 0, self._label_px, label.height, extend="white")
-        return label.join(cells, "horizontal", expand=True, shim=self._gap_px, background=_WHITE)
+        return label.join(cells, "horizontal", expand=True, shim=self._text_px, background=_WHITE)
 
     def _text(self, label: Label, width_px: int) -> Any:
         """A label that is at most `width_px` wide."""

@@ -61,7 +61,7 @@ def write_image(
     spec: ImageSpec,
     read_rows: Callable[[int, int], Rows],
     *,
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Callable[[float], None] = lambda share: None,
     cancel: CancelToken = NEVER,
     on_whole: Callable[[Path], None] = lambda partial: None,
 ) -> None:
@@ -90,8 +90,7 @@ def write_image(
         finally:
             with contextlib.suppress(OSError):  # a failed disk fails here too; the first error says more
                 remove(partial)
-    if on_progress is not None:
-        on_progress(1.0)
+    on_progress(1.0)
 
 
 @contextlib.contextmanager
@@ -133,10 +132,7 @@ class _Export:
         self._failures: list[Exception] = []
 
     def run(
-        self,
-        read_rows: Callable[[int, int], Rows],
-        on_progress: Callable[[float], None] | None,
-        cancel: CancelToken,
+        self, read_rows: Callable[[int, int], Rows], on_progress: Callable[[float], None], cancel: CancelToken
     ) -> None:
         name = f"export {self._spec.path.name}"
         thread = threading.Thread(target=self._run_saver, name=name, daemon=True)
@@ -155,10 +151,7 @@ class _Export:
             raise self._failures.pop()  # not [0]: a reference cycle would keep the deleted file open on a full disk
 
     def _supply_rows(
-        self,
-        read_rows: Callable[[int, int], Rows],
-        on_progress: Callable[[float], None] | None,
-        cancel: CancelToken,
+        self, read_rows: Callable[[int, int], Rows], on_progress: Callable[[float], None], cancel: CancelToken
     ) -> None:
         source, unsynced = self._source, 0
         for y0 in range(0, source.height_px, source.band_px):
@@ -175,8 +168,7 @@ class _Export:
                 if unsynced > _SYNC_BYTES:
                     _sync_file(self._partial)
                     unsynced = 0
-            if on_progress is not None:
-                on_progress(0.99 * y1 / source.height_px)  # the rest is the pyramid, the sync and the rename
+            on_progress(0.99 * y1 / source.height_px)  # the rest is the pyramid, the sync and the rename
 
     def _run_saver(self) -> None:
         words = None
@@ -256,7 +248,7 @@ def write_rows(
     output: Path,
     size: Size,
     cancel: CancelToken,
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Callable[[float], None] = lambda share: None,
     on_whole: Callable[[Path], None] = lambda partial: None,
 ) -> None:
     """Write bands of uint8 rows of any heights, (h, W, 3), one below the other, as an image of `size` (H, W)."""

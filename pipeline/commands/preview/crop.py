@@ -291,11 +291,16 @@ class Crop:
 
     def _start(self, stage: Stage, source: Region, region: Rect, size: Size) -> store.StageArray:
         """The region of the previous stage's canvas, enlarged."""
-        folder, form = self.folder / "start", "float64" if stage.config.state == "float64" else "float32"
+        canvas = self._new_array(CANVAS, stage.plan.size, "float64" if stage.config.state == "float64" else "float32")
+        sums = enlarge(source, Region(canvas, region, size), self.context.engine)
+        return store.open_array(canvas.path.parent, CANVAS, sums)
+
+    def _new_array(self, name: str, size: Size, form: str) -> store.StageArray:
+        """An RGB array of zeros in a stage folder of its own."""
+        folder = self.folder / f"{name}_only"
         store.create_stage(folder)
-        store.create_array(folder, CANVAS, (*stage.plan.size, 3), stage.config.store.chunk_px, form, "none")
-        sums = enlarge(source, Region(store.open_array(folder, CANVAS), region, size), self.context.engine)
-        return store.open_array(folder, CANVAS, sums)
+        store.create_array(folder, name, (*size, 3), self.config.store.chunk_px, form, "none")
+        return store.open_array(folder, name)
 
     def _whole_image(self) -> WholeImage:
         """The finished stage, and the content at its size."""
@@ -307,12 +312,9 @@ class Crop:
     def _whole_content(self) -> store.StageArray | None:
         if self.config.content is None:
             return None
-        folder, size = self.folder / "whole", self.plan.stages[self.finished.stage].size
-        store.create_stage(folder)
-        store.create_array(folder, CONTENT, (*size, 3), self.config.store.chunk_px, "uint8", "none")
-        array = store.open_array(folder, CONTENT)
-        sums = ingest.ingest(self.config.content, array, self.context.engine, self._progress("content"))
-        return store.open_array(folder, CONTENT, sums)
+        content = self._new_array(CONTENT, self.plan.stages[self.finished.stage].size, "uint8")
+        sums = ingest.ingest(self.config.content, content, self.context.engine, self._progress("content"))
+        return store.open_array(content.path.parent, CONTENT, sums)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self.context.sink(WorkDone(self.finished.stage, what, done, total))
