@@ -112,7 +112,8 @@ def test_stochastic_rounding_is_fair_to_1_in_512(value, encoding):
     mean = lower + (codes - low).mean() * (upper - lower)
     # beside the 1/512: float32 has 1/257 of a step of the canvas left near 255
     slack = 255 * 2.0**-24 if encoding is FIXED16 else 0
-    assert lower - slack <= value <= upper + slack
+    # The lower byte is not drawn: a value just below a code may always be rounded up to it, as 105471 is in bfloat16.
+    assert lower - slack - (upper - lower) / 512 <= value <= upper + slack
     assert abs(mean - value) <= (upper - lower) / 512 + 2 * slack
 
 
