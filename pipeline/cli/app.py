@@ -311,7 +311,7 @@ def export(
     given = [name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
     with _working("auto") as (sink, stop):
         from pipeline.config.sections import ExportConfig
-        from pipeline.images.writer import refuse_unheeded
+        from pipeline.images.output_check import refuse_unheeded
 
         export_config = ExportConfig.model_validate({**options, "bits": bits})
         work_dir, write = _work_dir(config_path, overrides, run_dir), pipeline.export

@@ -15,7 +15,7 @@ from pipeline.core.events import Sink, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.image_formats import picture_kind
 from pipeline.executors.threads import ThreadExecutor
-from pipeline.images.writer import check_output, refuse_unheeded
+from pipeline.images.output_check import check_output, refuse_unheeded
 from pipeline.plan.memory import WORKERS
 from pipeline.render.export import export_canvas
 from pipeline.rundir.journal import Journal, standing
@@ -26,7 +26,8 @@ from pipeline.rundir.position import Position, position_of
 from pipeline.rundir.process_settings import process_settings
 from pipeline.rundir.records import Manifest
 from pipeline.store import integrity
-from pipeline.store.array import ChunkError, StageArray
+from pipeline.store.array import StageArray
+from pipeline.store.chunk_file import ChunkError
 from pipeline.store.layout import METADATA
 
 

@@ -1,9 +1,7 @@
-"""Source pictures: streaming decode, streaming resize.
+"""Input images: streaming decode and streaming resize.
 
-Axes in names: H rows, W columns, C channels. Rectangles are ``(y0, y1, x0, x1)`` in px, half-open; sizes ``(H, W)``.
-
-The picture is never whole in memory: libvips decodes and resizes strip by strip in a thread of its own, and the
-caller receives bands of rows. The few files that cannot be decoded in strips say so in `ImageHeader.decode_bytes`.
+libvips decodes and resizes strip by strip in a thread of its own, and the caller receives bands of rows, so the image
+is never in memory as a whole. `ImageHeader.decode_bytes` is the memory for the few formats that need more.
 """
 
 from __future__ import annotations
@@ -22,8 +20,9 @@ from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.images.header import describe, needs_random_access, open_file, open_image
 from pipeline.images.vips_streams import BandPump, Rows, reason
 
-# Every thread has strips of its own: 16 take 1.7 GB to enlarge to 40,000 px where 4 take 0.45, and are not faster.
-_MOST_THREADS = 4
+# Every libvips thread has its own strips: enlarging to 40,000 px takes 1.7 GB with 16 threads and 0.45 GB with 4, and
+# the same time.
+_MAX_THREADS = 4
 
 
 def vips_version() -> str:
@@ -33,10 +32,10 @@ def vips_version() -> str:
 
 @contextmanager
 def vips_settings() -> Iterator[None]:
-    """Inside, libvips keeps no more in memory than the plan counts."""
+    """Inside, libvips keeps no more in memory than the plan assumes."""
     cached, threads = pyvips.cache_get_max(), pyvips.concurrency_get()
-    pyvips.cache_set_max(0)  # it would keep decoders, and with them whole bands, alive after their last use
-    pyvips.concurrency_set(min(threads, _MOST_THREADS))
+    pyvips.cache_set_max(0)  # the cache would keep decoders, and their bands, after their last use
+    pyvips.concurrency_set(min(threads, _MAX_THREADS))
     try:
         yield
     finally:
@@ -52,16 +51,15 @@ def stream_rgb(
     cancel: CancelToken = NEVER,
     kind: PixelKind = RGB8,
 ) -> Generator[tuple[int, Rows]]:
-    """Decode, convert to sRGB and resize a picture; yield its rows in bands of a fixed height.
+    """Decode an image, convert it to sRGB and resize it; yield its rows in bands of a fixed height.
 
-    Yields ``(y0, rows)`` from the top, rows of shape (band_px, width_px, channels), uint8 or uint16, the last band what
-    is left. At most three bands are in memory at once. Downward the kernel is Lanczos-3, upward centred bicubic, axis
-    by axis. Colours are on white where the picture is transparent; with `kind.alpha`, which is for pictures that have
-    it, its alpha comes with them, resized by itself.
-    Raises Stopped soon after `cancel` is set.
+    Yields ``(y0, rows)`` from the top, rows of shape (band_px, width_px, channels), uint8 or uint16; the last band may
+    be lower. At most three bands are in memory at once. The kernel is Lanczos-3 downward and centred bicubic upward,
+    axis by axis. Transparent parts are composited on white; with `kind.alpha`, for images that have alpha, it is the
+    fourth channel, resized separately.
 
-    Raises InputError at the call where the header is bad, and while iterating where the pixels are; StorageError where
-    the disk fails.
+    Raises InputError, in the call for a bad header and while iterating for bad pixels; StorageError if the disk fails;
+    Stopped soon after `cancel` is set.
     """
     if min(width_px, height_px, band_px) < 1:
         raise ValueError(f"size and band must be at least 1 px, not {width_px}×{height_px} in bands of {band_px}")
@@ -75,7 +73,7 @@ def stream_rgb(
         image = _to_srgb(image.autorot(), kind.alpha)
         bits = 16 if image.format == "ushort" else 8
         if kind.bits == 16 and (image.width, image.height) != (width_px, height_px):
-            image = image.cast("float")  # by weights of 12 bits, as libvips sums 16, it is off by up to 28 of 65535
+            image = image.cast("float")  # libvips sums 16-bit pixels with 12-bit weights: off by up to 28 of 65535
         image = _to_bits(_resize(image, width_px, height_px), bits, kind.bits)
     except pyvips.Error as error:
         raise InputError(f"{path}: cannot be converted to sRGB: {reason(error)}. Convert it to RGB first.") from error
@@ -84,24 +82,24 @@ def stream_rgb(
 
 
 def _to_srgb(image: Any, keep_alpha: bool) -> Any:
-    """Three bands of sRGB, 8 or 16 bit, transparent parts on white; and the alpha as a fourth, if it is to be kept."""
+    """SRGB of 8 or 16 bits, transparent parts composited on white, with the alpha as a fourth band if `keep_alpha`."""
     deep = image.format == "ushort"
     image = _apply_profile(image, deep)
-    wanted = "rgb16" if deep else "srgb"
-    if image.interpretation != wanted:
-        image = image.colourspace(wanted)
+    target = "rgb16" if deep else "srgb"
+    if image.interpretation != target:
+        image = image.colourspace(target)
     alpha = image.extract_band(image.bands - 1)
     if image.hasalpha():
-        # Before the resize: a flattened pixel is the premultiplied one plus white, so no hidden colour bleeds in.
+        # Before the resize, so that the hidden colours of transparent pixels do not bleed into their neighbours.
         image = image.flatten(background=[65535 if deep else 255] * 3)
     colours = image.extract_band(0, n=3)
     return colours.bandjoin(alpha) if keep_alpha else colours
 
 
 def _apply_profile(image: Any, deep: bool) -> Any:
-    """Bring an embedded ICC profile to sRGB. A profile that libvips cannot use is passed over, as browsers do."""
+    """Convert from the embedded ICC profile to sRGB. A profile that libvips cannot use is ignored, as browsers do."""
     if not image.get_typeof("icc-profile-data") or image.get("icc-profile-data") == _srgb_profile():
-        return image  # our own exports come back bit by bit
+        return image  # our own exports are read back bit for bit
     try:
         return image.icc_transform(
             "srgb", embedded=True, intent="relative", black_point_compensation=True, depth=16 if deep else 8
@@ -116,15 +114,15 @@ def _srgb_profile() -> bytes:
 
 
 def _resize(image: Any, width_px: int, height_px: int) -> Any:
-    """Lanczos-3 on the axes that shrink, then bicubic on those that grow. Both keep the centre where it was."""
+    """Lanczos-3 on the axes that shrink, then bicubic on those that grow; both are centred."""
     shrunk_width_px, shrunk_height_px = min(width_px, image.width), min(height_px, image.height)
     if (shrunk_width_px, shrunk_height_px) != (image.width, image.height):
         scale, vscale = shrunk_width_px / image.width, shrunk_height_px / image.height
         image = image.resize(scale, vscale=vscale, kernel="lanczos3")
     if (width_px, height_px) == (image.width, image.height):
         return image
-    # Not Image.resize: upward it shifts the picture by half an output pixel (libvips before 8.19).
-    # In double: libvips' other bicubics round the phase to 1/64 px, which is up to 4 levels at an edge.
+    # Not Image.resize, which shifts an enlargement by half an output pixel before libvips 8.19. In double, because
+    # libvips' other bicubics round the phase to 1/64 px, which is up to 4 levels at an edge.
     return image.cast("double").affine(
         (width_px / image.width, 0, 0, height_px / image.height),
         interpolate=pyvips.Interpolate.new("bicubic"),
@@ -132,13 +130,13 @@ def _resize(image: Any, width_px: int, height_px: int) -> Any:
         idx=0.5 * (1 - image.width / width_px),
         idy=0.5 * (1 - image.height / height_px),
         extend="copy",
-        premultiplied=True,  # as it comes: a fourth band is a picture of its own here
+        premultiplied=True,  # else the fourth band would be multiplied into the colours
     )
 
 
-def _to_bits(image: Any, has: int, wanted: int) -> Any:
+def _to_bits(image: Any, source_bits: int, bits: int) -> Any:
     """8 or 16 bits a channel, clipped and rounded; libvips' own shift of 16 bits by 8 darkens by half a level."""
-    if image.format == ("uchar" if wanted == 8 else "ushort"):
+    if image.format == ("uchar" if bits == 8 else "ushort"):
         return image
-    factor = (2**wanted - 1) / (2**has - 1)
-    return image.linear(factor, 0.5, uchar=True) if wanted == 8 else image.linear(factor, 0.5).cast("ushort")
+    factor = (2**bits - 1) / (2**source_bits - 1)
+    return image.linear(factor, 0.5, uchar=True) if bits == 8 else image.linear(factor, 0.5).cast("ushort")

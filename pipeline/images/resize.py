@@ -1,5 +1,8 @@
 """Enlarging a window of an image by centred bicubic interpolation, with the same bits whatever the window.
 
+libvips' affine is exact in double only, and even then its bits depend on the window at ratios other than 2 (measured:
+1.5e-5 levels), because it computes positions in floating point. A crop of the preview must equal the run bit for bit.
+
 Axes in names: H rows, W columns, C channels. Rectangles are ``(y0, y1, x0, x1)`` in px, half-open; sizes ``(H, W)``.
 """
 
@@ -13,7 +16,7 @@ from numpy.typing import NDArray
 Box = tuple[int, int, int, int]
 FloatT = TypeVar("FloatT", np.float32, np.float64)
 
-# The window of `resize_window` reaches this far beyond the outermost sample: 2 px feed the bicubic, 2 px are slack.
+# A source window reaches this far beyond the outermost sample; the bicubic kernel needs 2 px.
 _MARGIN_PX = 4
 
 
@@ -28,11 +31,10 @@ def source_window(target: Box, source_size: tuple[int, int], target_size: tuple[
 def resize_window(
     window_HWC: NDArray[FloatT], window: Box, source_size: tuple[int, int], target_size: tuple[int, int], target: Box
 ) -> NDArray[FloatT]:
-    """Resize one rectangle upward, centred bicubic (Catmull-Rom), edges repeated. Values are not clipped.
+    """Enlarge one rectangle, centred bicubic (Catmull-Rom), edges repeated. Values are not clipped.
 
-    window_HWC holds the rectangle `window` of the source; the result is the rectangle `target` of the target. Taps
-    and weights follow from the target pixel's own coordinates alone, so that any partition gives the same bits as
-    the whole image. (libvips' affine rounds the phase of 8-bit, 16-bit and float32 pixels to 1/64 px; this does not.)
+    window_HWC holds the rectangle `window` of the source; the result is the rectangle `target` of the target. Taps and
+    weights depend on a target pixel's own coordinates alone, so any partition gives the bits of the whole image.
     """
     assert window_HWC.shape[:2] == (window[1] - window[0], window[3] - window[2])
     y0, y1, x0, x1 = target
@@ -44,7 +46,7 @@ def resize_window(
 
 
 def _source_range(t0: int, t1: int, source: int, target: int) -> tuple[int, int]:
-    """Source pixels under the target pixels [t0, t1), with the margin, clipped to the image."""
+    """Range of source pixels for the target pixels [t0, t1), with the margin, clipped to the image."""
     first, last = (((2 * t + 1) * source - target) // (2 * target) for t in (t0, t1 - 1))
     return max(first - _MARGIN_PX, 0), min(last + 1 + _MARGIN_PX, source)
 
@@ -52,18 +54,17 @@ def _source_range(t0: int, t1: int, source: int, target: int) -> tuple[int, int]
 def _taps(t0: int, t1: int, source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Indices and weights, each (4, t1 − t0), of the bicubic taps of the target pixels [t0, t1) on one axis."""
     assert source <= target, f"resize_window only enlarges, not {source} to {target} px"
-    # Position (t + ½)·source/target − ½ as a fraction of integers: the phase is exact whatever the window.
+    # The position (t + ½)·source/target − ½ is a fraction of integers, so the phase is exact whatever the window.
     numerator = (2 * np.arange(t0, t1, dtype=np.int64) + 1) * source - target
     base = numerator // (2 * target)
     f = (numerator - base * 2 * target) / (2 * target)
     g = 1 - f
     weights = np.stack([-0.5 * f * g * g, 1 + f * f * (1.5 * f - 2.5), 1 + g * g * (1.5 * g - 2.5), -0.5 * f * f * g])
-    # Clipping an index repeats the edge.
-    return np.clip(base + np.arange(-1, 3)[:, None], 0, source - 1), weights
+    return np.clip(base + np.arange(-1, 3)[:, None], 0, source - 1), weights  # clipping an index repeats the edge
 
 
 def _weighted(values: NDArray[FloatT], axis: int, taps: NDArray[np.int64], weights: NDArray[Any]) -> NDArray[FloatT]:
-    """Sum over the four taps of weight × value, always in the same order."""
+    """Sum over the four taps of weight × value, in a fixed order."""
     total: NDArray[FloatT] = np.take(values, taps[0], axis) * weights[0]
     for tap, weight in zip(taps[1:], weights[1:], strict=True):
         total += np.take(values, tap, axis) * weight

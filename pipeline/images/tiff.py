@@ -1,6 +1,6 @@
-"""What a decoder has to hold of a TIFF at once: read from its first directory, because libvips does not tell.
+"""The memory that decoding a TIFF takes, from its first directory, because libvips does not report it.
 
-A TIFF is cut into tiles or strips, and its writer chose how large they are: a strip may be the whole picture.
+A TIFF consists of tiles or strips of any size: a strip may be the whole image.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # field type to struct's letter
 _MAX_ENTRIES = 4096
 _SEPARATE = 2
 _YCBCR = 6
-# libvips reads taller strips line by line, but for pictures of separate planes, and for YCbCr
+# libvips reads taller strips line by line, except for separate planes and YCbCr
 _TALL_STRIP_ROWS = 128
 
 
 def decode_bytes(read_at: ReadAt) -> int:
-    """Bytes that decoding the first page keeps beyond a few rows. Raises ValueError where the directory is damaged.
+    """Bytes that decoding the first page keeps beyond a few rows. Raises ValueError for a damaged directory.
 
-    Measured, in strips or in rows of tiles: 2.3 strips, 3 rows of tiles (docs/log.md).
+    Measured: 2.3 strips, or 3 rows of tiles (docs/log.md).
     """
     tags = _first_directory(read_at)
     try:
@@ -35,14 +35,15 @@ def decode_bytes(read_at: ReadAt) -> int:
     pixel_bytes = tags[_SAMPLES] * -(-tags[_BITS] // 8)
     if tile_width := tags.get(_TILE_WIDTH, 0):
         tile_bytes = tile_width * tags.get(_TILE_HEIGHT, height) * pixel_bytes
-        return (3 * -(-width // tile_width) + 1) * tile_bytes  # two rows waiting, one decoded; a tile being cut
+        # Two rows of tiles are queued, one is being decoded, and one tile is being cropped.
+        return (3 * -(-width // tile_width) + 1) * tile_bytes
     rows = min(tags[_STRIP_ROWS], height)
     by_lines = rows > _TALL_STRIP_ROWS and tags[_PLANAR] != _SEPARATE and tags[_PHOTOMETRIC] != _YCBCR
     return 0 if by_lines else 5 * rows * width * pixel_bytes // 2
 
 
 def _first_directory(read_at: ReadAt) -> dict[int, int]:
-    """The first value of every tag that holds whole numbers; defaults for some that are missing."""
+    """The first value of every integer tag, with defaults for some that are missing."""
     head = read_at(0, 16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
     big = head[2:4] in (b"+\0", b"\0+")
@@ -69,4 +70,4 @@ def _unpack(form: str, data: bytes) -> tuple[Any, ...]:
     try:
         return struct.unpack_from(form, data)
     except struct.error as error:
-        raise ValueError("the directory is cut off") from error
+        raise ValueError("the directory is truncated") from error

@@ -1,9 +1,9 @@
-"""The ends of libvips pipelines: a file that a decoder reads, bands of what it gives; bands for a saver, its file.
+"""The Python ends of libvips pipelines: the file that a decoder reads, decoded bands, and bands for a saver.
 
-    FileSource ──► decoder, resize ──► BandPump ──► (y0, rows) …        … rows ──► RowSource ──► saver ──► FileTarget
+    FileSource ──► decoder, resize ──► BandPump ──► (y0, rows) …        … rows ──► RowSource ──► saver ──► file
 
-libvips works in threads of its own. Each end can be cut off, so that the work stops within the piece it is at, and
-keeps the OSError that it met, which libvips and the libraries below it only tell in words, if at all.
+libvips works in threads of its own. Each end can be closed early, so that libvips stops within the piece it is working
+on. FileSource keeps the OSError that it met, because libvips passes errors on as text, if at all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import stat
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,16 @@ from pipeline.core.text import shown
 
 Rows = NDArray[np.uint8] | NDArray[np.uint16]
 
-# How often a wait for libvips looks whether the caller wants to go on.
-POLL_S = 0.2
+POLL_S = 0.2  # how often a thread that waits for libvips checks whether the call was cancelled
 BAND_BYTES = 64 * 2**20  # upper bound of one band; two are in memory while writing
-BAND_ROWS_PX = 512  # as many rows as a chunk of the store has, where BAND_BYTES allows it
-# What is written goes to the disk in steps of this size: the last sync, which nothing can interrupt, is then short.
-_SYNC_BYTES = 256 * 2**20
+BAND_ROWS_PX = 512  # the rows of a default chunk of the store, if BAND_BYTES allows that many
 
 
 class FileSource:
-    """A file as libvips' custom source reads it.
+    """An image file for libvips' custom source.
 
-    Not libvips' own: that one maps the file, so that all of it counts as our memory, and a file cut while it is
-    read kills the process (SIGBUS); nor by name: a name may carry loader options in brackets.
+    libvips' own file source maps the file: the pages count as this process's memory, and a file that is truncated
+    while it is read ends the process (SIGBUS). Opening by name would interpret loader options in brackets.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +47,7 @@ class FileSource:
         self._failure: OSError | None = None
         self._closed = False
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # opening a pipe would wait for somebody to write into it
+        if not stat.S_ISREG(mode):  # opening a pipe would block until another process writes to it
             what = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
             raise OSError(errno.EINVAL, f"it is {what}, not an image file")
         descriptor = os.open(path, os.O_RDONLY)
@@ -60,14 +57,14 @@ class FileSource:
         self._position = 0
 
     def read_at(self, offset: int, count: int) -> bytes:
-        """At most `count` bytes from `offset` on; none where the disk fails or no file can be so long."""
+        """At most `count` bytes from `offset` on; none if the disk fails or the offset is impossible."""
         try:
             return os.pread(self._descriptor, count, offset)
         except (OSError, OverflowError):
             return b""
 
     def read(self, count: int) -> bytes | None:
-        """The next bytes; None, the end, where the disk fails or nobody wants more: the decoder then gives up."""
+        """The next bytes; None, the end of the file, if the disk fails or after end(): the decoder then gives up."""
         if self._closed:
             return None
         try:
@@ -79,31 +76,31 @@ class FileSource:
         return data
 
     def end(self) -> None:
-        """Pretend that the file ends here: a decoder that reads a whole picture at once listens to nothing else."""
+        """Pretend that the file ends here, the only way to stop a decoder that reads a whole image at once."""
         self._closed = True
 
     def raise_failure(self) -> None:
-        """Raise what the disk answered instead of bytes, if it did: the decoder calls the file cut off."""
+        """Raise the disk's error, if there was one: the decoder would report a truncated file instead."""
         if self._failure is not None:
             raise storage_error(self.path, self._failure)
 
     def seek(self, offset: int, whence: int) -> int:
-        """Move as io.seek does, and say where to."""
+        """Move as io.IOBase.seek does; returns the new position."""
         self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size_bytes}[whence]
         return self._position
 
 
 class BandPump:
-    """Runs a libvips pipeline in a thread and hands its pixels over, band by band."""
+    """Runs a libvips pipeline in a thread and yields its pixels band by band."""
 
     def __init__(self, file: FileSource, image: Any, band_px: int) -> None:
         self._file = file
         self._image = image
         self._band_px = band_px
-        self._written = 0  # bytes of the picture that libvips has delivered
+        self._written = 0  # bytes of pixels that libvips has delivered
         self._dtype = np.dtype(np.uint16 if image.format == "ushort" else np.uint8)
         self._band: NDArray[np.uint8] | None = None  # as bytes
-        # One band waits here, one is being filled, one is with the caller.
+        # At most three bands exist: one queued here, one being filled, one with the caller.
         self._queue: queue.Queue[tuple[int, Rows] | Exception | None] = queue.Queue(maxsize=1)
         self._stop = threading.Event()
 
@@ -117,13 +114,13 @@ class BandPump:
                 if isinstance(item, pyvips.Error):
                     self._file.raise_failure()
                     raise InputError(
-                        f"{path}: cannot be decoded; it is damaged or cut off, or cut into too large strips: "
-                        f"{reason(item)}. Give an intact copy, saved anew."
+                        f"{path}: cannot be decoded; it is damaged, truncated, or stored in strips that are too large: "
+                        f"{reason(item)}. Save an intact copy again."
                     ) from item
                 if isinstance(item, Exception):
                     raise item
                 yield item
-                del item  # else this frame keeps the band through the next wait
+                del item  # else this frame would keep the band in memory during the next wait
             self._file.raise_failure()
         finally:
             self._stop.set()
@@ -143,13 +140,13 @@ class BandPump:
         target.on_write(self._write)
         try:
             self._image.rawsave_target(target)
-        except Exception as error:  # handed to the caller's thread
+        except Exception as error:  # raised again in the caller's thread
             self._put(error)
         else:
             self._put(None)
 
     def _write(self, data: Any) -> int:
-        """Take bytes from libvips; -1 tells it to stop."""
+        """Take bytes from libvips; returning -1 makes it stop."""
         pixels = np.frombuffer(data, np.uint8)
         width_px, height_px, channels = self._image.width, self._image.height, self._image.bands
         row_bytes = channels * width_px * self._dtype.itemsize
@@ -170,7 +167,7 @@ class BandPump:
         return taken
 
     def _put(self, item: tuple[int, Rows] | Exception | None) -> bool:
-        """Wait for room in the queue; False when nobody will take the item any more."""
+        """Wait for room in the queue; False if the caller has left the iteration."""
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
@@ -181,15 +178,16 @@ class BandPump:
 
 
 def reason(error: Exception) -> str:
-    """The first line that libvips wrote about an error, without its full stop."""
+    """The first line of a libvips error, without its full stop."""
     detail = str(getattr(error, "detail", error)).strip()
     return shown((detail.splitlines() or [str(error)])[0].strip().rstrip("."), 200)
 
 
 class RowSource:
-    """An uncompressed strip BigTIFF whose rows are made while it is read.
+    """An uncompressed BigTIFF, one strip per row, whose rows are supplied while libvips reads it.
 
-    Two bands exist at once: the one libvips reads, and the next, waiting or being made.
+    libvips' savers stream only from a file-like source. Two bands exist at once: the one that libvips reads, and the
+    next, queued or being made.
     """
 
     def __init__(self, width_px: int, height_px: int, kind: PixelKind) -> None:
@@ -199,14 +197,14 @@ class RowSource:
         self._header = _tiff_header(width_px, height_px, kind)
         self._size = len(self._header) + height_px * row_bytes
         self._position = 0
-        self._start, self._bytes = 0, memoryview(self._header)  # what is at hand: offset and content
+        self._start, self._bytes = 0, memoryview(self._header)  # offset and content of the current piece
         self._queue: queue.Queue[memoryview | None] = queue.Queue()
         self._room = threading.Semaphore(1)
         self._image: Any = None
         self.cancelled = threading.Event()
 
     def image(self) -> Any:
-        """The picture as libvips sees it, with the sRGB profile attached."""
+        """The libvips image, with the sRGB profile attached."""
         source = pyvips.SourceCustom()
         source.on_read(self._read)
         source.on_seek(self._seek)
@@ -217,34 +215,34 @@ class RowSource:
         return image
 
     def wait_for_room(self, timeout_s: float) -> bool:
-        """Wait until one more band may be made, or nobody will read it; False if the time is over before."""
+        """Wait until one more band may be put, or the source is cancelled; False after `timeout_s`."""
         return self._room.acquire(timeout=timeout_s)
 
     def put(self, rows: Rows, y0: int, y1: int) -> None:
-        """Hand over the band [y0, y1)."""
+        """Queue the band of rows [y0, y1)."""
         shape = y1 - y0, self.width_px, self.kind.channels
         assert (rows.shape, rows.itemsize) == (shape, self.kind.bits // 8), f"{rows.shape} {rows.dtype}"
         self._queue.put(np.ascontiguousarray(rows).data.cast("B"))
 
     def cancel(self) -> None:
-        """Wake both sides up: no more bands will come or be read."""
+        """End reading and writing: both sides stop waiting."""
         self.cancelled.set()
         if self._image is not None:
-            self._image.set_kill(True)  # what libvips has read already is not computed to the end
+            self._image.set_kill(True)  # else libvips would process the rows that it has read
         self._queue.put(None)
         self._room.release()
 
     def _read(self, count: int) -> memoryview | None:
-        """Bytes at the position; None, the end, after cancel()."""
+        """Bytes at the current position; None, the end of the file, after cancel()."""
         while self._start + len(self._bytes) <= self._position < self._size:
             self._start += len(self._bytes)
-            self._bytes = memoryview(b"")  # before the wait: the next band is being made meanwhile
+            self._bytes = memoryview(b"")  # freed before the wait, because the next band is being made meanwhile
             band = None if self.cancelled.is_set() else self._next()
             if band is None:
                 return None
             self._bytes = band
         offset = self._position - self._start
-        if offset < 0:  # libtiff goes back to the header at times, never to pixels
+        if offset < 0:  # libtiff sometimes reads the header again, but never pixels
             assert self._position < len(self._header), "libvips read rows a second time"
             data = memoryview(self._header)[self._position : self._position + count]
         else:
@@ -262,80 +260,8 @@ class RowSource:
         return self._position
 
 
-class FileTarget:
-    """A new file that a saver writes. The first error is kept: not every library under a saver passes it on.
-
-    on_begin() is called once, in libvips' thread, before anything is written: it has opened its other files by then.
-    """
-
-    def __init__(self, path: Path, cancelled: threading.Event, on_begin: Callable[[], None]) -> None:
-        self._file = path.open("x+b", buffering=0)
-        self._cancelled = cancelled
-        self._on_begin: Callable[[], None] | None = on_begin
-        self._unsynced = 0
-        self._failure: OSError | None = None
-
-    def target(self) -> Any:
-        """The file as libvips sees it."""
-        target = _target_with_a_name()
-        target.on_write(self._write)
-        target.on_read(self._read)  # libtiff reads its own directories
-        target.on_seek(self._seek)
-        return target
-
-    def close(self) -> None:
-        """Close the file. Raises the OSError that a write met, whatever the saver made of it."""
-        self._file.close()
-        if self._failure is not None:
-            raise self._failure
-
-    def _write(self, data: Any) -> int:
-        """Take all bytes; -1 tells libvips to give up."""
-        self._begin()
-        view = memoryview(data)
-        try:
-            while view and self._failure is None and not self._cancelled.is_set():
-                view = view[self._file.write(view) :]
-            self._unsynced += len(data)
-            if self._unsynced > _SYNC_BYTES:
-                os.fdatasync(self._file.fileno())
-                self._unsynced = 0
-        except OSError as error:
-            self._failure = error
-        return -1 if view or self._failure else len(data)
-
-    def _read(self, count: int) -> bytes | None:
-        try:
-            return self._file.read(count)
-        except OSError as error:
-            self._failure = error
-            return None
-
-    def _seek(self, offset: int, whence: int) -> int:
-        self._begin()
-        return self._file.seek(offset, whence)
-
-    def _begin(self) -> None:
-        if self._on_begin is not None:
-            self._on_begin()
-            self._on_begin = None
-
-
-def _target_with_a_name() -> Any:
-    """A custom target that libvips takes for a named file: then it puts what it keeps aside into files, not in memory.
-
-    A name can be given before a target is built alone, and building one would open the file of that name. Unbuilt ones
-    do as well: all that comes with the name, and no file, is its mention in errors.
-    """
-    target = pyvips.TargetCustom.__new__(pyvips.TargetCustom)
-    kind = pyvips.type_from_name("VipsTargetCustom")
-    pyvips.Target.__init__(target, pyvips.ffi.cast("VipsTarget*", pyvips.GObject.new_pointer_from_gtype(kind)))
-    target.set("filename", "the picture")
-    return target
-
-
 def _tiff_header(width_px: int, height_px: int, kind: PixelKind) -> bytes:
-    """All of an uncompressed RGB or RGBA BigTIFF but its pixels: little-endian, one strip per row.
+    """An uncompressed RGB or RGBA BigTIFF up to its first pixel: little-endian, one strip per row.
 
     Fields are (tag, type, values); a value block longer than 8 bytes follows the directory, in order.
     """
@@ -347,12 +273,12 @@ def _tiff_header(width_px: int, height_px: int, kind: PixelKind) -> bytes:
         (258, 3, [kind.bits] * kind.channels),
         (259, 3, [1]),  # no compression
         (262, 3, [2]),  # RGB
-        (273, 16, range(height_px)),  # where the rows are: filled in below
+        (273, 16, range(height_px)),  # offsets of the rows, filled in below
         (277, 3, [kind.channels]),
         (278, 4, [1]),  # rows per strip
         (279, 4, [row_bytes] * height_px),
         (284, 3, [1]),  # interleaved
-        *([(338, 3, [2])] if kind.alpha else []),  # the colours are not multiplied by it
+        *([(338, 3, [2])] if kind.alpha else []),  # alpha, not premultiplied
     ]
     directory_end = 16 + 8 + 20 * len(fields) + 8
     sizes = [struct.calcsize(f"<{len(values)}{types[number_type]}") for _, number_type, values in fields]

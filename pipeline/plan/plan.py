@@ -20,7 +20,7 @@ from pipeline.plan import checks
 from pipeline.plan.memory import StageWork, Workload
 from pipeline.plan.network_cost import LayerUse, layers_in_use
 from pipeline.plan.sizes import stage_sizes
-from pipeline.store.layout import ArraySpec, kept_files, stage_arrays
+from pipeline.store.layout import ArraySpec, StageLayout, kept_files
 
 # With 160 px of halo on each side a larger tile would save less than 4 % of the work.
 MAX_AUTO_TILE_PX = 2**14
@@ -188,7 +188,8 @@ def computed_px(size: Size, tile_px: int, halo: int) -> int:
 def arrays_of(config: Config, size: Size, layer_use: LayerUse, content: PixelKind | None) -> dict[str, ArraySpec]:
     """The arrays of pixels or features of a stage of `config` whose canvas has this (height, width)."""
     averaged, guides = config.optimizer.average > 0, layer_use.guides.arrays
-    return stage_arrays(size, config.store.chunk_px, config.state, layer_use.content_widths, averaged, content, guides)
+    layout = StageLayout(size, config.store.chunk_px, config.state, layer_use.content_widths, averaged, content, guides)
+    return layout.arrays()
 
 
 def _choose_tile(work: Workload, device_memory_bytes: int) -> int:

@@ -72,14 +72,8 @@ def export_canvas(
             _export_ome_zarr(output, (height, width), kind, read_rows, cancel, on_progress, on_whole)
         return
     writer.write_image(
-        output,
-        width,
-        height,
+        writer.ImageSpec(output, width, height, kind, options.compression, options.quality, options.pyramid),
         read_rows,
-        kind=kind,
-        compression=options.compression,
-        quality=options.quality,
-        pyramid=options.pyramid,
         on_progress=lambda share: on_progress(math.floor(share * 100), 100),
         cancel=cancel,
         on_whole=on_whole,

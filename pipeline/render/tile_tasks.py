@@ -343,7 +343,7 @@ def _gradient(
 def _written(spec: TileSpec, gradient_CHW: Tensor, seeds: _Seeds, tv_sum: float) -> GradientResult:
     gradient = open_array(spec.stage_dir, "gradient")
     # rounding is monotonic: the largest value stays the largest
-    max_abs = gradient.kept(float(torch.linalg.vector_norm(gradient_CHW, float("inf"))))
+    max_abs = gradient.rounded(float(torch.linalg.vector_norm(gradient_CHW, float("inf"))))
     if not np.isfinite(max_abs):
         raise ConfigError(
             f"the gradient of tile {spec.tile.index} of {spec.stage_dir.name} is not finite: compute.dtype "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config.config import Config, input_files
 from pipeline.images.header import read_header
-from pipeline.images.writer import check_output, refuse_unheeded
+from pipeline.images.output_check import check_output, refuse_unheeded
 from pipeline.network.weights import weights_bytes, widths_for_plan
 from pipeline.plan.device import Device, resolve_device
 from pipeline.plan.plan import Plan, make_plan

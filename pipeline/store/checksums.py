@@ -1,4 +1,4 @@
-"""CRC-32C, and how the journal keeps many of them: little-endian 32-bit numbers in base64."""
+"""CRC-32C, and the journal's form of many checksums: little-endian 32-bit numbers in base64."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ ChunkSums = dict[tuple[int, int], int]  # (chunk row, chunk column) → checksum
 
 
 def checksum(data: bytes | NDArray[Any], previous: int = 0) -> int:
-    """CRC-32C of a contiguous buffer, going on from `previous`."""
-    buffer: Any = data  # numpy types its arrays as buffers from Python 3.12 on only
+    """CRC-32C of a contiguous buffer, continued from the checksum `previous`."""
+    buffer: Any = data  # numpy declares its arrays as buffers only from Python 3.12 on
     return int(crc32c.crc32c(buffer, previous))
 
 
@@ -27,7 +27,7 @@ def packed(sums: Iterable[int]) -> str:
 
 @lru_cache(maxsize=64)
 def unpacked(text: str) -> NDArray[np.uint32]:
-    """The checksums of `packed`, in one row; not to be written to. Raises ValueError for any other text."""
+    """The inverse of `packed`, as a read-only vector. Raises ValueError for any other text."""
     return np.frombuffer(base64.b64decode(text, validate=True), "<u4")
 
 

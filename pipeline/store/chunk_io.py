@@ -1,7 +1,7 @@
-"""A chunk read or written in pieces, from its first row to its last.
+"""Reading or writing one chunk in pieces, from its first row to its last.
 
-What is done to a piece, its checksum included, is done while the piece is in the processor's cache; a whole chunk is
-larger than that. A compressed chunk is one piece to its codec, and is held whole.
+A piece fits in the processor's cache while it is read, checksummed, updated and written; a chunk does not. A compressed
+chunk is one block to its codec, so it is held in memory whole.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.errors import storage
-from pipeline.store.array import ChunkError, StageArray, read_all, write_all
+from pipeline.store.array import StageArray
 from pipeline.store.checksums import checksum
+from pipeline.store.chunk_file import ChunkError, read_all, write_all
 
 Array = NDArray[Any]
 
 
 class _ChunkStream:
-    """One chunk of an array, open for as long as a `with` block lasts."""
+    """One chunk of an array, open for the duration of a `with` block."""
 
     def __init__(self, array: StageArray, chunk: tuple[int, int], flags: int) -> None:
         self._array, self._chunk, self._path = array, chunk, array.chunk_path(*chunk)
@@ -34,7 +35,7 @@ class _ChunkStream:
             self._whole = np.empty(array.chunk_shape, array.dtype)
 
     def _next(self, piece: Array) -> Array:
-        """Where the next piece lies in a compressed chunk."""
+        """The view of the next piece in a compressed chunk."""
         start = self._offset // piece.itemsize
         return self._whole.reshape(-1)[start : start + piece.size].reshape(piece.shape)
 
@@ -44,10 +45,10 @@ class _ChunkStream:
 
 
 class ChunkReader(_ChunkStream):
-    """Reads a chunk as stored, border padding included, and checks it at the end of the block.
+    """Reads a chunk as stored, padding included, and verifies its checksum when the block ends.
 
-    Only there is known that the pieces were what was written: nothing that was made of them may count before.
-    Raises ChunkError for a missing, short or changed chunk, StorageError if the disk refuses.
+    Nothing that was computed from the pieces may be committed before. Raises ChunkError for a missing, short or changed
+    chunk, StorageError if the disk refuses.
     """
 
     def __init__(self, array: StageArray, chunk: tuple[int, int]) -> None:
@@ -59,7 +60,7 @@ class ChunkReader(_ChunkStream):
         return self
 
     def read(self, piece: Array) -> None:
-        """Fill `piece`, contiguous and of the stored dtype, with the values that come next."""
+        """Fill `piece`, contiguous and of the stored dtype, with the next values."""
         if self._array.raw:
             with storage(self._path):
                 read_all(self._descriptor, self._path, piece, self._offset)
@@ -84,14 +85,14 @@ class ChunkWriter(_ChunkStream):
 
     @property
     def checksum(self) -> int:
-        """Of all that was written."""
+        """The checksum of all values written so far."""
         return self._sum
 
     def __enter__(self) -> ChunkWriter:
         return self
 
     def write(self, piece: Array) -> None:
-        """Write the values that come next, contiguous and of the stored dtype."""
+        """Write the next values, contiguous and of the stored dtype."""
         if self._array.raw:
             with storage(self._path):
                 write_all(self._descriptor, piece, self._offset)

@@ -1,12 +1,12 @@
-"""The 16-bit encodings of the compact state: a canvas in fixed point, everything else in bfloat16.
+"""The 16-bit encodings of the compact state: fixed point for the canvas, bfloat16 for all else.
 
-    fixed16     0..255 in steps of 1/257: code = 257·value, so that every 8-bit level and 0..65535 are exact
+    fixed16     0..255 in steps of 1/257: code = 257·value, so that all 8-bit and 16-bit levels are exact
     bfloat16    the upper half of a float32: its range, 8 bits of precision
 
-Both are stored as uint16, because Zarr has neither. What changes by less than one step per iteration must be rounded
-stochastically: up with a probability equal to the part that is cut off. Rounded to nearest, the second moment v and a
-canvas under small steps would freeze. The random bytes are a function of (seed, stage, iteration, chunk) alone, so a
-task that runs twice, or after a crash, writes the same bits.
+Both are stored as uint16, because Zarr has neither. Values that change by less than one step per iteration are rounded
+stochastically, up with a probability equal to the fraction that is cut off: rounded to nearest, the second moment v and
+a canvas under small steps would freeze. The random bytes depend on (seed, stage, iteration, chunk) alone, so a task
+that runs twice, or again after a crash, writes the same bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Random = NDArray[np.uint8]
 
 _STEPS = np.float32(257)  # codes per level: 255 · 257 = 65535
 _QUIET_NAN = 0x7FC0
-# Largest |x − decoded(encoded(x))|/|x| of bfloat16 to nearest: half a unit of the last of 8 bits.
+# Largest |x − decoded(encoded(x))|/|x| of bfloat16, rounded to nearest: half a unit of the last of 8 bits.
 BFLOAT16_ROUNDING = 2.0**-8
 
 
@@ -56,15 +56,15 @@ class Encoding:
         return values
 
     def nearest(self, value: float) -> float:
-        """`value` as it reads after it was stored."""
+        """`value` rounded to the nearest value that can be stored."""
         return float(self.decoded(self.encoded(np.array([value], np.float32)))[0])
 
 
 class RoundingBytes:
-    """The random bytes of one chunk in one iteration, taken in the order of its values.
+    """The random bytes of one chunk in one iteration, in the order of its values.
 
-    Philox counts: (seed, stage, iteration) are its key, the chunk is the start of its counter, so no two chunks and no
-    two iterations share a byte, and nothing has to be kept between them.
+    Philox is a counter-based generator: (seed, stage, iteration) are its key and the chunk is the start of its counter,
+    so no two chunks or iterations share bytes, and no state is kept between them.
     """
 
     def __init__(self, seed: int, stage: int, iteration: int, chunk: tuple[int, int]) -> None:
@@ -75,7 +75,7 @@ class RoundingBytes:
         """The next bytes, as many as `shape` holds: a multiple of 8."""
         count = int(np.prod(shape))
         assert count % 8 == 0, shape
-        # little-endian wherever it runs, so that a run may go on on another machine
+        # little-endian on every machine, so that a run can be resumed on another one
         words: NDArray[Any] = self._bits.random_raw(count // 8)
         return words.astype("<u8", copy=False).view(np.uint8).reshape(shape)
 
@@ -87,7 +87,7 @@ def _decode_bfloat16(codes: Codes, out: Floats) -> None:
 
 
 def _encode_bfloat16(values: Floats, out: Codes) -> None:
-    """To nearest, ties to even; beyond the largest bfloat16 becomes infinite, as in float32; NaN stays NaN."""
+    """Round to nearest, ties to even; values beyond the largest bfloat16 become infinite; NaN stays NaN."""
     bits = values.view(np.uint32)
     rounded = np.right_shift(bits, 16)
     np.bitwise_and(rounded, 1, out=rounded)
@@ -97,10 +97,10 @@ def _encode_bfloat16(values: Floats, out: Codes) -> None:
 
 
 def _encode_bfloat16_stochastic(values: Floats, random: Random, out: Codes, scratch: NDArray[np.uint32]) -> None:
-    """What bfloat16 holds stays as it is; the chance of rounding up is right to 1/512."""
+    """Exact bfloat16 values are unchanged; the probability of rounding up is right to 1/512."""
     np.copyto(scratch, random)
     np.left_shift(scratch, 8, out=scratch)
-    np.add(scratch, 128, out=scratch)  # the mean of the byte that was not drawn
+    np.add(scratch, 128, out=scratch)  # the expected value of the lower byte, which is not drawn
     np.add(scratch, values.view(np.uint32), out=scratch)
     _keep_upper_half(values, scratch, out)
 
@@ -108,7 +108,7 @@ def _encode_bfloat16_stochastic(values: Floats, random: Random, out: Codes, scra
 def _keep_upper_half(values: Floats, rounded: NDArray[np.uint32], out: Codes) -> None:
     np.right_shift(rounded, 16, out=rounded)
     np.copyto(out, rounded, casting="unsafe")
-    if np.isnan(values.max(initial=-np.inf)):  # the carry may have made a number of it
+    if np.isnan(values.max(initial=-np.inf)):  # the carry can turn a NaN into a number
         out[np.isnan(values)] = _QUIET_NAN
 
 
@@ -124,24 +124,24 @@ def _encode_fixed16(values: Floats, out: Codes) -> None:
 
 
 def _encode_fixed16_stochastic(values: Floats, random: Random, out: Codes, scratch: NDArray[np.uint32]) -> None:
-    """In integers of 1/256 code, which the largest value fills exactly: a sum in float32 could round past it."""
+    """Computed in integers of 1/256 code: a sum in float32 could round past the largest code."""
     _refuse_outside(values)
     scaled = scratch.view(np.float32)
     np.multiply(values, _STEPS * 256, out=scaled)
     fine = scratch.view(np.int32)
-    np.rint(scaled, out=fine, casting="unsafe")  # each value onto its own bits
+    np.rint(scaled, out=fine, casting="unsafe")  # in place: int32 and float32 share the memory
     np.add(fine, random, out=fine)
     np.right_shift(fine, 8, out=fine)
     np.copyto(out, fine, casting="unsafe")
 
 
 def _refuse_outside(values: Floats) -> None:
-    """Fixed point has no infinity and no NaN: they would be stored as some colour."""
+    # Fixed point has neither infinity nor NaN: they would be stored as some colour.
     if values.size and not (values.min() >= 0 and values.max() <= 255):
         raise DamagedStateError(
-            f"a canvas holds values from {values.min():g} to {values.max():g}, which the compact state (0..255) cannot "
-            "keep: something computed wrongly, and the picture would be wrong. What was committed before is whole: "
-            "give the same command again. If it happens again, test the machine's memory."
+            f"a canvas has values from {values.min():g} to {values.max():g}, but the compact state holds 0..255: a "
+            "computation failed, and the image would be wrong. The last committed iteration is intact: run the same "
+            "command again to resume. If this happens again, test the machine's memory."
         )
 
 

@@ -1,4 +1,4 @@
-"""Which masks a stage has, and the names of their arrays."""
+"""The masks of a stage, and the names of their arrays."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.store.layout import CONTENT_GUIDE, guide_name, style_key
 
 @dataclass(frozen=True)
 class Guides:
-    """What guides the losses of a stage: this many masks of styles; maybe styles for the rest; maybe a content map."""
+    """Number of style masks, whether other styles cover the rest of the canvas, and whether there is a content map."""
 
     masks: int = 0
     rest: bool = False
@@ -17,16 +17,16 @@ class Guides:
 
     @property
     def regions(self) -> int:
-        """Regions with Grams of their own; 0 where all styles paint the whole canvas."""
+        """Number of regions with Gram matrices of their own; 0 if all styles apply to the whole canvas."""
         return self.masks + self.rest if self.masks else 0
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """The stage's arrays that keep them, one channel of 0..255 each."""
+        """The names of the mask arrays, of one uint8 channel each."""
         return *map(guide_name, range(self.masks)), *([CONTENT_GUIDE] if self.content else [])
 
     def keys(self, layer: str) -> tuple[str, ...]:
-        """The style terms of a layer: itself, or one per region."""
+        """The style keys of a layer: the layer itself, or one per region."""
         return tuple(style_key(layer, region) for region in range(self.regions)) or (layer,)
 
 

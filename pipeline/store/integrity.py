@@ -1,4 +1,4 @@
-"""Checking stored arrays against the checksums that the journal keeps of them."""
+"""Verifying stored arrays against the checksums in the journal."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ import numpy as np
 
 from pipeline.core.events import in_order
 from pipeline.executors.graph import Executor
-from pipeline.store.array import ChunkError, StageArray
+from pipeline.store.array import StageArray
+from pipeline.store.chunk_file import ChunkError
 
 OnProgress = Callable[[int, int], None]
-# A file, and why it cannot be trusted: a ChunkError, or the disk's own error.
+# A damaged or unreadable file, and its error.
 Finding = tuple[Path, ChunkError | OSError]
-# Chunks per task: the scheduler's cost is small beside them, and a stop comes soon.
+# Chunks per task: enough to hide the scheduler's overhead, few enough for a prompt stop.
 _CHUNKS_PER_TASK = 16
 
 
 @dataclass(frozen=True)
 class CheckSpec:
-    """Some chunks of an array: their contents if the array knows its checksums, else only that they can be whole."""
+    """Chunks to verify: their contents if the array has checksums, else only that the files exist at full size."""
 
     array: StageArray
     chunks: tuple[tuple[int, int], ...]
 
 
 def check_task(spec: CheckSpec) -> list[Finding]:
-    """Look at the chunks; gives what is wrong with them."""
+    """Verify the chunks and return the damaged ones."""
     buffer = np.empty(spec.array.chunk_shape, spec.array.dtype)
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for cy, cx in spec.chunks:
         try:
             if spec.array.checksums is None:
@@ -39,24 +40,24 @@ def check_task(spec: CheckSpec) -> list[Finding]:
             else:
                 spec.array.read_chunk(cy, cx, buffer)
         except (ChunkError, OSError) as error:
-            found.append((spec.array.chunk_path(cy, cx), error))
-    return found
+            findings.append((spec.array.chunk_path(cy, cx), error))
+    return findings
 
 
 def specs_of(array: StageArray, chunks: Sequence[tuple[int, int]]) -> list[CheckSpec]:
-    """The tasks that check these chunks."""
+    """The tasks that verify these chunks."""
     starts = range(0, len(chunks), _CHUNKS_PER_TASK)
     return [CheckSpec(array, tuple(chunks[start : start + _CHUNKS_PER_TASK])) for start in starts]
 
 
 def damage(specs: Sequence[CheckSpec], engine: Executor, on_progress: OnProgress) -> list[Finding]:
-    """All chunks that are not what was written, in the order of the specs."""
-    found = engine.map(check_task, specs, in_order(on_progress, len(specs)))
-    return list(itertools.chain.from_iterable(found))
+    """All damaged chunks, in the order of the specs."""
+    results = engine.map(check_task, specs, in_order(on_progress, len(specs)))
+    return list(itertools.chain.from_iterable(results))
 
 
 def require_intact(arrays: Sequence[StageArray], engine: Executor, on_progress: OnProgress) -> None:
-    """Raise what is wrong with the first chunk of the arrays that is not what was written, if there is one."""
+    """Raise the error of the first damaged chunk of the arrays, if there is one."""
     specs = [spec for array in arrays for spec in specs_of(array, array.chunk_indices())]
     for _path, error in damage(specs, engine, on_progress):
         raise error

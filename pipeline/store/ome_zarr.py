@@ -1,4 +1,4 @@
-"""Writing a picture as an OME-Zarr image pyramid."""
+"""Writing an image as an OME-Zarr pyramid."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def write_ome_zarr(
 ) -> None:
     """Write an OME-Zarr 0.5 image pyramid, axes (c, y, x), each level the 2×2 means of the one before.
 
-    `size`: (H, W). `read_rows(y0, y1)` gives (rows, W, channels) of uint8 or uint16, as `kind` says. At most one band
-    of chunk rows is in memory. Raises Stopped soon after `cancel` is set.
+    `size`: (H, W). `read_rows(y0, y1)` returns (rows, W, channels), uint8 or uint16 as `kind` says. At most one band of
+    chunk rows is in memory. Raises Stopped soon after `cancel` is set.
     """
     height, width = size
     group = zarr.create_group(path, overwrite=True)
     level = _create_level(path / "0", (height, width), kind, chunk_px)
     for y0 in range(0, height, chunk_px):
         rows_CHW = np.moveaxis(read_rows(y0, min(y0 + chunk_px, height)), 2, 0)
-        # a call per chunk: of several at once, zarr would go on with the others after one has failed
+        # One call per chunk: after a failure, zarr would still write the other chunks of the call.
         for x0 in range(0, width, chunk_px):
             level.set_block_selection((0, y0 // chunk_px, x0 // chunk_px), rows_CHW[:, :, x0 : x0 + chunk_px])
     levels = 1
@@ -56,12 +56,12 @@ def _create_level(path: Path, size: tuple[int, int], kind: PixelKind, chunk_px: 
 
 
 def _halve(fine: Any, coarse: Any, cancel: CancelToken) -> Any:
-    """Fill `coarse`, chunk by chunk, with the means of 2×2 squares of `fine` (a last odd row or column is dropped)."""
+    """Fill `coarse`, chunk by chunk, with the means of 2×2 squares of `fine`; a last odd row or column is dropped."""
     _, height, width = coarse.shape
     for cy, cx, part in chunks_of(Rect(0, height, 0, width), coarse.chunks[1]):
         cancel.raise_if_set()
         block = np.asarray(fine[:, 2 * part.y0 : 2 * part.y1, 2 * part.x0 : 2 * part.x1], np.uint32)
-        missing = (2 * part.height - block.shape[1], 2 * part.width - block.shape[2])  # a fine side of 1 px has no pair
+        missing = (2 * part.height - block.shape[1], 2 * part.width - block.shape[2])  # if a side is 1 px
         block = np.pad(block, ((0, 0), (0, missing[0]), (0, missing[1])), mode="edge")
         summed = block[:, 0::2, 0::2] + block[:, 0::2, 1::2] + block[:, 1::2, 0::2] + block[:, 1::2, 1::2]
         coarse.set_block_selection((0, cy, cx), ((summed + 2) // 4).astype(coarse.dtype))
@@ -74,11 +74,7 @@ def _ome_metadata(name: str, levels: int) -> dict[str, Any]:
         "multiscales": [
             {
                 "name": name,
-                "axes": [
-                    {"name": "c", "type": "channel"},
-                    {"name": "y", "type": "space"},
-                    {"name": "x", "type": "space"},
-                ],
+                "axes": [{"name": name, "type": "channel" if name == "c" else "space"} for name in "cyx"],
                 "datasets": [
                     {
                         "path": str(level),

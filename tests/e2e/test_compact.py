@@ -1,4 +1,4 @@
-"""Runs in 16 bits: the state on disk, the update pass on it, and that a picture and a resume are as they should be."""
+"""The compact state: arrays on disk, the update pass, the resulting image and resuming."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ def stage(tmp_path) -> Path:
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize("form", ["fixed16", "bfloat16"])
 def test_windows_are_values_and_chunks_are_16_bits(stage, form, codec):
-    """A pass that took codes for pixels would paint noise."""
+    """Reads must decode: codes used as pixels would be noise."""
     array = create(stage, "a", form, codec=codec)
     values = np.random.default_rng(0).uniform(0, 255, array.shape).astype(np.float32)
     sums = array.write_window(whole(array), values)
     checked = store.open_array(stage, "a", array.packed(sums))
-    found = checked.read_window(whole(array))
-    assert found.dtype == np.float32
-    assert np.abs(found - values).max() <= (0.5 if form == "bfloat16" else 0.002)
+    result = checked.read_window(whole(array))
+    assert result.dtype == np.float32
+    assert np.abs(result - values).max() <= (0.5 if form == "bfloat16" else 0.002)
     part = Rect(7, 50, 3, 41)
-    assert np.array_equal(checked.read_window(part), found[7:50, 3:41])
+    assert np.array_equal(checked.read_window(part), result[7:50, 3:41])
     chunk = np.empty(array.chunk_shape, np.uint16)
     checked.read_chunk(4, 2, chunk)
     assert not chunk[6:].any() and not chunk[:, 13:].any()  # beyond the border: zeros
-    assert array.kept(float(values[0, 0, 0])) == found[0, 0, 0]
+    assert array.rounded(float(values[0, 0, 0])) == result[0, 0, 0]
 
 
 def test_an_array_says_itself_what_its_numbers_mean(stage):
@@ -80,7 +80,7 @@ def test_an_array_says_itself_what_its_numbers_mean(stage):
 
 
 def test_an_encoding_of_a_later_version_is_refused(stage):
-    """Its numbers would be read as pixels."""
+    """An unknown encoding must be refused: its codes would be read as pixels."""
     create(stage, "canvas_0", "fixed16")
     path = stage / "canvas_0" / "zarr.json"
     path.write_text(path.read_text().replace("fixed16", "fixed24"))
@@ -92,7 +92,7 @@ def test_an_encoding_of_a_later_version_is_refused(stage):
 
 
 def fill(stage: Path, chunk_px: int, shape=(70, 45, 3)) -> dict[str, str]:
-    """A stage's state with random values; gives its checksums."""
+    """Fill a stage's state with random values; returns the checksums."""
     rng = np.random.default_rng(1)
     values = {
         "gradient": rng.normal(0, 0.01, shape),
@@ -111,11 +111,11 @@ def fill(stage: Path, chunk_px: int, shape=(70, 45, 3)) -> dict[str, str]:
 
 
 def update_all(stage: Path, sums: dict[str, str], rounding: tuple[int, int, int]) -> list[UpdateResult]:
-    """The update pass over a canvas whose gradient is written."""
+    """The update pass over a canvas whose gradient has been written."""
     gradient = store.open_array(stage, "gradient", sums["gradient"])
     specs = update_specs(stage, grid(*gradient.shape[:2], gradient.chunk_px), 0, AVERAGING, sums, rounding)
     written = ({chunk: gradient.checksums[chunk] for chunk in spec.chunks} for spec in specs)
-    return [update_task(replace(spec, gradient_sums=one)) for spec, one in zip(specs, written, strict=True)]
+    return [update_task(replace(spec, gradient_sums=sums)) for spec, sums in zip(specs, written, strict=True)]
 
 
 def chunk_files(stage: Path, names: tuple[str, ...]) -> dict[str, bytes]:
@@ -128,7 +128,7 @@ WRITTEN = ("canvas_1", "m_1", "v_1", "average_1")
 
 @pytest.mark.parametrize("chunk_px", [16, 48, 208])
 def test_a_compact_update_is_the_formulas_on_what_is_stored(stage, chunk_px):
-    """Unpacking by blocks, or a random byte at the wrong place, would be another optimiser."""
+    """Processing by blocks must give the same values and use the same random bytes."""
     sums = fill(stage, chunk_px, (250, 225, 3) if chunk_px == 208 else (70, 45, 3))  # 208: a chunk of two blocks
     arrays = [store.open_array(stage, name) for name in NAMES]
     made = update_all(stage, sums, (7, 2, 5))
@@ -144,15 +144,15 @@ def test_a_compact_update_is_the_formulas_on_what_is_stored(stage, chunk_px):
         abs_u = adam.update(gradient, canvas, m, v, np.empty_like(canvas), AVERAGING)
         adam.move_average(average, canvas, np.empty_like(canvas), 0.3)
         random = RoundingBytes(7, 2, 5, (cy, cx)).take(canvas.shape)
-        wanted = [np.empty(canvas.shape, np.uint16) for _ in range(4)]
-        FIXED16.encode_stochastic(canvas, random, wanted[0], np.empty(canvas.shape, np.uint32))
-        BFLOAT16.encode(m, wanted[1])
-        BFLOAT16.encode_stochastic(v, random, wanted[2], np.empty(canvas.shape, np.uint32))
-        FIXED16.encode_stochastic(average, random, wanted[3], np.empty(canvas.shape, np.uint32))
-        for name, codes in zip(WRITTEN, wanted, strict=True):
-            found = np.empty(codes.shape, np.uint16)
-            store.open_array(stage, name).read_chunk(cy, cx, found)
-            assert np.array_equal(found, codes), name
+        expected = [np.empty(canvas.shape, np.uint16) for _ in range(4)]
+        FIXED16.encode_stochastic(canvas, random, expected[0], np.empty(canvas.shape, np.uint32))
+        BFLOAT16.encode(m, expected[1])
+        BFLOAT16.encode_stochastic(v, random, expected[2], np.empty(canvas.shape, np.uint32))
+        FIXED16.encode_stochastic(average, random, expected[3], np.empty(canvas.shape, np.uint32))
+        for name, codes in zip(WRITTEN, expected, strict=True):
+            result = np.empty(codes.shape, np.uint16)
+            store.open_array(stage, name).read_chunk(cy, cx, result)
+            assert np.array_equal(result, codes), name
         inside = abs_u[arrays[0].valid_part(cy, cx)]
         largest, total = max(largest, inside.max()), total + inside.sum(dtype=np.float64)
     assert max(result.max_abs_u for result in made) == largest
@@ -160,7 +160,7 @@ def test_a_compact_update_is_the_formulas_on_what_is_stored(stage, chunk_px):
 
 
 def test_a_task_that_runs_twice_writes_the_same_bytes_and_another_iteration_others(stage):
-    """After a crash, or on a cluster, any task may run again."""
+    """Any task may run again after a crash, and must write the same bytes."""
     sums = fill(stage, 16)
     written = []
     for rounding in ((7, 2, 5), (7, 2, 5), (7, 2, 6), (7, 3, 5), (8, 2, 5)):
@@ -189,14 +189,14 @@ def last_iteration(folder: Path, state: str, **optimizer) -> tuple[dict, np.ndar
 
 
 def test_a_compact_run_ends_like_a_float_one(tmp_path):
-    """Half the disk must not cost the picture."""
+    """The compact state must give as good a result as float32."""
     float_, compact = (last_iteration(tmp_path, state, max_iterations=40)[0] for state in ("float", "compact"))
     for name in ("objective", "mean_abs_u", "alpha"):
         assert compact[name] == pytest.approx(float_[name], rel=0.03), name
 
 
 def test_a_compact_run_begins_like_a_float_one(tmp_path):
-    """A few iterations in, before small differences have grown, every pixel is where it should be."""
+    """After a few iterations, before small differences grow, the canvases must be close."""
     canvases = [last_iteration(tmp_path, state, max_iterations=3)[1] for state in ("float", "compact")]
     difference = np.abs(canvases[0] - canvases[1])
     assert 0 < np.median(difference) < 0.4  # of steps of 12.8
@@ -204,7 +204,7 @@ def test_a_compact_run_begins_like_a_float_one(tmp_path):
 
 
 def test_a_16_bit_export_is_the_canvas_itself(tmp_path):
-    """Nothing is lost on the way out: a code of the canvas is a level of the file."""
+    """A code of the canvas is a level of a 16-bit file."""
     config = write_run(tmp_path, store=COMPACT, output="out.tif", export={"bits": 16}, initial_size=80)
     picture = read_picture(pipeline.run(pipeline.load_config(config)))
     canvas = zarr.open_array(tmp_path / "run" / "store.zarr" / "stage_0" / "canvas_0", mode="r")
@@ -215,7 +215,7 @@ def test_a_16_bit_export_is_the_canvas_itself(tmp_path):
 
 @pytest.mark.parametrize("keys", [{}, {"loss": {"style_weight": 0}}, {"compute": {"tile_px": 32}}])
 def test_a_compact_picture_in_its_own_style_is_left_as_it_is(tmp_path, keys):
-    """The content's features are rounded: that alone must not be taken for something to optimise."""
+    """The rounding of the content's features must not be treated as a difference to optimise."""
     content = write_image(tmp_path / "content.png", 70, 52, seed=1)
     config = write_run(tmp_path, store=COMPACT, styles=[{"image": "content.png"}], initial_size=80, **keys)
     write_image(tmp_path / "content.png", 70, 52, seed=1)
@@ -228,7 +228,7 @@ def test_a_compact_picture_in_its_own_style_is_left_as_it_is(tmp_path, keys):
 @settings(max_examples=5)
 @given(st.integers(0, 3))
 def test_noise_start_and_first_step_keep_their_promise(tmp_path_factory, seed):
-    """target_pixel_change is the largest change by the first step, of the gradient as it is stored."""
+    """target_pixel_change is the largest change in the first step, from the gradient as stored."""
     folder = tmp_path_factory.mktemp("first")
     keys = {"init": "noise", "seed": seed, "initial_size": 80, "compute": {"tile_px": 32}}
     config = write_run(folder, store=COMPACT, optimizer={"max_iterations": 1, "target_pixel_change": 12.8}, **keys)
@@ -242,17 +242,17 @@ def test_noise_start_and_first_step_keep_their_promise(tmp_path_factory, seed):
     moved = np.abs(read_canvas(folder / "run", 0) - before[0])
     (record,) = [record for record in journal(folder / "run") if record["type"] == "iteration"]
     assert record["alpha"] * record["max_abs_u"] == pytest.approx(12.8, rel=1e-5)  # b of the first step is 1
-    assert 10 < moved.max() <= 12.8 + 1 / 257  # less where it is clipped
+    assert 10 < moved.max() <= 12.8 + 1 / 257  # less if clipped
 
 
 def test_tiles_do_not_change_a_compact_run(tmp_path):
-    """The tile may differ after a resume on another machine; the rounding belongs to chunks."""
+    """Tile sizes may differ after a resume on another machine, so the rounding depends on chunks only."""
     runs = []
     for tile_px in (32, 64):
         config = write_run(tmp_path / str(tile_px), store=COMPACT, compute={"tile_px": tile_px, "dtype": "float32"})
         pipeline.run(pipeline.load_config(config))
         runs.append(read_canvas(config.with_name("run"), 0))
-    assert np.abs(runs[0] - runs[1]).mean() < 0.02  # float32 sums of other tiles, no more
+    assert np.abs(runs[0] - runs[1]).mean() < 0.02  # only the float32 sums of other tiles differ
 
 
 # --- killed ---
@@ -273,7 +273,7 @@ def nursery(tmp_path_factory):
 
 
 def test_a_compact_run_killed_in_both_slots_ends_with_the_same_bits(nursery, tmp_path):
-    """Rounding by chance must fall the same way again: in every pass, from either slot, in every stage."""
+    """A resumed run must round stochastically in the same way, in every pass, slot and stage."""
     unbroken = write_two_stages(tmp_path / "unbroken")
     child = nursery.run("run", "-c", unbroken, "--log-format", "json")
     assert child.wait() == 0, child.err

@@ -1,4 +1,4 @@
-"""Crops at full resolution: a part of what the run will make, from the stage that it has finished."""
+"""Crops at full resolution, rendered from the last finished stage of a run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import crop, images, load_config, run
-from pipeline.commands.preview.crop import regions, scaled
-from pipeline.commands.preview.whole_image import WholeImage, WholeImageEstimate
+from pipeline.commands.preview.regions import regions, scaled
+from pipeline.commands.preview.whole_image import WholeImage
 from pipeline.core.errors import Stopped
 from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import ALIGN_PX
-from tests.support.crops import CONTENT_PX, SHALLOW, stopped_before
+from tests.support.crops import CONTENT_PX, SHALLOW, no_estimate, stopped_before
 from tests.support.e2e import canvases, make_call, read_picture, write_run
 
 
@@ -40,7 +40,9 @@ def begun(tmp_path_factory) -> Path:
         optimizer={"max_iterations": 6, "target_pixel_change": 6.0},
     )
     pixels = read_picture(config.parent / "content.png")
-    pixels[:, 100:] = 20 + pixels[:, 100:] // 8  # the right third is dark and smooth: a part is not like the whole
+    pixels[:, 100:] = (
+        20 + pixels[:, 100:] // 8
+    )  # the right third is dark and smooth, so its statistics differ from the whole image's
     pyvips.Image.new_from_array(pixels, interpretation="srgb").write_to_file(str(config.parent / "content.png"))
     stopped_before(config, 2)
     return config.parent
@@ -48,29 +50,28 @@ def begun(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def config(begun, tmp_path) -> Path:
-    """A copy of it, for one test to change."""
+    """A copy of the run, which one test may change."""
     shutil.copytree(begun, tmp_path / "begun")
     return tmp_path / "begun" / "config.yaml"
 
 
-# --- what it shows ---------------------------------------------------------------------------------------------------
+# --- the result ------------------------------------------------------------------------------------------------------
 
 
 def test_crop_of_everything_is_the_run(config):
-    """What is seen in a crop would not be what the run makes: here, where nothing is estimated, bit for bit."""
-    found = read_picture(crop(load_config(config), Rect(0, 110, 0, 150)))
+    """With nothing to estimate, the crop must be the run's result bit for bit."""
+    result = read_picture(crop(load_config(config), Rect(0, 110, 0, 150)))
     run(load_config(config))
-    np.testing.assert_array_equal(found, read_picture(config.parent / "out.png"))
+    np.testing.assert_array_equal(result, read_picture(config.parent / "out.png"))
 
 
 def test_crop_is_closer_to_the_run_with_the_whole_pictures_grams(config, monkeypatch):
-    """A corner alone would be given the style of the whole picture, and look otherwise than it will."""
+    """Without the estimate, the whole style would be matched within the corner."""
     module: Any = sys.modules["pipeline.commands.preview.crop"]
     monkeypatch.setattr(module, "_SPREAD_PX", 0)
     rect = Rect(40, 72, 100, 150)
     with_whole = read_picture(crop(load_config(config), rect)).astype(float)
-    nothing = lambda whole, stage, part: WholeImageEstimate({}, dict.fromkeys(stage.layer_use.content_layers, 1.0))  # noqa: E731
-    monkeypatch.setattr(WholeImage, "known", nothing)
+    monkeypatch.setattr(WholeImage, "estimate", no_estimate)
     alone = read_picture(crop(load_config(config), rect)).astype(float)
     run(load_config(config))
     real = read_picture(config.parent / "out.png")[40:72, 100:150].astype(float)
@@ -80,28 +81,28 @@ def test_crop_is_closer_to_the_run_with_the_whole_pictures_grams(config, monkeyp
 
 @pytest.mark.parametrize("color", ["content", "luminance"])
 def test_crop_has_the_colours_of_the_whole(tmp_path, color):
-    """A crop of the sky would be matched to the sky's colours, and not to the picture's."""
+    """Colours must be matched to the whole image's, not to the crop's."""
     config = write_run(tmp_path, CONTENT_PX, initial_size=76, network=SHALLOW)
     stopped_before(config, 1, f"color={color}")
     settings = load_config(config, (f"color={color}",))
-    found = read_picture(crop(settings, Rect(0, 110, 0, 150)))
+    result = read_picture(crop(settings, Rect(0, 110, 0, 150)))
     run(settings)
-    np.testing.assert_array_equal(found, read_picture(config.parent / "out.png"))
-    assert crop(settings, Rect(0, 30, 0, 40)).exists()  # of a part, nothing can be compared
+    np.testing.assert_array_equal(result, read_picture(config.parent / "out.png"))
+    assert crop(settings, Rect(0, 30, 0, 40)).exists()  # a part has no reference to compare with
 
 
 def test_crop_through_several_stages_goes_on_from_its_own(config, begun):
-    """Of a run that has finished only its first stage, the crop would skip what the stages between do."""
+    """If several stages are missing, the crop must render all of them."""
     shutil.rmtree(config.parent / "run")
     stopped_before(config, 1)
     assert read_picture(crop(load_config(config), Rect(10, 40, 20, 60))).shape == (30, 40, 3)
-    found = read_picture(crop(load_config(config), Rect(0, 110, 0, 150)))
+    result = read_picture(crop(load_config(config), Rect(0, 110, 0, 150)))
     run(load_config(config))
-    np.testing.assert_array_equal(found, read_picture(config.parent / "out.png"))
+    np.testing.assert_array_equal(result, read_picture(config.parent / "out.png"))
 
 
 def test_finished_stage_is_cut_and_not_rendered(config, call):
-    """The crop of what is there already would be rendered again, and be another picture."""
+    """A crop of a finished stage must be cut from its canvas, not rendered again."""
     export = config.parent / "stage.png"
     assert call("export", "-c", config, "--stage", 1, "-o", export).code == 0
     outcome = call("preview", "-c", config, "--crop", "60,20,50,41", "--stage", 1)
@@ -111,11 +112,11 @@ def test_finished_stage_is_cut_and_not_rendered(config, call):
     np.testing.assert_array_equal(read_picture(Path(outcome.out.strip())), read_picture(export)[y0:y1, x0:x1])
 
 
-# --- what it leaves alone --------------------------------------------------------------------------------------------
+# --- the run is unchanged --------------------------------------------------------------------------------------------
 
 
 def test_the_run_is_only_read(config, call):
-    """A crop made beside a run at work would change what it makes, or leave folders behind."""
+    """A crop must not change an active run, or leave folders behind."""
     before = canvases(config.parent / "run"), (config.parent / "run" / "journal.jsonl").read_bytes()
     outcome = call("preview", "-c", config, "--crop", "60,20,50,41")
     assert outcome.code == 0, outcome.err
@@ -125,7 +126,7 @@ def test_the_run_is_only_read(config, call):
 
 
 def test_stopped_crop_leaves_nothing(config):
-    """A gigabyte of a crop that was stopped would stay, and half a picture."""
+    """A stopped crop must leave neither temporary files nor an incomplete image."""
     stop = threading.Event()
     with pytest.raises(Stopped):
         crop(load_config(config), Rect(20, 61, 60, 110), sink=lambda event: stop.set(), stop=stop)
@@ -134,10 +135,10 @@ def test_stopped_crop_leaves_nothing(config):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told", "code"),
+    ("arguments", "message", "code"),
     [
         (["--crop", "100,0,51,10"], "150×110", 3),
-        (["--crop", "0,0,0,10"], "is not a part of the picture", 3),
+        (["--crop", "0,0,0,10"], "is not inside the image", 3),
         (["--crop", "0,0,10"], "x,y,width,height", 2),
         (["--crop", "-1,0,10,10"], "x,y,width,height", 2),
         (["--crop", "0,0,10,10", "--stage", "3"], "the run's stages are 0 to 2", 3),
@@ -148,18 +149,18 @@ def test_stopped_crop_leaves_nothing(config):
         (["--crop", "0,0,10,10", "-o", "content.png"], "is the config's content", 3),
     ],
 )
-def test_wrong_crops_are_refused(begun, call, monkeypatch, arguments, told, code):
-    """A typing error would render another part, or another picture than the run."""
+def test_wrong_crops_are_refused(begun, call, monkeypatch, arguments, message, code):
+    """A typing error must not render another part, or another image than the run's."""
     monkeypatch.chdir(begun)
     before = sorted(begun.rglob("*"))
     outcome = call("preview", "-c", "config.yaml", *arguments)
     assert outcome.code == code, outcome.err
-    assert told in " ".join(outcome.err.split())
+    assert message in " ".join(outcome.err.split())
     assert sorted(begun.rglob("*")) == before
 
 
 def test_run_without_a_finished_stage_says_what_to_do(tmp_path, call):
-    """Nothing could be known of the whole picture: the user would wait for an error at the end, or be shown a guess."""
+    """Without a finished stage nothing can be estimated, and the error must say what to do."""
     config = write_run(tmp_path, CONTENT_PX)
     stopped_before(config, 0)
     outcome = call("preview", "-c", config, "--crop", "0,0,10,10")
@@ -174,20 +175,20 @@ sides = st.integers(20, 3000)
 
 @given(st.data())
 def test_regions_hold_the_crop_and_what_the_next_is_enlarged_from(data):
-    """Pixels would be read that nobody rendered: another picture at the crop's edge, or a failure after hours."""
+    """Every region must contain the pixels that the next one is enlarged from."""
     height, width = data.draw(sides), data.draw(sides)
     sizes = [(max(1, height >> shift), max(1, width >> shift)) for shift in (2, 1, 0)]
     y0, x0 = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     rect = Rect(y0, data.draw(st.integers(y0 + 1, height)), x0, data.draw(st.integers(x0 + 1, width)))
     around = data.draw(st.integers(0, 300))
-    found = regions(rect, sizes, [around] * 3)
-    for size, region in zip(sizes, found, strict=True):
+    result = regions(rect, sizes, [around] * 3)
+    for size, region in zip(sizes, result, strict=True):
         own = scaled(rect, sizes[-1], size).grown(around, *size)
         assert region.intersection(own) == own
         assert all(
             edge % ALIGN_PX == 0 or edge == side for edge, side in zip(region, (0, size[0], 0, size[1]), strict=True)
         )
         assert 0 <= region.y0 < region.y1 <= size[0] and 0 <= region.x0 < region.x1 <= size[1]
-    for below, above, size, larger in zip(found, found[1:], sizes, sizes[1:], strict=False):
+    for below, above, size, larger in zip(result, result[1:], sizes, sizes[1:], strict=False):
         window = Rect(*images.source_window(above, size, larger)) if size != larger else above
         assert below.intersection(window) == window

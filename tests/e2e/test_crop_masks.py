@@ -1,4 +1,4 @@
-"""Crops of pictures with masks: each style as the run paints it there, of whose mask the region has only a part."""
+"""Crops of runs with masks, where the region contains only a part of each mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyvips
 
 import pipeline
 from pipeline import crop, load_config, run
-from pipeline.commands.preview.whole_image import WholeImage, WholeImageEstimate
+from pipeline.commands.preview.whole_image import WholeImage
 from pipeline.core.errors import ConfigError
 from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import LAYER_BY_NAME
@@ -26,7 +26,7 @@ from pipeline.render.preparation import Prepared, prepare
 from pipeline.render.stage import Stage
 from pipeline.store.array import open_array
 from pipeline.store.guides import Guides
-from tests.support.crops import CONTENT_PX, SHALLOW, stopped_before
+from tests.support.crops import CONTENT_PX, SHALLOW, no_estimate, stopped_before
 from tests.support.e2e import read_picture, write_picture, write_run
 from tests.support.inputs import write_config, write_image
 from tests.support.masks import ramp
@@ -40,15 +40,14 @@ KEYS: dict[str, Any] = {
 }
 
 
-def squares(found: np.ndarray, real: np.ndarray) -> float:
-    assert found.shape == real.shape
-    return float(np.square(found.astype(float) - real).mean())
+def squares(result: np.ndarray, real: np.ndarray) -> float:
+    assert result.shape == real.shape
+    return float(np.square(result.astype(float) - real).mean())
 
 
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Crops know nothing of the whole picture from now on."""
-    nothing = lambda whole, stage, part: WholeImageEstimate({}, dict.fromkeys(stage.layer_use.content_layers, 1.0))  # noqa: E731
-    monkeypatch.setattr(WholeImage, "known", nothing)
+    """From now on crops have no estimate of the whole image."""
+    monkeypatch.setattr(WholeImage, "estimate", no_estimate)
 
 
 # --- the objective ---
@@ -56,7 +55,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class _Measured:
-    """A stage of a canvas that is a picture or a part of one: its weighted sums, and its gradient in float64."""
+    """A stage whose canvas is an image or a region of one: its weighted sums, and its gradient in float64."""
 
     stage: Stage
     prepared: Prepared
@@ -72,7 +71,7 @@ class _Measured:
 
 
 def part_of(folder: Path, weights: Path, engine: ThreadExecutor, rect: Rect, kind: str) -> _Measured:
-    """A part of a picture of 96×240 px with four styles, two masks, a rest and a content map, prepared from files."""
+    """A region of an image of 96×240 px with four styles, two masks, a rest and a content map."""
     folder.mkdir()
     size, rows, columns = (96, 240), slice(*rect[:2]), slice(*rect[2:])
     for name, seed in (("content", 1), ("start", 2)):
@@ -101,14 +100,14 @@ def part_of(folder: Path, weights: Path, engine: ThreadExecutor, rect: Rect, kin
 
 @pytest.mark.parametrize("kind", ["normalized", "gatys"])
 def test_with_the_wholes_grams_a_regions_gradient_is_the_wholes(tmp_path, narrow_weights, kind):
-    """A mask of which the region has a tenth would paint there ten times as strong, or a tenth, as in the run."""
+    """The strength of a style must not depend on how much of its mask is in the region."""
     everything, rect, halo = Rect(0, 96, 0, 240), Rect(0, 96, 80, 208), 32
     with ThreadExecutor(2) as engine:
         whole = part_of(tmp_path / "whole", narrow_weights, engine, everything, kind)
         region = part_of(tmp_path / "region", narrow_weights, engine, rect, kind)
         areas = whole.prepared.areas
         assert region.stage.layer_use.guides == Guides(masks=2, rest=True, content=True)
-        assert 0 < region.prepared.areas["conv2_1_r0"] < 0.9 * areas["conv2_1_r0"]  # some of it
+        assert 0 < region.prepared.areas["conv2_1_r0"] < 0.9 * areas["conv2_1_r0"]  # a part of the mask
         assert region.prepared.areas["conv2_1_r1"] == 0 < areas["conv2_1_r1"]  # nothing
         own, of_whole = region.sums(), whole.sums()
         grams = {
@@ -119,9 +118,9 @@ def test_with_the_wholes_grams_a_regions_gradient_is_the_wholes(tmp_path, narrow
             for layer in SHALLOW["content_layers"]
         }
         energies = {layer: energy * share[layer] for layer, energy in whole.prepared.content_energies.items()}
-        found = region.gradient(energies, grams)[:, halo:-halo]
-        wanted = whole.gradient(dict(whole.prepared.content_energies), {})[:, 80:208][:, halo:-halo]
-        assert relative(found, wanted) < EXACT
+        result = region.gradient(energies, grams)[:, halo:-halo]
+        expected = whole.gradient(dict(whole.prepared.content_energies), {})[:, 80:208][:, halo:-halo]
+        assert relative(result, expected) < EXACT
 
 
 # --- against the run ---
@@ -129,14 +128,14 @@ def test_with_the_wholes_grams_a_regions_gradient_is_the_wholes(tmp_path, narrow
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory) -> tuple[Path, np.ndarray]:
-    """The folder of a run of 76 and 150 px with masks whose first stage is finished, and its picture in the end.
+    """The folder of a run of 76 and 150 px with masks whose first stage is finished, and its final image.
 
     One mask is black in the right half, one in the upper; two styles share the first, one has none.
     """
     folder = tmp_path_factory.mktemp("masked")
     for index in range(4):
         write_picture(folder / f"style{index}.png", 60 - 5 * index, 50, seed=20 + 7 * index)
-    # smaller than the canvas, as drawn by hand: every stage resizes them
+    # smaller than the canvas, so every stage resizes them
     left, lower = 255 - ramp(55, 75, 0.2, 0.35), np.ascontiguousarray(ramp(75, 55, 0.7, 0.9).T)
     names = [write_mask(folder, left), write_mask(folder, lower), None, write_mask(folder, left)]
     styles = [{"image": f"style{index}.png", "mask": name} for index, name in enumerate(names)]
@@ -149,13 +148,13 @@ def begun(tmp_path_factory) -> tuple[Path, np.ndarray]:
 
 @pytest.fixture
 def config(begun, tmp_path) -> Path:
-    """A copy of it, for one test to change."""
+    """A copy of the run, which one test may change."""
     shutil.copytree(begun[0], tmp_path / "begun")
     return tmp_path / "begun" / "config.yaml"
 
 
 def test_crop_of_everything_with_masks_is_the_run(config, begun):
-    """Masks that lie elsewhere than in the run, by a pixel, would show styles where they will not be."""
+    """Masks must be where they are in the run, to the pixel."""
     np.testing.assert_array_equal(read_picture(crop(load_config(config), EVERYTHING)), begun[1])
 
 
@@ -165,11 +164,11 @@ def test_crop_of_everything_with_masks_is_the_run(config, begun):
     ids=["all", "rest", "one mask"],
 )
 def test_corner_is_closer_to_the_run_with_every_masks_own_grams(config, begun, monkeypatch, rect, black):
-    """The part would be given each style as if it were all that the mask has, and look otherwise than it will."""
+    """Without the estimate, each style would be matched within the region's part of its mask."""
     monkeypatch.setattr(sys.modules["pipeline.commands.preview.crop"], "_SPREAD_PX", 0)
     areas: list[Any] = []
     iterations = Iterations.__post_init__
-    monkeypatch.setattr(Iterations, "__post_init__", lambda one: (areas.append(one.areas), iterations(one))[1])
+    monkeypatch.setattr(Iterations, "__post_init__", lambda self: (areas.append(self.areas), iterations(self))[1])
     with_whole = read_picture(crop(load_config(config), rect))
     (own,) = areas
     assert {key for key, area in own.items() if area == 0} == {
@@ -182,28 +181,28 @@ def test_corner_is_closer_to_the_run_with_every_masks_own_grams(config, begun, m
 
 
 def test_content_map_alone(tmp_path, monkeypatch):
-    """The content would be kept where it is to be free, or as strongly as in a picture that is like the part."""
+    """The content map must have the effect that it has in the run."""
     content_mask = write_mask(tmp_path, ramp(110, 150, 0.4, 0.7))
     config = write_run(tmp_path, CONTENT_PX, loss={"content_mask": content_mask, "content_weight": 0.5}, **KEYS)
     stopped_before(config, 1)
-    found = read_picture(crop(load_config(config), EVERYTHING))
+    result = read_picture(crop(load_config(config), EVERYTHING))
     monkeypatch.setattr(sys.modules["pipeline.commands.preview.crop"], "_SPREAD_PX", 0)
     rect = Rect(0, 30, 110, 150)
     with_whole = read_picture(crop(load_config(config), rect))
     alone(monkeypatch)
     without = read_picture(crop(load_config(config), rect))
     real = read_picture(run(load_config(config)))
-    np.testing.assert_array_equal(found, real)
+    np.testing.assert_array_equal(result, real)
     part = real[rect.y0 : rect.y1, rect.x0 : rect.x1]
     assert squares(with_whole, part) < 0.7 * squares(without, part)
 
 
-# --- little, or nothing ---
+# --- masks with little or no area ---
 
 
-@pytest.mark.parametrize(("tv_weight", "most"), [(0.0, 0), (1.0, 3)])
-def test_part_that_nothing_paints_is_left_as_the_run_leaves_it(tmp_path, monkeypatch, tv_weight, most):
-    """No style and no content has a say there: 0/0 would be a crop of NaN, or a step of fixed size one of noise."""
+@pytest.mark.parametrize(("tv_weight", "max_difference"), [(0.0, 0), (1.0, 3)])
+def test_part_that_nothing_paints_is_left_as_the_run_leaves_it(tmp_path, monkeypatch, tv_weight, max_difference):
+    """Without style and content the gradient is 0: the crop must be neither NaN nor noise of Adam's first step."""
     monkeypatch.setattr(sys.modules["pipeline.commands.preview.crop"], "_SPREAD_PX", 0)
     write_picture(tmp_path / "start.png", *CONTENT_PX, seed=5)
     styles = [{"image": "style.png", "mask": write_mask(tmp_path, 255 - ramp(110, 150, 0.1, 0.2))}]
@@ -212,25 +211,25 @@ def test_part_that_nothing_paints_is_left_as_the_run_leaves_it(tmp_path, monkeyp
     config = write_run(tmp_path, CONTENT_PX, styles=styles, **{**KEYS, **texture})
     stopped_before(config, 1)
     rect = Rect(20, 80, 110, 150)
-    found = read_picture(crop(load_config(config), rect))
+    result = read_picture(crop(load_config(config), rect))
     real = read_picture(run(load_config(config)))[rect.y0 : rect.y1, rect.x0 : rect.x1]
-    assert np.abs(found.astype(int) - real).max() <= most
+    assert np.abs(result.astype(int) - real).max() <= max_difference
 
 
 def test_mask_that_the_finished_stage_has_nothing_of(tmp_path):
-    """A stage may have styles of its own, and small ones lose fine masks: of these nothing is known."""
+    """The finished stage may lack a mask, by its own styles or because it is too fine: then there is no estimate."""
     faint = np.zeros((110, 150), np.uint8)
     faint[50, 75] = 1
     early = {"up_to": 100, "styles": [{"image": "style.png"}]}
     styles = [{"image": "style.png"}, {"image": "content.png", "mask": write_mask(tmp_path, faint)}]
     config = write_run(tmp_path, CONTENT_PX, styles=styles, stages=[early], **KEYS)
     stopped_before(config, 1)
-    found = read_picture(crop(load_config(config), EVERYTHING))
-    np.testing.assert_array_equal(found, read_picture(run(load_config(config))))
+    result = read_picture(crop(load_config(config), EVERYTHING))
+    np.testing.assert_array_equal(result, read_picture(run(load_config(config))))
 
 
 def test_grams_of_the_whole_are_planned(tmp_path):
-    """A crop would take more memory than its config allows, and be killed for it."""
+    """Otherwise a crop would exceed its memory limit."""
     write_picture(tmp_path / "mask.png", *(size := (1000, 700)))
     styles = [{"image": "style.png", "mask": "mask.png"}, {"image": "style.png"}]
     network = {"name": "random", "style_layers": {"conv5_1": 1.0}}
@@ -245,8 +244,8 @@ def test_grams_of_the_whole_are_planned(tmp_path):
         assert pipeline.plan(at_limit).projected_mem_bytes <= limit
         return module._planned(at_limit, Device("cpu", "cpu", 0))
 
-    found = planned(plan.projected_mem_bytes)
-    assert found.tile_px < plan.tile_px and found.projected_mem_bytes + held <= plan.projected_mem_bytes
+    result = planned(plan.projected_mem_bytes)
+    assert result.tile_px < plan.tile_px and result.projected_mem_bytes + held <= plan.projected_mem_bytes
     least = config.model_copy(update={"compute": config.compute.model_copy(update={"tile_px": 32})})
-    with pytest.raises(ConfigError, match=r"--crop: 1 MiB of memory.limit are for the Grams of the whole picture"):
+    with pytest.raises(ConfigError, match=r"--crop: 1 MiB of memory.limit are for the whole image's Gram matrices"):
         planned(pipeline.plan(least).projected_mem_bytes)

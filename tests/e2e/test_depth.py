@@ -1,4 +1,4 @@
-"""16 bits and alpha: from the content's file through the store to the picture, unchanged where the format has them."""
+"""16 bits and alpha, from the content's file through the store to the output, preserved if the format supports them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import pyvips
 import zarr
 
 import pipeline
-from pipeline import images, store
+from pipeline import store
 from pipeline.core.image_formats import RGB8, PixelKind, picture_kind
 from pipeline.core.tiling import Rect
 from pipeline.executors.threads import ThreadExecutor
+from pipeline.images import reader
 from pipeline.images.header import read_header
-from pipeline.images.writer import write_image
+from pipeline.images.writer import ImageSpec, write_image
 from pipeline.render import color_tasks
 from pipeline.rundir.manifest import _manifest_text
 from tests.support.e2e import make_call, read_picture, write_config, write_picture, write_run
@@ -32,7 +33,7 @@ def call(capfd, monkeypatch):
 
 
 def stream(path: Path, width: int, height: int, kind: PixelKind, band_px: int = 16) -> np.ndarray:
-    return np.concatenate([rows for _, rows in images.stream_rgb(path, width, height, band_px, kind=kind)])
+    return np.concatenate([rows for _, rows in reader.stream_rgb(path, width, height, band_px, kind=kind)])
 
 
 def vips(pixels: np.ndarray, interpretation: str) -> Any:
@@ -40,9 +41,9 @@ def vips(pixels: np.ndarray, interpretation: str) -> Any:
 
 
 def over_white(pixels: np.ndarray) -> np.ndarray:
-    most = np.iinfo(pixels.dtype).max
-    share = pixels[..., 3:] / most
-    return pixels[..., :3] * share + most * (1 - share)
+    max_level = np.iinfo(pixels.dtype).max
+    share = pixels[..., 3:] / max_level
+    return pixels[..., :3] * share + max_level * (1 - share)
 
 
 # --- reading ---
@@ -51,47 +52,47 @@ def over_white(pixels: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_a_pictures_own_pixels_come_in(tmp_path, kind, suffix):
-    """Half a level lost here is in every stage, and alpha has to be the same numbers at the end."""
+    """Values and alpha must be read exactly."""
     path = write_picture(tmp_path / f"a{suffix}", 75, 50, kind=kind)
     assert read_header(path).kind == kind
-    pixels, found = read_picture(path), stream(path, 75, 50, kind)
-    assert found.dtype == pixels.dtype and found.shape == (50, 75, kind.channels)
+    pixels, result = read_picture(path), stream(path, 75, 50, kind)
+    assert result.dtype == pixels.dtype and result.shape == (50, 75, kind.channels)
     if not kind.alpha:
-        assert np.array_equal(found, pixels)
+        assert np.array_equal(result, pixels)
         return
-    assert np.array_equal(found[..., 3], pixels[..., 3])
-    assert np.abs(found[..., :3] - over_white(pixels)).max() <= 1
-    assert np.array_equal(found[..., :3], stream(path, 75, 50, PixelKind(kind.bits)))
+    assert np.array_equal(result[..., 3], pixels[..., 3])
+    assert np.abs(result[..., :3] - over_white(pixels)).max() <= 1
+    assert np.array_equal(result[..., :3], stream(path, 75, 50, PixelKind(kind.bits)))
 
 
 @pytest.mark.parametrize("size", [(40, 31), (150, 100), (40, 100)])
 def test_alpha_is_resized_like_a_picture_of_its_own(tmp_path, size):
-    """Weighted by itself, as libvips would, it would have other edges than the colours; and the colours others too."""
+    """Alpha must be resized like a colour, not premultiplied, which would change its edges and the colours."""
     path = write_picture(tmp_path / "a.png", 75, 50, kind=RGBA16)
     alpha = read_picture(path)[..., 3]
     vips(np.dstack([alpha] * 3), "rgb16").write_to_file(str(tmp_path / "alpha.png"))
-    found = stream(path, *size, RGBA16)
-    assert np.array_equal(found[..., 3], stream(tmp_path / "alpha.png", *size, RGB16)[..., 0])
-    assert np.array_equal(found[..., :3], stream(path, *size, RGB16))
+    result = stream(path, *size, RGBA16)
+    assert np.array_equal(result[..., 3], stream(tmp_path / "alpha.png", *size, RGB16)[..., 0])
+    assert np.array_equal(result[..., :3], stream(path, *size, RGB16))
 
 
 @pytest.mark.parametrize("size", [(40, 31), (150, 100), (40, 100)])
 def test_16_bits_stay_16_when_resized(tmp_path, size):
-    """A sky of 256 steps would show bands, which the next sharper stage paints."""
+    """A resize in 8 bits would leave bands in smooth gradients."""
     ramp = np.linspace(20_000, 20_900, 50)[:, None] + np.linspace(0, 9, 75)
     smooth = np.dstack([np.rint(ramp)] * 3).astype(np.uint16)
     path = tmp_path / "a.png"
     vips(smooth, "rgb16").write_to_file(str(path))
     deep, shallow = stream(path, *size, RGB16).astype(int), stream(path, *size, RGB8).astype(int)
-    assert np.abs(deep - 257 * shallow).max() < 257  # the same picture
+    assert np.abs(deep - 257 * shallow).max() < 257  # the same image
     assert len(np.unique(deep)) > 100 > len(np.unique(shallow))
     x, y = ((np.arange(side) + 0.5) * old / side - 0.5 for side, old in zip(size, (75, 50), strict=True))
     expected = 20_000 + (900 / 49 * y)[:, None] + 9 / 74 * x
-    assert np.abs(deep - expected[..., None])[6:-6, 6:-6].max() <= 1.01  # libvips' own sums of 16 bits miss by 30
+    assert np.abs(deep - expected[..., None])[6:-6, 6:-6].max() <= 1.01  # libvips' own 16-bit arithmetic is off by 30
 
 
 def test_alpha_of_other_kinds_of_files(tmp_path):
-    """A grey cut-out, a palette with a transparent entry, and a wide-gamut one are cut-outs too."""
+    """Grey images, palettes with a transparent entry and wide-gamut images have alpha too."""
     grey = (np.arange(50 * 40).reshape(40, 50) % 256).astype(np.uint8)
     alpha = grey[::-1]
     vips(np.dstack([grey, alpha]), "b-w").pngsave(str(tmp_path / "grey.png"))
@@ -116,7 +117,7 @@ def test_alpha_of_other_kinds_of_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "compression", "bits", "content", "wanted"),
+    ("name", "compression", "bits", "content", "expected"),
     [
         ("a.tif", "deflate", "auto", RGB8, RGB8),
         ("a.tif", "deflate", "auto", RGBA16, RGBA16),
@@ -129,17 +130,17 @@ def test_alpha_of_other_kinds_of_files(tmp_path):
         ("a.zarr", "deflate", "auto", RGBA16, RGBA16),
     ],
 )
-def test_what_an_output_has(name, compression, bits, content, wanted):
-    """Refused at the end of a run, or silently cut to 8 bits, a picture for print would be lost."""
-    assert picture_kind(Path("/x") / name, bits, compression, content) == wanted
+def test_what_an_output_has(name, compression, bits, content, expected):
+    """Bits and alpha of an output must be decided before the run."""
+    assert picture_kind(Path("/x") / name, bits, compression, content) == expected
 
 
 @pytest.mark.parametrize("kind", [RGBA8, RGBA16], ids=str)
 @pytest.mark.parametrize("name", ["a.tif", "a.png"])
 def test_alpha_is_written_as_it_is(tmp_path, kind, name):
-    """Multiplied colours, or a channel of no known meaning, look wrong in every editor."""
+    """The alpha channel must be marked as unassociated (not premultiplied)."""
     pixels = read_picture(write_picture(tmp_path / "source.png", 700, 600, kind=kind))
-    write_image(tmp_path / name, 700, 600, lambda y0, y1: pixels[y0:y1], kind=kind)
+    write_image(ImageSpec(tmp_path / name, 700, 600, kind), lambda y0, y1: pixels[y0:y1])
     back = pyvips.Image.new_from_file(str(tmp_path / name))
     assert np.array_equal(back.numpy(), pixels)
     assert back.hasalpha() and back.interpretation == ("srgb" if kind.bits == 8 else "rgb16")
@@ -150,9 +151,9 @@ def test_alpha_is_written_as_it_is(tmp_path, kind, name):
 
 
 def test_a_deepzoom_with_alpha_has_png_tiles(tmp_path):
-    """A viewer would show black where the picture is cut out."""
+    """A DeepZoom of JPEG tiles would show black for transparent parts."""
     pixels = read_picture(write_picture(tmp_path / "source.png", 300, 200, kind=RGBA8))
-    write_image(tmp_path / "a.dz", 300, 200, lambda y0, y1: pixels[y0:y1], kind=RGBA8)
+    write_image(ImageSpec(tmp_path / "a.dz", 300, 200, RGBA8), lambda y0, y1: pixels[y0:y1])
     assert 'Format="png"' in (tmp_path / "a.dz" / "a.dzi").read_text()
     tile = read_picture(tmp_path / "a.dz" / "a_files" / "9" / "0_0.png")
     assert np.array_equal(tile, pixels[: tile.shape[0], : tile.shape[1]])
@@ -164,7 +165,7 @@ def test_a_deepzoom_with_alpha_has_png_tiles(tmp_path):
 @pytest.mark.parametrize("state", ["float", "compact"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_content_that_needs_no_change_comes_out_bit_by_bit(tmp_path, kind, state):
-    """16 bits in, 16 bits out: what the run does not paint must be the content itself, and so must its alpha."""
+    """Without style, a 16-bit content and its alpha must be exported unchanged."""
     keys = {"loss": {"style_weight": 0.0}, "store": {"state_dtype": state, "chunk_px": 32}}
     config = write_run(tmp_path, (150, 110), (60, 50), kind, output="out.tif", initial_size=150, **keys)
     pipeline.run(pipeline.load_config(config))
@@ -179,7 +180,7 @@ def test_content_that_needs_no_change_comes_out_bit_by_bit(tmp_path, kind, state
 
 @pytest.mark.parametrize("name", ["out.tif", "out.png", "out.dz", "out.zarr", "out.jpg"])
 def test_the_command_line_passes_alpha_on(tmp_path, call, name):
-    """A cut-out goes in, a cut-out comes out; where the format has none, all that was painted is there."""
+    """Alpha is preserved if the format supports it; otherwise all colours are visible."""
     config = write_run(tmp_path, (150, 110), (60, 50), RGBA16, output=name, initial_size=80)
     plan = json.loads(call("plan", "-c", config, "--json").out)
     outcome = call("run", "-c", config)
@@ -187,36 +188,36 @@ def test_the_command_line_passes_alpha_on(tmp_path, call, name):
     content, has_alpha = read_picture(tmp_path / "content.png"), name != "out.jpg"
     assert plan["picture"] == {"bits": 16 if name in ("out.tif", "out.png", "out.zarr") else 8, "alpha": has_alpha}
     if name == "out.zarr":
-        found = np.moveaxis(zarr.open_group(tmp_path / name, mode="r")["0"][...], 0, 2)
+        result = np.moveaxis(zarr.open_group(tmp_path / name, mode="r")["0"][...], 0, 2)
     else:
         path = tmp_path / name / "out_files" / "8" / "0_0.png" if name == "out.dz" else tmp_path / name
         image = pyvips.Image.new_from_file(str(path))
         assert image.get("icc-profile-data")
-        found = image.numpy()
-    assert found.shape == (110, 150, 4 if has_alpha else 3)
+        result = image.numpy()
+    assert result.shape == (110, 150, 4 if has_alpha else 3)
     if name == "out.jpg":
         return
     alpha = content[..., 3]
-    assert np.array_equal(found[..., 3], alpha if found.dtype == np.uint16 else np.rint(alpha / 257))
+    assert np.array_equal(result[..., 3], alpha if result.dtype == np.uint16 else np.rint(alpha / 257))
 
 
 def test_a_wide_gamut_cut_out_of_16_bits_keeps_its_colours_and_its_alpha(tmp_path, call):
-    """The profile is applied on the way in; what comes out says that it is sRGB."""
+    """The input's profile is applied, and the output is tagged as sRGB."""
     config = write_run(tmp_path, (150, 110), (60, 50), RGBA16, loss={"style_weight": 0.0}, output="out.png")
     image = pyvips.Image.new_from_file(str(tmp_path / "content.png"), access="random").copy_memory()
     image.set_type(pyvips.GValue.blob_type, "icc-profile-data", pyvips.Operation.call("profile_load", "p3"))
     expected = image.icc_transform("srgb", embedded=True, intent="relative", black_point_compensation=True, depth=16)
     image.write_to_file(str(tmp_path / "wide.tif"))
     assert call("run", "-c", config, "--set", f"content={tmp_path}/wide.tif", "--set", "initial_size=150").code == 0
-    found = read_picture(tmp_path / "out.png").astype(int)
-    assert np.array_equal(found[..., 3], expected.numpy()[..., 3])
-    opaque = found[..., 3] == 65535
-    assert opaque.sum() > 1000 and np.abs(found - expected.numpy())[opaque].max() <= 1
-    assert pyvips.Image.new_from_file(str(tmp_path / "out.png")).get("icc-profile-data") == images._srgb_profile()
+    result = read_picture(tmp_path / "out.png").astype(int)
+    assert np.array_equal(result[..., 3], expected.numpy()[..., 3])
+    opaque = result[..., 3] == 65535
+    assert opaque.sum() > 1000 and np.abs(result - expected.numpy())[opaque].max() <= 1
+    assert pyvips.Image.new_from_file(str(tmp_path / "out.png")).get("icc-profile-data") == reader._srgb_profile()
 
 
 def test_an_exported_stage_has_alpha_of_its_own_size(tmp_path, call):
-    """A proof of a cut-out would have the background that nobody wants to see."""
+    """An export of an unfinished stage must have the content's alpha too."""
     config = write_run(tmp_path, (150, 110), (60, 50), RGBA16, output="out.tif", initial_size=80)
     assert call("run", "-c", config).code == 0
     small, shallow, flat = (tmp_path / name for name in ("small.png", "shallow.png", "flat.jpg"))
@@ -230,7 +231,7 @@ def test_an_exported_stage_has_alpha_of_its_own_size(tmp_path, call):
 
 
 def test_a_run_from_before_exports_what_it_had(tmp_path, call):
-    """Its manifest says nothing of bits and alpha, and it must still be read."""
+    """A manifest without bits and alpha must still be read."""
     config = write_run(tmp_path, output="out.tif")
     assert call("run", "-c", config).code == 0
     path = tmp_path / "run" / "manifest.json"
@@ -241,7 +242,7 @@ def test_a_run_from_before_exports_what_it_had(tmp_path, call):
 
 
 def test_another_bits_of_the_picture_is_exported_again_and_the_same_is_not(tmp_path, call):
-    """`auto` is what it stands for: a run that is done stays done, whichever way it is written down."""
+    """Replacing `auto` by its value must not change a finished run."""
     config = write_run(tmp_path, content_kind=RGB16, output="out.tif")
     assert call("run", "-c", config).code == 0
     for bits, again in (("16", False), ("8", True), ("auto", True)):
@@ -253,7 +254,7 @@ def test_another_bits_of_the_picture_is_exported_again_and_the_same_is_not(tmp_p
 
 
 def test_the_store_keeps_them_and_the_plan_counts_them(tmp_path):
-    """A disk that fills up after days; and 8-bit contents must go on taking what they took."""
+    """The planned disk space must include 16 bits and alpha, and not change for 8-bit contents."""
     plain = 0
     for kind, content_bytes in ((RGB8, 3), (RGB16, 6), (RGBA8, 4), (RGBA16, 8)):
         folder = tmp_path / str(kind)
@@ -300,21 +301,21 @@ def test_damaged_alpha_of_a_finished_stage_is_not_exported_and_is_made_again(tmp
 
 
 def test_colours_of_16_bits_are_counted_as_they_are(tmp_path):
-    """`color: content` would match the style to numbers 257 times too large."""
+    """Otherwise `color: content` would match the style to values 257 times too large."""
     store.create_array(tmp_path, "content", (70, 45, 3), 16, "fixed16", "none")
     array = store.open_array(tmp_path, "content")
     codes = np.random.default_rng(0).integers(0, 65536, (70, 45, 3)).astype(np.uint16)
     array.write_window(Rect(0, 70, 0, 45), codes)
     with ThreadExecutor(1) as engine:
-        found = color_tasks.statistics(array, engine)
+        result = color_tasks.statistics(array, engine)
     pixels = codes.reshape(-1, 3) / 257
-    assert np.abs(found.mean - pixels.mean(0)).max() < 1e-4
-    assert np.abs(found.covariance - np.cov(pixels.T, bias=True)).max() < 1e-2
+    assert np.abs(result.mean - pixels.mean(0)).max() < 1e-4
+    assert np.abs(result.covariance - np.cov(pixels.T, bias=True)).max() < 1e-2
 
 
 @pytest.mark.parametrize("color", ["content", "luminance"])
 def test_a_deep_cut_out_in_its_own_colours(tmp_path, color):
-    """Everything at once: the colours are read from the store, where they have 16 bits now."""
+    """Luminance mode with 16 bits and alpha: the colours are read from the store, in 16 bits."""
     write_run(tmp_path, (150, 110), (60, 50), RGBA16)
     config = write_config(tmp_path, output="out.png", color=color, initial_size=150, optimizer={"max_iterations": 2})
     pipeline.run(pipeline.load_config(config))

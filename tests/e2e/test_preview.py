@@ -1,4 +1,4 @@
-"""Previews as an artist meets them: the grid of variations, its sheet, and what is not overwritten or done twice."""
+"""Previews: the grid of variations, the contact sheet, resuming, and what is never overwritten."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from pipeline import load_config, preview, run
 from pipeline.commands.preview.at_size import at_size
-from pipeline.commands.preview.contact_sheet import ContactSheet, Picture, Row, shortened
 from pipeline.commands.preview.sweep import MAX_VARIATIONS, load_variations
 from pipeline.config.config import Config, input_files
+from pipeline.core.cancel import NEVER
 from pipeline.core.errors import ConfigError, Stopped
 from pipeline.core.events import Note, PictureDone
-from pipeline.plan.checks import check_overrides
-from pipeline.plan.sizes import stage_sizes
+from pipeline.images.sheet import ContactSheet, Row, SheetImage, shortened
+from pipeline.plan.plan import _check_overrides, stage_sizes
 from pipeline.rundir.lock import RunLock
 from tests.support.e2e import (
     canvases,
@@ -52,18 +52,18 @@ def config(tmp_path) -> Path:
     return write_run(tmp_path, CONTENT_PX, optimizer={"max_iterations": 1})
 
 
-# --- which pictures --------------------------------------------------------------------------------------------------
+# --- which images --------------------------------------------------------------------------------------------------
 
 
 def test_all_combinations_are_made_and_mean_what_set_means(config):
-    """A combination that is missing, or a value read otherwise than by `--set`, would decide a print wrongly."""
+    """All combinations must be present, with values read as `--set` reads them."""
     axes, variations = load_variations(config, ("seed=3",), ("loss.style_weight=0.5,1e1", "init=content,noise"))
     assert [axis.values for axis in axes] == [("0.5", "1e1"), ("content", "noise")]
-    assert [one.settings for one in variations] == [
+    assert [variation.settings for variation in variations] == [
         (f"loss.style_weight={weight}", f"init={init}") for weight in ("0.5", "1e1") for init in ("content", "noise")
     ]
-    for one in variations:
-        assert one.config == load_config(config, ("seed=3", *one.settings))
+    for variation in variations:
+        assert variation.config == load_config(config, ("seed=3", *variation.settings))
 
 
 @pytest.mark.parametrize(
@@ -76,14 +76,16 @@ def test_all_combinations_are_made_and_mean_what_set_means(config):
     ],
 )
 def test_commas_inside_values_do_not_part_them(config, key, values):
-    """A list of styles could not be varied, nor a path with a comma; the line of `--set` would be another."""
+    """Otherwise a list of styles, or a path with a comma, could not be varied."""
     axes, variations = load_variations(config, (), (f"{key}={','.join(values)}",))
     assert list(axes[0].values) == values
-    assert [one.config for one in variations] == [load_config(config, (f"{key}={value}",)) for value in values]
+    assert [variation.config for variation in variations] == [
+        load_config(config, (f"{key}={value}",)) for value in values
+    ]
 
 
 @pytest.mark.parametrize(
-    ("vary", "told"),
+    ("vary", "message"),
     [
         (["loss.style_wieght=1,2"], "--vary loss.style_wieght=2: loss.style_wieght: unknown key"),
         (["loss.style_weight=1,much"], "--vary loss.style_weight=much: loss.style_weight: expected a number"),
@@ -93,29 +95,29 @@ def test_commas_inside_values_do_not_part_them(config, key, values):
         (["seed=1", "seed=2"], "--vary seed=2: seed: varied twice"),
         (["styles.4.weight=1"], "--vary styles.4.weight=1: styles: there is no entry 4"),
         ([f"seed={','.join(map(str, range(9)))}", "loss.style_weight=1,2,3,4,5,6,7,8"], "72 combinations"),
-        (["size=64,128"], "--vary size: --size says how large"),
+        (["size=64,128"], "--vary size: --size sets the size"),
         (["output=a.png,b.png"], "--vary output: -o names the sheet"),
-        (["compute.tile_px=32,64"], "--vary compute.tile_px: changes nothing in the picture"),
+        (["compute.tile_px=32,64"], "--vary compute.tile_px: does not change the image"),
         (["content=content.png,lost.png"], "lost.png"),
     ],
 )
-def test_wrong_variations_are_refused_before_anything_is_made(config, call, vary, told, monkeypatch):
-    """The mistake would show after hours, or the wrong --vary be looked at."""
+def test_wrong_variations_are_refused_before_anything_is_made(config, call, vary, message, monkeypatch):
+    """A mistake must be reported before rendering, with the --vary that contains it."""
     monkeypatch.chdir(config.parent)
-    outcome = call("preview", "-c", config, *(part for one in vary for part in ("--vary", one)))
+    outcome = call("preview", "-c", config, *(part for axis in vary for part in ("--vary", axis)))
     assert outcome.code == 3
-    assert told in outcome.err
+    assert message in outcome.err
     assert sorted(path.name for path in config.parent.iterdir()) == ["config.yaml", "content.png", "style.png"]
 
 
 def test_a_file_that_is_missing_is_an_error_of_the_config(config, call):
-    """The advice would be to put back what was never there."""
+    """A missing input is an error of the config, not of a file that was deleted."""
     outcome = call("preview", "-c", config, "--set", "content=gone.png")
     assert outcome.code == 3 and "gone.png: no such file" in outcome.err, outcome.err
 
 
 def test_every_wrong_value_is_told_once(config):
-    """One fault of the file would fill the screen once for every picture; a second wrong value stay unsaid."""
+    """Every problem must be listed, and an error of the file only once for all images."""
     with pytest.raises(ConfigError) as caught:
         load_variations(config, ("seed=x",), ("loss.style_weight=a,1,b", "init=content,noise"))
     lines = str(caught.value).splitlines()
@@ -127,15 +129,24 @@ def test_every_wrong_value_is_told_once(config):
 
 
 def test_preview_is_the_runs_own_stage_of_that_size(config, call):
-    """What is chosen at low resolution would be another picture than the run makes. A large style adds no stage."""
+    """The preview at a stage's size must be that stage of the run; a large style adds no stage."""
     write_picture(config.parent / "style.png", 300, 260, seed=5)
     settings = ("loss.style_weight=2.0", "stages=[{up_to: 48, loss: {content_weight: 0.5}}, {up_to: 500}]")
     run(load_config(config, settings))
-    call("export", "-c", config, *(f"--set={one}" for one in settings), "--stage", 1, "-o", config.parent / "stage.png")
-    found = preview(config, vary=(f"{settings[0]},3",), overrides=settings[1:], size_px=96)
-    assert found.pictures[0].size == (74, 96)
-    np.testing.assert_array_equal(read_picture(found.pictures[0].picture), read_picture(config.parent / "stage.png"))
-    assert (read_picture(found.pictures[0].picture) != read_picture(found.pictures[1].picture)).any()
+    call(
+        "export",
+        "-c",
+        config,
+        *(f"--set={setting}" for setting in settings),
+        "--stage",
+        1,
+        "-o",
+        config.parent / "stage.png",
+    )
+    result = preview(config, vary=(f"{settings[0]},3",), overrides=settings[1:], size_px=96)
+    assert result.pictures[0].size == (74, 96)
+    np.testing.assert_array_equal(read_picture(result.pictures[0].picture), read_picture(config.parent / "stage.png"))
+    assert (read_picture(result.pictures[0].picture) != read_picture(result.pictures[1].picture)).any()
 
 
 @pytest.mark.parametrize(
@@ -149,13 +160,13 @@ def test_preview_is_the_runs_own_stage_of_that_size(config, call):
     ],
 )
 def test_preview_is_the_run(config, call, monkeypatch, style_px, settings):
-    """The choice would be made by pictures that the run does not make: with a large style they were 17 dB apart."""
+    """The preview at the result's size must be the run's result; with a large style they were 17 dB apart."""
     monkeypatch.chdir(config.parent)
     write_picture(config.parent / "style.png", *style_px, seed=5)
     run(load_config(config, settings))
     whole = preview(config, overrides=settings, size_px=130).pictures[0].picture
     np.testing.assert_array_equal(read_picture(whole), read_picture(config.parent / "out.png"))
-    call("export", "-c", config, *(f"--set={one}" for one in settings), "--stage", 1, "-o", "stage.png")
+    call("export", "-c", config, *(f"--set={setting}" for setting in settings), "--stage", 1, "-o", "stage.png")
     part = preview(config, overrides=settings, size_px=96).pictures[0].picture
     np.testing.assert_array_equal(read_picture(part), read_picture(config.parent / "stage.png"))
     mine, runs = results(part.parent / "run"), results(config.parent / "run")
@@ -163,13 +174,13 @@ def test_preview_is_the_run(config, call, monkeypatch, style_px, settings):
 
 
 def test_stages_that_a_large_style_adds_are_there(config, call):
-    """A key that makes fog of a painting was said to change nothing."""
+    """A key that has an effect only at larger sizes must not be called ineffective in the run."""
     write_picture(config.parent / "style.png", 400, 300, seed=5)
-    found = preview(config, vary=("styles.0.max_size=100,6400",), size_px=130)
-    for one in found.pictures:
-        run(load_config(config, (*one.settings, f"work_dir={one.picture.parent}/whole")), force=True)
-        np.testing.assert_array_equal(read_picture(one.picture), read_picture(config.parent / "out.png"))
-    assert (read_picture(found.pictures[0].picture) != read_picture(found.pictures[1].picture)).any()
+    result = preview(config, vary=("styles.0.max_size=100,6400",), size_px=130)
+    for rendered in result.pictures:
+        run(load_config(config, (*rendered.settings, f"work_dir={rendered.picture.parent}/whole")), force=True)
+        np.testing.assert_array_equal(read_picture(rendered.picture), read_picture(config.parent / "out.png"))
+    assert (read_picture(result.pictures[0].picture) != read_picture(result.pictures[1].picture)).any()
     outcome = call("preview", "-c", config, "--size", 96, "--vary", "styles.0.max_size=200,6400")
     assert outcome.code == 3 and "changes nothing at 96 px" in outcome.err and "--size" in outcome.err
 
@@ -213,63 +224,63 @@ def runs_and_sizes(draw):
 
 @given(runs_and_sizes())
 @settings(max_examples=400)
-def test_stages_of_a_preview_are_those_of_the_run(found):
-    """A style of another size at one stage, or a stage more, is another picture than the run's."""
-    config, images, long_px = found
+def test_stages_of_a_preview_are_those_of_the_run(result):
+    """A style of another size at one stage, or an additional stage, would give another image than the run."""
+    config, images, long_px = result
     shorter = at_size(config, long_px)
-    wanted, stages = stage_sizes(config, images), stage_sizes(shorter, images)
-    check_overrides(shorter, [max(canvas) for canvas, _ in stages])  # all that it says is heeded
+    expected, stages = stage_sizes(config, images), stage_sizes(shorter, images)
+    _check_overrides(shorter, [max(canvas) for canvas, _ in stages])  # every entry applies to a stage
     Config.model_validate(shorter.model_dump(mode="json"), context={"base": Path("/")})  # as a manifest is read
     if long_px >= config.size:
-        assert stages == wanted and shorter == config
+        assert stages == expected and shorter == config
         return
     assert max(stages[-1][0]) == long_px
     is_the_runs = any(long_px == config.initial_size << power for power in range(8))
     same = len(stages) if is_the_runs else len(stages) - 1
-    assert stages[:same] == wanted[:same]
-    for (canvas, styles), (whole, largest) in zip(stages, wanted, strict=False):
+    assert stages[:same] == expected[:same]
+    for (canvas, styles), (whole, largest) in zip(stages, expected, strict=False):
         mine, theirs = shorter.for_stage(max(canvas)), config.for_stage(max(canvas))
         assert (mine.optimizer, mine.loss, mine.network) == (theirs.optimizer, theirs.loss, theirs.network)
-        assert [one.image for one in mine.styles] == [one.image for one in theirs.styles]
+        assert [style.image for style in mine.styles] == [style.image for style in theirs.styles]
         if theirs.styles == config.for_stage(max(whole)).styles:
-            assert all(max(one) <= max(most) for one, most in zip(styles, largest, strict=True))
+            assert all(max(size) <= max(limit) for size, limit in zip(styles, largest, strict=True))
 
 
 def test_initial_size_above_the_shown_size_has_its_effect(config, call):
-    """At 64 px all sweeps of `initial_size` from there on would look alike, and one be chosen for nothing."""
+    """Otherwise all values of `initial_size` above the preview's size would give the same image."""
     outcome = call("preview", "-c", config, "--size", 64, "--vary", "initial_size=48,96", "--json")
     assert outcome.code == 0, outcome.err
-    found = json.loads(outcome.out)
-    assert [one["width_px"] for one in found["pictures"]] == [96, 96]
-    assert found["shown_px"] == 64
+    result = json.loads(outcome.out)
+    assert [picture["width_px"] for picture in result["pictures"]] == [96, 96]
+    assert result["shown_px"] == 64
     stages = [
-        len({record["stage"] for record in journal(Path(one["picture"]).parent / "run") if "stage" in record})
-        for one in found["pictures"]
+        len({record["stage"] for record in journal(Path(picture["picture"]).parent / "run") if "stage" in record})
+        for picture in result["pictures"]
     ]
     assert stages == [2, 1]
 
 
 def test_no_picture_is_larger_than_the_run_would_make_it(config):
-    """A preview of a small picture would show an enlargement that no run makes."""
+    """A preview of a small image would show an enlargement that no run makes."""
     assert preview(config).pictures[0].size == (100, 130)
     assert preview(config, overrides=("size=64",)).pictures[0].size == (49, 64)
 
 
 def test_texture_without_content_has_a_preview(config):
-    """The controls of a texture could not be looked at before it is rendered."""
+    """Textures, which have no content, must have previews too."""
     texture = ("content=null", "loss.content_weight=0", "size=[300, 150]", "initial_size=64")
     assert preview(config, overrides=texture, size_px=64).pictures[0].size == (32, 64)
 
 
 def test_masks_are_varied_like_all_else(config, monkeypatch):
-    """Where a style paints could not be tried before the run; masks are in the content's coordinates at any size."""
+    """Masks must be applied in previews; they are in the content's coordinates at any size."""
     ramp = np.tile(np.linspace(0, 255, CONTENT_PX[0]).astype(np.uint8), (CONTENT_PX[1], 1))
     pyvips.Image.new_from_array(ramp, interpretation="b-w").write_to_file(str(config.parent / "mask.png"))
     monkeypatch.chdir(config.parent)
     values = ("[{image: style.png}]", "[{image: style.png, mask: mask.png}]")
-    found = preview(config, vary=(f"styles={','.join(values)}", "loss.content_mask=null,mask.png"), size_px=96)
-    assert [one.size for one in found.pictures] == [(74, 96)] * 4
-    pixels = [read_picture(one.picture) for one in found.pictures]
+    result = preview(config, vary=(f"styles={','.join(values)}", "loss.content_mask=null,mask.png"), size_px=96)
+    assert [rendered.size for rendered in result.pictures] == [(74, 96)] * 4
+    pixels = [read_picture(rendered.picture) for rendered in result.pictures]
     assert all((pixels[0] != other).any() for other in pixels[1:])
     settings = (f"styles={values[1]}", "loss.content_mask=mask.png")
     run(load_config(config, (*settings, "size=96")))
@@ -277,7 +288,7 @@ def test_masks_are_varied_like_all_else(config, monkeypatch):
 
 
 def test_keys_that_are_printed_make_the_picture(config, call, monkeypatch):
-    """The settings that were chosen by looking would be typed wrongly into the config."""
+    """The printed `--set` options must reproduce the image that was chosen."""
     monkeypatch.chdir(config.parent)
     outcome = call("preview", "-c", config, "--size", 64, "--vary", "styles=[{image: 'style.png', weight: 3}]")
     words = shlex.split(outcome.out.splitlines()[1])
@@ -291,26 +302,26 @@ def test_keys_that_are_printed_make_the_picture(config, call, monkeypatch):
 @pytest.mark.parametrize("network", ["random", "a file"])
 @pytest.mark.parametrize("state", ["float", "compact"])
 def test_a_seed_that_nothing_is_drawn_from_is_refused(tmp_path, narrow_weights, init, network, state):
-    """All pictures of `--vary seed=1,2` were the same, and nothing said so; nor may one that matters be refused."""
+    """An ineffective seed must be refused, and one that has an effect must not be."""
     of_file = {"name": "vgg19", "weights": str(narrow_weights)}
     keys = {"init": init, "network": {"name": "random"} if network == "random" else of_file}
     config = write_run(tmp_path, store={"chunk_px": 32, "state_dtype": state}, **keys)
     matters = init == "noise" or network == "random" or state == "compact"
     try:
-        found = preview(config, vary=("seed=1,2",), size_px=48)
+        result = preview(config, vary=("seed=1,2",), size_px=48)
     except ConfigError as error:
-        assert "--vary seed: changes nothing in the picture" in str(error)
+        assert "--vary seed: does not change the image" in str(error)
         assert not matters and not (tmp_path / "out.preview").exists()
         for number in (1, 2):
             run(load_config(config, (f"seed={number}", f"work_dir={tmp_path / str(number)}")), force=True)
         assert canvases(tmp_path / "1") == canvases(tmp_path / "2")
         return
-    one, two = (canvases(picture.picture.parent / "run") for picture in found.pictures)
-    assert matters and one != two
+    first, second = (canvases(picture.picture.parent / "run") for picture in result.pictures)
+    assert matters and first != second
 
 
 def test_keys_that_made_no_difference_are_told(config, narrow_weights):
-    """The user would look for a difference between pictures that have none; a seed that matters in a row must stay."""
+    """Keys without effect are reported, so that the user does not look for differences."""
     vary = ("init=content,noise", "seed=1,2", "styles.0.weight=1,3", "loss.style_weight=1,2")
     notes: list[str] = []
     preview(
@@ -321,22 +332,22 @@ def test_keys_that_made_no_difference_are_told(config, narrow_weights):
         sink=lambda event: notes.append(event.message) if isinstance(event, Note) else None,
     )
     (weight,) = (note for note in notes if note.startswith("styles.0.weight"))
-    assert weight == "styles.0.weight made no difference: its pictures are the same, byte for byte"
+    assert weight == "styles.0.weight made no difference: its images are the same, byte for byte"
     (seed,) = (note for note in notes if note.startswith("seed"))
     assert "with init=content, styles.0.weight=1, loss.style_weight=1;" in seed and "init=noise" not in seed
     assert not any(note.startswith(("init", "loss")) for note in notes)
 
 
-# --- resume, locks, what is overwritten -------------------------------------------------------------------------------
+# --- resume, locks, overwriting ---------------------------------------------------------------------------------------
 
 
 def test_stopped_preview_goes_on(config):
-    """A preview stopped at its last picture would cost all of them again, or leave a sheet that lacks some."""
-    stop, told = threading.Event(), []
+    """Otherwise a stopped preview would render all images again, or leave an incomplete sheet."""
+    stop, message = threading.Event(), []
 
     def sink(event):
         if isinstance(event, PictureDone):
-            told.append(event)
+            message.append(event)
             stop.set()
 
     arguments = {"vary": ("seed=1,2,3",), "size_px": 64}
@@ -344,22 +355,22 @@ def test_stopped_preview_goes_on(config):
         preview(config, **arguments, sink=sink, stop=stop)
     sheet = config.parent / "out.preview.png"
     assert not sheet.exists()
-    first = Path(told[0].output)
+    first = Path(message[0].output)
     before = (first.parent / "run" / "journal.jsonl").read_bytes(), first.stat().st_mtime_ns
 
-    told.clear()
-    found = preview(config, **arguments, sink=sink)
-    assert found.sheet == sheet and sheet.exists()
-    assert [event.seconds is None for event in told] == [True, False, False]
+    message.clear()
+    result = preview(config, **arguments, sink=sink)
+    assert result.sheet == sheet and sheet.exists()
+    assert [event.seconds is None for event in message] == [True, False, False]
     assert ((first.parent / "run" / "journal.jsonl").read_bytes(), first.stat().st_mtime_ns) == before
 
-    told.clear()
-    preview(config, vary=("seed=2,4",), size_px=64, sink=sink)  # another grid takes what there is of it
-    assert [event.seconds is None for event in told] == [True, False]
+    message.clear()
+    preview(config, vary=("seed=2,4",), size_px=64, sink=sink)  # another grid reuses the images that it shares
+    assert [event.seconds is None for event in message] == [True, False]
 
 
 def test_changed_input_is_rendered_anew(config):
-    """The sheet would show what the old photograph looked like."""
+    """Otherwise the sheet would show the result of the old content."""
     old = preview(config, size_px=64).pictures[0].picture
     write_picture(config.parent / "content.png", *CONTENT_PX, seed=9)
     new = preview(config, size_px=64).pictures[0].picture
@@ -367,7 +378,7 @@ def test_changed_input_is_rendered_anew(config):
 
 
 def test_killed_preview_goes_on(config):
-    """A power cut during a preview would cost the pictures, or leave a folder that no preview accepts."""
+    """A kill during a preview must not lose finished images, or leave a folder that no preview accepts."""
     from tests.support.e2e import Nursery
 
     nursery = Nursery(config.parent)
@@ -383,7 +394,7 @@ def test_killed_preview_goes_on(config):
 
 
 def test_two_previews_of_one_config_are_kept_apart(config, call):
-    """Both would write one sheet, and the second wait for pictures that the first renders."""
+    """Two previews of one config must not write the same sheet."""
     preview(config, size_px=64)
     with RunLock(config.parent / "out.preview"):
         outcome = call("preview", "-c", config, "--size", 64)
@@ -391,7 +402,7 @@ def test_two_previews_of_one_config_are_kept_apart(config, call):
 
 
 def test_only_own_sheets_are_replaced(config, call):
-    """Somebody's picture of that name would be lost."""
+    """Otherwise another image of that name would be overwritten."""
     foreign = config.parent / "out.preview.png"
     foreign.write_bytes(b"somebody's")
     refused = call("preview", "-c", config, "--size", 64)
@@ -399,7 +410,7 @@ def test_only_own_sheets_are_replaced(config, call):
     assert foreign.read_bytes() == b"somebody's"
     assert call("preview", "-c", config, "--size", 64, "--force").code == 0
     assert read_picture(foreign).ndim == 3
-    assert call("preview", "-c", config, "--size", 48).code == 0  # now it is its own
+    assert call("preview", "-c", config, "--size", 48).code == 0  # now the sheet is the preview's own
 
 
 @pytest.mark.parametrize(
@@ -407,7 +418,7 @@ def test_only_own_sheets_are_replaced(config, call):
 )
 @pytest.mark.parametrize("force", [(), ("--force",)])
 def test_sheet_is_never_put_over_inputs_or_state(config, call, name, force):
-    """With --force typed out of habit, the photograph or the result of a day would be gone."""
+    """Even --force must never overwrite an input, the result or the state of the run."""
     before = (config.parent / "content.png").read_bytes()
     outcome = call("preview", "-c", config, "--size", 64, "-o", config.parent / name, *force)
     assert outcome.code == 3, outcome.err
@@ -417,7 +428,7 @@ def test_sheet_is_never_put_over_inputs_or_state(config, call, name, force):
 
 @pytest.mark.parametrize("what", ["files", "run", "work_dir"])
 def test_folder_of_previews_is_nobody_elses(config, call, what):
-    """Previews would be rendered into somebody's folder, or into the state of a run."""
+    """Previews must not be rendered into another folder, or into the state of a run."""
     folder, settings = config.parent / "out.preview", []
     if what == "files":
         folder.mkdir()
@@ -434,7 +445,7 @@ def test_folder_of_previews_is_nobody_elses(config, call, what):
 
 
 def test_the_runs_own_state_stays_as_it_is(config):
-    """A preview made while the run is stopped would change what goes on."""
+    """A preview must not change a stopped run."""
     run(load_config(config))
     before = canvases(config.parent / "run"), (config.parent / "run" / "journal.jsonl").read_bytes()
     preview(config, size_px=64)
@@ -444,12 +455,12 @@ def test_the_runs_own_state_stays_as_it_is(config):
 # --- the sheet -------------------------------------------------------------------------------------------------------
 
 
-def solid(folder: Path, name: str, size: tuple[int, int], colour: tuple[int, int, int]) -> Picture:
+def solid(folder: Path, name: str, size: tuple[int, int], colour: tuple[int, int, int]) -> SheetImage:
     import pyvips
 
     pixels = np.broadcast_to(np.uint8(colour), (*size, 3))
     pyvips.Image.new_from_array(np.ascontiguousarray(pixels), interpretation="srgb").write_to_file(str(folder / name))
-    return Picture(folder / name, size)
+    return SheetImage(folder / name, size)
 
 
 def place_of(sheet: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
@@ -459,7 +470,7 @@ def place_of(sheet: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int,
 
 
 def written(sheet: ContactSheet, path: Path) -> np.ndarray:
-    sheet.write(path, lambda: None, lambda share: None)
+    sheet.write(path, NEVER, lambda share: None)
     pixels = read_picture(path)
     assert pixels.shape == (*sheet.size, 3)
     return pixels
@@ -467,7 +478,7 @@ def written(sheet: ContactSheet, path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("text", ["1", "/a/very/long/path/" + "name_of_a_picture" * 20 + ".jpg"])
 def test_pictures_stand_whole_in_rows_and_columns_with_their_labels(tmp_path, text):
-    """A picture would be cut, stand under another's label, or the label be cut off or lie over a picture."""
+    """No image or label may be cropped, overlap another or be in the wrong place."""
     size, colours = (40, 60), {(row, column): (200, 50 * row, 50 * column) for row in (0, 1) for column in (0, 1, 2)}
     pictures = {at: solid(tmp_path, f"{at[0]}{at[1]}.png", size, colour) for at, colour in colours.items()}
     rows = [
@@ -495,44 +506,46 @@ def test_pictures_stand_whole_in_rows_and_columns_with_their_labels(tmp_path, te
         _, _, x0, x1 = places[0, column]
         assert (pixels[y1 : places[0, column][0], x0:x1].min(axis=(1, 2)) < 128).any()
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    assert (border == 255).all()  # nothing is cut by the sheet's edge
+    assert (border == 255).all()  # nothing is cropped at the sheet's border
 
 
 def test_long_list_of_values_is_wrapped(config):
-    """Twelve pictures side by side are a sheet that no screen shows."""
-    found = preview(config, vary=(f"seed={','.join('1' * 12)}",), size_px=32)
-    height, width, _ = read_picture(found.sheet).shape
-    assert found.across == 5 and len(found.pictures) == 12
+    """Twelve images side by side would not fit on a screen."""
+    result = preview(config, vary=(f"seed={','.join('1' * 12)}",), size_px=32)
+    height, width, _ = read_picture(result.sheet).shape
+    assert result.across == 5 and len(result.pictures) == 12
     assert width < 2 * height
 
 
 def test_pictures_of_other_proportions_fit(config):
-    """Contents of two shapes side by side would be cut or squeezed."""
+    """Contents of different aspect ratios must be neither cropped nor distorted."""
     write_picture(config.parent / "tall.png", 60, 120, seed=4)
-    found = preview(config, vary=(f"content={config.parent / 'content.png'},{config.parent / 'tall.png'}",), size_px=64)
-    assert [one.size for one in found.pictures] == [(49, 64), (64, 32)]
+    result = preview(
+        config, vary=(f"content={config.parent / 'content.png'},{config.parent / 'tall.png'}",), size_px=64
+    )
+    assert [rendered.size for rendered in result.pictures] == [(49, 64), (64, 32)]
 
 
 def test_sheet_larger_than_memory_is_refused(config, call):
-    """The last step, after all pictures are rendered, would end in the system's out-of-memory killer."""
+    """Otherwise the last step, after all images are rendered, would run out of memory."""
     large = [*("--set", "size=40000"), *("--set", "memory.limit=600MiB"), *("--set", "compute.tile_px=auto")]
     outcome = call("preview", "-c", config, "--size", 20000, "--vary", "seed=1,2,3", *large)
     assert outcome.code == 3 and "memory" in outcome.err
 
 
 def test_middle_of_long_names_is_left_out():
-    """Of two paths that differ at their ends, the sheet would show the same beginning."""
+    """Paths often differ at their ends, so the middle is left out."""
     assert shortened("abc", 8) == "abc"
     assert shortened("0123456789", 7) == "01…6789"
     assert shortened("two\nlines\x1b[0m", 40).isprintable()
 
 
 def test_labels_need_no_fonts_on_the_machine(tmp_path):
-    """In a container without fonts every letter would be the same box."""
+    """On a machine without fonts every letter would be the same box."""
     (tmp_path / "fonts.conf").write_text(f"<fontconfig><cachedir>{tmp_path}</cachedir></fontconfig>")
     code = """
-from pipeline.images.text import text_mask
-print(*(int((text_mask(c, 20) > 128).sum()) for c in 'il.m'))
+from pipeline.images.sheet import text_image
+print(*(int((text_image((("", c),), 20).numpy() < 128).sum()) for c in 'il.m'))
 """
     out = subprocess.run(
         [sys.executable, "-c", code],
@@ -545,7 +558,7 @@ print(*(int((text_mask(c, 20) > 128).sum()) for c in 'il.m'))
 
 
 def test_preview_works_as_a_command(config):
-    """From the shell, with progress on stderr and what to type on stdout."""
+    """From the shell: progress on stderr, the sheet and the `--set` options on stdout."""
     done = run_pipeline("preview", "-c", config, "--size", 48, "--vary", "loss.style_weight=1,2")
     assert done.code == 0, done.err
     sheet, *lines = done.out.splitlines()

@@ -1,5 +1,5 @@
-"""Our own read and write path against plain Zarr on the same files: whatever is done in whatever order, both see one
-array, and the checksums that writing gave hold when it is read.
+"""The store's own reads and writes against plain Zarr on the same files, in random order: both see the same array, and
+the checksums that writing returned match when it is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SIDES = st.integers(1, 50)
 
 
 class TwoReaders(RuleBasedStateMachine):
-    """One array on the disk, read and written by us and by zarr; `model` is what it has to be."""
+    """One array on disk, read and written by the store and by zarr; `model` is the expected content."""
 
     codec: str
 
@@ -49,7 +49,7 @@ class TwoReaders(RuleBasedStateMachine):
 
     @property
     def checked(self) -> store.StageArray:
-        """Ours, which checks what it reads."""
+        """The array with checksums, which verifies what it reads."""
         return store.open_array(self.folder / "stage_0", "a", self.array.packed(self.sums))
 
     def rect(self, data: st.DataObject, step: int = 1) -> Rect:
@@ -62,7 +62,7 @@ class TwoReaders(RuleBasedStateMachine):
         return Rect(y0, y1, x0, x1)
 
     def values(self, data: st.DataObject, rect: Rect) -> np.ndarray:
-        """Noise, or the zeros that zarr would rather not store."""
+        """Noise, or zeros, which zarr does not store by default."""
         shape = (rect.height, rect.width, self.model.shape[2])
         if data.draw(st.booleans(), label="zeros"):
             return np.zeros(shape, self.model.dtype)
@@ -113,6 +113,6 @@ class TwoReaders(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("codec", ["none", "zstd", "lz4"])
 def test_two_readers_see_one_array(codec):
-    """A hand-made way to the disk that is not quite Zarr's gives a store that only we can read, or a wrong picture."""
+    """A difference from Zarr would give a store that other readers cannot read, or a wrong image."""
     machine = type("Machine", (TwoReaders,), {"codec": codec})
     run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=15, deadline=None))

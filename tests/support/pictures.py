@@ -1,4 +1,4 @@
-"""Pictures written by the package, and the memory that reading or writing one takes."""
+"""Images written by the package, and the memory that reading or writing one takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.image_formats import PixelKind
-from pipeline.images.writer import write_image
+from pipeline.images.writer import ImageSpec, write_image
 
 
 def picture(height_px: int, width_px: int, seed: int = 0, bits: int = 8) -> np.ndarray:
@@ -30,14 +30,14 @@ def rows_of(pixels: np.ndarray) -> Callable[[int, int], np.ndarray]:
 
 def write(path: Path, pixels: np.ndarray, **options: Any) -> None:
     kind = PixelKind(pixels.itemsize * 8, pixels.shape[2] == 4)
-    write_image(path, pixels.shape[1], pixels.shape[0], rows_of(pixels), kind=kind, **options)
+    write_image(ImageSpec(path, pixels.shape[1], pixels.shape[0], kind, **options), rows_of(pixels))
 
 
 MEMORY = """
     import sys, threading, time
     from pathlib import Path
     import numpy as np, psutil
-    from pipeline.images.writer import write_image
+    from pipeline.images.writer import ImageSpec, write_image
     from pipeline.images.reader import stream_rgb
 
     process = psutil.Process()
@@ -53,7 +53,7 @@ MEMORY = """
         width, height = map(int, sys.argv[4:])
         band = np.random.default_rng(0).integers(0, 256, (16, width, 3)).astype(np.uint8)
         read_rows = lambda y0, y1: np.resize(band, (y1 - y0, width, 3))
-        write_image(path, width, height, read_rows, compression=sys.argv[3], quality=50)
+        write_image(ImageSpec(path, width, height, compression=sys.argv[3], quality=50), read_rows)
     else:
         for _ in stream_rgb(path, *map(int, sys.argv[3:])):
             pass

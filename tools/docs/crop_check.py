@@ -68,15 +68,15 @@ def _no_estimate(_whole: WholeImage, stage: Any, _region: Any) -> WholeImageEsti
 
 
 def cropped(path: Path, rect: Rect, name: str, alone: bool) -> np.ndarray:
-    """The pixels of the crop; `alone`: without the estimates of the whole image."""
-    known: Any = WholeImage.known
+    """The crop, or what a crop would be that knows nothing of the whole picture."""
+    estimate: Any = WholeImage.estimate
     if alone:
-        WholeImage.known = _no_estimate  # type: ignore[method-assign]
+        WholeImage.estimate = _no_estimate  # type: ignore[method-assign]
     try:
         config = pipeline.load_config(path, [f"work_dir={path.parent / 'stopped'}"])
         return pixels_of(pipeline.crop(config, rect, output=path.parent / f"{name}.png"))
     finally:
-        WholeImage.known = known
+        WholeImage.estimate = estimate
 
 
 def finished(path: Path) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""The run of a config up to a size: a config with the stages of another one's run, whose result is smaller.
+"""The config of a smaller run with the same stages as a larger one, up to a size.
 
-For a run of 130 px with `initial_size: 48` they are
+For a run of 130 px with `initial_size: 48` the stages are
 
     at 96 px       48 ── 96                         stages of the run
-    at 100 px      48 ── 96 ── 100                  the last canvas alone has another size
-    at 130 px      48 ── 96 ── 130 ( ── 130 ── …)   the run itself, as far as a large style comes to its full size
+    at 100 px      48 ── 96 ── 100                  only the last stage has another size
+    at 130 px      48 ── 96 ── 130 ( ── 130 ── …)   the run itself, including stages for styles larger than it
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from pipeline.plan.sizes import fit
 
 
 def full_px(config: Config) -> int:
-    """The long side of the run's result. Raises InputError for a content that is no picture."""
+    """The long side of the run's result. Raises InputError for a content that is not an image."""
     if config.target_px is not None:
         return config.target_px
-    assert config.content is not None  # the config refuses it
+    assert config.content is not None  # the config requires a size without a content
     header = read_header(config.content, config.limits)
     return max(header.width_px, header.height_px)
 
 
 def at_size(config: Config, long_px: int) -> Config:
-    """The config of the run up to its stage of this long side, exported by default; of the whole run if that is less.
+    """The config of the run up to its stage of this long side, or of the whole run if that is smaller.
 
-    Where the run has no stage of that size, one takes the place of its next stage; no style is larger beside it.
+    If the run has no stage of that size, its next stage is replaced by one, with no style larger than in the run.
+    Export options are the defaults.
     """
     if long_px >= full_px(config):
         return config.model_copy(update={"export": ExportConfig()})
@@ -40,7 +41,7 @@ def at_size(config: Config, long_px: int) -> Config:
         width, height = config.size
         shape = fit((height, width), long_px)
         size = shape[1], shape[0]
-    # an entry that no stage heeds would be refused
+    # The config refuses `stages` entries that apply to no stage.
     floors = [0, *(entry.up_to for entry in config.stages)]
     entries = [entry for floor, entry in zip(floors, config.stages, strict=False) if floor < long_px]
     stages = tuple(
@@ -54,16 +55,16 @@ def at_size(config: Config, long_px: int) -> Config:
 
 
 def _no_larger(styles: Sequence[StyleConfig], long_px: int) -> tuple[StyleConfig, ...]:
-    """The styles, no larger than they are in the run beside a canvas of this size, so that they add no stages."""
+    """The styles, no larger than in the run at a canvas of this size, so that they add no stages."""
     largest = [min(round(long_px * max(style.scale, 1.0)), MAX_SIDE_PX) for style in styles]
     return tuple(
-        style.model_copy(update={"max_size": min(most, style.max_size or most)})
-        for style, most in zip(styles, largest, strict=True)
+        style.model_copy(update={"max_size": min(max_size, style.max_size or max_size)})
+        for style, max_size in zip(styles, largest, strict=True)
     )
 
 
 def _full_at(style: StyleConfig, long_px: int) -> StyleConfig:
-    """The style, with its full size, max_size, at this size: if that was rounded up, it would add a stage for it."""
+    """The style with a scale at which it reaches max_size at this size; after rounding up it would add a stage."""
     assert style.max_size is not None
     if math.ceil(style.max_size / max(style.scale, 1.0)) <= long_px:
         return style
@@ -74,7 +75,7 @@ def _full_at(style: StyleConfig, long_px: int) -> StyleConfig:
 
 
 def _with_last_styles(config: Config, long_px: int, styles: tuple[StyleConfig, ...]) -> tuple[StageConfig, ...]:
-    """The entries of `stages`, with one for the last stage, of this size, if its styles are not those of the others."""
+    """The entries of `stages`, with one for the last stage, of this size, if its styles differ from the others'."""
     if styles == config.for_stage(long_px).styles:
         return config.stages
     entries = [entry for entry in config.stages if entry.up_to < long_px]
@@ -82,6 +83,7 @@ def _with_last_styles(config: Config, long_px: int, styles: tuple[StyleConfig, .
     before_px = config.initial_size
     while 2 * before_px < long_px:
         before_px *= 2
-    if (entries[-1].up_to if entries else 0) < before_px < long_px:  # what was said of it as well
+    # The stage before the last keeps the entry that applied to it.
+    if (entries[-1].up_to if entries else 0) < before_px < long_px:
         entries.append(last.model_copy(update={"up_to": long_px - 1}))
     return (*entries, last.model_copy(update={"up_to": long_px, "styles": styles}))

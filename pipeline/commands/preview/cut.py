@@ -1,4 +1,4 @@
-"""Rectangles cut from an image file while it is resized, or from the array of a canvas, written as pictures."""
+"""Cutting rectangles from an image file while it is resized, or from a canvas, and writing them as images."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ _BAND_PX = 256
 
 
 def cut_file(path: Path, size: Size, rect: Rect, output: Path, cancel: CancelToken) -> ColorStatistics:
-    """Write the rectangle `rect` of an image file, resized to `size`, as the picture `output`.
+    """Write the rectangle `rect` of an image file, resized to `size`, as the image `output`.
 
-    Gives the colours of the whole image at that size. Raises InputError for a broken file, StorageError, or what
-    `cancel` raises.
+    Returns the colour statistics of the whole image at that size. Raises InputError for a broken file, StorageError,
+    Stopped.
     """
-    seen: list[tuple[color.Matrix, color.Matrix]] = []
-    # closed when a write fails: the error keeps this frame, and with it the decoder's thread and the open file
+    moments: list[tuple[color.Matrix, color.Matrix]] = []
+    # Closed explicitly: an error's traceback would keep this frame, and with it the decoder's thread and the open file.
     with closing(images.stream_rgb(path, size[1], size[0], min(_BAND_PX, size[0]), cancel)) as decoded:
-        bands = _cut_bands(decoded, rect, seen)
+        bands = _cut_bands(decoded, rect, moments)
         write_rows(bands, output, (rect.height, rect.width), cancel)
         for _ in bands:
-            raise AssertionError("a cut has no more rows than its rectangle")
-    return color.statistics_of(seen, size[0] * size[1])
+            raise AssertionError("a cut has more rows than its rectangle")
+    return color.statistics_of(moments, size[0] * size[1])
 
 
 def _cut_bands(
-    bands: Iterator[tuple[int, NDArray[Any]]], rect: Rect, seen: list[tuple[color.Matrix, color.Matrix]]
+    bands: Iterator[tuple[int, NDArray[Any]]], rect: Rect, moments: list[tuple[color.Matrix, color.Matrix]]
 ) -> Iterator[NDArray[Any]]:
     for y0, rows_HWC in bands:
-        seen.append(color.moments(rows_HWC))
+        moments.append(color.moments(rows_HWC))
         part = rows_HWC[max(rect.y0 - y0, 0) : max(rect.y1 - y0, 0), rect.x0 : rect.x1]
         if len(part):
-            yield part.copy()  # the band is not kept for it
+            yield part.copy()  # a view would keep the whole band in memory
 
 
 def cut_canvas(canvas: Region, rect: Rect, output: Path, cancel: CancelToken, on_whole: Callable[[Path], None]) -> None:
-    """Write the rectangle `rect` of the picture that `canvas` keeps a part of, 8 bits a channel, as `output`."""
+    """Write the rectangle `rect` of the image of which `canvas` is a region, with 8 bits a channel, as `output`."""
     write_rows(_canvas_bands(canvas, rect), output, (rect.height, rect.width), cancel, on_whole=on_whole)
 
 

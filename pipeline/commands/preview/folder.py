@@ -1,9 +1,9 @@
-"""Where previews of a config lie: their folder beside its output, its lock, and which pictures are its own.
+"""The folder of a config's previews, beside its output: its lock, and the record of the images written from it.
 
 out/harbour.png                    the config's output
 out/harbour.preview.png            a contact sheet
-out/harbour.preview/journal.jsonl  what was written here, and may be replaced
-out/harbour.preview/…              what they are made of
+out/harbour.preview/journal.jsonl  the images that were written, which may be overwritten
+out/harbour.preview/…              the runs that they are made from
 """
 
 from __future__ import annotations
@@ -35,78 +35,79 @@ def folder_of(config: Config) -> Path:
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to make `picture` in `folder`, while it is locked."""
+    """The right to write `image` while `folder` is locked."""
 
     folder: Path
-    picture: Path
+    image: Path
     journal: Journal
     force: bool
 
     def refuse_foreign(self) -> None:
-        """Raise ConfigError if there is a picture of that name which no preview of the config wrote."""
+        """Raise ConfigError if there is a file of that name that no preview of this config wrote."""
         if not self.force:
-            pictures = standing(self.journal)[1].pictures
-            refuse_foreign(self.picture, pictures, "no preview of this config made it")
+            refuse_foreign(self.image, standing(self.journal)[1].pictures, "no preview of this config made it")
 
     def record(self, whole: Path) -> None:
-        """Remember what is about to get the picture's name: the next preview may replace that, and nothing else."""
-        made = written_picture(whole)
+        """Record the complete file before it is renamed, so that a later preview may overwrite it, and nothing else."""
+        written = written_picture(whole)
         self.refuse_foreign()
-        self.journal.append(Exporting(output=str(self.picture), picture=made, time=now()))
+        self.journal.append(Exporting(output=str(self.image), picture=written, time=now()))
 
     def done(self) -> None:
-        """The picture has its name: whatever had it before is gone."""
-        picture = standing(self.journal)[1].pictures[str(self.picture)][-1]
-        self.journal.append(Exported(output=str(self.picture), picture=picture, time=now()))
+        """Record that the file has been renamed to its name."""
+        written = standing(self.journal)[1].pictures[str(self.image)][-1]
+        self.journal.append(Exported(output=str(self.image), picture=written, time=now()))
 
 
 @contextmanager
-def claimed(config: Config, picture: Path, force: bool) -> Iterator[Claim]:
-    """The folder of the config's previews, locked, for one that will make `picture`; none is left by a refused one.
+def claimed(config: Config, image: Path, force: bool) -> Iterator[Claim]:
+    """Lock the folder of the config's previews for one that will write `image`; a refused one leaves no folder.
 
-    `force`: replace a picture that no preview of this config made. Raises ConfigError if the picture would replace
-    anything else, or the folder is not one of previews; LockedError if another preview works there.
+    `force`: overwrite a file that no preview of this config wrote. Raises ConfigError if the image would replace
+    anything else, or the folder is not one of previews; LockedError if another preview is running.
     """
     folder = folder_of(config)
-    _refuse_place(config, folder, picture)
+    _refuse_place(config, folder, image)
     with storage(folder):
         _refuse_foreign(folder)
         with locked_folder(folder):
             journal = Journal(journal_path(folder))
             journal.repair_tail()
-            if not taken(journal.path):  # by this the next preview knows the folder
+            if not taken(journal.path):  # the journal marks the folder as one of previews
                 write_whole(journal.path, b"")
-            claim = Claim(folder, picture, journal, force)
+            claim = Claim(folder, image, journal, force)
             claim.refuse_foreign()
             yield claim
 
 
-def _refuse_place(config: Config, folder: Path, picture: Path) -> None:
-    """Raise ConfigError if the picture, or the folder, would be in place of what the config reads or makes."""
-    if fault := path_fault(picture):
-        raise ConfigError(f"-o {shown(str(picture))}: {fault}. Choose another name.")
-    if picture.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{picture}: a preview is one file; give a name that ends in {', '.join(SUFFIXES)}.")
+def _refuse_place(config: Config, folder: Path, image: Path) -> None:
+    """Raise ConfigError if the image or the folder would replace the config's inputs, output or run directory."""
+    if fault := path_fault(image):
+        raise ConfigError(f"-o {shown(str(image))}: {fault}. Choose another name.")
+    if image.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{image}: a preview is one file; choose a name that ends in {', '.join(SUFFIXES)}.")
     named = [*((dotted(key), path) for key, path in input_files(config)), ("output", config.output)]
     for key, path in named:
-        if same_file(path, picture):
-            raise ConfigError(f"{picture}: is the config's {key}. Choose another name with -o.")
-    refuse_own_state(picture, config.work_dir)
-    if real(folder) in real(picture).parents:
-        raise ConfigError(f"{picture}: is in {folder}, among what previews are made of. Choose another place with -o.")
+        if same_file(path, image):
+            raise ConfigError(f"{image}: is the config's {key}. Choose another name with -o.")
+    refuse_own_state(image, config.work_dir)
+    if real(folder) in real(image).parents:
+        raise ConfigError(f"{image}: is in {folder}, the folder of the preview's runs. Choose another place with -o.")
     work_dir, own = real(config.work_dir), real(folder)
     if work_dir == own or work_dir in own.parents or own in work_dir.parents:
         raise ConfigError(
-            f"{folder}: previews are kept here, and the config's work_dir, {config.work_dir}, is the same folder, "
-            "or one lies in the other. Choose another work_dir or output."
+            f"{folder}: is the folder of the config's previews, and its work_dir, {config.work_dir}, is the same "
+            "folder, or one contains the other. Choose another work_dir or output."
         )
 
 
 def _refuse_foreign(folder: Path) -> None:
     if taken(manifest_path(folder)):
-        raise ConfigError(f"{folder}: previews would be kept here, but it is a run's folder. Choose another output.")
+        raise ConfigError(
+            f"{folder}: would be the folder of the previews, but it is a run directory. Choose another output."
+        )
     if names_in(folder) - {"lock", "lock.owner"} and not taken(journal_path(folder)):
         raise ConfigError(
-            f"{folder}: previews would be kept here, but it holds files that are none. Move it away, or choose "
+            f"{folder}: would be the folder of the previews, but it contains other files. Move it away, or choose "
             "another output."
         )

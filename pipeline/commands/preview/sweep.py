@@ -1,4 +1,4 @@
-"""Variations of a config: every combination of the values that a preview is to compare."""
+"""Variations of a config: every combination of the values that a preview compares."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, listed, pr
 from pipeline.core.errors import ConfigError
 from pipeline.core.text import shown
 
-# A sheet that one can compare by looking; each of them is a render of some minutes.
+# More images cannot be compared on one sheet, and each takes minutes to render.
 MAX_VARIATIONS = 64
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A key that is varied, and its values as the user wrote them."""
+    """A key that is varied, and its values as written by the user."""
 
     key: str
     values: tuple[str, ...]
@@ -36,16 +36,16 @@ class Variation:
 def load_variations(
     path: str | Path, overrides: Sequence[str], vary: Sequence[str]
 ) -> tuple[tuple[Axis, ...], list[Variation]]:
-    """The axes that `vary` names, each `key=value,value`, and all combinations of their values, the last axis fastest.
+    """The axes of `vary`, each `key=value,value`, and all combinations of their values, the last axis fastest.
 
-    Values are YAML: a comma inside [], {} or quotes parts nothing. Raises ConfigError with every problem of every
-    combination, each told once.
+    Values are YAML: a comma inside [], {} or quotes does not separate values. Raises ConfigError with all problems of
+    all combinations, each listed once.
     """
     axes = tuple(_axes(vary))
     if (number := math.prod(len(axis.values) for axis in axes)) > MAX_VARIATIONS:
         raise ConfigError(
-            f"--vary {' --vary '.join(vary)}: {number:,} combinations, each a picture to render, and "
-            f"{MAX_VARIATIONS} is the most. Give fewer values, or vary one key after the other."
+            f"--vary {' --vary '.join(vary)}: {number:,} combinations, each an image to render; at most "
+            f"{MAX_VARIATIONS} are allowed. Give fewer values, or vary one key after the other."
         )
     variations: list[Variation] = []
     problems: dict[str, None] = {}

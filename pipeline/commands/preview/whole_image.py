@@ -1,8 +1,8 @@
-"""What is known of a whole picture while a region of it is rendered alone: its last finished stage.
+"""Estimates of the whole image's Gram matrices and feature energies, used when only a crop is rendered.
 
-There the whole is compared with a part of it (crop.py has the formulas), style term by style term: with masks, a Gram
-is the mean that guidance.py weighs, over the whole picture or over the part. The masks are those of the stage to come,
-at the size of the finished one, whose own may have been others.
+The last finished stage compares the whole with the region, per style term (formulas in crop.py). With masks, a Gram is
+the mask-weighted mean of losses/masks.py over the whole image or over the region. The masks are those of the stage to
+come, at the size of the finished one, whose own masks may have been others.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pipeline.store.guides import UNGUIDED, Guides
 
 @dataclass(frozen=True)
 class WholeImageEstimate:
-    """`grams`: G_whole − G_part, by style key. `energies`: E_whole/E_part per position, by content layer.
+    """`grams`: G_whole − G_region, by style key. `energies`: E_whole/E_region per position, by content layer.
 
-    A style key is left out where nothing is known of it: its mask is black in the part, or everywhere.
+    A style key without an estimate is left out: its mask is black in the region, or everywhere.
     """
 
     grams: Mapping[str, Gram]
@@ -36,7 +36,7 @@ class WholeImageEstimate:
 
 @dataclass(frozen=True)
 class _Guided:
-    """The masks of styles at the size of the finished stage: their folder, and their arrays' checksums."""
+    """The style masks at the size of the finished stage: their folder, and their arrays' checksums."""
 
     folder: Path
     guides: Guides = UNGUIDED
@@ -45,7 +45,7 @@ class _Guided:
 
 @dataclass(frozen=True)
 class WholeImage:
-    """The finished stage `index`: its canvas, and the content at its size. `folder`: for the masks at its size."""
+    """The finished stage `index`: its canvas, and the content at its size. `folder`: for the masks at that size."""
 
     index: int
     canvas: store.StageArray
@@ -58,27 +58,27 @@ class WholeImage:
         """(height, width) in px."""
         return self.canvas.shape[:2]
 
-    def known(self, stage: Stage, part: Rect) -> WholeImageEstimate:
-        """What to add to a region's mean Grams, and what to multiply its energies by, for those of the whole.
+    def estimate(self, stage: Stage, region: Rect) -> WholeImageEstimate:
+        """What to add to a region's mean Grams, and what to multiply its energies by, to get the whole image's.
 
-        `stage`: the one to come, with the masks of the whole picture. `part`: the region, at the finished stage.
-        Raises InputError for a broken mask.
+        `stage`: the stage to come, with the masks of the whole image. `region`: in px of the finished stage. Raises
+        InputError for a broken mask.
         """
-        everything = Rect(0, self.size[0], 0, self.size[1])
+        whole = Rect(0, self.size[0], 0, self.size[1])
         canvas, layers, guided = self.canvas, stage.layer_use.style_layers, self._guided(stage)
-        of_whole, of_part = (self._mean_grams(stage, canvas, layers, one, guided) for one in (everything, part))
-        grams = {key: of_whole[key] - of_part[key] for key in of_whole if key in of_part}
+        of_whole, of_region = (self._mean_grams(stage, canvas, layers, rect, guided) for rect in (whole, region))
+        grams = {key: of_whole[key] - of_region[key] for key in of_whole if key in of_region}
         if self.content is None:
             return WholeImageEstimate(grams, {})
-        # the energy per position is the sum of the mean Gram's diagonal; a map of the content's weight is not in it
+        # The energy per position is the trace of the mean Gram. The content's weight map is not part of it.
         content, layers, guided = self.content, stage.layer_use.content_layers, _Guided(self.folder)
-        of_whole, of_part = (self._mean_grams(stage, content, layers, one, guided) for one in (everything, part))
+        of_whole, of_region = (self._mean_grams(stage, content, layers, rect, guided) for rect in (whole, region))
         return WholeImageEstimate(
-            grams, {layer: _ratio(of_whole[layer].trace(), of_part[layer].trace()) for layer in layers}
+            grams, {layer: _ratio(of_whole[layer].trace(), of_region[layer].trace()) for layer in layers}
         )
 
     def _guided(self, stage: Stage) -> _Guided:
-        """Makes the masks of the stage's styles."""
+        """Create the masks of the stage's styles."""
         guides = replace(stage.layer_use.guides, content=False)
         store.create_stage(self.folder)
         for name in guides.arrays:
@@ -88,7 +88,7 @@ class WholeImage:
     def _mean_grams(
         self, stage: Stage, array: store.StageArray, layers: tuple[str, ...], rect: Rect, guided: _Guided
     ) -> dict[str, Gram]:
-        """Mean Grams over a rectangle of a picture, read with its real surroundings; none of what is not there."""
+        """Mean Grams over a rectangle, read with its halo, by style key; masks without area are left out."""
         if not layers:
             return {}
         tiles = [Tile(index, inner, *self.size) for index, inner in enumerate(tiles_of(rect, self.tile_px))]
@@ -106,14 +106,14 @@ class WholeImage:
             )
             for tile in tiles
         ]
-        told = stage.counter(f"Gram pass of stage {self.index}", len(specs))
-        sums = stage.engine.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, dict[str, Gram](), told)
-        counted = _counted(stage, tiles, layers, guided)
-        return {key: total / counted[key] for key, total in sums.items() if counted[key] > 0}
+        on_progress = stage.counter(f"Gram pass of stage {self.index}", len(specs))
+        sums = stage.engine.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, dict[str, Gram](), on_progress)
+        areas = _areas(stage, tiles, layers, guided)
+        return {key: total / areas[key] for key, total in sums.items() if areas[key] > 0}
 
 
-def _counted(stage: Stage, tiles: list[Tile], layers: tuple[str, ...], guided: _Guided) -> dict[str, float]:
-    """Positions by style key; of regions, the sums of their shares."""
+def _areas(stage: Stage, tiles: list[Tile], layers: tuple[str, ...], guided: _Guided) -> dict[str, float]:
+    """Number of positions by style key; with masks, the sums of their weights."""
     if not guided.guides.regions:
         return {name: float(sum(tile.inner.positions(LAYER_BY_NAME[name]).area for tile in tiles)) for name in layers}
     specs = [mask_tasks.AreaSpec(guided.folder, tile, guided.guides, layers, guided.checksums) for tile in tiles]
@@ -123,5 +123,5 @@ def _counted(stage: Stage, tiles: list[Tile], layers: tuple[str, ...], guided: _
 
 
 def _ratio(whole_energy: float, part_energy: float) -> float:
-    """1 where the part's content says nothing to a layer: nothing can be told from it."""
+    # Without energy in the region there is no estimate, and 1 leaves the region's own.
     return whole_energy / part_energy if part_energy > 0 else 1.0

@@ -26,8 +26,8 @@ from pipeline.rundir.paths import SECOND_NAME, journal_path, manifest_path, stor
 from pipeline.rundir.position import Position, position_of
 from pipeline.rundir.records import Begun, CanvasLost, Iteration, Record, RolledBack, StagePrepared
 from pipeline.store import integrity
-from pipeline.store.array import ChunkError
 from pipeline.store.checksums import checksum, unpacked
+from pipeline.store.chunk_file import ChunkError
 from pipeline.store.layout import METADATA, is_averaged, slot_names
 from pipeline.store.metadata import group_metadata, make_room_again, write_metadata
 

@@ -17,8 +17,9 @@ from pipeline.rundir.open import stage_path
 from pipeline.rundir.paths import store_path
 from pipeline.rundir.position import Position
 from pipeline.store import integrity
-from pipeline.store.array import ChunkError, StageArray
+from pipeline.store.array import StageArray
 from pipeline.store.checksums import checksum, packed
+from pipeline.store.chunk_file import ChunkError
 from pipeline.store.integrity import CheckSpec, Finding, OnProgress
 from pipeline.store.layout import METADATA, gram_key, is_stage_array, kept_files, slot_names
 from pipeline.store.metadata import check_metadata, group_metadata, read_gram

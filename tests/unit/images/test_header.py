@@ -1,4 +1,4 @@
-"""Pictures from strangers: what they may cost is seen from the header, and nothing but pixels is ever read."""
+"""Untrusted input images: their cost is known from the header, and only pixels are ever read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def refusal(path: Path, **limits: int) -> str:
 
 
 def test_pixels_are_limited_at_the_pixel(tmp_path: Path) -> None:
-    """A header of a hundred bytes can claim a terapixel; the way on, for a picture that large, is one key."""
+    """A header of a hundred bytes can claim a terapixel; one key allows an image that is really that large."""
     path = tmp_path / "a.png"
     vips(noise(30, 40)).pngsave(str(path))
     assert read_header(path, LimitsConfig(max_pixels=1200)).width_px == 40
@@ -50,7 +50,7 @@ def test_pixels_are_limited_at_the_pixel(tmp_path: Path) -> None:
 
 
 def test_file_size_is_limited_before_the_file_is_read(tmp_path: Path) -> None:
-    """A sparse file of a terabyte costs its sender nothing, and us a day of hashing."""
+    """A sparse file of a terabyte takes no disk space, and a day to hash."""
     path = tmp_path / "a.jpg"
     vips(noise(30, 40)).jpegsave(str(path))
     size = path.stat().st_size
@@ -62,7 +62,7 @@ def test_file_size_is_limited_before_the_file_is_read(tmp_path: Path) -> None:
 
 
 def test_defaults_let_the_largest_pictures_in(tmp_path: Path) -> None:
-    """The promise is print size: 100,000×100,000 px must not need a key that nobody knows."""
+    """Print sizes up to 100,000×100,000 px must be allowed by default."""
     (tmp_path / "a.tif").write_bytes(tiff([b""] * 100_000, 100_000, 100_000, rows=1))
     header = read_header(tmp_path / "a.tif")
     assert (header.width_px, header.height_px) == (100_000, 100_000)
@@ -83,7 +83,7 @@ WHOLE: dict[str, Callable[[Any, str], None]] = {
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_decoding_that_cannot_be_streamed_is_limited(tmp_path: Path, name: str) -> None:
-    """A progressive JPEG of a few MB takes gigabytes to decode, whatever we do: the user must be asked first."""
+    """A progressive JPEG of a few MB takes gigabytes to decode, so the user must allow it first."""
     path = tmp_path / name
     WHOLE[name](vips(noise(256, 300)), str(path))
     needed = read_header(path).decode_bytes
@@ -94,7 +94,7 @@ def test_decoding_that_cannot_be_streamed_is_limited(tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.avif"])
 def test_files_that_are_read_whole_are_refused_before(tmp_path: Path, name: str) -> None:
-    """libvips takes all of a GIF, WebP or HEIF file into memory to tell its size: the header is too late to ask."""
+    """libvips reads a whole GIF, WebP or HEIF file into memory to get its size, so the file size is checked before."""
     path = tmp_path / name
     WHOLE[name](vips(noise(64, 64)), str(path))
     with path.open("r+b") as file:
@@ -110,7 +110,7 @@ def test_channels_are_limited(tmp_path: Path) -> None:
 
 
 def test_sizes_that_glib_cannot_hold_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """libvips goes on with a picture of one row, and GLib complains on stderr: the result would be a stripe."""
+    """libvips continues with an image of one row and GLib prints a warning: the result would be a stripe."""
     path = tmp_path / "a.avif"
     vips(noise(57, 43)).heifsave(str(path), compression="av1")
     data = path.read_bytes()
@@ -140,15 +140,15 @@ def tiff(strips: list[bytes], width: int, height: int, rows: int, photometric: i
     letters = {3: "H", 4: "I"}
     packed = [struct.pack(f"<{len(values)}{letters[kind]}", *values) for _, kind, values in entries]
     block_at = 8 + 2 + 12 * len(entries) + 4
-    data_at = block_at + sum(len(one) for one in packed if len(one) > 4)
+    data_at = block_at + sum(len(values_bytes) for values_bytes in packed if len(values_bytes) > 4)
     offsets = [
         data_at + sum(len(strip) for strip in strips[:index]) if strips[0] else 8 for index in range(len(strips))
     ]
     packed[5] = struct.pack(f"<{len(strips)}I", *offsets)
     head, block = struct.pack("<2sHIH", b"II", 42, 8, len(entries)), b""
-    for (tag, kind, values), one in zip(entries, packed, strict=True):
-        inline = one if len(one) <= 4 else struct.pack("<I", block_at + len(block))
-        block += one if len(one) > 4 else b""
+    for (tag, kind, values), values_bytes in zip(entries, packed, strict=True):
+        inline = values_bytes if len(values_bytes) <= 4 else struct.pack("<I", block_at + len(block))
+        block += values_bytes if len(values_bytes) > 4 else b""
         head += struct.pack("<HHI", tag, kind, len(values)) + inline.ljust(4, b"\0")
     return head + struct.pack("<I", 0) + block + b"".join(strips)
 
@@ -198,19 +198,19 @@ CUTS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_memory_of_tiffs_is_what_the_header_says(tmp_path: Path, cut: str) -> None:
-    """A TIFF whose one strip is the picture breaks the plan's promise, unless its directory is looked at."""
+    """A TIFF of a single strip would exceed the planned memory if its directory were not read."""
     path = tmp_path / "a.tif"
     CUTS[cut](path)
     needed = read_header(path).decode_bytes
     command = [sys.executable, "-c", textwrap.dedent(MEMORY), str(path)]
     measured = int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
     assert measured <= needed + 75_000_000, f"{measured / 1e6:.0f} MB, {needed / 1e6:.0f} projected"
-    assert needed < 5 * measured  # nor is a harmless file refused
+    assert needed < 5 * measured  # the estimate must not refuse harmless files
 
 
 @pytest.mark.parametrize("big", [False, True])
 def test_tiff_directory_of_every_kind_is_read(tmp_path: Path, big: bool) -> None:
-    """BigTIFF is the very format of pictures this size."""
+    """BigTIFF is the very format of images this size."""
     path = tmp_path / "a.tif"
     options = {"tile": True, "tile_width": 128, "tile_height": 64}
     vips(noise(300, 200)).tiffsave(str(path), bigtiff=big, **options)
@@ -219,7 +219,7 @@ def test_tiff_directory_of_every_kind_is_read(tmp_path: Path, big: bool) -> None
 
 
 def test_damaged_tiff_directories_are_told(tmp_path: Path) -> None:
-    """libtiff forgives much; where it does and we cannot follow, the worst is assumed instead of nothing."""
+    """If libtiff accepts a directory that this parser cannot read, the largest memory is assumed."""
     data = tiff([zlib.compress(noise(64, 64).tobytes())], 64, 64, rows=64)
     for cut in range(130):
         with pytest.raises(ValueError):
@@ -235,7 +235,7 @@ def test_damaged_tiff_directories_are_told(tmp_path: Path) -> None:
 
 
 def test_only_loaders_of_pixels_are_there(tmp_path: Path) -> None:
-    """An SVG reads other files, a Matlab file is parsed by code that nobody fuzzes: they must not even be tried."""
+    """An SVG reads other files and the Matlab parser is not fuzzed: such loaders must never be called."""
     image = vips(noise(8, 8))
     image.write_to_file(str(tmp_path / "a.v"))
     (tmp_path / "a.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>')
@@ -245,24 +245,24 @@ def test_only_loaders_of_pixels_are_there(tmp_path: Path) -> None:
     (tmp_path / "a.hdr").write_bytes(b"#?RADIANCE\n\n-Y 1 +X 1\n\0\0\0\0")
     for name in ("a.v", "a.svg", "a.csv", "a.mat", "a.fits", "a.hdr"):
         assert f"known format ({FORMATS})" in refusal(tmp_path / name)
-    # and the program around us may go on reading what it likes
+    # other code in the process can still use all loaders
     assert pyvips.Image.new_from_file(str(tmp_path / "a.v")).width == 8
     assert pyvips.Image.new_from_file(str(tmp_path / "a.csv")).height == 2
 
 
 def test_a_jpeg_with_a_gain_map_is_a_jpeg(tmp_path: Path) -> None:
-    """Phones write such files; a loader of their own would give other pixels, or refuse them."""
+    """Phones write such files; libvips' separate loader would give other pixels or refuse them."""
     assert sorted(LOADERS) == ["gifload", "heifload", "jpegload", "pngload", "tiffload", "webpload"]
     vips(noise(16, 16)).jpegsave(str(tmp_path / "a.jpg"))
     data = (tmp_path / "a.jpg").read_bytes()
-    gain_map = b"http://ns.adobe.com/hdr-gain-map/1.0/"  # what libvips' own loader of such files looks for
+    gain_map = b"http://ns.adobe.com/hdr-gain-map/1.0/"  # what libvips' separate loader looks for
     app1 = b"\xff\xe1" + struct.pack(">H", 2 + len(gain_map)) + gain_map
     (tmp_path / "a.jpg").write_bytes(data[:2] + app1 + data[2:] + data)
     assert read_header(tmp_path / "a.jpg").loader == "jpegload"
 
 
 def test_options_in_names_are_part_of_the_name(tmp_path: Path) -> None:
-    """A name such as a.png[page=3] is a file's; read as options it would open another file, or open it otherwise."""
+    """A name such as a.png[page=3] must not be parsed as a file name with loader options."""
     vips(noise(16, 16)).pngsave(str(tmp_path / "a.png"))
     with pytest.raises(InputError, match=re.escape("a.png[access=random]: no such file")):
         read_header(tmp_path / "a.png[access=random]")

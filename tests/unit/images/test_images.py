@@ -1,4 +1,4 @@
-"""Pictures in and out: what libvips decodes, resizes and writes for us, against whole-image references."""
+"""Reading, resizing and writing images with libvips, against whole-image references."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError, InputError, SpaceError, Stopped
 from pipeline.core.tiling import Rect
 from pipeline.images.header import read_header
+from pipeline.images.output_check import check_output
 from pipeline.images.reader import stream_rgb
 from pipeline.images.resize import resize_window, source_window
-from pipeline.images.writer import check_output, write_image
+from pipeline.images.writer import ImageSpec, write_image
 from tests.support.pictures import measured_mb, picture, write
 
 
@@ -84,7 +85,7 @@ SIZES = [(211, 157), (106, 78), (40, 31), (7, 5), (500, 333), (212, 158), (423, 
 def test_streaming_resize_is_the_whole_image_resize(
     tmp_path: Path, width_px: int, height_px: int, band_px: int
 ) -> None:
-    """Else the content and style of a stage show seams between bands, or sit beside the canvas."""
+    """Otherwise the content and style of a stage have seams between bands, or are shifted against the canvas."""
     pixels = picture(157, 211)
     path = tmp_path / "a.png"
     vips(pixels).pngsave(str(path))
@@ -94,7 +95,7 @@ def test_streaming_resize_is_the_whole_image_resize(
 
 @pytest.mark.parametrize(("width_px", "height_px"), [(80, 61), (403, 371), (90, 371)])
 def test_resize_keeps_the_centre(tmp_path: Path, width_px: int, height_px: int) -> None:
-    """Else every stage moves the picture by a part of a pixel: resizing the mirrored picture must mirror the result."""
+    """Otherwise every stage shifts the image by a part of a pixel: a mirrored image must give the mirrored result."""
     pixels = picture(157, 211)
     vips(pixels).pngsave(str(tmp_path / "a.png"))
     vips(pixels[::-1, ::-1]).pngsave(str(tmp_path / "b.png"))
@@ -104,14 +105,14 @@ def test_resize_keeps_the_centre(tmp_path: Path, width_px: int, height_px: int) 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 64), (63, 1), (64, 64)])
 def test_one_px_image(tmp_path: Path, size: tuple[int, int]) -> None:
-    """A user who gives a 1-px picture gets its colour everywhere, not a crash."""
+    """A user who gives a 1-px image gets its colour everywhere, not a crash."""
     path = tmp_path / "one.png"
     vips(np.array([[[10, 200, 30]]], np.uint8)).pngsave(str(path))
     assert np.array_equal(stream(path, *size), np.broadcast_to([10, 200, 30], (size[1], size[0], 3)))
 
 
 def test_stream_refuses_impossible_sizes(tmp_path: Path) -> None:
-    """A bug in a caller must not become a picture of no pixels."""
+    """A bug in a caller must not become an image of no pixels."""
     with pytest.raises(ValueError, match="at least 1 px"):
         stream_rgb(tmp_path / "a.png", 0, 10, 10)
 
@@ -126,7 +127,7 @@ GROWTHS = [((37, 53), (74, 106)), ((37, 53), (91, 200)), ((37, 53), (38, 53)), (
 def test_resize_window_in_chunks_is_the_whole_image_affine(
     source: tuple[int, int], target: tuple[int, int], dtype: type
 ) -> None:
-    """Else the canvas of the next stage has a grid of seams, and depends on the chunk size."""
+    """Otherwise the canvas of the next stage has a grid of seams, and depends on the chunk size."""
     pixels = (picture(*source) * 1.37 - 40).astype(dtype)  # beyond 0..255: nothing may be clipped
     whole_target = resize_window(pixels, (0, source[0], 0, source[1]), source, target, (0, target[0], 0, target[1]))
     for chunk_px in (16, 23):
@@ -152,7 +153,7 @@ def test_resize_window_in_chunks_is_the_whole_image_affine(
 
 
 def test_source_window_stays_small() -> None:
-    """Else enlarging a 15,000-px canvas reads far more than it needs, chunk by chunk."""
+    """Otherwise enlarging a 15,000-px canvas reads far more than it needs, chunk by chunk."""
     y0, y1, x0, x1 = source_window((512, 1024, 0, 512), (15000, 15000), (30000, 30000))
     assert (y0, x0) == (255 - 4, 0)
     assert y1 - y0 <= 256 + 10
@@ -175,7 +176,7 @@ LOSSLESS: dict[str, Saver] = {
 
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_lossless_formats_come_in_exactly(tmp_path: Path, name: str) -> None:
-    """Else a user's picture is changed before the first stroke is painted."""
+    """Otherwise the input is changed before the first iteration."""
     pixels = picture(157, 211)
     path = tmp_path / name
     LOSSLESS[name](vips(pixels), str(path))
@@ -198,7 +199,7 @@ def test_jpeg_baseline_and_progressive(tmp_path: Path, interlace: bool) -> None:
 
 
 def test_decode_bytes_count_what_is_not_streamed(tmp_path: Path) -> None:
-    """Else the plan promises a memory bound that WebP, GIF, AVIF or a rotated photo breaks."""
+    """Otherwise the plan promises a memory bound that WebP, GIF, AVIF or a rotated photo breaks."""
     image = vips(picture(157, 211))
     image.webpsave(str(tmp_path / "a.webp"))
     image.gifsave(str(tmp_path / "a.gif"))
@@ -210,7 +211,7 @@ def test_decode_bytes_count_what_is_not_streamed(tmp_path: Path) -> None:
 
 
 def test_sixteen_bits_are_rounded(tmp_path: Path) -> None:
-    """Else a 16-bit scan comes in half a level too dark."""
+    """Otherwise a 16-bit scan is read half a level too dark."""
     pixels = np.arange(0, 65536, 7, dtype=np.uint16)[: 96 * 97].reshape(96, 97)
     rgb = np.dstack([pixels, pixels[::-1], pixels])
     for name in ("a.png", "a.tif"):
@@ -226,7 +227,7 @@ def test_sixteen_bits_are_rounded(tmp_path: Path) -> None:
 
 
 def test_grey_and_alpha(tmp_path: Path) -> None:
-    """Else a grey picture fails, or the hidden colour of transparent pixels bleeds into the content."""
+    """Otherwise a grey image fails, or the hidden colour of transparent pixels bleeds into the content."""
     grey = picture(40, 50)[..., 0]
     vips(grey, "b-w").pngsave(str(tmp_path / "grey.png"))
     assert np.array_equal(whole(tmp_path / "grey.png"), np.dstack([grey] * 3))
@@ -247,7 +248,7 @@ def test_grey_and_alpha(tmp_path: Path) -> None:
 
 
 def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
-    """Else a picture for print comes in inverted, or not at all."""
+    """Otherwise a CMYK image is read inverted, or not at all."""
     cmyk = np.zeros((32, 96, 4), np.uint8)
     cmyk[:, 32:64, 3], cmyk[:, 64:, 1:3] = 255, 255
     for name in ("a.jpg", "a.tif"):
@@ -260,7 +261,7 @@ def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
 
 
 def test_embedded_profile_is_applied(tmp_path: Path) -> None:
-    """Else a Display-P3 photo comes in with dull colours."""
+    """Otherwise a Display-P3 photo is read with dull colours."""
     pixels = np.clip(picture(64, 64) * np.array([1.0, 0.6, 0.5]), 0, 255).astype(np.uint8)
     wide = vips(pixels).icc_transform("p3", input_profile="srgb")
     wide.pngsave(str(tmp_path / "p3.png"))
@@ -272,7 +273,7 @@ def test_embedded_profile_is_applied(tmp_path: Path) -> None:
 
 
 def test_unusable_profile_is_passed_over(tmp_path: Path) -> None:
-    """A damaged profile is no reason to refuse a picture that every browser shows."""
+    """A damaged profile is no reason to refuse an image that every browser shows."""
     pixels = picture(30, 40)
     with_field(vips(pixels), "icc-profile-data", b"not a profile at all" * 10).tiffsave(str(tmp_path / "a.tif"))
     assert np.array_equal(whole(tmp_path / "a.tif"), pixels)
@@ -292,7 +293,7 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
-    """Else a telephone's photo is painted lying on its side."""
+    """Otherwise a phone's photo lies on its side."""
     pixels = picture(700, 430)  # higher than any strip: rows in another order need random access
     expected = UPRIGHT[orientation](pixels)
     with_field(vips(pixels), "orientation", orientation).tiffsave(str(tmp_path / "a.tif"), compression="lzw")
@@ -331,7 +332,7 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_files_are_refused_by_their_header(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Else a user sees a traceback, or a run dies after hours, for a file that was never a picture."""
+    """Otherwise a user sees a traceback, or a run dies after hours, for a file that was never an image."""
     content, message = BAD_FILES[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -364,22 +365,22 @@ def test_unreadable_file(tmp_path: Path) -> None:
 
 
 def test_float_pixels_are_refused(tmp_path: Path) -> None:
-    """Floats have no agreed white: a guess would give a black or a white picture."""
+    """Floats have no agreed white: a guess would give a black or a white image."""
     vips(picture(20, 20)).cast("float").copy(interpretation="b-w").extract_band(0).tiffsave(str(tmp_path / "a.tif"))
     with pytest.raises(InputError, match="8 or 16 bits"):
         read_header(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "progressive.jpg", "a.png", "a.tif", "tiles.tif", "a.webp"])
-@pytest.mark.parametrize("kept", [0.5, 0.97])
-def test_truncated_file_is_refused(tmp_path: Path, name: str, kept: float, capfd: pytest.CaptureFixture[str]) -> None:
-    """Else half a download is painted with a grey lower half."""
+@pytest.mark.parametrize("share", [0.5, 0.97])
+def test_truncated_file_is_refused(tmp_path: Path, name: str, share: float, capfd: pytest.CaptureFixture[str]) -> None:
+    """Otherwise an incomplete download is used with a grey lower half."""
     image = vips(picture(600, 500))
     path = tmp_path / name
     options = {"interlace": True} if name.startswith("prog") else {"tile": True} if name.startswith("tiles") else {}
     image.write_to_file(str(path), **options)
     data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * kept)])
+    path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(InputError) as caught:
         stream(path, 250, 300)
     assert str(path) in str(caught.value)
@@ -388,7 +389,7 @@ def test_truncated_file_is_refused(tmp_path: Path, name: str, kept: float, capfd
 
 
 def test_claimed_size_without_pixels(tmp_path: Path) -> None:
-    """A header within the limits, with nothing behind it, must end in a sentence and not in a full memory."""
+    """A header within the limits without pixels must end in an error message, not in an out-of-memory kill."""
     path = tmp_path / "claim.png"
     path.write_bytes(png_header(100_000, 100_000))
     with pytest.raises(InputError, match=r"claim\.png"):
@@ -402,7 +403,7 @@ def decoders() -> list[threading.Thread]:
 
 @pytest.mark.parametrize("bands", [0, 1, 3])
 def test_leaving_early_ends_the_thread(tmp_path: Path, bands: int) -> None:
-    """Else an interrupted run hangs, or keeps a decoder and its memory."""
+    """Otherwise an interrupted run hangs, or keeps a decoder and its memory."""
     path = tmp_path / "a.png"
     vips(picture(600, 500)).pngsave(str(path))
     iterator = stream_rgb(path, 900, 1100, 10)
@@ -413,7 +414,7 @@ def test_leaving_early_ends_the_thread(tmp_path: Path, bands: int) -> None:
 
 
 def test_no_thread_decodes_for_a_cut_that_was_given_up(tmp_path: Path) -> None:
-    """Whoever keeps the error, to show it or to try again, would keep a decoder, its memory and the open file."""
+    """A caller that keeps the error would keep a decoder, its memory and the open file."""
     path = tmp_path / "a.png"
     vips(picture(3000, 300)).pngsave(str(path))
 
@@ -435,7 +436,7 @@ def test_no_thread_decodes_for_a_cut_that_was_given_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.tif", "odd [n=2] name.TIFF", "a.png"])
 @pytest.mark.parametrize("size", [(1, 1), (700, 1301)])
 def test_lossless_export_reads_back(tmp_path: Path, bits: int, name: str, size: tuple[int, int]) -> None:
-    """Else the file is not the picture that was rendered."""
+    """Otherwise the file is not the image that was rendered."""
     pixels = picture(*size, bits=bits)
     path = tmp_path / "made" / "on demand" / name
     write(path, pixels)
@@ -449,7 +450,7 @@ def test_lossless_export_reads_back(tmp_path: Path, bits: int, name: str, size: 
 
 @pytest.mark.parametrize("compression", ["deflate", "jpeg", "none"])
 def test_tiff_is_a_tiled_pyramid_with_64_bit_offsets(tmp_path: Path, compression: str) -> None:
-    """Else pictures beyond 4 GB break, and viewers load all of it to show a thumbnail."""
+    """Otherwise images beyond 4 GB break, and viewers load all of it to show a thumbnail."""
     pixels = picture(1200, 1900)
     path = tmp_path / "a.tif"
     write(path, pixels, compression=compression)
@@ -465,7 +466,7 @@ def test_tiff_is_a_tiled_pyramid_with_64_bit_offsets(tmp_path: Path, compression
 
 
 def test_jpeg_export(tmp_path: Path) -> None:
-    """Else the JPEG of a picture has other colours than the picture."""
+    """Otherwise the JPEG of an image has other colours than the image."""
     smooth = np.clip(vips(picture(500, 700)).gaussblur(3).numpy(), 0, 255).astype(np.uint8)
     write(tmp_path / "a.jpg", smooth, quality=97)
     back = pyvips.Image.new_from_file(str(tmp_path / "a.jpg"))
@@ -477,7 +478,7 @@ def test_jpeg_export(tmp_path: Path) -> None:
 
 
 def test_deepzoom_export(tmp_path: Path) -> None:
-    """Else a viewer shows holes, or nothing: the top level, put together from its tiles, must be the picture."""
+    """Otherwise a viewer shows holes, or nothing: the top level, put together from its tiles, must be the image."""
     smooth = np.clip(vips(picture(600, 900)).gaussblur(3).numpy(), 0, 255).astype(np.uint8)
     for _ in range(2):  # the second replaces the first
         write(tmp_path / "zoom.dz", smooth)
@@ -496,7 +497,7 @@ def test_deepzoom_export(tmp_path: Path) -> None:
 
 
 def test_rows_are_asked_for_in_order_by_the_caller(tmp_path: Path) -> None:
-    """Else Ctrl-C waits for the end of an export, and the bar jumps; each row is read from the store once."""
+    """Otherwise Ctrl-C waits for the end of an export, and the bar jumps; each row is read from the store once."""
     pixels, asked, shares = picture(1500, 300), [], []
 
     def read_rows(y0: int, y1: int) -> np.ndarray:
@@ -504,7 +505,7 @@ def test_rows_are_asked_for_in_order_by_the_caller(tmp_path: Path) -> None:
         asked.append((y0, y1))
         return pixels[y0:y1]
 
-    write_image(tmp_path / "a.png", 300, 1500, read_rows, on_progress=shares.append)
+    write_image(ImageSpec(tmp_path / "a.png", 300, 1500), read_rows, on_progress=shares.append)
     assert asked == [(0, 512), (512, 1024), (1024, 1500)]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
@@ -512,7 +513,7 @@ def test_rows_are_asked_for_in_order_by_the_caller(tmp_path: Path) -> None:
 
 
 class CustomError(Exception):
-    """What a caller may raise."""
+    """An error of the caller's own type."""
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".png", ".jpg", ".dz"])
@@ -520,7 +521,7 @@ class CustomError(Exception):
 def test_failure_while_reading_leaves_nothing(
     tmp_path: Path, suffix: str, bad_band: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Else a stopped export looks like a finished one, or its cause is lost in a message of libvips."""
+    """Otherwise a stopped export looks like a finished one, or its cause is lost in a message of libvips."""
     pixels = picture(1500, 300)
     path = tmp_path / f"a{suffix}"
 
@@ -530,43 +531,43 @@ def test_failure_while_reading_leaves_nothing(
         return pixels[y0:y1]
 
     with pytest.raises(CustomError, match="a chunk is missing"):
-        write_image(path, 300, 1500, read_rows)
+        write_image(ImageSpec(path, 300, 1500), read_rows)
     assert list(tmp_path.iterdir()) == []
 
     write(path, pixels)
     before = sorted((entry, entry.stat().st_size) for entry in tmp_path.rglob("*"))
     with pytest.raises(CustomError):
-        write_image(path, 300, 1500, read_rows)
+        write_image(ImageSpec(path, 300, 1500), read_rows)
     assert sorted((entry, entry.stat().st_size) for entry in tmp_path.rglob("*")) == before
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("export ")]
     assert capfd.readouterr() == ("", "")
 
 
 def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
-    """Else every kill leaves some gigabytes under a hidden name."""
+    """Otherwise every kill leaves some gigabytes under a hidden name."""
     code = """
         import os, signal, sys
         from pathlib import Path
         import numpy as np
-        from pipeline.images.writer import write_image
+        from pipeline.images.writer import ImageSpec, write_image
         def read_rows(y0, y1):
             if y0 >= 1024:
                 os.kill(os.getpid(), signal.SIGKILL)
             return np.zeros((y1 - y0, 300, 3), np.uint8)
-        write_image(Path(sys.argv[1]), 300, 2000, read_rows)
+        write_image(ImageSpec(Path(sys.argv[1]), 300, 2000), read_rows)
     """
     path = tmp_path / "a.tif"
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(path)], check=False, timeout=60)
     assert done.returncode == -9
     assert not path.exists()
-    assert len(list(tmp_path.iterdir())) == 2  # the picture, and the folder of its levels
+    assert len(list(tmp_path.iterdir())) == 2  # the image, and the folder of its levels
     write(path, picture(50, 60))
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("name", ["a.tif", "a.png", "a.jpg", "a.dz"])
 def test_full_disk(small_disk: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Else a full disk looks like a bug, and half a picture stays."""
+    """Otherwise a full disk looks like a bug, and half an image stays."""
     with pytest.raises(SpaceError, match=name):
         write(small_disk / name, picture(2000, 1500))
     assert list(small_disk.iterdir()) == []
@@ -594,7 +595,7 @@ REFUSED = [
 def test_output_that_would_fail_is_refused(
     tmp_path: Path, name: str, side_px: int, bits: int, compression: str, message: str
 ) -> None:
-    """Else a run of a day ends in an error that could have been its first line."""
+    """Otherwise a run of a day ends in an error that could have been its first line."""
     (tmp_path / "file").touch()
     (tmp_path / "folder.tif").mkdir()
     (tmp_path / "mine.dz").mkdir()
@@ -605,7 +606,7 @@ def test_output_that_would_fail_is_refused(
 
 
 def test_outputs_that_work_are_allowed(tmp_path: Path) -> None:
-    """Else the program refuses what it can do."""
+    """Otherwise the program refuses what it can do."""
     for name in ("a.tif", "b/c/a.TIF", "a.tiff", "a.png", "a.zarr", "a.dz", "a.jpg", "a.jpeg"):
         check_output(tmp_path / name, 30_000, 30_000, 8, "deflate")
     check_output(tmp_path / "a.tif", 100_000, 100_000, 16, "none")
@@ -626,7 +627,7 @@ def test_compression_of_this_build(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_unwritable_folder(tmp_path: Path) -> None:
-    """Else the run fails at its end."""
+    """Otherwise the run fails at its end."""
     tmp_path.chmod(0o500)
     with pytest.raises(ConfigError, match="cannot be written"):
         check_output(tmp_path / "b" / "a.tif", 10, 10, 8, "deflate")
@@ -636,7 +637,7 @@ def test_unwritable_folder(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_picture(tmp_path: Path) -> None:
-    """The promise of the program: a picture of 288 MB passes in and out in a third of that, and it is not kept."""
+    """An image of 288 MB must be read and written in a third of that memory."""
     path = tmp_path / "a.jpg"
     assert measured_mb("export", path, "jpeg", 6000, 16000) < 120
     assert measured_mb("export", tmp_path / "a.tif", "jpeg", 6000, 16000) < 140

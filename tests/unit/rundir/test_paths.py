@@ -16,7 +16,7 @@ import pytest
 from pipeline.config.config import load_config
 from pipeline.core.errors import ConfigError, DamagedStateError
 from pipeline.core.files import read_regular
-from pipeline.images.writer import check_output
+from pipeline.images.output_check import check_output
 from pipeline.rundir.paths import links_in_store, refuse_links
 from tests.support.e2e import Outcome, make_call, write_config, write_run
 
@@ -306,7 +306,7 @@ def test_a_folder_that_a_desktop_has_looked_at_is_still_empty(tmp_path, call):
         (folder / ".DS_Store").touch()
         (folder / "thesis.txt").touch()
     refused(call("run", "-c", config, f"--set=work_dir={tmp_path / 'run2'}"), 3, "not a run's")
-    refused(call("preview", "-c", config, f"--set=output={tmp_path / 'other.png'}"), 3, "that are none")
+    refused(call("preview", "-c", config, f"--set=output={tmp_path / 'other.png'}"), 3, "contains other files")
 
 
 @pytest.mark.parametrize("suffix", [".dz", ".zarr"])

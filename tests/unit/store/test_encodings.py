@@ -1,4 +1,4 @@
-"""The 16-bit encodings: what comes back, what is refused, and that chance is fair and repeatable."""
+"""The 16-bit encodings: round trips, refused values, and unbiased, repeatable stochastic rounding."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def all_bytes(value):
     return codes
 
 
-# --- what is stored stays as it is -----------------------------------------------------------------------------------
+# --- round trips ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
@@ -64,25 +64,25 @@ def test_zeros_on_disk_are_zeros():
 
 @given(any_floats)
 def test_bfloat16_is_torchs(values):
-    """Another rounding than everybody's: ties, subnormals, infinities and signs are where it would differ."""
-    wanted = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
-    found = BFLOAT16.decoded(BFLOAT16.encoded(values))
-    assert np.array_equal(found, wanted, equal_nan=True)
-    assert np.array_equal(np.signbit(found), np.signbit(values)) or np.isnan(values).any()
+    """A non-standard rounding would differ at ties, subnormals, infinities and signs."""
+    expected = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
+    result = BFLOAT16.decoded(BFLOAT16.encoded(values))
+    assert np.array_equal(result, expected, equal_nan=True)
+    assert np.array_equal(np.signbit(result), np.signbit(values)) or np.isnan(values).any()
 
 
 @given(hnp.arrays(np.float32, 30, elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)))
-def test_bfloat16_errs_by_no_more_than_is_told(values):
-    """Whether a picture has converged is decided with this bound."""
-    found = BFLOAT16.decoded(BFLOAT16.encoded(values))
-    assert (np.abs(found.astype(np.float64) - values) <= BFLOAT16_ROUNDING * np.abs(values.astype(np.float64))).all()
+def test_error_of_bfloat16_is_within_its_constant(values):
+    """Whether an image has converged is decided with this bound."""
+    result = BFLOAT16.decoded(BFLOAT16.encoded(values))
+    assert (np.abs(result.astype(np.float64) - values) <= BFLOAT16_ROUNDING * np.abs(values.astype(np.float64))).all()
 
 
 @given(colours)
 def test_canvas_errs_by_half_a_step(values):
     """A step is 1/257 of a level: a larger error would be seen in a 16-bit export."""
-    found = FIXED16.decoded(FIXED16.encoded(values)).astype(np.float64)
-    assert np.abs(found - values).max() <= 0.5 / 257 + 1e-5  # 1e-5: float32 itself, near 255
+    result = FIXED16.decoded(FIXED16.encoded(values)).astype(np.float64)
+    assert np.abs(result - values).max() <= 0.5 / 257 + 1e-5  # 1e-5: float32 itself, near 255
 
 
 @given(st.floats(0, 3e38), st.sampled_from([BFLOAT16, FIXED16]))
@@ -94,7 +94,7 @@ def test_nearest_of_one_value_is_what_an_array_would_hold(value, encoding):
     assert encoding.nearest(value) == encoding.decoded(encoding.encoded(values))[0]
 
 
-# --- by chance -------------------------------------------------------------------------------------------------------
+# --- stochastic ------------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -112,7 +112,8 @@ def test_stochastic_rounding_is_fair_to_1_in_512(value, encoding):
     mean = lower + (codes - low).mean() * (upper - lower)
     # beside the 1/512: float32 has 1/257 of a step of the canvas left near 255
     slack = 255 * 2.0**-24 if encoding is FIXED16 else 0
-    assert lower - slack <= value <= upper + slack
+    # The lower byte is not drawn: a value just below a code may always be rounded up to it, as 105471 is in bfloat16.
+    assert lower - slack - (upper - lower) / 512 <= value <= upper + slack
     assert abs(mean - value) <= (upper - lower) / 512 + 2 * slack
 
 
@@ -121,13 +122,13 @@ def test_mean_of_many_roundings_is_the_value():
     for encoding, value in ((BFLOAT16, 1.0 + 1 / 512), (BFLOAT16, 3e-7), (FIXED16, 100.001), (FIXED16, 254.999)):
         values = np.full((1000, 1000), value, np.float32)
         random = RoundingBytes(seed=3, stage=1, iteration=5, chunk=(2, 1)).take(values.shape)
-        found = encoding.decoded(encoded_stochastic(encoding, values, random)).astype(np.float64)
-        step = np.ptp(found)
-        assert abs(found.mean() - values[0, 0]) <= step / 512 + 3 * 0.5 * step / 1000
+        result = encoding.decoded(encoded_stochastic(encoding, values, random)).astype(np.float64)
+        step = np.ptp(result)
+        assert abs(result.mean() - values[0, 0]) <= step / 512 + 3 * 0.5 * step / 1000
 
 
 def test_a_small_decay_does_not_freeze():
-    """To nearest, v·0.999 is v again in bfloat16: it would never forget a large gradient."""
+    """Rounded to nearest, v·0.999 is v again in bfloat16, so v would never forget a large gradient."""
     values = np.full(8000, 1.0, np.float32)
     nearest = values.copy()
     for iteration in range(500):
@@ -147,7 +148,7 @@ def test_a_canvas_under_tiny_steps_moves():
     assert values.mean() == pytest.approx(100.3, abs=0.01)
 
 
-# --- what is no number -----------------------------------------------------------------------------------------------
+# --- NaN and infinity ------------------------------------------------------------------------------------------------
 
 
 NANS = np.array([np.nan, -np.nan], np.float32)
@@ -156,18 +157,18 @@ ODD_NANS = np.array([0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32)
 
 @pytest.mark.parametrize("byte", [0, 128, 255])
 def test_nan_stays_nan(byte):
-    """The carry of rounding turns some NaN into 0 or infinity: a broken state would look like a whole one."""
+    """The carry of rounding can turn a NaN into 0 or infinity, which would hide a broken state."""
     values = np.concatenate([NANS, ODD_NANS, np.array([1.5], np.float32)])
     random = np.full(values.shape, byte, np.uint8)
     for codes in (BFLOAT16.encoded(values), encoded_stochastic(BFLOAT16, values, random)):
-        found = BFLOAT16.decoded(codes)
-        assert np.isnan(found[:-1]).all()
-        assert found[-1] == 1.5
+        result = BFLOAT16.decoded(codes)
+        assert np.isnan(result[:-1]).all()
+        assert result[-1] == 1.5
 
 
 @pytest.mark.parametrize("byte", [0, 255])
 def test_infinity_stays_infinite(byte):
-    """It is a number's overflow, and must not come back as a NaN or as a number."""
+    """Infinity is the overflow of a number and must not be read back as NaN or as a finite number."""
     values = np.array([np.inf, -np.inf], np.float32)
     random = np.full(2, byte, np.uint8)
     for codes in (BFLOAT16.encoded(values), encoded_stochastic(BFLOAT16, values, random)):
@@ -187,7 +188,7 @@ def test_canvas_refuses_what_it_cannot_hold(bad, place):
 
 
 def test_both_ends_of_the_canvas_stay_what_they_are():
-    """White would turn black where rounding passes the largest code."""
+    """White would become black if rounding exceeded the largest code."""
     for value in (0.0, 255.0):
         assert set(FIXED16.decoded(all_bytes(value)(FIXED16))) == {value}
     top = all_bytes(np.nextafter(np.float32(255), np.float32(0)))(FIXED16)
@@ -201,7 +202,7 @@ KEY = {"seed": 5, "stage": 2, "iteration": 7, "chunk": (3, 4)}
 
 
 def test_same_place_same_bytes():
-    """A task that runs again, or a run that goes on after a crash, would write another state."""
+    """Otherwise a task that runs again, or a resumed run, would write a different state."""
     first, again = (RoundingBytes(**KEY).take((64, 48)) for _ in range(2))
     assert np.array_equal(first, again)
     rows = RoundingBytes(**KEY)
@@ -209,7 +210,7 @@ def test_same_place_same_bytes():
 
 
 def test_bytes_are_these_for_good():
-    """A later version with other bytes could not go on with a run of this one."""
+    """A later version with other bytes could not resume a run of this one."""
     assert RoundingBytes(**KEY).take((8,)).tolist() == PINNED
 
 
@@ -217,10 +218,10 @@ def test_bytes_are_these_for_good():
     "other", [{"seed": 6}, {"stage": 3}, {"iteration": 8}, {"chunk": (4, 3)}, {"chunk": (3, 5)}, {"chunk": (2, 4)}]
 )
 def test_another_place_has_other_bytes(other):
-    """The same rounding in every chunk or every iteration would draw its pattern into the picture."""
-    one, two = (RoundingBytes(**{**KEY, **keys}).take((80_000,)).astype(float) for keys in ({}, other))
-    assert abs(np.corrcoef(one, two)[0, 1]) < 0.02
-    assert (one == two).mean() < 0.01
+    """The same rounding in every chunk or iteration would be visible as a pattern in the image."""
+    first, second = (RoundingBytes(**{**KEY, **keys}).take((80_000,)).astype(float) for keys in ({}, other))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.02
+    assert (first == second).mean() < 0.01
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 20), st.integers(0, 10**6), st.integers(0, 10**5))
