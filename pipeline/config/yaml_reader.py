@@ -168,7 +168,7 @@ def read(path: Path) -> Document:
 
     Raises StorageError if the disk fails.
     """
-    document = Document(shown(str(path)))
+    document = Document(shown(str(path), 4096))
     raw = _read_bytes(path, document)
     if not document.readable:
         return document
