@@ -73,8 +73,8 @@ def export(
         return lambda done, total: sink(WorkDone(chosen, what, done, total))
 
     try:
-        with ThreadExecutor(WORKERS, CancelToken(stop)) as engine:
-            integrity.require_intact([canvas] if alpha is None else [canvas, alpha], engine, progress("check"))
+        with ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
+            integrity.require_intact([canvas] if alpha is None else [canvas, alpha], executor, progress("check"))
         export_canvas(canvas, alpha, output, options, cancel, progress("export"))
     except ChunkError:
         cancel.raise_if_set()  # chunks that an active run has overwritten are not damaged

@@ -70,10 +70,10 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
         if not exists:  # after all refusals, so that a refused start creates nothing
             lock = stack.enter_context(locked_folder(config.work_dir))
         # inside the lock: its tasks have ended before another run can lock the directory
-        engine = stack.enter_context(_engine(config, device, lock, sink, cancel))
+        executor = stack.enter_context(_executor(config, device, lock, sink, cancel))
         refuse_links(config.work_dir)
         journal = open_run(config, planned, weights, cancel)
-        context = render_context(config, planned, device, weights, engine, sink)
+        context = render_context(config, planned, device, weights, executor, sink)
         rendering = _Rendering(config, planned, context, journal, force)
         rendering.refuse_foreign_output()
         rendering.render()
@@ -82,7 +82,7 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
     return config.output
 
 
-def _engine(config: Config, device: Device, lock: RunLock, sink: Sink, cancel: CancelToken) -> Executor:
+def _executor(config: Config, device: Device, lock: RunLock, sink: Sink, cancel: CancelToken) -> Executor:
     """The threads of this process, or worker processes."""
     if config.compute.workers == 0:
         return ThreadExecutor(WORKERS, cancel, update_threads(device.name))
@@ -108,7 +108,7 @@ class _Rendering:
     def __post_init__(self) -> None:
         _, self.position = standing(self.journal)
         self._speed = _Speed()
-        self.sink, self.engine = self.context.sink, self.context.engine
+        self.sink, self.executor = self.context.sink, self.context.executor
 
     def refuse_foreign_output(self) -> None:
         """Raise ConfigError if the output path has a file that this run did not write.
@@ -116,7 +116,7 @@ class _Rendering:
         Checked at the start and again before the export, because a run may take days.
         """
         if not self.force:
-            refuse_foreign(self.config.output, self.position.pictures, _FOREIGN, self.engine.cancel)
+            refuse_foreign(self.config.output, self.position.pictures, _FOREIGN, self.executor.cancel)
 
     def render(self) -> None:
         """Render every stage that is not done."""
@@ -168,7 +168,7 @@ class _Rendering:
             stage.check(self.position.newest_slot, self.position.checksums[index])
         iterations = Iterations(stage, self.position.content_energies, self.position.areas)
         while (reason := end_reason(self.position, settings)) is None:
-            self.engine.cancel.raise_if_set()
+            self.executor.cancel.raise_if_set()
             commit = partial(self._commit_iteration, stage_plan, self.position.iteration)
             iterations.iterate(self.position.iteration, self.position.alpha, self.position.checksums[index], commit)
         self._commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
@@ -214,7 +214,7 @@ class _Rendering:
         before = self.position.exported.get(str(output))
         # options that are newer than the record did not affect its image
         same = before and before == {key: options.get(key) for key in before}
-        if same and is_as_written(output, self.position.pictures[str(output)][-1], self.engine.cancel):
+        if same and is_as_written(output, self.position.pictures[str(output)][-1], self.executor.cancel):
             self.sink(Note(f"{output} is already there"))
             return
         check_space(self.config, self.plan, len(self.plan.stages))
@@ -224,9 +224,9 @@ class _Rendering:
         alpha = content_alpha(self.config.work_dir, self.position, last) if picture.alpha else None
         planes = [canvas] if alpha is None else [canvas, alpha]
         integrity.require_intact(
-            planes, self.engine, lambda done, total: self.sink(WorkDone(last, "check", done, total))
+            planes, self.executor, lambda done, total: self.sink(WorkDone(last, "check", done, total))
         )
-        cancel = self.engine.cancel
+        cancel = self.executor.cancel
         export.export_canvas(
             canvas,
             alpha,
@@ -241,7 +241,7 @@ class _Rendering:
 
     def _record_picture(self, whole: Path) -> None:
         """Record the image before it is renamed: after a crash between the two, the run would not recognise it."""
-        written = written_picture(whole, self.engine.cancel)
+        written = written_picture(whole, self.executor.cancel)
         self.refuse_foreign_output()
         self._commit(records.Exporting(output=str(self.config.output), picture=written))
 

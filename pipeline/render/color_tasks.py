@@ -28,10 +28,10 @@ def moments_task(spec: _RowSpec) -> tuple[Matrix, Matrix]:
     return sum((total for total, _ in parts), np.zeros(3)), sum((squares for _, squares in parts), np.zeros((3, 3)))
 
 
-def statistics(array: StageArray, engine: Executor) -> ColorStatistics:
+def statistics(array: StageArray, executor: Executor) -> ColorStatistics:
     """The statistics of a whole image in the store, the same bits whatever the tiles. Raises ChunkError."""
     height, width, _ = array.shape
-    return statistics_of(engine.map(moments_task, [_RowSpec(array, rect) for rect in _rows(array)]), height * width)
+    return statistics_of(executor.map(moments_task, [_RowSpec(array, rect) for rect in _rows(array)]), height * width)
 
 
 def _rows(array: StageArray) -> Iterator[Rect]:
@@ -61,10 +61,10 @@ def recolor_task(spec: RecolorSpec) -> ChunkSums:
     return sums
 
 
-def recolor(source: StageArray, content: StageArray, target: StageArray, engine: Executor) -> str:
+def recolor(source: StageArray, content: StageArray, target: StageArray, executor: Executor) -> str:
     """Fill `target` with the luminance of `source` in the colours of `content`; gives the packed checksums.
 
     The target is not the source: a task that is repeated must read the same pixels again.
     """
     specs = [RecolorSpec(source, content, target, rect) for rect in _rows(target)]
-    return target.packed({index: value for part in engine.map(recolor_task, specs) for index, value in part.items()})
+    return target.packed({index: value for part in executor.map(recolor_task, specs) for index, value in part.items()})

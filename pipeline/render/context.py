@@ -29,16 +29,16 @@ class RenderContext:
 
     device: Device
     weights: WeightsSource
-    engine: Executor
+    executor: Executor
     sink: Sink
     gpu_bytes: int
 
 
 def render_context(
-    config: Config, planned: Plan, device: Device, weights: WeightsSource, engine: Executor, sink: Sink
+    config: Config, planned: Plan, device: Device, weights: WeightsSource, executor: Executor, sink: Sink
 ) -> RenderContext:
     """The context of a run of `config`; the plan's device memory is shared by all its worker processes."""
-    return RenderContext(device, weights, engine, sink, planned.device_bytes // max(1, config.compute.workers))
+    return RenderContext(device, weights, executor, sink, planned.device_bytes // max(1, config.compute.workers))
 
 
 def make_stage(config: Config, plan: StagePlan, context: RenderContext, tile_px: int) -> Stage:
@@ -61,7 +61,7 @@ def make_stage(config: Config, plan: StagePlan, context: RenderContext, tile_px:
         layer_use=layers_in_use(config, context.weights.widths),
         network=network,
         stage_dir=stage_path(config.work_dir, plan.index),
-        engine=context.engine,
+        executor=context.executor,
         sink=context.sink,
         tile_px=tile_px,
     )

@@ -18,25 +18,25 @@ from pipeline.store.checksums import ChunkSums
 from pipeline.store.layout import COLOR_AND_ALPHA
 
 
-def ingest(source: Path, array: StageArray, engine: Executor, on_progress: OnProgress) -> str:
+def ingest(source: Path, array: StageArray, executor: Executor, on_progress: OnProgress) -> str:
     """Stream an image file, resized to the array's size, into an array of 8 or 16 bits; gives the packed checksums.
 
     An array of one channel gets the luminance.
     Raises InputError for a broken file.
     """
-    (sums,) = ingest_planes(source, [array], engine, on_progress)
+    (sums,) = ingest_planes(source, [array], executor, on_progress)
     return sums
 
 
-def ingest_planes(source: Path, planes: Sequence[StageArray], engine: Executor, on_progress: OnProgress) -> list[str]:
+def ingest_planes(source: Path, planes: Sequence[StageArray], executor: Executor, on_progress: OnProgress) -> list[str]:
     """The same for the colours of an image, and for its alpha if there is a second array, decoded once."""
     first = planes[0]
     height, width, _ = first.shape
     kind = PixelKind(8 * first.dtype.itemsize, alpha=len(planes) == 2)
     sums: list[ChunkSums] = [{} for _ in planes]
     parts = list(zip(planes, COLOR_AND_ALPHA, sums, strict=False))
-    for y0, rows in images.stream_rgb(source, width, height, first.chunk_px, engine.cancel, kind):
-        engine.cancel.raise_if_set()
+    for y0, rows in images.stream_rgb(source, width, height, first.chunk_px, executor.cancel, kind):
+        executor.cancel.raise_if_set()
         rect = Rect(y0, y0 + len(rows), 0, width)
         pixels = rows if first.shape[2] == 3 else np.rint(color.luminance(rows.astype(np.float32))).astype(np.uint8)
         for plane, channels, written in parts:

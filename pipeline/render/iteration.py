@@ -85,7 +85,9 @@ class Iterations:
         self._clock.begin()
         graph = _IterationGraph(self, iteration, alpha, checksums)
         keys = [MEASURED, *graph.next_sums]
-        _, *ahead = self.stage.engine.run(graph.nodes, keys, graph.progress, lambda value: commit(self._result(value)))
+        _, *ahead = self.stage.executor.run(
+            graph.nodes, keys, graph.progress, lambda value: commit(self._result(value))
+        )
         self._clock.end()
         if ahead and ahead[0] is not None:
             self._ahead = {iteration + 1: ahead[0]}
@@ -105,7 +107,7 @@ class Iterations:
         style = {key: term.loss for key, term in value.terms.items()}
         content_loss, style_loss = math.fsum(content.values()), math.fsum(style.values())
         loss, variation = stage.config.loss, value.gradient.variation
-        stage.engine.collect_profile()
+        stage.executor.collect_profile()
         return IterationResult(
             objective=objective.objective(
                 stage.plan.pixels,
@@ -256,7 +258,7 @@ class _IterationGraph:
         return self._add_sum("next sum", "next gram", _add_if_any)
 
     def _add_sum(self, kind: str, parts: str, combine: Callable[[Any, Any], Any]) -> Key:
-        return add_sum(self.nodes, (kind, parts), self._count, combine, {}, self._stage.engine.most_ahead)
+        return add_sum(self.nodes, (kind, parts), self._count, combine, {}, self._stage.executor.most_ahead)
 
     def _targets(self) -> dict[str, objective.StyleTarget]:
         iterations = self._iterations

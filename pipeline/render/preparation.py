@@ -71,7 +71,7 @@ def _prepare(
     is_region: bool,
 ) -> Prepared:
     if previous_canvas is not None:
-        integrity.require_intact([previous_canvas], stage.engine, stage.reporter("check"))
+        integrity.require_intact([previous_canvas], stage.executor, stage.reporter("check"))
     store.create_stage(folder)
     _create_arrays(stage, folder)
     sums = {} if stage.config.content is None else _ingest_content(stage, folder)
@@ -100,7 +100,7 @@ def _ingest_content(stage: Stage, folder: Path) -> dict[str, str]:
     assert stage.config.content is not None and stage.plan.content is not None
     names = [CONTENT, ALPHA] if stage.plan.content.alpha else [CONTENT]
     planes = [store.open_array(folder, name) for name in names]
-    sums = ingest.ingest_planes(stage.config.content, planes, stage.engine, stage.reporter("content"))
+    sums = ingest.ingest_planes(stage.config.content, planes, stage.executor, stage.reporter("content"))
     return dict(zip(names, sums, strict=True))
 
 
@@ -112,7 +112,7 @@ def ingest_guides(stage: Stage, folder: Path, names: Collection[str]) -> dict[st
     for name in names:
         path, array = files[name], store.open_array(folder, name)
         assert path is not None
-        sums[name] = ingest.ingest(path, array, stage.engine, stage.reporter("mask"))
+        sums[name] = ingest.ingest(path, array, stage.executor, stage.reporter("mask"))
     return sums
 
 
@@ -122,7 +122,7 @@ def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str
     if not guides.regions:
         return {}
     specs = [mask_tasks.AreaSpec(folder, tile, guides, layers, checksums) for tile in stage.tiles]
-    results = stage.engine.map(mask_tasks.area_task, specs)
+    results = stage.executor.map(mask_tasks.area_task, specs)
     return {key: math.fsum(result.get(key, 0.0) for result in results) for key in stage.layer_use.style_keys}
 
 
@@ -172,7 +172,7 @@ def _ingest_aside(stage: Stage, folder: Path, image: Path, size: Size) -> str:
     """Ingest an image that only the preparation needs as the array STYLE; gives its packed checksums."""
     settings = stage.config.store
     store.create_array(folder, STYLE, (*size, 3), settings.chunk_px, "uint8", settings.codec)
-    return ingest.ingest(image, store.open_array(folder, STYLE), stage.engine, stage.reporter("style"))
+    return ingest.ingest(image, store.open_array(folder, STYLE), stage.executor, stage.reporter("style"))
 
 
 def _style_map(
@@ -182,8 +182,8 @@ def _style_map(
     color = stage.config.color
     if color == "style":
         return lambda style: None
-    content = content_colors or color_tasks.statistics(store.open_array(folder, CONTENT, content_sums), stage.engine)
-    return lambda style: colors.style_map(color, color_tasks.statistics(style, stage.engine), content)
+    content = content_colors or color_tasks.statistics(store.open_array(folder, CONTENT, content_sums), stage.executor)
+    return lambda style: colors.style_map(color, color_tasks.statistics(style, stage.executor), content)
 
 
 def _start_canvas(
@@ -196,7 +196,7 @@ def _start_canvas(
     started = _fill_canvas(stage, folder, "canvas_1", previous_canvas, checksums)
     content = store.open_array(folder, CONTENT, checksums[CONTENT])
     source, target = store.open_array(folder, "canvas_1", started), store.open_array(folder, "canvas_0")
-    return color_tasks.recolor(source, content, target, stage.engine)
+    return color_tasks.recolor(source, content, target, stage.executor)
 
 
 def _fill_canvas(
@@ -205,20 +205,22 @@ def _fill_canvas(
     canvas, init = store.open_array(folder, name), stage.config.init
     if previous_canvas is not None:
         return resample.enlarge(
-            resample.whole(previous_canvas), resample.whole(canvas), stage.engine, stage.reporter("canvas")
+            resample.whole(previous_canvas), resample.whole(canvas), stage.executor, stage.reporter("canvas")
         )
     if isinstance(init, Path):
         image = store.open_array(folder, STYLE, _ingest_aside(stage, folder, init, stage.plan.size))
-        sums = resample.enlarge(resample.whole(image), resample.whole(canvas), stage.engine, stage.reporter("canvas"))
+        sums = resample.enlarge(resample.whole(image), resample.whole(canvas), stage.executor, stage.reporter("canvas"))
         store.delete_array(folder, STYLE)
         return sums
     if init == "content":
         content = store.open_array(folder, CONTENT, checksums[CONTENT])
-        return resample.enlarge(resample.whole(content), resample.whole(canvas), stage.engine, stage.reporter("canvas"))
+        return resample.enlarge(
+            resample.whole(content), resample.whole(canvas), stage.executor, stage.reporter("canvas")
+        )
     start = tile_tasks.initial_noise if init == "noise" else tile_tasks.initial_gray
     written: ChunkSums = {}
     for cy, cx in canvas.chunk_indices():
-        stage.engine.cancel.raise_if_set()
+        stage.executor.cancel.raise_if_set()
         written[cy, cx] = canvas.write_chunk(cy, cx, start(stage.config.seed, canvas, cy, cx))
     return canvas.packed(written)
 
@@ -229,7 +231,7 @@ def _start_average(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> 
     return resample.enlarge(
         resample.whole(canvas),
         resample.whole(store.open_array(folder, "average_0")),
-        stage.engine,
+        stage.executor,
         stage.reporter("average"),
     )
 
@@ -243,7 +245,9 @@ def _content_pass(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> t
         tile_tasks.ContentSpec(folder, "content", tile, stage.network, checksums, layers, color=stage.color)
         for tile in stage.tiles
     ]
-    results = stage.engine.map(tile_tasks.content_task, specs, stage.counter("content features", len(specs)), tile=True)
+    results = stage.executor.map(
+        tile_tasks.content_task, specs, stage.counter("content features", len(specs)), tile=True
+    )
     energies, packed = {}, {}
     for layer in layers:
         energies[layer] = math.fsum(result.energies.get(layer, 0.0) for result in results)

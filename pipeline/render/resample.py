@@ -70,7 +70,7 @@ def enlarge_task(spec: EnlargeSpec) -> ChunkSums:
 
 
 def enlarge(
-    source: Region, target: Region, engine: Executor, on_progress: OnProgress = lambda done, total: None
+    source: Region, target: Region, executor: Executor, on_progress: OnProgress = lambda done, total: None
 ) -> str:
     """Fill a region from one that holds all that is `needed`; gives the packed checksums."""
     height, width, _ = target.array.shape
@@ -78,7 +78,7 @@ def enlarge(
     rects = [Rect(y0, min(y0 + target.array.chunk_px, height), 0, width) for y0 in rows]
     sums: ChunkSums = {}
     specs = [EnlargeSpec(source, target, rect) for rect in rects]
-    for written in engine.map(enlarge_task, specs, in_order(on_progress, len(specs))):
+    for written in executor.map(enlarge_task, specs, in_order(on_progress, len(specs))):
         sums |= written
     return target.array.packed(sums)
 

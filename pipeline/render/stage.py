@@ -43,7 +43,7 @@ class Stage:
     layer_use: LayerUse
     network: NetworkSpec
     stage_dir: Path
-    engine: Executor
+    executor: Executor
     sink: Sink
     tile_px: int
 
@@ -77,7 +77,7 @@ class Stage:
         names = (*newest, *features, *self.layer_use.guides.arrays, *alpha)
         arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in names]
         arrays += [store.open_array(self.stage_dir, name) for name in (*idle, GRADIENT)]
-        integrity.require_intact(arrays, self.engine, self.reporter("check"))
+        integrity.require_intact(arrays, self.executor, self.reporter("check"))
 
     def canvas_grams(self, canvas: str, checksums: Mapping[str, str]) -> list[tile_tasks.GramSpec]:
         """The tasks of the Gram pass over a canvas."""
@@ -101,7 +101,7 @@ class Stage:
         """Gram pass over one image: gram_sum by style key, summed in tile order."""
         initial: dict[str, Gram] = {}
         counter = self.counter(what, len(specs))
-        return self.engine.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, initial, counter)
+        return self.executor.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, initial, counter)
 
     def reporter(self, what: str) -> Callable[[int, int], None]:
         """Reports (done, total) of `what` to the sink."""

@@ -50,14 +50,14 @@ def specs_of(array: StageArray, chunks: Sequence[tuple[int, int]]) -> list[Check
     return [CheckSpec(array, tuple(chunks[start : start + _CHUNKS_PER_TASK])) for start in starts]
 
 
-def damage(specs: Sequence[CheckSpec], engine: Executor, on_progress: OnProgress) -> list[Finding]:
+def damage(specs: Sequence[CheckSpec], executor: Executor, on_progress: OnProgress) -> list[Finding]:
     """All damaged chunks, in the order of the specs."""
-    results = engine.map(check_task, specs, in_order(on_progress, len(specs)))
+    results = executor.map(check_task, specs, in_order(on_progress, len(specs)))
     return list(itertools.chain.from_iterable(results))
 
 
-def require_intact(arrays: Sequence[StageArray], engine: Executor, on_progress: OnProgress) -> None:
+def require_intact(arrays: Sequence[StageArray], executor: Executor, on_progress: OnProgress) -> None:
     """Raise the error of the first damaged chunk of the arrays, if there is one."""
     specs = [spec for array in arrays for spec in specs_of(array, array.chunk_indices())]
-    for _path, error in damage(specs, engine, on_progress):
+    for _path, error in damage(specs, executor, on_progress):
         raise error

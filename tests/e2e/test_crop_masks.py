@@ -70,7 +70,7 @@ class _Measured:
         return read_whole(open_array(self.stage.stage_dir, "gradient"))
 
 
-def part_of(folder: Path, weights: Path, engine: ThreadExecutor, rect: Rect, kind: str) -> _Measured:
+def part_of(folder: Path, weights: Path, executor: ThreadExecutor, rect: Rect, kind: str) -> _Measured:
     """A region of an image of 96×240 px with four styles, two masks, a rest and a content map."""
     folder.mkdir()
     size, rows, columns = (96, 240), slice(*rect[:2]), slice(*rect[2:])
@@ -94,7 +94,7 @@ def part_of(folder: Path, weights: Path, engine: ThreadExecutor, rect: Rect, kin
             store={"chunk_px": 32},
         )
     )
-    stage = make_stage(config, pipeline.plan(config), engine)
+    stage = make_stage(config, pipeline.plan(config), executor)
     return _Measured(stage, prepare(stage, None, is_region=True))
 
 
@@ -102,9 +102,9 @@ def part_of(folder: Path, weights: Path, engine: ThreadExecutor, rect: Rect, kin
 def test_with_the_wholes_grams_a_regions_gradient_is_the_wholes(tmp_path, narrow_weights, kind):
     """The strength of a style must not depend on how much of its mask is in the region."""
     everything, rect, halo = Rect(0, 96, 0, 240), Rect(0, 96, 80, 208), 32
-    with ThreadExecutor(2) as engine:
-        whole = part_of(tmp_path / "whole", narrow_weights, engine, everything, kind)
-        region = part_of(tmp_path / "region", narrow_weights, engine, rect, kind)
+    with ThreadExecutor(2) as executor:
+        whole = part_of(tmp_path / "whole", narrow_weights, executor, everything, kind)
+        region = part_of(tmp_path / "region", narrow_weights, executor, rect, kind)
         areas = whole.prepared.areas
         assert region.stage.layer_use.guides == Guides(masks=2, rest=True, content=True)
         assert 0 < region.prepared.areas["conv2_1_r0"] < 0.9 * areas["conv2_1_r0"]  # a part of the mask

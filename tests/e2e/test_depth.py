@@ -306,8 +306,8 @@ def test_colours_of_16_bits_are_counted_as_they_are(tmp_path):
     array = store.open_array(tmp_path, "content")
     codes = np.random.default_rng(0).integers(0, 65536, (70, 45, 3)).astype(np.uint16)
     array.write_window(Rect(0, 70, 0, 45), codes)
-    with ThreadExecutor(1) as engine:
-        result = color_tasks.statistics(array, engine)
+    with ThreadExecutor(1) as executor:
+        result = color_tasks.statistics(array, executor)
     pixels = codes.reshape(-1, 3) / 257
     assert np.abs(result.mean - pixels.mean(0)).max() < 1e-4
     assert np.abs(result.covariance - np.cov(pixels.T, bias=True)).max() < 1e-2

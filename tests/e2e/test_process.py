@@ -226,8 +226,8 @@ def test_worker_processes_share_what_was_planned(make_config, workers, each):
     device = Device("cpu", "CPU", 2**33)
     planned = replace(plan_on(config, device), device_bytes=GPU_BYTES)
     weights = find_weights(config.network.name, config.network.weights, 0)
-    with ThreadExecutor(1) as engine:
-        tools = render_context(config, planned, device, weights, engine, ignore)
+    with ThreadExecutor(1) as executor:
+        tools = render_context(config, planned, device, weights, executor, ignore)
         stage = make_stage(config, planned.stages[0], tools, planned.tile_px)
     assert stage.network.gpu_bytes == each
     assert all(spec.network.gpu_bytes == each for spec in stage.canvas_grams("canvas_0", {}))

@@ -142,10 +142,10 @@ def die(_spec: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[ProcessExecutor]:
+def executor() -> Iterator[ProcessExecutor]:
     """Two processes for all tests that leave them alive, or have them made anew."""
-    with ProcessExecutor(2, 3, initialize=enter_process_settings) as engine:
-        yield engine
+    with ProcessExecutor(2, 3, initialize=enter_process_settings) as executor:
+        yield executor
 
 
 def workers_of(pid: int | None = None) -> list[psutil.Process]:
@@ -167,14 +167,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_results_come_in_the_order_of_the_specs(engine):
+def test_results_come_in_the_order_of_the_specs(executor):
     """Tile 3's number in tile 5's place is a wrong picture; sums in order of arrival differ from run to run."""
     specs = [(0.05 if index % 5 == 0 else 0.0, 0.1 * index) for index in range(30)]
     wanted = [value for _, value in specs]
-    assert engine.map(sleep_and_give, specs, tile=True) == wanted
-    assert engine.fold(sleep_and_give, specs, lambda total, value: (total + value) / 3, 1.0) == folded(wanted)
-    assert engine.map(double, [], tile=True) == []
-    assert engine.fold(double, [], lambda total, value: total + value, 5.0) == 5.0
+    assert executor.map(sleep_and_give, specs, tile=True) == wanted
+    assert executor.fold(sleep_and_give, specs, lambda total, value: (total + value) / 3, 1.0) == folded(wanted)
+    assert executor.map(double, [], tile=True) == []
+    assert executor.fold(double, [], lambda total, value: total + value, 5.0) == 5.0
 
 
 def folded(values: list[float]) -> float:
@@ -184,91 +184,91 @@ def folded(values: list[float]) -> float:
     return total
 
 
-def test_every_task_reports_once(engine):
+def test_every_task_reports_once(executor):
     """The progress bar counts these."""
     count = []
-    engine.map(double, list(range(17)), lambda: count.append(1), tile=True)
-    engine.fold(double, list(range(5)), lambda total, _: total, 0, lambda: count.append(1))
+    executor.map(double, list(range(17)), lambda: count.append(1), tile=True)
+    executor.fold(double, list(range(5)), lambda total, _: total, 0, lambda: count.append(1))
     assert len(count) == 22
 
 
-def test_a_fold_keeps_few_results_waiting(engine, tmp_path):
+def test_a_fold_keeps_few_results_waiting(executor, tmp_path):
     """An image of 30,000 px has a thousand tiles with 5 MB of Gram matrices each: all at once, they fill the memory."""
     paths = [tmp_path / str(index) for index in range(60)]
-    combined, largest_lead = engine.fold(mark_slowly, paths, count_lead, (0, 0))
+    combined, largest_lead = executor.fold(mark_slowly, paths, count_lead, (0, 0))
     assert combined == 60
     assert largest_lead <= 2 * (3 + 1)
 
 
-def test_what_nodes_share_is_sent_to_a_process_once(engine):
+def test_what_nodes_share_is_sent_to_a_process_once(executor):
     """The checksums and Gram seeds of a pass have megabytes: with each of a thousand tiles they would be most of it."""
     array, text = np.arange(100_000.0), "x" * 100_000
     graph = {("shared", 0): Node(partial(give, (array, text)))}
     graph |= {("place", index): Node(partial(place_of, index), (("shared", 0),), tile=True) for index in range(40)}
-    places = engine.run(graph, [("place", index) for index in range(40)])
+    places = executor.run(graph, [("place", index) for index in range(40)])
     assert [value for *_, value in places] == [index + 199_999.0 for index in range(40)]
     assert len({place[:3] for place in places}) <= 2
 
 
-def test_the_rest_is_discarded_where_it_is_not_wanted(engine, tmp_path):
+def test_the_rest_is_discarded_where_it_is_not_wanted(executor, tmp_path):
     """A Gram pass for an iteration that does not follow would take half an hour, and write nothing anybody reads."""
     graph = {("first", 0): Node(partial(double, 1.0))}
     graph |= {("later", index): Node(partial(mark_late, tmp_path / str(index)), (("first", 0),)) for index in range(40)}
     graph["end", 0] = Node(all_of, tuple(("later", index) for index in range(40)))
-    assert engine.run(graph, [("first", 0), ("end", 0)], proceed=lambda value: False) == [2.0, None]
+    assert executor.run(graph, [("first", 0), ("end", 0)], proceed=lambda value: False) == [2.0, None]
     begun = len(list(tmp_path.iterdir()))
     time.sleep(1)
     assert len(list(tmp_path.iterdir())) == begun < 40
 
 
 @pytest.mark.parametrize("number", range(len(ERRORS)))
-def test_what_a_task_raises_comes_out_as_it_is(engine, number):
+def test_what_a_task_raises_comes_out_as_it_is(executor, number):
     """A full disk must end in exit code 5 and its own sentence, not in an error of the scheduler."""
     wanted = ERRORS[number]
     with pytest.raises(type(wanted)) as caught:
-        engine.map(fail, [number] * 3, tile=True)
+        executor.map(fail, [number] * 3, tile=True)
     assert (type(caught.value), str(caught.value)) == (type(wanted), str(wanted))
-    assert engine.map(double, [1.0], tile=True) == [2.0]
+    assert executor.map(double, [1.0], tile=True) == [2.0]
 
 
 def test_a_stop_ends_the_work_and_the_processes():
     """Ctrl-C must end a run of days within a moment, and leave no process that still writes."""
     stop, others = threading.Event(), set(workers_of())
-    with ProcessExecutor(1, 2, CancelToken(stop)) as engine:
-        engine.map(double, [1.0], tile=True)
+    with ProcessExecutor(1, 2, CancelToken(stop)) as executor:
+        executor.map(double, [1.0], tile=True)
         working = set(workers_of()) - others
         assert len(working) == 1
         threading.Timer(0.3, stop.set).start()
         with pytest.raises(Stopped):
-            engine.map(sleep_in, [TIMEOUT_S] * 5, tile=True)
+            executor.map(sleep_in, [TIMEOUT_S] * 5, tile=True)
         assert not working & set(workers_of())
         with pytest.raises(Stopped):
-            engine.map(double, [1.0], tile=True)
+            executor.map(double, [1.0], tile=True)
     assert set(workers_of()) == others
 
 
-def test_tasks_in_workers_find_the_settings_of_the_run(engine):
+def test_tasks_in_workers_find_the_settings_of_the_run(executor):
     """Memory is planned for them, and compressed chunks would be read by ten threads of zarr's own for each of ours."""
-    assert set(engine.map(settings_of, [0] * 4, tile=True)) == {(1, 0)}
+    assert set(executor.map(settings_of, [0] * 4, tile=True)) == {(1, 0)}
 
 
-def test_signals_of_the_terminal_are_for_the_parent(engine):
+def test_signals_of_the_terminal_are_for_the_parent(executor):
     """Ctrl-C reaches every process of the terminal: workers that die of it would turn a clean stop into deaths."""
-    engine.map(double, [1.0], tile=True)
+    executor.map(double, [1.0], tile=True)
     before = {process.pid for process in workers_of()}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         for pid in before:
             os.kill(pid, number)
-    ran_in = set(engine.map(sleep_in, [0.1] * 12, tile=True))
+    ran_in = set(executor.map(sleep_in, [0.1] * 12, tile=True))
     assert ran_in <= before == {process.pid for process in workers_of()}
 
 
 def test_a_dead_workers_tasks_are_done_again(tmp_path):
     """The system kills a process when memory runs out; the run goes on, and says so once."""
     notes: list[str] = []
-    with ProcessExecutor(1, 3, note=notes.append) as engine:
+    with ProcessExecutor(1, 3, note=notes.append) as executor:
         specs = [(tmp_path / "died", number) for number in range(12)]
-        assert engine.map(die_once, specs, tile=True) == list(range(12))
+        assert executor.map(die_once, specs, tile=True) == list(range(12))
     assert len(notes) == 1
     assert "SIGKILL" in notes[0]
 
@@ -276,8 +276,8 @@ def test_a_dead_workers_tasks_are_done_again(tmp_path):
 def test_an_export_changes_no_workers_environment(tmp_path):
     """A worker that is started during an export would have its files in a folder that is removed with the export."""
     wanted = [os.environ.get("TMPDIR")]
-    with ProcessExecutor(1, 1) as engine, _libvips_files_in(tmp_path / "levels"):
-        assert engine.map(variable, ["TMPDIR"], tile=True) == wanted  # as of one that is started anew
+    with ProcessExecutor(1, 1) as executor, _libvips_files_in(tmp_path / "levels"):
+        assert executor.map(variable, ["TMPDIR"], tile=True) == wanted  # as of one that is started anew
         with ProcessExecutor(1, 1) as other:
             assert other.map(variable, ["TMPDIR"], tile=True) == wanted
         told = subprocess.run(["sh", "-c", "echo $TMPDIR"], env=dict(os.environ), capture_output=True, check=True)
@@ -286,57 +286,57 @@ def test_an_export_changes_no_workers_environment(tmp_path):
 
 def test_a_worker_that_is_started_later_has_the_same_environment(monkeypatch):
     """With OMP_NUM_THREADS changed meanwhile, a worker that takes a dead one's place would round otherwise."""
-    with ProcessExecutor(1, 1) as engine:
+    with ProcessExecutor(1, 1) as executor:
         monkeypatch.setenv("OMP_NUM_THREADS", "17")
-        assert engine.map(variable, ["OMP_NUM_THREADS"], tile=True) != ["17"]
+        assert executor.map(variable, ["OMP_NUM_THREADS"], tile=True) != ["17"]
 
 
 def test_results_that_died_with_their_worker_are_made_again(tmp_path):
     """A worker holds sums and results that others have computed from tiles; they may be lost at any moment."""
     notes: list[str] = []
-    with ProcessExecutor(1, 1, note=notes.append) as engine:
+    with ProcessExecutor(1, 1, note=notes.append) as executor:
         combine = partial(add_or_die, tmp_path / "died")
-        assert engine.fold(double, [float(number) for number in range(10)], combine, 0.0) == 2 * sum(range(10))
+        assert executor.fold(double, [float(number) for number in range(10)], combine, 0.0) == 2 * sum(range(10))
     assert len(notes) == 1
 
 
 def test_a_task_that_kills_its_worker_each_time_ends_the_run():
     """A tile too large for the machine would otherwise go round for ever."""
     notes: list[str] = []
-    with ProcessExecutor(1, 3, note=notes.append) as engine:
+    with ProcessExecutor(1, 3, note=notes.append) as executor:
         with pytest.raises(ConfigError, match=r"died over the same task.*SIGKILL.*compute\.workers"):
-            engine.map(die, [0], tile=True)
+            executor.map(die, [0], tile=True)
         assert ALLOWED_DEATHS <= len(notes) <= ALLOWED_DEATHS + 1  # the last may be told by the error alone
-        assert engine.map(double, [1.0], tile=True) == [2.0]
+        assert executor.map(double, [1.0], tile=True) == [2.0]
 
 
 def test_workers_that_cannot_start_end_the_run_with_their_last_words(tmp_path, monkeypatch):
     """A broken installation or a limit on processes must not be a run that waits for ever."""
     broken = tmp_path / "python"
     monkeypatch.setattr(sys, "executable", str(broken))
-    with ProcessExecutor(2, 3) as engine, pytest.raises(ConfigError, match=r"could not be started.*No such file"):
-        engine.map(double, [1.0], tile=True)
+    with ProcessExecutor(2, 3) as executor, pytest.raises(ConfigError, match=r"could not be started.*No such file"):
+        executor.map(double, [1.0], tile=True)
     broken.write_text("#!/bin/sh\necho no module of that name >&2\nexit 7\n")
     broken.chmod(0o755)
-    with ProcessExecutor(2, 3) as engine, pytest.raises(ConfigError, match=r"code 7.*words: no module of that name"):
-        engine.map(double, [1.0], tile=True)
+    with ProcessExecutor(2, 3) as executor, pytest.raises(ConfigError, match=r"code 7.*words: no module of that name"):
+        executor.map(double, [1.0], tile=True)
 
 
 # --- the port ---------------------------------------------------------------------------------------------------------
 
 
-def ports_of(engine: ProcessExecutor) -> list[int]:
+def ports_of(executor: ProcessExecutor) -> list[int]:
     """The ports on which the scheduler and the workers take tasks."""
-    info = engine._workers._client.scheduler_info(n_workers=-1)
+    info = executor._workers._client.scheduler_info(n_workers=-1)
     addresses = [info["address"], *info["workers"]]
     assert all(address.startswith("tls://127.0.0.1:") for address in addresses)
     return [int(address.rpartition(":")[2]) for address in addresses]
 
 
-def test_other_programs_are_not_served(engine):
+def test_other_programs_are_not_served(executor):
     """A scheduler runs what it is sent: any account on a shared machine could run code as us."""
-    engine.map(double, [1.0], tile=True)
-    ports = ports_of(engine)
+    executor.map(double, [1.0], tile=True)
+    ports = ports_of(executor)
     assert len(ports) == 3  # the scheduler's and two workers'
     stranger = ssl.create_default_context()
     stranger.check_hostname, stranger.verify_mode = False, ssl.CERT_NONE  # it trusts everybody, and has no key itself

@@ -139,8 +139,8 @@ def prepared(
     config = load_config(path)
     planned = plan(config)
     assert [stage.size for stage in planned.stages] == [size]
-    with ThreadExecutor(TILES) as engine:
-        stage = make_stage(config, planned, engine)
+    with ThreadExecutor(TILES) as executor:
+        stage = make_stage(config, planned, executor)
         started = prepare(stage, None)
         canvas = read_whole(open_array(stage.stage_dir, "canvas_0"))
         assert canvas.dtype == np.float64
@@ -161,7 +161,7 @@ def write_mask(folder: Path, mask: np.ndarray | None) -> str | None:
     return name
 
 
-def make_stage(config: Config, planned, engine: ThreadExecutor) -> Stage:
+def make_stage(config: Config, planned, executor: ThreadExecutor) -> Stage:
     source = find_weights(config.network.name, config.network.weights, config.seed)
     return Stage(
         config=config,
@@ -169,7 +169,7 @@ def make_stage(config: Config, planned, engine: ThreadExecutor) -> Stage:
         layer_use=layers_in_use(config, source.widths),
         network=NetworkSpec(source, config.network.padding, config.network.pooling, "float64", "cpu"),
         stage_dir=config.work_dir / "store.zarr" / "stage_0",
-        engine=engine,
+        executor=executor,
         sink=ignore,
         tile_px=planned.tile_px,
     )

@@ -68,13 +68,13 @@ class Bench:
             shape = (size // stride, size // stride, channels)
             store.create_array(self.folder, f"features_{layer}", shape, chunk // stride, "float32", "none")
 
-    def gram_pass(self, engine: ThreadExecutor, tiles: tuple[Tile, ...]) -> dict[str, losses.Gram]:
+    def gram_pass(self, executor: ThreadExecutor, tiles: tuple[Tile, ...]) -> dict[str, losses.Gram]:
         specs = [tile_tasks.GramSpec(self.folder, "canvas_0", tile, self.network, {}, STYLE) for tile in tiles]
-        return engine.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, dict[str, losses.Gram]())
+        return executor.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, dict[str, losses.Gram]())
 
-    def gradient_pass(self, engine: ThreadExecutor, tiles: tuple[Tile, ...], seeds: dict[str, losses.Gram]) -> None:
+    def gradient_pass(self, executor: ThreadExecutor, tiles: tuple[Tile, ...], seeds: dict[str, losses.Gram]) -> None:
         factors = dict.fromkeys(CONTENT, 1.0)
-        engine.map(
+        executor.map(
             tile_tasks.gradient_task,
             [
                 tile_tasks.GradientSpec(self.folder, "canvas_0", tile, self.network, {}, factors, seeds)
@@ -119,14 +119,14 @@ def measure(bench: Bench, tile_px: int, repeats: int) -> list[Row]:
     tiles, whole = grid(bench.size, bench.size, tile_px), grid(bench.size, bench.size, side)
     size = (bench.size, bench.size)
     gram_px, gradient_px = (computed_px(size, tile_px, halo) / bench.size**2 for halo in (halo_px(STYLE), 2 * HALO_PX))
-    with ThreadExecutor(WORKERS) as engine:
-        seeds = bench.gram_pass(engine, whole)
+    with ThreadExecutor(WORKERS) as executor:
+        seeds = bench.gram_pass(executor, whole)
 
         def gram(over: tuple[Tile, ...]) -> object:
-            return bench.gram_pass(engine, over)
+            return bench.gram_pass(executor, over)
 
         def gradient(over: tuple[Tile, ...]) -> object:
-            return bench.gradient_pass(engine, over, seeds)
+            return bench.gradient_pass(executor, over, seeds)
 
         return [
             compare("Gram", lambda: gram(tiles), lambda: gram(whole), gram_px, repeats),

@@ -102,9 +102,9 @@ class Bench:
         sums = self.gradient.checksums
         return [replace(spec, gradient_sums={chunk: sums[chunk] for chunk in spec.chunks}) for spec in specs]
 
-    def update_pass(self, engine: ThreadExecutor) -> None:
+    def update_pass(self, executor: ThreadExecutor) -> None:
         """The program's update pass into the other slot."""
-        results = engine.map(update_task, self.specs())
+        results = executor.map(update_task, self.specs())
         for name in slot_names(1 - self.slot, averaged=False):
             array = store.open_array(self.folder, name)
             sums = {index: value for result in results for index, value in result.sums[name].items()}
@@ -208,15 +208,15 @@ def measure(folder: Path, state: str, size: int, chunk: int, turns: int) -> list
     """The rows of both places for one state and one size."""
     bench = Bench(folder, state, size, chunk)
     rows = []
-    with ThreadExecutor(WORKERS) as engine:
+    with ThreadExecutor(WORKERS) as executor:
         before = resident_bytes()
         with watching_memory() as samples:
-            bench.update_pass(engine)
+            bench.update_pass(executor)
         extra = (samples[-1] - before) / MIB
         specs = bench.specs()
-        dask = min(_seconds(lambda: engine.map(nothing, specs))[0] for _ in range(5)) * 1000 / len(bench.chunks)
+        dask = min(_seconds(lambda: executor.map(nothing, specs))[0] for _ in range(5)) * 1000 / len(bench.chunks)
         calls = {
-            "pass": lambda: bench.update_pass(engine),
+            "pass": lambda: bench.update_pass(executor),
             "sweep": lambda: bench.sweep(bench.arithmetic()),
             "bytes": lambda: bench.sweep(move_bytes),
         }

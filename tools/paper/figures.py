@@ -230,9 +230,9 @@ def tiled(
     )
     config = write_config(experiment.folder, name, values)
     previous = None
-    with Faults(config, halo, whole_grams).engine(2) as engine:
+    with Faults(config, halo, whole_grams).executor(2) as executor:
         for plan in pipeline.plan(config).stages:
-            driven = Driven(config, plan, engine, previous)
+            driven = Driven(config, plan, executor, previous)
             for result in driven.to_its_end():
                 last = result
             previous = driven.canvas

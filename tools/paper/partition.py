@@ -63,10 +63,10 @@ def relative(actual: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
 class Partition:
     """One way to cut the canvas: a stage on the whole image's canvas and a stage on its own canvas."""
 
-    def __init__(self, folder: Path, values: dict[str, Any], tile_px: int, engine: ThreadExecutor):
+    def __init__(self, folder: Path, values: dict[str, Any], tile_px: int, executor: ThreadExecutor):
         compute = {**values["compute"], "tile_px": tile_px}
         self.following, self.own = (
-            _driven(folder, f"{name}_{tile_px}", {**values, "compute": compute}, engine) for name in ("same", "own")
+            _driven(folder, f"{name}_{tile_px}", {**values, "compute": compute}, executor) for name in ("same", "own")
         )
         self.tiles = len(self.own.stage.tiles)
 
@@ -81,10 +81,10 @@ class Partition:
         return Row(whole.iteration, self.tiles, *same, *own, float(apart.max()), float(apart.mean()))
 
 
-def _driven(folder: Path, name: str, values: dict[str, Any], engine: ThreadExecutor) -> Driven:
+def _driven(folder: Path, name: str, values: dict[str, Any], executor: ThreadExecutor) -> Driven:
     config = write_config(folder, name, values)
     (stage,) = pipeline.plan(config).stages
-    return Driven(config, stage, engine)
+    return Driven(config, stage, executor)
 
 
 def resized(source: Path, width: int, height: int, target: Path) -> Path:
@@ -118,10 +118,10 @@ def settings(
 def measure(folder: Path, values: dict[str, Any], tiles_px: tuple[int, ...], iterations: int) -> Iterator[list[Row]]:
     """Yield the rows of all partitions after each iteration; with `iterations` 0 until the optimiser stops."""
     whole_px, *others_px = tiles_px
-    with ThreadExecutor(2) as engine:
+    with ThreadExecutor(2) as executor:
         compute = {**values["compute"], "tile_px": whole_px}
-        whole = _driven(folder, "whole", {**values, "compute": compute}, engine)
-        partitions = [Partition(folder, values, tile_px, engine) for tile_px in others_px]
+        whole = _driven(folder, "whole", {**values, "compute": compute}, executor)
+        partitions = [Partition(folder, values, tile_px, executor) for tile_px in others_px]
         canvas, alpha = whole.pixels(), whole.alpha
         for _ in whole.to_its_end():
             yield [partition.compare(whole, canvas, alpha) for partition in partitions]

@@ -45,7 +45,7 @@ class Driven:
     """One stage of the run of `config`, prepared in its work_dir and iterated by the caller."""
 
     def __init__(
-        self, config: Config, plan: StagePlan, engine: ThreadExecutor, previous: store.StageArray | None = None
+        self, config: Config, plan: StagePlan, executor: ThreadExecutor, previous: store.StageArray | None = None
     ):
         """`previous`: the canvas of the previous stage. The config must set compute.tile_px."""
         config = config.for_stage(max(plan.size))
@@ -66,7 +66,7 @@ class Driven:
             layers_in_use(config, weights.widths),
             spec,
             config.work_dir / f"stage_{plan.index}",
-            engine,
+            executor,
             ignore,
             config.compute.tile_px,
         )

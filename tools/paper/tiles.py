@@ -59,7 +59,7 @@ class Faults:
     halo: bool
     whole_grams: bool
 
-    def engine(self, workers: int) -> ThreadExecutor:
+    def executor(self, workers: int) -> ThreadExecutor:
         """An executor whose tile tasks have these faults."""
         return OtherTasks(workers, {tile_tasks.gram_task: self.gram, tile_tasks.gradient_task: self.gradient})
 

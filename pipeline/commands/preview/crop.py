@@ -108,13 +108,13 @@ def crop(
     if output is not None:
         refuse_missing_folder(output)
     check_output(target_file, own.width, own.height, 8, "deflate")
-    with ThreadExecutor(WORKERS, CancelToken(stop)) as engine:
-        weights = find_weights(config.network.name, config.network.weights, config.seed, sink, engine.cancel)
-        finished = _finished(config, planned, weights, target, engine)
+    with ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
+        weights = find_weights(config.network.name, config.network.weights, config.seed, sink, executor.cancel)
+        finished = _finished(config, planned, weights, target, executor)
         with claimed(config, target_file, force) as claim, _temporary_folder(claim.folder / "crop") as folder:
-            context = render_context(config, planned, device, weights, engine, sink)
+            context = render_context(config, planned, device, weights, executor, sink)
             canvas = Crop(config, planned, context, finished, folder).render(rect, target)
-            cut_canvas(canvas, own, target_file, engine.cancel, claim.record)
+            cut_canvas(canvas, own, target_file, executor.cancel, claim.record)
             claim.done()
     return target_file
 
@@ -170,7 +170,7 @@ class _Finished:
     tile_px: int | None
 
 
-def _finished(config: Config, planned: Plan, weights: WeightsSource, target: int, engine: Executor) -> _Finished:
+def _finished(config: Config, planned: Plan, weights: WeightsSource, target: int, executor: Executor) -> _Finished:
     """The last finished stage of the run, up to `target`. Raises ConfigError if there is none or the config differs."""
     remedy = "A crop starts from a finished stage: start `pipeline run`, and stop it with Ctrl-C after its first stage."
     if not taken(manifest_path(config.work_dir)):
@@ -180,7 +180,7 @@ def _finished(config: Config, planned: Plan, weights: WeightsSource, target: int
     if not stages:
         raise ConfigError(f"{config.work_dir}: the run has not finished its first stage yet. {remedy}")
     manifest = trusted_manifest(manifest_path(config.work_dir), records)
-    refuse_changes(config, manifest, identity(config, weights, engine.cancel))
+    refuse_changes(config, manifest, identity(config, weights, executor.cancel))
     refuse_other_stages(config, manifest, planned)
     refuse_links(config.work_dir)
     newest = max(stages)
@@ -203,9 +203,9 @@ class Crop:
 
     def render(self, rect: Rect, target: int) -> Region:
         """The canvas of stage `target`, or a part of it that contains `rect`, which is of the finished image."""
-        engine, first = self.context.engine, self.finished.stage + 1
+        executor, first = self.context.executor, self.finished.stage + 1
         source = whole(self.finished.canvas)
-        integrity.require_intact([source.array], engine, self._progress("check"))
+        integrity.require_intact([source.array], executor, self._progress("check"))
         if target < first:
             self.context.sink(Note(f"stage {target} is finished: its canvas is cropped, and nothing is rendered"))
             return source
@@ -250,7 +250,7 @@ class Crop:
         least_max_u = 0.0 if stage.plan.size == size else self._least_max_u(stage)
         iterations = Iterations(stage, energies, prepared.areas, estimate.grams, least_max_u)
         while end_reason(self._position, stage.config.optimizer) is None:
-            self.context.engine.cancel.raise_if_set()
+            self.context.executor.cancel.raise_if_set()
             commit = partial(self._commit, stage)
             at = self._position
             iterations.iterate(at.iteration, at.alpha, at.checksums[index], commit)
@@ -258,7 +258,7 @@ class Crop:
 
     def _cut(self, stage: Stage, region: Rect, size: Size) -> ColorStatistics | None:
         """Cut the stage's content and masks to the region; returns the colour statistics of the whole content."""
-        config, cancel = stage.config, self.context.engine.cancel
+        config, cancel = stage.config, self.context.executor.cancel
         # By path, so that styles with the same mask still share it.
         cuts = {path: self.folder / f"mask_{stage.plan.index}_{number}.png" for number, path in enumerate(config.masks)}
         for path, cut in cuts.items():
@@ -293,7 +293,7 @@ class Crop:
     def _start(self, stage: Stage, source: Region, region: Rect, size: Size) -> store.StageArray:
         """The region of the previous stage's canvas, enlarged."""
         canvas = self._new_array(CANVAS, stage.plan.size, "float64" if stage.config.state == "float64" else "float32")
-        sums = enlarge(source, Region(canvas, region, size), self.context.engine)
+        sums = enlarge(source, Region(canvas, region, size), self.context.executor)
         return store.open_array(canvas.path.parent, CANVAS, sums)
 
     def _new_array(self, name: str, size: Size, form: str) -> store.StageArray:
@@ -314,7 +314,7 @@ class Crop:
         if self.config.content is None:
             return None
         content = self._new_array(CONTENT, self.plan.stages[self.finished.stage].size, "uint8")
-        sums = ingest.ingest(self.config.content, content, self.context.engine, self._progress("content"))
+        sums = ingest.ingest(self.config.content, content, self.context.executor, self._progress("content"))
         return store.open_array(content.path.parent, CONTENT, sums)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:

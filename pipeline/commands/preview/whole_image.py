@@ -107,7 +107,7 @@ class WholeImage:
             for tile in tiles
         ]
         on_progress = stage.counter(f"Gram pass of stage {self.index}", len(specs))
-        sums = stage.engine.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, dict[str, Gram](), on_progress)
+        sums = stage.executor.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, dict[str, Gram](), on_progress)
         areas = _areas(stage, tiles, layers, guided)
         return {key: total / areas[key] for key, total in sums.items() if areas[key] > 0}
 
@@ -117,7 +117,7 @@ def _areas(stage: Stage, tiles: list[Tile], layers: tuple[str, ...], guided: _Gu
     if not guided.guides.regions:
         return {name: float(sum(tile.inner.positions(LAYER_BY_NAME[name]).area for tile in tiles)) for name in layers}
     specs = [mask_tasks.AreaSpec(guided.folder, tile, guided.guides, layers, guided.checksums) for tile in tiles]
-    results = stage.engine.map(mask_tasks.area_task, specs)
+    results = stage.executor.map(mask_tasks.area_task, specs)
     keys = [key for name in layers for key in guided.guides.keys(name)]
     return {key: math.fsum(result.get(key, 0.0) for result in results) for key in keys}
 

@@ -44,7 +44,7 @@ class Step:
     iterations_lost: int = 0
 
 
-def repair_steps(scan: ScanResult, engine: Executor) -> list[Step]:
+def repair_steps(scan: ScanResult, executor: Executor) -> list[Step]:
     """The steps of one round, after which the directory has to be scanned again.
 
     Empty if nothing is damaged, or if nothing in the directory can repair it.
@@ -56,7 +56,7 @@ def repair_steps(scan: ScanResult, engine: Executor) -> list[Step]:
         return steps
     if groups := [_group_step(problem) for problem in scan.problems if _is_group(scan, problem)]:
         return steps + groups
-    return steps + _store_steps(scan, engine)
+    return steps + _store_steps(scan, executor)
 
 
 # --- journal and manifest ---------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def _group_step(problem: Problem) -> Step:
     return Step(f"write {problem.path} again", lambda: write_metadata(problem.path, group_metadata()))
 
 
-def _store_steps(scan: ScanResult, engine: Executor) -> list[Step]:
+def _store_steps(scan: ScanResult, executor: Executor) -> list[Step]:
     """Roll back if the current stage is damaged; give up damaged results of earlier stages that the run is past."""
     spare = {(stage.stage, name) for stage in scan.expected for name in stage.spare}
     spare_chunks: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -114,7 +114,7 @@ def _store_steps(scan: ScanResult, engine: Executor) -> list[Step]:
     discarded = scan.position.stage  # the first stage that is not merely given up
     if discarded not in damaged:
         steps = [_allocation_step(scan, name, chunks) for name, chunks in spare_chunks.items()]
-    elif target := _newest_intact(scan, damage, damaged, engine):
+    elif target := _newest_intact(scan, damage, damaged, executor):
         steps = [_rollback_step(scan, *target)]
         discarded = min(discarded, target[1])
     else:
@@ -123,7 +123,7 @@ def _store_steps(scan: ScanResult, engine: Executor) -> list[Step]:
 
 
 def _newest_intact(
-    scan: ScanResult, damage: Sequence[Problem], damaged: set[int], engine: Executor
+    scan: ScanResult, damage: Sequence[Problem], damaged: set[int], executor: Executor
 ) -> tuple[int, int] | None:
     """(the first record, the first stage) that a rollback to the newest intact position discards."""
     stage, records = scan.position.stage, scan.journal.records
@@ -132,7 +132,7 @@ def _newest_intact(
     iteration = _last(records, Iteration, stage)
     # the last iteration read the other slot, which stays intact until the next one begins to overwrite it
     other = position_of(records[:iteration])
-    if iteration is not None and only_newest and _slot_is_intact(scan.work_dir, other, engine):
+    if iteration is not None and only_newest and _slot_is_intact(scan.work_dir, other, executor):
         return iteration, stage + 1
     for index in range(stage, -1, -1) if scan.inputs_intact else ():
         # a stage needs the inputs and the result of the stage before, which is lost if a repair has given it up
@@ -143,7 +143,7 @@ def _newest_intact(
     return None
 
 
-def _slot_is_intact(work_dir: Path, position: Position, engine: Executor) -> bool:
+def _slot_is_intact(work_dir: Path, position: Position, executor: Executor) -> bool:
     """Whether canvas, m, v and average of the position's slot have the content that the journal records."""
     sums = position.checksums[position.stage]
     names = slot_names(position.newest_slot, averaged=is_averaged(sums))
@@ -152,7 +152,7 @@ def _slot_is_intact(work_dir: Path, position: Position, engine: Executor) -> boo
     except ChunkError:  # a stage that has ended keeps its result alone
         return False
     specs = [spec for array in arrays for spec in integrity.specs_of(array, array.chunk_indices())]
-    return not integrity.damage(specs, engine, lambda done, total: None)
+    return not integrity.damage(specs, executor, lambda done, total: None)
 
 
 def _rollback_step(scan: ScanResult, first_record: int, first_stage: int) -> Step:

@@ -76,7 +76,9 @@ def input_task(spec: _InputSpec) -> Problem | None:
         return Problem(spec.path, "unreadable", f"cannot be read {restore} ({error})")
 
 
-def scan(work_dir: Path, config: Config | None, sample: SampleSpec | None, engine: Executor, sink: Sink) -> ScanResult:
+def scan(
+    work_dir: Path, config: Config | None, sample: SampleSpec | None, executor: Executor, sink: Sink
+) -> ScanResult:
     """Compare everything in a run directory with the journal and the manifest.
 
     `config`: gives the paths of inputs that have moved since the run began. Raises ConfigError if it is the config of
@@ -92,7 +94,7 @@ def scan(work_dir: Path, config: Config | None, sample: SampleSpec | None, engin
     ended = position.stage_done or bool(config and manifest and position.slots and _ended(position, config, manifest))
     # before the first stage is prepared, inputs may still be changed
     specs = _input_specs(work_dir, manifest, config) if position.slots and manifest and config else []
-    inputs = [problem for problem in engine.map(input_task, specs) if problem is not None]
+    inputs = [problem for problem in executor.map(input_task, specs) if problem is not None]
     expected = expected_stages(work_dir, position, ended)
     if links := [Problem(path, "foreign", f"{what}, and no run makes one") for path, what in links_in_store(work_dir)]:
         in_store = StoreDamage(links)  # a file behind a link may be anybody's, so nothing is read through one
@@ -102,7 +104,7 @@ def scan(work_dir: Path, config: Config | None, sample: SampleSpec | None, engin
         def progress(done: int, total: int) -> None:
             sink(WorkDone(position.stage, "verify", done, total))
 
-        in_store = store_damage(work_dir, expected, sample, engine, progress)
+        in_store = store_damage(work_dir, expected, sample, executor, progress)
     foreign, leftovers = foreign_at_the_top(work_dir, lambda path: _is_own(path, config, position))
     return ScanResult(
         work_dir=work_dir,

@@ -112,7 +112,7 @@ def store_damage(
     work_dir: Path,
     stages: Sequence[ExpectedStage],
     sample: SampleSpec | None,
-    engine: Executor,
+    executor: Executor,
     on_progress: OnProgress,
 ) -> StoreDamage:
     """Everything in the store that differs from the journal."""
@@ -124,7 +124,7 @@ def store_damage(
         for name in stage.arrays:
             arrays[stage.folder / name] = _open(stage, name, damage) if name in intact else None
     specs = list(_specs(arrays, sample, damage))
-    findings = integrity.damage(specs, engine, on_progress)
+    findings = integrity.damage(specs, executor, on_progress)
     damage.problems += [problem_of(finding, stages) for finding in findings]
     _check_names(work_dir, stages, arrays, damage)
     return damage

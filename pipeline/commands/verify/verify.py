@@ -94,9 +94,9 @@ def verify(
     work_dir = work_dir.resolve()
     refuse_links_at_top(work_dir)
     sample = None if share is None else SampleSpec(share, secrets.randbits(32) if seed is None else seed)
-    with _lock(work_dir, repair), ThreadExecutor(WORKERS, CancelToken(stop)) as engine:
-        first = last = scan(work_dir, config, sample, engine, sink)
-        steps = repair_steps(first, engine)
+    with _lock(work_dir, repair), ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
+        first = last = scan(work_dir, config, sample, executor, sink)
+        steps = repair_steps(first, executor)
         if not repair:
             return _report(first, first, steps, False, sample)
         done: list[Step] = []
@@ -109,8 +109,8 @@ def verify(
             if store_path(work_dir).exists():  # a repair must survive a power cut whatever store.durability is
                 metadata.sync(store_path(work_dir))
             done += steps
-            last = scan(work_dir, config, sample, engine, sink)
-            steps = repair_steps(last, engine)
+            last = scan(work_dir, config, sample, executor, sink)
+            steps = repair_steps(last, executor)
     return _report(first, last, done, True, sample)
 
 

@@ -191,9 +191,9 @@ def test_planned_disk_is_what_a_stage_allocates(make_config, narrow_weights, mon
         folder = stage_dir.with_name("stage_0.partial")
         peak = max(peak, chunk_bytes(folder) if folder.exists() else 0)
 
-    with ThreadExecutor(2) as engine:
+    with ThreadExecutor(2) as executor:
         layer_use = layers_in_use(config, source.widths)
-        stage = Stage(config, stage_plan, layer_use, spec, stage_dir, engine, watch, plan.tile_px)
+        stage = Stage(config, stage_plan, layer_use, spec, stage_dir, executor, watch, plan.tile_px)
         prepare(stage, None)
     style_bytes = ceil(70 / config.store.chunk_px) * ceil(50 / config.store.chunk_px) * config.store.chunk_px**2 * 3
     assert peak == chunk_bytes(stage_dir) + style_bytes  # the style is deleted once its Grams are known

@@ -111,7 +111,7 @@ def test_statistics_are_whole_numbers_until_they_are_divided(tmp_path, narrow_we
         (folder := tmp_path / str(chunk_px)).mkdir()
         with prepared(folder, narrow_weights, (64, 96), 48, chunk_px=chunk_px) as case:
             array = open_array(case.stage.stage_dir, "content", case.started.checksums["content"])
-            found.append(color_tasks.statistics(array, case.stage.engine))
+            found.append(color_tasks.statistics(array, case.stage.executor))
             wanted = statistics_of(case.problem.content)
     assert np.array_equal(found[0].mean, found[1].mean) and np.array_equal(found[0].covariance, found[1].covariance)
     assert relative(found[0].mean, wanted.mean) < 1e-13 and relative(found[0].covariance, wanted.covariance) < 1e-10

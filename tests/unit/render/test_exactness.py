@@ -419,7 +419,7 @@ def one_after_another(tmp_path, narrow_weights):
     size, tile_px = (80, 112), 32
     (folder := tmp_path / "one").mkdir()
     with prepared(folder, narrow_weights, size, tile_px) as case:
-        case.stage.engine = InOrder()
+        case.stage.executor = InOrder()
         return Rendering(case).finish(), size, tile_px
 
 
