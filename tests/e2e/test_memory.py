@@ -31,6 +31,7 @@ from tests.support.e2e import (
     write_picture,
     write_run,
 )
+from tests.support.torture import damage
 
 MIB = 2**20
 
@@ -264,10 +265,13 @@ def refused_limit(config: Path) -> int:
     while "has no memory for tile " not in (stopped := run_short_of_memory(config, limit_mib)).stderr:
         assert stopped.returncode != 0, f"a run of {limit_mib} MiB was not short of memory:\n{stopped.stderr}"
         shutil.rmtree(config.with_name("run"), ignore_errors=True)
-        limit_mib = limit_mib * 5 // 4
+        limit_mib = limit_mib * 9 // 8
     assert stopped.returncode == 3, stopped.stderr
     assert "Traceback" not in stopped.stderr
-    assert not config.with_name("run").exists()  # nothing was prepared
+    in_preparation = "of stage_0.partial" in stopped.stderr
+    assert not (in_preparation and config.with_name("run").exists())  # an unfinished preparation is discarded
+    assert damage(config.with_name("run")) == []
+    shutil.rmtree(config.with_name("run"), ignore_errors=True)
     return limit_mib
 
 
@@ -296,7 +300,7 @@ def test_memory_that_is_not_there_makes_tiles_smaller_or_stops_and_loses_nothing
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         (tmp_path / "out.png").unlink(missing_ok=True)
     records = [record for record in journal(tmp_path / "run") if record["type"] == "smaller_tile"]
-    assert len(records) == len(notes) == 1, smaller.stderr  # a resume takes the same tiles: the bits depend on them
+    assert len(records) == len(notes) == len(set(notes)), smaller.stderr  # once per size; a resume takes the same tiles
     assert pipeline.status(tmp_path / "run")["state"] == "done"
 
 
