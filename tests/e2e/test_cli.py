@@ -41,6 +41,7 @@ def iterations(work_dir: Path) -> list[dict[str, Any]]:
 # --- the way of a newcomer -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_from_init_to_picture(tmp_path, call):
     """The first thing that anybody does with the program would not work."""
     write_picture(tmp_path / "content.jpg", 100, 80, seed=1)

@@ -23,7 +23,11 @@ def nursery(tmp_path_factory) -> Iterator[Nursery]:
     nursery.close()
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+# One variant is in the short part of the suite.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.quick] if name == "tiff" else []) for name in VARIANTS],
+)
 def variant(request) -> str:
     return request.param
 
