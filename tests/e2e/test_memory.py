@@ -150,9 +150,9 @@ def test_measured_memory_is_what_was_planned(tmp_path, make):
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The config of a run of nine tiles that has finished its first stage and was stopped in its second."""
-    folder = tmp_path_factory.mktemp("begun")
+    folder = tmp_path_factory.mktemp("stopped_run")
     keys = {"initial_size": 384, "compute": {"device": "cpu", "tile_px": 256}, "store": {"chunk_px": 64}}
     config = write_run(folder, (768, 700), (384, 300), optimizer={"max_iterations": 2}, **keys)
     run_until(config, lambda event: isinstance(event, IterationDone) and event.stage == 1)
@@ -178,12 +178,12 @@ COMMANDS: dict[str, Callable[[Path], list[object]]] = {
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("what", COMMANDS)
-def test_crops_grids_and_repairs_keep_the_promise_of_a_run(begun, what):
+def test_crops_grids_and_repairs_keep_the_promise_of_a_run(stopped_run, what):
     """A crop took 1,093 MiB where 641 were planned: beside a run that fills the machine, it would kill the run."""
     import pipeline
 
-    planned = pipeline.plan(pipeline.load_config(begun)).projected_mem_bytes
-    peak = peak_of_command(*COMMANDS[what](begun))
+    planned = pipeline.plan(pipeline.load_config(stopped_run)).projected_mem_bytes
+    peak = peak_of_command(*COMMANDS[what](stopped_run))
     print(f"{what}: MiB measured {peak // MIB}, planned {planned // MIB}")
     assert peak <= planned
 

@@ -183,12 +183,12 @@ class Plan:
 
 def suffer(nursery: Nursery, folder: Path, plan: Plan, unbroken: Unbroken) -> Score:
     """Cut the power as planned, resume the run to its end, and compare. A state damaged by a cut is a problem."""
-    names = ["store", "pictures"] if plan.two_disks else ["store"]
+    names = ["store", "images"] if plan.two_disks else ["store"]
     settings = {"chunk_px": 32, **VARIANTS[plan.variant].get("store", {}), "durability": plan.durability}
     output = f"{names[-1]}/{VARIANTS[plan.variant]['output']}"
     config = write_variant(folder, plan.variant, work_dir="store/run", output=output, store=settings)
     rng, score = random.Random(plan.seed), Score()
-    work_dir, picture = places(config)
+    work_dir, output_path = places(config)
     with disks(*(folder / name for name in names), mode=plan.mode) as powered:
         for number in plan.cuts:
             _cut_at(nursery, config, number, powered, rng if plan.leaky else None, score)
@@ -197,14 +197,14 @@ def suffer(nursery: Nursery, folder: Path, plan: Plan, unbroken: Unbroken) -> Sc
             for disk in powered:
                 disk.restore()
             score.problems += damage(work_dir)
-            if tree(picture) not in ({}, unbroken.ending.picture):
+            if tree(output_path) not in ({}, unbroken.ending.output):
                 score.problems.append("incomplete output image")
             if score.problems:
                 break  # the next start shows whether the run detects it
         if score.code == KILLED:
             score.add(start(nursery, config))
         if score.code == 0:
-            for empty in picture.parent.glob(
+            for empty in output_path.parent.glob(
                 ".*/"
             ):  # the removal of a temporary directory was the last call, and is lost
                 with contextlib.suppress(OSError):

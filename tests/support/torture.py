@@ -54,7 +54,7 @@ class Ending:
 
     results: list[dict[str, Any]]
     canvases: dict[str, bytes]
-    picture: dict[str, bytes]
+    output: dict[str, bytes]
     leftovers: list[str]
 
     @staticmethod
