@@ -204,9 +204,8 @@ def suffer(nursery: Nursery, folder: Path, plan: Plan, unbroken: Unbroken) -> Sc
         if score.code == KILLED:
             score.add(start(nursery, config))
         if score.code == 0:
-            for empty in output_path.parent.glob(
-                ".*/"
-            ):  # the removal of a temporary directory was the last call, and is lost
+            # the removal of a temporary directory may have been the last call, and be lost
+            for empty in output_path.parent.glob(".*/"):
                 with contextlib.suppress(OSError):
                     empty.rmdir()
             unbroken.compare(config, score)
