@@ -635,6 +635,7 @@ def test_unwritable_folder(tmp_path: Path) -> None:
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.e2e
 def test_memory_does_not_grow_with_the_picture(tmp_path: Path) -> None:
     """The promise of the program: a picture of 288 MB passes in and out in a third of that, and it is not kept."""
     path = tmp_path / "a.jpg"

@@ -239,6 +239,7 @@ def test_zip_files_that_are_bombs(tmp_path):
     refused(path, f"{2**40:,} entries")
 
 
+@pytest.mark.e2e
 def test_pickles_that_are_bombs(tmp_path):
     """A list for every byte of the file: sixty times its size in memory, and hours of a slow unpickler."""
     path = tmp_path / "w.pth"
