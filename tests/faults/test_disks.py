@@ -86,7 +86,7 @@ def test_few_file_descriptors_are_enough_or_refused_with_a_sentence(nursery, exp
 
 
 @pytest.mark.parametrize("leave", [65_536, None])
-def test_free_space_is_checked_before_the_next_stage(nursery, tmp_path, leave):
+def test_room_is_looked_for_before_the_next_stage(nursery, tmp_path, leave):
     """A disk that another program has filled would be noticed only hours later, in the middle of the largest stage.
 
     `leave`: free bytes; None: the disk has free bytes but no free inode.
