@@ -90,6 +90,7 @@ def finished_run(tmp_path_factory, narrow_weights) -> Path:
     return path
 
 
+@pytest.mark.e2e
 def test_a_run_in_one_process_does_not_load_distributed(tmp_path, narrow_weights):
     """It would add its start and its memory to every run, for a scheduler that is not used."""
     write_image(tmp_path / "content.png", 32, 32)
@@ -102,6 +103,7 @@ def test_a_run_in_one_process_does_not_load_distributed(tmp_path, narrow_weights
     assert not {"distributed", "pipeline.executors.processes"} & modules
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("command", ["plan", "plan --json", "status", "export -o {}/again.tif", "verify", "run"])
 def test_commands_that_compute_nothing_do_not_load_torch(finished_run, command):
     """They answer at once, and on a machine that has not torch's memory to spare."""
