@@ -162,7 +162,7 @@ def test_the_stop_flag_ends_the_work_between_two_tasks(how):
 def test_a_stopped_engine_starts_nothing():
     """Stopped before the first task: not even that."""
     ran = []
-    with Engine(2, CancelToken()) as engine:
+    with Engine(2) as engine:
         engine.cancel.set()
         with pytest.raises(Stopped):
             engine.map(ran.append, [1, 2, 3])
@@ -176,7 +176,7 @@ def test_a_stopped_engine_starts_nothing():
 def test_checked_items_stop_between_two():
     """Reading a large image is stopped between two bands."""
     seen = []
-    with Engine(1, CancelToken()) as engine, pytest.raises(Stopped):
+    with Engine(1) as engine, pytest.raises(Stopped):
         for item in engine.checked(range(10)):
             seen.append(item)
             if item == 3:
