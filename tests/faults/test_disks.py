@@ -124,7 +124,8 @@ def test_a_run_on_a_full_disk_can_be_verified(nursery, tmp_path):
     """After a disk was full, users first check their run: the check must not need free space there."""
     config = write_on_disk(tmp_path / "run", "tiff")
     try:
-        with small_disk(tmp_path / "run" / "disk") as disk:
+        # few inodes: by default a tmpfs has one per page of memory, and filling it would take a minute
+        with small_disk(tmp_path / "run" / "disk", "size=16m,nr_inodes=600") as disk:
             assert start(nursery, config).wait() == 0
             for fill in (disk.fill, disk.fill_with_files):
                 fill()

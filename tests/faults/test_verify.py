@@ -133,7 +133,6 @@ def test_a_torn_record_is_an_earlier_position(base):
 # --- what is named ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick
 def test_damage_is_named_to_the_chunk_and_what_to_do_is_told(base, call):
     """ "Something is damaged" helps nobody; and what a repair would cost must be known before it is begun."""
     base.put_back(MID)
