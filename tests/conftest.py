@@ -1,4 +1,4 @@
-"""Parts that several test files need. What is costly is made once, what is random is seeded."""
+"""Fixtures that several test files share, and the choice between the short part of the suite and all of it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,30 @@ from tests.support.inputs import write_config, write_image
 settings.register_profile("pipeline", deadline=None, print_blob=True)
 settings.load_profile("pipeline")
 
+SHORT = "not e2e and not fault"
+MARKER_OF_FOLDER = {"e2e": "e2e", "faults": "fault"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without a path and without -m, the command runs the short part of the suite."""
+    if not config.option.markexpr and config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.option.markexpr = SHORT
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if config.option.markexpr != SHORT:
+        return None
+    return 'short part; the whole programs and the injected faults run with: python -m pytest -m "e2e or fault"'
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks every test by its folder, but for those that are marked quick."""
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder in MARKER_OF_FOLDER and item.get_closest_marker("quick") is None:
+            item.add_marker(MARKER_OF_FOLDER[folder])
+
 
 @pytest.fixture(scope="session")
 def narrow_weights(tmp_path_factory) -> Path:
@@ -31,7 +55,7 @@ def narrow_weights(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make_config(tmp_path: Path, narrow_weights: Path) -> Callable[..., Any]:
-    """Makes the images and the config of a small run in tmp_path; further keys go into the config as they are."""
+    """Writes the images and the config of a small run to tmp_path; further keywords become keys of the config."""
     from pipeline import load_config
 
     def make(content: tuple[int, int] = (48, 64), style: tuple[int, int] = (40, 40), **values: Any) -> Any:
@@ -45,6 +69,7 @@ def make_config(tmp_path: Path, narrow_weights: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A mounted file system of 800 KiB."""
     mount = tmp_path / "small"
     mount.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(mount)]

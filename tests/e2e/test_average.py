@@ -1,4 +1,4 @@
-"""Averaging of iterates: the stage's result is the mean of its canvases, and the optimiser does not know of it."""
+"""Averaging of iterates: the result of a stage is the mean of its canvases, and the optimiser is unaffected."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STATES = ("float", "compact")
 
 
 def literal_ema(iterates: list[np.ndarray], decay: float) -> np.ndarray:
-    """The exponential moving average of style-transfer-pytorch (its class EMA), from its first update on."""
+    """The exponential moving average of style-transfer-pytorch (its class EMA), starting at its first update."""
     value, accumulated = np.zeros_like(iterates[0]), 1.0
     for iterate in iterates:
         accumulated *= decay
@@ -40,7 +40,7 @@ def literal_ema(iterates: list[np.ndarray], decay: float) -> np.ndarray:
     return value / (1 - accumulated)
 
 
-def ours(iterates: list[np.ndarray], decay: float, before: float = np.nan) -> np.ndarray:
+def our_average(iterates: list[np.ndarray], decay: float, before: float = np.nan) -> np.ndarray:
     average = np.full_like(iterates[0], before)
     for number, iterate in enumerate(iterates):
         weight = adam.average_weight(decay, number)
@@ -49,21 +49,21 @@ def ours(iterates: list[np.ndarray], decay: float, before: float = np.nan) -> np
 
 
 @pytest.mark.parametrize("decay", [1e-9, 0.5, 0.95, 0.9999])
-def test_it_is_the_debiased_moving_average_of_the_best_in_memory_tool(decay):
-    """Another weighting would be calmer or noisier than what users know by this number."""
+def test_it_is_the_debiased_moving_average_of_style_transfer_pytorch(decay):
+    """With another weighting, the decay that users know from that tool would give a smoother or noisier image."""
     iterates = list(np.random.default_rng(0).uniform(0, 255, (40, 30)))
-    assert np.abs(ours(iterates, decay) - literal_ema(iterates, decay)).max() < 1e-9
+    assert np.abs(our_average(iterates, decay) - literal_ema(iterates, decay)).max() < 1e-9
 
 
 levels = st.sampled_from([0.0, 255.0, 254.99998, 1e-30, 128.3]) | st.floats(0, 255, width=32)
 
 
 @given(st.lists(levels, min_size=1, max_size=12), st.floats(1e-12, 0.9999))
-def test_it_never_leaves_the_range_of_a_picture(values, decay):
-    """A compact state holds 0..255 and no more: one rounding beyond would end a run of days."""
-    found = ours([np.full(8, value, np.float32) for value in values], decay)
-    assert found.dtype == np.float32
-    assert (found >= 0).all() and (found <= 255).all()
+def test_it_never_leaves_the_range_of_pixel_values(values, decay):
+    """The compact state can hold 0..255 only: a value rounded beyond would end a run of days."""
+    average = our_average([np.full(8, value, np.float32) for value in values], decay)
+    assert average.dtype == np.float32
+    assert (average >= 0).all() and (average <= 255).all()
 
 
 # --- runs ---
@@ -91,26 +91,26 @@ def after_iteration(event: object, stage: int) -> bool:
 
 @pytest.mark.parametrize("state", STATES)
 def test_a_stages_result_is_the_average_and_the_next_stage_starts_from_it(tmp_path, state):
-    """The last canvas would be exported, or enlarged, and the noise that was to be averaged away with it."""
+    """Otherwise the last canvas would be exported or upsampled, with the noise that averaging removes."""
     keys = {"store": {"state_dtype": state, "chunk_px": 32}, "optimizer": {"max_iterations": 5, "average": 0.8}}
     config = write_run(tmp_path, (128, 96), (70, 60), **TWO_STAGES, **keys)
-    kept: list[np.ndarray] = []
+    iterates: list[np.ndarray] = []
     starts: list[np.ndarray] = []
 
     def watch(event: object) -> None:
         stages = [tmp_path / "run" / "store.zarr" / f"stage_{index}" for index in range(2)]
         if after_iteration(event, 0):
-            kept.append(whole(open_array(stages[0], f"canvas_{(event.iteration + 1) % 2}")))
+            iterates.append(whole(open_array(stages[0], f"canvas_{(event.iteration + 1) % 2}")))
         if not starts and stages[1].exists():
             starts.append(whole(open_array(stages[1], "canvas_0")))
             assert np.array_equal(whole(open_array(stages[1], "average_0")), starts[0])
 
     pipeline.run(pipeline.load_config(config), sink=watch)
     first, last = (result_of(tmp_path, stage) for stage in (0, 1))
-    tolerance = 1e-4 if state == "float" else 3 / 257  # five roundings by chance, each of less than a step
-    assert len(kept) == 5
-    assert np.abs(first - literal_ema(kept, 0.8)).max() < tolerance
-    assert np.abs(first - kept[-1]).mean() > 0.1  # not the last canvas
+    tolerance = 1e-4 if state == "float" else 3 / 257  # five stochastic roundings, each by less than one step
+    assert len(iterates) == 5
+    assert np.abs(first - literal_ema(iterates, 0.8)).max() < tolerance
+    assert np.abs(first - iterates[-1]).mean() > 0.1  # not the last canvas
     whole_rect = (0, 96, 0, 128)
     window = images.source_window(whole_rect, first.shape[:2], (96, 128))
     enlarged = images.resize_window(first, window, first.shape[:2], (96, 128), whole_rect)
@@ -120,24 +120,24 @@ def test_a_stages_result_is_the_average_and_the_next_stage_starts_from_it(tmp_pa
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_the_optimiser_goes_on_from_the_canvas_itself(tmp_path, state):
-    """Steps from the average would be another optimiser, with moments that belong elsewhere."""
+def test_the_optimiser_continues_from_the_canvas_and_not_from_the_average(tmp_path, state):
+    """Steps from the average would be another optimiser, with moments of other points."""
     store = {"state_dtype": state, "chunk_px": 32}
     runs = [
         rendered(tmp_path / str(average), store=store, optimizer={"max_iterations": 4, "average": average})
         for average in (0.0, 0.9)
     ]
     plain, averaged = ([record for record in results(run / "run") if record.get("stage") == 0] for run in runs)
-    for one, other in zip(plain, averaged, strict=True):
-        if one["type"] == "iteration":
-            sums, more = one["checksums"], other["checksums"]
-            assert {name: more[name] for name in sums} == sums and len(more) == len(sums) + 1
-            assert {**one, "checksums": {}} == {**other, "checksums": {}}
+    for without, with_average in zip(plain, averaged, strict=True):
+        if without["type"] == "iteration":
+            sums, more_sums = without["checksums"], with_average["checksums"]
+            assert {name: more_sums[name] for name in sums} == sums and len(more_sums) == len(sums) + 1
+            assert {**without, "checksums": {}} == {**with_average, "checksums": {}}
     assert not [path for path in (tmp_path / "0.0" / "run").rglob("average*")]
 
 
-def test_a_stage_that_makes_no_step_has_its_start_as_the_result(tmp_path):
-    """A picture in its own style is done before it begins: zeros would be its average, a black picture."""
+def test_a_stage_without_an_iteration_results_in_its_initial_canvas(tmp_path):
+    """An image in its own style converges before the first iteration: an average of zeros would be a black image."""
     keys = {"styles": [{"image": "content.png"}], "initial_size": 80, "optimizer": {"average": 0.9}}
     config = write_run(tmp_path, store={"state_dtype": "compact", "chunk_px": 32}, **keys)
     pipeline.run(pipeline.load_config(config))
@@ -146,17 +146,17 @@ def test_a_stage_that_makes_no_step_has_its_start_as_the_result(tmp_path):
 
 
 def test_an_export_while_it_runs_is_the_average_too(tmp_path):
-    """What is looked at half-way would not be what the run ends with."""
+    """A preview of a running stage would be noisier than its result, and users would stop or change the run."""
     config = write_run(tmp_path, initial_size=80, optimizer={"max_iterations": 4, "average": 0.9})
-    kept = []
+    averages = []
 
     def sink(event: object) -> None:
         if after_iteration(event, 0) and event.iteration == 2:
             pipeline.export(tmp_path / "run", tmp_path / "half.png")
-            kept.append(result_of(tmp_path, 0))
+            averages.append(result_of(tmp_path, 0))
 
     pipeline.run(pipeline.load_config(config), sink=sink)
-    assert np.array_equal(read_picture(tmp_path / "half.png"), np.rint(kept[0]).astype(np.uint8))
+    assert np.array_equal(read_picture(tmp_path / "half.png"), np.rint(averages[0]).astype(np.uint8))
     assert not np.array_equal(read_picture(tmp_path / "half.png"), read_picture(tmp_path / "out.png"))
 
 
@@ -176,8 +176,8 @@ def nursery(tmp_path_factory):
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_killed_in_both_slots_it_ends_with_the_same_bits(nursery, tmp_path, state):
-    """The average lives as long as its stage: a canvas that counts twice, or not at all, would stay in it."""
+def test_killed_in_both_slots_the_resumed_run_ends_with_the_same_bytes(nursery, tmp_path, state):
+    """The average accumulates over a stage: a canvas that a resume adds twice, or not at all, would stay in it."""
     keys = {"store": {"state_dtype": state, "chunk_px": 32}, "optimizer": {"max_iterations": 3, "average": 0.7}}
     configs = [write_run(tmp_path / name, (128, 96), (70, 60), **TWO_STAGES, **keys) for name in ("unbroken", "broken")]
     child = nursery.run("run", "-c", configs[0], "--log-format", "json")
@@ -198,8 +198,8 @@ def test_killed_in_both_slots_it_ends_with_the_same_bits(nursery, tmp_path, stat
     assert configs[1].with_name("out.tif").read_bytes() == configs[0].with_name("out.tif").read_bytes()
 
 
-def test_another_decay_is_another_picture_and_none_is_what_older_runs_did(tmp_path, call):
-    """A resume would mix two averages; and a run from before this key could not go on."""
+def test_a_resume_with_another_decay_is_refused_and_none_is_what_older_runs_did(tmp_path, call):
+    """A resume would mix two averages; and runs that are older than this key could not resume."""
     config = write_run(tmp_path, optimizer={"max_iterations": 2, "average": 0.9})
     assert call("run", "-c", config).code == 0
     refused = call("run", "-c", config, "--set", "optimizer.average=0.8")
@@ -208,8 +208,8 @@ def test_another_decay_is_another_picture_and_none_is_what_older_runs_did(tmp_pa
     assert "optimizer.average" not in pipeline.config.config.result_fields(plain)
 
 
-def test_the_plan_knows_the_average(tmp_path):
-    """A disk or a memory that the run needs and the plan does not count ends it after days."""
+def test_the_plan_counts_the_average(tmp_path):
+    """The run would end after days, when it needs disk or memory that the plan has not counted."""
     config = write_run(tmp_path, store={"state_dtype": "compact", "chunk_px": 32})
     plain, averaged = (pipeline.plan(pipeline.load_config(config, [f"optimizer.average={d}"])) for d in (0, 0.9))
     chunks = math.ceil(70 / 32) * math.ceil(52 / 32)
@@ -220,8 +220,8 @@ def test_the_plan_knows_the_average(tmp_path):
 
 
 @pytest.mark.parametrize("average", [1, 1.5, -0.1])
-def test_a_decay_that_is_none_is_refused(tmp_path, call, average):
-    """At 1 nothing would ever be averaged, and the division by zero would be the run's end."""
+def test_a_decay_out_of_range_is_refused(tmp_path, call, average):
+    """At 1 the average would never move, and its debiasing would divide by zero."""
     config = write_run(tmp_path, optimizer={"average": average})
     outcome = call("plan", "-c", config)
     assert outcome.code == 3 and "optimizer.average" in outcome.err

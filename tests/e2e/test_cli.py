@@ -41,6 +41,7 @@ def iterations(work_dir: Path) -> list[dict[str, Any]]:
 # --- the first steps -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_from_init_to_picture(tmp_path, call):
     """The first steps of a new user: init, plan, run, status."""
     write_picture(tmp_path / "content.jpg", 100, 80, seed=1)

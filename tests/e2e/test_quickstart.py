@@ -1,4 +1,4 @@
-"""The newcomer's first command, on a small canvas: shipped config, shipped images, shipped network."""
+"""The quickstart of the README on a small canvas: shipped config, images and network."""
 
 import json
 from pathlib import Path
@@ -27,14 +27,14 @@ def journal(tmp_path_factory):
 
 
 def test_the_quickstart_takes_on_its_style(journal):
-    """Weights that did not come along, or settings that do not fit them, would leave a newcomer with the photograph."""
+    """With missing weights, or settings that do not fit them, a newcomer's first result would be the photograph."""
     losses = [record["style_loss"] for record in journal if record["type"] == "iteration" and record["stage"] == 0]
     assert len(losses) == 20
     assert losses[-1] < losses[0] / 3
 
 
 def test_the_quickstart_needs_no_file_that_is_not_in_the_repository():
-    """Without network or own pictures there would be no first picture."""
+    """Without a connection or images of their own, newcomers could not render anything."""
     config = pipeline.load_config(QUICKSTART)
     root = QUICKSTART.parents[1]
     assert config.network.name == "vgg19-lite" and config.network.weights is None

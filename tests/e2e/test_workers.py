@@ -1,4 +1,4 @@
-"""Worker processes: the same bytes as in one process, also when they die, and none left when the run ends."""
+"""Worker processes: the same bytes as in one process, even when workers die, and no worker outlives its run."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from pipeline.rundir.process_settings import enter_process_settings
 from pipeline.store.array import ChunkError
 from tests.support.e2e import TIMEOUT_S, Child, Nursery, canvases, results, write_run
 
-# --- tasks: found by name in the workers ------------------------------------------------------------------------------
+# --- tasks, which the workers import by name ----------------------------------------------------------------------------
 
 
 def double(value: float) -> float:
     return 2 * value
 
 
-def sleep_and_give(spec: tuple[float, float]) -> float:
+def sleep_and_return(spec: tuple[float, float]) -> float:
     time.sleep(spec[0])
     return spec[1]
 
@@ -75,7 +75,7 @@ def all_of(*_values: object) -> None:
     pass
 
 
-def place_of(index: int, shared: tuple[np.ndarray, str]) -> tuple[int, int, int, float]:
+def location_of(index: int, shared: tuple[np.ndarray, str]) -> tuple[int, int, int, float]:
     """(process, where the shared array and text lie, something that was computed of both)."""
     array, text = shared
     return os.getpid(), id(array), id(text), index + float(array[-1]) + len(text)
@@ -99,7 +99,7 @@ def variable(name: str) -> str | None:
 
 
 def settings_of(_spec: int) -> tuple[int, int]:
-    """What a task computes under: zarr's threads for one call, and what libvips keeps of operations."""
+    """Settings during a task: zarr's threads per call, and the size of libvips' operation cache."""
     import pyvips
     import zarr
 
@@ -138,26 +138,26 @@ def die(_spec: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# --- the engine -------------------------------------------------------------------------------------------------------
+# --- the executor -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def executor() -> Iterator[ProcessExecutor]:
-    """Two processes for all tests that leave them alive, or have them made anew."""
+    """Two worker processes for all tests that leave them alive or restart them."""
     with ProcessExecutor(2, 3, initialize=enter_process_settings) as executor:
         yield executor
 
 
 def workers_of(pid: int | None = None) -> list[psutil.Process]:
     """The living worker processes of a process, this one by default."""
-    found = []
+    workers = []
     for process in psutil.Process(pid).children():
         try:
             if any("pipeline.executors.worker" in argument for argument in process.cmdline()):
-                found.append(process)
-        except psutil.Error:  # it ended while we looked
+                workers.append(process)
+        except psutil.Error:  # it ended during the scan
             continue
-    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+    return [process for process in workers if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -168,11 +168,11 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_results_come_in_the_order_of_the_specs(executor):
-    """Tile 3's number in tile 5's place is a wrong picture; sums in order of arrival differ from run to run."""
+    """Results of tiles would be swapped, and sums in order of arrival would differ from run to run."""
     specs = [(0.05 if index % 5 == 0 else 0.0, 0.1 * index) for index in range(30)]
-    wanted = [value for _, value in specs]
-    assert executor.map(sleep_and_give, specs, tile=True) == wanted
-    assert executor.fold(sleep_and_give, specs, lambda total, value: (total + value) / 3, 1.0) == folded(wanted)
+    expected = [value for _, value in specs]
+    assert executor.map(sleep_and_return, specs, tile=True) == expected
+    assert executor.fold(sleep_and_return, specs, lambda total, value: (total + value) / 3, 1.0) == folded(expected)
     assert executor.map(double, [], tile=True) == []
     assert executor.fold(double, [], lambda total, value: total + value, 5.0) == 5.0
 
@@ -185,14 +185,14 @@ def folded(values: list[float]) -> float:
 
 
 def test_every_task_reports_once(executor):
-    """The progress bar counts these."""
+    """The progress bar would be wrong: it counts these calls."""
     count = []
     executor.map(double, list(range(17)), lambda: count.append(1), tile=True)
     executor.fold(double, list(range(5)), lambda total, _: total, 0, lambda: count.append(1))
     assert len(count) == 22
 
 
-def test_a_fold_keeps_few_results_waiting(executor, tmp_path):
+def test_a_fold_holds_few_results_in_memory(executor, tmp_path):
     """An image of 30,000 px has a thousand tiles with 5 MB of Gram matrices each: all at once, they fill the memory."""
     paths = [tmp_path / str(index) for index in range(60)]
     combined, largest_lead = executor.fold(mark_slowly, paths, count_lead, (0, 0))
@@ -204,7 +204,7 @@ def test_what_nodes_share_is_sent_to_a_process_once(executor):
     """The checksums and Gram seeds of a pass have megabytes: with each of a thousand tiles they would be most of it."""
     array, text = np.arange(100_000.0), "x" * 100_000
     graph = {("shared", 0): Node(partial(give, (array, text)))}
-    graph |= {("place", index): Node(partial(place_of, index), (("shared", 0),), tile=True) for index in range(40)}
+    graph |= {("place", index): Node(partial(location_of, index), (("shared", 0),), tile=True) for index in range(40)}
     places = executor.run(graph, [("place", index) for index in range(40)])
     assert [value for *_, value in places] == [index + 199_999.0 for index in range(40)]
     assert len({place[:3] for place in places}) <= 2
@@ -224,15 +224,15 @@ def test_the_rest_is_discarded_where_it_is_not_wanted(executor, tmp_path):
 @pytest.mark.parametrize("number", range(len(ERRORS)))
 def test_what_a_task_raises_comes_out_as_it_is(executor, number):
     """A full disk must end in exit code 5 and its own sentence, not in an error of the scheduler."""
-    wanted = ERRORS[number]
-    with pytest.raises(type(wanted)) as caught:
+    expected = ERRORS[number]
+    with pytest.raises(type(expected)) as caught:
         executor.map(fail, [number] * 3, tile=True)
-    assert (type(caught.value), str(caught.value)) == (type(wanted), str(wanted))
+    assert (type(caught.value), str(caught.value)) == (type(expected), str(expected))
     assert executor.map(double, [1.0], tile=True) == [2.0]
 
 
 def test_a_stop_ends_the_work_and_the_processes():
-    """Ctrl-C must end a run of days within a moment, and leave no process that still writes."""
+    """Ctrl-C would take as long as the tasks, or leave processes that still write."""
     stop, others = threading.Event(), set(workers_of())
     with ProcessExecutor(1, 2, CancelToken(stop)) as executor:
         executor.map(double, [1.0], tile=True)
@@ -263,8 +263,8 @@ def test_signals_of_the_terminal_are_for_the_parent(executor):
     assert ran_in <= before == {process.pid for process in workers_of()}
 
 
-def test_a_dead_workers_tasks_are_done_again(tmp_path):
-    """The system kills a process when memory runs out; the run goes on, and says so once."""
+def test_the_tasks_of_a_dead_worker_are_repeated(tmp_path):
+    """The kernel kills a process when memory runs out: the run must continue, and report it once."""
     notes: list[str] = []
     with ProcessExecutor(1, 3, note=notes.append) as executor:
         specs = [(tmp_path / "died", number) for number in range(12)]
@@ -273,19 +273,19 @@ def test_a_dead_workers_tasks_are_done_again(tmp_path):
     assert "SIGKILL" in notes[0]
 
 
-def test_an_export_changes_no_workers_environment(tmp_path):
-    """A worker that is started during an export would have its files in a folder that is removed with the export."""
-    wanted = [os.environ.get("TMPDIR")]
+def test_an_export_does_not_change_the_environment_of_workers(tmp_path):
+    """A worker started during an export would write into the temporary directory that the export deletes."""
+    expected = [os.environ.get("TMPDIR")]
     with ProcessExecutor(1, 1) as executor, _libvips_files_in(tmp_path / "levels"):
-        assert executor.map(variable, ["TMPDIR"], tile=True) == wanted  # as of one that is started anew
+        assert executor.map(variable, ["TMPDIR"], tile=True) == expected  # as of one that is started anew
         with ProcessExecutor(1, 1) as other:
-            assert other.map(variable, ["TMPDIR"], tile=True) == wanted
-        told = subprocess.run(["sh", "-c", "echo $TMPDIR"], env=dict(os.environ), capture_output=True, check=True)
-        assert told.stdout.decode().strip() == (wanted[0] or "")
+            assert other.map(variable, ["TMPDIR"], tile=True) == expected
+        shell = subprocess.run(["sh", "-c", "echo $TMPDIR"], env=dict(os.environ), capture_output=True, check=True)
+        assert shell.stdout.decode().strip() == (expected[0] or "")
 
 
-def test_a_worker_that_is_started_later_has_the_same_environment(monkeypatch):
-    """With OMP_NUM_THREADS changed meanwhile, a worker that takes a dead one's place would round otherwise."""
+def test_a_worker_started_later_has_the_same_environment(monkeypatch):
+    """If OMP_NUM_THREADS has changed meanwhile, a replacement worker would round differently."""
     with ProcessExecutor(1, 1) as executor:
         monkeypatch.setenv("OMP_NUM_THREADS", "17")
         assert executor.map(variable, ["OMP_NUM_THREADS"], tile=True) != ["17"]
@@ -301,17 +301,17 @@ def test_results_that_died_with_their_worker_are_made_again(tmp_path):
 
 
 def test_a_task_that_kills_its_worker_each_time_ends_the_run():
-    """A tile too large for the machine would otherwise go round for ever."""
+    """A tile too large for the machine would be repeated for ever."""
     notes: list[str] = []
     with ProcessExecutor(1, 3, note=notes.append) as executor:
         with pytest.raises(ConfigError, match=r"died over the same task.*SIGKILL.*compute\.workers"):
             executor.map(die, [0], tile=True)
-        assert ALLOWED_DEATHS <= len(notes) <= ALLOWED_DEATHS + 1  # the last may be told by the error alone
+        assert ALLOWED_DEATHS <= len(notes) <= ALLOWED_DEATHS + 1  # the last death may be reported by the error alone
         assert executor.map(double, [1.0], tile=True) == [2.0]
 
 
-def test_workers_that_cannot_start_end_the_run_with_their_last_words(tmp_path, monkeypatch):
-    """A broken installation or a limit on processes must not be a run that waits for ever."""
+def test_workers_that_cannot_start_end_the_run_with_their_output(tmp_path, monkeypatch):
+    """With a broken installation, or a limit on processes, the run would wait for ever."""
     broken = tmp_path / "python"
     monkeypatch.setattr(sys, "executable", str(broken))
     with ProcessExecutor(2, 3) as executor, pytest.raises(ConfigError, match=r"could not be started.*No such file"):
@@ -334,7 +334,7 @@ def ports_of(executor: ProcessExecutor) -> list[int]:
 
 
 def test_other_programs_are_not_served(executor):
-    """A scheduler runs what it is sent: any account on a shared machine could run code as us."""
+    """The scheduler runs any code it receives: other accounts of a shared machine could run code as this user."""
     executor.map(double, [1.0], tile=True)
     ports = ports_of(executor)
     assert len(ports) == 3  # the scheduler's and two workers'
@@ -356,7 +356,7 @@ def test_other_programs_are_not_served(executor):
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
-# Two stages, the second of several tiles and chunks; one thread, so that workers and cores make no difference.
+# Two stages, the second of several tiles and chunks. One thread, because kernels round differently with more.
 TWO_STAGES: dict[str, Any] = {"initial_size": 55, "optimizer": {"max_iterations": 2}, "output": "out.tif"}
 
 
@@ -367,7 +367,7 @@ def write_two_stages(folder: Path, **compute: Any) -> Path:
 
 @dataclass(frozen=True)
 class Unbroken:
-    """A run in one process."""
+    """The result of a run in one process."""
 
     picture: bytes
     canvases: dict[str, bytes]
@@ -388,7 +388,7 @@ def unbroken(tmp_path_factory) -> Unbroken:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_make_the_same_bytes(tmp_path, unbroken, workers):
-    """Choosing the number of processes must not choose the picture."""
+    """The output image would depend on the number of processes."""
     others = set(workers_of())
     pipeline.run(pipeline.load_config(write_two_stages(tmp_path, workers=workers)))
     unbroken.assert_same(tmp_path)
@@ -396,7 +396,7 @@ def test_worker_processes_make_the_same_bytes(tmp_path, unbroken, workers):
 
 
 def test_a_worker_may_die_in_every_pass(tmp_path, unbroken):
-    """Days of work must not hang on one process; nor may its death be seen in the picture."""
+    """The death of one process would end days of work, or change the output image."""
     killed: list[str] = []
     notes: list[str] = []
     others = workers_of()
@@ -417,8 +417,8 @@ def test_a_worker_may_die_in_every_pass(tmp_path, unbroken):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_chunk_that_is_lost_is_told_as_such(tmp_path, workers):
-    """The update that fails over it stops the gradients beside it: told of them, nobody would know what to mend."""
+def test_a_lost_chunk_is_reported_as_such(tmp_path, workers):
+    """The failing update stops the concurrent gradient pass: an error about that would not say what to repair."""
 
     def sink(event: Event) -> None:
         if isinstance(event, IterationDone) and (event.stage, event.iteration) == (1, 0):
@@ -438,45 +438,45 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 
 def start_until(nursery: Nursery, config: Path, what: str) -> tuple[Child, list[psutil.Process]]:
-    """A run with worker processes that has begun `what` in the second stage, and its workers."""
+    """Start a run with worker processes; returns it and its workers once it does `what` in the second stage."""
     child = nursery.start("run", "-c", config, "--log-format", "json")
     assert child.wait_until(
         lambda events: any(event.get("what") == what and event.get("stage") == 1 for event in events)
     ), child.err
-    found = workers_of(child.pid)
-    assert len(found) == 2
-    return child, found
+    workers = workers_of(child.pid)
+    assert len(workers) == 2
+    return child, workers
 
 
 @pytest.mark.parametrize("what", ["canvas", "gradient pass", "update pass"])
-def test_workers_die_with_a_killed_run_and_it_goes_on_at_once(tmp_path, unbroken, nursery, what):
-    """A worker that outlives its run would write an old iteration's chunks into the run that goes on."""
+def test_workers_die_with_a_killed_run_and_it_resumes_at_once(tmp_path, unbroken, nursery, what):
+    """A worker that outlives its run would write chunks of an old iteration into the resumed run."""
     config = write_two_stages(tmp_path, workers=2)
-    child, found = start_until(nursery, config, what)
+    child, workers = start_until(nursery, config, what)
     child.kill()
-    again = nursery.run("run", "-c", config, "--log-format", "json")  # no wait for the workers: the lock does that
+    again = nursery.run("run", "-c", config, "--log-format", "json")  # without waiting for the workers: the lock does
     assert again.wait() == 0, again.err
-    for process in found:
+    for process in workers:
         assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     unbroken.assert_same(tmp_path)
 
 
 def test_ctrl_c_stops_a_run_with_workers_cleanly(tmp_path, unbroken, nursery):
-    """It reaches the workers too; the run must stop with its own code, leave none of them, and go on as ever."""
+    """The signal reaches the workers too: the run would report deaths, leave workers behind, or not resume."""
     config = write_two_stages(tmp_path, workers=2)
-    child, found = start_until(nursery, config, "gradient pass")
-    for pid in (*(process.pid for process in found), child.pid):
+    child, workers = start_until(nursery, config, "gradient pass")
+    for pid in (*(process.pid for process in workers), child.pid):
         os.kill(pid, signal.SIGINT)
     assert child.wait() == 75, child.err
     assert "died" not in child.err
-    assert all(not process.is_running() or process.status() == psutil.STATUS_ZOMBIE for process in found)
+    assert all(not process.is_running() or process.status() == psutil.STATUS_ZOMBIE for process in workers)
     assert nursery.run("run", "-c", config).wait() == 0
     unbroken.assert_same(tmp_path)
 
 
-def test_a_run_keeps_the_threads_that_it_began_with(tmp_path, monkeypatch):
-    """Kernels round otherwise with another number of threads: resumed on another machine, the bytes would differ."""
-    begun, other = tmp_path / "begun", tmp_path / "other"
+def test_a_resume_uses_the_number_of_threads_of_the_first_start(tmp_path, monkeypatch):
+    """Kernels round differently with another number of threads: resumed on another machine, the bytes would differ."""
+    stopped, other = tmp_path / "stopped", tmp_path / "other"
     keys = {**TWO_STAGES, "network": {"name": "vgg19-lite"}}
     stop = threading.Event()
 
@@ -485,13 +485,13 @@ def test_a_run_keeps_the_threads_that_it_began_with(tmp_path, monkeypatch):
             stop.set()
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    wanted = write_run(tmp_path / "unbroken", (110, 80), (60, 70), **keys)
-    pipeline.run(pipeline.load_config(wanted))
-    config = write_run(begun, (110, 80), (60, 70), **keys)
+    unbroken = write_run(tmp_path / "unbroken", (110, 80), (60, 70), **keys)
+    pipeline.run(pipeline.load_config(unbroken))
+    config = write_run(stopped, (110, 80), (60, 70), **keys)
     with pytest.raises(Stopped):
         pipeline.run(pipeline.load_config(config), sink=stop_in_second_stage, stop=stop)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     pipeline.run(pipeline.load_config(config))
     pipeline.run(pipeline.load_config(write_run(other, (110, 80), (60, 70), **keys)))
-    assert canvases(begun / "run") == canvases(tmp_path / "unbroken" / "run")
-    assert canvases(other / "run") != canvases(begun / "run")  # or this test would show nothing
+    assert canvases(stopped / "run") == canvases(tmp_path / "unbroken" / "run")
+    assert canvases(other / "run") != canvases(stopped / "run")  # otherwise this test would prove nothing

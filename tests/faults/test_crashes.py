@@ -1,4 +1,4 @@
-"""Killed at the very calls that change files: a part of what tools/torture/calls.py does with all of them."""
+"""Kills at single system calls that change files: a sample of what tools/torture/calls.py does for all calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def nursery(tmp_path_factory) -> Iterator[Nursery]:
     nursery.close()
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+# One variant is in the short part of the suite.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.quick] if name == "tiff" else []) for name in VARIANTS],
+)
 def variant(request) -> str:
     return request.param
 
@@ -33,8 +37,8 @@ def unbroken(nursery, variant, tmp_path_factory) -> Unbroken:
     return Unbroken.of(nursery, tmp_path_factory.mktemp("unbroken") / variant, variant)
 
 
-def test_killed_at_file_operations_it_ends_with_the_same_bits(nursery, variant, unbroken, tmp_path):
-    """Two file operations in the wrong order leave, for a moment that few kills hit, what no resume understands."""
+def test_killed_at_file_operations_the_resumed_run_ends_with_the_same_bytes(nursery, variant, unbroken, tmp_path):
+    """Two file operations in the wrong order would leave, at a moment that few kills hit, a state without resume."""
     assert {
         Call("fsync", "run/journal.jsonl"),
         Call("rename", "run/manifest.json.partial -> run/manifest.json"),
@@ -48,16 +52,20 @@ def test_killed_at_file_operations_it_ends_with_the_same_bits(nursery, variant, 
         assert score.kills, target
 
 
-def test_killed_in_the_middle_of_a_record_it_ends_with_the_same_bits(nursery, variant, unbroken, tmp_path):
-    """Half a line in the journal would be called damage, and the run given up."""
+def test_killed_in_the_middle_of_a_record_the_resumed_run_ends_with_the_same_bytes(
+    nursery, variant, unbroken, tmp_path
+):
+    """An incomplete line in the journal would be reported as damage, and days of work would be lost."""
     config = write_variant(tmp_path / "half", variant)
     target = Target(Call("write", "run/journal.jsonl"), 4, Verdict.HALF)
     score = kill_at(nursery, config, target, unbroken)
     assert (score.problems, len(score.kills)) == ([], 1)
 
 
-def test_killed_at_random_moments_of_every_phase_it_ends_with_the_same_bits(nursery, variant, unbroken, tmp_path):
-    """The OOM killer waits for no convenient moment: an input, an enlargement or the picture would be half done."""
+def test_killed_at_random_moments_of_every_phase_the_resumed_run_ends_with_the_same_bytes(
+    nursery, variant, unbroken, tmp_path
+):
+    """The OOM killer may strike at any moment: an incomplete input, canvas or output image would be used."""
     rng, phases = random.Random(variant), set(unbroken.moments().values())
     assert phases == set(PHASES)
     for number in range(2):

@@ -1,4 +1,4 @@
-"""Disks that fail or fill up in the middle of a run: a part of what tools/torture/disk.py does at many moments."""
+"""Disks that fail or fill up during a run: a sample of what tools/torture/disk.py does at many moments."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def nursery(tmp_path_factory) -> Iterator[Nursery]:
 
 @pytest.fixture(scope="module")
 def calls(nursery, tmp_path_factory) -> dict[bool, list[Call]]:
-    """The calls of a run that nothing disturbs: those that change files, and with those that read."""
-    found = {}
+    """The calls of an undisturbed run: those that change files (False), and those including reads (True)."""
+    calls = {}
     for reads in (False, True):
         config = write_variant(tmp_path_factory.mktemp("calls") / "run", "tiff")
         watch = Watch(config.parent, lambda _call: Verdict.GO, reads)
         assert start(nursery, config, watch=watch).wait() == 0
-        found[reads] = watch.wait()
-    return found
+        calls[reads] = watch.wait()
+    return calls
 
 
 @pytest.fixture(scope="module")
@@ -55,41 +55,41 @@ def expected(nursery, tmp_path_factory) -> Ending:
     ],
 )
 def test_a_failing_disk_ends_the_run_with_a_sentence(nursery, calls, expected, tmp_path, number, once, reads):
-    """A bad cable would end a week's run in a traceback, or, worse, in a picture with holes."""
+    """A bad cable would end a week's run with a traceback or, worse, with holes in the output image."""
     refused = 0
     for share in (0, 0.4, 0.75, 0.97):
         first = 1 + int(share * len(calls[reads]))
         config = write_variant(tmp_path / str(first), "tiff")
         fault = f"{errno.errorcode[number]} from call {first}"
-        found = run_failing(nursery, config, expected, fault, failing_from(first, number, once), reads)
-        assert found.problems == [], found
-        refused += found.codes[0] == 5
+        outcome = run_failing(nursery, config, expected, fault, failing_from(first, number, once), reads)
+        assert outcome.problems == [], outcome
+        refused += outcome.codes[0] == 5
     assert refused >= 2
 
 
 @pytest.mark.parametrize("limit", [24, 40])
-def test_few_open_files_are_enough_or_refused_in_a_sentence(nursery, expected, tmp_path, limit):
-    """The default of some systems is low: a library's words about descriptors would help nobody."""
-    config, found = write_variant(tmp_path / "run", "tiff"), Faulted(f"ulimit -n {limit}")
-    done = subprocess.run(
+def test_few_file_descriptors_are_enough_or_refused_with_a_sentence(nursery, expected, tmp_path, limit):
+    """Some systems allow few descriptors by default: a library's own error would not say what to do."""
+    config, outcome = write_variant(tmp_path / "run", "tiff"), Faulted(f"ulimit -n {limit}")
+    result = subprocess.run(
         [PIPELINE, "run", "-c", config, "--log-format", "json"],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as the nursery's runs
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in the nursery's runs
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)),
     )
-    found.check(config, done.returncode, done.stdout + done.stderr)
-    found.finish(nursery, config, expected)
-    assert found.problems == [], found
+    outcome.check(config, result.returncode, result.stdout + result.stderr)
+    outcome.finish(nursery, config, expected)
+    assert outcome.problems == [], outcome
 
 
 @pytest.mark.parametrize("leave", [65_536, None])
 def test_room_is_looked_for_before_the_next_stage(nursery, tmp_path, leave):
-    """What took the room since the start would be met after an hour, in the middle of the stage that needs most.
+    """A disk that another program has filled would be noticed only hours later, in the middle of the largest stage.
 
-    `leave`: bytes that are left; None: it takes no bytes, but every file that the disk can hold.
+    `leave`: free bytes; None: the disk has free bytes but no free inode.
     """
     config = write_on_disk(tmp_path / "run", "tiff")
     reached: list[Call] = []
@@ -98,20 +98,20 @@ def test_room_is_looked_for_before_the_next_stage(nursery, tmp_path, leave):
 
             def judge(call: Call) -> Verdict:
                 if not reached and call.path.startswith("disk/run/store.zarr/stage_0/"):
-                    if call.name == "unlinkat":  # the first stage has ended, and gives its arrays back
+                    if call.name == "unlinkat":  # the first stage is done and its arrays are deleted
                         reached.append(call)
                         disk.fill(leave) if leave else disk.fill_with_files()
                 elif reached and "stage_1" in call.path:
                     reached.append(call)
                 return Verdict.GO
 
-            watch, found = Watch(config.parent, judge), Faulted("filled between stages")
+            watch, outcome = Watch(config.parent, judge), Faulted("filled between stages")
             child = start(nursery, config, watch=watch)
-            found.check(config, child.wait(), child.err)
+            outcome.check(config, child.wait(), child.err)
             watch.wait()
-            assert (found.codes, found.problems) == ([5], [])
-            assert "rendering from stage 1 on still needs" in found.message
-            assert len(reached) == 1  # and none of stage 1 was made
+            assert (outcome.codes, outcome.problems) == ([5], [])
+            assert "stage 1" in outcome.message and "still needs" in outcome.message
+            assert len(reached) == 1  # nothing of stage 1 was written
             disk.free()
             again = start(nursery, config)
             assert again.wait() == 0, again.err
@@ -120,11 +120,12 @@ def test_room_is_looked_for_before_the_next_stage(nursery, tmp_path, leave):
         pytest.skip(str(error))
 
 
-def test_a_run_on_a_full_disk_can_be_looked_at(nursery, tmp_path):
-    """Whether all is whole is what one asks first when a disk was found full; to ask must not need room there."""
+def test_a_run_on_a_full_disk_can_be_verified(nursery, tmp_path):
+    """After a disk was full, users first check their run: the check must not need free space there."""
     config = write_on_disk(tmp_path / "run", "tiff")
     try:
-        with small_disk(tmp_path / "run" / "disk") as disk:
+        # few inodes: by default a tmpfs has one per page of memory, and filling it would take a minute
+        with small_disk(tmp_path / "run" / "disk", "size=16m,nr_inodes=600") as disk:
             assert start(nursery, config).wait() == 0
             for fill in (disk.fill, disk.fill_with_files):
                 fill()

@@ -1,4 +1,4 @@
-"""Power lost in the middle of a run: a part of what tools/torture/power.py does at hundreds of moments."""
+"""Power cuts during a run: a sample of what tools/torture/power.py does at hundreds of moments."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tests.support.syscalls import Call, supported
 from tests.support.torture import Unbroken
 
 REASON = missing() or (None if supported() else "needs Linux on x86-64 with seccomp's user notification")
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no disk here whose power can be cut: {REASON}")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"cannot cut the power of a disk here: {REASON}")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def mounts_are_allowed(tmp_path_factory) -> None:
-    """Root in a container may be refused mounts: then these tests are skipped, and say so."""
+    """Skip these tests where a container does not permit root to mount."""
     try:
         with disks(tmp_path_factory.mktemp("try") / "disk", mode="ordered"):
             pass
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no disk here whose power can be cut: {error}")
+        pytest.skip(f"cannot cut the power of a disk here: {error}")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def unbroken(nursery, tmp_path_factory) -> Unbroken:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_was_not_synced_is_lost(tmp_path, mode):
+def test_unsynced_data_is_lost(tmp_path, mode):
     """If a cut lost nothing, all tests below would pass for a program that never syncs."""
     with disks(tmp_path / "disk", mode=mode) as (disk,):
         synced, lost = disk.folder / "synced", disk.folder / "lost"
@@ -59,40 +59,45 @@ def test_what_was_not_synced_is_lost(tmp_path, mode):
             (disk.folder / "after").write_bytes(b"")
         disk.restore()
         assert synced.read_bytes() == b"later"
-        if mode != "journal":  # all bytes go through the journal, which the other file's sync brought to the disk
+        if mode != "journal":  # there all data goes through the journal, which the sync of the other file commits
             assert lost.read_bytes() == b"first"
 
 
 def nth(calls: list[Call], call: Call, occurrence: int) -> int:
-    """The number of a call among all of a run."""
-    return [number for number, one in enumerate(calls, start=1) if one == call][occurrence - 1]
+    """The number of this occurrence of a call among all calls of a run, from 1."""
+    return [number for number, candidate in enumerate(calls, start=1) if candidate == call][occurrence - 1]
 
 
 @pytest.mark.parametrize(
     ("mode", "call", "occurrence", "two_disks"),
     [
         ("writeback", Call("rename", "run/store.zarr/stage_0.partial -> run/store.zarr/stage_0"), 1, False),
-        ("ordered", Call("fsync", "run/journal.jsonl"), 3, False),  # the first iteration's record is not synced yet
+        (
+            "ordered",
+            Call("fsync", "run/journal.jsonl"),
+            3,
+            False,
+        ),  # the record of the first iteration is not synced yet
         ("none", Call("openat", "run/journal.jsonl"), 5, False),
         ("writeback", Call("openat", "run/journal.jsonl"), 7, True),
-        ("none", Call("unlink", "run/lock.owner"), 1, True),  # all is done
+        ("none", Call("unlink", "run/lock.owner"), 1, True),  # the run is complete
     ],
 )
-def test_power_lost_costs_nothing_that_was_committed(nursery, unbroken, tmp_path, mode, call, occurrence, two_disks):
-    """A record on the disk whose chunks are not there would stop the run for good, or give a wrong picture."""
+def test_a_power_cut_loses_nothing_committed(nursery, unbroken, tmp_path, mode, call, occurrence, two_disks):
+    """A record without its chunks on the disk would end the run for good, or give a wrong output image."""
     number = nth(unbroken.calls, call, occurrence)
     plan = Plan("power", mode, (number,), two_disks, leaky=True, seed=occurrence)
     score = suffer(nursery, tmp_path / "run", plan, unbroken)
     assert (score.problems, len(score.kills)) == ([], 1)
 
 
-def test_without_power_durability_a_lost_chunk_is_found(nursery, unbroken, tmp_path: Path):
-    """`process` promises nothing here, but what is missing must be said and not be painted over."""
+def test_without_power_durability_a_lost_chunk_is_detected(nursery, unbroken, tmp_path: Path):
+    """`process` does not promise to survive a power cut, but lost chunks must be reported and never rendered."""
     number = nth(unbroken.calls, Call("openat", "run/journal.jsonl"), 5)
     plan = Plan("power", "ordered", (number,), two_disks=False, leaky=False, durability="process")
-    for again in range(3):
-        score = suffer(nursery, tmp_path / str(again), plan, unbroken)
+    for attempt in range(3):
+        score = suffer(nursery, tmp_path / str(attempt), plan, unbroken)
         if score.code == 6:
-            break  # else the machine was so busy that the kernel had written everything by itself
+            break  # otherwise the machine was so busy that the kernel had already written everything
     assert score.code == 6, score
     assert any("stage_0" in problem for problem in score.problems)

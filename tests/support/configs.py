@@ -1,4 +1,4 @@
-"""Loading a config that is expected to be refused."""
+"""Loads configs that are expected to be refused."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ LINE = re.compile(r"(.+\.yaml:[1-9]\d*:[1-9]\d*|--set .*?): \S.*")
 
 
 def problems(path: Path, *overrides: str) -> list[str]:
-    """The lines of the refusal, each checked to say where: without a place a user hunts through the file."""
+    """The lines of the error message; asserts that each of them names file, line and column, or the override."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     lines = str(caught.value).split("\n")

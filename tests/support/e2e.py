@@ -1,7 +1,7 @@
-"""Running the program as its users do: small inputs, the command line in this process or in others, its files.
+"""Runs the program as its users do: small inputs, the command line in this process or in others, and its files.
 
-`Nursery` starts `pipeline` commands as processes of their own without paying for Python's and torch's start each time:
-they are forked from a server that has imported both, and computed nothing.
+`Nursery` starts `pipeline` commands as separate processes without importing Python and torch each time: they are forked
+from a server that has imported both and computed nothing.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pipeline.store.checksums import checksum
 from tests.support.syscalls import Watch, be_watched
 
 PIPELINE = Path(sys.executable).with_name("pipeline")
-# Half a second of work each; the limit is for a machine that does other things too, and more so in long tortures.
+# A command takes half a second; the limit allows for a busy machine, and the long torture runs raise it.
 TIMEOUT_S = int(os.environ.get("TEST_TIMEOUT_S", "120"))
 
 
 def write_picture(path: Path, width: int, height: int, seed: int = 0, kind: PixelKind = RGB8, **options: Any) -> Path:
-    """A picture of waves and noise, in the format of the suffix; as alpha, a disc with soft edges."""
+    """Write an image of waves and noise in the format of the suffix; its alpha channel is a disc with soft edges."""
     import pyvips
 
     rng = np.random.default_rng(seed)
@@ -51,13 +51,13 @@ def write_picture(path: Path, width: int, height: int, seed: int = 0, kind: Pixe
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """(H, W, C) of the first page."""
+    """The first page of an image file, (H, W, C)."""
     import pyvips
 
     return np.asarray(pyvips.Image.new_from_file(str(path)).numpy())
 
 
-# The defaults of every run here: a few hundred milliseconds, on the CPU, of a network that needs no file.
+# Defaults of a small run: a few hundred milliseconds on the CPU, with a network that needs no weights file.
 SMALL: dict[str, Any] = {
     "content": "content.png",
     "styles": [{"image": "style.png"}],
@@ -78,7 +78,7 @@ def write_run(
     content_kind: PixelKind = RGB8,
     **keys: Any,
 ) -> Path:
-    """Content and style of these (width, height) and a config in `folder`; `keys` replace those of SMALL."""
+    """Write content and style of these (width, height) and a config to `folder`; `keys` as for `write_config`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_picture(folder / "content.png", *content_px, seed=1, kind=content_kind)
     write_picture(folder / "style.png", *style_px, seed=2)
@@ -86,7 +86,7 @@ def write_run(
 
 
 def write_config(folder: Path, name: str = "config.yaml", **keys: Any) -> Path:
-    """SMALL with `keys` changed: sections are merged, all else is replaced, None takes a key out."""
+    """Write SMALL with `keys` changed: sections are merged, other values replaced, and None removes a key."""
     merged = {**SMALL}
     for key, value in keys.items():
         merged[key] = {**SMALL[key], **value} if isinstance(SMALL.get(key), dict) else value
@@ -97,7 +97,7 @@ def write_config(folder: Path, name: str = "config.yaml", **keys: Any) -> Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -105,8 +105,8 @@ class Outcome:
 
 
 def run_pipeline(*argv: object, **environment: str) -> Outcome:
-    """The installed command, as a process of its own from start to end."""
-    done = subprocess.run(
+    """Run the installed command in a separate process."""
+    result = subprocess.run(
         [PIPELINE, *map(str, argv)],
         capture_output=True,
         text=True,
@@ -114,11 +114,11 @@ def run_pipeline(*argv: object, **environment: str) -> Outcome:
         check=False,
         env={**os.environ, **environment},
     )
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    return Outcome(result.returncode, result.stdout, result.stderr)
 
 
 def make_call(capfd: Any, monkeypatch: Any) -> Callable[..., Outcome]:
-    """The command line in this process: `call("plan", "-c", path)`."""
+    """A function that runs a command line in this process: `call("plan", "-c", path)`."""
     from pipeline.cli import app
 
     def call(*argv: object) -> Outcome:
@@ -134,16 +134,16 @@ def make_call(capfd: Any, monkeypatch: Any) -> Callable[..., Outcome]:
 
 
 def journal(work_dir: Path) -> list[dict[str, Any]]:
-    """The whole records of a run's journal, read as a user would; a torn last line is left out."""
+    """The records of a journal, read as plain JSON lines; an incomplete last line is dropped."""
     path = work_dir / "journal.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line)["record"] for line in lines if line.endswith("\n")]
 
 
-def write_journal(path: Path, some: list[dict[str, Any]]) -> None:
-    """A journal whose lines are whole, whatever they hold: a crc is no signature."""
+def write_journal(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write a journal with correct checksums around any content: a CRC is no signature."""
     crc, lines = 0, []
-    for record in some:
+    for record in records:
         text = json.dumps(record)
         crc = checksum(text.encode(), crc)
         lines.append(f'{{"crc": "{crc:08x}", "record": {text}}}\n')
@@ -151,41 +151,41 @@ def write_journal(path: Path, some: list[dict[str, Any]]) -> None:
 
 
 def results(work_dir: Path) -> list[dict[str, Any]]:
-    """What the journal says of the work done, without what may differ between two runs: times and intents."""
-    kept = [record for record in journal(work_dir) if record["type"] in ("stage_prepared", "iteration", "stage_done")]
-    return [{key: value for key, value in record.items() if key not in ("time", "seconds", "busy")} for record in kept]
+    """The journal's records of finished work, without the fields that differ between two runs, such as times."""
+    done = [record for record in journal(work_dir) if record["type"] in ("stage_prepared", "iteration", "stage_done")]
+    return [{key: value for key, value in record.items() if key not in ("time", "seconds", "busy")} for record in done]
 
 
-# A command as it is typed, and behind its output the peak of its process in KiB.
+# Runs a command line, and prints the peak of the process in KiB after its output.
 MEASURED_COMMAND = """
 import atexit, sys
 from pathlib import Path
 from pipeline.__main__ import main
 
-def told():
+def print_peak():
     status = Path("/proc/self/status").read_text()
     print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
-atexit.register(told)
+atexit.register(print_peak)
 main()
 """
 
 
 def peak_of_command(*arguments: object) -> int:
-    """Bytes."""
-    done = subprocess.run(
+    """The peak of resident memory of a command, in bytes."""
+    result = subprocess.run(
         [sys.executable, "-c", MEASURED_COMMAND, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=3 * TIMEOUT_S,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.splitlines()[-1]) * 1024
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout.splitlines()[-1]) * 1024
 
 
 def run_until(config: Path, last: Callable[[Any], bool]) -> None:
-    """Run a config in this process, and stop it behind the first event that `last` says is the last."""
+    """Run a config in this process, and stop it after the first event for which `last` is true."""
     import pipeline
     from pipeline.core.errors import Stopped
 
@@ -196,9 +196,9 @@ def run_until(config: Path, last: Callable[[Any], bool]) -> None:
 
 
 def canvases(work_dir: Path) -> dict[str, bytes]:
-    """Every file of the store by its path: a finished run keeps one canvas of each stage.
+    """Every file of the store by its path; a finished run retains one canvas per stage.
 
-    Without the few bytes that a kill keeps from getting a chunk's name: nothing reads them.
+    Temporary files that a killed run has not renamed are left out: nothing reads them.
     """
     store = work_dir / "store.zarr"
     files = [path for path in sorted(store.rglob("*")) if path.is_file() and path.suffix != ".partial"]
@@ -206,7 +206,7 @@ def canvases(work_dir: Path) -> dict[str, bytes]:
 
 
 def leftovers(output: Path) -> list[str]:
-    """Names beside `output` that begin like it or like its half-written self."""
+    """Names of the temporary files of `output` in its directory."""
     return sorted(path.name for path in output.parent.iterdir() if path.name.startswith(f".{output.stem}"))
 
 
@@ -214,7 +214,7 @@ Event = dict[str, Any]
 
 
 def keys_of(events: list[Event]) -> list[tuple[Any, ...]]:
-    """What identifies an event in every run of one config, whatever came before it in its process."""
+    """Keys that identify the same event in every run of one config, resumed or not."""
     keys: list[tuple[Any, ...]] = []
     iteration = 0
     for event in events:
@@ -229,11 +229,11 @@ def keys_of(events: list[Event]) -> list[tuple[Any, ...]]:
 
 
 def gradient_tiles(events: list[Event]) -> int:
-    """How many tiles' gradients were computed."""
+    """The number of tiles for which gradients were computed."""
     return sum(event.get("what") == "gradient pass" and event["done"] > 0 for event in events)
 
 
-# All that a run imports on its way; torch's own, when it computes the first gradient, would be half of a small run.
+# Modules that a run imports lazily; torch's own, at the first gradient, would take half of a small run.
 _PRELOADED = [
     "pytest",
     "pipeline.cli.app",
@@ -246,12 +246,12 @@ _PRELOADED = [
 ]
 
 
-# multiprocessing looks after all children of all threads at every start, and would hear of one's end twice: exit 255.
+# Every start polls all children of all threads: without the lock, two threads reap one child and the second reads 255.
 _REAPING = threading.Lock()
 
 
 class Nursery:
-    """Starts `pipeline` commands by forking a server process, and stops what is left of them at the end."""
+    """Starts `pipeline` commands by forking a server process, and kills those that still run at the end."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -260,9 +260,9 @@ class Nursery:
         self._children: list[Child] = []
 
     def start(self, *argv: object, kill_before: int = 0, watch: Watch | None = None) -> Child:
-        """Start a command; `kill_before` n: it kills itself before its nth commit (see `_commit_of`).
+        """Start a command. With `kill_before` n it kills itself before its nth commit (see `_commit_of`).
 
-        `watch` sees every call by which it changes files.
+        `watch` intercepts every call by which it changes files.
         """
         log = self._folder / f"log_{len(self._children)}"
         log.touch()
@@ -273,7 +273,7 @@ class Nursery:
             watch and (watch.address, watch.reads),
         )
         process = self._context.Process(target=_child, args=arguments)
-        # One thread: starting torch's pool would be most of what such a small run does.
+        # One thread: starting torch's thread pool would be most of the time of such a small run.
         with _REAPING, _environment(OMP_NUM_THREADS="1"):
             process.start()
         self._children.append(Child(process, log))
@@ -286,13 +286,13 @@ class Nursery:
         return child
 
     def close(self) -> None:
-        """Kill what still runs."""
+        """Kill the commands that still run."""
         for child in self._children:
             child.kill()
 
 
 class Child:
-    """A command that runs, or ran, in a process of its own."""
+    """A command in a separate process, running or finished."""
 
     def __init__(self, process: Any, log: Path):
         self.process = process
@@ -301,16 +301,16 @@ class Child:
 
     @property
     def err(self) -> str:
-        """What it printed so far, on stdout or stderr."""
+        """The output so far, stdout and stderr."""
         return self._log.read_text()
 
     def events(self) -> list[Event]:
-        """The events of --log-format json so far."""
+        """The events that --log-format json has printed so far."""
         whole, _, _ = self.err.rpartition("\n")
         return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
     def wait(self) -> int:
-        """Its exit code, negative for the signal that killed it."""
+        """Wait for the end; returns the exit code, or minus the number of the signal that killed the process."""
         wait([self.process.sentinel], TIMEOUT_S)
         with _REAPING:
             code = self.process.exitcode
@@ -322,7 +322,7 @@ class Child:
             return bool(self.process.is_alive())
 
     def wait_until(self, reached: Callable[[list[Event]], bool]) -> bool:
-        """Wait for its events to fulfil `reached`; False if it ended before."""
+        """Wait until the events fulfil `reached`; False if the process ends before."""
         deadline = time.monotonic() + TIMEOUT_S
         while not reached(self.events()):
             if not self.is_alive():
@@ -332,18 +332,18 @@ class Child:
         return True
 
     def signal(self, number: int) -> None:
-        """Send it a signal; nothing happens if it has ended."""
+        """Send a signal, unless the process has ended."""
         if self.is_alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop it (SIGSTOP) while the block runs: from its beginning on none of its threads is in a system call."""
+        """Stop the process (SIGSTOP) during the block, from the beginning of which no thread is in a system call."""
         self.signal(signal.SIGSTOP)
         deadline = time.monotonic() + TIMEOUT_S
         while self.is_alive() and not all(state in "TZX" for state in self._thread_states()):
-            assert time.monotonic() < deadline, "it does not stop"
+            assert time.monotonic() < deadline, "the process does not stop"
             time.sleep(0.001)
         try:
             yield
@@ -351,35 +351,35 @@ class Child:
             self.signal(signal.SIGCONT)
 
     def _thread_states(self) -> list[str]:
-        """As in proc(5): T is stopped."""
+        """One letter per thread, as in proc(5): T is stopped."""
         states = []
         for stat in Path(f"/proc/{self.pid}/task").glob("*/stat"):
-            with contextlib.suppress(OSError):  # it has ended
+            with contextlib.suppress(OSError):  # the thread has ended
                 states.append(stat.read_text().rpartition(")")[2].split()[0])
         return states
 
     def kill(self) -> int:
-        """kill -9; gives its exit code."""
+        """Send SIGKILL; returns the exit code."""
         self.signal(signal.SIGKILL)
         return self.wait()
 
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    old = {key: os.environ.get(key) for key in values}
+    previous = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
     try:
         yield
     finally:
-        for key, value in old.items():
+        for key, value in previous.items():
             if value is None:
                 del os.environ[key]
             else:
                 os.environ[key] = value
 
 
-def _hear_signals() -> None:
-    """As in a shell's foreground; its background ignores Ctrl-C, nohup HUP, and a run that inherits that obeys."""
+def _reset_signals() -> None:
+    """As in a shell's foreground: background commands ignore INT, nohup ignores HUP, and a run inherits that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
@@ -390,7 +390,7 @@ def _child(argv: list[str], log: str, kill_before: int, watch: tuple[str, bool] 
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = ["pipeline", *argv]
-    _hear_signals()
+    _reset_signals()
     if kill_before:
         _kill_before_commit(kill_before)
     if watch:
@@ -401,7 +401,7 @@ def _child(argv: list[str], log: str, kill_before: int, watch: tuple[str, bool] 
 
 
 def _kill_before_commit(number: int) -> None:
-    """Kill this process (as power loss would) just before its nth step that others could see afterwards."""
+    """Kill this process just before its nth commit (see `_commit_of`)."""
     count = 0
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -415,7 +415,7 @@ def _kill_before_commit(number: int) -> None:
 
 
 def _commit_of(event: str, args: tuple[Any, ...]) -> str | None:
-    """The path that a Python audit event is about to make or change for good: all but the arrays' own files."""
+    """The path that a Python audit event is about to create or change, unless it is a file inside an array."""
     if event == "os.rename":
         path = Path(os.fsdecode(args[1]))
     elif event == "os.mkdir" or (event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):

@@ -1,4 +1,4 @@
-"""Made-up inputs of small runs: images of seeded noise, config files."""
+"""Generated inputs of small runs: images of seeded noise, config files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 
 def write_image(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A PNG of seeded noise over a colour gradient, so that no row or column is like another; gives its pixels."""
+    """Write a PNG of seeded noise over a colour gradient, so that no rows or columns are equal; returns (H, W, 3)."""
     import pyvips
 
     rng = np.random.default_rng(seed)
@@ -21,7 +21,7 @@ def write_image(path: Path, height: int, width: int, seed: int = 0) -> np.ndarra
 
 
 def write_config(folder: Path, **values: Any) -> Path:
-    """A config file of `values`, which need no content, styles or output: those default to files in `folder`."""
+    """Write a config of `values`; content, styles, output and work_dir default to names in `folder`."""
     config = {"content": "content.png", "styles": [{"image": "style.png"}], "output": "out.png", "work_dir": "run"}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config | values))

@@ -1,4 +1,4 @@
-"""Masks with a gradient."""
+"""Masks with a soft edge."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def ramp(height: int, width: int, left: float, right: float) -> np.ndarray:
-    """A mask with a soft edge that leans: black before `left` of the width, white behind `right`."""
+    """(height, width) uint8 mask with a slanted soft edge: black left of `left`, white right of `right`."""
     y, x = np.mgrid[0:height, 0:width]
-    place = x / width + 0.1 * y / height
-    return np.clip(255 * (place - left) / (right - left), 0, 255).astype(np.uint8)
+    position = x / width + 0.1 * y / height
+    return np.clip(255 * (position - left) / (right - left), 0, 255).astype(np.uint8)

@@ -1,7 +1,7 @@
-"""Disks whose power can be cut: file systems in image files, mounted by a loop device, that stop at once when told to.
+"""Disks whose power can be cut: file systems in image files, mounted through a loop device, that stop on command.
 
-What was not synced is lost, or, at the harness' choice, in part: as a disk may have written some of it already. Linux,
-root and a free loop device are needed.
+Unsynced data is lost, completely or, if the harness so chooses, in part, because a real disk may have written some of
+it already. Needs Linux, root and a free loop device.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ _WITHOUT_LOG_FLUSH = struct.pack("I", 2)
 _SYNC_RANGE = 7  # wait for earlier writes, write, and wait
 IMAGE_BYTES = 64 * 2**20
 
-# How ext4 treats what was not synced. `none` has no journal: names and sizes are lost piecemeal too, and fsck mends.
+# The data modes of ext4, which differ in what survives unsynced. `none` has no journal: names and sizes may be lost
+# one by one, and e2fsck repairs the file system.
 MODES = ("ordered", "writeback", "journal", "none")
 
 
 def missing() -> str | None:
-    """Why this machine cannot do it, or None."""
+    """The reason why this machine cannot cut the power of a disk, or None."""
     if os.name != "posix" or os.geteuid() != 0:
         return "needs root, for loop devices and mounts"
     programs = [name for name in ("mkfs.ext4", "mount", "umount", "e2fsck") if shutil.which(name) is None]
@@ -57,7 +58,7 @@ def missing() -> str | None:
 
 @dataclass
 class Disk:
-    """A file system of its own, mounted at `folder` while it has power."""
+    """A file system in an image file, mounted at `folder` while it has power."""
 
     image: Path
     folder: Path
@@ -65,7 +66,7 @@ class Disk:
 
     @staticmethod
     def new(folder: Path, mode: str) -> Disk:
-        """An empty one, mounted. Raises CalledProcessError where the system does not allow it."""
+        """Create and mount an empty disk. Raises CalledProcessError if the system does not permit it."""
         folder.mkdir(parents=True)
         image = folder.with_name(f"{folder.name}.image")
         with image.open("wb") as file:
@@ -77,7 +78,7 @@ class Disk:
         return disk
 
     def cut(self) -> None:
-        """Cut its power: from now on every call on it fails, and nothing more is written."""
+        """Cut the power: from now on every call on the disk fails, and nothing more is written."""
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.ioctl(descriptor, _SHUTDOWN, _WITHOUT_LOG_FLUSH)
@@ -85,19 +86,19 @@ class Disk:
             os.close(descriptor)
 
     def restore(self) -> None:
-        """Give it power again after a cut. Nobody may hold a file on it."""
-        if self.mode == "none":  # unmounting would write what the kernel still has in memory
-            kept = self.image.with_suffix(".kept")
-            _call("cp", "--sparse=always", str(self.image), str(kept))
+        """Restore the power after a cut. No process may have a file on the disk open."""
+        if self.mode == "none":  # unmounting would write the dirty pages of the kernel
+            saved = self.image.with_suffix(".saved")
+            _call("cp", "--sparse=always", str(self.image), str(saved))
             self._unmount()
-            kept.replace(self.image)
-            subprocess.run(["e2fsck", "-fy", self.image], capture_output=True, check=False)  # exits 1 where it mended
+            saved.replace(self.image)
+            subprocess.run(["e2fsck", "-fy", self.image], capture_output=True, check=False)  # exits 1 after a repair
         else:
             self._unmount()
         self._mount()
 
     def close(self) -> None:
-        """Unmount and delete it."""
+        """Unmount and delete the disk."""
         if self.folder.is_mount():
             self._unmount()
         self.image.unlink()
@@ -109,32 +110,34 @@ class Disk:
             try:
                 _call("umount", str(self.folder))
                 return
-            except subprocess.CalledProcessError:  # for a moment somebody may look at it, as a scan of mounts does
+            except (
+                subprocess.CalledProcessError
+            ):  # another process may have it open for a moment, as a scan of mounts does
                 if time.monotonic() > deadline:
                     raise
             time.sleep(0.1)
 
     def _mount(self) -> None:
-        # by itself ext4 would sync names every 5 s, which is most of a run here where the machine is busy
+        # without commit=600, ext4 syncs metadata every 5 s: on a busy machine most of a run would be synced
         options = "loop" if self.mode == "none" else f"loop,data={self.mode},commit=600"
         _call("mount", "-o", options, str(self.image), str(self.folder))
 
 
 @contextlib.contextmanager
 def disks(*folders: Path, mode: str) -> Iterator[list[Disk]]:
-    """New disks, and their end."""
+    """Create disks, and delete them at the end."""
     with contextlib.ExitStack() as stack:
-        made: list[Disk] = []
+        mounted: list[Disk] = []
         for folder in folders:
-            made.append(Disk.new(folder, mode))
-            stack.callback(made[-1].close)
-        yield made
+            mounted.append(Disk.new(folder, mode))
+            stack.callback(mounted[-1].close)
+        yield mounted
 
 
 def leak(disk: Disk, rng: random.Random) -> str:
-    """Let the disk write some of what nobody has synced; gives what: names and sizes alone, bytes alone, or files."""
+    """Write some of the unsynced data to the disk: only names and sizes, only bytes, or whole files; returns which."""
     how = rng.choice(("names", "bytes", "files"))
-    if how == "names":  # a folder's sync brings all names of a file system with a journal
+    if how == "names":  # with a journal, syncing one directory commits all names
         descriptor = os.open(disk.folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -142,7 +145,6 @@ def leak(disk: Disk, rng: random.Random) -> str:
     paths = [path for path in sorted(disk.folder.rglob("*")) if path.is_file()]
     share = rng.random()
     for path in [path for path in paths if rng.random() < share]:
-        # by another name of the descriptor: the harness' own reads and syncs change no file
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             if how == "files":
                 os.fsync(file.fileno())
@@ -165,8 +167,10 @@ def _call(*command: str) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """One run whose power is cut: at these of its calls, one start after another, on one disk or with the picture on
-    another; `leaky` disks have written some of what was not synced."""
+    """One run and the numbers of the calls before which the power is cut, one per start.
+
+    `two_disks`: the output image goes to a disk of its own. `leaky`: the disks have written some unsynced data.
+    """
 
     variant: str
     mode: str
@@ -178,13 +182,13 @@ class Plan:
 
 
 def suffer(nursery: Nursery, folder: Path, plan: Plan, unbroken: Unbroken) -> Score:
-    """Cut the power as planned, then let the run end, and compare. A state that is damaged after a cut is a problem."""
-    names = ["store", "pictures"] if plan.two_disks else ["store"]
+    """Cut the power as planned, resume the run to its end, and compare. A state damaged by a cut is a problem."""
+    names = ["store", "images"] if plan.two_disks else ["store"]
     settings = {"chunk_px": 32, **VARIANTS[plan.variant].get("store", {}), "durability": plan.durability}
     output = f"{names[-1]}/{VARIANTS[plan.variant]['output']}"
     config = write_variant(folder, plan.variant, work_dir="store/run", output=output, store=settings)
     rng, score = random.Random(plan.seed), Score()
-    work_dir, picture = places(config)
+    work_dir, output_path = places(config)
     with disks(*(folder / name for name in names), mode=plan.mode) as powered:
         for number in plan.cuts:
             _cut_at(nursery, config, number, powered, rng if plan.leaky else None, score)
@@ -193,14 +197,15 @@ def suffer(nursery: Nursery, folder: Path, plan: Plan, unbroken: Unbroken) -> Sc
             for disk in powered:
                 disk.restore()
             score.problems += damage(work_dir)
-            if tree(picture) not in ({}, unbroken.ending.picture):
-                score.problems.append("half a picture")
+            if tree(output_path) not in ({}, unbroken.ending.output):
+                score.problems.append("incomplete output image")
             if score.problems:
-                break  # whether it says so itself is seen at the next start
+                break  # the next start shows whether the run detects it
         if score.code == KILLED:
             score.add(start(nursery, config))
         if score.code == 0:
-            for empty in picture.parent.glob(".*/"):  # its removal was the last thing done, and lost
+            # the removal of a temporary directory may have been the last call, and be lost
+            for empty in output_path.parent.glob(".*/"):
                 with contextlib.suppress(OSError):
                     empty.rmdir()
             unbroken.compare(config, score)
@@ -210,7 +215,7 @@ def suffer(nursery: Nursery, folder: Path, plan: Plan, unbroken: Unbroken) -> Sc
 def _cut_at(
     nursery: Nursery, config: Path, number: int, powered: list[Disk], rng: random.Random | None, score: Score
 ) -> None:
-    """Start the run and cut the power of all disks just before its nth call."""
+    """Start the run and cut the power of all disks just before its call of this number."""
     at = at_number(number)
 
     def judge(call: Call) -> Verdict:

@@ -1,12 +1,12 @@
-"""Seeing every call by which a process and its threads change files, before it happens, and stopping it there.
+"""Intercepts every system call by which a process and its threads change files, before the call happens.
 
-The process gives itself a seccomp filter; the kernel then holds each of these calls until somebody has looked at it:
+The process installs a seccomp filter; the kernel then suspends each of these calls until a supervisor answers it:
 
-    run: openat("c/0/0", O_WRONLY) ──► kernel ──► Watch, in another process: go on | kill before it | kill in its middle
-                                                  | let it fail with an errno, as a broken disk does
+    run: openat("c/0/0", O_WRONLY) ──► kernel ──► Watch, in another process: continue | kill before the call
+                                                  | kill after half a write | fail with an errno, as a broken disk
 
-All threads are seen in one order, so that a sweep over all calls is complete; strace counts for each thread alone.
-Linux on x86-64 only.
+The supervisor sees the calls of all threads in one order, so a sweep over all calls is complete; strace counts each
+thread's calls separately. Linux on x86-64 only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 
-# Number, and which arguments tell the file: p a path, f a descriptor, d+p a folder's descriptor and a path in it.
+# System call number: name, and the arguments that identify the file: p a path, f a descriptor, dp a directory's
+# descriptor and a path relative to it.
 _CALLS: dict[int, tuple[str, str]] = {
     1: ("write", "f"),
     2: ("open", "p"),
@@ -58,7 +59,7 @@ _CALLS: dict[int, tuple[str, str]] = {
     316: ("renameat2", "dpdp"),
     326: ("copy_file_range", "f"),
 }
-# The same of the calls that only read, opening included; held where a Watch asks for them.
+# The same for calls that only read; they are suspended if a Watch asks for reads.
 _READS: dict[int, tuple[str, str]] = {
     0: ("read", "f"),
     17: ("pread64", "f"),
@@ -66,39 +67,39 @@ _READS: dict[int, tuple[str, str]] = {
     327: ("preadv2", "f"),
 }
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-_OPEN_FLAGS = {2: 1, 257: 2}  # which argument they are
+_OPEN_FLAGS = {2: 1, 257: 2}  # the index of the flags argument
 _AT_CWD = -100
-HALVED = ("write", "pwrite64")  # the calls that can be killed in their middle
+HALVED = ("write", "pwrite64")  # the calls after half of which a process can be killed
 
-_RECEIVE, _SEND = 0xC0502100, 0xC0182101  # ioctls of a listener: the next call, the answer to one
+_RECEIVE, _SEND = 0xC0502100, 0xC0182101  # ioctls of a listener: receive the next call, answer one
 _NOTICE = struct.Struct("<QIIiIQ6Q")  # id, thread, flags, number, architecture, instruction, arguments
 _ANSWER = struct.Struct("<QqiI")  # id, value, error, flags
-_END_S = 60  # from the end of a process to that of its listener
+_END_S = 60  # limit from the end of a process to the end of its listener
 _GO_ON = 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE
 
 
 class Verdict(Enum):
-    """What becomes of a call, and of the process that makes it."""
+    """What happens to a call, and to the process that makes it."""
 
     GO = auto()
     KILL = auto()  # before the call
     HALF = auto()  # after half the bytes of a write, else before the call
-    HOLD = auto()  # the call does not return, as on a disk that hangs
+    HOLD = auto()  # the call never returns, as on a disk that hangs
 
 
-Answer = Verdict | int | threading.Event  # an errno: the call fails with it; an event: it is held until that is set
+Answer = Verdict | int | threading.Event  # errno: the call fails with it; event: the call waits until it is set
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call that changes a file: its name, and the file's path within the watched folder, without what is random."""
+    """A call that changes a file: its name, and the path below the watched folder without its random parts."""
 
     name: str
     path: str
 
 
 def supported() -> bool:
-    """Whether this machine can do it."""
+    """Whether this machine has seccomp user notification."""
     actions = "/proc/sys/kernel/seccomp/actions_avail"
     with contextlib.suppress(OSError):
         return (
@@ -113,7 +114,7 @@ def supported() -> bool:
 
 
 def be_watched(address: str, reads: bool) -> None:
-    """From now on, hold the calls of this process, its threads and its children for the Watch that listens there.
+    """Suspend the calls of this process, its threads and its children from now on until the Watch at `address` answers.
 
     Raises OSError where the kernel refuses.
     """
@@ -129,7 +130,7 @@ class _Program(ctypes.Structure):
 
 
 def _install_filter(reads: bool) -> int:
-    """The listener's descriptor."""
+    """Install the seccomp filter in this process; returns the descriptor of its listener."""
     libc = ctypes.CDLL(None, use_errno=True)
     code = _filter(reads)
     program = _Program(len(code) // 8, code)
@@ -143,7 +144,7 @@ def _install_filter(reads: bool) -> int:
 
 
 def _filter(reads: bool) -> bytes:
-    """BPF: hold the calls of the table, and let all else pass; without `reads`, what opens a file to read it too."""
+    """The BPF program: suspend the calls of the table, allow all others; without `reads`, allow opening for reading."""
     load, equal, any_bit, give = 0x20, 0x15, 0x45, 0x06
     number_at, architecture_at, arguments_at = 0, 4, 16
     x86_64, allow, hold = 0xC000003E, 0x7FFF0000, 0x7FC00000
@@ -165,10 +166,10 @@ def _filter(reads: bool) -> bytes:
 
 
 class Watch:
-    """Listens for one process that is to be watched, and answers its calls on files below `folder`.
+    """Listens for one watched process and answers its calls on files below `folder`.
 
-    `judge` is called with every such call, in order. After it has had the process killed it is called no more.
-    `reads`: the calls that only read are held too.
+    `judge` is called with every such call, in order, until it has the process killed.
+    `reads`: calls that only read are suspended too.
     """
 
     def __init__(self, folder: Path, judge: Callable[[Call], Answer], reads: bool = False):
@@ -177,16 +178,16 @@ class Watch:
         self._folder = folder.resolve()
         self._judge = judge
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.bind("")  # Linux gives a free abstract address
+        self._socket.bind("")  # an empty name: Linux assigns a free abstract address
         self._socket.listen(1)
         self.address = "\0" + self._socket.getsockname()[1:].decode()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def wait(self) -> list[Call]:
-        """Every call, once the process has ended."""
+        """Wait for the end of the process; returns all its calls."""
         self._thread.join(_END_S)
-        assert not self._thread.is_alive(), "nobody came to be watched, or is still running"
+        assert not self._thread.is_alive(), "no process has connected, or it is still running"
         return self.calls
 
     def _watch(self) -> None:
@@ -207,8 +208,8 @@ class Watch:
             identity, thread, _, number, _, _, *arguments = _NOTICE.unpack(notice)
             error = self._decide(thread, number, arguments)
         except (FileNotFoundError, ProcessLookupError):
-            return  # the thread was killed meanwhile
-        if isinstance(error, threading.Event):  # other threads' calls go on
+            return  # the thread was killed before the answer
+        if isinstance(error, threading.Event):  # answered on another thread, so that other calls continue
             threading.Thread(target=self._answer_later, args=(listener, identity, error), daemon=True).start()
         elif error is not None:
             _send(listener, identity, error)
@@ -218,7 +219,7 @@ class Watch:
         _send(listener, identity, 0)
 
     def _decide(self, thread: int, number: int, arguments: list[int]) -> int | threading.Event | None:
-        """The errno that the call is to fail with, or 0, or when it may go on; None for no answer at all."""
+        """The errno with which the call fails, 0 to continue, an event to wait for, or None for no answer at all."""
         name, kinds = (_CALLS | _READS)[number]
         paths = _paths(thread, kinds, arguments)
         inside = [path for path in paths if Path(path).is_relative_to(self._folder)]
@@ -238,37 +239,39 @@ class Watch:
 
 
 def _send(listener: int, identity: int, error: int) -> None:
-    with contextlib.suppress(OSError):  # the thread was killed meanwhile
+    with contextlib.suppress(OSError):  # the thread was killed before the answer
         fcntl.ioctl(listener, _SEND, _ANSWER.pack(identity, 0, -error, 0 if error else _GO_ON))
 
 
 def _steady(path: str) -> str:
-    """`path` without what differs from run to run: process ids, random names."""
+    """`path` without the parts that differ from run to run: process ids, random names."""
     return re.sub(r"partial-.*-\d+-[0-9a-f]{8}", "partial", re.sub(r"[0-9a-f]{32}", "random", path))
 
 
 def _paths(thread: int, kinds: str, arguments: list[int]) -> list[str]:
-    """The absolute paths that a call names; none for a call that names no file at all."""
+    """The absolute paths that a call names; empty for a call without a file argument."""
     proc = f"/proc/{thread}"
-    found: list[str] = []
+    paths: list[str] = []
     folder = str(Path(f"{proc}/cwd").readlink())
     for kind, argument in zip(kinds, arguments, strict=False):
         if kind == "d":
             signed = ctypes.c_int(argument & 0xFFFFFFFF).value
             folder = str(Path(f"{proc}/cwd" if signed == _AT_CWD else f"{proc}/fd/{signed}").readlink())
         elif kind == "f":
-            found.append(str(Path(f"{proc}/fd/{argument}").readlink()))
+            paths.append(str(Path(f"{proc}/fd/{argument}").readlink()))
         else:
-            found.append(str(Path(folder, _text(thread, argument))))
-    return found
+            paths.append(str(Path(folder, _text(thread, argument))))
+    return paths
 
 
 def _text(thread: int, address: int) -> str:
-    """The zero-ended text at an address of the process."""
+    """The zero-terminated string at an address of the process."""
     with Path(f"/proc/{thread}/mem").open("rb", buffering=0) as memory:
         memory.seek(address)
         data = b""
-        while b"\0" not in data and (part := memory.read(256 - (address + len(data)) % 256)):  # never over a page's end
+        while b"\0" not in data and (
+            part := memory.read(256 - (address + len(data)) % 256)
+        ):  # never across the end of a page, which may be unmapped
             data += part
     return os.fsdecode(data.partition(b"\0")[0])
 
@@ -279,7 +282,7 @@ def _process_of(thread: int) -> int:
 
 
 def _write_half(thread: int, name: str, arguments: list[int]) -> None:
-    """Do the first half of a write on behalf of the thread."""
+    """Write the first half of the buffer on behalf of the thread."""
     descriptor, address, count, offset = arguments[:4]
     with Path(f"/proc/{thread}/mem").open("rb", buffering=0) as memory:
         memory.seek(address)

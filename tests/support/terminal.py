@@ -1,4 +1,4 @@
-"""What a terminal shows: of bytes, and of a command that runs in one."""
+"""A terminal emulator, and a command that runs in a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ESCAPE = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")
 
 
 class Screen:
-    """A terminal of some columns and endless height, which knows what rich's live display uses, and nothing else."""
+    """A terminal of fixed width and unlimited height that understands the escape sequences of rich's live display."""
 
     def __init__(self, columns: int):
         self.columns = columns
@@ -34,7 +34,7 @@ class Screen:
         while text:
             if text[0] == "\x1b":
                 if (match := _ESCAPE.match(text)) is None:
-                    self._rest = text  # the end has not come yet
+                    self._rest = text  # the sequence continues in the next read
                     return
                 self._obey(match[1], match[2])
                 text = text[match.end() :]
@@ -53,7 +53,7 @@ class Screen:
             case "?25", ("l" | "h"):
                 self.cursor_shown = letter == "h"
             case _:
-                raise AssertionError(f"unknown: {argument}{letter}")
+                raise AssertionError(f"unknown escape sequence: {argument}{letter}")
 
     def _put(self, char: str) -> None:
         if char == "\r":
@@ -75,17 +75,17 @@ class Screen:
 
     @property
     def shown(self) -> list[str]:
-        """The lines that are not empty."""
+        """The non-empty lines."""
         return [line.rstrip() for line in self.lines if line.strip()]
 
     @property
     def bars(self) -> list[str]:
-        """The lines with a bar."""
+        """The lines with a progress bar."""
         return [line for line in self.shown if "━" in line]
 
 
 class Terminal:
-    """A command in a terminal, which echoes what is typed."""
+    """A command in a pseudo-terminal, which echoes what is typed."""
 
     def __init__(self, columns: int, *argv: object):
         self.screen = Screen(columns)
@@ -99,16 +99,17 @@ class Terminal:
         os.close(theirs)
 
     def wait_until(self, reached: Callable[[Screen], bool]) -> None:
+        """Read what the command prints until the screen fulfils `reached`."""
         deadline = time.monotonic() + TIMEOUT_S
         while not reached(self.screen):
-            assert self._read(), f"it has ended: {self.screen.shown}"
+            assert self._read(), f"the command has ended: {self.screen.shown}"
             assert time.monotonic() < deadline, self.screen.shown
 
     def type(self, keys: bytes) -> None:
         os.write(self._ours, keys)
 
     def wait(self) -> int:
-        """Its exit code; all that it printed is on the screen then."""
+        """Read to the end of the output; returns the exit code."""
         while self._read():
             pass
         os.close(self._ours)
@@ -117,7 +118,7 @@ class Terminal:
     def _read(self) -> bool:
         try:
             data = os.read(self._ours, 4096)
-        except OSError:  # Linux: nobody has the terminal any more
+        except OSError:  # Linux reports EIO when the last process has closed the terminal
             return False
         self.screen.feed(data)
         return bool(data)

@@ -1,4 +1,4 @@
-"""What tortured runs have in common: a small run of every phase, how it has to end, and whether its state holds."""
+"""Small runs that are killed, and the checks on their state and on their final result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.syscalls import HALVED, Call, Verdict, Watch
 
 KILLED = -signal.SIGKILL
 
-# Two stages, the second of four tiles, two iterations each: ingest, passes, enlargement, export.
+# Two stages of two iterations, the second of four tiles: covers ingest, all passes, upsampling and export.
 SMALL_RUN: dict[str, Any] = {
     "initial_size": 32,
     "optimizer": {"max_iterations": 2},
@@ -44,38 +44,38 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def write_variant(folder: Path, variant: str, **keys: Any) -> Path:
-    """The inputs and the config of a small run in `folder`; gives the config."""
+    """Write the inputs and the config of a small run to `folder`; returns the config."""
     return write_run(folder, (64, 64), (48, 40), **{**SMALL_RUN, **VARIANTS[variant], **keys})
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What a run left: its work by its journal, its store, its picture, and nothing beside them."""
+    """The result of a run: the records of its work, its store, its output image, and temporary files left behind."""
 
     results: list[dict[str, Any]]
     canvases: dict[str, bytes]
-    picture: dict[str, bytes]
+    output: dict[str, bytes]
     leftovers: list[str]
 
     @staticmethod
     def of(config: Path) -> Ending:
-        """Of the run of a config."""
+        """The result of the run of a config."""
         work_dir, output = places(config)
         return Ending(results(work_dir), canvases(work_dir), tree(output), leftovers(output))
 
     def differences(self, other: Ending) -> list[str]:
-        """The parts that are not the same."""
+        """The names of the parts that differ."""
         return [name for name in vars(self) if getattr(self, name) != getattr(other, name)]
 
 
 def places(config: Path) -> tuple[Path, Path]:
-    """The work_dir and the output of a config."""
+    """work_dir and output of a config."""
     keys = yaml.safe_load(config.read_text())
     return config.parent / keys["work_dir"], config.parent / keys["output"]
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file at or below `path`, by its path within it."""
+    """Every file at or below `path`, by its relative path."""
     files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
@@ -86,7 +86,7 @@ _PASSES = ("Gram pass", "gradient pass", "update pass")
 
 
 def phase_of(events: list[Event]) -> str:
-    """Where a run was after these events; `between stages` is the preparation of any stage but the first."""
+    """The phase of a run after these events; `between stages` is the preparation of any stage but the first."""
     for event in reversed(events):
         kind, what, later = event["event"], event.get("what"), event.get("stage", 0) > 0
         if what in _PASSES or kind == "IterationDone":
@@ -100,7 +100,7 @@ def phase_of(events: list[Event]) -> str:
 
 @dataclass
 class Score:
-    """What several attempts at one run did: the phases they were killed in, the gradient tiles of all of them."""
+    """The attempts at one run: the phases in which they were killed, and the gradient tiles of all of them."""
 
     kills: list[str] = field(default_factory=list)
     tiles: int = 0
@@ -108,7 +108,7 @@ class Score:
     code: int = 0
 
     def add(self, child: Child) -> None:
-        """An attempt that has ended; any end but a kill and success is a problem."""
+        """Add a finished attempt; any exit other than success or SIGKILL is a problem."""
         self.code, events = child.wait(), child.events()
         self.tiles += gradient_tiles(events)
         if self.code == KILLED:
@@ -118,12 +118,12 @@ class Score:
 
 
 def damage(work_dir: Path) -> list[str]:
-    """What is wrong with the state that a run left in `work_dir`, by its own checksums; nothing if it can go on."""
+    """The problems that `verify` finds in `work_dir`; none if the run can resume."""
     from pipeline import verify
     from pipeline.core.errors import PipelineError
 
     if not {"manifest.json", "journal.jsonl"} & {path.name for path in work_dir.glob("*")}:
-        return []  # killed before it had begun
+        return []  # killed before the run was created
     try:
         return [str(problem) for problem in verify(work_dir).remaining]
     except PipelineError as error:
@@ -131,12 +131,13 @@ def damage(work_dir: Path) -> list[str]:
 
 
 def start(nursery: Nursery, config: Path, **options: Any) -> Child:
+    """Start `pipeline run` with events on its output."""
     return nursery.start("run", "-c", config, "--log-format", "json", **options)
 
 
 @dataclass(frozen=True)
 class Unbroken:
-    """A small run that was left alone: how it ended, the calls by which it changed files, its events."""
+    """An undisturbed small run: its result, the calls by which it changed files, its events."""
 
     ending: Ending
     calls: list[Call]
@@ -144,7 +145,7 @@ class Unbroken:
 
     @staticmethod
     def of(nursery: Nursery, folder: Path, variant: str) -> Unbroken:
-        """Run it in `folder`."""
+        """Run a variant in `folder`."""
         config = write_variant(folder, variant)
         watch, score = Watch(config.parent, lambda _call: Verdict.GO), Score()
         child = start(nursery, config, watch=watch)
@@ -153,21 +154,21 @@ class Unbroken:
         return Unbroken(Ending.of(config), watch.wait(), child.events())
 
     def compare(self, config: Path, score: Score) -> None:
-        """Add to a score whatever a run that is done now has otherwise."""
+        """Add to a score the differences of a finished run from this one."""
         score.problems += self.ending.differences(Ending.of(config)) + damage(places(config)[0])
-        # a kill costs at most the iteration that it hit: four tiles in the second stage, one in the first
+        # a kill costs at most the iteration in which it happened: four tiles in the second stage, one in the first
         if score.tiles > (tiles := gradient_tiles(self.events)) + 4 * len(score.kills):
             score.problems.append(f"{score.tiles} tiles instead of {tiles}")
 
     def moments(self) -> dict[tuple[Any, ...], str]:
-        """The keys of all events in their order, and the phase that the run is in after each."""
+        """The keys of all events in order, and the phase of the run after each."""
         phases = [phase_of(self.events[: number + 1]) for number, event in enumerate(self.events) if keys_of([event])]
         return dict(zip(keys_of(self.events), phases, strict=True))
 
 
 @dataclass(frozen=True)
 class Target:
-    """The nth time that a run makes a call, and what is to happen then."""
+    """The nth occurrence of a call in a run, and the verdict on it."""
 
     call: Call
     occurrence: int
@@ -179,36 +180,36 @@ class Target:
 
     def judge(self) -> Callable[[Call], Verdict]:
         """A judge for one Watch."""
-        seen: Counter[Call] = Counter()
+        counts: Counter[Call] = Counter()
 
         def judge(call: Call) -> Verdict:
-            seen[call] += 1
-            return self.verdict if (call, seen[call]) == (self.call, self.occurrence) else Verdict.GO
+            counts[call] += 1
+            return self.verdict if (call, counts[call]) == (self.call, self.occurrence) else Verdict.GO
 
         return judge
 
 
 def targets_of(calls: list[Call]) -> list[Target]:
-    """Every call of a run, and for writes their middle too."""
+    """A target before every call of a run, and one in the middle of every write."""
     targets: list[Target] = []
-    seen: Counter[Call] = Counter()
+    counts: Counter[Call] = Counter()
     for call in calls:
-        seen[call] += 1
+        counts[call] += 1
         verdicts = (Verdict.KILL, Verdict.HALF) if call.name in HALVED else (Verdict.KILL,)
-        targets += [Target(call, seen[call], verdict) for verdict in verdicts]
+        targets += [Target(call, counts[call], verdict) for verdict in verdicts]
     return targets
 
 
 def at_number(number: int) -> Callable[[Call], Verdict]:
-    """Kill at this call, whatever it is."""
+    """A judge that kills at the call of this number."""
     numbers = itertools.count(1)
     return lambda _call: Verdict.KILL if next(numbers) == number else Verdict.GO
 
 
 def kill_at(nursery: Nursery, config: Path, target: Target, unbroken: Unbroken, again: int = 0) -> Score:
-    """Kill the run of a config at the target, go on, and compare; a score without kills did not come there.
+    """Kill the run of a config at the target, resume it, and compare; a score without kills did not reach the target.
 
-    With `again` the second start is killed too, at its call of this number.
+    With `again`, the second start is killed too, at its call of this number.
     """
     score = Score()
     attempt(nursery, config, score, target.judge())
@@ -221,7 +222,7 @@ def kill_at(nursery: Nursery, config: Path, target: Target, unbroken: Unbroken, 
 
 
 def attempt(nursery: Nursery, config: Path, score: Score, judge: Callable[[Call], Verdict]) -> None:
-    """Start a run under this judge, and look at the state that it leaves."""
+    """Start a run under this judge, and check the state that it leaves."""
     watch = Watch(config.parent, judge)
     score.add(start(nursery, config, watch=watch))
     watch.wait()
@@ -229,7 +230,7 @@ def attempt(nursery: Nursery, config: Path, score: Score, judge: Callable[[Call]
 
 
 def kill_at_random(nursery: Nursery, config: Path, unbroken: Unbroken, kills: int, rng: random.Random) -> Score:
-    """Kill a run up to so many times, in phases taken at random, each later than the last; let it end, and compare."""
+    """Kill a run up to `kills` times in random phases, each later than the last; let it finish, and compare."""
     score, passed = Score(), -1
     moments = unbroken.moments()
     rank = {key: number for number, key in enumerate(moments)}
@@ -238,9 +239,9 @@ def kill_at_random(nursery: Nursery, config: Path, unbroken: Unbroken, kills: in
         if not ahead:
             break
         phase = rng.choice(sorted(set(ahead.values())))
-        aim = rank[rng.choice([key for key, one in ahead.items() if one == phase])]
+        aim = rank[rng.choice([key for key, key_phase in ahead.items() if key_phase == phase])]
         child = start(nursery, config)
-        if rng.random() < 0.1:  # before the first event, most likely: while it starts, or goes on
+        if rng.random() < 0.1:  # most likely before the first event, while it starts or resumes
             time.sleep(rng.uniform(0, 0.3))
         else:
             child.wait_until(lambda events, aim=aim: any(rank.get(key, -1) >= aim for key in keys_of(events)))

@@ -90,6 +90,7 @@ def finished_run(tmp_path_factory, narrow_weights) -> Path:
     return path
 
 
+@pytest.mark.e2e
 def test_a_run_in_one_process_does_not_load_distributed(tmp_path, narrow_weights):
     """Its start-up time and memory are only needed with worker processes."""
     write_image(tmp_path / "content.png", 32, 32)
@@ -102,6 +103,7 @@ def test_a_run_in_one_process_does_not_load_distributed(tmp_path, narrow_weights
     assert not {"distributed", "pipeline.executors.processes"} & modules
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("command", ["plan", "plan --json", "status", "export -o {}/again.tif", "verify", "run"])
 def test_commands_that_compute_nothing_do_not_load_torch(finished_run, command):
     """They answer quickly, and without the memory that torch needs."""

@@ -205,6 +205,7 @@ def two_bars(screen: Screen) -> bool:
     return len(screen.bars) >= 2 and "/10000" in screen.bars[0]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("columns", [40, 80])
 def test_ctrl_c_leaves_no_bar_behind(tmp_path, columns):
     """The echo of ^C must not wrap, or a copy of the bars would stay above the prompt."""
@@ -221,6 +222,7 @@ def test_ctrl_c_leaves_no_bar_behind(tmp_path, columns):
         assert text.startswith("starting") and "interrupt again to abort" in text and "^C" not in text
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("columns", [40, 80])
 def test_a_second_ctrl_c_leaves_no_bar_behind(tmp_path, columns):
     """An abort restores the cursor and removes the bars."""

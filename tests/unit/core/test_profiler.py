@@ -73,6 +73,7 @@ def test_the_summary_says_how_much_of_the_time_was_computing():
     assert "computing 9.5s of 10.0s (95%)" in line and "read 1.2s" in line and "write 0.0s" in line
 
 
+@pytest.mark.e2e
 def test_a_run_can_be_profiled(tmp_path):
     """`--profile` from the command line to the trace file."""
     config = write_run(tmp_path, size=100)

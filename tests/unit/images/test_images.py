@@ -636,6 +636,7 @@ def test_unwritable_folder(tmp_path: Path) -> None:
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.e2e
 def test_memory_does_not_grow_with_the_picture(tmp_path: Path) -> None:
     """An image of 288 MB must be read and written in a third of that memory."""
     path = tmp_path / "a.jpg"

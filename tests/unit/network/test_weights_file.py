@@ -247,6 +247,7 @@ def test_zip_directories_that_claim_too_much(tmp_path):
     refused(path, "cannot be read as weights")
 
 
+@pytest.mark.e2e
 def test_pickles_that_are_bombs(tmp_path):
     """A list for every byte of the file: 64 times its size in memory, and hours of unpickling in Python."""
     path = tmp_path / "w.pth"

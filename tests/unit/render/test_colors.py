@@ -57,6 +57,7 @@ def test_colors_are_exact_for_any_partition(tmp_path, narrow_weights, color, tv_
             assert inside.mean() > 0.3
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("color", ["content", "luminance"])
 def test_a_whole_run_gives_the_same_picture_with_one_tile_and_with_many(tmp_path, narrow_weights, color):
     """The statistics of every stage, and its start, must not depend on how much memory the machine had."""

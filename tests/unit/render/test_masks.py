@@ -228,6 +228,7 @@ def stopped_after(config, iterations: int) -> None:
         pipeline.run(config, sink=stop, stop=stop.event)
 
 
+@pytest.mark.e2e
 def test_a_masked_run_goes_on_with_the_same_bytes_and_is_mended(masked):
     """Masks are state like any other: kept, checked, found when they rot, and made again with their stage."""
     config = masked()
@@ -251,6 +252,7 @@ def test_a_masked_run_goes_on_with_the_same_bytes_and_is_mended(masked):
     assert (store / "guide_0").exists() is False  # freed when the stage had ended
 
 
+@pytest.mark.e2e
 def test_a_masked_run_gives_the_same_picture_with_one_tile_and_with_many(masked):
     """Every stage has its own sums of the masks: none may depend on how much memory the machine had."""
     found = []
@@ -263,6 +265,7 @@ def test_a_masked_run_gives_the_same_picture_with_one_tile_and_with_many(masked)
     assert np.ptp(found[0]) > 50
 
 
+@pytest.mark.e2e
 def test_worker_processes_give_the_same_bytes(masked):
     """Specs of guided passes have to reach other processes whole."""
     threads = {"device": "cpu", "tile_px": 64, "threads": 1}

@@ -31,9 +31,9 @@ def call(capfd, monkeypatch) -> Callable[..., Outcome]:
     return make_call(capfd, monkeypatch)
 
 
-@pytest.fixture(params=OPTIONS)
+@pytest.fixture(params=[".png", *(pytest.param(name, marks=pytest.mark.e2e) for name in OPTIONS if name != ".png")])
 def finished(request, tmp_path, call) -> tuple[Path, Path]:
-    """(config, output image) of a finished run."""
+    """The config of a run that has ended, and its picture."""
     config = write_run(tmp_path, output=f"out{request.param}", optimizer={"max_iterations": 1})
     assert call("run", "-c", config).code == 0
     return config, tmp_path / f"out{request.param}"
