@@ -33,7 +33,7 @@ from pipeline.rundir.process_settings import enter_process_settings
 from pipeline.store.array import ChunkError
 from tests.support.e2e import TIMEOUT_S, Child, Nursery, canvases, results, write_run
 
-# --- tasks, which the workers import by name ----------------------------------------------------------------------------
+# --- tasks, which the workers import by name --------------------------------------------------------------------------
 
 
 def double(value: float) -> float:
@@ -138,7 +138,7 @@ def die(_spec: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# --- the executor -------------------------------------------------------------------------------------------------------
+# --- the executor -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
