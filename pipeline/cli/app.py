@@ -310,8 +310,8 @@ def export(
     # An option that was given explicitly must not be ignored, even if its value is the default.
     given = [name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
     with _working("auto") as (sink, stop):
-        from pipeline.config.sections import ExportConfig
-        from pipeline.images.output_check import refuse_unheeded
+        from pipeline.config import ExportConfig
+        from pipeline.images import refuse_unheeded
 
         export_config = ExportConfig.model_validate({**options, "bits": bits})
         work_dir, write = _work_dir(config_path, overrides, run_dir), pipeline.export

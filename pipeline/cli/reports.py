@@ -18,10 +18,9 @@ from rich.table import Table
 
 from pipeline.commands.preview.preview import Preview
 from pipeline.commands.verify.verify import Report
-from pipeline.config.config import Config
+from pipeline.config import Config
 from pipeline.core.text import count, duration
-from pipeline.plan.device import resolve_device
-from pipeline.plan.plan import Plan
+from pipeline.plan import Plan, resolve_device
 
 _PACKAGES = ("pipeline", "torch", "zarr", "numcodecs", "dask", "numpy", "pyvips", "pydantic")
 # Lines of damage in the text output; --json lists all.

@@ -7,28 +7,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.commands.status import choose_stage, manifest_of
-from pipeline.config.fields import MAX_CHUNK_PX
-from pipeline.config.sections import ExportConfig
+from pipeline.config import MAX_CHUNK_PX, ExportConfig
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Sink, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.image_formats import picture_kind
-from pipeline.executors.threads import ThreadExecutor
-from pipeline.images.output_check import check_output, refuse_unheeded
-from pipeline.plan.memory import WORKERS
+from pipeline.executors import ThreadExecutor
+from pipeline.images import check_output, refuse_unheeded
+from pipeline.plan import WORKERS
 from pipeline.render.export import export_canvas
-from pipeline.rundir.journal import Journal, standing
-from pipeline.rundir.manifest import content_kind
-from pipeline.rundir.open import content_alpha, newest_canvas
-from pipeline.rundir.paths import journal_path, refuse_links, refuse_missing_folder, refuse_own_state
-from pipeline.rundir.position import Position, position_of
+from pipeline.rundir import (
+    Journal,
+    Manifest,
+    Position,
+    content_alpha,
+    content_kind,
+    journal_path,
+    newest_canvas,
+    position_of,
+    refuse_links,
+    refuse_missing_folder,
+    refuse_own_state,
+    standing,
+)
 from pipeline.rundir.process_settings import process_settings
-from pipeline.rundir.records import Manifest
-from pipeline.store import integrity
-from pipeline.store.array import StageArray
-from pipeline.store.chunk_file import ChunkError
-from pipeline.store.layout import METADATA
+from pipeline.store import METADATA, ChunkError, StageArray, integrity
 
 
 @process_settings()

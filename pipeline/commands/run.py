@@ -13,35 +13,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import store
-from pipeline.config.config import Config
-from pipeline.config.sections import OptimizerConfig
+from pipeline.config import Config, OptimizerConfig
 from pipeline.core.allocator import trim_heap
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import DeviceMemoryError, storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.vgg_layers import ceil_to
-from pipeline.executors.graph import Executor
-from pipeline.executors.threads import ThreadExecutor
-from pipeline.network.weights import find_weights
-from pipeline.plan.device import Device, resolve_device
-from pipeline.plan.memory import WORKERS, update_threads
-from pipeline.plan.plan import Plan, StagePlan
+from pipeline.executors import Executor, ThreadExecutor
+from pipeline.network import find_weights
+from pipeline.plan import WORKERS, Device, Plan, StagePlan, resolve_device, update_threads
 from pipeline.render import export
 from pipeline.render.context import RenderContext, iteration_record, make_stage, prepared_record, render_context
-from pipeline.rundir import records
-from pipeline.rundir.journal import Journal, standing
-from pipeline.rundir.lock import RunLock
-from pipeline.rundir.open import content_alpha, newest_canvas, now, open_run, stage_path
-from pipeline.rundir.paths import journal_path, manifest_path, refuse_links, store_path
-from pipeline.rundir.position import Position
-from pipeline.rundir.preflight import plan_on
+from pipeline.rundir import (
+    Journal,
+    Position,
+    RunLock,
+    check_space,
+    content_alpha,
+    is_as_written,
+    journal_path,
+    locked_folder,
+    manifest_path,
+    newest_canvas,
+    now,
+    open_run,
+    plan_on,
+    records,
+    refuse_foreign,
+    refuse_links,
+    stage_path,
+    standing,
+    store_path,
+    written_picture,
+)
 from pipeline.rundir.process_settings import process_settings
-from pipeline.rundir.results import is_as_written, refuse_foreign, written_picture
-from pipeline.rundir.run_folder import locked_folder
-from pipeline.rundir.space import check_space
-from pipeline.store import integrity, metadata
-from pipeline.store.layout import kept_files
+from pipeline.store import integrity, kept_files, metadata
 
 if TYPE_CHECKING:
     from pipeline.render.measurements import IterationResult

@@ -8,13 +8,22 @@ from typing import Any
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import taken
-from pipeline.rundir.journal import Journal, standing
-from pipeline.rundir.lock import running_owner
-from pipeline.rundir.manifest import read_manifest
-from pipeline.rundir.open import refuse_unknown_stage
-from pipeline.rundir.paths import journal_path, manifest_path
-from pipeline.rundir.position import Position
-from pipeline.rundir.records import Iteration, Manifest, Record, StageDone, StagePrepared, as_json
+from pipeline.rundir import (
+    Iteration,
+    Journal,
+    Manifest,
+    Position,
+    Record,
+    StageDone,
+    StagePrepared,
+    as_json,
+    journal_path,
+    manifest_path,
+    read_manifest,
+    refuse_unknown_stage,
+    running_owner,
+    standing,
+)
 
 
 def status(work_dir: Path) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from typing import Any
 
 import pyvips
 
-from pipeline.config.fields import MAX_SIDE_PX
-from pipeline.config.sections import LimitsConfig
+from pipeline.config import MAX_SIDE_PX, LimitsConfig
 from pipeline.core.errors import MISPLACED, InputError, storage_error
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.text import bytes_text, shown

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import Layer
-from pipeline.store.guides import Guides
+from pipeline.store import Guides
 
 
 class GuideMaps:

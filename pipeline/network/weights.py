@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from pipeline.config.fields import MAX_BYTES
+from pipeline.config import MAX_BYTES
 from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import StorageError, storage
 from pipeline.core.events import Note, Sink, WorkDone, ignore

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.config.config import Config
+from pipeline.config import Config
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.tiling import Size
 from pipeline.core.vgg_layers import ceil_to, min_side_px
-from pipeline.images.header import ImageHeader
+from pipeline.images import ImageHeader
 from pipeline.plan.memory import StageWork
 from pipeline.plan.sizes import canvas_shape, fit, size_of
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.config.fields import MAX_THREADS
+from pipeline.config import MAX_THREADS
 from pipeline.core.errors import ConfigError
 
 # Threads that copy chunks between the store and a GPU, shared by all tiles in flight.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Size
-from pipeline.images.header import ImageHeader
+from pipeline.images import ImageHeader
 
 MIB = 2**20
 # libvips writes a smaller level of a TIFF into a temporary file if it is larger than this; other levels stay in memory

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.config import Config
+from pipeline.config import Config
 from pipeline.core.image_formats import RGB8, PixelKind, format_of, picture_kind
 from pipeline.core.tiling import Size
 from pipeline.core.vgg_layers import LAYER_BY_NAME, halo_px
-from pipeline.images.header import ImageHeader
+from pipeline.images import ImageHeader
 from pipeline.plan.device import STAGING_THREADS
 from pipeline.plan.image_memory import MIB, export_bytes, ingest_bytes, levels_on_disk_bytes
 from pipeline.plan.network_cost import LayerUse

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.config import Config
-from pipeline.config.regions import regions_of
-from pipeline.config.sections import StyleConfig
+from pipeline.config import Config, StyleConfig, regions_of
 from pipeline.core.errors import InputError
 from pipeline.core.vgg_layers import LAYER_BY_NAME, Layer, needed_layers
-from pipeline.store.guides import UNGUIDED, Guides
+from pipeline.store import UNGUIDED, Guides
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.config import Config
+from pipeline.config import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Size, grid
 from pipeline.core.vgg_layers import ceil_to, halo_px
-from pipeline.images.header import ImageHeader
+from pipeline.images import ImageHeader
 from pipeline.plan import checks
 from pipeline.plan.memory import StageWork, Workload
 from pipeline.plan.network_cost import LayerUse, layers_in_use
 from pipeline.plan.sizes import stage_sizes
-from pipeline.store.layout import ArraySpec, StageLayout, kept_files
+from pipeline.store import ArraySpec, StageLayout, kept_files
 
 # With 160 px of halo on each side a larger tile would save less than 4 % of the work.
 MAX_AUTO_TILE_PX = 2**14

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 
-from pipeline.config.config import Config
-from pipeline.config.sections import StyleConfig
+from pipeline.config import Config, StyleConfig
 from pipeline.core.tiling import Size
-from pipeline.images.header import ImageHeader
+from pipeline.images import ImageHeader
 
 
 def fit(size: Size, long_px: int) -> Size:

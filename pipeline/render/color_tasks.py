@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.core.tiling import Rect, chunks_of
-from pipeline.executors.graph import Executor
+from pipeline.executors import Executor
 from pipeline.losses.color import ColorStatistics, Matrix, luminance, moments, statistics_of
-from pipeline.store.array import StageArray
-from pipeline.store.checksums import ChunkSums
+from pipeline.store import ChunkSums, StageArray
 
 
 @dataclass(frozen=True)

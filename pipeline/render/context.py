@@ -5,17 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.config.config import Config
+from pipeline.config import Config
 from pipeline.core.events import Sink
-from pipeline.executors.graph import Executor
-from pipeline.network.weights import NetworkSpec, WeightsSource
-from pipeline.plan.device import Device
-from pipeline.plan.network_cost import layers_in_use
-from pipeline.plan.plan import Plan, StagePlan
-from pipeline.rundir.manifest import read_manifest
-from pipeline.rundir.open import stage_path
-from pipeline.rundir.paths import manifest_path
-from pipeline.rundir.records import Iteration, StagePrepared
+from pipeline.executors import Executor
+from pipeline.network import NetworkSpec, WeightsSource
+from pipeline.plan import Device, Plan, StagePlan, layers_in_use
+from pipeline.rundir import Iteration, StagePrepared, manifest_path, read_manifest, stage_path
 
 if TYPE_CHECKING:
     from pipeline.render.measurements import IterationResult

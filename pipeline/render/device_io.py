@@ -22,10 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.core.tiling import Rect, chunks_of
-from pipeline.plan.device import STAGING_THREADS
-from pipeline.store.array import StageArray
-from pipeline.store.checksums import ChunkSums
-from pipeline.store.encodings import BFLOAT16, FIXED16
+from pipeline.plan import STAGING_THREADS
+from pipeline.store import BFLOAT16, FIXED16, ChunkSums, StageArray
 
 R = TypeVar("R")
 

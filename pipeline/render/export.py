@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.sections import ExportConfig
+from pipeline.config import ExportConfig
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import storage
 from pipeline.core.files import new_partial
@@ -19,9 +19,7 @@ from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
 from pipeline.images import writer
 from pipeline.render.resample import OnProgress
-from pipeline.store import ome_zarr
-from pipeline.store.array import StageArray
-from pipeline.store.layout import COLOR_AND_ALPHA
+from pipeline.store import COLOR_AND_ALPHA, StageArray, ome_zarr
 
 
 def canvas_rows(canvas: StageArray, alpha: StageArray | None, bits: int) -> Callable[[int, int], NDArray[Any]]:

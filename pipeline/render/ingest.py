@@ -10,12 +10,10 @@ import numpy as np
 from pipeline import images
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
-from pipeline.executors.graph import Executor
+from pipeline.executors import Executor
 from pipeline.losses import color
 from pipeline.render.resample import OnProgress
-from pipeline.store.array import StageArray
-from pipeline.store.checksums import ChunkSums
-from pipeline.store.layout import COLOR_AND_ALPHA
+from pipeline.store import COLOR_AND_ALPHA, ChunkSums, StageArray
 
 
 def ingest(source: Path, array: StageArray, executor: Executor, on_progress: OnProgress) -> str:

@@ -21,7 +21,7 @@ from pipeline import store
 from pipeline.core import profiler
 from pipeline.core.tiling import Tile, chunks_of
 from pipeline.core.vgg_layers import halo_px
-from pipeline.executors.graph import Key, Node, add_sum
+from pipeline.executors import Key, Node, add_sum
 from pipeline.losses import objective
 from pipeline.losses.objective import Gram, StyleTerm
 from pipeline.render import adam, tile_tasks, update
@@ -36,7 +36,7 @@ from pipeline.render.measurements import (
     style_terms,
 )
 from pipeline.render.stage import Stage, content_scales, style_targets
-from pipeline.store.layout import is_averaged, slot_names
+from pipeline.store import is_averaged, slot_names
 
 T = TypeVar("T")
 Sums = dict[str, Gram]

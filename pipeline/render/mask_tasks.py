@@ -15,7 +15,7 @@ from pipeline import store
 from pipeline.core.tiling import Rect, Tile
 from pipeline.core.vgg_layers import LAYER_BY_NAME
 from pipeline.losses.masks import GuideMaps
-from pipeline.store.guides import Guides
+from pipeline.store import Guides
 
 
 def read_guides(stage_dir: Path, guides: Guides, checksums: Mapping[str, str], rect: Rect) -> NDArray[np.uint8]:

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import store
-from pipeline.config.config import Config
-from pipeline.config.sections import OptimizerConfig
-from pipeline.executors.graph import Key
+from pipeline.config import Config, OptimizerConfig
+from pipeline.executors import Key
 from pipeline.losses import objective
 from pipeline.losses.objective import Gram, StyleTarget, StyleTerm
 from pipeline.losses.total_variation import CHANNELS
@@ -22,7 +21,7 @@ from pipeline.render import adam
 from pipeline.render.stage import merged
 from pipeline.render.tile_tasks import GradientResult
 from pipeline.render.update import UpdateResult
-from pipeline.store.encodings import BFLOAT16_ROUNDING
+from pipeline.store import BFLOAT16_ROUNDING
 
 
 @dataclass(frozen=True)

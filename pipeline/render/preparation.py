@@ -8,26 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import store
-from pipeline.config.regions import regions_of
+from pipeline.config import regions_of
 from pipeline.core.allocator import trim_heap
 from pipeline.core.errors import ConfigError, InputError, storage
 from pipeline.core.tiling import Size, grid
 from pipeline.losses import color as colors
 from pipeline.losses import objective
 from pipeline.losses.objective import Gram
-from pipeline.plan.plan import arrays_of
+from pipeline.plan import arrays_of
 from pipeline.render import color_tasks, ingest, mask_tasks, resample, tile_tasks
 from pipeline.render.stage import Stage, merged, positions
-from pipeline.store import integrity, metadata
-from pipeline.store.checksums import ChunkSums
-from pipeline.store.layout import (
+from pipeline.store import (
     ALPHA,
     CONTENT,
     CONTENT_GUIDE,
     STYLE,
+    ChunkSums,
     content_features_name,
     gram_name,
     guide_name,
+    integrity,
+    metadata,
 )
 
 

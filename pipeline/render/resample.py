@@ -14,9 +14,8 @@ import numpy as np
 from pipeline import images
 from pipeline.core.events import in_order
 from pipeline.core.tiling import Rect, Size, chunks_of
-from pipeline.executors.graph import Executor
-from pipeline.store.array import StageArray
-from pipeline.store.checksums import ChunkSums
+from pipeline.executors import Executor
+from pipeline.store import ChunkSums, StageArray
 
 OnProgress = Callable[[int, int], None]
 

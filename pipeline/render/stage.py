@@ -7,29 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import store
-from pipeline.config.config import Config
+from pipeline.config import Config
 from pipeline.core.events import Sink, WorkDone, in_order
 from pipeline.core.tiling import Tile, grid
 from pipeline.core.vgg_layers import LAYER_BY_NAME
-from pipeline.executors.graph import Executor
+from pipeline.executors import Executor
 from pipeline.losses import objective
 from pipeline.losses.color import LUMINANCE, ColorMap
 from pipeline.losses.objective import Gram
-from pipeline.network.weights import NetworkSpec
-from pipeline.plan.network_cost import LayerUse
-from pipeline.plan.plan import StagePlan
+from pipeline.network import NetworkSpec
+from pipeline.plan import LayerUse, StagePlan
 from pipeline.render import tile_tasks
-from pipeline.store import integrity, metadata
-from pipeline.store.checksums import ChunkSums
-from pipeline.store.guides import UNGUIDED
-from pipeline.store.layout import (
+from pipeline.store import (
     ALPHA,
     GRADIENT,
     METADATA,
+    UNGUIDED,
+    ChunkSums,
     content_features_name,
     gram_name,
+    integrity,
     is_averaged,
     layer_of,
+    metadata,
     slot_names,
 )
 

@@ -28,15 +28,12 @@ from pipeline.losses.color import ColorMap
 from pipeline.losses.masks import GuideMaps
 from pipeline.losses.objective import Gram
 from pipeline.losses.total_variation import variation
+from pipeline.network import NetworkSpec
 from pipeline.network.cache import get_network
 from pipeline.network.vgg import FeatureMap, Step
-from pipeline.network.weights import NetworkSpec
 from pipeline.render import device_io
 from pipeline.render.mask_tasks import read_guides
-from pipeline.store.array import StageArray, open_array
-from pipeline.store.checksums import ChunkSums
-from pipeline.store.guides import UNGUIDED, Guides
-from pipeline.store.layout import content_features_name, layer_of
+from pipeline.store import UNGUIDED, ChunkSums, Guides, StageArray, content_features_name, layer_of, open_array
 
 # One tile computes at a time, while others in flight read and write: memory is planned for the maps of one tile.
 _COMPUTE = threading.Semaphore(1)

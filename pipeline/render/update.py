@@ -20,13 +20,20 @@ from numpy.typing import NDArray
 
 from pipeline.core import profiler
 from pipeline.core.tiling import Tile, chunks_of
-from pipeline.plan.memory import update_values
+from pipeline.plan import update_values
 from pipeline.render import adam
-from pipeline.store.array import StageArray, open_array
-from pipeline.store.checksums import ChunkSums
-from pipeline.store.chunk_io import ChunkReader, ChunkWriter
-from pipeline.store.encodings import BFLOAT16, FIXED16, RoundingBytes
-from pipeline.store.layout import GRADIENT, slot_names
+from pipeline.store import (
+    BFLOAT16,
+    FIXED16,
+    GRADIENT,
+    ChunkReader,
+    ChunkSums,
+    ChunkWriter,
+    RoundingBytes,
+    StageArray,
+    open_array,
+    slot_names,
+)
 
 Array = NDArray[Any]
 # Chunks per task: enough to make the scheduler's cost per chunk small, few enough to keep all threads busy.

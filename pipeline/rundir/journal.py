@@ -23,7 +23,7 @@ from pipeline.core.errors import DamagedStateError, storage
 from pipeline.core.files import read_regular, sync_folder, write_whole
 from pipeline.rundir.position import Position, checked_position, effective, no_runs_records
 from pipeline.rundir.records import MAX_JOURNAL_BYTES, OtherVersionError, Record, as_json, parse_json, parse_record
-from pipeline.store.checksums import checksum
+from pipeline.store import checksum
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pipeline.rundir.records import (
     parse_json,
     parse_manifest,
 )
-from pipeline.store.checksums import checksum
+from pipeline.store import checksum
 
 
 class OtherFormatError(DamagedStateError):

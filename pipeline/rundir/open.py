@@ -10,25 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import store
-from pipeline.config.config import Config, input_files, result_fields
-from pipeline.config.messages import field_at
-from pipeline.config.sections import NEW
-from pipeline.config.yaml_reader import dotted, undotted
+from pipeline.config import NEW, Config, dotted, field_at, input_files, result_fields, undotted
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError, DamagedStateError
 from pipeline.core.image_formats import RGB8
 from pipeline.core.text import shown
-from pipeline.network.weights import WeightsSource, sha256_of
-from pipeline.plan.device import default_threads
-from pipeline.plan.plan import Plan
+from pipeline.network import WeightsSource, sha256_of
+from pipeline.plan import Plan, default_threads
 from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.manifest import begun_manifest, read_manifest, trusted_manifest, write_manifest
 from pipeline.rundir.paths import journal_path, manifest_path, store_path
 from pipeline.rundir.position import Position
 from pipeline.rundir.records import FORMAT, Begun, ContentKind, KeptConfig, Manifest, Record, StageSizes
 from pipeline.rundir.space import check_space
-from pipeline.store import metadata
-from pipeline.store.layout import ALPHA, METADATA, result_name
+from pipeline.store import ALPHA, METADATA, metadata, result_name
 
 
 def stage_path(work_dir: Path, stage: int) -> Path:

@@ -22,8 +22,7 @@ from pipeline.rundir.records import (
     StagePrepared,
     WrittenPicture,
 )
-from pipeline.store.checksums import unpacked
-from pipeline.store.layout import kept_files
+from pipeline.store import kept_files, unpacked
 
 
 @dataclass(frozen=True)

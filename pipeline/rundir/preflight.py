@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.config.config import Config, input_files
-from pipeline.images.header import read_header
-from pipeline.images.output_check import check_output, refuse_unheeded
-from pipeline.network.weights import weights_bytes, widths_for_plan
-from pipeline.plan.device import Device, resolve_device
-from pipeline.plan.plan import Plan, make_plan
+from pipeline.config import Config, input_files
+from pipeline.images import check_output, read_header, refuse_unheeded
+from pipeline.network import weights_bytes, widths_for_plan
+from pipeline.plan import Device, Plan, make_plan, resolve_device
 from pipeline.rundir.paths import refuse_own_state
 from pipeline.rundir.process_settings import process_settings
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.config import Config
+from pipeline.config import Config
 from pipeline.core.errors import SpaceError
-from pipeline.plan.plan import Plan
+from pipeline.plan import Plan
 
 _BLOCK_BYTES = 4096  # of nearly every file system
 _METADATA_FILES = 64  # per stage: one for each array, and the style targets

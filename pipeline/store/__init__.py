@@ -2,17 +2,31 @@
 
 from pipeline.store.array import StageArray, open_array
 from pipeline.store.arrays import commit_stage, create_array, create_stage, delete_array, delete_arrays, new_array
+from pipeline.store.checksums import ChunkSums, checksum, packed, unpacked
 from pipeline.store.chunk_file import ChunkError, preallocate
-
-__all__ = [
-    "ChunkError",
-    "StageArray",
-    "commit_stage",
-    "create_array",
-    "create_stage",
-    "delete_array",
-    "delete_arrays",
-    "new_array",
-    "open_array",
-    "preallocate",
-]
+from pipeline.store.chunk_io import ChunkReader, ChunkWriter
+from pipeline.store.encodings import BFLOAT16, BFLOAT16_ROUNDING, FIXED16, RoundingBytes
+from pipeline.store.guides import UNGUIDED, Guides
+from pipeline.store.integrity import CheckSpec, Finding, OnProgress
+from pipeline.store.layout import (
+    ALPHA,
+    COLOR_AND_ALPHA,
+    CONTENT,
+    CONTENT_GUIDE,
+    GRADIENT,
+    METADATA,
+    STYLE,
+    ArraySpec,
+    StageLayout,
+    content_features_name,
+    gram_key,
+    gram_name,
+    guide_name,
+    is_averaged,
+    is_stage_array,
+    kept_files,
+    layer_of,
+    result_name,
+    slot_names,
+)
+from pipeline.store.metadata import check_metadata, group_metadata, make_room_again, read_gram, write_metadata

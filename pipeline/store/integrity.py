@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core.events import in_order
-from pipeline.executors.graph import Executor
+from pipeline.executors import Executor
 from pipeline.store.array import StageArray
 from pipeline.store.chunk_file import ChunkError
 

@@ -12,11 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline.config.config import Config
-from pipeline.config.fields import MAX_SIDE_PX
-from pipeline.config.sections import ExportConfig, StageConfig, StyleConfig
-from pipeline.images.header import read_header
-from pipeline.plan.sizes import fit
+from pipeline.config import MAX_SIDE_PX, Config, ExportConfig, StageConfig, StyleConfig
+from pipeline.images import read_header
+from pipeline.plan import fit
 
 
 def full_px(config: Config) -> int:

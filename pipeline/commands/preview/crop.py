@@ -37,7 +37,7 @@ from pipeline.commands.preview.cut import cut_canvas, cut_file
 from pipeline.commands.preview.folder import claimed, folder_of
 from pipeline.commands.preview.regions import aligned, regions, scaled
 from pipeline.commands.run import end_reason
-from pipeline.config.config import Config
+from pipeline.config import Config
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink, WorkDone, ignore
@@ -45,27 +45,31 @@ from pipeline.core.files import taken
 from pipeline.core.image_formats import RGB8
 from pipeline.core.tiling import Rect, Size
 from pipeline.core.vgg_layers import ceil_to, halo_px
-from pipeline.executors.graph import Executor
-from pipeline.executors.threads import ThreadExecutor
-from pipeline.images.output_check import check_output
-from pipeline.network.weights import WeightsSource, find_weights, widths_for_plan
-from pipeline.plan.device import Device, resolve_device
-from pipeline.plan.memory import WORKERS, StageWork
-from pipeline.plan.network_cost import layers_in_use
-from pipeline.plan.plan import Plan, plan_stage
+from pipeline.executors import Executor, ThreadExecutor
+from pipeline.images import check_output
+from pipeline.network import WeightsSource, find_weights, widths_for_plan
+from pipeline.plan import WORKERS, Device, Plan, StageWork, layers_in_use, plan_stage, resolve_device
 from pipeline.render import adam, ingest
 from pipeline.render.context import RenderContext, iteration_record, make_stage, prepared_record, render_context
 from pipeline.render.resample import Region, enlarge, whole
-from pipeline.rundir.journal import Journal, standing
-from pipeline.rundir.manifest import trusted_manifest
-from pipeline.rundir.open import identity, newest_canvas, refuse_changes, refuse_other_stages
-from pipeline.rundir.paths import journal_path, manifest_path, refuse_links, refuse_missing_folder
-from pipeline.rundir.position import Position
-from pipeline.rundir.preflight import plan_on
+from pipeline.rundir import (
+    Iteration,
+    Journal,
+    Position,
+    identity,
+    journal_path,
+    manifest_path,
+    newest_canvas,
+    plan_on,
+    refuse_changes,
+    refuse_links,
+    refuse_missing_folder,
+    refuse_other_stages,
+    standing,
+    trusted_manifest,
+)
 from pipeline.rundir.process_settings import process_settings
-from pipeline.rundir.records import Iteration
-from pipeline.store import integrity
-from pipeline.store.layout import CONTENT
+from pipeline.store import CONTENT, integrity
 
 if TYPE_CHECKING:
     from pipeline.commands.preview.whole_image import WholeImage

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline import images
 from pipeline.core.cancel import CancelToken
 from pipeline.core.tiling import Rect, Size
-from pipeline.images.writer import write_rows
+from pipeline.images import write_rows
 from pipeline.losses import color
 from pipeline.losses.color import ColorStatistics
 from pipeline.render.resample import Region, moved

@@ -13,17 +13,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.config import Config, input_files
-from pipeline.config.yaml_reader import dotted
+from pipeline.config import Config, dotted, input_files
 from pipeline.core.errors import ConfigError, storage
 from pipeline.core.files import names_in, path_fault, real, same_file, taken, write_whole
 from pipeline.core.text import shown
-from pipeline.rundir.journal import Journal, standing
-from pipeline.rundir.open import now
-from pipeline.rundir.paths import journal_path, manifest_path, refuse_own_state
-from pipeline.rundir.records import Exported, Exporting
-from pipeline.rundir.results import refuse_foreign, written_picture
-from pipeline.rundir.run_folder import locked_folder
+from pipeline.rundir import (
+    Exported,
+    Exporting,
+    Journal,
+    journal_path,
+    locked_folder,
+    manifest_path,
+    now,
+    refuse_foreign,
+    refuse_own_state,
+    standing,
+    written_picture,
+)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 

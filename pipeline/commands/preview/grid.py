@@ -12,21 +12,16 @@ from typing import TypeVar
 
 from pipeline.commands.preview.at_size import at_size
 from pipeline.commands.preview.sweep import Axis, Variation
-from pipeline.config.config import Config, input_files, result_fields
-from pipeline.config.yaml_reader import dotted
+from pipeline.config import Config, dotted, input_files, result_fields
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink
 from pipeline.core.text import shown
 from pipeline.core.tiling import Size
-from pipeline.images.header import read_header
-from pipeline.images.sheet import ContactSheet, Label, Row, SheetImage
-from pipeline.network.weights import sha256_of
-from pipeline.plan.device import Device
-from pipeline.plan.memory import BASE_BYTES
-from pipeline.plan.plan import Plan
-from pipeline.plan.sizes import fit
-from pipeline.rundir.preflight import plan_on
+from pipeline.images import ContactSheet, Label, Row, SheetImage, read_header
+from pipeline.network import sha256_of
+from pipeline.plan import BASE_BYTES, Device, Plan, fit
+from pipeline.rundir import plan_on
 
 T = TypeVar("T")
 

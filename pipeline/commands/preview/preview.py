@@ -26,10 +26,9 @@ from pipeline.core.events import Event, IterationDone, Note, PictureDone, Sink, 
 from pipeline.core.image_formats import PREVIEW_PX
 from pipeline.core.text import count, shown
 from pipeline.core.tiling import Size
-from pipeline.images.output_check import check_output
-from pipeline.plan.device import resolve_device
-from pipeline.plan.plan import Plan
-from pipeline.rundir.paths import refuse_missing_folder
+from pipeline.images import check_output
+from pipeline.plan import Plan, resolve_device
+from pipeline.rundir import refuse_missing_folder
 from pipeline.rundir.process_settings import process_settings
 
 # Keys that the preview sets itself.

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.config import Config, load_config
-from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, listed, problem_lines
+from pipeline.config import MAX_PROBLEMS, Config, Place, Problem, listed, load_config, problem_lines
 from pipeline.core.errors import ConfigError
 from pipeline.core.text import shown
 

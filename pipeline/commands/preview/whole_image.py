@@ -20,7 +20,7 @@ from pipeline.render import mask_tasks, tile_tasks
 from pipeline.render.preparation import ingest_guides
 from pipeline.render.resample import tiles_of
 from pipeline.render.stage import Stage
-from pipeline.store.guides import UNGUIDED, Guides
+from pipeline.store import UNGUIDED, Guides
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,38 @@ from pipeline import store
 from pipeline.commands.verify.scan import ScanResult
 from pipeline.commands.verify.store_check import FOREIGN, Problem
 from pipeline.core.files import taken
-from pipeline.executors.graph import Executor
-from pipeline.rundir.journal import Journal
-from pipeline.rundir.manifest import begun_manifest, write_manifest
-from pipeline.rundir.open import now, stage_path
-from pipeline.rundir.paths import SECOND_NAME, journal_path, manifest_path, store_path
-from pipeline.rundir.position import Position, position_of
-from pipeline.rundir.records import Begun, CanvasLost, Iteration, Record, RolledBack, StagePrepared
-from pipeline.store import integrity
-from pipeline.store.checksums import checksum, unpacked
-from pipeline.store.chunk_file import ChunkError
-from pipeline.store.layout import METADATA, is_averaged, slot_names
-from pipeline.store.metadata import group_metadata, make_room_again, write_metadata
+from pipeline.executors import Executor
+from pipeline.rundir import (
+    SECOND_NAME,
+    Begun,
+    CanvasLost,
+    Iteration,
+    Journal,
+    Position,
+    Record,
+    RolledBack,
+    StagePrepared,
+    begun_manifest,
+    journal_path,
+    manifest_path,
+    now,
+    position_of,
+    stage_path,
+    store_path,
+    write_manifest,
+)
+from pipeline.store import (
+    METADATA,
+    ChunkError,
+    checksum,
+    group_metadata,
+    integrity,
+    is_averaged,
+    make_room_again,
+    slot_names,
+    unpacked,
+    write_metadata,
+)
 
 # A line that is too damaged to be recognised counts as an iteration: the report must not understate the loss.
 _OTHER_RECORD = re.compile(rb'"type": "(begun|stage_prepared|stage_done|exporting|exported|rolled_back|canvas_lost)"')

@@ -17,19 +17,29 @@ from pipeline.commands.verify.store_check import (
     foreign_at_the_top,
     store_damage,
 )
-from pipeline.config.config import Config, input_files, result_fields
-from pipeline.config.messages import faults_in
-from pipeline.config.yaml_reader import dotted
+from pipeline.config import Config, dotted, faults_in, input_files, result_fields
 from pipeline.core.errors import DamagedStateError
 from pipeline.core.events import Sink, WorkDone
-from pipeline.executors.graph import Executor
-from pipeline.network.weights import sha256_of, weights_path
-from pipeline.rundir.journal import Journal, JournalState
-from pipeline.rundir.manifest import OtherFormatError, begun_manifest, read_manifest
-from pipeline.rundir.open import Identity, lost_its_stages, refuse_changes, refuse_unknown_stage
-from pipeline.rundir.paths import journal_path, links_in_store, manifest_path, store_path
-from pipeline.rundir.position import Position, checked_position
-from pipeline.rundir.records import Manifest
+from pipeline.executors import Executor
+from pipeline.network import sha256_of, weights_path
+from pipeline.rundir import (
+    Identity,
+    Journal,
+    JournalState,
+    Manifest,
+    OtherFormatError,
+    Position,
+    begun_manifest,
+    checked_position,
+    journal_path,
+    links_in_store,
+    lost_its_stages,
+    manifest_path,
+    read_manifest,
+    refuse_changes,
+    refuse_unknown_stage,
+    store_path,
+)
 
 
 @dataclass(frozen=True)

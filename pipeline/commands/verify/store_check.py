@@ -12,17 +12,26 @@ from typing import Any
 
 from pipeline import store
 from pipeline.core.files import is_of_the_system
-from pipeline.executors.graph import Executor
-from pipeline.rundir.open import stage_path
-from pipeline.rundir.paths import store_path
-from pipeline.rundir.position import Position
-from pipeline.store import integrity
-from pipeline.store.array import StageArray
-from pipeline.store.checksums import checksum, packed
-from pipeline.store.chunk_file import ChunkError
-from pipeline.store.integrity import CheckSpec, Finding, OnProgress
-from pipeline.store.layout import METADATA, gram_key, is_stage_array, kept_files, slot_names
-from pipeline.store.metadata import check_metadata, group_metadata, read_gram
+from pipeline.executors import Executor
+from pipeline.rundir import Position, stage_path, store_path
+from pipeline.store import (
+    METADATA,
+    CheckSpec,
+    ChunkError,
+    Finding,
+    OnProgress,
+    StageArray,
+    check_metadata,
+    checksum,
+    gram_key,
+    group_metadata,
+    integrity,
+    is_stage_array,
+    kept_files,
+    packed,
+    read_gram,
+    slot_names,
+)
 
 # The folder to which a repair moves unknown files, in the run directory.
 FOREIGN = "foreign-files"

@@ -13,15 +13,14 @@ from typing import Any
 from pipeline.commands.verify.repair import Step, repair_steps
 from pipeline.commands.verify.scan import ScanResult, scan
 from pipeline.commands.verify.store_check import Problem, SampleSpec, as_dict
-from pipeline.config.config import Config
+from pipeline.config import Config
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink, ignore
 from pipeline.core.files import taken
-from pipeline.executors.threads import ThreadExecutor
-from pipeline.plan.memory import WORKERS
-from pipeline.rundir.lock import RunLock
-from pipeline.rundir.paths import journal_path, manifest_path, refuse_links_at_top, store_path
+from pipeline.executors import ThreadExecutor
+from pipeline.plan import WORKERS
+from pipeline.rundir import RunLock, journal_path, manifest_path, refuse_links_at_top, store_path
 from pipeline.rundir.process_settings import process_settings
 from pipeline.store import metadata
 
