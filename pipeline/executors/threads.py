@@ -60,7 +60,8 @@ class ThreadExecutor(Executor):
         pools = {names[key]: self._tiles if node.tile else self._others for key, node in graph.items()}
         submitter = _Submitter(pools, self._others)
         try:
-            values = threaded.get(tasks, wanted, pool=submitter)
+            # not as the user's dask configuration may have it
+            values = threaded.get(tasks, wanted, pool=submitter, chunksize=1, rerun_exceptions_locally=False)
         except BaseException:
             run.over = True
             submitter.wait()  # dask does not: what still runs would write beside whatever comes next
