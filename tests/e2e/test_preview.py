@@ -25,7 +25,7 @@ from pipeline.core.cancel import NEVER
 from pipeline.core.errors import ConfigError, Stopped
 from pipeline.core.events import Note, PictureDone
 from pipeline.images.sheet import ContactSheet, Row, SheetImage, shortened
-from pipeline.plan.plan import _check_overrides, stage_sizes
+from pipeline.plan.checks import check_overrides, stage_sizes
 from pipeline.rundir.lock import RunLock
 from tests.support.e2e import (
     canvases,
@@ -229,7 +229,7 @@ def test_stages_of_a_preview_are_those_of_the_run(result):
     config, images, long_px = result
     shorter = at_size(config, long_px)
     expected, stages = stage_sizes(config, images), stage_sizes(shorter, images)
-    _check_overrides(shorter, [max(canvas) for canvas, _ in stages])  # every entry applies to a stage
+    check_overrides(shorter, [max(canvas) for canvas, _ in stages])  # every entry applies to a stage
     Config.model_validate(shorter.model_dump(mode="json"), context={"base": Path("/")})  # as a manifest is read
     if long_px >= config.size:
         assert stages == expected and shorter == config
