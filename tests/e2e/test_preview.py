@@ -25,7 +25,8 @@ from pipeline.core.cancel import NEVER
 from pipeline.core.errors import ConfigError, Stopped
 from pipeline.core.events import Note, PictureDone
 from pipeline.images.sheet import ContactSheet, Row, SheetImage, shortened
-from pipeline.plan.checks import check_overrides, stage_sizes
+from pipeline.plan.checks import check_overrides
+from pipeline.plan.sizes import stage_sizes
 from pipeline.rundir.lock import RunLock
 from tests.support.e2e import (
     canvases,
