@@ -76,10 +76,11 @@ def export(
     def progress(what: str) -> Callable[[int, int], None]:
         return lambda done, total: sink(WorkDone(chosen, what, done, total))
 
+    planes = [canvas] if alpha is None else [canvas, alpha]
     try:
         with ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
-            integrity.require_intact([canvas] if alpha is None else [canvas, alpha], executor, progress("check"))
-        export_canvas(canvas, alpha, output, options, cancel, progress("export"))
+            integrity.require_intact(planes, executor, progress("check"))
+        export_canvas(planes, output, options, cancel, progress("export"))
     except ChunkError:
         cancel.raise_if_set()  # chunks that an active run has overwritten are not damaged
         raise

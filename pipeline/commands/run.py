@@ -235,8 +235,7 @@ class _Rendering:
         )
         cancel = self.executor.cancel
         export.export_canvas(
-            canvas,
-            alpha,
+            planes,
             output,
             settings,
             cancel,

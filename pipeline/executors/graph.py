@@ -138,6 +138,7 @@ def add_sum(
             graph[kind, number] = Node(combine, ((kind, number - 1), (parts, number)))
         else:
             graph[kind, number] = Node(partial(combine, initial), ((parts, number),))
+        # an edge back from the sum to a later tile, which then waits for it
         if most_ahead is not None and number + most_ahead < count:
             gate, later = (f"{kind} done", number), (parts, number + most_ahead)
             graph[gate] = Node(_no_value, ((kind, number),))  # the sum itself would be sent to every worker

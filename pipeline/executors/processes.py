@@ -46,7 +46,8 @@ class ProcessExecutor(Executor):
         """
         super().__init__(cancel)
         self.most_ahead = processes * (tiles + 1)  # one waits at every worker, so that no worker has to
-        self._threads = ThreadExecutor(tiles, cancel)
+        # tasks that only move chunks are limited by the disk: sending them to workers would gain nothing
+        self._threads = ThreadExecutor(tiles, self.cancel)
         self._workers = WorkerPool(processes, tiles, lock, note, initialize)
         self._runs = itertools.count()
 
@@ -93,12 +94,12 @@ class ProcessExecutor(Executor):
                 calls += self._workers.submit(tasks, [names[key] for key in keys], _resources)
                 values = [self._value(calls[0])]
                 if proceed is not None and not proceed(values[0]):
-                    if len(keys) > 1:
+                    if len(keys) > 1:  # tasks that are running cannot be cancelled otherwise
                         self._workers.drop(calls)
                     return values + [None] * (len(keys) - 1)
                 return values + [self._value(call) for call in calls[1:]]
         except BaseException as error:
-            self._workers.drop(calls)
+            self._workers.drop(calls)  # nothing that was begun may write during what comes next
             if isinstance(error, KilledWorker):
                 raise self._workers.killer_error() from error
             raise

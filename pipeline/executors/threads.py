@@ -48,6 +48,7 @@ class ThreadExecutor(Executor):
         if not keys:
             return []
         run = _Run(self.cancel, on_done)
+        # Dask takes a plain graph of tuples; through `delayed` and `compute` the same graph takes ten times as long
         names = dask_names(graph)
         tasks: dict[str, Any] = {
             names[key]: (partial(run.node, key, node.function), *(names[need] for need in node.needs))

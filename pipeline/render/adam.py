@@ -75,6 +75,7 @@ def update(gradient: Array, canvas: Array, m: Array, v: Array, scratch: Array, s
 
     All five arrays have one shape and dtype; `gradient` and `scratch` are overwritten, and |u| is `scratch`.
     """
+    # separate multiplications and additions, in this order: fused ones would round differently from machine to machine
     m *= step.beta1
     np.multiply(gradient, 1 - step.beta1, out=scratch)
     m += scratch
@@ -82,6 +83,7 @@ def update(gradient: Array, canvas: Array, m: Array, v: Array, scratch: Array, s
     np.multiply(gradient, gradient, out=gradient)
     gradient *= 1 - step.beta2
     v += gradient
+    # ε is under the root, as in the paper's formula; torch adds it to the root
     np.add(v, step.epsilon, out=scratch)
     np.sqrt(scratch, out=scratch)
     np.divide(m, scratch, out=scratch)

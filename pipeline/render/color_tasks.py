@@ -55,6 +55,7 @@ def recolor_task(spec: RecolorSpec) -> ChunkSums:
     for _, _, part in chunks_of(spec.rect, spec.target.chunk_px):
         content = spec.content.read_window(part).astype(spec.target.value_dtype)
         source = spec.source.read_window(part).astype(spec.target.value_dtype)
+        # the content's chroma is kept by adding one difference to all three channels
         colored = content + (luminance(source) - luminance(content))
         sums |= spec.target.write_window(part, np.clip(colored, 0, 255))
     return sums

@@ -40,7 +40,7 @@ def make_stage(config: Config, plan: StagePlan, context: RenderContext, tile_px:
     """A stage of the run of `config`, with the stage's own settings, in tiles of `tile_px`."""
     from pipeline.render.stage import Stage  # noqa: PLC0415 - brings torch, which export and status do without
 
-    config = config.for_stage(max(plan.size))
+    config = config.for_stage(max(plan.size))  # `stages:` may set other styles, layers and weights for this size
     network = NetworkSpec(
         context.weights,
         config.network.padding,

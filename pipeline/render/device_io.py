@@ -107,7 +107,7 @@ def _save_band(array: StageArray, band: Rect, tensor_HWC: Tensor) -> ChunkSums:
             # contiguous on the device first: the bus copies only contiguous memory
             torch.from_numpy(host).copy_(piece.to(torch.from_numpy(host).dtype).contiguous(), non_blocking=True)
             lane.wait()
-            sums[cy, cx] = array.write_chunk(cy, cx, host)
+            sums[cy, cx] = array.write_chunk(cy, cx, host)  # the checksum is taken of what is written, in memory
     return sums
 
 
@@ -186,4 +186,5 @@ class _Lanes(threading.local):
 
 
 _LANES = _Lanes()
+# Few threads, whose buffers are pinned once: pinning memory for every tile would be slow.
 _READERS = ThreadPoolExecutor(STAGING_THREADS, thread_name_prefix="staging")

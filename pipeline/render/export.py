@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from pipeline.render.resample import OnProgress
 from pipeline.store import COLOR_AND_ALPHA, StageArray, ome_zarr
 
 
-def canvas_rows(canvas: StageArray, alpha: StageArray | None, bits: int) -> Callable[[int, int], NDArray[Any]]:
+def canvas_rows(planes: Sequence[StageArray], bits: int) -> Callable[[int, int], NDArray[Any]]:
     """A reader of rows as exported: (y0, y1) to (rows, W, 3 or 4) uint8 or uint16, rounded to the nearest level."""
     levels, dtype = (255, np.uint8) if bits == 8 else (65535, np.uint16)
+    canvas = planes[0]
     width = canvas.shape[1]
-    planes = [canvas] if alpha is None else [canvas, alpha]
 
     def read_rows(y0: int, y1: int) -> NDArray[Any]:
         out = np.empty((y1 - y0, width, sum(plane.shape[2] for plane in planes)), dtype)
@@ -41,8 +41,7 @@ def canvas_rows(canvas: StageArray, alpha: StageArray | None, bits: int) -> Call
 
 
 def export_canvas(
-    canvas: StageArray,
-    alpha: StageArray | None,
+    planes: Sequence[StageArray],
     output: Path,
     options: ExportConfig,
     cancel: CancelToken,
@@ -51,14 +50,14 @@ def export_canvas(
 ) -> None:
     """Write a canvas as the image `output`, in the format of its suffix; it gets its name when it is complete.
 
-    `alpha`: a fourth channel, for formats that have it. `options`: without any auto. Nothing is left
-    behind when it raises. `on_whole`: as for write_image.
-    Raises StorageError, ConfigError (format limits), or what `cancel` raises.
+    `planes`: the canvas, and the content's alpha for formats that have it. `options`: without any auto. `on_whole`: as
+    for write_image. Raises StorageError, ConfigError (format limits), Stopped; then nothing is left behind.
     """
     assert options.bits != "auto"
-    height, width, _ = canvas.shape
-    kind = PixelKind(options.bits, alpha is not None)
-    read = canvas_rows(canvas, alpha, kind.bits)
+    height, width, _ = planes[0].shape
+    kind = PixelKind(options.bits, alpha=len(planes) == 2)
+    image = writer.ImageSpec(output, width, height, kind, options.compression, options.quality, options.pyramid)
+    read = canvas_rows(planes, kind.bits)
 
     def read_rows(y0: int, y1: int) -> NDArray[Any]:
         rows = read(y0, y1)
@@ -67,10 +66,10 @@ def export_canvas(
 
     if output.suffix.lower() == ".zarr":
         with storage(output):
-            _export_ome_zarr(output, (height, width), kind, read_rows, cancel, on_progress, on_whole)
+            _export_ome_zarr(image, read_rows, cancel, on_progress, on_whole)
         return
     writer.write_image(
-        writer.ImageSpec(output, width, height, kind, options.compression, options.quality, options.pyramid),
+        image,
         read_rows,
         on_progress=lambda share: on_progress(math.floor(share * 100), 100),
         cancel=cancel,
@@ -79,25 +78,24 @@ def export_canvas(
 
 
 def _export_ome_zarr(
-    output: Path,
-    size: tuple[int, int],
-    kind: PixelKind,
+    image: writer.ImageSpec,
     read_rows: Callable[[int, int], NDArray[Any]],
     cancel: CancelToken,
     on_progress: OnProgress,
     on_whole: Callable[[Path], None],
 ) -> None:
+    output = image.path
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = new_partial(output)
+    temporary = new_partial(output)
 
     def counted_rows(y0: int, y1: int) -> NDArray[Any]:
-        on_progress(y1, size[0])
+        on_progress(y1, image.height_px)
         return read_rows(y0, y1)
 
     try:
-        aside.mkdir()
-        group = aside / output.name
-        ome_zarr.write_ome_zarr(group, size, kind, counted_rows, cancel=cancel)
+        temporary.mkdir()
+        group = temporary / output.name
+        ome_zarr.write_ome_zarr(group, (image.height_px, image.width_px), image.kind, counted_rows, cancel=cancel)
         writer.put_in_place(group, output, on_whole)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

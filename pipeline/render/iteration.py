@@ -82,6 +82,7 @@ class Iterations:
         all that is read; raises ChunkError where they do not fit. `commit` gets what was measured once everything is
         written, maybe on another thread, and says whether one more iteration follows.
         """
+        # repeatable: nothing that is read here is overwritten, and the journal decides which slot counts
         self._clock.begin()
         graph = _IterationGraph(self, iteration, alpha, checksums)
         keys = [MEASURED, *graph.next_sums]
@@ -89,7 +90,7 @@ class Iterations:
             graph.nodes, keys, graph.progress, lambda value: commit(self._result(value))
         )
         self._clock.end()
-        if ahead and ahead[0] is not None:
+        if ahead and ahead[0] is not None:  # None: no iteration follows, or no step was made
             self._ahead = {iteration + 1: ahead[0]}
 
     def take_ahead(self, iteration: int) -> Sums | None:
@@ -107,7 +108,7 @@ class Iterations:
         style = {key: term.loss for key, term in value.terms.items()}
         content_loss, style_loss = math.fsum(content.values()), math.fsum(style.values())
         loss, variation = stage.config.loss, value.gradient.variation
-        stage.executor.collect_profile()
+        stage.executor.collect_profile()  # before the profiler is read: workers measure for themselves
         return IterationResult(
             objective=objective.objective(
                 stage.plan.pixels,
@@ -172,7 +173,7 @@ class _IterationGraph:
         """The Gram pass, unless it has run ahead, and the style terms."""
         targets = self._targets()
         sums = self._iterations.take_ahead(self._iteration)
-        if sums is not None or not targets:
+        if sums is not None or not targets:  # the first iteration after a start has no sums yet
             self.nodes[TERMS] = Node(partial(style_terms, targets, sums or {}))
             return
         for tile, spec in enumerate(self._stage.canvas_grams(self._canvas, {})):
@@ -211,7 +212,7 @@ class _IterationGraph:
         stage = self._stage
         gather = partial(gradient_totals, stage.layer_use.content_layers, stage.plan.pixels)
         self.nodes[TOTALS] = Node(gather, tuple(("gradient", tile) for tile in range(self._count)))
-        if alpha is None:
+        if alpha is None:  # the update of a stage's first iteration waits for all gradients, because α needs max|g|
             first = FirstStep(
                 stage.config, self._iteration, self._iterations.content_energies, self._iterations.least_max_u
             )
@@ -240,6 +241,7 @@ class _IterationGraph:
         self._counters["update"] = stage.counter("update pass", len(updates))
 
     def _has_next(self) -> bool:
+        # a canvas of one tile computes its Gram sums in the gradient pass itself
         one_more = self._iteration + 1 < self._stage.config.optimizer.max_iterations
         return one_more and bool(self._stage.layer_use.style_layers) and self._count > 1
 
@@ -251,9 +253,11 @@ class _IterationGraph:
         guide_checksums = {name: self._checksums[name] for name in stage.layer_use.guides.arrays}
         # the canvas is not checked here: the next update reads every chunk whole, and checks it
         for number, spec in enumerate(stage.canvas_grams(self._next_canvas, guide_checksums)):
+            # the chunks under the tile and its halo: neighbours' updates, not the whole pass
             chunks = chunks_of(spec.tile.outer(halo), chunk_px)
             needs = tuple(dict.fromkeys(self._updates_of[cy, cx] for cy, cx, _ in chunks))
             self.nodes["next gram", number] = Node(partial(_next_gram, tile_tasks.gram_task, spec), needs, tile=True)
+        # last in the graph: tiles of this iteration's gradient pass begin before them
         self._counters["next gram"] = stage.counter("Gram pass", self._count)
         return self._add_sum("next sum", "next gram", _add_if_any)
 

@@ -93,6 +93,7 @@ class FirstStep:
         if self._is_rounding(terms, gradient):
             return None
         bias = adam.bias_correction(settings.beta1, settings.beta2, self.iteration)
+        # max|u| follows from max|g| in the first iteration: no extra sweep over the canvas
         max_u = adam.first_max_update(settings.beta1, settings.beta2, settings.epsilon, gradient.max_abs_gradient)
         return settings.target_pixel_change / (bias * max(max_u, self.least_max_u)) if max_u > 0 else None
 
@@ -118,6 +119,7 @@ def style_terms(targets: Mapping[str, StyleTarget], sums: Mapping[str, Gram]) ->
 
 def gradient_totals(content_layers: Sequence[str], pixels: int, *tiles: GradientResult) -> GradientTotals:
     """Sums over the tiles, in their order; `pixels` of the canvas."""
+    # fsum rounds once: the losses in the journal do not depend on the number of tiles
     squares = {layer: math.fsum(tile.content_squares.get(layer, 0.0) for tile in tiles) for layer in content_layers}
     tv_sum = math.fsum(tile.variation for tile in tiles) / (CHANNELS * pixels)
     return GradientTotals(squares, tv_sum, max(tile.max_abs_gradient for tile in tiles))
@@ -125,6 +127,7 @@ def gradient_totals(content_layers: Sequence[str], pixels: int, *tiles: Gradient
 
 def adam_step(settings: OptimizerConfig, iteration: int, alpha: float, averaged: bool) -> adam.AdamStep:
     """The step of iteration j: its size is α·c_j·b."""
+    # both factors are folded into the size, so that the update pass multiplies each pixel once
     bias = adam.bias_correction(settings.beta1, settings.beta2, iteration)
     factor = adam.schedule_factor(settings.schedule, iteration, settings.max_iterations)
     return adam.AdamStep(

@@ -59,7 +59,7 @@ def prepare(
     Raises StorageError, InputError for a broken image or a black mask, ConfigError for features that are not finite,
     ChunkError if the previous canvas is damaged.
     """
-    trim_heap()
+    trim_heap()  # memory that the stage before has freed counts as used until glibc returns it to the system
     with storage(stage.partial_dir):
         return _prepare(stage, stage.partial_dir, previous_canvas, content_colors, is_region)
 
@@ -71,14 +71,14 @@ def _prepare(
     content_colors: colors.ColorStatistics | None,
     is_region: bool,
 ) -> Prepared:
-    if previous_canvas is not None:
+    if previous_canvas is not None:  # a damaged pixel would be enlarged into every later stage
         integrity.require_intact([previous_canvas], stage.executor, stage.reporter("check"))
     store.create_stage(folder)
     _create_arrays(stage, folder)
     sums = {} if stage.config.content is None else _ingest_content(stage, folder)
     sums |= ingest_guides(stage, folder, stage.layer_use.guides.arrays)
     areas = _areas(stage, folder, sums)
-    if not is_region:
+    if not is_region:  # a mask may lie outside a crop
         _refuse_nowhere(stage, areas)
     sums |= _store_style_targets(stage, folder, sums.get(CONTENT), content_colors)
     sums["canvas_0"] = _start_canvas(stage, folder, previous_canvas, sums)
@@ -87,6 +87,7 @@ def _prepare(
         sums["average_0"] = _start_average(stage, folder, sums)
     energies, feature_sums = _content_pass(stage, folder, sums)
     sums |= feature_sums | metadata.metadata_checksums(folder)
+    # renamed when complete: after a crash the folder has its name with everything in it, or does not exist
     store.commit_stage(folder, stage.stage_dir)
     return Prepared(energies, sums, areas)
 
@@ -124,6 +125,7 @@ def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str
         return {}
     specs = [mask_tasks.AreaSpec(folder, tile, guides, layers, checksums) for tile in stage.tiles]
     results = stage.executor.map(mask_tasks.area_task, specs)
+    # fsum rounds once, so that the areas do not depend on the tiles
     return {key: math.fsum(result.get(key, 0.0) for result in results) for key in stage.layer_use.style_keys}
 
 
@@ -148,6 +150,7 @@ def _store_style_targets(
     if not stage.layer_use.style_layers:
         return {}
     style_map = _style_map(stage, folder, content_sums, content_colors)
+    # one style at a time in the store: only the Gram matrices of all of them are needed together
     grams: list[dict[str, Gram]] = []
     for style, size in zip(stage.config.styles, stage.plan.style_sizes, strict=True):
         sums = {STYLE: _ingest_aside(stage, folder, style.image, size)}
@@ -183,6 +186,7 @@ def _style_map(
     color = stage.config.color
     if color == "style":
         return lambda style: None
+    # of the whole content: in a crop, the colours of its region would change the style
     content = content_colors or color_tasks.statistics(store.open_array(folder, CONTENT, content_sums), stage.executor)
     return lambda style: colors.style_map(color, color_tasks.statistics(style, stage.executor), content)
 

@@ -58,11 +58,12 @@ def enlarge_task(spec: EnlargeSpec) -> ChunkSums:
     """Gives the same bits as enlarging the whole image."""
     source, target = spec.source, spec.target
     sums: ChunkSums = {}
+    # chunk by chunk: a row of chunks of a wide canvas in float would be large
     for _, _, own in chunks_of(spec.rect, target.array.chunk_px):
         rect = moved(own, target.rect.y0, target.rect.x0)
         window = needed(rect, target.size, source.size)
         pixels = source.array.read_window(moved(window, -source.rect.y0, -source.rect.x0))
-        if target.size != source.size:
+        if target.size != source.size:  # clipped: bicubic interpolation overshoots at edges
             pixels = np.clip(images.resize_window(pixels, window, source.size, target.size, rect), 0, 255)
         sums |= target.array.write_window(own, pixels.astype(target.array.value_dtype))
     return sums

@@ -76,6 +76,7 @@ class Stage:
         )  # it is read only by the export: damage is better reported a day earlier
         names = (*newest, *features, *self.layer_use.guides.arrays, *alpha)
         arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in names]
+        # without checksums: their content is unused, but their chunks must exist to be overwritten in place
         arrays += [store.open_array(self.stage_dir, name) for name in (*idle, GRADIENT)]
         integrity.require_intact(arrays, self.executor, self.reporter("check"))
 
@@ -131,6 +132,7 @@ def style_targets(
     for key in stage.layer_use.style_keys:
         layer = layer_of(key)
         whole = positions(stage.plan.size, layer)
+        # at deep layers a small mask region may have no position: it has no term there
         if (area := areas.get(key, whole)) > 0:
             targets[key] = objective.StyleTarget(
                 stage.config.loss.kind,

@@ -102,6 +102,7 @@ class TileSpec:
 
     def load(self, name: str, rect: Rect) -> Tensor:
         """A rectangle of an array, (1, C, H, W) in at least float32 on the device. Raises DeviceMemoryError."""
+        # bfloat16 and tf32 apply inside the network only: the differences of nearly equal numbers need float32
         dtype = torch.float64 if self.network.dtype == "float64" else torch.float32
         with profiler.span("read", tile=self.tile.index, array=name), _device_memory(self):
             return device_io.load(self.open(name), rect, self.network.device, dtype)
@@ -190,6 +191,7 @@ class WholeResult:
 
 def gram_task(spec: GramSpec) -> dict[str, Gram]:
     """gram_sum of every style key over the positions of the tile's inner rectangle (eqs. 14, 15)."""
+    # the forward halo is enough: no gradient flows back, so the features of the inner rectangle are exact
     pixels_1CHW, outer = spec.read_outer(halo_px(spec.layers))
     guide_pixels = spec.read_guides(spec.tile.inner)
     sums: dict[str, Gram] = {}
@@ -213,6 +215,7 @@ def _gram_sums(spec: TileSpec, feature_map: FeatureMap, maps: GuideMaps | None) 
 
 def add_grams(total: dict[str, Gram], tile: dict[str, Gram]) -> dict[str, Gram]:
     """Add the Gram sums of one more tile; called in tile order, so that the sum has the same bits on every run."""
+    # a new dict: the executor may call this twice with the same total
     return {**total, **{layer: total[layer] + gram if layer in total else gram for layer, gram in tile.items()}}
 
 
@@ -228,6 +231,7 @@ def content_task(spec: ContentSpec) -> ContentResult:
         }
     energies: dict[str, float] = {}
     sums: dict[str, ChunkSums] = {}
+    # written after the device is released: another tile computes meanwhile
     for name, (layer, features_CHW) in computed.items():
         array = open_array(spec.stage_dir, content_features_name(name))
         with profiler.span("write", tile=spec.tile.index, array=array.path.name), _device_memory(spec):
@@ -243,8 +247,10 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
     """
     names = {*map(layer_of, spec.style_seeds_CC), *spec.content_factors}
     halo = halo_px(names) or ALIGN_PX  # total variation reads the neighbouring pixels
+    # twice the halo: seeds at the border of the receptive field need exact features themselves
     pixels_1CHW, outer = spec.read_outer(2 * halo)
     guide_pixels = spec.read_guides(outer)
+    # read before the device is reserved, while another tile computes
     seeds = _Seeds(spec, dict(spec.style_seeds_CC), spec.read_content(outer))
     with _computing(spec):
         network_input_1CHW, tape = _network_input(spec, pixels_1CHW), list[Step]()
@@ -342,6 +348,7 @@ def _written(spec: TileSpec, gradient_CHW: Tensor, seeds: _Seeds, tv_sum: float)
     # rounding is monotonic: the largest value stays the largest
     max_abs = gradient.rounded(float(torch.linalg.vector_norm(gradient_CHW, float("inf"))))
     if not np.isfinite(max_abs):
+        # refused before the update: one NaN would spread over the whole canvas within a few iterations
         raise ConfigError(
             f"the gradient of tile {spec.tile.index} of {spec.stage_dir.name} is not finite: compute.dtype "
             f"{spec.network.dtype} overflows with these weights and losses. Use float32 or smaller weights."
@@ -395,5 +402,6 @@ def initial_gray(_seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any
 def initial_noise(seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:
     """Uniform noise 0..255 for one chunk; it depends on the seed and the chunk's index alone."""
     rows, columns = array.valid_part(cy, cx)
+    # a generator per chunk: the noise must not depend on the order or the number of tasks
     generator = np.random.default_rng([seed, cy, cx])
     return generator.uniform(0, 255, (rows.stop, columns.stop, 3)).astype(array.value_dtype)

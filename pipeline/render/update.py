@@ -140,6 +140,7 @@ def _update_chunk(
         with profiler.span("update", chunk=chunk):
             abs_u = update_block(stored)
             inside = abs_u[: max(0, rows.stop - y0), columns]
+            # in float64: over 10⁹ pixels a float32 sum would lose what the stop condition compares
             total += float(inside.sum(dtype=np.float64))
             largest = max(largest, float(inside.max(initial=0)))
         with profiler.span("write", chunk=chunk):
@@ -151,6 +152,7 @@ def _update_chunk(
 def _blocks(sources: Sequence[StageArray], values: int) -> Iterator[tuple[int, list[Array]]]:
     """The first row of every block of a chunk, and the buffers for its gradient, canvas, m, v and average."""
     chunk_rows, columns, channels = sources[0].chunk_shape
+    # few rows, so that a block of all arrays stays in the cache of a core; not too few, each costs system calls
     rows = min(chunk_rows, max(1, values // (columns * channels)))
     buffers = [
         _BUFFERS.array(source.path.name.split("_")[0], (rows, columns, channels), source.dtype) for source in sources
@@ -185,6 +187,7 @@ def _compact_update(stored: Sequence[Array], step: adam.AdamStep, random: Roundi
     for encoding, data, into in zip((BFLOAT16, FIXED16, BFLOAT16, BFLOAT16), stored[:4], values, strict=True):
         encoding.decode(data, into)
     adam.update(gradient, canvas, m, v, abs_u, step)
+    # the bytes depend on (seed, stage, iteration, chunk) alone: a repeated task rounds alike
     bytes_ = random.take(canvas.shape)
     scratch = gradient.view(np.uint32)  # it is no longer needed
     FIXED16.encode_stochastic(canvas, bytes_, stored[1], scratch)
