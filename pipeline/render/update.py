@@ -105,10 +105,10 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
     written: dict[str, ChunkSums] = {name: {} for name in write}
     sums: list[float] = []
     largest = 0.0
+    # each chunk is read and written whole: it is checked on the way, and belongs to this task alone
     for chunk in spec.chunks:
-        with (
-            ExitStack() as opened
-        ):  # a damaged chunk is detected at its end: what is written by then is never committed
+        # a damaged chunk is detected at its end: what is written by then is never committed
+        with ExitStack() as opened:
             readers = [opened.enter_context(ChunkReader(source, chunk)) for source in sources]
             writers = [opened.enter_context(ChunkWriter(target, chunk)) for target in targets]
             random = RoundingBytes(*spec.rounding, chunk) if sources[0].encoding else None
