@@ -275,7 +275,7 @@ limits = st.floats(0.9, 64).map(lambda gib: int(gib * GIB))
 
 
 @given(st.tuples(st.integers(2000, 60_000), st.integers(2000, 60_000)), limits, st.sampled_from([64, 256, 512]))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_the_automatic_tile_fits_the_limit_and_is_the_largest_that_does(content, limit, chunk_px):
     """Larger tiles waste less halo; tiles that are too large run out of memory."""
     values = {"memory": {"limit": limit}, "store": {"chunk_px": chunk_px}, "size": max(content)}

@@ -247,12 +247,21 @@ def test_a_whole_run_gives_the_same_picture_with_one_tile_and_with_many(tmp_path
 @pytest.mark.parametrize(
     ("optimizer", "iterations"),
     [
-        ({"schedule": "cosine", "max_iterations": 6}, 6),
-        ({"schedule": "constant", "max_iterations": 6, "stop_condition": 0, "clip": False, "beta1": 0.8}, 6),
-        ({"schedule": "constant", "max_iterations": 30, "stop_condition": 0.35}, None),
-        ({"schedule": "cosine", "max_iterations": 6, "average": 0.9}, 6),
+        pytest.param({"schedule": "cosine", "max_iterations": 6, "average": 0.9}, 6, id="averaged"),
+        pytest.param({"schedule": "cosine", "max_iterations": 6}, 6, id="cosine", marks=pytest.mark.e2e),
+        pytest.param(
+            {"schedule": "constant", "max_iterations": 6, "stop_condition": 0, "clip": False, "beta1": 0.8},
+            6,
+            id="constant",
+            marks=pytest.mark.e2e,
+        ),
+        pytest.param(
+            {"schedule": "constant", "max_iterations": 30, "stop_condition": 0.35},
+            None,
+            id="stopped early",
+            marks=pytest.mark.e2e,
+        ),
     ],
-    ids=["cosine", "constant", "stopped early", "averaged"],
 )
 def test_a_run_of_two_stages_is_the_algorithm(tmp_path, narrow_weights, optimizer, iterations):
     """Everything at once: step size, bias correction, schedule, clipping, early stop, average, a fresh start per stage.
@@ -450,7 +459,7 @@ def test_the_update_begins_before_the_last_gradient(tmp_path, narrow_weights, mo
     for module, name in ((tile_tasks, "gradient_task"), (update, "update_task")):
         task = getattr(module, name)
         monkeypatch.setattr(module, name, lambda spec, name=name, task=task: begun.append(name) or task(spec))
-    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+    with prepared(tmp_path, narrow_weights, (64, 192), 32) as case:
         rendering = Rendering(case)
         rendering.iterate()
         assert begun == sorted(begun)  # the first step size takes all gradients
@@ -469,7 +478,7 @@ def test_a_stage_that_ends_early_leaves_the_next_gram_pass(tmp_path, narrow_weig
         time.sleep(0.2)  # meanwhile the executor learns that no iteration follows
         return original(spec)
 
-    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+    with prepared(tmp_path, narrow_weights, (64, 192), 32) as case:
         rendering = Rendering(case)
         rendering.iterate()
         monkeypatch.setattr(tile_tasks, "gram_task", gram_task)
@@ -525,7 +534,7 @@ def test_an_update_that_fails_ends_the_iteration_at_once(tmp_path, narrow_weight
         failed.set()
         raise OSError("no room")
 
-    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+    with prepared(tmp_path, narrow_weights, (64, 192), 32) as case:
         rendering = Rendering(case)
         rendering.iterate()
         monkeypatch.setattr(tile_tasks, "gradient_task", gradient_task)
@@ -551,7 +560,7 @@ def test_the_first_of_two_errors_is_raised(tmp_path, narrow_weights, monkeypatch
         failed.set()
         raise OSError("no room")
 
-    with prepared(tmp_path, narrow_weights, (80, 320), 32) as case:
+    with prepared(tmp_path, narrow_weights, (64, 192), 32) as case:
         rendering = Rendering(case)
         rendering.iterate()
         monkeypatch.setattr(tile_tasks, "gradient_task", gradient_task)
@@ -568,7 +577,7 @@ def test_a_gram_pass_that_fails_ahead_begins_no_more_tiles(tmp_path, narrow_weig
         begun.append(spec.tile.index)
         raise OSError("no room")
 
-    with prepared(tmp_path, narrow_weights, (320, 80), 32) as case:
+    with prepared(tmp_path, narrow_weights, (192, 64), 32) as case:
         rendering = Rendering(case)
         rendering.iterate()
         monkeypatch.setattr(tile_tasks, "gram_task", gram_task)
