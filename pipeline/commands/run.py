@@ -47,7 +47,7 @@ from pipeline.rundir import (
     store_path,
     written_picture,
 )
-from pipeline.rundir.process_settings import process_settings
+from pipeline.rundir.process_settings import enter_process_settings, process_settings
 from pipeline.store import integrity, kept_files, metadata
 
 if TYPE_CHECKING:
@@ -96,7 +96,12 @@ def _executor(config: Config, device: Device, lock: RunLock, sink: Sink, cancel:
     from pipeline.executors.processes import ProcessExecutor  # noqa: PLC0415 - brings distributed, for this case only
 
     return ProcessExecutor(
-        config.compute.workers, WORKERS, cancel, lock.descriptor, lambda message: sink(Note(message))
+        config.compute.workers,
+        WORKERS,
+        cancel,
+        lock.descriptor,
+        lambda message: sink(Note(message)),
+        enter_process_settings,
     )
 
 

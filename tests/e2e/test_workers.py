@@ -252,6 +252,18 @@ def test_tasks_in_workers_find_the_settings_of_the_run(executor):
     assert set(executor.map(settings_of, [0] * 4, tile=True)) == {(1, 0)}
 
 
+def test_the_workers_of_a_run_have_the_settings_of_the_run(tmp_path):
+    """The executor of the test above is made by the test; that of a run must pass them on too."""
+    from types import SimpleNamespace
+
+    from pipeline.commands.run import _executor
+
+    config = pipeline.load_config(write_two_stages(tmp_path, workers=1))
+    lock, device = SimpleNamespace(descriptor=None), SimpleNamespace(name="cpu")
+    with _executor(config, device, lock, lambda _event: None, CancelToken()) as executor:
+        assert set(executor.map(settings_of, [0] * 2, tile=True)) == {(1, 0)}
+
+
 def test_signals_of_the_terminal_are_for_the_parent(executor):
     """Ctrl-C reaches every process of the terminal: workers that die of it would turn a clean stop into deaths."""
     executor.map(double, [1.0], tile=True)
