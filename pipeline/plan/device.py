@@ -23,11 +23,6 @@ class Device:
     label: str
     memory_bytes: int
 
-    @property
-    def is_gpu(self) -> bool:
-        """Whether tiles are in other memory than the host's."""
-        return self.name != "cpu"
-
 
 def resolve_device(requested: str) -> Device:
     """The device that `compute.device` selects. Raises ConfigError if this machine does not have it."""

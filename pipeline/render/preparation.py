@@ -6,6 +6,10 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline import store
 from pipeline.config import regions_of
@@ -24,6 +28,7 @@ from pipeline.store import (
     CONTENT_GUIDE,
     STYLE,
     ChunkSums,
+    StageArray,
     content_features_name,
     gram_name,
     guide_name,
@@ -222,7 +227,7 @@ def _fill_canvas(
         return resample.enlarge(
             resample.whole(content), resample.whole(canvas), stage.executor, stage.reporter("canvas")
         )
-    start = tile_tasks.initial_noise if init == "noise" else tile_tasks.initial_gray
+    start = _initial_noise if init == "noise" else _initial_gray
     written: ChunkSums = {}
     for cy, cx in canvas.chunk_indices():
         stage.executor.cancel.raise_if_set()
@@ -269,3 +274,17 @@ def _check_finite(stage: Stage, total: float, which: str, layer: str) -> None:
             f"the {which} image's features at {layer} are not finite: the network's weights are not, or "
             f"compute.dtype {stage.network.dtype} overflows with them. Use other weights, or float32."
         )
+
+
+def _initial_gray(_seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:
+    """One chunk of mid-grey, 127.5."""
+    rows, columns = array.valid_part(cy, cx)
+    return np.full((rows.stop, columns.stop, 3), 127.5, array.value_dtype)
+
+
+def _initial_noise(seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:
+    """Uniform noise 0..255 for one chunk; it depends on the seed and the chunk's index alone."""
+    rows, columns = array.valid_part(cy, cx)
+    # a generator per chunk: the noise must not depend on the order or the number of tasks
+    generator = np.random.default_rng([seed, cy, cx])
+    return generator.uniform(0, 255, (rows.stop, columns.stop, 3)).astype(array.value_dtype)

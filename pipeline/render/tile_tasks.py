@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -391,17 +390,3 @@ def _network_input(spec: TileSpec, pixels_1CHW: Tensor) -> Tensor:
     for index, column_1C11 in enumerate(columns_C1C11):
         mapped_1CHW = mapped_1CHW + column_1C11 * pixels_1CHW[:, index : index + 1]
     return mapped_1CHW.clamp_(0, 255) if color.clip else mapped_1CHW
-
-
-def initial_gray(_seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:
-    """One chunk of mid-grey, 127.5."""
-    rows, columns = array.valid_part(cy, cx)
-    return np.full((rows.stop, columns.stop, 3), 127.5, array.value_dtype)
-
-
-def initial_noise(seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:
-    """Uniform noise 0..255 for one chunk; it depends on the seed and the chunk's index alone."""
-    rows, columns = array.valid_part(cy, cx)
-    # a generator per chunk: the noise must not depend on the order or the number of tasks
-    generator = np.random.default_rng([seed, cy, cx])
-    return generator.uniform(0, 255, (rows.stop, columns.stop, 3)).astype(array.value_dtype)
