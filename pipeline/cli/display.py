@@ -100,7 +100,9 @@ class LiveSink(EventSink):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        # With the lock: a note that another thread prints while rich erases the bars would move them out of its reach.
+        with self._lock:
+            self._progress.stop()
 
     def farewell(self) -> bytes:
         """Does not take the lock, because a thread that is blocked by the terminal may hold it."""

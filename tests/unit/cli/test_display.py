@@ -235,6 +235,28 @@ def test_a_second_ctrl_c_leaves_no_bar_behind(tmp_path, columns):
     assert terminal.screen.bars == [] and terminal.screen.cursor_shown
 
 
+def test_a_note_that_comes_while_the_display_ends_leaves_no_bar_behind(monkeypatch):
+    """Ctrl-C prints its note from another thread; printed among rich's last lines, it would keep the bars above it."""
+    display = terminal_of(monkeypatch)
+    sink = LiveSink().__enter__()
+    sink(started(0))
+    sink(work("check", 1))
+    display.settle(lambda bars: bars[1:])
+    console = sink._progress.console
+    pop, notes = console.pop_render_hook, list[threading.Thread]()
+
+    def pop_while_a_note_is_printed() -> None:
+        pop()  # from here to the end of stop(), rich no longer moves the bars below what is printed
+        notes.append(threading.Thread(target=sink, args=(Note("stopping after the tiles in flight"),)))
+        notes[0].start()
+        notes[0].join(0.5)
+
+    monkeypatch.setattr(console, "pop_render_hook", pop_while_a_note_is_printed)
+    sink.__exit__()
+    notes[0].join(TIMEOUT_S)
+    assert display.screen.bars == [] and "stopping after the tiles in flight" in display.screen.shown
+
+
 def test_a_terminal_that_is_full_holds_no_lock_of_the_farewell(monkeypatch):
     """A second Ctrl-C must abort even if the terminal blocks a thread that holds the lock."""
     terminal_of(monkeypatch)
