@@ -80,7 +80,10 @@ class NetworkConfig(Section):
 class LossConfig(Section):
     """The kind of losses, and the weights of content, style and total variation."""
 
-    kind: Literal["normalized", "gatys"] = Field("normalized", description="how layer losses are scaled")
+    kind: Literal["normalized", "gatys", "wasserstein"] = Field(
+        "normalized",
+        description="style loss; wasserstein compares mean and covariance; gatys, normalized: Gram matrices",
+    )
     content_weight: Share = Field(0.05, description="weight of the content loss")
     style_weight: Share = Field(1.0, description="weight of the style loss")
     tv_weight: Share = Field(0.0, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=NEW)
@@ -89,6 +92,11 @@ class LossConfig(Section):
         description="mask for the content loss: same aspect ratio as the content; white = keep, black = ignore",
         json_schema_extra=COMPARED_BY_CONTENT,
     )
+
+    @property
+    def compares_means(self) -> bool:
+        """Whether the style loss compares the features' means too, and not Gram matrices alone."""
+        return self.kind == "wasserstein"
 
 
 def _default_stop(data: dict[str, Any]) -> float:
@@ -108,6 +116,11 @@ class OptimizerConfig(Section):
     beta2: Float = Field(0.99, ge=0, lt=1, description="decay of Adam's second moment")
     epsilon: Float = Field(1e-6, gt=0, le=1e6, description="added to the second moment, under the square root")
     clip: Bool = Field(True, description="clip the canvas to 0..255 after each step")
+    color_space: Literal["rgb", "decorrelated"] = Field(
+        "rgb",
+        description="coordinates of Adam's steps; decorrelated: luminance and two colours, for less coloured grain",
+        json_schema_extra=NEW,
+    )
     average: Float = Field(
         0.0,
         ge=0,

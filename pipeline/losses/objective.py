@@ -1,6 +1,7 @@
 """The objective and its seeds, as pure functions of whole-image numbers (algorithm.md, "The objective").
 
-Axes in names: B blocks, C channels, n positions, H rows, W columns. Gram matrices are float64 numpy arrays: they are
+Axes in names: B blocks, C channels, M = C, or C + 1 for the Wasserstein loss (wasserstein.py), n positions, H rows,
+W columns. Gram matrices are float64 numpy arrays: they are
 small, and the exactness of the tiles rests on them.
 """
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.core.errors import ConfigError
+from pipeline.losses import wasserstein
 
 Gram = NDArray[np.float64]
 # Relative differences that count as rounding, by compute.dtype: a canvas and its target are summed in different orders
@@ -29,18 +31,33 @@ _BLOCK, _BLOCKS_AT_ONCE = 1024, 4096
 
 @dataclass(frozen=True)
 class StyleTerm:
-    """One style layer at one canvas: its term of Ls, ‖G(p) − G(s)‖/‖G(s)‖, and the matrix M of seed = M·φ."""
+    """One style layer at one canvas: its term of Ls, ‖G(p) − G(s)‖/‖G(s)‖, and the matrix of the seed.
+
+    The seed is seed_CM·φ, or with M = C + 1 seed_CM·(φ, 1).
+    """
 
     loss: float
     relative_error: float
-    seed_CC: Gram
+    seed_CM: Gram
 
 
-def gram_sum(features_CHW: Tensor, share_HW: Tensor | None = None) -> Gram:
+def gram_sum(features_CHW: Tensor, share_HW: Tensor | None = None, *, with_mean: bool = False) -> Gram:
     """Σ φφᵀ over positions (eq. 14), (C, C), accumulated in at least float32.
 
-    `share_HW`: the weight of each position, 1 by default.
+    `share_HW`: the weight of each position, 1 by default. `with_mean`: of the features and a channel of ones, (M, M),
+    whose last column is (Σ φ, Σ 1).
     """
+    sum_CC = _gram_sum(features_CHW, share_HW)
+    if not with_mean:
+        return sum_CC
+    # beside the product, not by a channel of ones: that would copy the largest feature map
+    weighted_CHW = features_CHW if share_HW is None else features_CHW * share_HW
+    sum_C1 = weighted_CHW.sum((1, 2), dtype=torch.float64).cpu().numpy()[:, None]
+    count = features_CHW[0].numel() if share_HW is None else float(share_HW.sum(dtype=torch.float64))
+    return np.block([[sum_CC, sum_C1], [sum_C1.T, np.full((1, 1), count)]])
+
+
+def _gram_sum(features_CHW: Tensor, share_HW: Tensor | None) -> Gram:
     if features_CHW.is_cuda:
         return _gram_sum_in_blocks(features_CHW, share_HW)
     features_Cn = features_CHW.flatten(1)
@@ -80,12 +97,17 @@ def _products(left_BnC: Tensor, right_BnC: Tensor) -> Tensor:
     return torch.bmm(left_BnC.mT, right_BnC)
 
 
-def style_seed(features_1CHW: Tensor, seed_CC: Gram) -> Tensor:
+def style_seed(features_1CHW: Tensor, seed_CM: Gram) -> Tensor:
     """dJ/dφ of a style layer at the positions of `features_1CHW`, of its shape and dtype."""
-    matrix_CC = torch.from_numpy(seed_CC).to(features_1CHW)
+    channels = features_1CHW.shape[1]
+    matrix_CC = torch.from_numpy(seed_CM[:, :channels]).to(features_1CHW)
     if features_1CHW.is_cuda:  # einsum would return another memory layout than channels-last
-        return F.conv2d(features_1CHW, matrix_CC[:, :, None, None])
-    return torch.einsum("cd,bdhw->bchw", matrix_CC, features_1CHW)
+        seed_1CHW = F.conv2d(features_1CHW, matrix_CC[:, :, None, None])
+    else:
+        seed_1CHW = torch.einsum("cd,bdhw->bchw", matrix_CC, features_1CHW)
+    if seed_CM.shape[1] > channels:
+        seed_1CHW += torch.from_numpy(seed_CM[:, channels]).to(features_1CHW)[None, :, None, None]
+    return seed_1CHW
 
 
 def squares(difference_CHW: Tensor, weight_1HW: Tensor | None = None) -> Tensor:
@@ -116,31 +138,39 @@ def mean_gram(grams: list[Gram], weights: list[float]) -> Gram:
 class StyleTarget:
     """The target of one style layer, and the weight of its difference.
 
-    `kind`: loss.kind. `target_CC`: G_l(s). `positions`: n_l. `weight`: λ_l. `factor`: N·w_s. In a region (masks.py),
-    `positions` is n_r,l and `area` is n_r,l/n_l. `rest_CC`: for a crop, the matrix that is added to its mean Gram
+    `kind`: loss.kind. `target_MM`: G_l(s). `positions`: n_l. `weight`: λ_l. `factor`: N·w_s. In a region (masks.py),
+    `positions` is n_r,l and `area` is n_r,l/n_l. `rest_MM`: for a crop, the matrix that is added to its mean Gram
     matrix to estimate that of the whole image.
     """
 
     kind: str
-    target_CC: Gram
+    target_MM: Gram
     positions: float
     weight: float
     factor: float
     area: float = 1.0
-    rest_CC: Gram | None = None
+    rest_MM: Gram | None = None
 
-    def term(self, sum_CC: Gram) -> StyleTerm:
-        """Loss and seed matrix of a canvas whose gram_sum over the whole image is `sum_CC` (eq. 15).
+    @property
+    def has_mean(self) -> bool:
+        """Whether means are compared too: then M = C + 1."""
+        return self.kind == "wasserstein"
 
-        The seed is d(N·w_s·Ls)/dφ = seed_CC · φ, exact at any subset of positions.
-        Raises ConfigError if the target has no energy to normalise by.
+    def term(self, sum_MM: Gram) -> StyleTerm:
+        """Loss and seed matrix of a canvas whose gram_sum over the whole image is `sum_MM` (eq. 15).
+
+        The seed is d(N·w_s·Ls)/dφ, exact at any subset of positions.
+        Raises ConfigError if the target has no energy, or no variance, to normalise by.
         """
-        gram_CC = sum_CC / self.positions + (0.0 if self.rest_CC is None else self.rest_CC)
-        difference = gram_CC - self.target_CC
-        squares, energy = float(np.sum(difference**2)), float(np.sum(self.target_CC**2))
-        scale = self.area * self.weight / (4 * len(sum_CC) ** 2 if self.kind == "gatys" else _energy(energy, "style"))
-        seed_CC = self.factor * scale * 4 / self.positions * difference
-        return StyleTerm(scale * squares, relative_error(squares, energy), seed_CC)
+        gram_MM = sum_MM / self.positions + (0.0 if self.rest_MM is None else self.rest_MM)
+        difference = gram_MM - self.target_MM
+        squares, energy = float(np.sum(difference**2)), float(np.sum(self.target_MM**2))
+        error, scale = relative_error(squares, energy), self.area * self.weight
+        if self.has_mean:
+            found = wasserstein.distance(gram_MM, self.target_MM)
+            return StyleTerm(scale * found.loss, error, self.factor * scale / self.positions * found.gradient_CM)
+        scale /= 4 * len(sum_MM) ** 2 if self.kind == "gatys" else _energy(energy, "style")
+        return StyleTerm(scale * squares, error, self.factor * scale * 4 / self.positions * difference)
 
 
 def relative_error(squares: float, energy: float) -> float:
@@ -161,7 +191,7 @@ def content_scale(kind: str, energy: float, channels: int, positions: int, weigh
 def _energy(energy: float, which: str) -> float:
     if not energy > 0:
         raise ConfigError(
-            f"loss.kind: normalized divides by the energy of the {which} features, which is {energy:g}: the "
+            f"loss.kind divides by the energy of the {which} features, which is {energy:g}: the "
             f"{which} image has no features at one of the layers. Use another image, other layers, or loss.kind: gatys."
         )
     return energy

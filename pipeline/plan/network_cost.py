@@ -17,6 +17,7 @@ class LayerUse:
     """The layers that the losses use, and the channels of every layer.
 
     `itemsize`: bytes per value of a feature map on the CPU. `guides`: the masks of the stage.
+    `with_mean`: the style loss compares means too, so Gram matrices have one more row and column.
     """
 
     widths: Mapping[str, int]
@@ -24,6 +25,7 @@ class LayerUse:
     content_layers: tuple[str, ...]
     itemsize: int
     guides: Guides = UNGUIDED
+    with_mean: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,7 +88,9 @@ class LayerUse:
 
     def grams_bytes(self) -> int:
         """Bytes of the Gram sums of one tile, in float64."""
-        return max(1, self.guides.regions) * sum(self.widths[name] ** 2 * 8 for name in self.style_layers)
+        return max(1, self.guides.regions) * sum(
+            (self.widths[name] + self.with_mean) ** 2 * 8 for name in self.style_layers
+        )
 
     def parameters_bytes(self) -> int:
         """Bytes of the convolutions' weights."""
@@ -121,7 +125,8 @@ def layers_in_use(config: Config, widths: Mapping[str, int]) -> LayerUse:
             f"content_layers asks for. It has {', '.join(widths)}."
         )
     guides = guides_of(config.styles if style else (), config.loss.content_mask if content else None)
-    return LayerUse(widths, style, content, 8 if config.compute.dtype == "float64" else 4, guides)
+    itemsize = 8 if config.compute.dtype == "float64" else 4
+    return LayerUse(widths, style, content, itemsize, guides, config.loss.compares_means)
 
 
 def guides_of(styles: Sequence[StyleConfig], content_mask: Path | None) -> Guides:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.losses.color_space import Basis, to_pixels
+
 Array = NDArray[Any]
 
 
@@ -16,7 +18,8 @@ Array = NDArray[Any]
 class AdamStep:
     """One step: the constants of the moments, and `size` = α·c_j·b, which multiplies u.
 
-    `average_weight`: of the new canvas in the average of all, None where there is no average.
+    `average_weight`: of the new canvas in the average of all, None where there is no average. `basis`: M of the
+    colour coordinates in which gradient, m, v and u are, None for RGB (losses/color_space.py).
     """
 
     beta1: float
@@ -25,6 +28,7 @@ class AdamStep:
     size: float
     clip: bool
     average_weight: float | None = None
+    basis: Basis | None = None
 
 
 def bias_correction(beta1: float, beta2: float, iteration: int) -> float:
@@ -73,7 +77,7 @@ def move_average(average: Array, canvas: Array, scratch: Array, weight: float) -
 def update(gradient: Array, canvas: Array, m: Array, v: Array, scratch: Array, step: AdamStep) -> Array:
     """Advance `canvas`, `m` and `v` by one step, in place, and give |u|.
 
-    All five arrays have one shape and dtype; `gradient` and `scratch` are overwritten, and |u| is `scratch`.
+    All five arrays have one shape, (…, 3), and dtype; `gradient` and `scratch` are overwritten, and |u| is `scratch`.
     """
     # separate multiplications and additions, in this order: fused ones would round differently from machine to machine
     m *= step.beta1
@@ -87,7 +91,10 @@ def update(gradient: Array, canvas: Array, m: Array, v: Array, scratch: Array, s
     np.add(v, step.epsilon, out=scratch)
     np.sqrt(scratch, out=scratch)
     np.divide(m, scratch, out=scratch)
-    np.multiply(scratch, step.size, out=gradient)
+    if step.basis is None:
+        np.multiply(scratch, step.size, out=gradient)
+    else:
+        to_pixels(scratch, step.basis, step.size, gradient)
     canvas -= gradient
     if step.clip:
         np.clip(canvas, 0, 255, out=canvas)

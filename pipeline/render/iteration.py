@@ -206,6 +206,7 @@ class _IterationGraph:
             tv_weight=stage.config.loss.tv_weight,
             color=stage.color,
             guides=stage.layer_use.guides,
+            basis=stage.basis,
         )
 
     def _add_totals(self, alpha: float | None) -> None:
@@ -223,7 +224,7 @@ class _IterationGraph:
     def _add_updates(self) -> None:
         """The update of every chunk, and what the iteration measured."""
         stage, averaged = self._stage, is_averaged(self._checksums)
-        step = partial(adam_step, stage.config.optimizer, self._iteration, averaged=averaged)
+        step = partial(adam_step, stage.config.optimizer, self._iteration, averaged=averaged, basis=stage.basis)
         rounding = stage.config.seed, stage.plan.index, self._iteration
         self._updates_of: dict[tuple[int, int], Key] = {}
         for number, tile in enumerate(stage.tiles):
@@ -292,8 +293,8 @@ def _gradient(
     checksums: Mapping[str, str],
     terms: Mapping[str, StyleTerm],
 ) -> tile_tasks.GradientResult:
-    seeds = {key: term.seed_CC for key, term in terms.items()}
-    return task(replace(spec, checksums=checksums, style_seeds_CC=seeds))
+    seeds = {key: term.seed_CM for key, term in terms.items()}
+    return task(replace(spec, checksums=checksums, style_seeds_CM=seeds))
 
 
 def _update(

@@ -15,6 +15,7 @@ from pipeline import store
 from pipeline.config import Config, OptimizerConfig
 from pipeline.executors import Key
 from pipeline.losses import objective
+from pipeline.losses.color_space import Basis
 from pipeline.losses.objective import Gram, StyleTarget, StyleTerm
 from pipeline.losses.total_variation import CHANNELS
 from pipeline.render import adam
@@ -125,7 +126,9 @@ def gradient_totals(content_layers: Sequence[str], pixels: int, *tiles: Gradient
     return GradientTotals(squares, tv_sum, max(tile.max_abs_gradient for tile in tiles))
 
 
-def adam_step(settings: OptimizerConfig, iteration: int, alpha: float, averaged: bool) -> adam.AdamStep:
+def adam_step(
+    settings: OptimizerConfig, iteration: int, alpha: float, averaged: bool, basis: Basis | None
+) -> adam.AdamStep:
     """The step of iteration j: its size is α·c_j·b."""
     # both factors are folded into the size, so that the update pass multiplies each pixel once
     bias = adam.bias_correction(settings.beta1, settings.beta2, iteration)
@@ -137,6 +140,7 @@ def adam_step(settings: OptimizerConfig, iteration: int, alpha: float, averaged:
         alpha * factor * bias,
         settings.clip,
         adam.average_weight(settings.average, iteration) if averaged else None,
+        basis,
     )
 
 

@@ -161,7 +161,16 @@ def _store_style_targets(
         sums = {STYLE: _ingest_aside(stage, folder, style.image, size)}
         color_map = style_map(store.open_array(folder, STYLE, sums[STYLE]))
         specs = [
-            tile_tasks.GramSpec(folder, STYLE, tile, stage.network, sums, stage.layer_use.style_layers, color=color_map)
+            tile_tasks.GramSpec(
+                folder,
+                STYLE,
+                tile,
+                stage.network,
+                sums,
+                stage.layer_use.style_layers,
+                color=color_map,
+                with_mean=stage.layer_use.with_mean,
+            )
             for tile in grid(*size, stage.tile_px)
         ]
         totals = stage.gram_sums(specs, "style Gram")

@@ -14,6 +14,7 @@ from pipeline.core.vgg_layers import LAYER_BY_NAME
 from pipeline.executors import Executor
 from pipeline.losses import objective
 from pipeline.losses.color import LUMINANCE, ColorMap
+from pipeline.losses.color_space import DECORRELATED, Basis
 from pipeline.losses.objective import Gram
 from pipeline.network import NetworkSpec
 from pipeline.plan import LayerUse, StagePlan
@@ -62,6 +63,13 @@ class Stage:
         """The colour map applied to canvas and content before the network; None: their pixels as they are."""
         return LUMINANCE if self.config.color == "luminance" else None
 
+    @property
+    def basis(self) -> Basis | None:
+        """M of the optimiser's colour coordinates; None: RGB."""
+        # with luminance the canvas moves along greys, which is one coordinate already
+        decorrelated = self.config.optimizer.color_space == "decorrelated" and self.color is None
+        return DECORRELATED if decorrelated else None
+
     def check(self, slot: int, checksums: Mapping[str, str]) -> None:
         """Raise ChunkError if an array that the stage still reads is damaged, or one that it writes is missing."""
         for name in checksums:
@@ -94,6 +102,7 @@ class Stage:
                 self.layer_use.style_layers,
                 color=self.color,
                 guides=guides,
+                with_mean=self.layer_use.with_mean,
             )
             for tile in self.tiles
         ]

@@ -24,6 +24,7 @@ from pipeline.core.tiling import Rect, Tile
 from pipeline.core.vgg_layers import ALIGN_PX, LAYER_BY_NAME, halo_px
 from pipeline.losses import objective
 from pipeline.losses.color import ColorMap
+from pipeline.losses.color_space import Basis
 from pipeline.losses.masks import GuideMaps
 from pipeline.losses.objective import Gram
 from pipeline.losses.total_variation import variation
@@ -116,9 +117,13 @@ class TileSpec:
 
 @dataclass(frozen=True)
 class GramSpec(TileSpec):
-    """Sum the Gram matrices of `layers` over the tile's inner rectangle, per mask region if there are any."""
+    """Sum the Gram matrices of `layers` over the tile's inner rectangle, per mask region if there are any.
+
+    `with_mean`: of the features and a channel of ones (losses/wasserstein.py).
+    """
 
     layers: tuple[str, ...]
+    with_mean: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -134,10 +139,12 @@ class SeedSpec(TileSpec):
 
     `content_factors`: per layer, the factor of φ(p) − φ(o) in dJ/dφ. `tv_weight`: w_tv; 0 leaves the term out. If
     `color` is set it is luminance: the gradient is dJ/dY, in all three channels, so that the canvas moves along greys.
+    `basis`: M of the optimiser's colour coordinates, in which the gradient is written; None for RGB.
     """
 
     content_factors: Mapping[str, float]
     tv_weight: float = field(default=0.0, kw_only=True)
+    basis: Basis | None = field(default=None, kw_only=True)
 
     def read_content(self, outer: Rect) -> dict[str, tuple[Tensor, Rect]]:
         """Per content layer, the content's features at the positions of `outer`, and their rectangle."""
@@ -147,9 +154,9 @@ class SeedSpec(TileSpec):
 
 @dataclass(frozen=True)
 class GradientSpec(SeedSpec):
-    """The gradient of the tile's inner rectangle. `style_seeds_CC`: by style key, the matrix of dJ/dφ = seed·φ."""
+    """The gradient of the tile's inner rectangle. `style_seeds_CM`: by style key, the matrix of dJ/dφ (StyleTerm)."""
 
-    style_seeds_CC: Mapping[str, Gram]
+    style_seeds_CM: Mapping[str, Gram]
 
 
 @dataclass(frozen=True)
@@ -198,18 +205,21 @@ def gram_task(spec: GramSpec) -> dict[str, Gram]:
         network_input_1CHW = _network_input(spec, pixels_1CHW)
         maps = _guide_maps(spec, guide_pixels, spec.tile.inner, network_input_1CHW)
         for feature_map in _features(spec, network_input_1CHW, outer, set(spec.layers), spec.tile.inner):
-            sums |= _gram_sums(spec, feature_map, maps)
+            sums |= _gram_sums(spec, feature_map, maps, spec.with_mean)
     return sums
 
 
-def _gram_sums(spec: TileSpec, feature_map: FeatureMap, maps: GuideMaps | None) -> dict[str, Gram]:
+def _gram_sums(spec: TileSpec, feature_map: FeatureMap, maps: GuideMaps | None, with_mean: bool) -> dict[str, Gram]:
     """gram_sum of one layer over the inner rectangle: one matrix, or one per mask region."""
     features_CHW, keys = _inner_features(feature_map, spec.tile).detach(), spec.guides.keys(feature_map.layer.name)
     if maps is None or not spec.guides.regions:
         (key,) = keys
-        return {key: objective.gram_sum(features_CHW)}
+        return {key: objective.gram_sum(features_CHW, with_mean=with_mean)}
     shares_RHW = maps.shares(feature_map.layer, spec.tile.inner.positions(feature_map.layer))
-    return {key: objective.gram_sum(features_CHW, share_HW) for key, share_HW in zip(keys, shares_RHW, strict=True)}
+    return {
+        key: objective.gram_sum(features_CHW, share_HW, with_mean=with_mean)
+        for key, share_HW in zip(keys, shares_RHW, strict=True)
+    }
 
 
 def add_grams(total: dict[str, Gram], tile: dict[str, Gram]) -> dict[str, Gram]:
@@ -244,13 +254,13 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
 
     Raises ConfigError if the gradient is not finite.
     """
-    names = {*map(layer_of, spec.style_seeds_CC), *spec.content_factors}
+    names = {*map(layer_of, spec.style_seeds_CM), *spec.content_factors}
     halo = halo_px(names) or ALIGN_PX  # total variation reads the neighbouring pixels
     # twice the halo: seeds at the border of the receptive field need exact features themselves
     pixels_1CHW, outer = spec.read_outer(2 * halo)
     guide_pixels = spec.read_guides(outer)
     # read before the device is reserved, while another tile computes
-    seeds = _Seeds(spec, dict(spec.style_seeds_CC), spec.read_content(outer))
+    seeds = _Seeds(spec, dict(spec.style_seeds_CM), spec.read_content(outer))
     with _computing(spec):
         network_input_1CHW, tape = _network_input(spec, pixels_1CHW), list[Step]()
         needed = spec.tile.inner.grown(halo, spec.tile.height, spec.tile.width)
@@ -267,15 +277,16 @@ def whole_task(spec: WholeSpec) -> WholeResult:
     guide_pixels = spec.read_guides(outer)
     seeds = _Seeds(spec, {}, spec.read_content(outer))
     names = {*map(layer_of, spec.style_targets), *spec.content_factors}
+    with_mean = any(target.has_mean for target in spec.style_targets.values())
     terms: dict[str, objective.StyleTerm] = {}
     with _computing(spec):
         network_input_1CHW, tape = _network_input(spec, pixels_1CHW), list[Step]()
         seeds.maps = _guide_maps(spec, guide_pixels, outer, network_input_1CHW)
         for feature_map in _features(spec, network_input_1CHW, outer, names, outer, tape):
             if any(key in spec.style_targets for key in spec.guides.keys(feature_map.layer.name)):
-                sums = _gram_sums(spec, feature_map, seeds.maps)
+                sums = _gram_sums(spec, feature_map, seeds.maps, with_mean)
                 terms |= {key: spec.style_targets[key].term(sums[key]) for key in sums if key in spec.style_targets}
-        seeds.style_CC |= {key: term.seed_CC for key, term in terms.items()}
+        seeds.style_CM |= {key: term.seed_CM for key, term in terms.items()}
         gradient_CHW, tv_sum = _gradient(spec, network_input_1CHW, outer, tape, seeds)
     return WholeResult(terms, _written(spec, gradient_CHW, seeds, tv_sum))
 
@@ -288,7 +299,7 @@ class _Seeds:
     """
 
     spec: SeedSpec
-    style_CC: dict[str, Gram]
+    style_CM: dict[str, Gram]
     content: dict[str, tuple[Tensor, Rect]]
     maps: GuideMaps | None = None
     squares: dict[str, Tensor] = field(default_factory=dict)
@@ -318,8 +329,8 @@ class _Seeds:
         guided = self.maps if guides.regions > 0 else None
         shares_RHW = None if guided is None else guided.shares(feature_map.layer, feature_map.region).to(features_1CHW)
         for region, key in enumerate(guides.keys(feature_map.layer.name)):
-            if key in self.style_CC:
-                seed_1CHW = objective.style_seed(features_1CHW, self.style_CC[key])
+            if key in self.style_CM:
+                seed_1CHW = objective.style_seed(features_1CHW, self.style_CM[key])
                 if shares_RHW is not None:
                     seed_1CHW *= shares_RHW[region]
                 total = seed_1CHW if total is None else total.add_(seed_1CHW)
@@ -339,6 +350,8 @@ def _gradient(
         gradient_CHW = gradient_CHW + spec.tv_weight * smoothing_CHW
     if spec.color is not None:
         gradient_CHW = gradient_CHW.sum(0, keepdim=True).expand(3, -1, -1)
+    if spec.basis is not None:
+        gradient_CHW = _mixed(gradient_CHW[None], tuple(zip(*spec.basis, strict=True)), (0.0, 0.0, 0.0))[0]
     return gradient_CHW, tv_sum
 
 
@@ -384,9 +397,15 @@ def _network_input(spec: TileSpec, pixels_1CHW: Tensor) -> Tensor:
     color = spec.color
     if color is None:
         return pixels_1CHW
-    # not as a convolution: its kernels, and tf32, may round differently from tile size to tile size
-    columns_C1C11 = pixels_1CHW.new_tensor(color.matrix).T[:, None, :, None, None]
-    mapped_1CHW = pixels_1CHW.new_tensor(color.bias)[None, :, None, None].expand(pixels_1CHW.shape)
-    for index, column_1C11 in enumerate(columns_C1C11):
-        mapped_1CHW = mapped_1CHW + column_1C11 * pixels_1CHW[:, index : index + 1]
+    mapped_1CHW = _mixed(pixels_1CHW, color.matrix, color.bias)
     return mapped_1CHW.clamp_(0, 255) if color.clip else mapped_1CHW
+
+
+def _mixed(x_1CHW: Tensor, matrix: Basis, bias: tuple[float, float, float]) -> Tensor:
+    """matrix·x + bias of every pixel x."""
+    # not as a convolution: its kernels, and tf32, may round differently from tile size to tile size
+    columns_C1C11 = x_1CHW.new_tensor(matrix).T[:, None, :, None, None]
+    mixed_1CHW = x_1CHW.new_tensor(bias)[None, :, None, None].expand(x_1CHW.shape)
+    for index, column_1C11 in enumerate(columns_C1C11):
+        mixed_1CHW = mixed_1CHW + column_1C11 * x_1CHW[:, index : index + 1]
+    return mixed_1CHW

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from threadpoolctl import ThreadpoolController
+
 from pipeline import images
 from pipeline.core import callers
 from pipeline.store import metadata
@@ -27,6 +29,7 @@ def process_settings() -> Iterator[None]:
         if not callers.number():  # the first call; others that overlap with it share its settings
             _restore.enter_context(metadata.zarr_settings())
             _restore.enter_context(images.vips_settings())
+            _restore.enter_context(_single_threaded_blas())
             _restore.callback(_release_network)
         callers.enter()
     try:
@@ -41,6 +44,18 @@ def process_settings() -> Iterator[None]:
 def enter_process_settings() -> None:
     """The settings for a worker process, which keeps them until it ends."""
     _for_ever.enter_context(process_settings())
+
+
+@contextmanager
+def _single_threaded_blas() -> Iterator[None]:
+    """Inside, numpy's matrix products and roots use one thread: their last bits depend on the number of threads.
+
+    The run and its worker processes must find the same bits. torch's threads are not affected.
+    """
+    controller = ThreadpoolController()
+    numpys = [library.filepath for library in controller.lib_controllers if "numpy" in library.filepath]
+    with controller.select(filepath=numpys).limit(limits=1):
+        yield
 
 
 def _release_network() -> None:

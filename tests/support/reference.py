@@ -77,6 +77,30 @@ def gram(features_CHW: Tensor) -> Tensor:
     return features_Cn @ features_Cn.T / features_Cn.shape[1]
 
 
+def moments(features_CHW: Tensor, share_HW: Tensor) -> tuple[Tensor, Tensor]:
+    """(Σ w·φ, Σ w·φφᵀ) / Σ w over positions with weights w: mean and raw second moment."""
+    features_Cn, share_n = features_CHW.flatten(1), share_HW.flatten() / share_HW.sum()
+    return features_Cn @ share_n, features_Cn @ torch.diag(share_n) @ features_Cn.T
+
+
+def wasserstein(mean: Tensor, second: Tensor, target_mean: Tensor, target_second: Tensor) -> Tensor:
+    """The squared distance of two normal distributions over the target's variance, by Cholesky factors.
+
+    tr (R Σ R)^½ with R = Σ_s^½ is the sum of the singular values of LᵀK, where Σ = LLᵀ and Σ_s = KKᵀ.
+    """
+    covariance = second - torch.outer(mean, mean)
+    target = target_second - torch.outer(target_mean, target_mean)
+    ridge = 1e-4 * target.trace() / len(mean) * torch.eye(len(mean), dtype=mean.dtype)
+    left, right = torch.linalg.cholesky(covariance + ridge), torch.linalg.cholesky(target + ridge)
+    overlap = torch.linalg.svdvals(left.T @ right).sum()
+    distance = (mean - target_mean).square().sum() + left.square().sum() + right.square().sum() - 2 * overlap
+    return distance / right.square().sum()
+
+
+# Lucid's colour matrix; its luminance column has a mean of 1.
+DECORRELATED = torch.tensor([[26, 9, 2], [27, 0, -5], [27, -9, 3]], dtype=torch.float64) * 3 / 80
+
+
 def luminance(image_HWC: Tensor) -> Tensor:
     """Y of YIQ in all three channels."""
     y_HW = 0.299 * image_HWC[..., 0] + 0.587 * image_HWC[..., 1] + 0.114 * image_HWC[..., 2]
@@ -131,6 +155,7 @@ class Problem:
     style_weight: float = 1.0
     tv_weight: float = 0.0
     color: str = "style"
+    color_space: str = "rgb"
     masks: Sequence[np.ndarray | None] = ()
     content_mask: np.ndarray | None = None
     _cache: dict = field(default_factory=dict, compare=False, repr=False)
@@ -187,6 +212,19 @@ class Problem:
                 self._cache["grams", region] = grams
         return self._cache["grams", region]
 
+    def target_moments(self, layer: str, region: int = 0) -> tuple[Tensor, Tensor]:
+        """The weighted means of the styles' moments."""
+        if ("moments", region, layer) not in self._cache:
+            _, styles = self.regions()[region]
+            with torch.no_grad():
+                total, mean, second = sum(weight for _, weight in styles), 0.0, 0.0
+                for image, weight in styles:
+                    phi = self.features(self.style_input(image))[layer]
+                    own_mean, own_second = moments(phi, torch.ones_like(phi[0]))
+                    mean, second = mean + weight / total * own_mean, second + weight / total * own_second
+                self._cache["moments", region, layer] = mean, second
+        return self._cache["moments", region, layer]
+
     def losses(self, canvas: Tensor) -> tuple[Tensor, Tensor]:
         """(Lc, Ls)."""
         maps = self.features(self.network_input(canvas))
@@ -196,15 +234,20 @@ class Problem:
             squares_HW = (maps[layer] - target).square().sum(0)
             if self.content_mask is not None:
                 squares_HW = squares_HW * at_layer(self.content_mask, layer)
-            if self.kind == "normalized":
+            if self.kind != "gatys":
                 content_loss = content_loss + alpha * squares_HW.sum() / target.square().sum()
             else:
                 content_loss = content_loss + alpha * squares_HW.sum() / 2 / target.numel()
         for region, (share_HW, _) in enumerate(self.regions()):
             for layer, weight in self.style_layers.items():
-                target, guide_HW = self.target_grams(region)[layer], at_layer(share_HW, layer)
+                guide_HW = at_layer(share_HW, layer)
                 if not guide_HW.any():
                     continue
+                if self.kind == "wasserstein":
+                    found = wasserstein(*moments(maps[layer], guide_HW), *self.target_moments(layer, region))
+                    style_loss = style_loss + weight * guide_HW.mean() * found
+                    continue
+                target = self.target_grams(region)[layer]
                 guided_Cn = (maps[layer] * guide_HW).flatten(1)
                 guided = guided_Cn @ maps[layer].flatten(1).T / guide_HW.sum()
                 squares = guide_HW.mean() * (guided - target).square().sum()
@@ -228,9 +271,14 @@ class Problem:
         return pixels * (loss + self.tv_weight * self.variation(canvas))
 
     def gradient(self, canvas: np.ndarray) -> np.ndarray:
-        """dJ/dp, (H, W, 3); for luminance the derivative along the grey axis, in all three channels."""
+        """dJ/dp, (H, W, 3), or dJ/dθ in decorrelated colours.
+
+        For luminance the derivative along the grey axis, in all three channels.
+        """
         leaf = torch.from_numpy(canvas.copy()).requires_grad_()
         (gradient,) = torch.autograd.grad(self.objective(leaf), leaf)
         if self.color == "luminance":
             gradient = gradient.sum(-1, keepdim=True).expand_as(gradient)
+        elif self.color_space == "decorrelated":
+            gradient = gradient @ DECORRELATED
         return gradient.numpy()

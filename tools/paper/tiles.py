@@ -71,7 +71,7 @@ class Faults:
     def gradient(self, spec: tile_tasks.GradientSpec) -> tile_tasks.GradientResult:
         """The gradient pass of one tile."""
         if not self.whole_grams:
-            spec = replace(spec, style_seeds_CC=self._own_seeds(spec))
+            spec = replace(spec, style_seeds_CM=self._own_seeds(spec))
         if self.halo:
             return tile_tasks.gradient_task(spec)
         alone = _alone(self.config, spec)
@@ -81,7 +81,7 @@ class Faults:
 
     def _own_seeds(self, spec: tile_tasks.GradientSpec) -> dict[str, Gram]:
         """The seeds of a tile from its own Gram matrices only."""
-        layers, inner, loss = tuple(spec.style_seeds_CC), spec.tile.inner, self.config.loss
+        layers, inner, loss = tuple(spec.style_seeds_CM), spec.tile.inner, self.config.loss
         sums = self.gram(
             tile_tasks.GramSpec(spec.stage_dir, spec.array, spec.tile, spec.network, spec.checksums, layers)
         )
@@ -94,7 +94,7 @@ class Faults:
                 inner.area * loss.style_weight,
             )
             .term(sums[layer])
-            .seed_CC
+            .seed_CM
             for layer in sums
         }
 

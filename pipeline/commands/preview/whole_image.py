@@ -66,7 +66,9 @@ class WholeImage:
         """
         whole = Rect(0, self.size[0], 0, self.size[1])
         canvas, layers, guided = self.canvas, stage.layer_use.style_layers, self._guided(stage)
-        of_whole, of_region = (self._mean_grams(stage, canvas, layers, rect, guided) for rect in (whole, region))
+        of_whole, of_region = (
+            self._mean_grams(stage, canvas, layers, rect, guided, stage.layer_use.with_mean) for rect in (whole, region)
+        )
         grams = {key: of_whole[key] - of_region[key] for key in of_whole if key in of_region}
         if self.content is None:
             return WholeImageEstimate(grams, {})
@@ -86,7 +88,13 @@ class WholeImage:
         return _Guided(self.folder, guides, ingest_guides(stage, self.folder, guides.arrays))
 
     def _mean_grams(
-        self, stage: Stage, array: store.StageArray, layers: tuple[str, ...], rect: Rect, guided: _Guided
+        self,
+        stage: Stage,
+        array: store.StageArray,
+        layers: tuple[str, ...],
+        rect: Rect,
+        guided: _Guided,
+        with_mean: bool = False,
     ) -> dict[str, Gram]:
         """Mean Grams over a rectangle, read with its halo, by style key; masks without area are left out."""
         if not layers:
@@ -103,6 +111,7 @@ class WholeImage:
                 color=stage.color,
                 guides=guided.guides,
                 guides_dir=guided.folder,
+                with_mean=with_mean,
             )
             for tile in tiles
         ]

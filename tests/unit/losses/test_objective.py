@@ -40,7 +40,7 @@ def test_style_loss_and_seed_are_the_formula_and_its_derivative(kind):
     (expected,) = torch.autograd.grad(factor * loss, phi)
     term = StyleTarget(kind, target.numpy(), 6 * 7, weight, factor).term(gram_sum(phi.detach()))
     assert term.loss == pytest.approx(loss.item(), rel=1e-13)
-    seed = torch.from_numpy(term.seed_CC) @ phi.detach().flatten(1)
+    seed = torch.from_numpy(term.seed_CM) @ phi.detach().flatten(1)
     assert (seed.reshape(expected.shape) - expected).abs().max() < 1e-13 * expected.abs().max()
 
 
@@ -104,7 +104,7 @@ def test_the_target_itself_has_no_loss_and_no_seed(kind):
     target = mean(features(5, 8, 4, 2)).numpy()
     term = StyleTarget(kind, target, 32, 1.0, 1e9).term(32 * target)  # a power of two, which loses nothing
     assert term.loss == term.relative_error == 0
-    assert not term.seed_CC.any()
+    assert not term.seed_CM.any()
 
 
 def test_relative_errors_are_those_of_norms_and_need_no_energy():

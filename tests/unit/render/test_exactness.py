@@ -91,7 +91,8 @@ def test_a_tile_with_cuts_on_all_sides_is_exact(tmp_path, narrow_weights, size, 
 
 # --- every setting of the objective ---
 
-COMBINATIONS = list(itertools.product(["replicate", "zeros", "reflect"], ["max", "average"], ["normalized", "gatys"]))
+KINDS = ["normalized", "gatys", "wasserstein"]
+COMBINATIONS = list(itertools.product(["replicate", "zeros", "reflect"], ["max", "average"], KINDS))
 
 
 @pytest.mark.parametrize(("padding", "pooling", "kind"), COMBINATIONS)
@@ -114,7 +115,7 @@ def test_the_deepest_layer_is_exact_with_other_paddings(tmp_path, narrow_weights
         assert_exact(case)
 
 
-@pytest.mark.parametrize("kind", ["normalized", "gatys"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_layer_weights_and_layers_that_are_both_content_and_style(tmp_path, narrow_weights, kind):
     """Artists mix layers; a layer in both lists gets both seeds, a weight belongs to its own layer."""
     layers = {
@@ -248,6 +249,7 @@ def test_a_whole_run_gives_the_same_picture_with_one_tile_and_with_many(tmp_path
     ("optimizer", "iterations"),
     [
         pytest.param({"schedule": "cosine", "max_iterations": 6, "average": 0.9}, 6, id="averaged"),
+        pytest.param({"max_iterations": 6, "color_space": "decorrelated"}, 6, id="decorrelated"),
         pytest.param({"schedule": "cosine", "max_iterations": 6}, 6, id="cosine", marks=pytest.mark.e2e),
         pytest.param(
             {"schedule": "constant", "max_iterations": 6, "stop_condition": 0, "clip": False, "beta1": 0.8},
@@ -314,7 +316,7 @@ def run_in_own_style(folder: Path, weights: Path, **values) -> tuple[np.ndarray,
     return content, read_whole(canvas), [as_json(record) for record in records]
 
 
-@pytest.mark.parametrize("kind", ["normalized", "gatys"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("tile_px", [64, 192])
 def test_a_picture_in_its_own_style_is_left_as_it_is(tmp_path, narrow_weights, dtype, tile_px, kind):
@@ -371,10 +373,11 @@ def cases(draw):
             "content_layers": {name: draw(st.sampled_from([0.1, 1.0])) for name in sorted(content)},
         },
         "loss": {
-            "kind": draw(st.sampled_from(["normalized", "gatys"])),
+            "kind": draw(st.sampled_from(KINDS)),
             "content_weight": 1.0 if content else 0.0,
             "style_weight": 0.5 if style else 0.0,
         },
+        "optimizer": {"color_space": draw(st.sampled_from(["rgb", "decorrelated"]))},
     }
 
 
