@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
+# (Σw, Σw·x, Σw·x·xᵀ) over pixels x with weights w: a number, (3,) and (3, 3).
+Moments = tuple[float, Matrix, Matrix]
 
 # Weights of R, G and B in Y of YIQ (Rec. 601); their sum is 1.
 LUMINANCE_WEIGHTS = (0.299, 0.587, 0.114)
@@ -83,20 +85,32 @@ def style_map(color: str, style: ColorStatistics, content: ColorStatistics) -> C
     return (matched_colors if color == "content" else matched_luminance)(style, content)
 
 
-def moments(pixels_HWC: NDArray[Any]) -> tuple[Matrix, Matrix]:
-    """(Σx, Σx·xᵀ) over pixels x, (3,) and (3, 3).
+def moments(pixels_HWC: NDArray[Any], weights_HW1: NDArray[Any] | None = None) -> Moments:
+    """The moments of pixels x with weights w, 0..255; 1 by default.
 
-    Of 8-bit pixels both are whole numbers below 2^53, up to 1.4·10^11 pixels: they do not depend on the tiles.
+    Of 8-bit pixels all three are whole numbers; without weights below 2^53, up to 1.4·10^11 pixels: they do not depend
+    on the tiles.
     """
     pixels_n3 = pixels_HWC.reshape(-1, 3).astype(np.float64)
-    return pixels_n3.sum(0), pixels_n3.T @ pixels_n3
+    if weights_HW1 is None:
+        return float(len(pixels_n3)), pixels_n3.sum(0), pixels_n3.T @ pixels_n3
+    weighted_n3 = weights_HW1.reshape(-1, 1) * pixels_n3
+    return float(weights_HW1.sum(dtype=np.float64)), weighted_n3.sum(0), weighted_n3.T @ pixels_n3
 
 
-def statistics_of(parts: Sequence[tuple[Matrix, Matrix]], pixels: int) -> ColorStatistics:
-    """The statistics of an image of `pixels` pixels from the `moments` of all its parts."""
-    mean = np.sum([total for total, _ in parts], axis=0) / pixels
-    second = np.sum([squares for _, squares in parts], axis=0) / pixels
-    return ColorStatistics(mean, second - np.outer(mean, mean))
+def added(parts: Sequence[Moments]) -> Moments:
+    """The moments of an image from those of all its parts."""
+    count, total, squares = 0.0, np.zeros(3), np.zeros((3, 3))
+    for part_count, part_total, part_squares in parts:
+        count, total, squares = count + part_count, total + part_total, squares + part_squares
+    return count, total, squares
+
+
+def statistics_of(parts: Sequence[Moments]) -> ColorStatistics:
+    """The statistics of an image from the moments of all its parts."""
+    count, total, squares = added(parts)
+    mean = total / count
+    return ColorStatistics(mean, squares / count - np.outer(mean, mean))
 
 
 def luminance(pixels_HWC: NDArray[Any]) -> NDArray[Any]:

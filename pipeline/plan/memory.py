@@ -64,7 +64,7 @@ def update_threads(device: str) -> int:
 class StageWork:
     """One stage: its config, the layers in use, and the sizes (height, width) of canvas and styles.
 
-    `content`: the kind of the content's pixels, None without a content.
+    `content`: the kind of the content's pixels, None without a content. `alphas`: whether each style has alpha.
     """
 
     config: Config
@@ -72,6 +72,7 @@ class StageWork:
     canvas: Size
     styles: tuple[Size, ...]
     content: PixelKind | None
+    alphas: tuple[bool, ...]
 
     @property
     def halo_px(self) -> int:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,14 @@ def _stage_works(
     content = images[config.content].kind if config.content is not None else None
     configs = [config.for_stage(max(canvas)) for canvas, _ in sizes]
     works = tuple(
-        StageWork(stage_config, layers_in_use(stage_config, widths), canvas, styles, content)
+        StageWork(
+            stage_config,
+            layers_in_use(stage_config, widths),
+            canvas,
+            styles,
+            content,
+            tuple(images[style.image].kind.alpha for style in stage_config.styles),
+        )
         for stage_config, (canvas, styles) in zip(configs, sizes, strict=True)
     )
     for index, work in enumerate(works):
@@ -151,8 +158,12 @@ def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
     size, layer_use, chunk_px = work.canvas, work.layer_use, work.config.store.chunk_px
     arrays = arrays_of(work.config, size, layer_use, work.content)
     retained = [arrays[name] for name in kept_files(0, arrays) if name in arrays]
-    styles = sorted((ArraySpec((*style, 3), chunk_px, "uint8") for style in work.styles), key=lambda spec: spec.chunks)
-    stored = [*arrays.values(), *styles[-1:]]  # a style is deleted before the next is read
+    styles = [
+        [ArraySpec((*style, channels), chunk_px, "uint8") for channels in ((3, 1) if alpha else (3,))]
+        for style, alpha in zip(work.styles, work.alphas, strict=True)
+    ]
+    # a style is deleted before the next is read
+    stored = [*arrays.values(), *max(styles, key=_total_bytes, default=[])]
     # Without regions the targets of the style are too few bytes to count.
     targets = (layer_use.grams_bytes(), len(layer_use.style_keys)) if layer_use.guides.regions else (0, 0)
     gram_px = computed_px(size, tile_px, halo_px(layer_use.style_layers)) if layer_use.style_layers else 0
@@ -164,15 +175,19 @@ def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
         tiles=ceil_to(size[0], tile_px) * ceil_to(size[1], tile_px) // tile_px**2,
         gram_px=gram_px,
         gradient_px=gradient_px,
-        store_bytes=sum(spec.stored_bytes for spec in stored) + targets[0],
+        store_bytes=_total_bytes(stored) + targets[0],
         store_chunks=sum(spec.chunks for spec in stored) + targets[1],
-        kept_bytes=sum(spec.stored_bytes for spec in retained),
+        kept_bytes=_total_bytes(retained),
         kept_chunks=sum(spec.chunks for spec in retained),
         content=work.content,
         # The backward pass to the pixels costs as much as the forward pass: no gradient of a weight is computed.
         flop_per_iteration=layer_use.flop_per_px() * (gram_px + 2 * gradient_px),
         max_iterations=work.config.optimizer.max_iterations,
     )
+
+
+def _total_bytes(specs: Iterable[ArraySpec]) -> int:
+    return sum(spec.stored_bytes for spec in specs)
 
 
 def computed_px(size: Size, tile_px: int, halo: int) -> int:

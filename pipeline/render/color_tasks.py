@@ -9,28 +9,32 @@ import numpy as np
 
 from pipeline.core.tiling import Rect, chunks_of
 from pipeline.executors import Executor
-from pipeline.losses.color import ColorStatistics, Matrix, luminance, moments, statistics_of
+from pipeline.losses.color import ColorStatistics, Moments, added, luminance, moments, statistics_of
 from pipeline.store import ChunkSums, StageArray
 
 
 @dataclass(frozen=True)
 class _RowSpec:
-    """A row of chunks of an image."""
+    """A row of chunks of an image, and of the weights 0..255 of its pixels."""
 
     array: StageArray
     rect: Rect
+    weights: StageArray | None
 
 
-def moments_task(spec: _RowSpec) -> tuple[Matrix, Matrix]:
-    """(Σx, Σx·xᵀ) over a row of chunks; of 8-bit pixels whole numbers below 2^53, so that their sum has no rounding."""
-    parts = [moments(spec.array.read_window(part)) for _, _, part in chunks_of(spec.rect, spec.array.chunk_px)]
-    return sum((total for total, _ in parts), np.zeros(3)), sum((squares for _, squares in parts), np.zeros((3, 3)))
+def moments_task(spec: _RowSpec) -> Moments:
+    """The moments of a row of chunks; of 8-bit pixels whole numbers below 2^53, so that their sum has no rounding."""
+    parts = [
+        moments(spec.array.read_window(part), None if spec.weights is None else spec.weights.read_window(part))
+        for _, _, part in chunks_of(spec.rect, spec.array.chunk_px)
+    ]
+    return added(parts)
 
 
-def statistics(array: StageArray, executor: Executor) -> ColorStatistics:
+def statistics(array: StageArray, executor: Executor, weights: StageArray | None = None) -> ColorStatistics:
     """The statistics of a whole image in the store, the same bits whatever the tiles. Raises ChunkError."""
-    height, width, _ = array.shape
-    return statistics_of(executor.map(moments_task, [_RowSpec(array, rect) for rect in _rows(array)]), height * width)
+    specs = [_RowSpec(array, rect, weights) for rect in _rows(array)]
+    return statistics_of(executor.map(moments_task, specs))
 
 
 def _rows(array: StageArray) -> Iterator[Rect]:

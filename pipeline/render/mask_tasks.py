@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,13 @@ class AreaSpec:
     guides: Guides
     layers: tuple[str, ...]
     checksums: Mapping[str, str]
+
+
+def total_areas(parts: Sequence[Mapping[str, float]], guides: Guides, layers: Sequence[str]) -> dict[str, float]:
+    """n_r,l by style key, from those of all tiles."""
+    # fsum rounds once, so that the areas do not depend on the tiles
+    keys = [key for layer in layers for key in guides.keys(layer)]
+    return {key: math.fsum(part.get(key, 0.0) for part in parts) for key in keys}
 
 
 def area_task(spec: AreaSpec) -> dict[str, float]:

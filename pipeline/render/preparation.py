@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,12 @@ from numpy.typing import NDArray
 from pipeline import store
 from pipeline.config import regions_of
 from pipeline.core.allocator import trim_heap
-from pipeline.core.errors import ConfigError, InputError, storage
-from pipeline.core.tiling import Size, grid
+from pipeline.core.errors import InputError, storage
 from pipeline.losses import color as colors
-from pipeline.losses import objective
-from pipeline.losses.objective import Gram
 from pipeline.plan import arrays_of
 from pipeline.render import color_tasks, ingest, mask_tasks, resample, tile_tasks
-from pipeline.render.stage import Stage, merged, positions
+from pipeline.render.stage import Stage, merged
+from pipeline.render.style_targets import check_finite, ingest_aside, store_style_targets
 from pipeline.store import (
     ALPHA,
     CONTENT,
@@ -30,7 +28,6 @@ from pipeline.store import (
     ChunkSums,
     StageArray,
     content_features_name,
-    gram_name,
     guide_name,
     integrity,
     metadata,
@@ -85,7 +82,7 @@ def _prepare(
     areas = _areas(stage, folder, sums)
     if not is_region:  # a mask may lie outside a crop
         _refuse_nowhere(stage, areas)
-    sums |= _store_style_targets(stage, folder, sums.get(CONTENT), content_colors)
+    sums |= store_style_targets(stage, folder, sums.get(CONTENT), content_colors)
     sums["canvas_0"] = _start_canvas(stage, folder, previous_canvas, sums)
     sums |= {name: store.open_array(folder, name).packed_zeros() for name in ("m_0", "v_0")}
     if stage.config.optimizer.average:
@@ -129,9 +126,7 @@ def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str
     if not guides.regions:
         return {}
     specs = [mask_tasks.AreaSpec(folder, tile, guides, layers, checksums) for tile in stage.tiles]
-    results = stage.executor.map(mask_tasks.area_task, specs)
-    # fsum rounds once, so that the areas do not depend on the tiles
-    return {key: math.fsum(result.get(key, 0.0) for result in results) for key in stage.layer_use.style_keys}
+    return mask_tasks.total_areas(stage.executor.map(mask_tasks.area_task, specs), guides, layers)
 
 
 def _refuse_nowhere(stage: Stage, areas: Mapping[str, float]) -> None:
@@ -146,63 +141,6 @@ def _refuse_nowhere(stage: Stage, areas: Mapping[str, float]) -> None:
                 f"{image} would paint nothing. Draw the masks otherwise, leave this style out (stages: can "
                 "do so for the small ones alone), or begin with a larger initial_size."
             )
-
-
-def _store_style_targets(
-    stage: Stage, folder: Path, content_sums: str | None, content_colors: colors.ColorStatistics | None = None
-) -> dict[str, str]:
-    """Write the mean Gram of the styles of each layer and mask region; gives the checksums."""
-    if not stage.layer_use.style_layers:
-        return {}
-    style_map = _style_map(stage, folder, content_sums, content_colors)
-    # one style at a time in the store: only the Gram matrices of all of them are needed together
-    grams: list[dict[str, Gram]] = []
-    for style, size in zip(stage.config.styles, stage.plan.style_sizes, strict=True):
-        sums = {STYLE: _ingest_aside(stage, folder, style.image, size)}
-        color_map = style_map(store.open_array(folder, STYLE, sums[STYLE]))
-        specs = [
-            tile_tasks.GramSpec(
-                folder,
-                STYLE,
-                tile,
-                stage.network,
-                sums,
-                stage.layer_use.style_layers,
-                color=color_map,
-                with_mean=stage.layer_use.with_mean,
-            )
-            for tile in grid(*size, stage.tile_px)
-        ]
-        totals = stage.gram_sums(specs, "style Gram")
-        grams.append({layer: total / positions(size, layer) for layer, total in totals.items()})
-        store.delete_array(folder, STYLE)
-    written: dict[str, str] = {}
-    for layer in stage.layer_use.style_layers:
-        for key, region in zip(stage.layer_use.guides.keys(layer), regions_of(stage.config.styles), strict=True):
-            weights = [stage.config.styles[index].weight for index in region.styles]
-            target = objective.mean_gram([grams[index][layer] for index in region.styles], weights)
-            _check_finite(stage, float(target.sum()), "style", layer)
-            written[gram_name(key)] = metadata.write_gram(folder, key, target)
-    return written
-
-
-def _ingest_aside(stage: Stage, folder: Path, image: Path, size: Size) -> str:
-    """Ingest an image that only the preparation needs as the array STYLE; gives its packed checksums."""
-    settings = stage.config.store
-    store.create_array(folder, STYLE, (*size, 3), settings.chunk_px, "uint8", settings.codec)
-    return ingest.ingest(image, store.open_array(folder, STYLE), stage.executor, stage.reporter("style"))
-
-
-def _style_map(
-    stage: Stage, folder: Path, content_sums: str | None, content_colors: colors.ColorStatistics | None
-) -> Callable[[store.StageArray], colors.ColorMap | None]:
-    """A function from a style's array to the colour map that is applied to its pixels before the network."""
-    color = stage.config.color
-    if color == "style":
-        return lambda style: None
-    # of the whole content: in a crop, the colours of its region would change the style
-    content = content_colors or color_tasks.statistics(store.open_array(folder, CONTENT, content_sums), stage.executor)
-    return lambda style: colors.style_map(color, color_tasks.statistics(style, stage.executor), content)
 
 
 def _start_canvas(
@@ -227,7 +165,7 @@ def _fill_canvas(
             resample.whole(previous_canvas), resample.whole(canvas), stage.executor, stage.reporter("canvas")
         )
     if isinstance(init, Path):
-        image = store.open_array(folder, STYLE, _ingest_aside(stage, folder, init, stage.plan.size))
+        image = store.open_array(folder, STYLE, ingest_aside(stage, folder, init, stage.plan.size))
         sums = resample.enlarge(resample.whole(image), resample.whole(canvas), stage.executor, stage.reporter("canvas"))
         store.delete_array(folder, STYLE)
         return sums
@@ -270,19 +208,11 @@ def _content_pass(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> t
     energies, packed = {}, {}
     for layer in layers:
         energies[layer] = math.fsum(result.energies.get(layer, 0.0) for result in results)
-        _check_finite(stage, energies[layer], "content", layer)
+        check_finite(stage, energies[layer], "content", layer)
         name = content_features_name(layer)
         sums = merged(result.sums.get(layer, {}) for result in results)
         packed[name] = store.open_array(folder, name).packed(sums)
     return energies, packed
-
-
-def _check_finite(stage: Stage, total: float, which: str, layer: str) -> None:
-    if not math.isfinite(total):
-        raise ConfigError(
-            f"the {which} image's features at {layer} are not finite: the network's weights are not, or "
-            f"compute.dtype {stage.network.dtype} overflows with them. Use other weights, or float32."
-        )
 
 
 def _initial_gray(_seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:

@@ -9,11 +9,15 @@ from pipeline.store.layout import CONTENT_GUIDE, guide_name, style_key
 
 @dataclass(frozen=True)
 class Guides:
-    """Number of style masks, whether other styles cover the rest of the canvas, and whether there is a content map."""
+    """Number of style masks, whether other styles cover the rest of the canvas, and whether there is a content map.
+
+    `first`: the number of the first mask's array.
+    """
 
     masks: int = 0
     rest: bool = False
     content: bool = False
+    first: int = 0
 
     @property
     def regions(self) -> int:
@@ -23,7 +27,8 @@ class Guides:
     @property
     def arrays(self) -> tuple[str, ...]:
         """The names of the mask arrays, of one uint8 channel each."""
-        return *map(guide_name, range(self.masks)), *([CONTENT_GUIDE] if self.content else [])
+        masks = map(guide_name, range(self.first, self.first + self.masks))
+        return *masks, *([CONTENT_GUIDE] if self.content else [])
 
     def keys(self, layer: str) -> tuple[str, ...]:
         """The style keys of a layer: the layer itself, or one per region."""

@@ -235,7 +235,8 @@ class Crop:
         longest = ceil_to(max(side for sides in (size, *styles) for side in sides), config.store.chunk_px)
         tile_px = min(self.finished.tile_px or longest, self.plan.tile_px, longest)
         content = None if config.content is None else RGB8  # the crop's own copy of it has 8 bits and no alpha
-        plan = plan_stage(StageWork(config, layer_use, size, styles, content), index, tile_px)
+        alphas = (True,) * len(styles)  # they may have
+        plan = plan_stage(StageWork(config, layer_use, size, styles, content, alphas), index, tile_px)
         return make_stage(config, plan, self.context, tile_px)
 
     def _render_stage(self, index: int, region: Rect, source: Region, whole_image: WholeImage) -> Region:

@@ -27,18 +27,18 @@ def cut_file(path: Path, size: Size, rect: Rect, output: Path, cancel: CancelTok
     Returns the colour statistics of the whole image at that size. Raises InputError for a broken file, StorageError,
     Stopped.
     """
-    moments: list[tuple[color.Matrix, color.Matrix]] = []
+    moments: list[color.Moments] = []
     # Closed explicitly: an error's traceback would keep this frame, and with it the decoder's thread and the open file.
     with closing(images.stream_rgb(path, size[1], size[0], min(_BAND_PX, size[0]), cancel)) as decoded:
         bands = _cut_bands(decoded, rect, moments)
         write_rows(bands, output, (rect.height, rect.width), cancel)
         for _ in bands:
             raise AssertionError("a cut has more rows than its rectangle")
-    return color.statistics_of(moments, size[0] * size[1])
+    return color.statistics_of(moments)
 
 
 def _cut_bands(
-    bands: Iterator[tuple[int, NDArray[Any]]], rect: Rect, moments: list[tuple[color.Matrix, color.Matrix]]
+    bands: Iterator[tuple[int, NDArray[Any]]], rect: Rect, moments: list[color.Moments]
 ) -> Iterator[NDArray[Any]]:
     for y0, rows_HWC in bands:
         moments.append(color.moments(rows_HWC))

@@ -7,7 +7,6 @@ come, at the size of the finished one, whose own masks may have been others.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -126,9 +125,7 @@ def _areas(stage: Stage, tiles: list[Tile], layers: tuple[str, ...], guided: _Gu
     if not guided.guides.regions:
         return {name: float(sum(tile.inner.positions(LAYER_BY_NAME[name]).area for tile in tiles)) for name in layers}
     specs = [mask_tasks.AreaSpec(guided.folder, tile, guided.guides, layers, guided.checksums) for tile in tiles]
-    results = stage.executor.map(mask_tasks.area_task, specs)
-    keys = [key for name in layers for key in guided.guides.keys(name)]
-    return {key: math.fsum(result.get(key, 0.0) for result in results) for key in keys}
+    return mask_tasks.total_areas(stage.executor.map(mask_tasks.area_task, specs), guided.guides, layers)
 
 
 def _ratio(whole_energy: float, part_energy: float) -> float:

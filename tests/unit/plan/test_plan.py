@@ -9,6 +9,7 @@ from math import ceil, log2
 from pathlib import Path
 
 import pytest
+import pyvips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,10 +177,14 @@ def test_a_loss_of_weight_0_takes_no_work():
         ({"store": {"chunk_px": 32, "state_dtype": "compact"}, "optimizer": {"average": 0.9}}, {}),
     ],
 )
-def test_planned_disk_is_what_a_stage_allocates(make_config, narrow_weights, monkeypatch, codec_values, network):
+@pytest.mark.parametrize("alpha", [False, True])
+def test_planned_disk_is_what_a_stage_allocates(make_config, narrow_weights, codec_values, network, alpha):
     """The check of free disk space before a run rests on this number: else a disk fills up after days."""
     network = {"weights": str(narrow_weights), **network}
     config = make_config((83, 131), (70, 50), initial_size=131, network=network, **codec_values)
+    if alpha:
+        style = pyvips.Image.new_from_file(str(config.styles[0].image), memory=True)
+        style.bandjoin(200).write_to_file(str(config.styles[0].image))
     (stage_plan,) = (plan := pipeline.plan(config)).stages
     source = find_weights("vgg19", narrow_weights, 0)
     spec = NetworkSpec(source, "replicate", "max", config.compute.dtype, "cpu")
@@ -195,7 +200,12 @@ def test_planned_disk_is_what_a_stage_allocates(make_config, narrow_weights, mon
         layer_use = layers_in_use(config, source.widths)
         stage = Stage(config, stage_plan, layer_use, spec, stage_dir, executor, watch, plan.tile_px)
         prepare(stage, None)
-    style_bytes = ceil(70 / config.store.chunk_px) * ceil(50 / config.store.chunk_px) * config.store.chunk_px**2 * 3
+    style_bytes = (
+        ceil(70 / config.store.chunk_px)
+        * ceil(50 / config.store.chunk_px)
+        * config.store.chunk_px**2
+        * (4 if alpha else 3)
+    )
     assert peak == chunk_bytes(stage_dir) + style_bytes  # the style is deleted once its Grams are known
     assert stage_plan.store_bytes == peak
     names = {path.name for path in stage_dir.iterdir() if path.is_dir() and not path.name.startswith("gram_")}
