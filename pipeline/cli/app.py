@@ -24,6 +24,7 @@ from pipeline.core import profiler
 from pipeline.core.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.core.events import Note, Sink
 from pipeline.core.image_formats import COMPRESSIONS, MAX_SIDE_PX, PREVIEW_PX
+from pipeline.core.presets import PRESETS
 
 if TYPE_CHECKING:
     from pipeline.core.tiling import Rect
@@ -323,14 +324,15 @@ def export(
 
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path), default="pipeline.yaml")
-def init(path: Path) -> None:
+@click.option("--preset", type=click.Choice(PRESETS), help="Write the values of a preset in place of the defaults.")
+def init(path: Path, preset: str | None) -> None:
     """Write a commented config to PATH.
 
     The default is pipeline.yaml; - is stdout.
     """
     from pipeline.config.template import template
 
-    text = template()
+    text = template(preset)
     if str(path) == "-":
         click.echo(text, nl=False)
         return

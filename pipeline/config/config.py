@@ -10,6 +10,7 @@ from pydantic import BaseModel, model_validator
 
 from pipeline.config.conflicts import all_conflicts
 from pipeline.config.messages import ConflictsError, validate
+from pipeline.config.presets import with_preset
 from pipeline.config.regions import shared_masks
 from pipeline.config.sections import COMPARED_BY_CONTENT, HARMLESS, NEW, StageConfig
 from pipeline.config.settings import Settings
@@ -31,9 +32,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), varied: Sequenc
     """The config in the YAML file `path`, with `key.inner=value` overrides applied and all paths made absolute.
 
     Paths in the file are relative to its folder, paths in overrides to the current folder. `varied`: the overrides
-    of one variation of a preview. Raises ConfigError with every problem, one per line, as
-    `file:line:column: key: problem` (`--set key=value: key: problem` for an override, `--vary …` for a varied one),
-    and StorageError if the disk fails.
+    of one variation of a preview. Keys that are given nowhere have the values of the `preset`. Raises ConfigError with
+    every problem, one per line, as `file:line:column: key: problem` (`--set key=value: key: problem` for an override,
+    `--vary …` for a varied one), and StorageError if the disk fails.
     """
     file = Path(path)
     document = read(file)
@@ -41,6 +42,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), varied: Sequenc
     for number, (option, setting) in enumerate(settings):
         document.override(number, setting, option)
     config = None
+    if document.readable and isinstance(document.data, dict):
+        document.data = with_preset(document.data)
     if document.readable:
         config = validate(Config, document, Path.cwd() / file.parent)
     if config is None or document.problems:

@@ -29,6 +29,7 @@ from pipeline.config.sections import (
     StyleConfig,
 )
 from pipeline.core.image_formats import OUTPUT_SUFFIXES
+from pipeline.core.presets import PresetName
 
 
 def _default_work_dir(data: dict[str, Any]) -> Path:
@@ -44,6 +45,11 @@ def _default_init(data: dict[str, Any]) -> Literal["content", "noise"]:
 class Settings(Section):
     """The keys of a config file. All paths are absolute."""
 
+    preset: PresetName | None = Field(
+        None,
+        description="values for the keys below that are not given; null: the defaults",
+        json_schema_extra=HARMLESS,
+    )
     content: File | None = Field(
         None,
         description="content image; null, with loss.content_weight 0, makes a texture of the styles",

@@ -11,12 +11,18 @@ from pydantic import BaseModel
 
 from pipeline.config.config import Config
 from pipeline.config.messages import expected, placeholders
+from pipeline.config.presets import with_preset
 
 
-def template() -> str:
-    """A config file with every key, its default and its description; the file names are placeholders."""
-    config = Config.model_validate(placeholders(Config), context={"base": Path()})
-    head = "# All settings with their defaults; those behind # follow other settings. Paths are relative to this file."
+def template(preset: str | None = None) -> str:
+    """A config file with every key, its default (or its value of the preset) and its description.
+
+    The file names are placeholders.
+    """
+    data = with_preset({"preset": preset}) if preset else {}
+    config = Config.model_validate({**placeholders(Config), **data}, context={"base": Path()})
+    values = f"their values of the preset {preset}" if preset else "their defaults"
+    head = f"# All settings with {values}; those behind # follow other settings. Paths are relative to this file."
     return "\n".join([head, *_template_lines(config)]) + "\n"
 
 

@@ -552,7 +552,7 @@ def test_harmless_changes_let_a_run_go_on(write):
 
 
 @QUICK
-@given(key=st.sampled_from(sorted(LEAVES)), data=st.data())
+@given(key=st.sampled_from(sorted(LEAVES.keys() - {"preset"})), data=st.data())  # it stands for values of other keys
 def test_every_other_change_is_noticed(write, key, data):
     """If a resume missed a change, one image would be rendered with two different settings."""
     value = data.draw(_values(LEAVES[key]))
