@@ -192,7 +192,8 @@ def _faults(error: ValidationError, model: type[BaseModel], document: Document) 
 
 def _mismatch(field: FieldInfo, value: object) -> str:
     text = f"expected {expected(field.annotation, field.metadata)}, found {_written(value)}"
-    names = [str(name) for name in get_args(field.annotation)] if get_origin(field.annotation) is Literal else []
+    annotation = _not_null(field.annotation)
+    names = [str(name) for name in get_args(annotation)] if get_origin(annotation) is Literal else []
     close = difflib.get_close_matches(value[:80], names, n=1) if isinstance(value, str) else []
     return f"{text}; did you mean {close[0]!r}?" if close else text
 
