@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.config import Config, StyleConfig, regions_of
 from pipeline.core.errors import InputError
-from pipeline.core.vgg_layers import LAYER_BY_NAME, Layer, needed_layers
+from pipeline.core.vgg_layers import LAYER_BY_NAME, Layer, halo_px, needed_layers
 from pipeline.store import UNGUIDED, Guides
 
 
@@ -16,7 +16,8 @@ from pipeline.store import UNGUIDED, Guides
 class LayerUse:
     """The layers that the losses use, and the channels of every layer.
 
-    `itemsize`: bytes per value of a feature map on the CPU. `guides`: the masks of the stage.
+    `itemsize`: bytes per value of a feature map on the CPU. `guides`: the masks of the stage. `pooling`: the
+    network's.
     """
 
     widths: Mapping[str, int]
@@ -24,11 +25,22 @@ class LayerUse:
     content_layers: tuple[str, ...]
     itemsize: int
     guides: Guides = UNGUIDED
+    pooling: str = "max"
 
     @property
     def names(self) -> tuple[str, ...]:
         """All layers in use, style layers first."""
         return self.style_layers + self.content_layers
+
+    @property
+    def halo_px(self) -> int:
+        """K_F, the forward halo of a tile, which equals K_B, the backward halo (eqs. 12 and 13)."""
+        return halo_px(self.names, self.pooling)
+
+    @property
+    def gram_halo_px(self) -> int:
+        """The forward halo of a tile of the Gram pass, which runs the style layers only."""
+        return halo_px(self.style_layers, self.pooling)
 
     @property
     def content_widths(self) -> dict[str, int]:
@@ -121,7 +133,8 @@ def layers_in_use(config: Config, widths: Mapping[str, int]) -> LayerUse:
             f"content_layers asks for. It has {', '.join(widths)}."
         )
     guides = guides_of(config.styles if style else (), config.loss.content_mask if content else None)
-    return LayerUse(widths, style, content, 8 if config.compute.dtype == "float64" else 4, guides)
+    itemsize = 8 if config.compute.dtype == "float64" else 4
+    return LayerUse(widths, style, content, itemsize, guides, config.network.pooling)
 
 
 def guides_of(styles: Sequence[StyleConfig], content_mask: Path | None) -> Guides:
