@@ -11,6 +11,10 @@ from pipeline.core.errors import InputError
 from pipeline.core.vgg_layers import LAYER_BY_NAME, Layer, halo_px, needed_layers
 from pipeline.store import UNGUIDED, Guides
 
+# Bytes of the position of a maximum. Average pooling keeps none, but is planned like max: so runs on disk keep their
+# tiles.
+_INDEX_BYTES = {"max": 8, "average": 8}
+
 
 @dataclass(frozen=True)
 class LayerUse:
@@ -78,7 +82,7 @@ class LayerUse:
             positions = 1 / layer.stride**2
             tape += int(c_out * positions * itemsize)
             if layer.kind == "pool":
-                tape += int(c_out * positions * 8)  # int64 indices of the maxima
+                tape += int(c_out * positions * _INDEX_BYTES.get(self.pooling, 0))
             # The gradient of the output, the layer's own seed, and the gradient of the input, padded and not.
             working = int((2 * c_out + c_in * (4 if layer.kind == "pool" else 2)) * positions * itemsize)
             peak = max(peak, tape + max(working, self._columns_bytes(layer, c_in)))

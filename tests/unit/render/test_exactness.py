@@ -82,7 +82,7 @@ SHALLOW = {"content_layers": {"conv4_1": 1.0}, "style_layers": {"conv2_1": 0.7, 
     ("size", "tile_px", "network", "halo"),
     [
         ((217, 225), 48, SHALLOW, 32),
-        ((281, 289), 48, SHALLOW | {"pooling": "tent"}, 48),
+        ((289, 291), 64, SHALLOW | {"pooling": "tent"}, 48),
         ((513, 517), 176, {}, 80),
     ],
 )
@@ -123,9 +123,8 @@ def test_the_deepest_layer_is_exact_with_other_paddings(tmp_path, narrow_weights
         assert_exact(case)
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("pooling", ["tent", "l2"])
-def test_the_deepest_layer_is_exact_with_filtered_poolings(tmp_path, narrow_weights, padding, pooling):
+@pytest.mark.parametrize(("pooling", "padding"), [*(("tent", padding) for padding in PADDINGS), ("l2", "reflect")])
+def test_the_deepest_layer_is_exact_with_filtered_poolings(tmp_path, narrow_weights, pooling, padding):
     """With tent pooling conv5_1 sees 85 px far, and every pooling reaches over the border of maps of odd sizes."""
     network = {"padding": padding, "pooling": pooling, "pooling_scale": 1.5}
     with prepared(tmp_path, narrow_weights, (47, 495), 96, network=network) as case:
@@ -190,7 +189,6 @@ def test_a_network_with_an_input_convolution(tmp_path):
         ("conv5_1", (33, 449), 96, "max"),
         ("conv4_1", (112, 144), 32, "max"),
         ("conv5_1", (33, 513), 96, "tent"),
-        ("conv4_1", (112, 208), 32, "tent"),
     ],
 )
 def test_a_gradient_halo_16_px_smaller_is_seen(tmp_path, narrow_weights, monkeypatch, layer, size, tile_px, pooling):
