@@ -29,7 +29,7 @@ from pipeline.config.fields import (
     SidePx,
 )
 from pipeline.core.image_formats import Bits, Compression
-from pipeline.core.vgg_layers import ALIGN_PX
+from pipeline.core.vgg_layers import ALIGN_PX, PoolingKind
 
 NetworkName = Literal["vgg19", "vgg19-lite", "random"]
 # A resume may change these keys: they do not affect the result.
@@ -70,7 +70,14 @@ class NetworkConfig(Section):
         None, description="weights file; null uses those of the network", json_schema_extra=COMPARED_BY_CONTENT
     )
     padding: Literal["replicate", "zeros", "reflect"] = Field("replicate", description="padding at the image border")
-    pooling: Literal["max", "average"] = Field("max", description="pooling of the network; average gives cleaner lines")
+    pooling: PoolingKind = Field("max", description="pooling of the network; average, tent and l2 give cleaner lines")
+    pooling_scale: Float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="factor behind every pooling; docs/networks.md has those that keep the magnitudes of max pooling",
+        json_schema_extra=NEW,
+    )
     content_layers: Layers = Field({"conv4_2": 1.0}, description="layers of the content loss and their weights")
     style_layers: Layers = Field(
         {f"conv{block}_1": 0.2 for block in range(1, 6)}, description="layers of the style loss and their weights"

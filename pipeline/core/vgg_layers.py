@@ -15,7 +15,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Layer:
-    """One row of the table: a 3×3 convolution with its ReLU, or a 2×2 pooling.
+    """One row of the table: a 3×3 convolution with its ReLU, or a pooling.
 
     `stride` is the distance in canvas pixels between two neighbouring positions of the layer's *output*.
     `torchvision_index` is N of `features.N.weight` in torchvision's VGG-19.
@@ -47,9 +47,14 @@ def _make_layers() -> tuple[Layer, ...]:
 LAYERS = _make_layers()
 CONV_NAMES = tuple(layer.name for layer in LAYERS if layer.kind == "conv")
 LAYER_BY_NAME = {layer.name: layer for layer in LAYERS}
+# The convolutions whose input is a pooled map.
+AFTER_POOLING = tuple(name for name in CONV_NAMES if name.endswith("_1") and name != "conv1_1")
 # Channel widths of the original VGG-19: block X has 64·2^(X−1), at most 512.
 VGG19_WIDTHS: Mapping[str, int] = {name: min(64 * LAYER_BY_NAME[name].stride, 512) for name in CONV_NAMES}
-# Every tile and chunk edge is a multiple of this, so that no pooling window crosses an edge (eq. 11).
+PoolingKind = Literal["max", "average", "tent", "l2"]
+# How far the window of a pooling reaches beyond its 2×2 cell, in positions of its input.
+POOLING_REACH: Mapping[str, int] = {"max": 0, "average": 0, "tent": 1, "l2": 0}
+# Every tile and chunk edge is a multiple of this, so that no pooling cell crosses an edge (eq. 11).
 ALIGN_PX = max(layer.stride for layer in LAYERS)
 
 
@@ -64,13 +69,15 @@ def needed_layers(names: Iterable[str]) -> tuple[Layer, ...]:
     return LAYERS[: max(rows, default=-1) + 1]
 
 
-def halo_px(names: Iterable[str]) -> int:
+def halo_px(names: Iterable[str], pooling: str) -> int:
     """Width of the border around a tile's inner rectangle that the layers `names` depend on, in px (eqs. 12, 13).
 
-    The sum of 1 px per 3×3 convolution at its stride, rounded up to ALIGN_PX so that every pooling window starts where
-    it does in the whole image. The forward and the backward pass need the same halo.
+    The sum of 1 px per 3×3 convolution at its stride, and of the poolings' reach at the stride of their input, rounded
+    up to ALIGN_PX so that every pooling cell starts where it does in the whole image. The forward and the backward pass
+    need the same halo.
     """
-    radius = sum(layer.stride for layer in needed_layers(names) if layer.kind == "conv")
+    reach = POOLING_REACH[pooling]
+    radius = sum(layer.stride if layer.kind == "conv" else reach * layer.stride // 2 for layer in needed_layers(names))
     return ceil_to(radius, ALIGN_PX)
 
 

@@ -78,7 +78,14 @@ def get_network(spec: NetworkSpec) -> Network:
 
 def _build(spec: NetworkSpec) -> Network:
     state = random_state(spec.source) if spec.source.path is None else load_state(spec.source.path)
-    return Network(state, padding=spec.padding, pooling=spec.pooling, dtype=_DTYPES[spec.dtype], device=spec.device)
+    return Network(
+        state,
+        padding=spec.padding,
+        pooling=spec.pooling,
+        dtype=_DTYPES[spec.dtype],
+        device=spec.device,
+        pooling_scale=spec.pooling_scale,
+    )
 
 
 def release() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 Cut = tuple[bool, bool, bool, bool]
 
 # The position that is copied into the padding, counted from the border: 0 is the border itself. None: zeros.
-_SOURCE: Mapping[str, int | None] = {"replicate": 0, "reflect": 1, "zeros": None}
+SOURCE: Mapping[str, int | None] = {"replicate": 0, "reflect": 1, "zeros": None}
 _WORD_BYTES = 16
 
 
@@ -55,7 +55,7 @@ def padded(x_1CHW: Tensor, cut: Cut, padding: str) -> Tensor:
     shape = (batch, channels, height + top + bottom, width + left + right)
     out = torch.empty(shape, dtype=x_1CHW.dtype, device=x_1CHW.device, memory_format=torch.channels_last)
     _copy(out[:, :, top : top + height, left : left + width], x_1CHW)
-    offset = _SOURCE[padding]
+    offset = SOURCE[padding]
     for axis, (first, last) in ((2, (top, bottom)), (3, (left, right))):
         end = out.shape[axis] - 1
         for is_padded, at, source in ((first, 0, first + (offset or 0)), (last, end, end - last - (offset or 0))):
@@ -99,7 +99,7 @@ def _split(gradient: Tensor, axis: int, first: int, last: int) -> tuple[Tensor, 
 
 def _fold(inside: Tensor, axis: int, first: Tensor, last: Tensor, padding: str) -> None:
     """Add the gradient of the padding to the positions that its values were copied from."""
-    offset = _SOURCE[padding]
+    offset = SOURCE[padding]
     if offset is not None:
         end = inside.shape[axis] - 1
         inside.narrow(axis, end - offset, last.shape[axis]).add_(last)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.core.tiling import Rect
-from pipeline.core.vgg_layers import CONV_NAMES, Layer, needed_layers
+from pipeline.core.vgg_layers import AFTER_POOLING, CONV_NAMES, Layer, needed_layers
 from pipeline.network.padding import PADDINGS, Cut, padded, unpadded
+from pipeline.network.pooling import Pooled, Pooling
 from pipeline.network.weights import WeightsSource
 from pipeline.network.weights_file import conv_key
 
@@ -37,33 +38,46 @@ class FeatureMap:
 class Step:
     """One layer of a forward pass on the tape, with what its backward pass needs.
 
-    `input_shape`: of a convolution's input after padding, or of a pooling's input. The rest is a pooling's: it read
-    (rows, columns) `used` of its input, which are `source_1CHW`, and `indices` are the positions of the maxima.
+    `padded_shape`: of a convolution's input after padding. `pooled`: a pooling's; None of a convolution.
     """
 
     output: FeatureMap
     cut: Cut
-    input_shape: torch.Size
-    source_1CHW: Tensor | None = None
-    used: tuple[slice, slice] = (slice(None), slice(None))
-    indices: Tensor | None = None
+    padded_shape: torch.Size
+    pooled: Pooled | None = None
 
 
 class Network:
     """Runs an image, or a tile cut from one, through the layers of the table, and a gradient back to the pixels."""
 
-    def __init__(self, state: Mapping[str, Tensor], *, padding: str, pooling: str, dtype: torch.dtype, device: str):
-        """Copy the convolutions of `state`, under our names or torchvision's (see conv_key), to the device."""
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        *,
+        padding: str,
+        pooling: str,
+        dtype: torch.dtype,
+        device: str,
+        pooling_scale: float = 1.0,
+    ):
+        """Copy the convolutions of `state`, under our names or torchvision's (see conv_key), to the device.
+
+        `pooling_scale`: factor behind every pooling, here of the weights of the convolution that follows.
+        """
         self._dtype = dtype
         self._device = torch.device(device)
-        self._padding, self._pooling = padding, pooling
+        self._padding, self._pooling = padding, Pooling(pooling, padding)
         # cuDNN convolves, adds the bias and applies ReLU in one kernel: separately the bias alone costs 40 % of a
         # convolution. AMD's library has no such kernel, and neither has one for float64.
         self._fused = self._device.type == "cuda" and torch.version.hip is None and dtype != torch.float64
         # Pixels 0..255 do not fit into a bfloat16 mantissa of 8 bits, so they are scaled before they are converted.
         self._input = self._on_device(*_input_convolution(state), torch.promote_types(dtype, torch.float32))
         self._convs = {
-            name: self._on_device(state[f"{key}.weight"], state[f"{key}.bias"], dtype)
+            name: self._on_device(
+                _scaled(state[f"{key}.weight"], pooling_scale if name in AFTER_POOLING else 1.0),
+                state[f"{key}.bias"],
+                dtype,
+            )
             for name in CONV_NAMES
             if (key := conv_key(name, set(state))) is not None
         }
@@ -122,25 +136,11 @@ class Network:
         region = Rect(region.y0 + top, region.y1 - bottom, region.x0 + left, region.x1 - right)
         return Step(FeatureMap(layer, x, region), cut, shape)
 
-    def _pooled(self, layer: Layer, x: Tensor, region: Rect, cut: Cut, with_indices: bool) -> Step:
-        """Pool 2×2, without a first or last line at a cut whose window is only partly inside the region."""
-        top, bottom, left, right = cut
-        whole = Rect(
-            region.y0 + (top and region.y0 % 2),
-            region.y1 - (bottom and region.y1 % 2),
-            region.x0 + (left and region.x0 % 2),
-            region.x1 - (right and region.x1 % 2),
-        )
-        rows, columns = whole.within(region)
-        source, indices = x[:, :, rows, columns], None
-        if self._pooling == "average":
-            pooled = F.avg_pool2d(source, 2)
-        elif with_indices:
-            pooled, indices = F.max_pool2d_with_indices(source, (2, 2))
-        else:
-            pooled = F.max_pool2d(source, 2)
-        output = FeatureMap(layer, pooled, Rect(*(edge // 2 for edge in whole)))
-        return Step(output, cut, x.shape, source, (rows, columns), indices)
+    def _pooled(self, layer: Layer, x: Tensor, region: Rect, cut: Cut, with_tape: bool) -> Step:
+        positions = self._pooling.positions(region, cut)
+        cells = Rect(*(2 * edge for edge in positions)).within(region)
+        pooled = self._pooling.forward(x, cells, with_tape)
+        return Step(FeatureMap(layer, pooled.features_1CHW, positions), cut, x.shape, pooled)
 
     def gradient(self, tape: list[Step], seed: Callable[[FeatureMap], Tensor | None]) -> Tensor:
         """dJ/dp of the pixels at the start of `tape`, (1, 3, H, W), of their size.
@@ -153,7 +153,7 @@ class Network:
         cut = not_padded  # by the layer whose input `gradient` belongs to
         while tape:
             step = tape.pop()
-            own = seed(step.output) if step.source_1CHW is None else None
+            own = seed(step.output) if step.pooled is None else None
             if gradient is not None:
                 gradient = unpadded(gradient, cut, self._padding, own)
             elif own is None:
@@ -162,7 +162,7 @@ class Network:
                 gradient = own
             del own
             gradient = self._backward(step, gradient)
-            cut = step.cut if step.source_1CHW is None else not_padded
+            cut = step.cut if step.pooled is None else not_padded
         assert gradient is not None, "J depends on no layer of the tape"
         weight, _ = self._input
         gradient = unpadded(gradient, cut, self._padding).to(weight.dtype)
@@ -170,8 +170,8 @@ class Network:
 
     def _backward(self, step: Step, gradient: Tensor) -> Tensor:
         """The gradient of a layer's input, after padding, from that of its output."""
-        if step.source_1CHW is not None:
-            return self._pool_backward(step, step.source_1CHW, gradient)
+        if step.pooled is not None:
+            return self._pooling.backward(step.pooled, gradient)
         name, features = step.output.layer.name, step.output.features_1CHW
         if gradient.is_contiguous(memory_format=torch.channels_last):
             torch.ops.aten.threshold_backward.grad_input(gradient, features, 0, grad_input=gradient)
@@ -179,21 +179,7 @@ class Network:
             gradient = torch.ops.aten.threshold_backward(gradient, features, 0)
         if name in self._flipped:
             return F.conv2d(gradient, self._flipped[name], padding=2)
-        return _conv_backward(gradient, step.input_shape, self._convs[name][0])
-
-    def _pool_backward(self, step: Step, source: Tensor, gradient: Tensor) -> Tensor:
-        if step.indices is not None:
-            gradient = torch.ops.aten.max_pool2d_with_indices_backward(
-                gradient, source, [2, 2], [2, 2], [0, 0], [1, 1], False, step.indices
-            )
-        else:
-            gradient = torch.ops.aten.avg_pool2d_backward(gradient, source, [2, 2], [2, 2], [0, 0], False, True, None)
-        if gradient.shape == step.input_shape:
-            return gradient
-        whole = gradient.new_zeros(step.input_shape).contiguous(memory_format=torch.channels_last)
-        rows, columns = step.used
-        whole[:, :, rows, columns] = gradient
-        return whole
+        return _conv_backward(gradient, step.padded_shape, self._convs[name][0])
 
 
 def _conv_backward(gradient: Tensor, shape: torch.Size, weight: Tensor) -> Tensor:
@@ -202,6 +188,11 @@ def _conv_backward(gradient: Tensor, shape: torch.Size, weight: Tensor) -> Tenso
     arguments = (weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False])
     result: Tensor = torch.ops.aten.convolution_backward(gradient, like, *arguments)[0]  # uses no value of `like`
     return result
+
+
+def _scaled(weight: Tensor, factor: float) -> Tensor:
+    """`weight` times `factor`, in float64, so that a float64 network loses nothing."""
+    return weight if factor == 1 else weight.double() * factor
 
 
 def _flipped(weight: Tensor) -> Tensor:

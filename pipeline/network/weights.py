@@ -48,7 +48,7 @@ class NetworkSpec:
     """Everything that is needed to build a network in any process; picklable.
 
     `threads`: CPU threads per tile, which decide the last bits of the result; 0 keeps torch's setting.
-    `gpu_bytes`: GPU memory that is planned for one process; 0 sets no limit.
+    `gpu_bytes`: GPU memory that is planned for one process; 0 sets no limit. `pooling_scale`: see Network.
     """
 
     source: WeightsSource
@@ -58,6 +58,7 @@ class NetworkSpec:
     device: str
     threads: int = 0
     gpu_bytes: int = 0
+    pooling_scale: float = 1.0
 
     @property
     def on_gpu(self) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.core.image_formats import RGB8, PixelKind, format_of, picture_kind
 from pipeline.core.tiling import Size
-from pipeline.core.vgg_layers import LAYER_BY_NAME, halo_px
+from pipeline.core.vgg_layers import LAYER_BY_NAME
 from pipeline.images import ImageHeader
 from pipeline.plan.device import STAGING_THREADS
 from pipeline.plan.image_memory import MIB, export_bytes, ingest_bytes, levels_on_disk_bytes
@@ -74,25 +74,20 @@ class StageWork:
     content: PixelKind | None
     alphas: tuple[bool, ...]
 
-    @property
-    def halo_px(self) -> int:
-        """K_F, the forward halo of its tiles, which equals K_B, the backward halo (eqs. 12 and 13)."""
-        return halo_px(self.layer_use.names)
-
     def gpu_bytes(self, tile_px: int) -> int:
         """Peak bytes on a GPU: feature maps with their gradients, weights, and the tiles in flight."""
         layer_use, dtype = self.layer_use, self.config.compute.dtype
         itemsize = 2 if dtype == "bfloat16" else layer_use.itemsize
         copies = 1 if dtype == "float32" else 0  # cuDNN's kernels without tensor cores copy both maps to NCHW
         gradient = self.outer_px(tile_px) * layer_use.gradient_bytes_per_px(itemsize)
-        forward = _largest_outer_px([self.canvas, *self.styles], tile_px, self.halo_px)
+        forward = _largest_outer_px([self.canvas, *self.styles], tile_px, self.layer_use.halo_px)
         forward *= layer_use.forward_bytes_per_px(itemsize, copies)
         maps = int(max(gradient, forward) * ACTIVATION_OVERHEAD)
         return maps + 2 * layer_use.parameters_bytes() + self.flight_bytes(self.outer_px(tile_px))
 
     def outer_px(self, tile_px: int) -> int:
         """Pixels of the largest tile of the gradient pass, halo included."""
-        return _largest_outer_px([self.canvas], tile_px, 2 * self.halo_px)
+        return _largest_outer_px([self.canvas], tile_px, 2 * self.layer_use.halo_px)
 
     def staged_bytes(self) -> int:
         """Page-locked host buffers through which chunks reach a GPU, and the Grams that come back."""
@@ -108,7 +103,7 @@ class StageWork:
 
     def forward_pass_bytes(self, sizes: Sequence[Size], tile_px: int) -> int:
         """Peak bytes of a pass without gradient on a CPU, over images of these sizes."""
-        outer_px = _largest_outer_px(sizes, tile_px, self.halo_px)
+        outer_px = _largest_outer_px(sizes, tile_px, self.layer_use.halo_px)
         maps = int(outer_px * self.layer_use.forward_bytes_per_px(self.layer_use.itemsize, 0) * ACTIVATION_OVERHEAD)
         return maps + 2 * self.layer_use.parameters_bytes() + self.flight_bytes(outer_px, windows=1.5)
 

@@ -8,15 +8,19 @@ from pathlib import Path
 
 from pipeline.config import Config, StyleConfig, regions_of
 from pipeline.core.errors import InputError
-from pipeline.core.vgg_layers import LAYER_BY_NAME, Layer, needed_layers
+from pipeline.core.vgg_layers import LAYER_BY_NAME, Layer, halo_px, needed_layers
 from pipeline.store import UNGUIDED, Guides
+
+# Bytes of the position of a maximum. Average pooling keeps none, but is planned like max: so runs on disk keep their
+# tiles.
+_INDEX_BYTES = {"max": 8, "average": 8}
 
 
 @dataclass(frozen=True)
 class LayerUse:
     """The layers that the losses use, and the channels of every layer.
 
-    `itemsize`: bytes per value of a feature map on the CPU. `guides`: the masks of the stage.
+    `itemsize`: bytes per value of a feature map on the CPU. `guides`: the masks of the stage. `pooling`: the network's.
     `with_mean`: the style loss compares means too, so Gram matrices have one more row and column.
     """
 
@@ -25,12 +29,23 @@ class LayerUse:
     content_layers: tuple[str, ...]
     itemsize: int
     guides: Guides = UNGUIDED
+    pooling: str = "max"
     with_mean: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """All layers in use, style layers first."""
         return self.style_layers + self.content_layers
+
+    @property
+    def halo_px(self) -> int:
+        """K_F, the forward halo of a tile, which equals K_B, the backward halo (eqs. 12 and 13)."""
+        return halo_px(self.names, self.pooling)
+
+    @property
+    def gram_halo_px(self) -> int:
+        """The forward halo of a tile of the Gram pass, which runs the style layers only."""
+        return halo_px(self.style_layers, self.pooling)
 
     @property
     def content_widths(self) -> dict[str, int]:
@@ -68,7 +83,7 @@ class LayerUse:
             positions = 1 / layer.stride**2
             tape += int(c_out * positions * itemsize)
             if layer.kind == "pool":
-                tape += int(c_out * positions * 8)  # int64 indices of the maxima
+                tape += int(c_out * positions * _INDEX_BYTES.get(self.pooling, 0))
             # The gradient of the output, the layer's own seed, and the gradient of the input, padded and not.
             working = int((2 * c_out + c_in * (4 if layer.kind == "pool" else 2)) * positions * itemsize)
             peak = max(peak, tape + max(working, self._columns_bytes(layer, c_in)))
@@ -126,7 +141,8 @@ def layers_in_use(config: Config, widths: Mapping[str, int]) -> LayerUse:
         )
     guides = guides_of(config.styles if style else (), config.loss.content_mask if content else None)
     itemsize = 8 if config.compute.dtype == "float64" else 4
-    return LayerUse(widths, style, content, itemsize, guides, config.loss.compares_means)
+    pooling, with_mean = config.network.pooling, config.loss.compares_means
+    return LayerUse(widths, style, content, itemsize, guides, pooling, with_mean)
 
 
 def guides_of(styles: Sequence[StyleConfig], content_mask: Path | None) -> Guides:

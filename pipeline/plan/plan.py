@@ -14,7 +14,7 @@ from pipeline.config import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Size, grid
-from pipeline.core.vgg_layers import ceil_to, halo_px
+from pipeline.core.vgg_layers import ceil_to
 from pipeline.images import ImageHeader
 from pipeline.plan import checks
 from pipeline.plan.memory import StageWork, Workload
@@ -113,7 +113,7 @@ def make_plan(
         stages=stages,
         tile_px=tile_px,
         chunk_px=config.store.chunk_px,
-        halo_px=max(stage.halo_px for stage in works),
+        halo_px=max(stage.layer_use.halo_px for stage in works),
         device=device,
         host_bytes=work.host_bytes(tile_px),
         device_bytes=work.gpu_bytes(tile_px),
@@ -166,8 +166,8 @@ def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
     stored = [*arrays.values(), *max(styles, key=_total_bytes, default=[])]
     # Without regions the targets of the style are too few bytes to count.
     targets = (layer_use.grams_bytes(), len(layer_use.style_keys)) if layer_use.guides.regions else (0, 0)
-    gram_px = computed_px(size, tile_px, halo_px(layer_use.style_layers)) if layer_use.style_layers else 0
-    gradient_px = computed_px(size, tile_px, 2 * work.halo_px)
+    gram_px = computed_px(size, tile_px, layer_use.gram_halo_px) if layer_use.style_layers else 0
+    gradient_px = computed_px(size, tile_px, 2 * layer_use.halo_px)
     return StagePlan(
         index=index,
         size=size,

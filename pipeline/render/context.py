@@ -49,6 +49,7 @@ def make_stage(config: Config, plan: StagePlan, context: RenderContext, tile_px:
         context.device.name,
         _threads(config),
         context.gpu_bytes,
+        config.network.pooling_scale,
     )
     return Stage(
         config=config,

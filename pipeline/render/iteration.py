@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 from pipeline import store
 from pipeline.core import profiler
 from pipeline.core.tiling import Tile, chunks_of
-from pipeline.core.vgg_layers import halo_px
 from pipeline.executors import Key, Node, add_sum
 from pipeline.losses import objective
 from pipeline.losses.objective import Gram, StyleTerm
@@ -250,7 +249,7 @@ class _IterationGraph:
         """The Gram pass of the next iteration."""
         stage = self._stage
         chunk_px = store.open_array(stage.stage_dir, self._next_canvas).chunk_px
-        halo = halo_px(stage.layer_use.style_layers)
+        halo = stage.layer_use.gram_halo_px
         guide_checksums = {name: self._checksums[name] for name in stage.layer_use.guides.arrays}
         # the canvas is not checked here: the next update reads every chunk whole, and checks it
         for number, spec in enumerate(stage.canvas_grams(self._next_canvas, guide_checksums)):

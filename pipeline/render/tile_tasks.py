@@ -198,7 +198,7 @@ class WholeResult:
 def gram_task(spec: GramSpec) -> dict[str, Gram]:
     """gram_sum of every style key over the positions of the tile's inner rectangle (eqs. 14, 15)."""
     # the forward halo is enough: no gradient flows back, so the features of the inner rectangle are exact
-    pixels_1CHW, outer = spec.read_outer(halo_px(spec.layers))
+    pixels_1CHW, outer = spec.read_outer(halo_px(spec.layers, spec.network.pooling))
     guide_pixels = spec.read_guides(spec.tile.inner)
     sums: dict[str, Gram] = {}
     with _computing(spec):
@@ -230,7 +230,7 @@ def add_grams(total: dict[str, Gram], tile: dict[str, Gram]) -> dict[str, Gram]:
 
 def content_task(spec: ContentSpec) -> ContentResult:
     """Write the content's features of the inner rectangle."""
-    pixels_1CHW, outer = spec.read_outer(halo_px(spec.layers))
+    pixels_1CHW, outer = spec.read_outer(halo_px(spec.layers, spec.network.pooling))
     with _computing(spec):
         computed = {
             feature_map.layer.name: (feature_map.layer, _inner_features(feature_map, spec.tile).clone())
@@ -255,7 +255,7 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
     Raises ConfigError if the gradient is not finite.
     """
     names = {*map(layer_of, spec.style_seeds_CM), *spec.content_factors}
-    halo = halo_px(names) or ALIGN_PX  # total variation reads the neighbouring pixels
+    halo = halo_px(names, spec.network.pooling) or ALIGN_PX  # total variation reads the neighbouring pixels
     # twice the halo: seeds at the border of the receptive field need exact features themselves
     pixels_1CHW, outer = spec.read_outer(2 * halo)
     guide_pixels = spec.read_guides(outer)

@@ -117,6 +117,21 @@ def masked(folder: Path) -> Path:
     return write_run(folder, (400, 300), (300, 400), optimizer={"max_iterations": 2}, color="luminance", **keys)
 
 
+def filtered(folder: Path, pooling: str) -> Path:
+    """Tiles with real cuts. No indices of maxima, but tent has a larger halo and maps of its own."""
+    keys = {"initial_size": 640, "compute": {"tile_px": 128}, "store": {"chunk_px": 64}}
+    keys |= {"network": {"name": "random", "pooling": pooling}}
+    return write_run(folder, (640, 500), (300, 400), optimizer={"max_iterations": 1}, **keys)
+
+
+def tent(folder: Path) -> Path:
+    return filtered(folder, "tent")
+
+
+def l2(folder: Path) -> Path:
+    return filtered(folder, "l2")
+
+
 def large_input(folder: Path) -> Path:
     """Reading needs more memory than anything else: a progressive JPEG is decoded whole."""
     write_picture(folder / "progressive.jpg", 5000, 4000, interlace=True)
@@ -126,7 +141,7 @@ def large_input(folder: Path) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
     "make",
-    [one_tile, many_tiles, two_workers, compressed, float64, masked, large_input],
+    [one_tile, many_tiles, two_workers, compressed, float64, masked, tent, l2, large_input],
     ids=lambda make: make.__name__,
 )
 def test_measured_memory_is_what_was_planned(tmp_path, make):

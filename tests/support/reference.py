@@ -47,7 +47,22 @@ def torchvision_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"features.{indices[key.split('.')[0]]}.{key.split('.')[1]}": value for key, value in state.items()}
 
 
-def features(state: Mapping[str, Tensor], image_HWC: Tensor, padding: str, pooling: str) -> dict[str, Tensor]:
+def pooled(x: Tensor, padding: str, pooling: str) -> Tensor:
+    """A map of half the size: tent is a convolution by (1, 3, 3, 1)/8 ⊗ (1, 3, 3, 1)/8 with stride 2."""
+    if pooling == "max":
+        return F.max_pool2d(x, 2)
+    if pooling == "average":
+        return F.avg_pool2d(x, 2)
+    if pooling == "l2":
+        return (F.avg_pool2d(x.square(), 2) + 1e-12).sqrt()
+    tent = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype) / 8
+    kernel = torch.outer(tent, tent).expand(x.shape[1], 1, 4, 4)
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode=_MODES[padding]), kernel, stride=2, groups=x.shape[1])
+
+
+def features(
+    state: Mapping[str, Tensor], image_HWC: Tensor, padding: str, pooling: str, pooling_scale: float = 1.0
+) -> dict[str, Tensor]:
     """φ_l after ReLU, (C, H, W), of every convolution that the image is large enough for."""
     x = image_HWC.permute(2, 0, 1)[None] / 255
     if "input.weight" in state:
@@ -61,7 +76,7 @@ def features(state: Mapping[str, Tensor], image_HWC: Tensor, padding: str, pooli
         if name == "pool":
             if min(x.shape[2:]) < 2:
                 break
-            x = F.max_pool2d(x, 2) if pooling == "max" else F.avg_pool2d(x, 2)
+            x = pooling_scale * pooled(x, padding, pooling)
             continue
         if f"{name}.weight" not in state or (padding == "reflect" and min(x.shape[2:]) < 2):
             break
@@ -151,6 +166,7 @@ class Problem:
     kind: str = "normalized"
     padding: str = "replicate"
     pooling: str = "max"
+    pooling_scale: float = 1.0
     content_weight: float = 0.05
     style_weight: float = 1.0
     tv_weight: float = 0.0
@@ -161,7 +177,7 @@ class Problem:
     _cache: dict = field(default_factory=dict, compare=False, repr=False)
 
     def features(self, image: Tensor) -> dict[str, Tensor]:
-        return features(self.state, image, self.padding, self.pooling)
+        return features(self.state, image, self.padding, self.pooling, self.pooling_scale)
 
     def network_input(self, image: Tensor) -> Tensor:
         """The canvas or the content as the network receives it."""

@@ -39,7 +39,7 @@ from pipeline.render import tile_tasks
 
 STYLE = tuple(NetworkConfig().style_layers)
 CONTENT = tuple(NetworkConfig().content_layers)
-HALO_PX = halo_px(STYLE + CONTENT)
+HALO_PX = halo_px(STYLE + CONTENT, "max")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ def measure(bench: Bench, tile_px: int, repeats: int) -> list[Row]:
     side = ceil_to(bench.size, ALIGN_PX)
     tiles, whole = grid(bench.size, bench.size, tile_px), grid(bench.size, bench.size, side)
     size = (bench.size, bench.size)
-    gram_px, gradient_px = (computed_px(size, tile_px, halo) / bench.size**2 for halo in (halo_px(STYLE), 2 * HALO_PX))
+    gram_px, gradient_px = (
+        computed_px(size, tile_px, halo) / bench.size**2 for halo in (halo_px(STYLE, "max"), 2 * HALO_PX)
+    )
     with ThreadExecutor(WORKERS) as executor:
         seeds = bench.gram_pass(executor, whole)
 

@@ -57,6 +57,7 @@ class Driven:
             config.compute.dtype,
             "cpu",
             default_threads(config.compute.workers) if config.compute.threads == "auto" else config.compute.threads,
+            pooling_scale=config.network.pooling_scale,
         )
         assert config.compute.tile_px != "auto"
         config.work_dir.mkdir(parents=True, exist_ok=True)

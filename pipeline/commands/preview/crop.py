@@ -44,7 +44,7 @@ from pipeline.core.events import Note, Sink, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.image_formats import RGB8
 from pipeline.core.tiling import Rect, Size
-from pipeline.core.vgg_layers import ceil_to, halo_px
+from pipeline.core.vgg_layers import ceil_to
 from pipeline.executors import Executor, ThreadExecutor
 from pipeline.images import check_output
 from pipeline.network import WeightsSource, find_weights, widths_for_plan
@@ -216,7 +216,7 @@ class Crop:
         sizes = [stage.size for stage in self.plan.stages[first : target + 1]]
         layer_uses = [self._stage(index, size).layer_use for index, size in enumerate(sizes, start=first)]
         own = scaled(rect, self.plan.stages[-1].size, sizes[-1])
-        around = [2 * halo_px(layer_use.names) + _SPREAD_PX for layer_use in layer_uses]
+        around = [2 * layer_use.halo_px + _SPREAD_PX for layer_use in layer_uses]
         whole_image = self._whole_image()
         for index, region in enumerate(regions(own, sizes, around), start=first):
             size = self.plan.stages[index].size

@@ -150,10 +150,28 @@ def test_strides_and_widths_are_those_of_vgg19():
         ("conv5_1", 70, 80),
     ],
 )
-def test_halo_is_the_receptive_radius_rounded_up(deepest, radius_px, halo):
+@pytest.mark.parametrize("pooling", ["max", "average", "l2"])
+def test_halo_is_the_receptive_radius_rounded_up(deepest, radius_px, halo, pooling):
     """16 px less give an error up to 0.8 of the gradient, 16 px more only cost time (eqs. 12, 13)."""
-    assert halo_px([deepest]) == halo_px(["conv1_1", deepest]) == halo
+    assert halo_px([deepest], pooling) == halo_px(["conv1_1", deepest], pooling) == halo
     assert ceil(radius_px / 16) * 16 == halo
+
+
+# as above, and 1, 2, 4, 8 px for the windows of the poolings, which reach one position beyond their cell
+@pytest.mark.parametrize(
+    ("deepest", "radius_px", "halo"),
+    [
+        ("conv1_2", 2, 16),
+        ("conv2_1", 5, 16),
+        ("conv3_4", 25, 32),
+        ("conv4_1", 37, 48),
+        ("conv4_2", 45, 48),
+        ("conv5_1", 85, 96),
+    ],
+)
+def test_halo_of_tent_pooling_has_its_windows_too(deepest, radius_px, halo):
+    """With the halo of other poolings the outermost position of a tile would be missing."""
+    assert halo_px([deepest], "tent") == ceil(radius_px / 16) * 16 == halo
 
 
 @given(layer_sets)
@@ -162,7 +180,7 @@ def test_only_the_layers_down_to_the_deepest_are_run(names):
     deepest = max(names, key=CONVS.index)
     assert needed(names)[-1].name == deepest
     assert [layer.name for layer in needed(names) if layer.kind == "conv"] == CONVS[: CONVS.index(deepest) + 1]
-    assert halo_px(names) == halo_px([deepest])
+    assert halo_px(names, "tent") == halo_px([deepest], "tent")
 
 
 @given(layer_sets, st.sampled_from(["replicate", "zeros", "reflect"]))

@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.tiling import Rect, grid
-from pipeline.core.vgg_layers import LAYER_BY_NAME
+from pipeline.core.vgg_layers import LAYER_BY_NAME, halo_px
 from pipeline.network.cache import get_network
+from pipeline.network.pooling import Pooling
 from pipeline.network.vgg import Network, Step, random_state
 from pipeline.network.weights import RANDOM_WIDTHS, NetworkSpec, WeightsSource, find_weights, read_widths
 from pipeline.network.weights_file import check_shapes, load_state
 from tests.support import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+POOLINGS = ["max", "average", "tent", "l2"]
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -33,9 +35,10 @@ def noise(height: int, width: int, dtype: torch.dtype = torch.float64) -> torch.
     return torch.rand(height, width, 3, generator=generator, dtype=torch.float64).to(dtype) * 255
 
 
-def whole_image_features(state, image_HWC, names, padding="replicate", pooling="max", dtype="float64"):
+def whole_image_features(state, image_HWC, names, padding="replicate", pooling="max", dtype="float64", scale=1.0):
     """Feature maps of an image in one piece, as {name: (C, H, W)}."""
-    network = Network(state, padding=padding, pooling=pooling, dtype=DTYPES[dtype], device="cpu")
+    options = {"padding": padding, "pooling": pooling, "pooling_scale": scale}
+    network = Network(state, **options, dtype=DTYPES[dtype], device="cpu")
     height, width, _ = image_HWC.shape
     whole = Rect(0, height, 0, width)
     pixels = image_HWC.permute(2, 0, 1)[None]
@@ -56,7 +59,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("padding", ["replicate", "zeros", "reflect"])
-@pytest.mark.parametrize("pooling", ["max", "average"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("size", [(64, 80), (61, 47), (33, 95)])
 def test_features_are_those_of_plain_torch(padding, pooling, size):
     """Another topology than VGG-19's renders another image, and no published weights would fit."""
@@ -66,6 +69,17 @@ def test_features_are_those_of_plain_torch(padding, pooling, size):
     assert list(actual) == reference.CONVS  # shallowest first: memory of a tile is planned on it
     for name in reference.CONVS:
         assert relative(actual[name], expected[name]) < 1e-12
+
+
+@pytest.mark.parametrize("pooling", ["average", "tent", "l2"])
+def test_the_scale_of_poolings_is_a_factor_behind_each(pooling):
+    """With a factor at another place the next layers would see magnitudes that they were not trained for."""
+    state, image = reference.narrow_state(), noise(61, 47)
+    actual = whole_image_features(state, image, reference.CONVS, pooling=pooling, scale=1.7)
+    expected = reference.features(state, image, "replicate", pooling, 1.7)
+    for name in reference.CONVS:
+        assert relative(actual[name], expected[name]) < 1e-12
+    assert relative(actual["conv5_1"], reference.features(state, image, "replicate", pooling)["conv5_1"]) > 0.1
 
 
 def test_float32_features_are_near_those_of_float64():
@@ -131,10 +145,11 @@ def test_features_of_a_tile_are_cut_from_those_of_the_image(data):
     padding = data.draw(st.sampled_from(["replicate", "zeros", "reflect"]))
     height, width = data.draw(st.integers(32, 110)), data.draw(st.integers(32, 110))
     tile = data.draw(st.sampled_from(grid(height, width, data.draw(st.sampled_from([16, 32, 48])))))
-    halo = data.draw(st.sampled_from([80, 96]))  # as much as conv5_1 needs, or more
+    pooling = data.draw(st.sampled_from(POOLINGS))
+    halo = halo_px([name], pooling) + data.draw(st.sampled_from([0, 16]))
     state, image = reference.narrow_state(), noise(height, width)
-    expected = reference.features(state, image, padding, "max")[name]
-    network = Network(state, padding=padding, pooling="max", dtype=torch.float64, device="cpu")
+    expected = reference.features(state, image, padding, pooling).get(name)
+    network = Network(state, padding=padding, pooling=pooling, dtype=torch.float64, device="cpu")
     outer = tile.outer(halo)
     pixels = image[outer.y0 : outer.y1, outer.x0 : outer.x1].permute(2, 0, 1)[None]
     positions = tile.inner.positions(LAYER_BY_NAME[name])
@@ -148,16 +163,15 @@ def test_features_of_a_tile_are_cut_from_those_of_the_image(data):
     assert positions.area == 0
 
 
-@pytest.mark.parametrize("padding", ["replicate", "zeros", "reflect"])
-@pytest.mark.parametrize("pooling", ["max", "average"])
-@pytest.mark.parametrize(
-    ("outer", "size"),
-    [(Rect(0, 61, 0, 70), (61, 70)), (Rect(0, 176, 48, 160), (400, 160)), (Rect(160, 352, 0, 176), (700, 700))],
-)
-def test_the_written_backward_pass_gives_the_bits_of_autograd(padding, pooling, outer, size):
-    """Runs that began when autograd computed gradients resume, and end with the same bytes."""
-    network = Network(reference.narrow_state(), padding=padding, pooling=pooling, dtype=torch.float32, device="cpu")
-    pixels = noise(outer.height, outer.width, torch.float32).permute(2, 0, 1)[None]
+OUTERS = [(Rect(0, 61, 0, 70), (61, 70)), (Rect(0, 176, 48, 160), (400, 160)), (Rect(144, 368, 0, 208), (700, 700))]
+
+
+def gradients(
+    padding: str, pooling: str, dtype: torch.dtype, outer: Rect, size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of a tile, for random seeds at some layers: the network's own, and autograd's."""
+    network = Network(reference.narrow_state(), padding=padding, pooling=pooling, dtype=dtype, device="cpu")
+    pixels = noise(outer.height, outer.width, dtype).permute(2, 0, 1)[None]
     names = {"conv1_1", "conv2_1", "conv4_1", "conv4_2", "conv5_1"}
     canvas = pixels.clone().requires_grad_()
     maps = {
@@ -171,7 +185,36 @@ def test_the_written_backward_pass_gives_the_bits_of_autograd(padding, pooling, 
         for feature_map in network.features(pixels, outer, size, names, outer, tape):
             assert torch.equal(feature_map.features_1CHW, maps[feature_map.layer.name])
         actual = network.gradient(tape, lambda feature_map: seeds.get(feature_map.layer.name))
-    assert torch.equal(actual, expected) and not tape
+    assert not tape
+    return actual, expected
+
+
+@pytest.mark.parametrize("padding", ["replicate", "zeros", "reflect"])
+@pytest.mark.parametrize("pooling", ["max", "average"])
+@pytest.mark.parametrize(("outer", "size"), OUTERS)
+def test_the_written_backward_pass_gives_the_bits_of_autograd(padding, pooling, outer, size):
+    """Runs that began when autograd computed gradients resume, and end with the same bytes."""
+    actual, expected = gradients(padding, pooling, torch.float32, outer, size)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("padding", ["replicate", "zeros", "reflect"])
+@pytest.mark.parametrize("pooling", ["tent", "l2"])
+@pytest.mark.parametrize(("outer", "size"), OUTERS)
+def test_the_backward_pass_of_filtered_poolings_is_that_of_autograd(padding, pooling, outer, size):
+    """Any other gradient is one of another picture: the run would converge to it, without an error."""
+    actual, expected = gradients(padding, pooling, torch.float64, outer, size)
+    assert relative(actual, expected) < 1e-13
+
+
+def test_l2_pooling_of_nothing_has_a_finite_gradient():
+    """Whole channels are 0 where a picture is flat: one 0/0 would end the run."""
+    pooling, cells = Pooling("l2", "replicate"), (slice(0, 4), slice(0, 4))
+    x_1CHW = torch.zeros(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    x_1CHW[0, 0, 0, 0] = 1e-20
+    pooled = pooling.forward(x_1CHW, cells, with_tape=True)
+    assert pooled.features_1CHW.max() <= 1e-6
+    assert pooling.backward(pooled, torch.ones_like(pooled.features_1CHW)).abs().max() <= 0.5
 
 
 def test_layers_deeper_than_asked_for_are_not_run():
@@ -206,6 +249,7 @@ def test_networks_are_cached_by_everything_they_depend_on(narrow_weights, tmp_pa
     for changed in (
         replace(spec, padding="reflect"),
         replace(spec, pooling="average"),
+        replace(spec, pooling_scale=2.0),
         replace(spec, dtype="float32"),
         replace(spec, source=other),
     ):

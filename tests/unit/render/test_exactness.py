@@ -79,7 +79,12 @@ SHALLOW = {"content_layers": {"conv4_1": 1.0}, "style_layers": {"conv2_1": 0.7, 
 
 
 @pytest.mark.parametrize(
-    ("size", "tile_px", "network", "halo"), [((217, 225), 48, SHALLOW, 32), ((513, 517), 176, {}, 80)]
+    ("size", "tile_px", "network", "halo"),
+    [
+        ((217, 225), 48, SHALLOW, 32),
+        ((289, 291), 64, SHALLOW | {"pooling": "tent"}, 48),
+        ((513, 517), 176, {}, 80),
+    ],
 )
 def test_a_tile_with_cuts_on_all_sides_is_exact(tmp_path, narrow_weights, size, tile_px, network, halo):
     """Only such a tile shows that the corners of the halo are right; in a large picture nearly all are like that."""
@@ -92,7 +97,11 @@ def test_a_tile_with_cuts_on_all_sides_is_exact(tmp_path, narrow_weights, size, 
 # --- every setting of the objective ---
 
 KINDS = ["normalized", "gatys", "wasserstein"]
-COMBINATIONS = list(itertools.product(["replicate", "zeros", "reflect"], ["max", "average"], KINDS))
+PADDINGS, POOLINGS = ["replicate", "zeros", "reflect"], ["max", "average", "tent", "l2"]
+COMBINATIONS = [
+    *itertools.product(PADDINGS, POOLINGS, ["wasserstein"]),
+    *itertools.product(PADDINGS, POOLINGS[:2], ["normalized", "gatys"]),
+]
 
 
 @pytest.mark.parametrize(("padding", "pooling", "kind"), COMBINATIONS)
@@ -112,6 +121,15 @@ def test_every_padding_pooling_and_loss_is_exact(tmp_path, narrow_weights, paddi
 def test_the_deepest_layer_is_exact_with_other_paddings(tmp_path, narrow_weights, padding):
     """conv5_1 sees 70 px far, over the border and a cut at once."""
     with prepared(tmp_path, narrow_weights, (35, 433), 96, network={"padding": padding}) as case:
+        assert_exact(case)
+
+
+@pytest.mark.parametrize(("pooling", "padding"), [*(("tent", padding) for padding in PADDINGS), ("l2", "reflect")])
+def test_the_deepest_layer_is_exact_with_filtered_poolings(tmp_path, narrow_weights, pooling, padding):
+    """With tent pooling conv5_1 sees 85 px far, and every pooling reaches over the border of maps of odd sizes."""
+    network = {"padding": padding, "pooling": pooling, "pooling_scale": 1.5}
+    with prepared(tmp_path, narrow_weights, (47, 495), 96, network=network) as case:
+        assert case.stage.layer_use.halo_px == {"tent": 96, "l2": 80}[pooling]
         assert_exact(case)
 
 
@@ -166,15 +184,22 @@ def test_a_network_with_an_input_convolution(tmp_path):
 # --- the check can fail ---
 
 
-@pytest.mark.parametrize(("layer", "size", "tile_px"), [("conv5_1", (33, 449), 96), ("conv4_1", (112, 144), 32)])
-def test_a_gradient_halo_16_px_smaller_is_seen(tmp_path, narrow_weights, monkeypatch, layer, size, tile_px):
+@pytest.mark.parametrize(
+    ("layer", "size", "tile_px", "pooling"),
+    [
+        ("conv5_1", (33, 449), 96, "max"),
+        ("conv4_1", (112, 144), 32, "max"),
+        ("conv5_1", (33, 513), 96, "tent"),
+    ],
+)
+def test_a_gradient_halo_16_px_smaller_is_seen(tmp_path, narrow_weights, monkeypatch, layer, size, tile_px, pooling):
     """If this error went unseen, the tests above would prove nothing."""
-    network = {"content_layers": {layer: 1.0}}
+    network = {"content_layers": {layer: 1.0}, "pooling": pooling}
     with prepared(tmp_path, narrow_weights, size, tile_px, network=network, loss={"style_weight": 0.0}) as case:
         wanted = case.problem.gradient(case.canvas)
         case.iterate()
         assert relative(case.read("gradient"), wanted) < EXACT
-        monkeypatch.setattr(tile_tasks, "halo_px", lambda names: halo_px(names) - 16)
+        monkeypatch.setattr(tile_tasks, "halo_px", lambda *names: halo_px(*names) - 16)
         case.iterate()
         assert relative(case.read("gradient"), wanted) > 1e-6
 
@@ -191,7 +216,7 @@ def test_a_gram_halo_16_px_smaller_is_seen(tmp_path, narrow_weights, monkeypatch
             for tile in case.stage.tiles
         ]
         assert relative(sum(tile_tasks.gram_task(spec)[layer] for spec in specs), wanted) < EXACT
-        monkeypatch.setattr(tile_tasks, "halo_px", lambda names: halo_px(names) - 16)
+        monkeypatch.setattr(tile_tasks, "halo_px", lambda *names: halo_px(*names) - 16)
         assert relative(sum(tile_tasks.gram_task(spec)[layer] for spec in specs), wanted) > 1e-6
 
 
@@ -368,7 +393,7 @@ def cases(draw):
         "style_sizes": (draw(st.tuples(side, side)),),
         "network": {
             "padding": padding,
-            "pooling": draw(st.sampled_from(["max", "average"])),
+            "pooling": draw(st.sampled_from(POOLINGS)),
             "style_layers": {name: draw(st.sampled_from([0.1, 1.0])) for name in sorted(style)},
             "content_layers": {name: draw(st.sampled_from([0.1, 1.0])) for name in sorted(content)},
         },

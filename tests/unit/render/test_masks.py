@@ -53,6 +53,7 @@ def test_two_regions_and_the_rest_are_exact_for_any_partition(tmp_path, narrow_w
     ("color", "tv_weight", "network"),
     [
         ("content", 3.0, {"padding": "reflect", "pooling": "average"}),
+        ("style", 0.0, {"padding": "zeros", "pooling": "tent"}),
         ("luminance", 3.0, {"content_layers": {"conv2_2": 0.3, "conv1_1": 1.0}, "style_layers": {"conv2_2": 1.7}}),
     ],
 )

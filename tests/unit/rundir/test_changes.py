@@ -49,6 +49,7 @@ STAGE = {"up_to": 512, "optimizer": {"beta1": 0.5}}
 CHANGES: list[tuple[Json, Json, str, str, str]] = [
     ({}, {"color": "content"}, "color", "style", "content"),
     ({}, {"loss": {"tv_weight": 0.5}}, "loss.tv_weight", "0.0", "0.5"),
+    ({}, {"network": {"pooling_scale": 2}}, "network.pooling_scale", "1.0", "2.0"),
     ({}, {"optimizer": {"average": 0.9}}, "optimizer.average", "0.0", "0.9"),
     ({"styles": STYLES}, {"styles": [STYLES[0], {**STYLES[1], "scale": 0.5}]}, "styles.1.scale", "1.0", "0.5"),
     ({}, {"styles": [{"image": "style.png", "max_size": 64}]}, "styles.0.max_size", "None", "64"),
