@@ -33,10 +33,10 @@ EPSILON = 1e-4  # of the style features' mean variance, added to both covariance
 TILE_PX = 1024
 
 
-def read(path: Path, long_px: int | None = None) -> ndarray:
-    """An image as float32, reduced to a long side of `long_px` if it is larger."""
+def read(path: Path, long_px: int | None = None, enlarge: bool = False) -> ndarray:
+    """An image as float32, reduced to a long side of `long_px` if it is larger, or enlarged if asked to."""
     image = pyvips.Image.new_from_file(str(path)).colourspace("srgb")[:3]
-    if long_px is not None and long_px < max(image.width, image.height):
+    if long_px is not None and (enlarge or long_px < max(image.width, image.height)):
         height, width = fit((image.height, image.width), long_px)
         image = image.resize(width / image.width, vscale=height / image.height, kernel="lanczos3")
     return image.numpy().astype(np.float32)
