@@ -247,7 +247,7 @@ def draw_watercolour(rng: Generator) -> ndarray:
     shape = y.shape
     tooth = clouds(rng, shape, 0.9)
     image = rgb("fbf8f1") * (1 + 0.012 * tooth)[..., None]
-    for _ in range(7):  # wet in wet: pale patches without rims
+    for _ in range(13):  # wet in wet: pale patches without rims
         cy, cx = rng.uniform(0, (1, shape[1] / shape[0]))
         spread = 0.22 - np.hypot(y - cy, 0.8 * (x - cx)) + 0.06 * clouds(rng, shape, 2.0)
         code = rng.choice(["a9cbe6", "cfe0b4", "f3d3c2", "d8c8ea"])
