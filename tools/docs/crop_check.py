@@ -19,7 +19,6 @@ from typing import Any
 import click
 import numpy as np
 import pyvips
-import torch
 import yaml
 
 import pipeline
@@ -27,11 +26,10 @@ from pipeline.commands.preview.whole_image import WholeImage, WholeImageEstimate
 from pipeline.core.errors import Stopped
 from pipeline.core.events import StageStarted
 from pipeline.core.tiling import Rect
-from pipeline.network.cache import get_network
 from pipeline.network.weights import NetworkSpec, find_weights
 from tools.docs.make_controls import GAP_PX, ROOT, SAMPLES, draw_masks, labelled, save
+from tools.picture.measures import STYLE_LAYERS, gram_distance, moments, psnr
 
-LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv4_1", "conv5_1")
 LAST = 2
 CONFIG: dict[str, Any] = {
     "content": str(SAMPLES / "landscape.jpg"),
@@ -90,24 +88,11 @@ def pixels_of(path: Path) -> np.ndarray:
     return np.asarray(pyvips.Image.new_from_file(str(path)).numpy())
 
 
-def grams(pixels_HWC: np.ndarray) -> dict[str, torch.Tensor]:
-    """The mean Gram of every style layer."""
-    network = get_network(NetworkSpec(find_weights("vgg19-lite", None, 0), "replicate", "average", "float32", "cpu", 1))
-    height, width, _ = pixels_HWC.shape
-    rect = Rect(0, height, 0, width)
-    pixels_1CHW = torch.from_numpy(pixels_HWC.astype(np.float32)).permute(2, 0, 1)[None]
-    with torch.no_grad():
-        maps = network.features(pixels_1CHW, rect, (height, width), set(LAYERS), rect)
-        flat = {feature.layer.name: feature.features_1CHW[0].flatten(1) for feature in maps}
-    return {name: features @ features.T / features.shape[1] for name, features in flat.items()}
-
-
 def report(name: str, pixels: np.ndarray, real: np.ndarray) -> None:
-    squares = np.square(pixels.astype(float) - real).mean()
-    ours, theirs = grams(pixels), grams(real)
-    distances = [float((ours[layer] - theirs[layer]).norm() / theirs[layer].norm()) for layer in LAYERS]
-    text = " ".join(f"{distance:.3f}" for distance in distances)
-    click.echo(f"{name}: PSNR {10 * np.log10(255**2 / squares):.1f} dB; ‖G − G_run‖/‖G_run‖ at {LAYERS}: {text}")
+    network = NetworkSpec(find_weights("vgg19-lite", None, 0), "replicate", "average", "float32", "cpu", 1)
+    ours, theirs = moments(network, pixels), moments(network, real)
+    text = " ".join(f"{gram_distance(ours[layer], theirs[layer]) ** 0.5:.3f}" for layer in STYLE_LAYERS)
+    click.echo(f"{name}: PSNR {psnr(pixels, real):.1f} dB; ‖G − G_run‖/‖G_run‖ at {STYLE_LAYERS}: {text}")
 
 
 @click.command()

@@ -49,11 +49,15 @@ def gradient(position: ndarray, stops: list[tuple[float, str]]) -> ndarray:
     return np.stack([np.interp(position, places, colours[:, channel]) for channel in range(3)], -1)
 
 
+def reduced(image: ndarray) -> pyvips.Image:
+    """The image reduced by OVERSAMPLING, in 8 bits."""
+    large = pyvips.Image.new_from_array((np.clip(image, 0, 1) * 255).astype(np.float32))
+    return large.resize(1 / OVERSAMPLING, kernel="lanczos3").rint().cast("uchar").copy(interpretation="srgb")
+
+
 def save(image: ndarray, path: Path, quality: int) -> None:
     """Reduce by OVERSAMPLING and write a JPEG."""
-    large = pyvips.Image.new_from_array((np.clip(image, 0, 1) * 255).astype(np.float32))
-    small = large.resize(1 / OVERSAMPLING, kernel="lanczos3").rint().cast("uchar").copy(interpretation="srgb")
-    small.jpegsave(str(path), Q=quality, optimize_coding=True, keep="none")
+    reduced(image).jpegsave(str(path), Q=quality, optimize_coding=True, keep="none")
 
 
 # ---------------------------------------------------------------------------------------------------- the landscape

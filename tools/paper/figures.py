@@ -35,14 +35,14 @@ from pipeline.config.sections import NetworkConfig
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.sizes import fit
 from tools.paper.gatys import loss_keys, write_normalised
-from tools.paper.measures import content_losses, detail, drift, read, seams, style_losses
+from tools.paper.measures import content_losses, detail, drift, seams, style_losses
 from tools.paper.stages import CONTENT, STYLE, Driven, write_config
 from tools.paper.tiles import Faults
+from tools.picture.measures import STYLE_LAYERS, read
 
 FONT = Path(pipeline.__file__).parent / "assets" / "DejaVuSans.ttf"
 GAP_PX = 6
 SHEET_PX = 1280  # width of a sheet
-STYLE_LAYERS = tuple(NetworkConfig().style_layers)
 CONTENT_LAYERS = tuple(NetworkConfig().content_layers)
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from pipeline.core.vgg_layers import CONV_NAMES, LAYER_BY_NAME
 from pipeline.network.weights import NetworkSpec
 from pipeline.network.weights_file import conv_key, load_state
-from tools.paper.measures import features, read
+from tools.paper.measures import features
+from tools.picture.measures import read
 
 VGG_CHANNELS = 512  # of conv4_2
 

@@ -15,13 +15,12 @@ import torch
 
 from pipeline.core.tiling import Rect, Tile
 from pipeline.core.vgg_layers import ALIGN_PX
-from pipeline.losses import objective
 from pipeline.losses.objective import Gram
 from pipeline.network.cache import get_network
 from pipeline.network.weights import NetworkSpec
-from pipeline.plan.sizes import fit
 from pipeline.render import tile_tasks
 from pipeline.render.stage import Stage
+from tools.picture.measures import gram_distance, moments, read
 
 STRIP_PX = 32
 
@@ -122,15 +121,6 @@ def _strips(stage: Stage, shift: int) -> Iterator[tuple[Rect, Rect]]:
             yield Rect(line - strip, line, start, end), Rect(line, line + strip, start, end)
 
 
-def read(path: Path, long_px: int | None = None) -> np.ndarray:
-    """An image as float32, reduced to a long side of `long_px` if it is larger."""
-    image = pyvips.Image.new_from_file(str(path)).colourspace("srgb")[:3]
-    if long_px is not None and long_px < max(image.width, image.height):
-        height, width = fit((image.height, image.width), long_px)
-        image = image.resize(width / image.width, vscale=height / image.height, kernel="lanczos3")
-    return image.numpy().astype(np.float32)
-
-
 def content_losses(network: NetworkSpec, image: Path, content: Path, long_px: int) -> dict[str, float]:
     """‖φ(p) − φ(o)‖²/‖φ(o)‖² of every layer, with both images reduced to this long side."""
     actual, target = (features(network, read(path, long_px)) for path in (image, content))
@@ -138,12 +128,9 @@ def content_losses(network: NetworkSpec, image: Path, content: Path, long_px: in
 
 
 def style_losses(network: NetworkSpec, image: Path, style: Path, long_px: int) -> dict[str, float]:
-    """‖G(p) − G(s)‖²/‖G(s)‖² of every layer, with both images reduced to this long side."""
-    actual, target = (
-        {name: _mean_gram(feature_map) for name, feature_map in features(network, read(path, long_px)).items()}
-        for path in (image, style)
-    )
-    return {name: float(np.sum((actual[name] - target[name]) ** 2) / np.sum(target[name] ** 2)) for name in target}
+    """‖G(p) − G(s)‖²/‖G(s)‖² of every style layer, with both images reduced to this long side."""
+    actual, target = (moments(network, read(path, long_px)) for path in (image, style))
+    return {name: gram_distance(actual[name], target[name]) for name in target}
 
 
 def features(network: NetworkSpec, image: np.ndarray) -> dict[str, torch.Tensor]:
@@ -154,10 +141,6 @@ def features(network: NetworkSpec, image: np.ndarray) -> dict[str, torch.Tensor]
     with torch.no_grad():
         maps = get_network(network).features(pixels_1CHW, whole, (height, width), names, whole)
         return {feature.layer.name: feature.features_1CHW[0] for feature in maps}
-
-
-def _mean_gram(features_CHW: torch.Tensor) -> Gram:
-    return objective.gram_sum(features_CHW) / features_CHW[0].numel()
 
 
 def detail(image: np.ndarray, sigma: float = 3.0) -> float:
