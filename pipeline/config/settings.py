@@ -15,7 +15,6 @@ from pipeline.config.fields import MAX_STAGES, MAX_STYLES, File, Int, Output, Si
 from pipeline.config.sections import (
     COMPARED_BY_CONTENT,
     HARMLESS,
-    NEW,
     ComputeConfig,
     ExportConfig,
     LimitsConfig,
@@ -27,6 +26,7 @@ from pipeline.config.sections import (
     StageConfig,
     StoreConfig,
     StyleConfig,
+    new,
 )
 from pipeline.core.image_formats import OUTPUT_SUFFIXES
 
@@ -76,7 +76,7 @@ class Settings(Section):
     color: Literal["style", "content", "luminance"] = Field(
         "style",
         description="where the colours come from; luminance keeps the content's colours and stylises brightness only",
-        json_schema_extra=NEW,
+        json_schema_extra=new("style"),
     )
     init: Start = Field(
         default_factory=_default_init,
