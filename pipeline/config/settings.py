@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from pipeline.config.fields import MAX_STAGES, MAX_STYLES, File, Int, Output, SidePx, Start
+from pipeline.config.fields import MAX_STAGES, MAX_STYLES, File, Float, Int, Output, SidePx, Start
 from pipeline.config.sections import (
     COMPARED_BY_CONTENT,
     HARMLESS,
@@ -67,6 +67,9 @@ class Settings(Section):
         None, description="long side of the output in px, or [width, height] of a texture; null: as the content"
     )
     initial_size: SidePx = Field(512, description="long side of the coarsest stage in px")
+    stage_ratio: Float = Field(
+        2.0, ge=1.2, le=4, description="size of a stage relative to the one before", json_schema_extra=new(2.0)
+    )
     network: NetworkConfig = Field(NetworkConfig(), description="feature network")
     loss: LossConfig = Field(LossConfig(), description="loss function")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and its schedule")

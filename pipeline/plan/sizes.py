@@ -10,6 +10,9 @@ from pipeline.config import Config, StyleConfig
 from pipeline.core.tiling import Size
 from pipeline.images import ImageHeader
 
+# A stage that is enlarged by less than this for the next would have its work done twice.
+_LEAST_STEP = 1.1
+
 
 def fit(size: Size, long_px: int) -> Size:
     """(height, width) of `size` scaled so that its long side is exactly `long_px`."""
@@ -21,20 +24,33 @@ def fit(size: Size, long_px: int) -> Size:
 def stage_sizes(config: Config, images: Mapping[Path, ImageHeader]) -> Sequence[tuple[Size, tuple[Size, ...]]]:
     """(canvas size, style sizes) of every stage, each size as (height, width).
 
-    There are K + 1 stages. K is the smallest number for which r0·2^K reaches the long side of the output image, and
-    at which every style of the last stage has its full size.
+    The last stage is the first at which the canvas has the long side of the output image, and every style its full
+    size.
     """
     shape = canvas_shape(config, images)
     target = config.target_px or max(shape)
     longest = max(target, *(_full_size_at_px(style, images) for style in config.for_stage(target).styles), 0)
-    stages, long_px = [], config.initial_size
-    while True:
+    stages = []
+    for long_px in long_sides(config.initial_size, config.stage_ratio, target, longest):
         canvas = fit(shape, min(long_px, target))
         styles = config.for_stage(max(canvas)).styles
         stages.append((canvas, tuple(_style_size(style, images, long_px) for style in styles)))
-        if long_px >= longest:
-            return stages
-        long_px *= 2
+    return stages
+
+
+def long_sides(initial_px: int, ratio: float, *ends_px: int) -> list[int]:
+    """round(r0·ratio^i) for i = 0, 1, … up to the first that reaches all of `ends_px`: the long sides of the stages.
+
+    A stage that an end exceeds by less than a tenth is left out, because the next one repeats it, unless it is the
+    first. The doubled sizes of a ratio of 2 are the paper's, and all kept.
+    """
+    sides, exact_px = [initial_px], float(initial_px)
+    while sides[-1] < max(ends_px):
+        exact_px *= ratio  # not a power, whose last bit depends on the machine's mathematical library
+        sides.append(round(exact_px))
+    if ratio == 2:
+        return sides
+    return sides[:1] + [side for side in sides[1:] if not any(side < end < _LEAST_STEP * side for end in ends_px)]
 
 
 def canvas_shape(config: Config, images: Mapping[Path, ImageHeader]) -> Size:

@@ -26,7 +26,7 @@ from pipeline.core.errors import ConfigError, Stopped
 from pipeline.core.events import Note, PictureDone
 from pipeline.images.sheet import ContactSheet, Row, SheetImage, shortened
 from pipeline.plan.checks import check_overrides
-from pipeline.plan.sizes import stage_sizes
+from pipeline.plan.sizes import long_sides, stage_sizes
 from pipeline.rundir.lock import RunLock
 from tests.support.e2e import (
     canvases,
@@ -197,6 +197,7 @@ def runs_and_sizes(draw):
     """A config, the headers of its images, and the size of a preview, often that of a stage or of the run."""
     px, scales = st.integers(16, 900), st.sampled_from([0.3, 0.5, 1.0, 1.3, 1.7, 2.0, 3.33, 99.999])
     start, target = draw(px), draw(px)
+    ratio = draw(st.just(2.0) | st.floats(1.2, 4) | st.sampled_from([1.2, 2**0.5, 1.7]))
 
     def styles(prefix: str) -> list[dict]:
         return [
@@ -209,7 +210,8 @@ def runs_and_sizes(draw):
         ]
 
     values = {"content": "content.png", "output": "out.png", "size": target, "initial_size": start}
-    canvases = [canvas for power in range(8) if (canvas := start << power) < target] + [target]
+    values["stage_ratio"] = ratio
+    canvases = [min(side, target) for side in long_sides(start, ratio, target)]
     entries = []
     for up_to in sorted(draw(st.sets(st.sampled_from(canvases), max_size=3))):
         others = {"styles": styles("other")} if draw(st.booleans()) else {}
@@ -236,10 +238,11 @@ def test_stages_of_a_preview_are_those_of_the_run(result):
         assert stages == expected and shorter == config
         return
     assert max(stages[-1][0]) == long_px
-    is_the_runs = any(long_px == config.initial_size << power for power in range(8))
+    is_the_runs = any(long_px == max(canvas) for canvas, _ in expected)
     same = len(stages) if is_the_runs else len(stages) - 1
     assert stages[:same] == expected[:same]
-    for (canvas, styles), (whole, largest) in zip(stages, expected, strict=False):
+    for canvas, styles in stages:
+        whole, largest = next(pair for pair in expected if max(pair[0]) >= max(canvas))
         mine, theirs = shorter.for_stage(max(canvas)), config.for_stage(max(canvas))
         assert (mine.optimizer, mine.loss, mine.network) == (theirs.optimizer, theirs.loss, theirs.network)
         assert [style.image for style in mine.styles] == [style.image for style in theirs.styles]
