@@ -66,7 +66,9 @@ class Settings(Section):
     size: SidePx | tuple[SidePx, SidePx] | None = Field(
         None, description="long side of the output in px, or [width, height] of a texture; null: as the content"
     )
-    initial_size: SidePx = Field(512, description="long side of the coarsest stage in px")
+    initial_size: SidePx | Literal["auto"] = Field(
+        512, description="long side of the coarsest stage in px; auto: what the network sees at once"
+    )
     stage_ratio: Float = Field(
         2.0, ge=1.2, le=4, description="size of a stage relative to the one before", json_schema_extra=new(2.0)
     )
@@ -110,6 +112,11 @@ class Settings(Section):
     def target_px(self) -> int | None:
         """The long side of the output, or None if it is the content's."""
         return max(self.size) if isinstance(self.size, tuple) else self.size
+
+    @property
+    def for_first_stage(self) -> Self:
+        """The config of the coarsest stage, whatever its size: a first entry of `stages` that it lacks is refused."""
+        return self.overridden_by(self.stages[0]) if self.stages else self
 
     def for_stage(self, long_px: int) -> Self:
         """The config of a stage whose canvas has this long side: this one with the overrides of `stages`."""

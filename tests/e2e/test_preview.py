@@ -17,7 +17,7 @@ import pyvips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import load_config, preview, run
+from pipeline import load_config, plan, preview, run
 from pipeline.commands.preview.at_size import at_size
 from pipeline.commands.preview.sweep import MAX_VARIATIONS, load_variations
 from pipeline.config.config import Config, input_files
@@ -28,6 +28,7 @@ from pipeline.images.sheet import ContactSheet, Row, SheetImage, shortened
 from pipeline.plan.checks import check_overrides
 from pipeline.plan.sizes import long_sides, stage_sizes
 from pipeline.rundir.lock import RunLock
+from pipeline.rundir.manifest import read_manifest
 from tests.support.e2e import (
     canvases,
     journal,
@@ -262,6 +263,15 @@ def test_initial_size_above_the_shown_size_has_its_effect(config, call):
         for picture in result["pictures"]
     ]
     assert stages == [2, 1]
+
+
+def test_an_automatic_first_stage_is_the_runs(config):
+    """A preview has other sizes than the run: from these another first stage would follow, and another picture."""
+    automatic = ("initial_size=auto", "loss.style_weight=0", "network.content_layers={conv2_1: 1.0}")
+    result = preview(config, overrides=automatic, size_px=110)
+    (run_dir,) = (rendered.picture.parent / "run" for rendered in result.pictures)
+    assert [tuple(stage.size) for stage in read_manifest(run_dir / "manifest.json").stages] == [(65, 84), (85, 110)]
+    assert plan(load_config(config, automatic)).stages[0].size == (65, 84)
 
 
 def test_no_picture_is_larger_than_the_run_would_make_it(config):

@@ -29,11 +29,13 @@ def full_px(config: Config) -> int:
 def at_size(config: Config, long_px: int) -> Config:
     """The config of the run up to its stage of this long side, or of the whole run if that is smaller.
 
+    `config`: with a number as `initial_size`, because `auto` depends on the sizes that are changed here.
     If the run has no stage of that size, its next stage is replaced by one, with no style larger than in the run.
     Export options are the defaults.
     """
     if long_px >= full_px(config):
         return config.model_copy(update={"export": ExportConfig()})
+    assert config.initial_size != "auto"
     size: int | tuple[int, int] = long_px
     if isinstance(config.size, tuple):
         width, height = config.size

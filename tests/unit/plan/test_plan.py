@@ -116,6 +116,35 @@ def test_a_stage_just_below_the_end_is_left_out():
     ]  # the paper's
 
 
+@pytest.mark.parametrize(
+    ("content", "styles", "values", "expected_px"),
+    [
+        ((3000, 2000), [{}], {}, 144),  # conv5_1 sees 156 px
+        ((3000, 2000), [{}], {"loss": {"style_weight": 0.0}}, 96),  # conv4_2 sees 84: the short side needs 64
+        ((3000, 2000), [{}], {"stages": [{"up_to": 200, "loss": {"style_weight": 0.0}}]}, 96),
+        ((100, 4096), [{}], {}, 2622),  # a panorama of 64 px
+        ((100, 80), [{}], {}, 100),
+        ((3000, 2000), [{"scale": 0.1}], {}, 230),  # a style of 23×16 px
+    ],
+)
+def test_an_automatic_first_stage_is_what_the_network_sees_at_once(content, styles, values, expected_px):
+    """A larger one keeps the photograph's shapes, because no position sees far enough to move them."""
+    stages = sizes_of(content, [(1000, 720)], "auto", None, styles, **values)
+    assert max(stages[0][0]) == expected_px
+    assert sizes_of(content, [(1000, 720)], expected_px, None, styles, **values) == stages
+
+
+@given(st.tuples(st.integers(16, 9000), st.integers(16, 9000)), st.tuples(sides, sides), st.floats(0.01, 100))
+def test_an_automatic_first_stage_is_one_that_the_network_can_use(content, style, scale):
+    """`auto` must not choose a size that the plan then refuses, if there is another."""
+    values = {"initial_size": "auto", "styles": [{"image": "/s0.png", "scale": scale}], "memory": {"limit": "1TiB"}}
+    try:
+        planned(content, [style], **{**values, "initial_size": max(content)})
+    except InputError:
+        return
+    assert planned(content, [style], **values).stages[0].size <= content
+
+
 @given(sizes, st.integers(1, 40_000))
 def test_fit_keeps_the_aspect_ratio(size, long_px):
     """A distorted face is the most visible error."""
