@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from pipeline.config.fields import MAX_STAGES, MAX_STYLES, File, Float, Int, Output, SidePx, Start
+from pipeline.config.fields import MAX_STAGES, MAX_STYLES, Bool, File, Float, Int, Output, SidePx, Start
 from pipeline.config.sections import (
     COMPARED_BY_CONTENT,
     HARMLESS,
@@ -71,6 +71,9 @@ class Settings(Section):
     )
     stage_ratio: Float = Field(
         2.0, ge=1.2, le=4, description="size of a stage relative to the one before", json_schema_extra=new(2.0)
+    )
+    style_stages: Bool = Field(
+        True, description="more stages while a style is larger than the canvas", json_schema_extra=new(True)
     )
     network: NetworkConfig = Field(NetworkConfig(), description="feature network")
     loss: LossConfig = Field(LossConfig(), description="loss function")

@@ -28,14 +28,17 @@ def fit(size: Size, long_px: int) -> Size:
 def stage_sizes(config: Config, images: Mapping[Path, ImageHeader]) -> Sequence[tuple[Size, tuple[Size, ...]]]:
     """(canvas size, style sizes) of every stage, each size as (height, width).
 
-    The last stage is the first at which the canvas has the long side of the output image, and every style its full
-    size.
+    The last stage is the first at which the canvas has the long side of the output image, and, with `style_stages`,
+    every style its full size.
     """
     shape = canvas_shape(config, images)
     target = config.target_px or max(shape)
-    longest = max(target, *(_full_size_at_px(style, images) for style in config.for_stage(target).styles), 0)
+    ends = [target]
+    if config.style_stages:
+        ends += [_full_size_at_px(style, images) for style in config.for_stage(target).styles]
     stages = []
-    for long_px in long_sides(initial_px(config, images), config.stage_ratio, target, longest):
+    for side_px in long_sides(initial_px(config, images), config.stage_ratio, target, max(ends)):
+        long_px = side_px if config.style_stages else min(side_px, target)
         canvas = fit(shape, min(long_px, target))
         styles = config.for_stage(max(canvas)).styles
         stages.append((canvas, tuple(_style_size(style, images, long_px) for style in styles)))

@@ -211,7 +211,7 @@ def runs_and_sizes(draw):
         ]
 
     values = {"content": "content.png", "output": "out.png", "size": target, "initial_size": start}
-    values["stage_ratio"] = ratio
+    values |= {"stage_ratio": ratio, "style_stages": draw(st.booleans())}
     canvases = [min(side, target) for side in long_sides(start, ratio, target)]
     entries = []
     for up_to in sorted(draw(st.sets(st.sampled_from(canvases), max_size=3))):

@@ -49,6 +49,8 @@ def at_size(config: Config, long_px: int) -> Config:
         for floor, entry in zip(floors, config.stages, strict=False)
         if any(floor < side_px <= entry.up_to for side_px in sides_px)
     ]
+    if not config.style_stages:  # the sizes of the styles follow from the canvas
+        return config.model_copy(update={"size": size, "stages": tuple(entries), "export": ExportConfig()})
     stages = tuple(
         entry.model_copy(update={"styles": _no_larger(entry.styles, long_px)}) if entry.styles else entry
         for entry in entries
