@@ -91,6 +91,11 @@ class Settings(Section):
         description="initial canvas of the coarsest stage",
         json_schema_extra=COMPARED_BY_CONTENT,
     )
+    dequantize: Bool = Field(
+        False,
+        description="add noise of half a level to an initial canvas that is an image, so that no pixels are equal",
+        json_schema_extra=new(False),
+    )
     compute: ComputeConfig = Field(ComputeConfig(), description="device, precision and parallelism")
     memory: MemoryConfig = Field(MemoryConfig(), description="host memory", json_schema_extra=HARMLESS)
     store: StoreConfig = Field(StoreConfig(), description="state on disk")

@@ -171,7 +171,8 @@ def _name(config: Config, hashes: Mapping[Path, str]) -> str:
 def _without_unused_seed(config: Config) -> Config:
     """The config with the default seed if nothing is random: no noise, random weights or stochastic rounding."""
     random_weights = config.network.name == "random" and config.network.weights is None
-    if config.init == "noise" or random_weights or config.state == "compact":
+    noise = config.init == "noise" or (config.dequantize and config.init != "gray")
+    if noise or random_weights or config.state == "compact":
         return config
     return config.model_copy(update={"seed": Config.model_fields["seed"].default})
 
