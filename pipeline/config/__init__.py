@@ -1,8 +1,15 @@
 """The configuration: its fields, its YAML reader and its error messages."""
 
-from pipeline.config.config import Config, input_files, load_config, result_fields
+from pipeline.config.config import Config, input_files, is_default, load_config, result_fields
 from pipeline.config.fields import MAX_BYTES, MAX_CHUNK_PX, MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
 from pipeline.config.messages import faults_in, field_at
 from pipeline.config.regions import regions_of
-from pipeline.config.sections import NEW, ExportConfig, LimitsConfig, OptimizerConfig, StageConfig, StyleConfig
+from pipeline.config.sections import (
+    ADDED_LATER,
+    ExportConfig,
+    LimitsConfig,
+    OptimizerConfig,
+    StageConfig,
+    StyleConfig,
+)
 from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, dotted, listed, problem_lines, undotted

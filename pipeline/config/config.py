@@ -12,7 +12,7 @@ from pipeline.config.conflicts import all_conflicts
 from pipeline.config.messages import ConflictsError, validate
 from pipeline.config.presets import with_preset
 from pipeline.config.regions import shared_masks
-from pipeline.config.sections import COMPARED_BY_CONTENT, HARMLESS, NEW, StageConfig
+from pipeline.config.sections import ADDED_LATER, COMPARED_BY_CONTENT, HARMLESS, StageConfig
 from pipeline.config.settings import Settings
 from pipeline.config.yaml_reader import Key, dotted, problem_lines, read
 from pipeline.core.errors import ConfigError
@@ -76,6 +76,20 @@ def input_files(config: Settings) -> Iterator[tuple[Key, Path]]:
             yield key, value
 
 
+def is_default(config: Config, key: Key) -> bool:
+    """Whether a key that is not given in the config has its default."""
+    inner: object = config
+    for part in key[:-1]:
+        if isinstance(inner, BaseModel):
+            inner = getattr(inner, str(part), None)
+        elif isinstance(inner, tuple) and part in range(len(inner)):
+            inner = inner[int(part)]
+        else:
+            return False
+    is_field = isinstance(inner, BaseModel) and key[-1] in type(inner).model_fields
+    return is_field and isinstance(inner, BaseModel) and key[-1] not in inner.model_fields_set
+
+
 def _values(
     value: object, key: Key = (), mark: object = None, given_only: bool = False
 ) -> Iterator[tuple[Key, Any, object]]:
@@ -84,9 +98,9 @@ def _values(
         for name, field in type(value).model_fields.items():
             inner, marks = getattr(value, name), field.json_schema_extra
             own = marks.get("resume") if isinstance(marks, dict) else None
-            if own == NEW["resume"]:
-                # In an entry of `stages` a given default counts: it may override a value of the config's top level.
-                own = HARMLESS["resume"] if inner == field.get_default() and not given_only else None
+            if isinstance(marks, dict) and own == ADDED_LATER:
+                # In an entry of `stages` a given value counts: it may override another one of the config's top level.
+                own = HARMLESS["resume"] if inner == marks["before"] and not given_only else None
             if not given_only or name in value.model_fields_set:
                 yield from _values(inner, (*key, name), mark or own, given_only or isinstance(value, StageConfig))
     elif isinstance(value, tuple):

@@ -46,7 +46,6 @@ def _stages(settings: Settings) -> Iterator[Conflict]:
 def _start(settings: Settings) -> Iterator[Conflict]:
     """The size of the output and the initial canvas."""
     content, size, init = ("content",), ("size",), ("init",)
-    first = settings.for_stage(settings.initial_size)
     if settings.content is None:
         if settings.size is None and not settings.loss.content_weight:  # else the missing content is reported
             yield Conflict((size, content), "null uses the content's size, but there is no content; give a size")
@@ -58,7 +57,7 @@ def _start(settings: Settings) -> Iterator[Conflict]:
     elif isinstance(settings.size, tuple):
         text = "[width, height] is for textures, which have no content; give the long side only"
         yield Conflict((size, content), text)
-    if settings.init == "gray" and not first.loss.content_weight:
+    if settings.init == "gray" and not settings.for_first_stage.loss.content_weight:
         text = "without a content loss every pixel of a gray canvas has the same gradient, and it stays gray"
         yield Conflict((init, _CONTENT_WEIGHT), f"{text}; choose noise")
 

@@ -26,8 +26,8 @@ MAX_PIXELS = MAX_SIDE_PX**2
 MAX_CHUNK_PX = 2**14
 # Every stage reads every style.
 MAX_STYLES = 100
-# The size doubles from stage to stage.
-MAX_STAGES = 32
+# From 16 to 1,000,000 px, each stage 1.2 times the size of the one before.
+MAX_STAGES = 64
 # More than any machine has cores.
 MAX_WORKERS = 256
 MAX_THREADS = 1024

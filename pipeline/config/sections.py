@@ -36,8 +36,15 @@ NetworkName = Literal["vgg19", "vgg19-lite", "random"]
 HARMLESS: dict[str, Any] = {"resume": "harmless"}
 # Files: a resume compares their content, not their names.
 COMPARED_BY_CONTENT: dict[str, Any] = {"resume": "compared by content hash"}
-# Keys that were added after the first release: a run from before them behaves as with their defaults.
-NEW: dict[str, Any] = {"resume": "compared unless it has its default"}
+ADDED_LATER = "compared unless it has the value of the runs from before it"
+
+
+def new(before: object) -> dict[str, Any]:
+    """The mark of a key that was added after the first release. `before`: what the runs from before it do.
+
+    Not the default: that may change, and a run on disk keeps what it began with.
+    """
+    return {"resume": ADDED_LATER, "before": before}
 
 
 class Section(BaseModel):
@@ -52,9 +59,11 @@ class StyleConfig(Section):
     image: File = Field(description="style image", json_schema_extra=COMPARED_BY_CONTENT)
     weight: Share = Field(1.0, description="weight relative to the other styles")
     scale: Float = Field(
-        1.0, gt=0, le=100, description="size relative to the canvas; smaller: finer detail", json_schema_extra=NEW
+        1.0, gt=0, le=100, description="size relative to the canvas; smaller: finer detail", json_schema_extra=new(1.0)
     )
-    max_size: SidePx | None = Field(None, description="maximum long side in px; null: no limit", json_schema_extra=NEW)
+    max_size: SidePx | None = Field(
+        None, description="maximum long side in px; null: no limit", json_schema_extra=new(None)
+    )
     mask: File | None = Field(
         None,
         description="mask for this style: same aspect ratio as the content; white = apply, black = leave",
@@ -76,7 +85,7 @@ class NetworkConfig(Section):
         gt=0,
         le=100,
         description="factor behind every pooling; docs/networks.md has those that keep the magnitudes of max pooling",
-        json_schema_extra=NEW,
+        json_schema_extra=new(1.0),
     )
     content_layers: Layers = Field({"conv4_2": 1.0}, description="layers of the content loss and their weights")
     style_layers: Layers = Field(
@@ -93,7 +102,9 @@ class LossConfig(Section):
     )
     content_weight: Share = Field(0.05, description="weight of the content loss")
     style_weight: Share = Field(1.0, description="weight of the style loss")
-    tv_weight: Share = Field(0.0, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=NEW)
+    tv_weight: Share = Field(
+        0.0, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=new(0.0)
+    )
     content_mask: File | None = Field(
         None,
         description="mask for the content loss: same aspect ratio as the content; white = keep, black = ignore",
@@ -126,14 +137,14 @@ class OptimizerConfig(Section):
     color_space: Literal["rgb", "decorrelated"] = Field(
         "rgb",
         description="coordinates of Adam's steps; decorrelated: luminance and two colours, for less coloured grain",
-        json_schema_extra=NEW,
+        json_schema_extra=new("rgb"),
     )
     average: Float = Field(
         0.0,
         ge=0,
         lt=1,
         description="decay of a moving average of the canvas, the stage's result; 0: off, 0.95: smoother",
-        json_schema_extra=NEW,
+        json_schema_extra=new(0.0),
     )
 
 

@@ -11,11 +11,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from pipeline.config.fields import MAX_STAGES, MAX_STYLES, File, Int, Output, SidePx, Start
+from pipeline.config.fields import MAX_STAGES, MAX_STYLES, Bool, File, Float, Int, Output, SidePx, Start
 from pipeline.config.sections import (
     COMPARED_BY_CONTENT,
     HARMLESS,
-    NEW,
     ComputeConfig,
     ExportConfig,
     LimitsConfig,
@@ -27,6 +26,7 @@ from pipeline.config.sections import (
     StageConfig,
     StoreConfig,
     StyleConfig,
+    new,
 )
 from pipeline.core.image_formats import OUTPUT_SUFFIXES
 from pipeline.core.presets import PresetName
@@ -72,7 +72,15 @@ class Settings(Section):
     size: SidePx | tuple[SidePx, SidePx] | None = Field(
         None, description="long side of the output in px, or [width, height] of a texture; null: as the content"
     )
-    initial_size: SidePx = Field(512, description="long side of the coarsest stage in px")
+    initial_size: SidePx | Literal["auto"] = Field(
+        512, description="long side of the coarsest stage in px; auto: what the network sees at once"
+    )
+    stage_ratio: Float = Field(
+        2.0, ge=1.2, le=4, description="size of a stage relative to the one before", json_schema_extra=new(2.0)
+    )
+    style_stages: Bool = Field(
+        True, description="more stages while a style is larger than the canvas", json_schema_extra=new(True)
+    )
     network: NetworkConfig = Field(NetworkConfig(), description="feature network")
     loss: LossConfig = Field(LossConfig(), description="loss function")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and its schedule")
@@ -82,12 +90,17 @@ class Settings(Section):
     color: Literal["style", "content", "luminance"] = Field(
         "style",
         description="where the colours come from; luminance keeps the content's colours and stylises brightness only",
-        json_schema_extra=NEW,
+        json_schema_extra=new("style"),
     )
     init: Start = Field(
         default_factory=_default_init,
         description="initial canvas of the coarsest stage",
         json_schema_extra=COMPARED_BY_CONTENT,
+    )
+    dequantize: Bool = Field(
+        False,
+        description="add noise of half a level to an initial canvas that is an image, so that no pixels are equal",
+        json_schema_extra=new(False),
     )
     compute: ComputeConfig = Field(ComputeConfig(), description="device, precision and parallelism")
     memory: MemoryConfig = Field(MemoryConfig(), description="host memory", json_schema_extra=HARMLESS)
@@ -113,6 +126,11 @@ class Settings(Section):
     def target_px(self) -> int | None:
         """The long side of the output, or None if it is the content's."""
         return max(self.size) if isinstance(self.size, tuple) else self.size
+
+    @property
+    def for_first_stage(self) -> Self:
+        """The config of the coarsest stage, whatever its size: a first entry of `stages` that it lacks is refused."""
+        return self.overridden_by(self.stages[0]) if self.stages else self
 
     def for_stage(self, long_px: int) -> Self:
         """The config of a stage whose canvas has this long side: this one with the overrides of `stages`."""

@@ -81,6 +81,12 @@ def halo_px(names: Iterable[str], pooling: str) -> int:
     return ceil_to(radius, ALIGN_PX)
 
 
+def receptive_field_px(names: Iterable[str]) -> int:
+    """Side, in px, of the square that one position of the deepest of `names` depends on."""
+    # a convolution adds a neighbour on either side, a pooling one of its input, whose stride is half its own
+    return 1 + sum(2 * layer.stride if layer.kind == "conv" else layer.stride // 2 for layer in needed_layers(names))
+
+
 def min_side_px(names: Iterable[str], padding: str) -> int:
     """Smallest image side, in px, at which the deepest of `names` has as many positions as `padding` needs."""
     positions = 2 if padding == "reflect" else 1  # reflect copies the second position

@@ -129,10 +129,15 @@ class LayerUse:
         return max(c_out / layer.stride**2 for layer, _, c_out in self.channels())
 
 
+def layer_names(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The style layers and the content layers whose weight in the loss is not 0."""
+    style = tuple(config.network.style_layers) if config.loss.style_weight > 0 else ()
+    return style, tuple(config.network.content_layers) if config.loss.content_weight > 0 else ()
+
+
 def layers_in_use(config: Config, widths: Mapping[str, int]) -> LayerUse:
     """The layers whose weight in the loss is not 0. Raises InputError if the weights file lacks one of them."""
-    style = tuple(config.network.style_layers) if config.loss.style_weight > 0 else ()
-    content = tuple(config.network.content_layers) if config.loss.content_weight > 0 else ()
+    style, content = layer_names(config)
     missing = [name for name in style + content if name not in widths]
     if missing:
         raise InputError(

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from pipeline.config import Config, StyleConfig
 from pipeline.core.tiling import Size
+from pipeline.core.vgg_layers import ALIGN_PX, ceil_to, min_side_px, receptive_field_px
 from pipeline.images import ImageHeader
+from pipeline.plan.network_cost import layer_names
+
+# A stage that is enlarged by less than this for the next would have its work done twice.
+_LEAST_STEP = 1.1
+# The least short side of an automatic first stage: a panorama has a composition there too.
+_LEAST_SHORT_PX = 64
 
 
 def fit(size: Size, long_px: int) -> Size:
@@ -21,20 +28,61 @@ def fit(size: Size, long_px: int) -> Size:
 def stage_sizes(config: Config, images: Mapping[Path, ImageHeader]) -> Sequence[tuple[Size, tuple[Size, ...]]]:
     """(canvas size, style sizes) of every stage, each size as (height, width).
 
-    There are K + 1 stages. K is the smallest number for which r0·2^K reaches the long side of the output image, and
-    at which every style of the last stage has its full size.
+    The last stage is the first at which the canvas has the long side of the output image, and, with `style_stages`,
+    every style its full size.
     """
     shape = canvas_shape(config, images)
     target = config.target_px or max(shape)
-    longest = max(target, *(_full_size_at_px(style, images) for style in config.for_stage(target).styles), 0)
-    stages, long_px = [], config.initial_size
-    while True:
+    ends = [target]
+    if config.style_stages:
+        ends += [_full_size_at_px(style, images) for style in config.for_stage(target).styles]
+    stages = []
+    for side_px in long_sides(initial_px(config, images), config.stage_ratio, target, max(ends)):
+        long_px = side_px if config.style_stages else min(side_px, target)
         canvas = fit(shape, min(long_px, target))
         styles = config.for_stage(max(canvas)).styles
         stages.append((canvas, tuple(_style_size(style, images, long_px) for style in styles)))
-        if long_px >= longest:
-            return stages
-        long_px *= 2
+    return stages
+
+
+def initial_px(config: Config, images: Mapping[Path, ImageHeader]) -> int:
+    """`initial_size` in px. `auto`: what one position of the deepest layer sees, so that it sees the composition.
+
+    It is more where the short side of the canvas, or of a style, would be too small for the network, and never more
+    than the output image.
+    """
+    if config.initial_size != "auto":
+        return config.initial_size
+    first, shape = config.for_first_stage, canvas_shape(config, images)
+    style_layers, content_layers = layer_names(first)
+    layers, padding = style_layers + content_layers, config.network.padding
+    sides = [receptive_field_px(layers) // ALIGN_PX * ALIGN_PX]
+    sides.append(_long_px(shape, max(_LEAST_SHORT_PX, min_side_px(layers, padding))))
+    for style in first.styles if style_layers else ():
+        size = size_of(images[style.image])
+        needed_px = min(_long_px(size, min_side_px(style_layers, padding)), _largest_px(style, size))
+        sides.append(ceil(needed_px / style.scale))
+    return min(max(sides), config.target_px or max(shape))
+
+
+def _long_px(size: Size, short_px: int) -> int:
+    """The long side of `size` scaled so that its short side is `short_px`."""
+    return ceil_to(short_px * max(size), min(size)) // min(size)
+
+
+def long_sides(initial_px: int, ratio: float, *ends_px: int) -> list[int]:
+    """round(r0·ratio^i) for i = 0, 1, … up to the first that reaches all of `ends_px`: the long sides of the stages.
+
+    A stage that an end exceeds by less than a tenth is left out, because the next one repeats it, unless it is the
+    first. The doubled sizes of a ratio of 2 are the paper's, and all kept.
+    """
+    sides, exact_px = [initial_px], float(initial_px)
+    while sides[-1] < max(ends_px):
+        exact_px *= ratio  # not a power, whose last bit depends on the machine's mathematical library
+        sides.append(round(exact_px))
+    if ratio == 2:
+        return sides
+    return sides[:1] + [side for side in sides[1:] if not any(side < end < _LEAST_STEP * side for end in ends_px)]
 
 
 def canvas_shape(config: Config, images: Mapping[Path, ImageHeader]) -> Size:

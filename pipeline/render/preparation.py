@@ -166,20 +166,24 @@ def _fill_canvas(
         )
     if isinstance(init, Path):
         image = store.open_array(folder, STYLE, ingest_aside(stage, folder, init, stage.plan.size))
-        sums = resample.enlarge(resample.whole(image), resample.whole(canvas), stage.executor, stage.reporter("canvas"))
+        sums = _start_from(stage, image, canvas)
         store.delete_array(folder, STYLE)
         return sums
     if init == "content":
-        content = store.open_array(folder, CONTENT, checksums[CONTENT])
-        return resample.enlarge(
-            resample.whole(content), resample.whole(canvas), stage.executor, stage.reporter("canvas")
-        )
+        return _start_from(stage, store.open_array(folder, CONTENT, checksums[CONTENT]), canvas)
     start = _initial_noise if init == "noise" else _initial_gray
     written: ChunkSums = {}
     for cy, cx in canvas.chunk_indices():
         stage.executor.cancel.raise_if_set()
         written[cy, cx] = canvas.write_chunk(cy, cx, start(stage.config.seed, canvas, cy, cx))
     return canvas.packed(written)
+
+
+def _start_from(stage: Stage, image: StageArray, canvas: StageArray) -> str:
+    """Fill the first canvas with an image of its size; gives its checksums. 16 bits have fewer ties, but some too."""
+    seed = stage.config.seed if stage.config.dequantize else None
+    source, target = resample.whole(image), resample.whole(canvas)
+    return resample.enlarge(source, target, stage.executor, stage.reporter("canvas"), seed)
 
 
 def _start_average(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> str:

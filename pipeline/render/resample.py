@@ -15,6 +15,7 @@ from pipeline import images
 from pipeline.core.events import in_order
 from pipeline.core.tiling import Rect, Size, chunks_of
 from pipeline.executors import Executor
+from pipeline.render.noise import dequantization
 from pipeline.store import ChunkSums, StageArray
 
 OnProgress = Callable[[int, int], None]
@@ -47,11 +48,15 @@ def needed(rect: Rect, size: Size, source_size: Size) -> Rect:
 
 @dataclass(frozen=True)
 class EnlargeSpec:
-    """Fill a row of chunks of `target` from `source`, a region of the same image at a smaller or equal size."""
+    """Fill a row of chunks of `target` from `source`, a region of the same image at a smaller or equal size.
+
+    `noise_seed`: of the noise that is added (render/noise.py); None: no noise.
+    """
 
     source: Region
     target: Region
     rect: Rect
+    noise_seed: int | None
 
 
 def enlarge_task(spec: EnlargeSpec) -> ChunkSums:
@@ -65,19 +70,25 @@ def enlarge_task(spec: EnlargeSpec) -> ChunkSums:
         pixels = source.array.read_window(moved(window, -source.rect.y0, -source.rect.x0))
         if target.size != source.size:  # clipped: bicubic interpolation overshoots at edges
             pixels = np.clip(images.resize_window(pixels, window, source.size, target.size, rect), 0, 255)
+        if spec.noise_seed is not None:
+            pixels = np.clip(pixels + dequantization(spec.noise_seed, rect), 0, 255)
         sums |= target.array.write_window(own, pixels.astype(target.array.value_dtype))
     return sums
 
 
 def enlarge(
-    source: Region, target: Region, executor: Executor, on_progress: OnProgress = lambda done, total: None
+    source: Region,
+    target: Region,
+    executor: Executor,
+    on_progress: OnProgress = lambda done, total: None,
+    noise_seed: int | None = None,
 ) -> str:
-    """Fill a region from one that holds all that is `needed`; gives the packed checksums."""
+    """Fill a region from one that holds all that is `needed`; gives the packed checksums. `noise_seed`: EnlargeSpec."""
     height, width, _ = target.array.shape
     rows = range(0, height, target.array.chunk_px)
     rects = [Rect(y0, min(y0 + target.array.chunk_px, height), 0, width) for y0 in rows]
     sums: ChunkSums = {}
-    specs = [EnlargeSpec(source, target, rect) for rect in rects]
+    specs = [EnlargeSpec(source, target, rect, noise_seed) for rect in rects]
     for written in executor.map(enlarge_task, specs, in_order(on_progress, len(specs))):
         sums |= written
     return target.array.packed(sums)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -10,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import store
-from pipeline.config import NEW, Config, dotted, field_at, input_files, result_fields, undotted
+from pipeline.config import (
+    ADDED_LATER,
+    Config,
+    dotted,
+    field_at,
+    input_files,
+    is_default,
+    result_fields,
+    undotted,
+)
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError, DamagedStateError
 from pipeline.core.image_formats import RGB8
@@ -155,7 +165,7 @@ def refuse_changes(config: Config, manifest: Manifest, identity_now: Identity) -
     for key in sorted(old.keys() | new.keys()):
         old_value, new_value = _value(key, old, old_config), _value(key, new, new_config)
         if old_value != new_value:
-            changes.append(f"  {key}: was {old_value}, is {new_value}")
+            changes.append(f"  {key}: was {old_value}, is {new_value}{_remedy(config, key, old_value)}")
     files, files_now = manifest.inputs, identity_now.inputs
     changed = [key for key in sorted(files.keys() | files_now.keys()) if files.get(key) != files_now.get(key)]
     changes += [f"  {key}: the content of the file has changed" for key in changed]
@@ -170,11 +180,20 @@ def refuse_changes(config: Config, manifest: Manifest, identity_now: Identity) -
 _NOT_GIVEN = "not given"
 
 
+def _remedy(config: Config, key: str, old_value: object) -> str:
+    """What to add to a config that does not have the key, whose default has changed since the run began."""
+    if old_value == _NOT_GIVEN or not is_default(config, undotted(key)):
+        return ""
+    *sections, name = key.split(".")
+    value = old_value if isinstance(old_value, str) else json.dumps(old_value)
+    return f"; to resume, add `{name}: {value}`" + (f" under `{'.'.join(sections)}`" if sections else " to the config")
+
+
 def _value(key: str, fields: Mapping[str, Any], config: object) -> object:
     """The value of a dotted key in a run, whose result fields leave out some keys that have their default.
 
-    `config`: as in a manifest. Keys that newer versions added have their default in old runs; keys that a stage does
-    not set have the value outside `stages`.
+    `config`: as in a manifest. Keys that newer versions added have in old runs the value that these had before; keys
+    that a stage does not set have the value outside `stages`.
     """
     parts = undotted(key)
     if parts[0] == "stages" and len(parts) == 3 and fields.get(key) is None:
@@ -191,7 +210,8 @@ def _value(key: str, fields: Mapping[str, Any], config: object) -> object:
             return _value(dotted(parts[2:]), fields, config)
         elif isinstance(inner, Mapping) and depth == len(parts) - 1:
             field = field_at(Config, parts)
-            return field.default if field.json_schema_extra == NEW else _NOT_GIVEN
+            marks = field.json_schema_extra
+            return marks["before"] if isinstance(marks, dict) and marks.get("resume") == ADDED_LATER else _NOT_GIVEN
         else:
             return _NOT_GIVEN
     return inner if inner is None or isinstance(inner, int | float) else shown(str(inner), 200)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipeline.config import Config, input_files
-from pipeline.images import check_output, read_header, refuse_unheeded
+from pipeline.images import ImageHeader, check_output, read_header, refuse_unheeded
 from pipeline.network import weights_bytes, widths_for_plan
-from pipeline.plan import Device, Plan, make_plan, resolve_device
+from pipeline.plan import Device, Plan, initial_px, make_plan, resolve_device
 from pipeline.rundir.paths import refuse_own_state
 from pipeline.rundir.process_settings import process_settings
 
@@ -20,10 +22,21 @@ def plan(config: Config) -> Plan:
     return plan_on(config, resolve_device(config.compute.device))
 
 
+def with_initial_size(config: Config) -> Config:
+    """The config with the number that `initial_size: auto` stands for. Raises InputError for an unusable image."""
+    if config.initial_size != "auto":
+        return config
+    return config.model_copy(update={"initial_size": initial_px(config, _headers(config))})
+
+
+def _headers(config: Config) -> dict[Path, ImageHeader]:
+    weights_key = ("network", "weights")
+    return {path: read_header(path, config.limits) for key, path in input_files(config) if key != weights_key}
+
+
 def plan_on(config: Config, device: Device) -> Plan:
     """`plan` for a device that is already known."""
-    weights_key = ("network", "weights")
-    images = {path: read_header(path, config.limits) for key, path in input_files(config) if key != weights_key}
+    images = _headers(config)
     widths = widths_for_plan(config.network.name, config.network.weights, config.limits.max_weights_bytes)
     weights = weights_bytes(config.network.name, config.network.weights)
     # all that can be refused is refused here, because a run finds the rest only after hours

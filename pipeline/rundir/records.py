@@ -23,7 +23,7 @@ FORMAT = 2  # of a run directory, as the manifest says
 MAX_MANIFEST_BYTES = 2**20  # a hundred styles take 0.2 MB
 MAX_JOURNAL_BYTES = 2**30  # 100,000² px and 1,000 iterations take 0.6 GB, nearly all of it checksums
 MAX_OWNER_BYTES = 1000
-_MAX_STAGES = 64  # each stage has twice the size of the one before
+_MAX_STAGES = 64  # as in a config
 
 _Count = Annotated[int, Field(ge=0, le=MAX_ITERATIONS)]
 _Stage = Annotated[int, Field(ge=0, lt=_MAX_STAGES)]

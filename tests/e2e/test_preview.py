@@ -17,7 +17,7 @@ import pyvips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import load_config, preview, run
+from pipeline import load_config, plan, preview, run
 from pipeline.commands.preview.at_size import at_size
 from pipeline.commands.preview.sweep import MAX_VARIATIONS, load_variations
 from pipeline.config.config import Config, input_files
@@ -26,8 +26,9 @@ from pipeline.core.errors import ConfigError, Stopped
 from pipeline.core.events import Note, PictureDone
 from pipeline.images.sheet import ContactSheet, Row, SheetImage, shortened
 from pipeline.plan.checks import check_overrides
-from pipeline.plan.sizes import stage_sizes
+from pipeline.plan.sizes import long_sides, stage_sizes
 from pipeline.rundir.lock import RunLock
+from pipeline.rundir.manifest import read_manifest
 from tests.support.e2e import (
     canvases,
     journal,
@@ -197,6 +198,7 @@ def runs_and_sizes(draw):
     """A config, the headers of its images, and the size of a preview, often that of a stage or of the run."""
     px, scales = st.integers(16, 900), st.sampled_from([0.3, 0.5, 1.0, 1.3, 1.7, 2.0, 3.33, 99.999])
     start, target = draw(px), draw(px)
+    ratio = draw(st.just(2.0) | st.floats(1.2, 4) | st.sampled_from([1.2, 2**0.5, 1.7]))
 
     def styles(prefix: str) -> list[dict]:
         return [
@@ -209,7 +211,8 @@ def runs_and_sizes(draw):
         ]
 
     values = {"content": "content.png", "output": "out.png", "size": target, "initial_size": start}
-    canvases = [canvas for power in range(8) if (canvas := start << power) < target] + [target]
+    values |= {"stage_ratio": ratio, "style_stages": draw(st.booleans())}
+    canvases = [min(side, target) for side in long_sides(start, ratio, target)]
     entries = []
     for up_to in sorted(draw(st.sets(st.sampled_from(canvases), max_size=3))):
         others = {"styles": styles("other")} if draw(st.booleans()) else {}
@@ -236,10 +239,11 @@ def test_stages_of_a_preview_are_those_of_the_run(result):
         assert stages == expected and shorter == config
         return
     assert max(stages[-1][0]) == long_px
-    is_the_runs = any(long_px == config.initial_size << power for power in range(8))
+    is_the_runs = any(long_px == max(canvas) for canvas, _ in expected)
     same = len(stages) if is_the_runs else len(stages) - 1
     assert stages[:same] == expected[:same]
-    for (canvas, styles), (whole, largest) in zip(stages, expected, strict=False):
+    for canvas, styles in stages:
+        whole, largest = next(pair for pair in expected if max(pair[0]) >= max(canvas))
         mine, theirs = shorter.for_stage(max(canvas)), config.for_stage(max(canvas))
         assert (mine.optimizer, mine.loss, mine.network) == (theirs.optimizer, theirs.loss, theirs.network)
         assert [style.image for style in mine.styles] == [style.image for style in theirs.styles]
@@ -259,6 +263,15 @@ def test_initial_size_above_the_shown_size_has_its_effect(config, call):
         for picture in result["pictures"]
     ]
     assert stages == [2, 1]
+
+
+def test_an_automatic_first_stage_is_the_runs(config):
+    """A preview has other sizes than the run: from these another first stage would follow, and another picture."""
+    automatic = ("initial_size=auto", "loss.style_weight=0", "network.content_layers={conv2_1: 1.0}")
+    result = preview(config, overrides=automatic, size_px=110)
+    (run_dir,) = (rendered.picture.parent / "run" for rendered in result.pictures)
+    assert [tuple(stage.size) for stage in read_manifest(run_dir / "manifest.json").stages] == [(65, 84), (85, 110)]
+    assert plan(load_config(config, automatic)).stages[0].size == (65, 84)
 
 
 def test_no_picture_is_larger_than_the_run_would_make_it(config):

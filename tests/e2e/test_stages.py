@@ -213,6 +213,17 @@ def test_a_style_may_stay_small():
     assert [styles[0] for _, styles in scaled] == [(128, 64), (256, 128), (512, 256)]
 
 
+def test_a_large_style_adds_no_stages_unless_asked_to():
+    """A photograph of 100 megapixels as the style of a small canvas would add hours at the full size."""
+    stages = sizes_of((300, 240), [(5000, 4000)], 128, None, [{"scale": 2.0}], style_stages=False)
+    assert [(max(canvas), max(styles[0])) for canvas, styles in stages] == [(128, 256), (256, 512), (300, 600)]
+    small = sizes_of((100, 80), [(1000, 700)], 512, None, style_stages=False)
+    assert small == [((100, 80), ((100, 70),))]
+    assert sizes_of((512, 512), [(1000, 500)], 256, None) != sizes_of(
+        (512, 512), [(1000, 500)], 256, None, style_stages=False
+    )
+
+
 def test_a_style_may_be_larger_than_the_canvas_but_is_never_upsampled():
     """Upsampling adds no detail to a style: stages for it would cost hours for nothing."""
     doubled = sizes_of((512, 512), [(1000, 500)], 256, None, [{"scale": 2.0}])

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ from pipeline.core.tiling import Size
 from pipeline.images import ContactSheet, Label, Row, SheetImage, read_header
 from pipeline.network import sha256_of
 from pipeline.plan import BASE_BYTES, Device, Plan, fit
-from pipeline.rundir import plan_on
+from pipeline.rundir import plan_on, with_initial_size
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Grid:
 
     def __init__(self, axes: Sequence[Axis], variations: Sequence[Variation], size_px: int, device: Device) -> None:
         self._axes = axes
-        self._variations = variations
+        self._variations = [replace(variation, config=with_initial_size(variation.config)) for variation in variations]
         self._size_px = size_px
         self._device = device
         self.images: list[PlannedImage] = []
@@ -59,7 +59,8 @@ class Grid:
     @property
     def rendered_px(self) -> int:
         """Long side at which the images are rendered: at least the largest initial_size."""
-        return max(self._size_px, *(variation.config.initial_size for variation in self._variations))
+        initial = [variation.config.initial_size for variation in self._variations]
+        return max(self._size_px, *(side_px for side_px in initial if side_px != "auto"))  # none is
 
     def plan(self, folder: Path, cancel: CancelToken) -> None:
         """Plan all images. Raises ConfigError, InputError for any that cannot be rendered, before the first is."""
@@ -170,7 +171,8 @@ def _name(config: Config, hashes: Mapping[Path, str]) -> str:
 def _without_unused_seed(config: Config) -> Config:
     """The config with the default seed if nothing is random: no noise, random weights or stochastic rounding."""
     random_weights = config.network.name == "random" and config.network.weights is None
-    if config.init == "noise" or random_weights or config.state == "compact":
+    noise = config.init == "noise" or (config.dequantize and config.init != "gray")
+    if noise or random_weights or config.state == "compact":
         return config
     return config.model_copy(update={"seed": Config.model_fields["seed"].default})
 

@@ -427,6 +427,8 @@ def _leaves(model: type[BaseModel], start: str = "") -> Iterator[tuple[str, Any]
             yield "styles.0.weight", float
         elif name == "size":
             yield "size", int | None  # with a content
+        elif name == "stage_ratio":
+            yield "stage_ratio", Literal[2, 3]  # limits that other numbers do not have
         elif name == "stages":
             continue  # a list of sections
         elif "path" not in expected(field.annotation, field.metadata):

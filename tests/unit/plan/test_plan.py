@@ -83,6 +83,69 @@ def test_stages_grow_to_exactly_the_target(content, styles, initial_px, target_p
     assert stages[-1][1] == tuple(styles)
 
 
+@given(
+    sizes,
+    st.lists(sizes, max_size=2),
+    st.integers(16, 4096),
+    st.none() | st.integers(16, 40_000),
+    st.floats(1.2, 4).filter(lambda ratio: ratio != 2),
+)
+def test_stages_of_any_ratio_grow_to_exactly_the_target(content, styles, initial_px, target_px, ratio):
+    """A ratio that keeps the canvas out of phase with the poolings must not cost the exact size, nor a stage twice."""
+    loss = {} if styles else {"style_weight": 0.0}
+    stages = sizes_of(content, styles, initial_px, target_px, stage_ratio=ratio, loss=loss)
+    canvases = [max(canvas) for canvas, _ in stages]
+    target = target_px or max(content)
+    assert (canvases[0], canvases[-1]) == (min(initial_px, target), target)
+    growing = [side for number, side in enumerate(canvases) if number == 0 or side != canvases[number - 1]]
+    assert growing == sorted(growing) and canvases == sorted(canvases)
+    for number, (before, after) in enumerate(pairwise(growing)):
+        assert after <= (before + 0.5) * ratio * (1.1 if after == target else 1) + 1
+        assert after >= 1.1 * before or number == 0
+    assert len(stages) <= 64 and stages[-1][1] == tuple(styles)
+
+
+def test_a_stage_just_below_the_end_is_left_out():
+    """It would be rendered twice: 984 px and then 1,000."""
+    assert [max(canvas) for canvas, _ in sizes_of((1000, 800), [(10, 10)], 200, None, stage_ratio=1.7)] == [
+        200, 340, 578, 1000,
+    ]  # fmt: skip
+    assert [max(canvas) for canvas, _ in sizes_of((1000, 800), [(10, 10)], 490, None)] == [
+        490,
+        980,
+        1000,
+    ]  # the paper's
+
+
+@pytest.mark.parametrize(
+    ("content", "styles", "values", "expected_px"),
+    [
+        ((3000, 2000), [{}], {}, 144),  # conv5_1 sees 156 px
+        ((3000, 2000), [{}], {"loss": {"style_weight": 0.0}}, 96),  # conv4_2 sees 84: the short side needs 64
+        ((3000, 2000), [{}], {"stages": [{"up_to": 200, "loss": {"style_weight": 0.0}}]}, 96),
+        ((100, 4096), [{}], {}, 2622),  # a panorama of 64 px
+        ((100, 80), [{}], {}, 100),
+        ((3000, 2000), [{"scale": 0.1}], {}, 230),  # a style of 23×16 px
+    ],
+)
+def test_an_automatic_first_stage_is_what_the_network_sees_at_once(content, styles, values, expected_px):
+    """A larger one keeps the photograph's shapes, because no position sees far enough to move them."""
+    stages = sizes_of(content, [(1000, 720)], "auto", None, styles, **values)
+    assert max(stages[0][0]) == expected_px
+    assert sizes_of(content, [(1000, 720)], expected_px, None, styles, **values) == stages
+
+
+@given(st.tuples(st.integers(16, 9000), st.integers(16, 9000)), st.tuples(sides, sides), st.floats(0.01, 100))
+def test_an_automatic_first_stage_is_one_that_the_network_can_use(content, style, scale):
+    """`auto` must not choose a size that the plan then refuses, if there is another."""
+    values = {"initial_size": "auto", "styles": [{"image": "/s0.png", "scale": scale}], "memory": {"limit": "1TiB"}}
+    try:
+        planned(content, [style], **{**values, "initial_size": max(content)})
+    except InputError:
+        return
+    assert planned(content, [style], **values).stages[0].size <= content
+
+
 @given(sizes, st.integers(1, 40_000))
 def test_fit_keeps_the_aspect_ratio(size, long_px):
     """A distorted face is the most visible error."""

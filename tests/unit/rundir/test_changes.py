@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from pipeline.config.config import Config, load_config, result_fields
 from pipeline.core.errors import ConfigError
@@ -97,14 +99,16 @@ def test_a_changed_key_is_listed_with_both_values(folder, old, new, key, was, be
     """`color: was None, is content` would name a value that is in no config and cannot be restored."""
     there, back = both_ways(folder, old, new)
     assert there == [f"{key}: was {was}, is {becomes}"]
-    assert back == [f"{key}: was {becomes}, is {was}"]
+    assert [line.partition("; to resume")[0] for line in back] == [f"{key}: was {becomes}, is {was}"]
 
 
 def test_a_picture_in_place_of_a_word_is_named(folder):
     """`init` is a word or a file: files are compared by content, but the message has to name the path."""
     there, back = both_ways(folder, {}, {"init": "new.png"})
     assert there == [f"init: was content, is {folder / 'new.png'}"]
-    assert back == [f"init: was {folder / 'new.png'}, is content"]
+    assert back == [
+        f"init: was {folder / 'new.png'}, is content; to resume, add `init: {folder / 'new.png'}` to the config"
+    ]
 
 
 def test_a_run_from_before_a_key_had_its_default(folder):
@@ -124,6 +128,50 @@ def test_a_run_from_before_a_key_had_its_default(folder):
         "stages.0.styles.1.scale: was 1.0, is 2.0",
         "styles.0.scale: was 1.0, is 0.5",
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"color": "content"}, "color: was content, is style; to resume, add `color: content` to the config"),
+        (
+            {"optimizer": {"clip": False}},
+            "optimizer.clip: was False, is True; to resume, add `clip: false` under `optimizer`",
+        ),
+    ],
+)
+def test_a_default_that_differs_from_the_run_is_named_with_the_line_to_add(folder, values, line):
+    """After an update with other defaults, users who changed nothing would not know what to write."""
+    assert changes(manifest_of(load_config(write_config(folder, **values))), load_config(write_config(folder))) == [
+        line
+    ]
+
+
+def added_later(model: type[BaseModel], key: str = "") -> Iterator[tuple[str, object, object]]:
+    """(key, default, value of the runs from before it) of every key of the config that was added later."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from added_later(field.annotation, f"{key}{name}.")
+        elif isinstance(marks := field.json_schema_extra, dict) and "before" in marks:
+            yield f"{key}{name}", field.get_default(), marks["before"]
+
+
+def test_a_run_from_before_all_new_keys_resumes_with_the_lines_it_is_told(folder):
+    """A changed default would be taken for what the old run did, and two images would be mixed."""
+    config = load_config(write_config(folder))
+    manifest = manifest_of(config)
+    differing = {key: before for key, default, before in added_later(Config) if default != before}
+    for key, _, _ in added_later(Config):
+        *sections, name = key.split(".")
+        section = manifest["config"]
+        for part in sections:
+            section = section[part]
+        del section[name]
+        manifest["result_fields"].pop(key, None)
+    lines = changes(manifest, config)
+    assert {line.split(":")[0]: "; to resume, add `" in line for line in lines} == dict.fromkeys(differing, True)
+    overrides = [f"{key}={json.dumps(before)}" for key, before in differing.items()]
+    assert changes(manifest, load_config(folder / "config.yaml", overrides)) == []
 
 
 def test_what_a_stage_repeats_is_no_change(folder):
