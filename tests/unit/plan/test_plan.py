@@ -227,6 +227,16 @@ def test_a_loss_of_weight_0_takes_no_work():
     assert content_only.flop < both.flop
 
 
+def test_tent_pooling_is_planned_with_its_larger_halo():
+    """Its tiles read and compute more: time, memory and the chunks that a Gram task waits for follow from this."""
+    keys = {"memory": {"limit": "64GiB"}, "compute": {"tile_px": 512, "device": "cpu"}}
+    plans = [planned((3000, 2000), **keys, network={"pooling": pooling}) for pooling in ("max", "tent")]
+    for plan, halo in zip(plans, (80, 96), strict=True):
+        stage = plan.stages[-1]
+        assert plan.halo_px == halo
+        assert (stage.gram_px, stage.gradient_px) == tuple(computed_px(stage.size, 512, n * halo) for n in (1, 2))
+
+
 # --- disk ---
 
 
