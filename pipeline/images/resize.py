@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Box = tuple[int, int, int, int]
 FloatT = TypeVar("FloatT", np.float32, np.float64)
 
-# A source window reaches this far beyond the outermost sample; the bicubic kernel needs 2 px.
+# A source window reaches this far beyond the outermost sample; the bicubic kernel needs 2 px, `smoothed` 1 more.
 _MARGIN_PX = 4
 
 
@@ -43,6 +43,18 @@ def resize_window(
     dtype = window_HWC.dtype
     rows = _weighted(window_HWC, 0, taps_y - window[0], weights_y.astype(dtype)[:, :, None, None])
     return _weighted(rows, 1, taps_x - window[2], weights_x.astype(dtype)[:, None, :, None])
+
+
+def smoothed(window_HWC: NDArray[FloatT]) -> NDArray[FloatT]:
+    """The binomial filter 1-2-1 along rows and columns, edges repeated.
+
+    Of a window that `source_window` gives, the pixels that `resize_window` reads are those of the whole image: the
+    outermost ones inside the image, which lack a neighbour here, are in its margin.
+    """
+    padded: NDArray[Any] = np.pad(window_HWC, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    rows = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
+    result: NDArray[FloatT] = (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 4
+    return result
 
 
 def _source_range(t0: int, t1: int, source: int, target: int) -> tuple[int, int]:

@@ -215,7 +215,11 @@ def _fill_canvas(
     canvas, init = store.open_array(folder, name), stage.config.init
     if previous_canvas is not None:
         return resample.enlarge(
-            resample.whole(previous_canvas), resample.whole(canvas), stage.executor, stage.reporter("canvas")
+            resample.whole(previous_canvas),
+            resample.whole(canvas),
+            stage.executor,
+            stage.reporter("canvas"),
+            smoothing=stage.config.stage_smoothing,
         )
     if isinstance(init, Path):
         image = store.open_array(folder, STYLE, _ingest_aside(stage, folder, init, stage.plan.size))
@@ -236,7 +240,7 @@ def _start_from(stage: Stage, image: StageArray, canvas: StageArray) -> str:
     """Fill the first canvas with an image of its size; gives its checksums. 16 bits have fewer ties, but some too."""
     seed = stage.config.seed if stage.config.dequantize else None
     source, target = resample.whole(image), resample.whole(canvas)
-    return resample.enlarge(source, target, stage.executor, stage.reporter("canvas"), seed)
+    return resample.enlarge(source, target, stage.executor, stage.reporter("canvas"), noise_seed=seed)
 
 
 def _start_average(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> str:

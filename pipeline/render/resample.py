@@ -50,13 +50,15 @@ def needed(rect: Rect, size: Size, source_size: Size) -> Rect:
 class EnlargeSpec:
     """Fill a row of chunks of `target` from `source`, a region of the same image at a smaller or equal size.
 
-    `noise_seed`: of the noise that is added (render/noise.py); None: no noise.
+    `noise_seed`: of the noise that is added (render/noise.py); None: no noise. `smoothing`: before it is enlarged, the
+    source is smoothed, so that its pixel grid leaves no lattice; never at the same size.
     """
 
     source: Region
     target: Region
     rect: Rect
-    noise_seed: int | None
+    noise_seed: int | None = None
+    smoothing: bool = False
 
 
 def enlarge_task(spec: EnlargeSpec) -> ChunkSums:
@@ -68,6 +70,8 @@ def enlarge_task(spec: EnlargeSpec) -> ChunkSums:
         rect = moved(own, target.rect.y0, target.rect.x0)
         window = needed(rect, target.size, source.size)
         pixels = source.array.read_window(moved(window, -source.rect.y0, -source.rect.x0))
+        if spec.smoothing and target.size != source.size:
+            pixels = images.smoothed(pixels)
         if target.size != source.size:  # clipped: bicubic interpolation overshoots at edges
             pixels = np.clip(images.resize_window(pixels, window, source.size, target.size, rect), 0, 255)
         if spec.noise_seed is not None:
@@ -81,14 +85,19 @@ def enlarge(
     target: Region,
     executor: Executor,
     on_progress: OnProgress = lambda done, total: None,
+    *,
     noise_seed: int | None = None,
+    smoothing: bool = False,
 ) -> str:
-    """Fill a region from one that holds all that is `needed`; gives the packed checksums. `noise_seed`: EnlargeSpec."""
+    """Fill a region from one that holds all that is `needed`; gives the packed checksums.
+
+    `noise_seed`, `smoothing`: as in EnlargeSpec.
+    """
     height, width, _ = target.array.shape
     rows = range(0, height, target.array.chunk_px)
     rects = [Rect(y0, min(y0 + target.array.chunk_px, height), 0, width) for y0 in rows]
     sums: ChunkSums = {}
-    specs = [EnlargeSpec(source, target, rect, noise_seed) for rect in rects]
+    specs = [EnlargeSpec(source, target, rect, noise_seed, smoothing) for rect in rects]
     for written in executor.map(enlarge_task, specs, in_order(on_progress, len(specs))):
         sums |= written
     return target.array.packed(sums)

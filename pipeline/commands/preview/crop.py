@@ -297,7 +297,8 @@ class Crop:
     def _start(self, stage: Stage, source: Region, region: Rect, size: Size) -> store.StageArray:
         """The region of the previous stage's canvas, enlarged."""
         canvas = self._new_array(CANVAS, stage.plan.size, "float64" if stage.config.state == "float64" else "float32")
-        sums = enlarge(source, Region(canvas, region, size), self.context.executor)
+        target, smoothing = Region(canvas, region, size), self.config.stage_smoothing
+        sums = enlarge(source, target, self.context.executor, smoothing=smoothing)
         return store.open_array(canvas.path.parent, CANVAS, sums)
 
     def _new_array(self, name: str, size: Size, form: str) -> store.StageArray:
