@@ -39,6 +39,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "output": "out.png",
         "store": {"chunk_px": 32, "durability": "power", "state_dtype": "compact"},
         "optimizer": {"max_iterations": 2, "average": 0.9},
+        "stage_ratio": 1.9,  # 32, 61 and 64 px, of which the second is left out
+        "stage_smoothing": True,
+        "style_stages": False,
+        "dequantize": True,
     },
 }
 
