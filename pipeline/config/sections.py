@@ -119,6 +119,11 @@ class OptimizerConfig(Section):
     beta2: Float = Field(0.99, ge=0, lt=1, description="decay of Adam's second moment")
     epsilon: Float = Field(1e-6, gt=0, le=1e6, description="added to the second moment, under the square root")
     clip: Bool = Field(True, description="clip the canvas to 0..255 after each step")
+    carry: Bool = Field(
+        False,
+        description="start from the moments and the step size of the stage before; false: a fresh start per stage",
+        json_schema_extra=new(False),
+    )
     average: Float = Field(
         0.0,
         ge=0,
