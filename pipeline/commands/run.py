@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +37,7 @@ from pipeline.rundir import (
     locked_folder,
     manifest_path,
     newest_canvas,
+    newest_moments,
     now,
     open_run,
     plan_on,
@@ -103,6 +105,15 @@ def _executor(config: Config, device: Device, lock: RunLock, sink: Sink, cancel:
         lambda message: sink(Note(message)),
         enter_process_settings,
     )
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """What a stage continues (optimizer.carry): m and v, the step size, and the number of Adam's steps so far."""
+
+    moments: Sequence[store.StageArray]
+    alpha: float
+    steps: int
 
 
 @dataclass
@@ -175,10 +186,15 @@ class _Rendering:
         self.sink(StageStarted(index, stages, height, width, len(stage.tiles), iteration, settings.max_iterations))
         if not prepared:
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
-            self._commit(prepared_record(index, stage.tile_px, prepare(stage, previous)))
+            before = self._carried(stage_plan) if index else None
+            started = prepare(stage, previous, moments=before.moments if before else ())
+            record = prepared_record(index, stage.tile_px, started)
+            start = {"alpha": before.alpha, "adam_steps": before.steps} if before else {}
+            self._commit(record.model_copy(update={**start, "carries": stage_plan.carries}))
         elif end_reason(self.position, settings) is None:
             stage.check(self.position.newest_slot, self.position.checksums[index])
-        iterations = Iterations(stage, self.position.content_energies, self.position.areas)
+        at = self.position
+        iterations = Iterations(stage, at.content_energies, at.areas, adam_steps=at.adam_steps)
         while (reason := end_reason(self.position, settings)) is None:
             self.executor.cancel.raise_if_set()
             commit = partial(self._commit_iteration, stage_plan, self.position.iteration)
@@ -186,6 +202,15 @@ class _Rendering:
         self._commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
         self._free_arrays(index)
         self.sink(StageDone(index, self.position.iteration, reason))
+
+    def _carried(self, stage_plan: StagePlan) -> _Carried | None:
+        """What the stage continues of the finished stage before it; None if it starts afresh."""
+        at, before = self.position, stage_plan.index - 1
+        # without a step there is no step size, and the moments are zeros
+        if before not in at.carrying or not at.alpha or not self._settings(stage_plan).carry:
+            return None
+        moments = newest_moments(self.config.work_dir, at, before)
+        return _Carried(moments, at.alpha, at.adam_steps + at.iteration)
 
     def _commit_iteration(self, stage_plan: StagePlan, iteration: int, result: IterationResult) -> bool:
         """Commit the iteration, and return whether another one follows."""
@@ -257,7 +282,8 @@ class _Rendering:
         self._commit(records.Exporting(output=str(self.config.output), picture=written))
 
     def _free_arrays(self, stage: int) -> None:
-        retained = set(kept_files(self.position.slots[stage], self.position.checksums[stage]))
+        at = self.position
+        retained = set(kept_files(at.slots[stage], at.checksums[stage], moments=stage in at.carrying))
         store.delete_arrays(stage_path(self.config.work_dir, stage), retained)
 
     def _commit(self, record: records.Record) -> None:

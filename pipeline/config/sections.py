@@ -139,6 +139,11 @@ class OptimizerConfig(Section):
         description="coordinates of Adam's steps; decorrelated: luminance and two colours, for less coloured grain",
         json_schema_extra=new("rgb"),
     )
+    carry: Bool = Field(
+        False,
+        description="start from the moments and the step size of the stage before; false: a fresh start per stage",
+        json_schema_extra=new(False),
+    )
     average: Float = Field(
         0.0,
         ge=0,

@@ -78,6 +78,11 @@ class Settings(Section):
     stage_ratio: Float = Field(
         2.0, ge=1.2, le=4, description="size of a stage relative to the one before", json_schema_extra=new(2.0)
     )
+    stage_smoothing: Bool = Field(
+        False,
+        description="smooth the canvas (1-2-1) before it is enlarged, against a lattice in the result",
+        json_schema_extra=new(False),
+    )
     style_stages: Bool = Field(
         True, description="more stages while a style is larger than the canvas", json_schema_extra=new(True)
     )

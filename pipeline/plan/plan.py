@@ -30,7 +30,8 @@ MAX_AUTO_TILE_PX = 2**14
 class StagePlan:
     """One stage: sizes in px (height, width), tiles, pixels computed per iteration, bytes and chunks of its arrays.
 
-    `kept_bytes`, `kept_chunks`: of the arrays that stay when the stage has ended. `content`: the kind of the content's
+    `kept_bytes`, `kept_chunks`: of the arrays that stay when the stage has ended. `carries`: m and v are among them,
+    because the next stage starts from them. `content`: the kind of the content's
     pixels, None without a content.
     """
 
@@ -47,6 +48,7 @@ class StagePlan:
     content: PixelKind | None
     flop_per_iteration: int
     max_iterations: int
+    carries: bool
 
     @property
     def pixels(self) -> int:
@@ -107,7 +109,8 @@ def make_plan(
     works = _stage_works(config, images, widths)
     work = Workload(config, works, images, weights_bytes, device)
     tile_px = _choose_tile(work, device_memory_bytes)
-    stages = tuple(plan_stage(stage, index, tile_px) for index, stage in enumerate(works))
+    carries = [*(stage.config.optimizer.carry for stage in works[1:]), False]
+    stages = tuple(plan_stage(stage, index, tile_px, carries[index]) for index, stage in enumerate(works))
     retained = [stage.kept_bytes for stage in stages]
     return Plan(
         stages=stages,
@@ -153,11 +156,11 @@ def _stage_works(
     return works
 
 
-def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
-    """The plan of one stage in tiles of `tile_px`."""
+def plan_stage(work: StageWork, index: int, tile_px: int, carries: bool = False) -> StagePlan:
+    """The plan of one stage in tiles of `tile_px`. `carries`: its m and v are kept."""
     size, layer_use, chunk_px = work.canvas, work.layer_use, work.config.store.chunk_px
     arrays = arrays_of(work.config, size, layer_use, work.content)
-    retained = [arrays[name] for name in kept_files(0, arrays) if name in arrays]
+    retained = [arrays[name] for name in kept_files(0, arrays, moments=carries) if name in arrays]
     styles = [
         [ArraySpec((*style, channels), chunk_px, "uint8") for channels in ((3, 1) if alpha else (3,))]
         for style, alpha in zip(work.styles, work.alphas, strict=True)
@@ -183,6 +186,7 @@ def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
         # The backward pass to the pixels costs as much as the forward pass: no gradient of a weight is computed.
         flop_per_iteration=layer_use.flop_per_px() * (gram_px + 2 * gradient_px),
         max_iterations=work.config.optimizer.max_iterations,
+        carries=carries,
     )
 
 

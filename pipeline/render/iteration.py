@@ -54,7 +54,8 @@ class Iterations:
 
     `content_energies`, `areas`: of the prepared stage. Of a canvas that is a region of an image, `known_grams`: what
     its mean Grams lack to those of the whole, by style key; `least_max_u`: what max|u| of the whole image's first
-    iteration will be at least. `_ahead`: by iteration, the sums of a Gram pass that has run ahead.
+    iteration will be at least. `adam_steps`: of the stages before that this one continues. `_ahead`: by iteration, the
+    sums of a Gram pass that has run ahead.
     """
 
     stage: Stage
@@ -62,6 +63,7 @@ class Iterations:
     areas: Mapping[str, float] = field(default_factory=dict)
     known_grams: Mapping[str, Gram] = field(default_factory=dict)
     least_max_u: float = 0.0
+    adam_steps: int = 0
     _ahead: dict[int, Sums] = field(default_factory=dict)
     _clock: PassClock = field(default_factory=PassClock)
 
@@ -223,7 +225,8 @@ class _IterationGraph:
     def _add_updates(self) -> None:
         """The update of every chunk, and what the iteration measured."""
         stage, averaged = self._stage, is_averaged(self._checksums)
-        step = partial(adam_step, stage.config.optimizer, self._iteration, averaged=averaged, basis=stage.basis)
+        settings, steps = stage.config.optimizer, self._iterations.adam_steps
+        step = partial(adam_step, settings, self._iteration, averaged=averaged, steps_before=steps, basis=stage.basis)
         rounding = stage.config.seed, stage.plan.index, self._iteration
         self._updates_of: dict[tuple[int, int], Key] = {}
         for number, tile in enumerate(stage.tiles):

@@ -127,11 +127,17 @@ def gradient_totals(content_layers: Sequence[str], pixels: int, *tiles: Gradient
 
 
 def adam_step(
-    settings: OptimizerConfig, iteration: int, alpha: float, averaged: bool, basis: Basis | None
+    settings: OptimizerConfig,
+    iteration: int,
+    alpha: float,
+    *,
+    averaged: bool,
+    steps_before: int = 0,
+    basis: Basis | None = None,
 ) -> adam.AdamStep:
-    """The step of iteration j: its size is α·c_j·b."""
+    """The step of iteration j: its size is α·c_j·b. `steps_before`: in the moments that the stage started from."""
     # both factors are folded into the size, so that the update pass multiplies each pixel once
-    bias = adam.bias_correction(settings.beta1, settings.beta2, iteration)
+    bias = adam.bias_correction(settings.beta1, settings.beta2, steps_before + iteration)
     factor = adam.schedule_factor(settings.schedule, iteration, settings.max_iterations)
     return adam.AdamStep(
         settings.beta1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,30 +51,34 @@ def prepare(
     previous_canvas: store.StageArray | None,
     content_colors: colors.ColorStatistics | None = None,
     *,
+    moments: Sequence[StageArray] = (),
     is_region: bool = False,
 ) -> Prepared:
     """Create all arrays of the stage, and fill its inputs and slot 0. May be repeated from the start.
 
     `previous_canvas`: the result of the previous stage, None for the first. `content_colors`: statistics of the whole
-    content, if the stage covers only a region of it. `is_region`: the stage is a crop, in which a mask may be black.
+    content, if the stage covers only a region of it. `moments`: m and v of the previous stage, if this one continues
+    them. `is_region`: the stage is a crop, in which a mask may be black.
 
     Raises StorageError, InputError for a broken image or a black mask, ConfigError for features that are not finite,
     ChunkError if the previous canvas is damaged.
     """
     trim_heap()  # memory that the stage before has freed counts as used until glibc returns it to the system
     with storage(stage.partial_dir):
-        return _prepare(stage, stage.partial_dir, previous_canvas, content_colors, is_region)
+        results = [*([] if previous_canvas is None else [previous_canvas]), *moments]
+        if results:  # a damaged pixel would be enlarged into every later stage
+            integrity.require_intact(results, stage.executor, stage.reporter("check"))
+        return _prepare(stage, previous_canvas, content_colors, moments, is_region)
 
 
 def _prepare(
     stage: Stage,
-    folder: Path,
     previous_canvas: store.StageArray | None,
     content_colors: colors.ColorStatistics | None,
+    moments: Sequence[StageArray],
     is_region: bool,
 ) -> Prepared:
-    if previous_canvas is not None:  # a damaged pixel would be enlarged into every later stage
-        integrity.require_intact([previous_canvas], stage.executor, stage.reporter("check"))
+    folder = stage.partial_dir
     store.create_stage(folder)
     _create_arrays(stage, folder)
     sums = {} if stage.config.content is None else _ingest_content(stage, folder)
@@ -84,7 +88,7 @@ def _prepare(
         _refuse_nowhere(stage, areas)
     sums |= store_style_targets(stage, folder, sums.get(CONTENT), content_colors)
     sums["canvas_0"] = _start_canvas(stage, folder, previous_canvas, sums)
-    sums |= {name: store.open_array(folder, name).packed_zeros() for name in ("m_0", "v_0")}
+    sums |= _start_moments(stage, folder, moments)
     if stage.config.optimizer.average:
         sums["average_0"] = _start_average(stage, folder, sums)
     energies, feature_sums = _content_pass(stage, folder, sums)
@@ -162,7 +166,11 @@ def _fill_canvas(
     canvas, init = store.open_array(folder, name), stage.config.init
     if previous_canvas is not None:
         return resample.enlarge(
-            resample.whole(previous_canvas), resample.whole(canvas), stage.executor, stage.reporter("canvas")
+            resample.whole(previous_canvas),
+            resample.whole(canvas),
+            stage.executor,
+            stage.reporter("canvas"),
+            resample.Filling(smoothing=stage.config.stage_smoothing),
         )
     if isinstance(init, Path):
         image = store.open_array(folder, STYLE, ingest_aside(stage, folder, init, stage.plan.size))
@@ -183,7 +191,21 @@ def _start_from(stage: Stage, image: StageArray, canvas: StageArray) -> str:
     """Fill the first canvas with an image of its size; gives its checksums. 16 bits have fewer ties, but some too."""
     seed = stage.config.seed if stage.config.dequantize else None
     source, target = resample.whole(image), resample.whole(canvas)
-    return resample.enlarge(source, target, stage.executor, stage.reporter("canvas"), seed)
+    return resample.enlarge(source, target, stage.executor, stage.reporter("canvas"), resample.Filling(noise_seed=seed))
+
+
+def _start_moments(stage: Stage, folder: Path, moments: Sequence[StageArray]) -> dict[str, str]:
+    """Fill m and v of slot 0: zeros, or `moments` enlarged; gives their checksums."""
+    m, v = (store.open_array(folder, name) for name in ("m_0", "v_0"))
+    if not moments:
+        return {"m_0": m.packed_zeros(), "v_0": v.packed_zeros()}
+    pairs = zip(moments, (m, v), (resample.Filling(moment="m"), resample.Filling(moment="v")), strict=True)
+    return {
+        target.path.name: resample.enlarge(
+            resample.whole(source), resample.whole(target), stage.executor, filling=filling
+        )
+        for source, target, filling in pairs
+    }
 
 
 def _start_average(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> str:

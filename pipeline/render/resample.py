@@ -1,6 +1,6 @@
 """Filling an array of a stage from another one: copied where they have the same size, else enlarged.
 
-Centred bicubic (images.resize), clipped to 0..255. Both arrays may hold only a region of their images.
+Centred bicubic (images.resize), pixels clipped to 0..255. Both arrays may hold only a region of their images.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -47,32 +48,48 @@ def needed(rect: Rect, size: Size, source_size: Size) -> Rect:
 
 
 @dataclass(frozen=True)
-class EnlargeSpec:
-    """Fill a row of chunks of `target` from `source`, a region of the same image at a smaller or equal size.
+class Filling:
+    """What is done to the values, beside enlarging them.
 
-    `noise_seed`: of the noise that is added (render/noise.py); None: no noise.
+    `noise_seed`: of the noise that is added (render/noise.py); None: no noise. `smoothing`: before it is enlarged, the
+    source is smoothed, so that its pixel grid leaves no lattice; never at the same size. `moment`: the values are
+    Adam's m, which is signed, or v, which is never below 0; None: pixels, clipped to 0..255.
     """
+
+    noise_seed: int | None = None
+    smoothing: bool = False
+    moment: Literal["m", "v"] | None = None
+
+
+@dataclass(frozen=True)
+class EnlargeSpec:
+    """Fill a row of chunks of `target` from `source`, a region of the same image at a smaller or equal size."""
 
     source: Region
     target: Region
     rect: Rect
-    noise_seed: int | None
+    filling: Filling
 
 
 def enlarge_task(spec: EnlargeSpec) -> ChunkSums:
     """Gives the same bits as enlarging the whole image."""
-    source, target = spec.source, spec.target
+    source, target, filling = spec.source, spec.target, spec.filling
     sums: ChunkSums = {}
     # chunk by chunk: a row of chunks of a wide canvas in float would be large
     for _, _, own in chunks_of(spec.rect, target.array.chunk_px):
         rect = moved(own, target.rect.y0, target.rect.x0)
         window = needed(rect, target.size, source.size)
-        pixels = source.array.read_window(moved(window, -source.rect.y0, -source.rect.x0))
-        if target.size != source.size:  # clipped: bicubic interpolation overshoots at edges
-            pixels = np.clip(images.resize_window(pixels, window, source.size, target.size, rect), 0, 255)
-        if spec.noise_seed is not None:
-            pixels = np.clip(pixels + dequantization(spec.noise_seed, rect), 0, 255)
-        sums |= target.array.write_window(own, pixels.astype(target.array.value_dtype))
+        values = source.array.read_window(moved(window, -source.rect.y0, -source.rect.x0))
+        if target.size != source.size:
+            if filling.smoothing:
+                values = images.smoothed(values)
+            linear = filling.moment == "v"  # bicubic interpolation overshoots at edges, below 0 too
+            values = images.resize_window(values, window, source.size, target.size, rect, linear=linear)
+            if filling.moment is None:
+                values = np.clip(values, 0, 255)
+        if filling.noise_seed is not None:
+            values = np.clip(values + dequantization(filling.noise_seed, rect), 0, 255)
+        sums |= target.array.write_window(own, values.astype(target.array.value_dtype))
     return sums
 
 
@@ -81,14 +98,14 @@ def enlarge(
     target: Region,
     executor: Executor,
     on_progress: OnProgress = lambda done, total: None,
-    noise_seed: int | None = None,
+    filling: Filling = Filling(),
 ) -> str:
-    """Fill a region from one that holds all that is `needed`; gives the packed checksums. `noise_seed`: EnlargeSpec."""
+    """Fill a region from one that holds all that is `needed`; gives the packed checksums."""
     height, width, _ = target.array.shape
     rows = range(0, height, target.array.chunk_px)
     rects = [Rect(y0, min(y0 + target.array.chunk_px, height), 0, width) for y0 in rows]
     sums: ChunkSums = {}
-    specs = [EnlargeSpec(source, target, rect, noise_seed) for rect in rects]
+    specs = [EnlargeSpec(source, target, rect, filling) for rect in rects]
     for written in executor.map(enlarge_task, specs, in_order(on_progress, len(specs))):
         sums |= written
     return target.array.packed(sums)

@@ -16,6 +16,7 @@ from pipeline.rundir.open import (
     identity,
     lost_its_stages,
     newest_canvas,
+    newest_moments,
     now,
     open_run,
     refuse_changes,

@@ -49,6 +49,11 @@ def newest_canvas(work_dir: Path, position: Position, stage: int) -> store.Stage
     return _checked(work_dir, position, stage, result_name(position.slots[stage], position.checksums[stage]))
 
 
+def newest_moments(work_dir: Path, position: Position, stage: int) -> list[store.StageArray]:
+    """Adam's m and v of a finished stage that kept them. Raises ChunkError if their metadata is damaged."""
+    return [_checked(work_dir, position, stage, f"{name}_{position.slots[stage]}") for name in ("m", "v")]
+
+
 def content_alpha(work_dir: Path, position: Position, stage: int) -> store.StageArray | None:
     """The content's alpha at the size of `stage`, or None. Raises ChunkError if its metadata is damaged."""
     return _checked(work_dir, position, stage, ALPHA) if ALPHA in position.checksums[stage] else None

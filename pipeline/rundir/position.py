@@ -30,12 +30,13 @@ class Position:
     """What is committed, and so what comes next.
 
     `prepared`: stage `stage` has its arrays. `iteration`: the next one; it reads slot `iteration % 2`.
-    `alpha`, `mean_abs_u`, `max_abs_u`: of the stage's last iteration, None before its first.
-    `stage_done`: the stage ended. `slots`: the slot of the newest canvas of every stage. `exported`: the export options
-    of every output image. `pictures`: by path, the images written there, the newest last; None where an older version
-    recorded the path alone. `checksums`: per stage, packed as in checksums.py, of the chunks of its arrays (the newest
-    slot's) and of its metadata files. `tile_px`: the largest tile that fits in the device's memory, None while tiles of
-    the plan have fitted.
+    `mean_abs_u`, `max_abs_u`: of the stage's last iteration, None before its first. `alpha`: likewise, but carried from
+    the stage before if the stage continues it, like `adam_steps`, the number of Adam's steps before the stage.
+    `carrying`: the stages that keep m and v when they have ended. `stage_done`: the stage ended. `slots`: the slot of
+    the newest canvas of every stage. `exported`: the export options of every output image. `pictures`: by path, the
+    images written there, the newest last; None where an older version recorded the path alone. `checksums`: per stage,
+    packed as in checksums.py, of the chunks of its arrays (the newest slot's) and of its metadata files. `tile_px`: the
+    largest tile that fits in the device's memory, None while tiles of the plan have fitted.
     """
 
     stage: int = 0
@@ -52,6 +53,8 @@ class Position:
     pictures: Mapping[str, tuple[WrittenPicture | None, ...]] = field(default_factory=dict)
     checksums: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
     tile_px: int | None = None
+    adam_steps: int = 0
+    carrying: frozenset[int] = frozenset()
 
     @property
     def newest_slot(self) -> int:
@@ -67,7 +70,8 @@ class Position:
                 return self._after_preparation(record)
             case StageDone():
                 sums = self.checksums[self.stage]
-                retained = {name: sums[name] for name in kept_files(self.newest_slot, sums)}
+                moments = self.stage in self.carrying
+                retained = {name: sums[name] for name in kept_files(self.newest_slot, sums, moments=moments)}
                 return replace(self, stage_done=True, checksums={**self.checksums, self.stage: retained})
             case Exporting() | Exported():
                 return self._after_export(record)
@@ -89,6 +93,9 @@ class Position:
             pictures=self.pictures,
             checksums={**self.checksums, record.stage: record.checksums},
             tile_px=self.tile_px,
+            alpha=record.alpha,
+            adam_steps=record.adam_steps,
+            carrying=self.carrying | {record.stage} if record.carries else self.carrying - {record.stage},
         )
 
     def _after_export(self, record: Exporting | Exported) -> Position:
@@ -148,7 +155,7 @@ def checked_position(records: Iterable[Record], path: Path) -> Position:
     try:
         position = position_of(records)
         for stage, slot in position.slots.items():
-            for name in kept_files(slot, position.checksums[stage]):
+            for name in kept_files(slot, position.checksums[stage], moments=stage in position.carrying):
                 position.checksums[stage][name]  # raises LookupError if it is missing
             for text in position.checksums[stage].values():
                 unpacked(text)[0]  # raises ValueError or LookupError if it is not a checksum

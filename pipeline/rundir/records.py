@@ -120,7 +120,9 @@ class Begun(Record):
 class StagePrepared(Record):
     """The arrays of a stage are complete, computed in tiles of `tile_px` (None in runs older than the field).
 
-    `content_energies`: ‖φ_l(o)‖² by layer. `areas`: n_r,l by style key, if there are regions.
+    `content_energies`: ‖φ_l(o)‖² by layer. `areas`: n_r,l by style key, if there are regions. `alpha`, `adam_steps`:
+    the step size and the number of Adam's steps that the stage continues; None and 0 if it starts afresh. `carries`:
+    its m and v are kept for the stage after it.
     """
 
     type: Literal["stage_prepared"] = "stage_prepared"
@@ -129,6 +131,9 @@ class StagePrepared(Record):
     content_energies: _Numbers
     areas: _Numbers = {}
     checksums: _Sums
+    alpha: float | None = None
+    adam_steps: _Count = 0
+    carries: bool = False
 
 
 class Iteration(Record):

@@ -67,9 +67,13 @@ def result_name(slot: int, names: Container[str]) -> str:
     return average if average in names else f"canvas_{slot}"
 
 
-def kept_files(slot: int, names: Container[str]) -> tuple[str, ...]:
-    """What a finished stage retains: its result, the content's alpha, their metadata and the stage's."""
+def kept_files(slot: int, names: Container[str], *, moments: bool = False) -> tuple[str, ...]:
+    """What a finished stage retains: its result, the content's alpha, their metadata and the stage's.
+
+    `moments`: m and v too, with which the next stage starts.
+    """
     retained = [result_name(slot, names), *((ALPHA,) if ALPHA in names else ())]
+    retained += [f"m_{slot}", f"v_{slot}"] if moments else []
     return (*retained, *(f"{name}/{METADATA}" for name in retained), METADATA)
 
 

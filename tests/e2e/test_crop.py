@@ -36,6 +36,8 @@ def begun(tmp_path_factory) -> Path:
         tmp_path_factory.mktemp("begun"),
         CONTENT_PX,
         initial_size=38,
+        dequantize=True,
+        stage_smoothing=True,
         network=SHALLOW,
         optimizer={"max_iterations": 6, "target_pixel_change": 6.0},
     )

@@ -14,6 +14,7 @@ import pipeline
 from pipeline import images, load_config
 from pipeline.commands.status import status
 from pipeline.config.config import result_fields
+from pipeline.core.cancel import NEVER
 from pipeline.core.errors import ConfigError, InputError, Stopped
 from pipeline.core.events import IterationDone
 from pipeline.rundir.journal import Journal
@@ -91,6 +92,47 @@ def test_a_stage_has_the_styles_layers_weights_and_iterations_that_it_was_given(
         assert {key: record[key] for key in losses} == pytest.approx(losses, rel=1e-8)
     assert np.abs(second - expected).max() < 1e-6
     assert [stage["max_iterations"] for stage in status(config.work_dir)["stages"]] == [2, 3]
+
+
+ALL_KEYS = {
+    "initial_size": 48,
+    "stage_ratio": 1.5,
+    "stage_smoothing": True,
+    "style_stages": False,
+    "dequantize": True,
+    "seed": 5,
+    "optimizer": {"max_iterations": 2},
+    **EXACT,
+}
+
+
+def test_all_keys_of_the_stages_together_are_the_algorithm_and_resume(tmp_path, narrow_weights):
+    """A key that one part of the program overlooks would change the picture, or only that of a run that was stopped.
+
+    The last canvas is computed by the literal algorithm on the whole image, from the canvas of the stage before.
+    """
+    network = {"weights": str(narrow_weights)}
+    for folder in (tmp_path / "whole", tmp_path / "stopped"):
+        folder.mkdir()
+        content = write_image(folder / "content.png", 61, 96, seed=1).astype(np.float64)
+        write_image(folder / "style.png", 110, 120, seed=2)
+    config = load_config(write_config(tmp_path / "whole", network=network, **ALL_KEYS))
+    whole, records = run_to_end(config)
+    assert [canvas.shape[1] for canvas in whole] == [48, 72, 96]  # none for the style of 120 px
+    ((_, style),) = images.stream_rgb(tmp_path / "whole" / "style.png", 96, 88, 88, NEVER)
+    problem = make_problem(config, content, [style.astype(np.float64)], load_file(narrow_weights))
+    expected, measured = literal_stage(problem, enlarged(images.smoothed(whole[1]), 61, 96), config.optimizer)
+    last = [record for record in records if record["type"] == "iteration" and record["stage"] == 2]
+    for record, losses in zip(last, measured, strict=True):
+        assert {key: record[key] for key in losses} == pytest.approx(losses, rel=1e-8)
+    assert np.abs(whole[2] - expected).max() < 1e-6
+
+    config = load_config(write_config(tmp_path / "stopped", network=network, **ALL_KEYS))
+    for _ in range(4):
+        with pytest.raises(Stopped):
+            stop_after_an_iteration(config)
+    for unbroken_canvas, resumed_canvas in zip(whole, run_to_end(config)[0], strict=True):
+        assert np.array_equal(unbroken_canvas, resumed_canvas)
 
 
 def test_a_run_with_settings_per_stage_resumes_after_a_stop(tmp_path, narrow_weights):

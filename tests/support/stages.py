@@ -260,12 +260,16 @@ def final_canvas(folder: Path, weights: Path, tile_px: int, **values) -> tuple[n
     return read_whole(canvas), [as_json(record) for record in records]
 
 
-def literal_stage(problem: reference.Problem, canvas: np.ndarray, optimizer) -> tuple[np.ndarray, list[dict]]:
+def literal_stage(
+    problem: reference.Problem, canvas: np.ndarray, optimizer, carried=(0.0, 0.0, 0, None)
+) -> tuple[np.ndarray, list[dict]]:
     """algorithm.md, "Stages", the inner loop on the whole image; gives the result and what each iteration measured.
 
+    `carried`: m, v, the number of Adam's steps and α that it starts from.
     The result is the last canvas, or Σ_i d^(N−1−i)·p_i / Σ_i d^(N−1−i) of all N that the iterations made.
     """
-    p, m, v, alpha, measured, made = canvas.copy(), 0.0, 0.0, None, [], []
+    p, measured, made = canvas.copy(), [], []
+    m, v, steps, alpha = carried
     beta1, beta2, total = optimizer.beta1, optimizer.beta2, optimizer.max_iterations
     for j in range(total):
         objective = float(problem.objective(torch.from_numpy(p)))
@@ -273,7 +277,7 @@ def literal_stage(problem: reference.Problem, canvas: np.ndarray, optimizer) -> 
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g**2
         u = m / np.sqrt(v + optimizer.epsilon)
-        b = math.sqrt(1 - beta2 ** (j + 1)) / (1 - beta1 ** (j + 1))
+        b = math.sqrt(1 - beta2 ** (steps + j + 1)) / (1 - beta1 ** (steps + j + 1))
         alpha = alpha or optimizer.target_pixel_change / (b * np.abs(u).max())
         c = 1 if optimizer.schedule == "constant" else 0.05 + 0.95 * (1 + math.cos(math.pi * j / total)) / 2
         p = p - alpha * c * b * (u if problem.color_space == "rgb" else u @ reference.DECORRELATED.numpy().T)

@@ -34,11 +34,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "output": "out.zarr",
         "store": {"chunk_px": 32, "codec": "zstd"},
         "content_kind": PixelKind(16, alpha=True),
+        "optimizer": {"max_iterations": 2, "carry": True},
     },
     "power": {
         "output": "out.png",
         "store": {"chunk_px": 32, "durability": "power", "state_dtype": "compact"},
-        "optimizer": {"max_iterations": 2, "average": 0.9},
+        "optimizer": {"max_iterations": 2, "average": 0.9, "carry": True},
+        "stage_ratio": 1.9,  # 32, 61 and 64 px, of which the second is left out
+        "stage_smoothing": True,
+        "style_stages": False,
+        "dequantize": True,
     },
 }
 

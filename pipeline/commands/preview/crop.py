@@ -51,7 +51,7 @@ from pipeline.network import WeightsSource, find_weights, widths_for_plan
 from pipeline.plan import WORKERS, Device, Plan, StageWork, layers_in_use, plan_stage, resolve_device
 from pipeline.render import adam, ingest
 from pipeline.render.context import RenderContext, iteration_record, make_stage, prepared_record, render_context
-from pipeline.render.resample import Region, enlarge, whole
+from pipeline.render.resample import Filling, Region, enlarge, whole
 from pipeline.rundir import (
     Iteration,
     Journal,
@@ -108,6 +108,7 @@ def crop(
     if not 0 <= target <= last:
         raise ConfigError(f"--stage {target}: the run's stages are 0 to {last}.")
     _refuse_outside(rect, planned.stages[last].size)
+    _refuse_carried(config, planned)
     own = scaled(rect, planned.stages[last].size, planned.stages[target].size)
     if output is not None:
         refuse_missing_folder(output)
@@ -128,6 +129,14 @@ def _refuse_outside(rect: Rect, size: Size) -> None:
         raise ConfigError(
             f"--crop {rect.x0},{rect.y0},{rect.width},{rect.height}: is not inside the image, which has "
             f"{size[1]}×{size[0]} px. Give x,y,width,height within it; x,y is the upper left corner."
+        )
+
+
+def _refuse_carried(config: Config, planned: Plan) -> None:
+    if any(config.for_stage(max(stage.size)).optimizer.carry for stage in planned.stages[1:]):
+        raise ConfigError(
+            "--crop: a crop starts every stage with fresh moments, and optimizer.carry continues those of the stage "
+            "before, so that the crop would not look like the run. Preview without --crop, or switch carry off."
         )
 
 
@@ -298,7 +307,8 @@ class Crop:
     def _start(self, stage: Stage, source: Region, region: Rect, size: Size) -> store.StageArray:
         """The region of the previous stage's canvas, enlarged."""
         canvas = self._new_array(CANVAS, stage.plan.size, "float64" if stage.config.state == "float64" else "float32")
-        sums = enlarge(source, Region(canvas, region, size), self.context.executor)
+        filling = Filling(smoothing=self.config.stage_smoothing)
+        sums = enlarge(source, Region(canvas, region, size), self.context.executor, filling=filling)
         return store.open_array(canvas.path.parent, CANVAS, sums)
 
     def _new_array(self, name: str, size: Size, form: str) -> store.StageArray:

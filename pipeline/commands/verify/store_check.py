@@ -103,13 +103,14 @@ def expected_stages(work_dir: Path, position: Position, ended: bool) -> list[Exp
     stages = []
     for stage, sums in sorted(position.checksums.items()):
         only_result = ended or stage < position.stage
-        stages.append(_expected_stage(stage_path(work_dir, stage), stage, position.slots[stage], sums, only_result))
+        slot, names = position.slots[stage], tuple(sums)
+        if only_result:
+            names = kept_files(slot, sums, moments=stage in position.carrying)
+        stages.append(_expected_stage(stage_path(work_dir, stage), stage, slot, {name: sums[name] for name in names}))
     return stages
 
 
-def _expected_stage(folder: Path, stage: int, slot: int, sums: Mapping[str, str], only_result: bool) -> ExpectedStage:
-    if only_result:
-        sums = {name: sums[name] for name in kept_files(slot, sums)}
+def _expected_stage(folder: Path, stage: int, slot: int, sums: Mapping[str, str]) -> ExpectedStage:
     metadata = {name: value for name, value in sums.items() if name.endswith(METADATA)}
     names = [name.removesuffix(f"/{METADATA}") for name in metadata if name != METADATA]
     idle = slot_names(1 - slot, averaged=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import subprocess
@@ -24,7 +25,7 @@ from pipeline.core.tiling import Rect
 from pipeline.images.header import read_header
 from pipeline.images.output_check import check_output
 from pipeline.images.reader import stream_rgb
-from pipeline.images.resize import resize_window, source_window
+from pipeline.images.resize import resize_window, smoothed, source_window
 from pipeline.images.writer import ImageSpec, write_image
 from tests.support.pictures import measured_mb, picture, write
 
@@ -150,6 +151,27 @@ def test_resize_window_in_chunks_is_the_whole_image_affine(
         extend="copy",
     )
     assert np.allclose(whole_target, affine.numpy(), atol=1e-3 if dtype is np.float32 else 1e-8)
+
+
+@pytest.mark.parametrize(("source", "target"), [*GROWTHS[:3], GROWTHS[-1], ((83, 61), (101, 74))])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_canvas_smoothed_by_windows_is_the_whole_canvas_smoothed(
+    source: tuple[int, int], target: tuple[int, int], dtype: type
+) -> None:
+    """A window that lacks its neighbours would leave a seam at every chunk."""
+    pixels = (picture(*source) * 1.37 - 40).astype(dtype)
+    height, width = source
+    padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge").astype(np.float64)
+    weights = np.outer([1, 2, 1], [1, 2, 1]) / 16
+    direct = sum(weights[y, x] * padded[y : y + height, x : x + width] for y in range(3) for x in range(3))
+    whole = smoothed(pixels)
+    assert whole.dtype == dtype and np.allclose(whole, direct, atol=1e-4 if dtype is np.float32 else 1e-12)
+    enlarged = resize_window(whole, (0, height, 0, width), source, target, (0, target[0], 0, target[1]))
+    for y0, x0 in itertools.product(range(0, target[0], 16), range(0, target[1], 16)):
+        rect = (y0, min(y0 + 16, target[0]), x0, min(x0 + 16, target[1]))
+        w = source_window(rect, source, target)
+        window = resize_window(smoothed(pixels[w[0] : w[1], w[2] : w[3]]), w, source, target, rect)
+        assert np.array_equal(window, enlarged[rect[0] : rect[1], rect[2] : rect[3]])  # bit by bit
 
 
 def test_source_window_stays_small() -> None:

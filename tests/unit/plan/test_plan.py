@@ -294,9 +294,11 @@ def chunk_bytes(stage_dir: Path) -> int:
     return sum(path.stat().st_size for array in arrays for path in (array / "c").rglob("*") if path.is_file())
 
 
-def test_planned_disk_of_a_run_holds_at_every_moment(make_config, narrow_weights):
-    """All stages together: a finished stage keeps its canvas, the current one has all its arrays."""
-    config = make_config((83, 131), (70, 50), initial_size=40, store={"chunk_px": 32}, optimizer={"max_iterations": 1})
+@pytest.mark.parametrize("carry", [False, True])
+def test_planned_disk_of_a_run_holds_at_every_moment(make_config, narrow_weights, carry):
+    """All stages together: a finished stage keeps its canvas, maybe m and v, and the current one has all its arrays."""
+    optimizer = {"max_iterations": 1, "carry": carry}
+    config = make_config((83, 131), (70, 50), initial_size=40, store={"chunk_px": 32}, optimizer=optimizer)
     plan = pipeline.plan(config)
     assert len(plan.stages) == 3
     largest = 0
@@ -308,6 +310,8 @@ def test_planned_disk_of_a_run_holds_at_every_moment(make_config, narrow_weights
 
     pipeline.run(config, sink=watch)
     assert plan.disk_bytes * 0.9 <= largest <= plan.disk_bytes
+    for stage in plan.stages:
+        assert chunk_bytes(config.work_dir / "store.zarr" / f"stage_{stage.index}") == stage.kept_bytes
 
 
 # --- memory ---
