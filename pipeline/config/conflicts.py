@@ -39,7 +39,11 @@ def _stages(settings: Settings) -> Iterator[Conflict]:
         if index and stage.up_to <= previous.up_to:
             text = f"{stage.up_to} is not above that of the previous entry ({previous.up_to}); sort the entries by size"
             yield Conflict(((*key, "up_to"),), text)
-        for conflict in _loss(settings.overridden_by(stage)):
+        own = settings.overridden_by(stage)
+        if own.optimizer.carry and own.optimizer.color_space != settings.optimizer.color_space:
+            text = "carry continues moments, which are in one colour space; use one for all stages, or switch carry off"
+            yield Conflict(((*key, "optimizer", "color_space"), (*key, "optimizer", "carry")), text)
+        for conflict in _loss(own):
             yield Conflict(tuple((*key, *inner) for inner in conflict.keys), conflict.text)
 
 

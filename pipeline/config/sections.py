@@ -79,7 +79,7 @@ class NetworkConfig(Section):
         None, description="weights file; null uses those of the network", json_schema_extra=COMPARED_BY_CONTENT
     )
     padding: Literal["replicate", "zeros", "reflect"] = Field("replicate", description="padding at the image border")
-    pooling: PoolingKind = Field("max", description="pooling of the network; average, tent and l2 give cleaner lines")
+    pooling: PoolingKind = Field("average", description="pooling of the network; max has the most grain, tent the least")
     pooling_scale: Float = Field(
         1.0,
         gt=0,
@@ -89,7 +89,8 @@ class NetworkConfig(Section):
     )
     content_layers: Layers = Field({"conv4_2": 1.0}, description="layers of the content loss and their weights")
     style_layers: Layers = Field(
-        {f"conv{block}_1": 0.2 for block in range(1, 6)}, description="layers of the style loss and their weights"
+        {"conv1_1": 0.3, "conv2_1": 0.25, "conv3_1": 0.2, "conv4_1": 0.15, "conv5_1": 0.1},
+        description="layers of the style loss and their weights",
     )
 
 
@@ -97,13 +98,13 @@ class LossConfig(Section):
     """The kind of losses, and the weights of content, style and total variation."""
 
     kind: Literal["normalized", "gatys", "wasserstein"] = Field(
-        "normalized",
+        "wasserstein",
         description="style loss; wasserstein compares mean and covariance; gatys, normalized: Gram matrices",
     )
-    content_weight: Share = Field(0.05, description="weight of the content loss")
+    content_weight: Share = Field(0.04, description="weight of the content loss")
     style_weight: Share = Field(1.0, description="weight of the style loss")
     tv_weight: Share = Field(
-        0.0, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=new(0.0)
+        0.2, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=new(0.0)
     )
     content_mask: File | None = Field(
         None,
@@ -126,7 +127,7 @@ class OptimizerConfig(Section):
 
     schedule: Literal["cosine", "constant"] = Field("cosine", description="step size over the iterations of a stage")
     max_iterations: Int = Field(60, ge=1, le=MAX_ITERATIONS, description="iterations of each stage")
-    target_pixel_change: Float = Field(12.8, gt=0, le=255, description="largest pixel change in the first step")
+    target_pixel_change: Float = Field(8.0, gt=0, le=255, description="largest pixel change in the first step")
     stop_condition: Float = Field(
         default_factory=_default_stop, ge=0, description="end a stage when mean|u| is below this; 0.1 if constant"
     )
@@ -135,7 +136,7 @@ class OptimizerConfig(Section):
     epsilon: Float = Field(1e-6, gt=0, le=1e6, description="added to the second moment, under the square root")
     clip: Bool = Field(True, description="clip the canvas to 0..255 after each step")
     color_space: Literal["rgb", "decorrelated"] = Field(
-        "rgb",
+        "decorrelated",
         description="coordinates of Adam's steps; decorrelated: luminance and two colours, for less coloured grain",
         json_schema_extra=new("rgb"),
     )

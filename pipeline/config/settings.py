@@ -73,10 +73,10 @@ class Settings(Section):
         None, description="long side of the output in px, or [width, height] of a texture; null: as the content"
     )
     initial_size: SidePx | Literal["auto"] = Field(
-        512, description="long side of the coarsest stage in px; auto: what the network sees at once"
+        "auto", description="long side of the coarsest stage in px; auto: what the network sees at once"
     )
     stage_ratio: Float = Field(
-        2.0, ge=1.2, le=4, description="size of a stage relative to the one before", json_schema_extra=new(2.0)
+        1.7, ge=1.2, le=4, description="size of a stage relative to the one before", json_schema_extra=new(2.0)
     )
     stage_smoothing: Bool = Field(
         False,
@@ -84,7 +84,7 @@ class Settings(Section):
         json_schema_extra=new(False),
     )
     style_stages: Bool = Field(
-        True, description="more stages while a style is larger than the canvas", json_schema_extra=new(True)
+        False, description="more stages while a style is larger than the canvas", json_schema_extra=new(True)
     )
     network: NetworkConfig = Field(NetworkConfig(), description="feature network")
     loss: LossConfig = Field(LossConfig(), description="loss function")
@@ -103,7 +103,7 @@ class Settings(Section):
         json_schema_extra=COMPARED_BY_CONTENT,
     )
     dequantize: Bool = Field(
-        False,
+        True,
         description="add noise of half a level to an initial canvas that is an image, so that no pixels are equal",
         json_schema_extra=new(False),
     )

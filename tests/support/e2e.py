@@ -64,6 +64,9 @@ SMALL: dict[str, Any] = {
     "output": "out.png",
     "work_dir": "run",
     "initial_size": 48,
+    # the paper's stages, at sizes that are easy to foresee; what is optimised, and how, are the defaults
+    "stage_ratio": 2.0,
+    "style_stages": True,
     "network": {"name": "random"},
     "optimizer": {"max_iterations": 2},
     "compute": {"device": "cpu", "tile_px": 64},

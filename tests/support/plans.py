@@ -10,6 +10,7 @@ from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.core.vgg_layers import VGG19_WIDTHS
 from pipeline.plan.plan import make_plan
 from pipeline.plan.sizes import stage_sizes
+from tests.support.inputs import plain
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Header:
 
 def config_of(**values) -> Config:
     base = {"content": "/c.png", "styles": [{"image": "/s.png"}], "output": "/o.tif"}
-    return Config.model_validate(base | values, context={"base": Path("/")})
+    return Config.model_validate(base | plain(values), context={"base": Path("/")})
 
 
 def planned(
