@@ -199,12 +199,7 @@ def w2_distance(image: Moments, style: Moments) -> float:
     return float((means + np.trace(sigma) + np.trace(sigma_s) - 2 * shared) / np.trace(sigma_s))
 
 
-def layer_distances(image: ndarray, style: ndarray, network: NetworkSpec) -> dict[str, float]:
-    """`gram_distance` and `w2_distance` of every style layer under a network, by "Gram LAYER" and "W2 LAYER"."""
-    return distances(moments(network, image), moments(network, style))
-
-
-def distances(image: dict[str, Moments], style: dict[str, Moments]) -> dict[str, float]:
-    """`layer_distances` from moments that are known already."""
+def layer_distances(image: dict[str, Moments], style: dict[str, Moments]) -> dict[str, float]:
+    """`gram_distance` and `w2_distance` of every layer, by "Gram LAYER" and "W2 LAYER"."""
     kinds = {"Gram": gram_distance, "W2": w2_distance}
     return {f"{kind} {name}": distance(image[name], style[name]) for kind, distance in kinds.items() for name in style}
