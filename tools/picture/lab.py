@@ -146,6 +146,7 @@ class Judge:
     """The network of the distances, and the moments of the styles that were measured with it."""
 
     def __init__(self, path: Path | None, device: str):
+        self.name = path.name if path else "vgg19-lite"
         self.source: WeightsSource = find_weights("vgg19" if path else "vgg19-lite", path, 0)
         self.network = NetworkSpec(self.source, "replicate", "max", "float32", device)
         self._styles: dict[tuple[Path, int], tuple[np.ndarray, dict[str, measures.Moments]]] = {}
@@ -159,7 +160,7 @@ class Judge:
     def numbers(self, image: np.ndarray, content: np.ndarray, style: tuple[np.ndarray, Any]) -> Numbers:
         """All measures of an image, by name and unit."""
         pixels, moments = style
-        distances = measures.distances(measures.moments(self.network, image), moments)
+        distances = measures.layer_distances(measures.moments(self.network, image), moments)
         means = [np.mean([distances[f"{kind} {name}"] for name in moments]) for kind in ("W2", "Gram")]
         return {
             **{f"grain {name}, levels": value for name, value in measures.grain(image).items()},
@@ -245,6 +246,11 @@ class Session:
             for setting in self.lab.settings
         }
 
+    def optimised_by_judge(self) -> bool:
+        """Whether a run has the network that measures it."""
+        networks = [(config.network.name, config.network.weights, config.seed) for config in self.configs.values()]
+        return any(find_weights(*each).sha256 == self.judge.source.sha256 for each in dict.fromkeys(networks))
+
     def columns(self, pair: Pair) -> list[Column]:
         """Style, content and the results of the settings, with their numbers; renders what is missing."""
         results = []
@@ -319,23 +325,24 @@ def main(
     lab.pairs = [pair for pair in lab.pairs if not only or pair.name in only]
     try:
         session = Session(lab, out.resolve(), Judge(judge or lab.judge, device), fresh)
-        for (pair_name, setting), config in session.configs.items():
-            weights = find_weights(config.network.name, config.network.weights, config.seed)
-            if weights.sha256 == session.judge.source.sha256:
-                click.echo(
-                    f"{pair_name} / {setting}: optimised with the measuring network, which flatters it", err=True
-                )
+        if session.optimised_by_judge():
+            click.echo("some runs have the measuring network as their own, which flatters their distances", err=True)
         found: dict[str, dict[str, Numbers]] = {}
+        if only and (out / "measures.json").exists():
+            found = json.loads((out / "measures.json").read_text(encoding="utf-8"))
+        complete = True
         for pair in lab.pairs:
-            if columns := session.columns(pair):
+            columns = session.columns(pair)
+            complete &= len(columns) == len(lab.settings) + 2
+            if columns:
                 Sheet(columns, pair.crops, lab.cell_px).write(out / f"{pair.name}.jpg")
                 found[pair.name] = {column.name: column.numbers for column in columns}
                 print_table(pair.name, found[pair.name])
                 (out / "measures.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-                write_page(out / "index.html", lab_file.stem, found)
+                write_page(out / "index.html", f"{lab_file.stem}, judged by {session.judge.name}", found)
     except PipelineError as error:
         raise click.ClickException(str(error)) from error
-    if any(len(columns) < len(lab.settings) + 2 for columns in found.values()) or len(found) < len(lab.pairs):
+    if not complete:
         raise click.ClickException("some runs failed")
 
 

@@ -196,15 +196,11 @@ def w2_distance(image: Moments, style: Moments) -> float:
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     shared = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ sigma @ root), 0)).sum()  # tr (R Σ R)^½
     means = np.sum((image.mean_C - style.mean_C) ** 2)
-    return float((means + np.trace(sigma) + np.trace(sigma_s) - 2 * shared) / np.trace(sigma_s))
+    squared = means + np.trace(sigma) + np.trace(sigma_s) - 2 * shared
+    return max(0.0, float(squared / np.trace(sigma_s)))  # rounding can make an exact 0 negative
 
 
-def layer_distances(image: ndarray, style: ndarray, network: NetworkSpec) -> dict[str, float]:
-    """`gram_distance` and `w2_distance` of every style layer under a network, by "Gram LAYER" and "W2 LAYER"."""
-    return distances(moments(network, image), moments(network, style))
-
-
-def distances(image: dict[str, Moments], style: dict[str, Moments]) -> dict[str, float]:
-    """`layer_distances` from moments that are known already."""
+def layer_distances(image: dict[str, Moments], style: dict[str, Moments]) -> dict[str, float]:
+    """`gram_distance` and `w2_distance` of every layer, by "Gram LAYER" and "W2 LAYER"."""
     kinds = {"Gram": gram_distance, "W2": w2_distance}
     return {f"{kind} {name}": distance(image[name], style[name]) for kind, distance in kinds.items() for name in style}
