@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pipeline.config import MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
 from pipeline.core.text import shown
 
-VERSION = 1
+VERSION = 2
 FORMAT = 2  # of a run directory, as the manifest says
 MAX_MANIFEST_BYTES = 2**20  # a hundred styles take 0.2 MB
 MAX_JOURNAL_BYTES = 2**30  # 100,000² px and 1,000 iterations take 0.6 GB, nearly all of it checksums
@@ -125,6 +125,7 @@ class StagePrepared(Record):
     its m and v are kept for the stage after it.
     """
 
+    version: Literal[1, 2] = 2  # type: ignore[assignment]  # 1: without alpha, adam_steps and carries
     type: Literal["stage_prepared"] = "stage_prepared"
     stage: _Stage
     tile_px: _Side | None = None

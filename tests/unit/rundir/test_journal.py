@@ -464,6 +464,15 @@ def test_records_are_strict(change):
         parse_record(data | change)
 
 
+def test_a_stage_prepared_by_version_1_starts_afresh():
+    """Runs from before `optimizer.carry` could no longer resume."""
+    new = as_json(prepared(0))
+    old = {name: value for name, value in new.items() if name not in ("alpha", "adam_steps", "carries")}
+    record = parse_record({**old, "version": 1})
+    assert position_of([record]) == position_of([prepared(0)])
+    assert (position_of([record]).alpha, position_of([record]).carrying) == (None, frozenset())
+
+
 def test_old_records_are_strict_too():
     """`"seconds": {"gram": "0.1"}` passed, and `status` ended in a TypeError."""
     with pytest.raises(ValueError, match=r"seconds\.gram"):
@@ -475,13 +484,13 @@ def test_the_names_on_disk_are_those_of_the_schema():
     both, losses = "type version time stage", "objective content_loss style_loss layer_losses"
     names = (
         (iteration(0), f"{both} iteration {losses} mean_abs_u max_abs_u alpha seconds busy stepped checksums"),
-        (prepared(0), f"{both} tile_px content_energies areas checksums"),
+        (prepared(0), f"{both} tile_px content_energies areas checksums alpha adam_steps carries"),
         (done(0), f"{both} iterations reason"),
         (Exported(output="x"), "type version time output options picture"),
     )
     for record, fields in names:
         assert sorted(as_json(record)) == sorted(fields.split())
-    assert VERSION == 1  # adding or removing a field takes a new version
+    assert VERSION == 2  # adding or removing a field takes a new version
 
 
 def test_records_of_a_later_version_are_named_as_such(tmp_path):
