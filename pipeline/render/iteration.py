@@ -24,7 +24,7 @@ from pipeline.core.vgg_layers import halo_px
 from pipeline.executors import Key, Node, add_sum
 from pipeline.losses import objective
 from pipeline.losses.objective import Gram, StyleTerm
-from pipeline.render import adam, tile_tasks, update
+from pipeline.render import adam, tile_specs, tile_tasks, update
 from pipeline.render.measurements import (
     FirstStep,
     IterationResult,
@@ -162,7 +162,7 @@ class _IterationGraph:
     def _add_whole(self) -> None:
         """Of a canvas that is one tile, Gram and gradient pass with one forward pass through the network."""
         (tile,) = self._stage.tiles
-        spec = self._seed_spec(tile_tasks.WholeSpec, tile, self._content_factors(), self._targets())
+        spec = self._seed_spec(tile_specs.WholeSpec, tile, self._content_factors(), self._targets())
         task = partial(_with_checksums, tile_tasks.whole_task, spec)
         self.nodes["whole", 0] = Node(task, (CHECKSUMS,), tile=True)
         self.nodes[TERMS] = Node(attrgetter("terms"), (("whole", 0),))
@@ -187,7 +187,7 @@ class _IterationGraph:
     def _add_gradients(self) -> None:
         factors = self._content_factors()
         for number, tile in enumerate(self._stage.tiles):
-            spec = self._seed_spec(tile_tasks.GradientSpec, tile, factors, {})
+            spec = self._seed_spec(tile_specs.GradientSpec, tile, factors, {})
             task = partial(_gradient, tile_tasks.gradient_task, spec)
             self.nodes["gradient", number] = Node(task, (CHECKSUMS, TERMS), tile=True)
         self._counters["gradient"] = self._stage.counter("gradient pass", self._count)
@@ -288,11 +288,11 @@ def _with_checksums(task: Callable[[Any], T], spec: Any, checksums: Mapping[str,
 
 
 def _gradient(
-    task: Callable[[tile_tasks.GradientSpec], tile_tasks.GradientResult],
-    spec: tile_tasks.GradientSpec,
+    task: Callable[[tile_specs.GradientSpec], tile_specs.GradientResult],
+    spec: tile_specs.GradientSpec,
     checksums: Mapping[str, str],
     terms: Mapping[str, StyleTerm],
-) -> tile_tasks.GradientResult:
+) -> tile_specs.GradientResult:
     seeds = {key: term.seed_CM for key, term in terms.items()}
     return task(replace(spec, checksums=checksums, style_seeds_CM=seeds))
 
@@ -303,7 +303,7 @@ def _update(
     step: Callable[[float], adam.AdamStep],
     checksums: Mapping[str, str],
     alpha: float | None,
-    gradient: tile_tasks.GradientResult,
+    gradient: tile_specs.GradientResult,
 ) -> update.UpdateResult | None:
     """None where there is nothing to optimise."""
     if alpha is None:
@@ -313,7 +313,7 @@ def _update(
 
 
 def _next_gram(
-    task: Callable[[tile_tasks.GramSpec], Sums], spec: tile_tasks.GramSpec, *updates: update.UpdateResult | None
+    task: Callable[[tile_specs.GramSpec], Sums], spec: tile_specs.GramSpec, *updates: update.UpdateResult | None
 ) -> Sums | None:
     """None where no step was made: then there is no next canvas."""
     return None if None in updates else task(spec)

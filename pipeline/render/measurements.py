@@ -20,7 +20,7 @@ from pipeline.losses.objective import Gram, StyleTarget, StyleTerm
 from pipeline.losses.total_variation import CHANNELS
 from pipeline.render import adam
 from pipeline.render.stage import merged
-from pipeline.render.tile_tasks import GradientResult
+from pipeline.render.tile_specs import GradientResult
 from pipeline.render.update import UpdateResult
 from pipeline.store import BFLOAT16_ROUNDING
 

@@ -20,7 +20,7 @@ from pipeline.losses import color as colors
 from pipeline.losses import objective
 from pipeline.losses.objective import Gram
 from pipeline.plan import arrays_of
-from pipeline.render import color_tasks, ingest, mask_tasks, resample, tile_tasks
+from pipeline.render import color_tasks, ingest, mask_tasks, resample, tile_specs, tile_tasks
 from pipeline.render.stage import Stage, merged, positions
 from pipeline.store import (
     ALPHA,
@@ -161,7 +161,7 @@ def _store_style_targets(
         sums = {STYLE: _ingest_aside(stage, folder, style.image, size)}
         color_map = style_map(store.open_array(folder, STYLE, sums[STYLE]))
         specs = [
-            tile_tasks.GramSpec(
+            tile_specs.GramSpec(
                 folder,
                 STYLE,
                 tile,
@@ -261,7 +261,7 @@ def _content_pass(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> t
     if not layers:
         return {}, {}
     specs = [
-        tile_tasks.ContentSpec(folder, "content", tile, stage.network, checksums, layers, color=stage.color)
+        tile_specs.ContentSpec(folder, "content", tile, stage.network, checksums, layers, color=stage.color)
         for tile in stage.tiles
     ]
     results = stage.executor.map(

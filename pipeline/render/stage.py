@@ -18,7 +18,7 @@ from pipeline.losses.color_space import DECORRELATED, Basis
 from pipeline.losses.objective import Gram
 from pipeline.network import NetworkSpec
 from pipeline.plan import LayerUse, StagePlan
-from pipeline.render import tile_tasks
+from pipeline.render import tile_specs, tile_tasks
 from pipeline.store import (
     ALPHA,
     GRADIENT,
@@ -88,12 +88,12 @@ class Stage:
         arrays += [store.open_array(self.stage_dir, name) for name in (*idle, GRADIENT)]
         integrity.require_intact(arrays, self.executor, self.reporter("check"))
 
-    def canvas_grams(self, canvas: str, checksums: Mapping[str, str]) -> list[tile_tasks.GramSpec]:
+    def canvas_grams(self, canvas: str, checksums: Mapping[str, str]) -> list[tile_specs.GramSpec]:
         """The tasks of the Gram pass over a canvas."""
         # the content mask has no effect on Gram matrices
         guides = self.layer_use.guides if self.layer_use.guides.regions else UNGUIDED
         return [
-            tile_tasks.GramSpec(
+            tile_specs.GramSpec(
                 self.stage_dir,
                 canvas,
                 tile,
@@ -107,7 +107,7 @@ class Stage:
             for tile in self.tiles
         ]
 
-    def gram_sums(self, specs: Sequence[tile_tasks.GramSpec], what: str) -> dict[str, Gram]:
+    def gram_sums(self, specs: Sequence[tile_specs.GramSpec], what: str) -> dict[str, Gram]:
         """Gram pass over one image: gram_sum by style key, summed in tile order."""
         initial: dict[str, Gram] = {}
         counter = self.counter(what, len(specs))

@@ -16,7 +16,7 @@ from pipeline import store
 from pipeline.core.tiling import Rect, Size, Tile
 from pipeline.core.vgg_layers import LAYER_BY_NAME
 from pipeline.losses.objective import Gram
-from pipeline.render import mask_tasks, tile_tasks
+from pipeline.render import mask_tasks, tile_specs, tile_tasks
 from pipeline.render.preparation import ingest_guides
 from pipeline.render.resample import tiles_of
 from pipeline.render.stage import Stage
@@ -101,7 +101,7 @@ class WholeImage:
             return {}
         tiles = [Tile(index, inner, *self.size) for index, inner in enumerate(tiles_of(rect, self.tile_px))]
         specs = [
-            tile_tasks.GramSpec(
+            tile_specs.GramSpec(
                 array.path.parent,
                 array.path.name,
                 tile,

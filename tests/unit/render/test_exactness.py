@@ -28,7 +28,7 @@ from pipeline.network.vgg import Network
 from pipeline.render import tile_tasks, update
 from pipeline.render.iteration import Iterations
 from pipeline.render.measurements import IterationResult
-from pipeline.render.tile_tasks import GradientSpec, GramSpec
+from pipeline.render.tile_specs import GradientSpec, GramSpec
 from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
