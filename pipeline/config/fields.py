@@ -28,6 +28,8 @@ MAX_CHUNK_PX = 2**14
 MAX_STYLES = 100
 # The size doubles from stage to stage.
 MAX_STAGES = 32
+# A tile is read with 8 times the halo at the last of them.
+MAX_SCALES = 4
 # More than any machine has cores.
 MAX_WORKERS = 256
 MAX_THREADS = 1024

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_serializer
 from pipeline.config.fields import (
     MAX_CHUNK_PX,
     MAX_ITERATIONS,
+    MAX_SCALES,
     MAX_SIDE_PX,
     MAX_STYLES,
     MAX_THREADS,
@@ -87,6 +88,13 @@ class LossConfig(Section):
     content_weight: Share = Field(0.05, description="weight of the content loss")
     style_weight: Share = Field(1.0, description="weight of the style loss")
     tv_weight: Share = Field(0.0, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=NEW)
+    scales: Int = Field(
+        1,
+        ge=1,
+        le=MAX_SCALES,
+        description="compare the canvas also at 1/2, 1/4, 1/8 of its size, down to initial_size; 3: longer strokes",
+        json_schema_extra=NEW,
+    )
     content_mask: File | None = Field(
         None,
         description="mask for the content loss: same aspect ratio as the content; white = keep, black = ignore",

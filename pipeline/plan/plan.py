@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pipeline.images import ImageHeader
 from pipeline.plan import checks
 from pipeline.plan.memory import StageWork, Workload
 from pipeline.plan.network_cost import LayerUse, layers_in_use
+from pipeline.plan.scales import scales_in_use
 from pipeline.plan.sizes import stage_sizes
 from pipeline.store import ArraySpec, StageLayout, kept_files
 
@@ -30,13 +31,15 @@ MAX_AUTO_TILE_PX = 2**14
 class StagePlan:
     """One stage: sizes in px (height, width), tiles, pixels computed per iteration, bytes and chunks of its arrays.
 
-    `kept_bytes`, `kept_chunks`: of the arrays that stay when the stage has ended. `content`: the kind of the content's
-    pixels, None without a content.
+    `gram_px`, `gradient_px`: over all scales that the losses compare, of which there are `scales`. `kept_bytes`,
+    `kept_chunks`: of the arrays that stay when the stage has ended. `content`: the kind of the content's pixels, None
+    without a content.
     """
 
     index: int
     size: Size
     style_sizes: tuple[Size, ...]
+    scales: int
     tiles: int
     gram_px: int
     gradient_px: int
@@ -63,11 +66,12 @@ class StagePlan:
 class Plan:
     """The whole run: stages, tile size, and projected peaks in bytes.
 
-    `picture`: the kind of the output image's pixels.
+    `tile_step_px`: tiles of another size would be a multiple of it. `picture`: the kind of the output image's pixels.
     """
 
     stages: tuple[StagePlan, ...]
     tile_px: int
+    tile_step_px: int
     chunk_px: int
     halo_px: int
     device: str
@@ -112,6 +116,7 @@ def make_plan(
     return Plan(
         stages=stages,
         tile_px=tile_px,
+        tile_step_px=work.tile_step_px,
         chunk_px=config.store.chunk_px,
         halo_px=max(stage.halo_px for stage in works),
         device=device,
@@ -136,7 +141,7 @@ def _stage_works(
     content = images[config.content].kind if config.content is not None else None
     configs = [config.for_stage(max(canvas)) for canvas, _ in sizes]
     works = tuple(
-        StageWork(stage_config, layers_in_use(stage_config, widths), canvas, styles, content)
+        StageWork(stage_config, _layer_use(stage_config, widths, canvas, styles), canvas, styles, content)
         for stage_config, (canvas, styles) in zip(configs, sizes, strict=True)
     )
     for index, work in enumerate(works):
@@ -144,6 +149,11 @@ def _stage_works(
     checks.check_initial_image(config, works[0].canvas, images)
     checks.check_masks(config, works, images)
     return works
+
+
+def _layer_use(config: Config, widths: Mapping[str, int], canvas: Size, styles: tuple[Size, ...]) -> LayerUse:
+    layer_use = layers_in_use(config, widths)
+    return replace(layer_use, scales=scales_in_use(config, layer_use, canvas, styles))
 
 
 def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
@@ -155,12 +165,14 @@ def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
     stored = [*arrays.values(), *styles[-1:]]  # a style is deleted before the next is read
     # Without regions the targets of the style are too few bytes to count.
     targets = (layer_use.grams_bytes(), len(layer_use.style_keys)) if layer_use.guides.regions else (0, 0)
-    gram_px = computed_px(size, tile_px, halo_px(layer_use.style_layers)) if layer_use.style_layers else 0
-    gradient_px = computed_px(size, tile_px, 2 * work.halo_px)
+    scales, style_halo = range(layer_use.scales), halo_px(layer_use.style_layers)
+    gram_px = sum(computed_px(size, tile_px, style_halo, scale) for scale in scales) if layer_use.style_layers else 0
+    gradient_px = sum(computed_px(size, tile_px, 2 * work.halo_px, scale) for scale in scales)
     return StagePlan(
         index=index,
         size=size,
         style_sizes=work.styles,
+        scales=layer_use.scales,
         tiles=ceil_to(size[0], tile_px) * ceil_to(size[1], tile_px) // tile_px**2,
         gram_px=gram_px,
         gradient_px=gradient_px,
@@ -175,14 +187,18 @@ def plan_stage(work: StageWork, index: int, tile_px: int) -> StagePlan:
     )
 
 
-def computed_px(size: Size, tile_px: int, halo: int) -> int:
-    """Pixels, halo included, that a pass over the tiles of a canvas computes.
+def computed_px(size: Size, tile_px: int, halo: int, scale: int = 0) -> int:
+    """Pixels, halo included, that a pass over the tiles of a canvas computes at one scale.
 
     The areas of a grid of tiles add up to the product of the summed heights and the summed widths.
     """
-    height, width = size
-    rows = sum(tile.outer(halo).height for tile in grid(height, 1, tile_px))
-    return rows * sum(tile.outer(halo).width for tile in grid(1, width, tile_px))
+    height, width = (_summed_px(side_px, tile_px, halo, scale) for side_px in size)
+    return height * width
+
+
+def _summed_px(side_px: int, tile_px: int, halo: int, scale: int) -> int:
+    tiles = [tile.shrunk(scale) for tile in grid(side_px, 1, tile_px)]
+    return sum(tile.outer(halo).height for tile in tiles if tile.inner.height)  # a tile without pixels is not read
 
 
 def arrays_of(config: Config, size: Size, layer_use: LayerUse, content: PixelKind | None) -> dict[str, ArraySpec]:
@@ -194,10 +210,11 @@ def arrays_of(config: Config, size: Size, layer_use: LayerUse, content: PixelKin
 
 def _choose_tile(work: Workload, device_memory_bytes: int) -> int:
     """The largest tile that fits the limits, or the one that the config asks for. Raises ConfigError if none fits."""
-    chunk_px, limit = work.config.store.chunk_px, work.config.memory.limit_bytes
-    largest = ceil_to(min(max(max(stage.canvas) for stage in work.stages), MAX_AUTO_TILE_PX), chunk_px)
+    step_px, limit = work.tile_step_px, work.config.memory.limit_bytes
+    largest = ceil_to(min(max(max(stage.canvas) for stage in work.stages), MAX_AUTO_TILE_PX), step_px)
     requested = work.config.compute.tile_px
-    candidates = list(range(largest, 0, -chunk_px)) if requested == "auto" else [int(requested)]
+    checks.check_tile(work.config, step_px)
+    candidates = list(range(largest, 0, -step_px)) if requested == "auto" else [int(requested)]
     if work.device != "cpu":
         candidates = [tile_px for tile_px in candidates if work.has_gpu_sizes(tile_px)] or candidates[-1:]
     for tile_px in candidates:
@@ -213,7 +230,7 @@ def _choose_tile(work: Workload, device_memory_bytes: int) -> int:
     raise ConfigError(
         f"compute.tile_px: {requested} needs {need / 2**30:.2f} GiB of {memory}, but {have / 2**30:.2f} GiB is the "
         "limit"
-        + (f", even with the smallest tile ({chunk_px} px, one chunk)" if requested == "auto" else "")
+        + (f", even with the smallest tile ({step_px} px)" if requested == "auto" else "")
         + f". To continue, {remedy}, or use "
         + ("a smaller store.chunk_px" if requested == "auto" else "compute.tile_px: auto")
         + (", fewer compute.workers" if work.config.compute.workers else "")

@@ -104,7 +104,7 @@ class Iterations:
     def _result(self, value: Measured) -> IterationResult:
         stage, squares = self.stage, value.gradient.squares
         scales = content_scales(stage, self.content_energies)
-        content = {layer: scale * squares[layer] for layer, scale in scales.items()}
+        content = {key: scale * squares[key] for key, scale in scales.items()}
         style = {key: term.loss for key, term in value.terms.items()}
         content_loss, style_loss = math.fsum(content.values()), math.fsum(style.values())
         loss, variation = stage.config.loss, value.gradient.variation
@@ -119,7 +119,7 @@ class Iterations:
             content_loss=content_loss,
             style_loss=style_loss,
             layer_losses={
-                **{f"content.{layer}": loss for layer, loss in content.items()},
+                **{f"content.{key}": loss for key, loss in content.items()},
                 **{f"style.{key}": loss for key, loss in style.items()},
                 **({"variation": variation} if loss.tv_weight else {}),
             },
@@ -207,11 +207,12 @@ class _IterationGraph:
             color=stage.color,
             guides=stage.layer_use.guides,
             basis=stage.basis,
+            scales=stage.layer_use.scales,
         )
 
     def _add_totals(self, alpha: float | None) -> None:
         stage = self._stage
-        gather = partial(gradient_totals, stage.layer_use.content_layers, stage.plan.pixels)
+        gather = partial(gradient_totals, tuple(stage.layer_use.content_widths), stage.plan.pixels)
         self.nodes[TOTALS] = Node(gather, tuple(("gradient", tile) for tile in range(self._count)))
         if alpha is None:  # the update of a stage's first iteration waits for all gradients, because α needs max|g|
             first = FirstStep(
@@ -255,7 +256,7 @@ class _IterationGraph:
         # the canvas is not checked here: the next update reads every chunk whole, and checks it
         for number, spec in enumerate(stage.canvas_grams(self._next_canvas, guide_checksums)):
             # the chunks under the tile and its halo: neighbours' updates, not the whole pass
-            chunks = chunks_of(spec.tile.outer(halo), chunk_px)
+            chunks = chunks_of(spec.reads(halo), chunk_px)
             needs = tuple(dict.fromkeys(self._updates_of[cy, cx] for cy, cx, _ in chunks))
             self.nodes["next gram", number] = Node(partial(_next_gram, tile_tasks.gram_task, spec), needs, tile=True)
         # last in the graph: tiles of this iteration's gradient pass begin before them
@@ -270,10 +271,10 @@ class _IterationGraph:
         return style_targets(self._stage, iterations.areas, self._checksums, iterations.known_grams)
 
     def _content_factors(self) -> dict[str, float]:
-        """By content layer, what turns φ(p) − φ(o) into the seed of its gradient."""
+        """By layer key, what turns φ(p) − φ(o) into the seed of its gradient."""
         factor = 2 * self._stage.plan.pixels * self._stage.config.loss.content_weight
         scales = content_scales(self._stage, self._iterations.content_energies)
-        return {layer: factor * scale for layer, scale in scales.items()}
+        return {key: factor * scale for key, scale in scales.items()}
 
 
 # --- functions of nodes: found by name in worker processes ------------------------------------------------------------

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,15 +19,26 @@ from torch import Tensor
 from pipeline.core import profiler
 from pipeline.core.errors import DeviceMemoryError
 from pipeline.core.tiling import Rect, Tile
-from pipeline.core.vgg_layers import LAYER_BY_NAME
+from pipeline.core.vgg_layers import LAYER_BY_NAME, Layer
 from pipeline.losses import objective
 from pipeline.losses.color import ColorMap
 from pipeline.losses.color_space import Basis
+from pipeline.losses.masks import GuideMaps
 from pipeline.losses.objective import Gram
 from pipeline.network import NetworkSpec
 from pipeline.render import device_io
 from pipeline.render.mask_tasks import read_guides
-from pipeline.store import UNGUIDED, ChunkSums, Guides, StageArray, content_features_name, open_array
+from pipeline.store import (
+    UNGUIDED,
+    ChunkSums,
+    Guides,
+    StageArray,
+    content_features_name,
+    layer_key,
+    layer_of,
+    open_array,
+    scale_of,
+)
 
 # On the CPU, torch and oneDNN raise a plain RuntimeError when they run out of memory.
 _NO_MEMORY = re.compile(r"can't allocate memory|could not create a (primitive|memory)")
@@ -56,7 +67,7 @@ class TileSpec:
 
     `checksums`: packed checksums of the arrays that the task reads, by name; an array without them is not checked.
     `color`: map applied to the pixels before the network. `guides`: masks of the stage; `guides_dir`: their folder, if
-    it is not the stage's.
+    it is not the stage's. `scales`: how many scales of the array the network sees, each half the size of the last.
     """
 
     stage_dir: Path
@@ -67,29 +78,66 @@ class TileSpec:
     color: ColorMap | None = field(default=None, kw_only=True)
     guides: Guides = field(default=UNGUIDED, kw_only=True)
     guides_dir: Path | None = field(default=None, kw_only=True)
+    scales: int = field(default=1, kw_only=True)
 
     def open(self, name: str) -> StageArray:
         """Open an array for reading; its chunks are checked."""
         return open_array(self.stage_dir, name, self.checksums.get(name))
 
-    def read_outer(self, halo: int) -> tuple[Tensor, Rect]:
-        """The tile's pixels with their halo, (1, 3, H, W) on the device, and their rectangle."""
-        outer = self.tile.outer(halo)
-        return self.load(self.array, outer), outer
+    def reads(self, halo: int) -> Rect:
+        """The pixels of the array that the tile needs at any scale, with a halo of `halo` px of that scale."""
+        return self.tile.outer(halo << self.scales - 1)
 
-    def load(self, name: str, rect: Rect) -> Tensor:
+    def windows(self, halo: int, guides_halo: int) -> list[Window]:
+        """The tile's pixels at each scale at which it has any, with their halo, and the masks with theirs."""
+        windows = []
+        for scale in range(self.scales):
+            tile = self.tile.shrunk(scale)
+            if tile.inner.area:
+                # the halo in px of this scale: aligned there as at scale 0, so that blocks are those of the whole image
+                outer, guided = self.tile.outer(halo << scale), self.tile.outer(guides_halo << scale)
+                pixels_1CHW, guide_pixels = self.load(self.array, outer, scale), self.read_guides(guided, scale)
+                windows.append(
+                    Window(scale, tile, outer.shrunk(scale), pixels_1CHW, guided.shrunk(scale), guide_pixels)
+                )
+        return windows
+
+    def load(self, name: str, rect: Rect, scale: int = 0) -> Tensor:
         """A rectangle of an array, (1, C, H, W) in at least float32 on the device. Raises DeviceMemoryError."""
         # bfloat16 and tf32 apply inside the network only: the differences of nearly equal numbers need float32
         dtype = torch.float64 if self.network.dtype == "float64" else torch.float32
         with profiler.span("read", tile=self.tile.index, array=name), device_memory(self):
-            return device_io.load(self.open(name), rect, self.network.device, dtype)
+            return device_io.load(self.open(name), rect, self.network.device, dtype, scale)
 
-    def read_guides(self, rect: Rect) -> NDArray[np.uint8] | None:
+    def read_guides(self, rect: Rect, scale: int) -> NDArray[Any] | None:
         """The masks of a rectangle of the canvas, (H, W, K); None where the stage has none."""
         if not self.guides.arrays:
             return None
         with profiler.span("read", tile=self.tile.index, array="guides"):
-            return read_guides(self.guides_dir or self.stage_dir, self.guides, self.checksums, rect)
+            return read_guides(self.guides_dir or self.stage_dir, self.guides, self.checksums, rect, scale)
+
+
+@dataclass
+class Window:
+    """A tile at one scale, in px of the array shrunk to it: the pixels of its outer rectangle, and its masks.
+
+    `guide_pixels`: of the rectangle `guided`, None without masks.
+    """
+
+    scale: int
+    tile: Tile
+    outer: Rect
+    pixels_1CHW: Tensor
+    guided: Rect
+    guide_pixels: NDArray[Any] | None
+
+    def key(self, layer: Layer) -> str:
+        """The layer key at this scale."""
+        return layer_key(layer.name, self.scale)
+
+    def guide_maps(self, guides: Guides, like: Tensor) -> GuideMaps | None:
+        """The masks on the device of `like`."""
+        return None if self.guide_pixels is None else GuideMaps(guides, self.guide_pixels, self.guided, like)
 
 
 @dataclass(frozen=True)
@@ -114,7 +162,7 @@ class ContentSpec(TileSpec):
 class SeedSpec(TileSpec):
     """A tile whose gradient is computed.
 
-    `content_factors`: per layer, the factor of φ(p) − φ(o) in dJ/dφ. `tv_weight`: w_tv; 0 leaves the term out. If
+    `content_factors`: by layer key, the factor of φ(p) − φ(o) in dJ/dφ. `tv_weight`: w_tv; 0 leaves the term out. If
     `color` is set it is luminance: the gradient is dJ/dY, in all three channels, so that the canvas moves along greys.
     `basis`: M of the optimiser's colour coordinates, in which the gradient is written; None for RGB.
     """
@@ -123,10 +171,11 @@ class SeedSpec(TileSpec):
     tv_weight: float = field(default=0.0, kw_only=True)
     basis: Basis | None = field(default=None, kw_only=True)
 
-    def read_content(self, outer: Rect) -> dict[str, tuple[Tensor, Rect]]:
-        """Per content layer, the content's features at the positions of `outer`, and their rectangle."""
-        regions = {name: outer.positions(LAYER_BY_NAME[name]) for name in self.content_factors}
-        return {name: (self.load(content_features_name(name), region), region) for name, region in regions.items()}
+    def read_content(self, window: Window) -> dict[str, tuple[Tensor, Rect]]:
+        """By layer key of the window's scale, the content's features at its positions, and their rectangle."""
+        keys = [key for key in self.content_factors if scale_of(key) == window.scale]
+        regions = {key: window.outer.positions(LAYER_BY_NAME[layer_of(key)]) for key in keys}
+        return {key: (self.load(content_features_name(key), region), region) for key, region in regions.items()}
 
 
 @dataclass(frozen=True)
@@ -145,7 +194,7 @@ class WholeSpec(SeedSpec):
 
 @dataclass(frozen=True)
 class ContentResult:
-    """Per content layer ‖φ_l(o)‖² over the inner rectangle, and the checksums of the feature chunks written."""
+    """By layer key ‖φ_l(o)‖² over the inner rectangle, and the checksums of the feature chunks written."""
 
     energies: Mapping[str, float]
     sums: Mapping[str, ChunkSums]
@@ -153,7 +202,7 @@ class ContentResult:
 
 @dataclass(frozen=True)
 class GradientResult:
-    """Per content layer Σ(φ(p) − φ(o))² over the inner rectangle, max|g| there, and the checksums of its chunks.
+    """By layer key Σ(φ(p) − φ(o))² over the inner rectangle, max|g| there, and the checksums of its chunks.
 
     `variation`: the tile's share of 3N·Ltv; 0 without that term.
     """

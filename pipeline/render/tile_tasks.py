@@ -7,17 +7,17 @@ C channels, H rows, W columns.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.core import profiler
 from pipeline.core.errors import ConfigError
-from pipeline.core.tiling import Rect, Tile
+from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import ALIGN_PX, halo_px
 from pipeline.losses import objective
 from pipeline.losses.color_space import Basis
@@ -38,6 +38,7 @@ from pipeline.render.tile_specs import (
     TileSpec,
     WholeResult,
     WholeSpec,
+    Window,
     device_memory,
 )
 from pipeline.store import ChunkSums, content_features_name, layer_of, open_array
@@ -64,24 +65,26 @@ def _computing(spec: TileSpec) -> Iterator[None]:
 def gram_task(spec: GramSpec) -> dict[str, Gram]:
     """gram_sum of every style key over the positions of the tile's inner rectangle (eqs. 14, 15)."""
     # the forward halo is enough: no gradient flows back, so the features of the inner rectangle are exact
-    pixels_1CHW, outer = spec.read_outer(halo_px(spec.layers))
-    guide_pixels = spec.read_guides(spec.tile.inner)
+    windows = spec.windows(halo_px(spec.layers), 0)
     sums: dict[str, Gram] = {}
     with _computing(spec):
-        network_input_1CHW = _network_input(spec, pixels_1CHW)
-        maps = _guide_maps(spec, guide_pixels, spec.tile.inner, network_input_1CHW)
-        for feature_map in _features(spec, network_input_1CHW, outer, set(spec.layers), spec.tile.inner):
-            sums |= _gram_sums(spec, feature_map, maps, spec.with_mean)
+        for window in windows:
+            network_input_1CHW = _network_input(spec, window)
+            maps = window.guide_maps(spec.guides, network_input_1CHW)
+            for feature_map in _features(spec, window, network_input_1CHW, set(spec.layers), window.tile.inner):
+                sums |= _gram_sums(spec, window, feature_map, maps, spec.with_mean)
     return sums
 
 
-def _gram_sums(spec: TileSpec, feature_map: FeatureMap, maps: GuideMaps | None, with_mean: bool) -> dict[str, Gram]:
+def _gram_sums(
+    spec: TileSpec, window: Window, feature_map: FeatureMap, maps: GuideMaps | None, with_mean: bool
+) -> dict[str, Gram]:
     """gram_sum of one layer over the inner rectangle: one matrix, or one per mask region."""
-    features_CHW, keys = _inner_features(feature_map, spec.tile).detach(), spec.guides.keys(feature_map.layer.name)
+    features_CHW, keys = _inner_features(window, feature_map).detach(), spec.guides.keys(window.key(feature_map.layer))
     if maps is None or not spec.guides.regions:
         (key,) = keys
         return {key: objective.gram_sum(features_CHW, with_mean=with_mean)}
-    shares_RHW = maps.shares(feature_map.layer, spec.tile.inner.positions(feature_map.layer))
+    shares_RHW = maps.shares(feature_map.layer, window.tile.inner.positions(feature_map.layer))
     return {
         key: objective.gram_sum(features_CHW, share_HW, with_mean=with_mean)
         for key, share_HW in zip(keys, shares_RHW, strict=True)
@@ -96,22 +99,22 @@ def add_grams(total: dict[str, Gram], tile: dict[str, Gram]) -> dict[str, Gram]:
 
 def content_task(spec: ContentSpec) -> ContentResult:
     """Write the content's features of the inner rectangle."""
-    pixels_1CHW, outer = spec.read_outer(halo_px(spec.layers))
+    windows = spec.windows(halo_px(spec.layers), 0)
+    computed: dict[str, tuple[Rect, Tensor]] = {}
     with _computing(spec):
-        computed = {
-            feature_map.layer.name: (feature_map.layer, _inner_features(feature_map, spec.tile).clone())
-            for feature_map in _features(
-                spec, _network_input(spec, pixels_1CHW), outer, set(spec.layers), spec.tile.inner
-            )
-        }
+        for window in windows:
+            network_input_1CHW = _network_input(spec, window)
+            for feature_map in _features(spec, window, network_input_1CHW, set(spec.layers), window.tile.inner):
+                region = window.tile.inner.positions(feature_map.layer)
+                computed[window.key(feature_map.layer)] = region, _inner_features(window, feature_map).clone()
     energies: dict[str, float] = {}
     sums: dict[str, ChunkSums] = {}
     # written after the device is released: another tile computes meanwhile
-    for name, (layer, features_CHW) in computed.items():
-        array = open_array(spec.stage_dir, content_features_name(name))
+    for key, (region, features_CHW) in computed.items():
+        array = open_array(spec.stage_dir, content_features_name(key))
         with profiler.span("write", tile=spec.tile.index, array=array.path.name), device_memory(spec):
-            sums[name] = device_io.save(array, spec.tile.inner.positions(layer), features_CHW)
-        energies[name] = objective.energy(features_CHW)
+            sums[key] = device_io.save(array, region, features_CHW)
+        energies[key] = objective.energy(features_CHW)
     return ContentResult(energies, sums)
 
 
@@ -120,62 +123,100 @@ def gradient_task(spec: GradientSpec) -> GradientResult:
 
     Raises ConfigError if the gradient is not finite.
     """
-    names = {*map(layer_of, spec.style_seeds_CM), *spec.content_factors}
-    halo = halo_px(names) or ALIGN_PX  # total variation reads the neighbouring pixels
-    # twice the halo: seeds at the border of the receptive field need exact features themselves
-    pixels_1CHW, outer = spec.read_outer(2 * halo)
-    guide_pixels = spec.read_guides(outer)
-    # read before the device is reserved, while another tile computes
-    seeds = Seeds(spec, dict(spec.style_seeds_CM), spec.read_content(outer))
-    with _computing(spec):
-        network_input_1CHW, tape = _network_input(spec, pixels_1CHW), list[Step]()
-        needed = spec.tile.inner.grown(halo, spec.tile.height, spec.tile.width)
-        seeds.maps = _guide_maps(spec, guide_pixels, outer, network_input_1CHW)
-        for _ in _features(spec, network_input_1CHW, outer, names, needed, tape):
-            pass
-        gradient_CHW, tv_sum = _gradient(spec, network_input_1CHW, outer, tape, seeds)
-    return _written(spec, gradient_CHW, seeds, tv_sum)
+    return _gradient(spec, spec.style_seeds_CM, dict(spec.style_seeds_CM), lambda _seeds, _feature_map: None)
 
 
 def whole_task(spec: WholeSpec) -> WholeResult:
     """Gram and gradient pass of a canvas that is one tile, with one forward pass. Raises like gradient_task."""
-    pixels_1CHW, outer = spec.read_outer(0)
-    guide_pixels = spec.read_guides(outer)
-    seeds = Seeds(spec, {}, spec.read_content(outer))
-    names = {*map(layer_of, spec.style_targets), *spec.content_factors}
-    with_mean = any(target.has_mean for target in spec.style_targets.values())
     terms: dict[str, objective.StyleTerm] = {}
-    with _computing(spec):
-        network_input_1CHW, tape = _network_input(spec, pixels_1CHW), list[Step]()
-        seeds.maps = _guide_maps(spec, guide_pixels, outer, network_input_1CHW)
-        for feature_map in _features(spec, network_input_1CHW, outer, names, outer, tape):
-            if any(key in spec.style_targets for key in spec.guides.keys(feature_map.layer.name)):
-                sums = _gram_sums(spec, feature_map, seeds.maps, with_mean)
-                terms |= {key: spec.style_targets[key].term(sums[key]) for key in sums if key in spec.style_targets}
-        seeds.style_CM |= {key: term.seed_CM for key, term in terms.items()}
-        gradient_CHW, tv_sum = _gradient(spec, network_input_1CHW, outer, tape, seeds)
-    return WholeResult(terms, _written(spec, gradient_CHW, seeds, tv_sum))
+    return WholeResult(terms, _gradient(spec, spec.style_targets, {}, partial(_add_terms, spec, terms)))
+
+
+def _add_terms(spec: WholeSpec, terms: dict[str, objective.StyleTerm], seeds: Seeds, feature_map: FeatureMap) -> None:
+    """Add the style terms of a layer, and their seeds."""
+    keys = [key for key in spec.guides.keys(seeds.window.key(feature_map.layer)) if key in spec.style_targets]
+    if keys:
+        with_mean = spec.style_targets[keys[0]].has_mean
+        sums = _gram_sums(spec, seeds.window, feature_map, seeds.maps, with_mean)
+        own = {key: spec.style_targets[key].term(sums[key]) for key in keys}
+        terms |= own
+        seeds.style_CM |= {key: term.seed_CM for key, term in own.items()}
 
 
 def _gradient(
-    spec: SeedSpec, network_input_1CHW: Tensor, outer: Rect, tape: list[Step], seeds: Seeds
-) -> tuple[Tensor, float]:
-    """(the gradient of the inner rectangle, (3, H, W), its share of 3N·Ltv)."""
+    spec: SeedSpec,
+    style_keys: Iterable[str],
+    style_CM: dict[str, Gram],
+    on_features: Callable[[Seeds, FeatureMap], None],
+) -> GradientResult:
+    """Write the gradient of the inner rectangle.
+
+    `style_CM`: the matrices of the style's seeds that are known before the forward pass. `on_features` is called with
+    each feature map of that pass, and may add others.
+    """
+    names = {*map(layer_of, style_keys), *map(layer_of, spec.content_factors)}
+    halo = halo_px(names) or ALIGN_PX  # total variation reads the neighbouring pixels
+    # twice the halo: seeds at the border of the receptive field need exact features themselves
+    windows = spec.windows(2 * halo, 2 * halo)
+    # read before the device is reserved, while another tile computes
+    scales = [Seeds(spec, window, dict(style_CM), spec.read_content(window)) for window in windows]
+    tv_sum = 0.0
+    with _computing(spec):
+        total_CHW = torch.empty(0)
+        for seeds in scales:
+            network_input_1CHW, window = _network_input(spec, seeds.window), seeds.window
+            part_CHW = _scale_gradient(spec, seeds, network_input_1CHW, names, halo, on_features)
+            if window.scale > 0:
+                _add_blocks(total_CHW, part_CHW, 2**window.scale)
+                continue
+            total_CHW = part_CHW
+            if spec.tv_weight:
+                tv_sum, smoothing_CHW = variation(network_input_1CHW, window.outer.y0, window.outer.x0, spec.tile)
+                total_CHW = total_CHW + spec.tv_weight * smoothing_CHW
+        gradient_CHW = _in_coordinates(spec, total_CHW)
+    squares = {key: float(value) for seeds in scales for key, value in seeds.squares.items()}
+    return _written(spec, gradient_CHW, squares, tv_sum)
+
+
+def _scale_gradient(
+    spec: SeedSpec,
+    seeds: Seeds,
+    network_input_1CHW: Tensor,
+    names: set[str],
+    halo: int,
+    on_features: Callable[[Seeds, FeatureMap], None],
+) -> Tensor:
+    """The gradient of the inner rectangle at one scale, (3, H, W)."""
+    window, tape = seeds.window, list[Step]()
+    seeds.maps = window.guide_maps(spec.guides, network_input_1CHW)
+    needed = window.tile.inner.grown(halo, window.tile.height, window.tile.width)
+    for feature_map in _features(spec, window, network_input_1CHW, names, needed, tape):
+        on_features(seeds, feature_map)
     # a tile may lie where neither a style nor the content has any weight
     gradient_1CHW = get_network(spec.network).gradient(tape, seeds.of) if tape else torch.zeros_like(network_input_1CHW)
-    rows, columns = spec.tile.inner.within(outer)
-    gradient_CHW, tv_sum = gradient_1CHW[0, :, rows, columns], 0.0
-    if spec.tv_weight:
-        tv_sum, smoothing_CHW = variation(network_input_1CHW, outer.y0, outer.x0, spec.tile)
-        gradient_CHW = gradient_CHW + spec.tv_weight * smoothing_CHW
+    rows, columns = window.tile.inner.within(window.outer)
+    return gradient_1CHW[0, :, rows, columns]
+
+
+def _add_blocks(total_CHW: Tensor, part_CHW: Tensor, block_px: int) -> None:
+    """Add the gradient of a shrunk image to that of the image: each value, divided by its block's pixels, to them."""
+    _, height, width = part_CHW.shape
+    filled_CHW = total_CHW[:, : height * block_px, : width * block_px]
+    # a view, for any memory layout: H and W divided into blocks
+    blocks_CHbWb = filled_CHW.view(len(filled_CHW), height, block_px, width, block_px)
+    blocks_CHbWb += part_CHW[:, :, None, :, None] / block_px**2
+
+
+def _in_coordinates(spec: SeedSpec, gradient_CHW: Tensor) -> Tensor:
+    """The gradient in the coordinates in which the canvas moves."""
     if spec.color is not None:
         gradient_CHW = gradient_CHW.sum(0, keepdim=True).expand(3, -1, -1)
     if spec.basis is not None:
         gradient_CHW = _mixed(gradient_CHW[None], tuple(zip(*spec.basis, strict=True)), (0.0, 0.0, 0.0))[0]
-    return gradient_CHW, tv_sum
+    return gradient_CHW
 
 
-def _written(spec: TileSpec, gradient_CHW: Tensor, seeds: Seeds, tv_sum: float) -> GradientResult:
+def _written(spec: TileSpec, gradient_CHW: Tensor, squares: dict[str, float], tv_sum: float) -> GradientResult:
     gradient = open_array(spec.stage_dir, "gradient")
     # rounding is monotonic: the largest value stays the largest
     max_abs = gradient.rounded(float(torch.linalg.vector_norm(gradient_CHW, float("inf"))))
@@ -187,37 +228,33 @@ def _written(spec: TileSpec, gradient_CHW: Tensor, seeds: Seeds, tv_sum: float) 
         )
     with profiler.span("write", tile=spec.tile.index, array="gradient"), device_memory(spec):
         sums = device_io.save(gradient, spec.tile.inner, gradient_CHW)
-    return GradientResult({name: float(value) for name, value in seeds.squares.items()}, max_abs, sums, tv_sum)
+    return GradientResult(squares, max_abs, sums, tv_sum)
 
 
 def _features(
     spec: TileSpec,
-    pixels_1CHW: Tensor,
-    outer: Rect,
+    window: Window,
+    network_input_1CHW: Tensor,
     layers: set[str],
     required: Rect,
     tape: list[Step] | None = None,
 ) -> Iterator[FeatureMap]:
-    size = (spec.tile.height, spec.tile.width)
-    return get_network(spec.network).features(pixels_1CHW, outer, size, layers, required, tape)
+    size = (window.tile.height, window.tile.width)
+    return get_network(spec.network).features(network_input_1CHW, window.outer, size, layers, required, tape)
 
 
-def _inner_features(feature_map: FeatureMap, tile: Tile) -> Tensor:
+def _inner_features(window: Window, feature_map: FeatureMap) -> Tensor:
     """(C, H, W) of the positions that belong to the tile's inner rectangle."""
-    rows, columns = tile.inner.positions(feature_map.layer).within(feature_map.region)
+    rows, columns = window.tile.inner.positions(feature_map.layer).within(feature_map.region)
     return feature_map.features_1CHW[0, :, rows, columns]
 
 
-def _guide_maps(spec: TileSpec, pixels_HWK: NDArray[np.uint8] | None, rect: Rect, like: Tensor) -> GuideMaps | None:
-    return None if pixels_HWK is None else GuideMaps(spec.guides, pixels_HWK, rect, like)
-
-
-def _network_input(spec: TileSpec, pixels_1CHW: Tensor) -> Tensor:
-    """The pixels after the colour map."""
+def _network_input(spec: TileSpec, window: Window) -> Tensor:
+    """The window's pixels after the colour map."""
     color = spec.color
     if color is None:
-        return pixels_1CHW
-    mapped_1CHW = _mixed(pixels_1CHW, color.matrix, color.bias)
+        return window.pixels_1CHW
+    mapped_1CHW = _mixed(window.pixels_1CHW, color.matrix, color.bias)
     return mapped_1CHW.clamp_(0, 255) if color.clip else mapped_1CHW
 
 

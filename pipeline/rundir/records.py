@@ -120,7 +120,7 @@ class Begun(Record):
 class StagePrepared(Record):
     """The arrays of a stage are complete, computed in tiles of `tile_px` (None in runs older than the field).
 
-    `content_energies`: ‖φ_l(o)‖² by layer. `areas`: n_r,l by style key, if there are regions.
+    `content_energies`: ‖φ_l(o)‖² by layer key. `areas`: n_r,l by style key, if there are regions.
     """
 
     type: Literal["stage_prepared"] = "stage_prepared"
