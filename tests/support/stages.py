@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+import time
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,6 +92,42 @@ class Case:
         iterations = Iterations(self.stage, self.started.content_energies, self.started.areas)
         iterations.iterate(0, None, self.started.checksums, results.append)
         return results[0]
+
+
+class Rendering:
+    """The first four iterations of a stage, as `run` does them; any of them may be tried again."""
+
+    def __init__(self, case: Case) -> None:
+        self._iterations = Iterations(case.stage, case.started.content_energies)
+        self._checksums, self.results = dict(case.started.checksums), list[IterationResult]()
+        self.follows = True  # one more iteration
+        self.committed = threading.Event()
+
+    def _commit(self, result: IterationResult) -> bool:
+        self.results.append(result)
+        self.committed.set()
+        self._checksums |= result.checksums
+        return self.follows
+
+    def iterate(self) -> None:
+        alpha = self.results[0].alpha if self.results else None
+        self._iterations.iterate(len(self.results), alpha, self._checksums, self._commit)
+
+    def finish(self) -> tuple[list[float], dict[str, str]]:
+        """Objectives and checksums."""
+        while len(self.results) < 4:
+            self.iterate()
+        return [result.objective for result in self.results], self._checksums
+
+
+def delayed(task, seconds: Iterator[float]):
+    def slow_task(spec):
+        time.sleep(next(seconds))
+        result = task(spec)
+        time.sleep(next(seconds))
+        return result
+
+    return slow_task
 
 
 def read_whole(array) -> np.ndarray:
