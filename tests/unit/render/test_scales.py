@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
+import time
+
 import pytest
 
 from pipeline.core.tiling import Tile
-from pipeline.render import tile_tasks, update
+from pipeline.render import update
 from pipeline.store.layout import gram_key, is_stage_array, layer_key, layer_of, scale_of, style_key
 from tests.support.masks import ramp
-from tests.support.stages import Case, InOrder, Rendering, assert_exact, delayed, prepared, relative
+from tests.support.stages import Case, InOrder, Rendering, assert_exact, prepared, relative
 
 # A halo of 16 px, so that small canvases have tiles with real cuts at coarse scales: 32 px of each scale around.
 SHALLOW = {"content_layers": {"conv2_2": 1.0}, "style_layers": {"conv1_1": 0.4, "conv2_1": 0.6}}
@@ -92,16 +93,20 @@ def test_a_coarse_window_that_is_smaller_is_seen(tmp_path, narrow_weights, monke
 
 
 def test_the_next_gram_pass_waits_for_the_wider_windows(tmp_path, narrow_weights, monkeypatch):
-    """A chunk two tiles away, read too early at a coarse scale, would mix two iterations into one picture."""
+    """A chunk farther away, read too early at a coarse scale, would mix two iterations into one picture."""
     values = {"size": (32, 288), "tile_px": 32, "scales": 2, "network": SHALLOW, "chunk_px": 16}
     (tmp_path / "one").mkdir()
     with prepared(tmp_path / "one", narrow_weights, **values) as case:
         case.stage.executor = InOrder()
         expected = Rendering(case).finish()
-    delays = iter(np.random.default_rng(0).uniform(0, 0.02, 100_000))
+
+    def update_task(spec, original=update.update_task):
+        if (0, 17) in spec.chunks:  # the far half of the last tile, which only scale 1 of the tile before reads
+            time.sleep(0.3)
+        return original(spec)
+
     monkeypatch.setattr(update, "CHUNKS_PER_TASK", 1)
-    monkeypatch.setattr(update, "update_task", delayed(update.update_task, delays))
-    monkeypatch.setattr(tile_tasks, "gradient_task", delayed(tile_tasks.gradient_task, delays))
+    monkeypatch.setattr(update, "update_task", update_task)
     (tmp_path / "many").mkdir()
     with prepared(tmp_path / "many", narrow_weights, **values) as case:
         assert Rendering(case).finish()[0] == expected[0]
