@@ -153,18 +153,18 @@ class _Rendering:
 
     def _render_stage(self, stage_plan: StagePlan) -> None:
         """Render one stage, in smaller tiles if those of the plan do not fit in the device's memory."""
-        chunk_px = self.config.store.chunk_px
-        longest = ceil_to(max(*stage_plan.size, *chain.from_iterable(stage_plan.style_sizes)), chunk_px)
+        step_px = self.plan.tile_step_px
+        longest = ceil_to(max(*stage_plan.size, *chain.from_iterable(stage_plan.style_sizes)), step_px)
         while True:
             tile_px = min(self.position.tile_px or longest, self.plan.tile_px, longest)
             try:
                 self._render_in_tiles(stage_plan, tile_px)
                 return
             except DeviceMemoryError:
-                if tile_px == chunk_px:
+                if tile_px == step_px:
                     raise
             gc.collect()  # the error's frames refer to each other, and to the tile's tensors
-            smaller = max(chunk_px, tile_px // 2 // chunk_px * chunk_px)
+            smaller = max(step_px, tile_px // 2 // step_px * step_px)
             # recorded: the bits depend on the tiles, and a resume must take the same
             self._commit(records.SmallerTile(tile_px=smaller))
             cause = f"{self.context.device.name} is out of memory for tiles of {tile_px} px"

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_serializer
 from pipeline.config.fields import (
     MAX_CHUNK_PX,
     MAX_ITERATIONS,
+    MAX_SCALES,
     MAX_SIDE_PX,
     MAX_STYLES,
     MAX_THREADS,
@@ -79,7 +80,9 @@ class NetworkConfig(Section):
         None, description="weights file; null uses those of the network", json_schema_extra=COMPARED_BY_CONTENT
     )
     padding: Literal["replicate", "zeros", "reflect"] = Field("replicate", description="padding at the image border")
-    pooling: PoolingKind = Field("average", description="pooling of the network; max has the most grain, tent the least")
+    pooling: PoolingKind = Field(
+        "average", description="pooling of the network; max has the most grain, tent the least"
+    )
     pooling_scale: Float = Field(
         1.0,
         gt=0,
@@ -105,6 +108,13 @@ class LossConfig(Section):
     style_weight: Share = Field(1.0, description="weight of the style loss")
     tv_weight: Share = Field(
         0.2, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=new(0.0)
+    )
+    scales: Int = Field(
+        1,
+        ge=1,
+        le=MAX_SCALES,
+        description="compare the canvas also at 1/2, 1/4, 1/8 of its size, down to initial_size; 3: longer strokes",
+        json_schema_extra=new(1),
     )
     content_mask: File | None = Field(
         None,

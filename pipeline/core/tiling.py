@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import lcm
 from typing import NamedTuple
 
 from pipeline.core.vgg_layers import ALIGN_PX, Layer, ceil_to
@@ -62,6 +63,10 @@ class Rect(NamedTuple):
         """
         return Rect(*(edge // layer.stride for edge in self))
 
+    def shrunk(self, scale: int) -> Rect:
+        """This pixel rectangle in an image shrunk by 2^scale, for edges aligned to that or on the image border."""
+        return Rect(*(edge >> scale for edge in self))
+
     def within(self, other: Rect) -> tuple[slice, slice]:
         """Slices of this rectangle in an array that covers `other`."""
         return slice(self.y0 - other.y0, self.y1 - other.y0), slice(self.x0 - other.x0, self.x1 - other.x0)
@@ -84,6 +89,15 @@ class Tile:
     def outer(self, halo_px: int) -> Rect:
         """The rectangle that is read: `inner` with the halo, clipped to the canvas."""
         return self.inner.grown(halo_px, self.height, self.width)
+
+    def shrunk(self, scale: int) -> Tile:
+        """This tile of the canvas shrunk by 2^scale; empty if only a part of a block of 2^scale px lies in it."""
+        return Tile(self.index, self.inner.shrunk(scale), self.height >> scale, self.width >> scale)
+
+
+def tile_step_px(chunk_px: int, scales: int) -> int:
+    """What the side of a tile is a multiple of: whole chunks, and aligned to ALIGN_PX at each of the scales."""
+    return lcm(chunk_px, ALIGN_PX << scales - 1)
 
 
 def grid(height: int, width: int, tile_px: int) -> tuple[Tile, ...]:

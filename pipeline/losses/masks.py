@@ -11,7 +11,8 @@ R regions, C channels, H rows, W columns.
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -25,8 +26,11 @@ from pipeline.store import Guides
 class GuideMaps:
     """T_r of every region and the weight of the content, in one rectangle of the canvas, on a device."""
 
-    def __init__(self, guides: Guides, pixels_HWK: NDArray[np.uint8], rect: Rect, like: Tensor):
-        """`pixels_HWK`: `guides.arrays` over `rect`, 0..255. `like`: a tensor of the target device and dtype."""
+    def __init__(self, guides: Guides, pixels_HWK: NDArray[Any], rect: Rect, like: Tensor):
+        """`pixels_HWK`: `guides.arrays` over `rect`, 0..255. `like`: a tensor of the target device and dtype.
+
+        At a coarser scale both are of the canvas shrunk to it.
+        """
         self._guides, self._rect = guides, rect
         maps_KHW = torch.from_numpy(pixels_HWK).to(like.device).permute(2, 0, 1).to(like.dtype) / 255
         masks_RHW = maps_KHW[: guides.masks]

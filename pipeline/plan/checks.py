@@ -46,6 +46,17 @@ def check_overrides(config: Config, canvases_px: Sequence[int]) -> None:
             )
 
 
+def check_tile(config: Config, step_px: int) -> None:
+    """Raise ConfigError for a tile that is not aligned at every scale; `step_px`: what its side is a multiple of."""
+    tile_px = config.compute.tile_px
+    if tile_px != "auto" and tile_px % step_px:
+        raise ConfigError(
+            f"compute.tile_px: {tile_px} is not a multiple of {step_px}, as loss.scales and chunks of "
+            f"{config.store.chunk_px} px require: a pooling window of a coarse scale would lie in two tiles, and the "
+            f"tiles would show. Use {ceil_to(tile_px, step_px)}, or compute.tile_px: auto."
+        )
+
+
 def check_image_sizes(work: StageWork, stage: int) -> None:
     """Raise InputError for a content or style that is too small for the deepest layer in use."""
     config = work.config

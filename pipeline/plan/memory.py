@@ -12,12 +12,13 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.core.image_formats import RGB8, PixelKind, format_of, picture_kind
-from pipeline.core.tiling import Size
+from pipeline.core.tiling import Size, tile_step_px
 from pipeline.core.vgg_layers import LAYER_BY_NAME
 from pipeline.images import ImageHeader
 from pipeline.plan.device import STAGING_THREADS
 from pipeline.plan.image_memory import MIB, export_bytes, ingest_bytes, levels_on_disk_bytes
 from pipeline.plan.network_cost import LayerUse
+from pipeline.store import layer_of
 
 # Tasks in flight in a process: one reads the next tile, one computes, one writes the last.
 WORKERS = 3
@@ -83,18 +84,19 @@ class StageWork:
         forward = _largest_outer_px([self.canvas, *self.styles], tile_px, self.layer_use.halo_px)
         forward *= layer_use.forward_bytes_per_px(itemsize, copies)
         maps = int(max(gradient, forward) * ACTIVATION_OVERHEAD)
-        return maps + 2 * layer_use.parameters_bytes() + self.flight_bytes(self.outer_px(tile_px))
+        flight = self.flight_bytes([self.canvas], tile_px, 2 * self.layer_use.halo_px)
+        return maps + 2 * layer_use.parameters_bytes() + flight
 
     def outer_px(self, tile_px: int) -> int:
-        """Pixels of the largest tile of the gradient pass, halo included."""
+        """Pixels of the largest tile of the gradient pass, halo included. At coarser scales tiles have fewer."""
         return _largest_outer_px([self.canvas], tile_px, 2 * self.layer_use.halo_px)
 
     def staged_bytes(self) -> int:
         """Page-locked host buffers through which chunks reach a GPU, and the Grams that come back."""
         store, layer_use = self.config.store, self.layer_use
         values = [
-            store.chunk_px**2 // LAYER_BY_NAME[name].stride ** 2 * width
-            for name, width in layer_use.content_widths.items()
+            store.chunk_px**2 // LAYER_BY_NAME[layer_of(key)].stride ** 2 * width
+            for key, width in layer_use.content_widths.items()
         ]
         largest = max(store.chunk_px**2 * 3, *values, 0) * layer_use.itemsize
         buffers = 2 * STAGING_THREADS  # each thread fills one while the GPU reads the other
@@ -105,28 +107,41 @@ class StageWork:
         """Peak bytes of a pass without gradient on a CPU, over images of these sizes."""
         outer_px = _largest_outer_px(sizes, tile_px, self.layer_use.halo_px)
         maps = int(outer_px * self.layer_use.forward_bytes_per_px(self.layer_use.itemsize, 0) * ACTIVATION_OVERHEAD)
-        return maps + 2 * self.layer_use.parameters_bytes() + self.flight_bytes(outer_px, windows=1.5)
+        flight = self.flight_bytes(sizes, tile_px, self.layer_use.halo_px, windows=1.5)
+        return maps + 2 * self.layer_use.parameters_bytes() + flight
 
     def gradient_pass_bytes(self, tile_px: int) -> int:
         """Peak bytes of the gradient pass on a CPU."""
         outer_px = self.outer_px(tile_px)
         maps = int(outer_px * self.layer_use.gradient_bytes_per_px(self.layer_use.itemsize) * ACTIVATION_OVERHEAD)
         chunks = WORKERS * self.config.store.chunk_px**2 * 3 * self.layer_use.itemsize
-        return maps + 2 * self.layer_use.parameters_bytes() + self.flight_bytes(outer_px) + chunks
+        flight = self.flight_bytes([self.canvas], tile_px, 2 * self.layer_use.halo_px)
+        return maps + 2 * self.layer_use.parameters_bytes() + flight + chunks
 
-    def flight_bytes(self, outer_px: int, windows: float = 2.0) -> int:
+    def flight_bytes(self, sizes: Sequence[Size], tile_px: int, halo: int, windows: float = 2.0) -> int:
         """Windows, content features and Grams of the tiles in flight, without the feature maps.
 
         `windows`: copies of a window at a time, on average: stored, as floats, as network input, its gradient.
         """
-        layer_use = self.layer_use
-        window = outer_px * (3 * layer_use.itemsize + len(layer_use.guides.arrays))
+        layer_use, masks = self.layer_use, len(self.layer_use.guides.arrays)
+        # the windows of all scales wait for the device together, each shrunk
+        outer_px = sum(_largest_outer_px(sizes, tile_px, halo, scale) for scale in range(layer_use.scales))
+        window = outer_px * (3 * layer_use.itemsize + masks)
         features = sum(
             outer_px // LAYER_BY_NAME[name].stride ** 2 * layer_use.widths[name] * layer_use.itemsize
             for name in layer_use.content_layers
         )
         grams = layer_use.grams_bytes()
-        return WORKERS * (int(windows * window) + features + grams) + 2 * grams
+        return (
+            WORKERS * (int(windows * window) + self._coarse_bytes(sizes, tile_px, halo) + features + grams) + 2 * grams
+        )
+
+    def _coarse_bytes(self, sizes: Sequence[Size], tile_px: int, halo: int) -> int:
+        """Bytes of the window of the coarsest scale while it is read and shrunk: stored, and as floats."""
+        coarsest, masks = self.layer_use.scales - 1, len(self.layer_use.guides.arrays)
+        if not coarsest:
+            return 0
+        return _largest_outer_px(sizes, tile_px, halo << coarsest) * max(6 * self.layer_use.itemsize, 9 * masks)
 
 
 @dataclass(frozen=True)
@@ -149,6 +164,11 @@ class Workload:
         export = self.config.export
         content = self.stages[-1].content or RGB8
         return picture_kind(self.config.output, export.bits, export.compression, content)
+
+    @property
+    def tile_step_px(self) -> int:
+        """What the side of a tile is a multiple of."""
+        return tile_step_px(self.config.store.chunk_px, max(stage.layer_use.scales for stage in self.stages))
 
     @property
     def _is_tiff(self) -> bool:
@@ -265,9 +285,12 @@ class Workload:
                 yield path, stage.canvas[1], RGB8
 
 
-def _largest_outer_px(sizes: Sequence[Size], tile_px: int, halo: int) -> int:
-    """Pixels of the largest outer rectangle over images of these sizes; 0 without images."""
-    areas = (_longest(height, tile_px, halo) * _longest(width, tile_px, halo) for height, width in sizes)
+def _largest_outer_px(sizes: Sequence[Size], tile_px: int, halo: int, scale: int = 0) -> int:
+    """Pixels of the largest outer rectangle over images of these sizes, shrunk to a scale; 0 without images."""
+    tile_px >>= scale
+    areas = (
+        _longest(height >> scale, tile_px, halo) * _longest(width >> scale, tile_px, halo) for height, width in sizes
+    )
     return max(areas, default=0)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.config import Config, StyleConfig, regions_of
 from pipeline.core.errors import InputError
 from pipeline.core.vgg_layers import LAYER_BY_NAME, Layer, halo_px, needed_layers
-from pipeline.store import UNGUIDED, Guides
+from pipeline.store import UNGUIDED, Guides, layer_key
 
 # Bytes of the position of a maximum. Average pooling keeps none, but is planned like max: so runs on disk keep their
 # tiles.
@@ -21,7 +21,8 @@ class LayerUse:
     """The layers that the losses use, and the channels of every layer.
 
     `itemsize`: bytes per value of a feature map on the CPU. `guides`: the masks of the stage. `pooling`: the network's.
-    `with_mean`: the style loss compares means too, so Gram matrices have one more row and column.
+    `with_mean`: the style loss compares means too, so Gram matrices have one more row and column. `scales`: how many
+    scales of the canvas the losses compare, each half the size of the one before.
     """
 
     widths: Mapping[str, int]
@@ -31,6 +32,7 @@ class LayerUse:
     guides: Guides = UNGUIDED
     pooling: str = "max"
     with_mean: bool = False
+    scales: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -49,13 +51,20 @@ class LayerUse:
 
     @property
     def content_widths(self) -> dict[str, int]:
-        """Channels of each content layer."""
-        return {layer: self.widths[layer] for layer in self.content_layers}
+        """Channels of the content features, by layer key: of each content layer at each scale."""
+        return {
+            layer_key(layer, scale): self.widths[layer] for scale in range(self.scales) for layer in self.content_layers
+        }
+
+    @property
+    def style_layer_keys(self) -> tuple[str, ...]:
+        """The layer keys of the style: its layers at each scale."""
+        return tuple(layer_key(layer, scale) for scale in range(self.scales) for layer in self.style_layers)
 
     @property
     def style_keys(self) -> tuple[str, ...]:
-        """The names of all style terms: the style layers, or with masks the style layers of every region."""
-        return tuple(key for layer in self.style_layers for key in self.guides.keys(layer))
+        """The names of all style terms: the style's layer keys, or with masks those of every region."""
+        return tuple(key for layer in self.style_layer_keys for key in self.guides.keys(layer))
 
     def channels(self) -> list[tuple[Layer, int, int]]:
         """(layer, channels in, channels out) of every layer that runs, down to the deepest in use."""
@@ -103,8 +112,10 @@ class LayerUse:
 
     def grams_bytes(self) -> int:
         """Bytes of the Gram sums of one tile, in float64."""
-        return max(1, self.guides.regions) * sum(
-            (self.widths[name] + self.with_mean) ** 2 * 8 for name in self.style_layers
+        return (
+            max(1, self.guides.regions)
+            * self.scales
+            * sum((self.widths[name] + self.with_mean) ** 2 * 8 for name in self.style_layers)
         )
 
     def parameters_bytes(self) -> int:
@@ -135,8 +146,11 @@ def layer_names(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return style, tuple(config.network.content_layers) if config.loss.content_weight > 0 else ()
 
 
-def layers_in_use(config: Config, widths: Mapping[str, int]) -> LayerUse:
-    """The layers whose weight in the loss is not 0. Raises InputError if the weights file lacks one of them."""
+def layers_in_use(config: Config, widths: Mapping[str, int], scales: int = 1) -> LayerUse:
+    """The layers whose weight in the loss is not 0, at `scales` scales.
+
+    Raises InputError if the weights file lacks one of them.
+    """
     style, content = layer_names(config)
     missing = [name for name in style + content if name not in widths]
     if missing:
@@ -147,7 +161,7 @@ def layers_in_use(config: Config, widths: Mapping[str, int]) -> LayerUse:
     guides = guides_of(config.styles if style else (), config.loss.content_mask if content else None)
     itemsize = 8 if config.compute.dtype == "float64" else 4
     pooling, with_mean = config.network.pooling, config.loss.compares_means
-    return LayerUse(widths, style, content, itemsize, guides, pooling, with_mean)
+    return LayerUse(widths, style, content, itemsize, guides, pooling, with_mean, scales)
 
 
 def guides_of(styles: Sequence[StyleConfig], content_mask: Path | None) -> Guides:

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pipeline.images import ImageHeader
 from pipeline.plan import checks
 from pipeline.plan.memory import StageWork, Workload
 from pipeline.plan.network_cost import LayerUse, layers_in_use
+from pipeline.plan.scales import scales_in_use
 from pipeline.plan.sizes import stage_sizes
 from pipeline.store import ArraySpec, StageLayout, kept_files
 
@@ -30,14 +31,15 @@ MAX_AUTO_TILE_PX = 2**14
 class StagePlan:
     """One stage: sizes in px (height, width), tiles, pixels computed per iteration, bytes and chunks of its arrays.
 
-    `kept_bytes`, `kept_chunks`: of the arrays that stay when the stage has ended. `carries`: m and v are among them,
-    because the next stage starts from them. `content`: the kind of the content's
-    pixels, None without a content.
+    `gram_px`, `gradient_px`: over all scales that the losses compare, of which there are `scales`. `kept_bytes`,
+    `kept_chunks`: of the arrays that stay when the stage has ended. `carries`: m and v are among them, because the next
+    stage starts from them. `content`: the kind of the content's pixels, None without a content.
     """
 
     index: int
     size: Size
     style_sizes: tuple[Size, ...]
+    scales: int
     tiles: int
     gram_px: int
     gradient_px: int
@@ -65,11 +67,12 @@ class StagePlan:
 class Plan:
     """The whole run: stages, tile size, and projected peaks in bytes.
 
-    `picture`: the kind of the output image's pixels.
+    `tile_step_px`: tiles of another size would be a multiple of it. `picture`: the kind of the output image's pixels.
     """
 
     stages: tuple[StagePlan, ...]
     tile_px: int
+    tile_step_px: int
     chunk_px: int
     halo_px: int
     device: str
@@ -115,6 +118,7 @@ def make_plan(
     return Plan(
         stages=stages,
         tile_px=tile_px,
+        tile_step_px=work.tile_step_px,
         chunk_px=config.store.chunk_px,
         halo_px=max(stage.layer_use.halo_px for stage in works),
         device=device,
@@ -141,7 +145,7 @@ def _stage_works(
     works = tuple(
         StageWork(
             stage_config,
-            layers_in_use(stage_config, widths),
+            _layer_use(stage_config, widths, (max(sizes[0][0]), canvas, styles)),
             canvas,
             styles,
             content,
@@ -154,6 +158,12 @@ def _stage_works(
     checks.check_initial_image(config, works[0].canvas, images)
     checks.check_masks(config, works, images)
     return works
+
+
+def _layer_use(config: Config, widths: Mapping[str, int], sizes: tuple[int, Size, Sequence[Size]]) -> LayerUse:
+    """`sizes`: the long side of the first stage; the sizes of canvas and styles."""
+    layer_use = layers_in_use(config, widths)
+    return replace(layer_use, scales=scales_in_use(config, layer_use, *sizes))
 
 
 def plan_stage(work: StageWork, index: int, tile_px: int, carries: bool = False) -> StagePlan:
@@ -169,12 +179,14 @@ def plan_stage(work: StageWork, index: int, tile_px: int, carries: bool = False)
     stored = [*arrays.values(), *max(styles, key=_total_bytes, default=[])]
     # Without regions the targets of the style are too few bytes to count.
     targets = (layer_use.grams_bytes(), len(layer_use.style_keys)) if layer_use.guides.regions else (0, 0)
-    gram_px = computed_px(size, tile_px, layer_use.gram_halo_px) if layer_use.style_layers else 0
-    gradient_px = computed_px(size, tile_px, 2 * layer_use.halo_px)
+    scales, style_halo = range(layer_use.scales), layer_use.gram_halo_px
+    gram_px = sum(computed_px(size, tile_px, style_halo, scale) for scale in scales) if layer_use.style_layers else 0
+    gradient_px = sum(computed_px(size, tile_px, 2 * layer_use.halo_px, scale) for scale in scales)
     return StagePlan(
         index=index,
         size=size,
         style_sizes=work.styles,
+        scales=layer_use.scales,
         tiles=ceil_to(size[0], tile_px) * ceil_to(size[1], tile_px) // tile_px**2,
         gram_px=gram_px,
         gradient_px=gradient_px,
@@ -194,14 +206,18 @@ def _total_bytes(specs: Iterable[ArraySpec]) -> int:
     return sum(spec.stored_bytes for spec in specs)
 
 
-def computed_px(size: Size, tile_px: int, halo: int) -> int:
-    """Pixels, halo included, that a pass over the tiles of a canvas computes.
+def computed_px(size: Size, tile_px: int, halo: int, scale: int = 0) -> int:
+    """Pixels, halo included, that a pass over the tiles of a canvas computes at one scale.
 
     The areas of a grid of tiles add up to the product of the summed heights and the summed widths.
     """
-    height, width = size
-    rows = sum(tile.outer(halo).height for tile in grid(height, 1, tile_px))
-    return rows * sum(tile.outer(halo).width for tile in grid(1, width, tile_px))
+    height, width = (_summed_px(side_px, tile_px, halo, scale) for side_px in size)
+    return height * width
+
+
+def _summed_px(side_px: int, tile_px: int, halo: int, scale: int) -> int:
+    tiles = [tile.shrunk(scale) for tile in grid(side_px, 1, tile_px)]
+    return sum(tile.outer(halo).height for tile in tiles if tile.inner.height)  # a tile without pixels is not read
 
 
 def arrays_of(config: Config, size: Size, layer_use: LayerUse, content: PixelKind | None) -> dict[str, ArraySpec]:
@@ -213,10 +229,11 @@ def arrays_of(config: Config, size: Size, layer_use: LayerUse, content: PixelKin
 
 def _choose_tile(work: Workload, device_memory_bytes: int) -> int:
     """The largest tile that fits the limits, or the one that the config asks for. Raises ConfigError if none fits."""
-    chunk_px, limit = work.config.store.chunk_px, work.config.memory.limit_bytes
-    largest = ceil_to(min(max(max(stage.canvas) for stage in work.stages), MAX_AUTO_TILE_PX), chunk_px)
+    step_px, limit = work.tile_step_px, work.config.memory.limit_bytes
+    largest = ceil_to(min(max(max(stage.canvas) for stage in work.stages), MAX_AUTO_TILE_PX), step_px)
     requested = work.config.compute.tile_px
-    candidates = list(range(largest, 0, -chunk_px)) if requested == "auto" else [int(requested)]
+    checks.check_tile(work.config, step_px)
+    candidates = list(range(largest, 0, -step_px)) if requested == "auto" else [int(requested)]
     if work.device != "cpu":
         candidates = [tile_px for tile_px in candidates if work.has_gpu_sizes(tile_px)] or candidates[-1:]
     for tile_px in candidates:
@@ -232,7 +249,7 @@ def _choose_tile(work: Workload, device_memory_bytes: int) -> int:
     raise ConfigError(
         f"compute.tile_px: {requested} needs {need / 2**30:.2f} GiB of {memory}, but {have / 2**30:.2f} GiB is the "
         "limit"
-        + (f", even with the smallest tile ({chunk_px} px, one chunk)" if requested == "auto" else "")
+        + (f", even with the smallest tile ({step_px} px)" if requested == "auto" else "")
         + f". To continue, {remedy}, or use "
         + ("a smaller store.chunk_px" if requested == "auto" else "compute.tile_px: auto")
         + (", fewer compute.workers" if work.config.compute.workers else "")

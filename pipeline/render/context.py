@@ -54,7 +54,7 @@ def make_stage(config: Config, plan: StagePlan, context: RenderContext, tile_px:
     return Stage(
         config=config,
         plan=plan,
-        layer_use=layers_in_use(config, context.weights.widths),
+        layer_use=layers_in_use(config, context.weights.widths, plan.scales),
         network=network,
         stage_dir=stage_path(config.work_dir, plan.index),
         executor=context.executor,

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,20 +29,30 @@ from pipeline.store import BFLOAT16, FIXED16, ChunkSums, StageArray
 R = TypeVar("R")
 
 
-def load(array: StageArray, rect: Rect, device: str, dtype: torch.dtype) -> Tensor:
-    """(1, C, H, W), channels-last, complete. Raises ChunkError, StorageError, or torch's out-of-memory errors."""
+def load(array: StageArray, rect: Rect, device: str, dtype: torch.dtype, scale: int = 0) -> Tensor:
+    """(1, C, H, W), channels-last, complete. Raises ChunkError, StorageError, or torch's out-of-memory errors.
+
+    `scale`: shrunk by 2^scale, to the means of blocks; last lines that do not fill a block are left out.
+    """
     if torch.device(device).type == "cpu":
-        return torch.from_numpy(array.read_window(rect)).to(dtype).permute(2, 0, 1)[None]
-    return load_staged(array, rect, torch.device(device), dtype)
+        return _shrunk(torch.from_numpy(array.read_window(rect)).to(dtype).permute(2, 0, 1)[None], scale)
+    return load_staged(array, rect, torch.device(device), dtype, scale)
 
 
-def load_staged(array: StageArray, rect: Rect, device: torch.device, dtype: torch.dtype) -> Tensor:
+def load_staged(array: StageArray, rect: Rect, device: torch.device, dtype: torch.dtype, scale: int = 0) -> Tensor:
     """The same through the pinned buffers, for any device."""
     with _LANES.of(device).running():
         out = torch.empty((rect.height, rect.width, array.shape[2]), dtype=dtype, device=device)
     bands = list(_bands(rect, array.chunk_px))
     _of_every_band(lambda band: _load_band(array, band, out[band.within(rect)]), bands)
-    return out.permute(2, 0, 1)[None]
+    if scale == 0:
+        return out.permute(2, 0, 1)[None]
+    with _LANES.of(device).running():  # on the stream of `out`, whose memory is used again afterwards
+        return _shrunk(out.permute(2, 0, 1)[None], scale)
+
+
+def _shrunk(x_1CHW: Tensor, scale: int) -> Tensor:
+    return F.avg_pool2d(x_1CHW, 2**scale) if scale else x_1CHW
 
 
 def _load_band(array: StageArray, band: Rect, out_HWC: Tensor) -> None:

@@ -23,7 +23,7 @@ from pipeline.core.tiling import Tile, chunks_of
 from pipeline.executors import Key, Node, add_sum
 from pipeline.losses import objective
 from pipeline.losses.objective import Gram, StyleTerm
-from pipeline.render import adam, tile_tasks, update
+from pipeline.render import adam, tile_specs, tile_tasks, update
 from pipeline.render.measurements import (
     FirstStep,
     IterationResult,
@@ -105,7 +105,7 @@ class Iterations:
     def _result(self, value: Measured) -> IterationResult:
         stage, squares = self.stage, value.gradient.squares
         scales = content_scales(stage, self.content_energies)
-        content = {layer: scale * squares[layer] for layer, scale in scales.items()}
+        content = {key: scale * squares[key] for key, scale in scales.items()}
         style = {key: term.loss for key, term in value.terms.items()}
         content_loss, style_loss = math.fsum(content.values()), math.fsum(style.values())
         loss, variation = stage.config.loss, value.gradient.variation
@@ -120,7 +120,7 @@ class Iterations:
             content_loss=content_loss,
             style_loss=style_loss,
             layer_losses={
-                **{f"content.{layer}": loss for layer, loss in content.items()},
+                **{f"content.{key}": loss for key, loss in content.items()},
                 **{f"style.{key}": loss for key, loss in style.items()},
                 **({"variation": variation} if loss.tv_weight else {}),
             },
@@ -163,7 +163,7 @@ class _IterationGraph:
     def _add_whole(self) -> None:
         """Of a canvas that is one tile, Gram and gradient pass with one forward pass through the network."""
         (tile,) = self._stage.tiles
-        spec = self._seed_spec(tile_tasks.WholeSpec, tile, self._content_factors(), self._targets())
+        spec = self._seed_spec(tile_specs.WholeSpec, tile, self._content_factors(), self._targets())
         task = partial(_with_checksums, tile_tasks.whole_task, spec)
         self.nodes["whole", 0] = Node(task, (CHECKSUMS,), tile=True)
         self.nodes[TERMS] = Node(attrgetter("terms"), (("whole", 0),))
@@ -188,7 +188,7 @@ class _IterationGraph:
     def _add_gradients(self) -> None:
         factors = self._content_factors()
         for number, tile in enumerate(self._stage.tiles):
-            spec = self._seed_spec(tile_tasks.GradientSpec, tile, factors, {})
+            spec = self._seed_spec(tile_specs.GradientSpec, tile, factors, {})
             task = partial(_gradient, tile_tasks.gradient_task, spec)
             self.nodes["gradient", number] = Node(task, (CHECKSUMS, TERMS), tile=True)
         self._counters["gradient"] = self._stage.counter("gradient pass", self._count)
@@ -208,11 +208,12 @@ class _IterationGraph:
             color=stage.color,
             guides=stage.layer_use.guides,
             basis=stage.basis,
+            scales=stage.layer_use.scales,
         )
 
     def _add_totals(self, alpha: float | None) -> None:
         stage = self._stage
-        gather = partial(gradient_totals, stage.layer_use.content_layers, stage.plan.pixels)
+        gather = partial(gradient_totals, tuple(stage.layer_use.content_widths), stage.plan.pixels)
         self.nodes[TOTALS] = Node(gather, tuple(("gradient", tile) for tile in range(self._count)))
         if alpha is None:  # the update of a stage's first iteration waits for all gradients, because α needs max|g|
             first = FirstStep(
@@ -257,7 +258,7 @@ class _IterationGraph:
         # the canvas is not checked here: the next update reads every chunk whole, and checks it
         for number, spec in enumerate(stage.canvas_grams(self._next_canvas, guide_checksums)):
             # the chunks under the tile and its halo: neighbours' updates, not the whole pass
-            chunks = chunks_of(spec.tile.outer(halo), chunk_px)
+            chunks = chunks_of(spec.reads(halo), chunk_px)
             needs = tuple(dict.fromkeys(self._updates_of[cy, cx] for cy, cx, _ in chunks))
             self.nodes["next gram", number] = Node(partial(_next_gram, tile_tasks.gram_task, spec), needs, tile=True)
         # last in the graph: tiles of this iteration's gradient pass begin before them
@@ -272,10 +273,10 @@ class _IterationGraph:
         return style_targets(self._stage, iterations.areas, self._checksums, iterations.known_grams)
 
     def _content_factors(self) -> dict[str, float]:
-        """By content layer, what turns φ(p) − φ(o) into the seed of its gradient."""
+        """By layer key, what turns φ(p) − φ(o) into the seed of its gradient."""
         factor = 2 * self._stage.plan.pixels * self._stage.config.loss.content_weight
         scales = content_scales(self._stage, self._iterations.content_energies)
-        return {layer: factor * scale for layer, scale in scales.items()}
+        return {key: factor * scale for key, scale in scales.items()}
 
 
 # --- functions of nodes: found by name in worker processes ------------------------------------------------------------
@@ -290,11 +291,11 @@ def _with_checksums(task: Callable[[Any], T], spec: Any, checksums: Mapping[str,
 
 
 def _gradient(
-    task: Callable[[tile_tasks.GradientSpec], tile_tasks.GradientResult],
-    spec: tile_tasks.GradientSpec,
+    task: Callable[[tile_specs.GradientSpec], tile_specs.GradientResult],
+    spec: tile_specs.GradientSpec,
     checksums: Mapping[str, str],
     terms: Mapping[str, StyleTerm],
-) -> tile_tasks.GradientResult:
+) -> tile_specs.GradientResult:
     seeds = {key: term.seed_CM for key, term in terms.items()}
     return task(replace(spec, checksums=checksums, style_seeds_CM=seeds))
 
@@ -305,7 +306,7 @@ def _update(
     step: Callable[[float], adam.AdamStep],
     checksums: Mapping[str, str],
     alpha: float | None,
-    gradient: tile_tasks.GradientResult,
+    gradient: tile_specs.GradientResult,
 ) -> update.UpdateResult | None:
     """None where there is nothing to optimise."""
     if alpha is None:
@@ -315,7 +316,7 @@ def _update(
 
 
 def _next_gram(
-    task: Callable[[tile_tasks.GramSpec], Sums], spec: tile_tasks.GramSpec, *updates: update.UpdateResult | None
+    task: Callable[[tile_specs.GramSpec], Sums], spec: tile_specs.GramSpec, *updates: update.UpdateResult | None
 ) -> Sums | None:
     """None where no step was made: then there is no next canvas."""
     return None if None in updates else task(spec)

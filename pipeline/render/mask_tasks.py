@@ -19,21 +19,30 @@ from pipeline.losses.masks import GuideMaps
 from pipeline.store import Guides
 
 
-def read_guides(stage_dir: Path, guides: Guides, checksums: Mapping[str, str], rect: Rect) -> NDArray[np.uint8]:
-    """The guides of a rectangle of the canvas, (H, W, K). Raises ChunkError."""
+def read_guides(
+    stage_dir: Path, guides: Guides, checksums: Mapping[str, str], rect: Rect, scale: int = 0
+) -> NDArray[Any]:
+    """The guides of a rectangle of the canvas, (H, W, K), shrunk by 2^scale as the canvas is. Raises ChunkError."""
     windows = [store.open_array(stage_dir, name, checksums.get(name)).read_window(rect) for name in guides.arrays]
-    return np.concatenate(windows, axis=-1)
+    pixels_HWK: NDArray[Any] = np.concatenate(windows, axis=-1)
+    if scale == 0:
+        return pixels_HWK
+    block, (height, width, masks) = 2**scale, pixels_HWK.shape
+    height, width = height // block, width // block
+    blocks = pixels_HWK[: height * block, : width * block].reshape(height, block, width, block, masks)
+    return np.asarray(blocks.mean((1, 3), dtype=np.float64))
 
 
 @dataclass(frozen=True)
 class AreaSpec:
-    """Sum the regions' shares of the tile's inner rectangle, at every position of `layers`."""
+    """Sum the regions' shares of the tile's inner rectangle, at every position of `layers` at each scale."""
 
     stage_dir: Path
     tile: Tile
     guides: Guides
     layers: tuple[str, ...]
     checksums: Mapping[str, str]
+    scales: int = 1
 
 
 def total_areas(parts: Sequence[Mapping[str, float]], guides: Guides, layers: Sequence[str]) -> dict[str, float]:
@@ -45,12 +54,14 @@ def total_areas(parts: Sequence[Mapping[str, float]], guides: Guides, layers: Se
 
 def area_task(spec: AreaSpec) -> dict[str, float]:
     """The tile's part of n_r,l, by style key."""
-    inner = spec.tile.inner
-    pixels_HWK = read_guides(spec.stage_dir, spec.guides, spec.checksums, inner)
-    maps = GuideMaps(spec.guides, pixels_HWK, inner, torch.empty(0, dtype=torch.float64))
     areas: dict[str, Any] = {}
-    for name in spec.layers:
-        layer = LAYER_BY_NAME[name]
-        if (region := inner.positions(layer)).area:
-            areas |= zip(spec.guides.keys(name), maps.shares(layer, region).sum((1, 2)).tolist(), strict=True)
+    for scale in range(spec.scales):
+        inner = spec.tile.inner.shrunk(scale)
+        pixels_HWK = read_guides(spec.stage_dir, spec.guides, spec.checksums, spec.tile.inner, scale)
+        maps = GuideMaps(spec.guides, pixels_HWK, inner, torch.empty(0, dtype=torch.float64))
+        for name in spec.layers:
+            layer = LAYER_BY_NAME[name]
+            if (region := inner.positions(layer)).area:
+                keys = spec.guides.keys(store.layer_key(name, scale))
+                areas |= zip(keys, maps.shares(layer, region).sum((1, 2)).tolist(), strict=True)
     return areas

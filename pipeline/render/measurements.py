@@ -20,7 +20,7 @@ from pipeline.losses.objective import Gram, StyleTarget, StyleTerm
 from pipeline.losses.total_variation import CHANNELS
 from pipeline.render import adam
 from pipeline.render.stage import merged
-from pipeline.render.tile_tasks import GradientResult
+from pipeline.render.tile_specs import GradientResult
 from pipeline.render.update import UpdateResult
 from pipeline.store import BFLOAT16_ROUNDING
 
@@ -49,7 +49,7 @@ class IterationResult:
 
 @dataclass(frozen=True)
 class GradientTotals:
-    """The gradient pass over the whole canvas: Σ(φ_l(p) − φ_l(o))² per content layer, Ltv and max|g|."""
+    """The gradient pass over the whole canvas: Σ(φ_l(p) − φ_l(o))² by layer key, Ltv and max|g|."""
 
     squares: Mapping[str, float]
     variation: float
@@ -104,7 +104,7 @@ class FirstStep:
         # the content's features are stored in 16 bits there, which rounds them further
         stored_rounding = BFLOAT16_ROUNDING if self.config.store.state_dtype == "compact" else 0.0
         content_errors = [
-            objective.relative_error(gradient.squares[layer], energy) for layer, energy in self.content_energies.items()
+            objective.relative_error(gradient.squares[key], energy) for key, energy in self.content_energies.items()
         ]
         return (
             gradient.variation == 0
@@ -118,10 +118,10 @@ def style_terms(targets: Mapping[str, StyleTarget], sums: Mapping[str, Gram]) ->
     return {key: target.term(sums[key]) for key, target in targets.items()}
 
 
-def gradient_totals(content_layers: Sequence[str], pixels: int, *tiles: GradientResult) -> GradientTotals:
+def gradient_totals(content_keys: Sequence[str], pixels: int, *tiles: GradientResult) -> GradientTotals:
     """Sums over the tiles, in their order; `pixels` of the canvas."""
     # fsum rounds once: the losses in the journal do not depend on the number of tiles
-    squares = {layer: math.fsum(tile.content_squares.get(layer, 0.0) for tile in tiles) for layer in content_layers}
+    squares = {key: math.fsum(tile.content_squares.get(key, 0.0) for tile in tiles) for key in content_keys}
     tv_sum = math.fsum(tile.variation for tile in tiles) / (CHANNELS * pixels)
     return GradientTotals(squares, tv_sum, max(tile.max_abs_gradient for tile in tiles))
 

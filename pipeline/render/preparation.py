@@ -17,7 +17,7 @@ from pipeline.core.allocator import trim_heap
 from pipeline.core.errors import InputError, storage
 from pipeline.losses import color as colors
 from pipeline.plan import arrays_of
-from pipeline.render import color_tasks, ingest, mask_tasks, resample, tile_tasks
+from pipeline.render import color_tasks, ingest, mask_tasks, resample, tile_specs, tile_tasks
 from pipeline.render.stage import Stage, merged
 from pipeline.render.style_targets import check_finite, ingest_aside, store_style_targets
 from pipeline.store import (
@@ -36,7 +36,7 @@ from pipeline.store import (
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a stage starts from: each content layer's energy ‖φ_l(o)‖², and the checksums of all that was written.
+    """What a stage starts from: the content's energy ‖φ_l(o)‖² by layer key, and the checksums of all that was written.
 
     `areas`: n_r,l by style key, where there are mask regions (losses/masks.py).
     """
@@ -126,11 +126,12 @@ def ingest_guides(stage: Stage, folder: Path, names: Collection[str]) -> dict[st
 
 def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str, float]:
     """The areas n_r,l of the mask regions, by style key; empty without masks."""
-    guides, layers = stage.layer_use.guides, stage.layer_use.style_layers
+    guides, layers, scales = stage.layer_use.guides, stage.layer_use.style_layers, stage.layer_use.scales
     if not guides.regions:
         return {}
-    specs = [mask_tasks.AreaSpec(folder, tile, guides, layers, checksums) for tile in stage.tiles]
-    return mask_tasks.total_areas(stage.executor.map(mask_tasks.area_task, specs), guides, layers)
+    specs = [mask_tasks.AreaSpec(folder, tile, guides, layers, checksums, scales) for tile in stage.tiles]
+    results = stage.executor.map(mask_tasks.area_task, specs)
+    return mask_tasks.total_areas(results, guides, stage.layer_use.style_layer_keys)
 
 
 def _refuse_nowhere(stage: Stage, areas: Mapping[str, float]) -> None:
@@ -220,23 +221,23 @@ def _start_average(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> 
 
 
 def _content_pass(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> tuple[dict[str, float], dict[str, str]]:
-    """Store the content's features; gives ‖φ_l(o)‖² of each content layer, and the checksums of its features."""
-    layers = stage.layer_use.content_layers
+    """Store the content's features; gives ‖φ_l(o)‖² by layer key, and the checksums of the features."""
+    layers, color, scales = stage.layer_use.content_layers, stage.color, stage.layer_use.scales
     if not layers:
         return {}, {}
     specs = [
-        tile_tasks.ContentSpec(folder, "content", tile, stage.network, checksums, layers, color=stage.color)
+        tile_specs.ContentSpec(folder, "content", tile, stage.network, checksums, layers, color=color, scales=scales)
         for tile in stage.tiles
     ]
     results = stage.executor.map(
         tile_tasks.content_task, specs, stage.counter("content features", len(specs)), tile=True
     )
     energies, packed = {}, {}
-    for layer in layers:
-        energies[layer] = math.fsum(result.energies.get(layer, 0.0) for result in results)
-        check_finite(stage, energies[layer], "content", layer)
-        name = content_features_name(layer)
-        sums = merged(result.sums.get(layer, {}) for result in results)
+    for key in stage.layer_use.content_widths:
+        energies[key] = math.fsum(result.energies.get(key, 0.0) for result in results)
+        check_finite(stage, energies[key], "content", key)
+        name = content_features_name(key)
+        sums = merged(result.sums.get(key, {}) for result in results)
         packed[name] = store.open_array(folder, name).packed(sums)
     return energies, packed
 

@@ -18,7 +18,7 @@ from pipeline.losses.color_space import DECORRELATED, Basis
 from pipeline.losses.objective import Gram
 from pipeline.network import NetworkSpec
 from pipeline.plan import LayerUse, StagePlan
-from pipeline.render import tile_tasks
+from pipeline.render import tile_specs, tile_tasks
 from pipeline.store import (
     ALPHA,
     GRADIENT,
@@ -31,6 +31,7 @@ from pipeline.store import (
     is_averaged,
     layer_of,
     metadata,
+    scale_of,
     slot_names,
 )
 
@@ -77,7 +78,7 @@ class Stage:
                 metadata.check_metadata(self.stage_dir, name, checksums[name])
         for key in self.layer_use.style_keys:
             metadata.read_gram(self.stage_dir, key, checksums[gram_name(key)])
-        features = map(content_features_name, self.layer_use.content_layers)
+        features = map(content_features_name, self.layer_use.content_widths)
         newest, idle = (slot_names(number, averaged=is_averaged(checksums)) for number in (slot, 1 - slot))
         alpha = (
             [ALPHA] if ALPHA in checksums else []
@@ -88,12 +89,12 @@ class Stage:
         arrays += [store.open_array(self.stage_dir, name) for name in (*idle, GRADIENT)]
         integrity.require_intact(arrays, self.executor, self.reporter("check"))
 
-    def canvas_grams(self, canvas: str, checksums: Mapping[str, str]) -> list[tile_tasks.GramSpec]:
+    def canvas_grams(self, canvas: str, checksums: Mapping[str, str]) -> list[tile_specs.GramSpec]:
         """The tasks of the Gram pass over a canvas."""
         # the content mask has no effect on Gram matrices
         guides = self.layer_use.guides if self.layer_use.guides.regions else UNGUIDED
         return [
-            tile_tasks.GramSpec(
+            tile_specs.GramSpec(
                 self.stage_dir,
                 canvas,
                 tile,
@@ -103,11 +104,12 @@ class Stage:
                 color=self.color,
                 guides=guides,
                 with_mean=self.layer_use.with_mean,
+                scales=self.layer_use.scales,
             )
             for tile in self.tiles
         ]
 
-    def gram_sums(self, specs: Sequence[tile_tasks.GramSpec], what: str) -> dict[str, Gram]:
+    def gram_sums(self, specs: Sequence[tile_specs.GramSpec], what: str) -> dict[str, Gram]:
         """Gram pass over one image: gram_sum by style key, summed in tile order."""
         initial: dict[str, Gram] = {}
         counter = self.counter(what, len(specs))
@@ -127,10 +129,10 @@ def merged(parts: Iterable[ChunkSums]) -> ChunkSums:
     return {index: value for part in parts for index, value in part.items()}
 
 
-def positions(size: tuple[int, int], layer: str) -> int:
-    """n_l: positions of a layer on an image of this (height, width)."""
-    stride = LAYER_BY_NAME[layer].stride
-    return (size[0] // stride) * (size[1] // stride)
+def positions(size: tuple[int, int], key: str) -> int:
+    """n_l: positions at a layer key or style key of an image of this (height, width)."""
+    stride, scale = LAYER_BY_NAME[layer_of(key)].stride, scale_of(key)
+    return ((size[0] >> scale) // stride) * ((size[1] >> scale) // stride)
 
 
 def style_targets(
@@ -139,15 +141,14 @@ def style_targets(
     """By style key; without those of regions that have no position at a layer. `areas`: n_r,l of each."""
     targets = {}
     for key in stage.layer_use.style_keys:
-        layer = layer_of(key)
-        whole = positions(stage.plan.size, layer)
+        whole = positions(stage.plan.size, key)
         # at deep layers a small mask region may have no position: it has no term there
         if (area := areas.get(key, whole)) > 0:
             targets[key] = objective.StyleTarget(
                 stage.config.loss.kind,
                 metadata.read_gram(stage.stage_dir, key, checksums[gram_name(key)]),
                 area,
-                stage.config.network.style_layers[layer],
+                stage.config.network.style_layers[layer_of(key)] / stage.layer_use.scales,
                 stage.plan.pixels * stage.config.loss.style_weight,
                 area / whole,
                 known_grams.get(key),
@@ -156,14 +157,14 @@ def style_targets(
 
 
 def content_scales(stage: Stage, energies: Mapping[str, float]) -> dict[str, float]:
-    """By content layer: what Σ(φ_l(p) − φ_l(o))² is multiplied by. `energies`: ‖φ_l(o)‖² of each."""
+    """By layer key: what Σ(φ_l(p) − φ_l(o))² is multiplied by. `energies`: ‖φ_l(o)‖² of each."""
     return {
-        layer: objective.content_scale(
+        key: objective.content_scale(
             stage.config.loss.kind,
-            energies[layer],
-            stage.layer_use.widths[layer],
-            positions(stage.plan.size, layer),
-            stage.config.network.content_layers[layer],
+            energies[key],
+            width,
+            positions(stage.plan.size, key),
+            stage.config.network.content_layers[layer_of(key)] / stage.layer_use.scales,
         )
-        for layer in stage.layer_use.content_layers
+        for key, width in stage.layer_use.content_widths.items()
     }

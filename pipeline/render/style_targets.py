@@ -19,7 +19,7 @@ from pipeline.losses import color as colors
 from pipeline.losses import objective
 from pipeline.losses.color import ColorMap, ColorStatistics
 from pipeline.losses.objective import Gram
-from pipeline.render import color_tasks, ingest, mask_tasks, tile_tasks
+from pipeline.render import color_tasks, ingest, mask_tasks, tile_specs
 from pipeline.render.stage import Stage, positions
 from pipeline.store import CONTENT, STYLE, UNGUIDED, Guides, gram_name, guide_name, metadata
 
@@ -40,7 +40,7 @@ def store_style_targets(
         for image, size in zip([style.image for style in stage.config.styles], stage.plan.style_sizes, strict=True)
     ]
     written: dict[str, str] = {}
-    for layer in stage.layer_use.style_layers:
+    for layer in stage.layer_use.style_layer_keys:
         for key, region in zip(stage.layer_use.guides.keys(layer), regions_of(stage.config.styles), strict=True):
             weights = [stage.config.styles[index].weight for index in region.styles]
             target = objective.mean_gram([grams[index][layer] for index in region.styles], weights)
@@ -116,7 +116,7 @@ def _mean_grams(
         )
     color_map = _color_map(stage, folder, style, content)
     specs = [
-        tile_tasks.GramSpec(
+        tile_specs.GramSpec(
             folder,
             STYLE,
             tile,
@@ -126,22 +126,24 @@ def _mean_grams(
             color=color_map,
             guides=style.guides,
             with_mean=stage.layer_use.with_mean,
+            scales=stage.layer_use.scales,
         )
         for tile in tiles
     ]
     totals = stage.gram_sums(specs, "style Gram")
     for name in style.checksums:
         store.delete_array(folder, name)
-    return {layer: totals[key] / areas[key] for layer in layers for key in style.guides.keys(layer)}
+    keys = stage.layer_use.style_layer_keys
+    return {layer: totals[key] / areas[key] for layer in keys for key in style.guides.keys(layer)}
 
 
 def _areas(stage: Stage, folder: Path, style: _StyleImage, tiles: tuple[Tile, ...]) -> dict[str, float]:
     """The positions of each layer, by style key; with alpha the sums of their weights."""
-    layers = stage.layer_use.style_layers
+    keys, layers, scales = stage.layer_use.style_layer_keys, stage.layer_use.style_layers, stage.layer_use.scales
     if not style.guides.arrays:
-        return {layer: positions(style.size, layer) for layer in layers}
-    specs = [mask_tasks.AreaSpec(folder, tile, style.guides, layers, style.checksums) for tile in tiles]
-    return mask_tasks.total_areas(stage.executor.map(mask_tasks.area_task, specs), style.guides, layers)
+        return {key: positions(style.size, key) for key in keys}
+    specs = [mask_tasks.AreaSpec(folder, tile, style.guides, layers, style.checksums, scales) for tile in tiles]
+    return mask_tasks.total_areas(stage.executor.map(mask_tasks.area_task, specs), style.guides, keys)
 
 
 def _color_map(stage: Stage, folder: Path, style: _StyleImage, content: ColorStatistics | None) -> ColorMap | None:

@@ -120,9 +120,9 @@ class Begun(Record):
 class StagePrepared(Record):
     """The arrays of a stage are complete, computed in tiles of `tile_px` (None in runs older than the field).
 
-    `content_energies`: ‖φ_l(o)‖² by layer. `areas`: n_r,l by style key, if there are regions. `alpha`, `adam_steps`:
-    the step size and the number of Adam's steps that the stage continues; None and 0 if it starts afresh. `carries`:
-    its m and v are kept for the stage after it.
+    `content_energies`: ‖φ_l(o)‖² by layer key. `areas`: n_r,l by style key, if there are regions. `alpha` and
+    `adam_steps`: the step size and the number of Adam's steps that the stage continues; None and 0 if it starts afresh.
+    `carries`: its m and v are kept for the stage after it.
     """
 
     version: Literal[1, 2] = 2  # type: ignore[assignment]  # 1: without alpha, adam_steps and carries

@@ -25,8 +25,10 @@ from pipeline.store.layout import (
     is_averaged,
     is_stage_array,
     kept_files,
+    layer_key,
     layer_of,
     result_name,
+    scale_of,
     slot_names,
 )
 from pipeline.store.metadata import check_metadata, group_metadata, make_room_again, read_gram, write_metadata

@@ -30,9 +30,9 @@ class Guides:
         masks = map(guide_name, range(self.first, self.first + self.masks))
         return *masks, *([CONTENT_GUIDE] if self.content else [])
 
-    def keys(self, layer: str) -> tuple[str, ...]:
-        """The style keys of a layer: the layer itself, or one per region."""
-        return tuple(style_key(layer, region) for region in range(self.regions)) or (layer,)
+    def keys(self, key: str) -> tuple[str, ...]:
+        """The style keys of a layer key: itself, or one per region."""
+        return tuple(style_key(key, region) for region in range(self.regions)) or (key,)
 
 
 UNGUIDED = Guides()

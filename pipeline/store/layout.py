@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.core.image_formats import RGB8, PixelKind
+from pipeline.core.tiling import tile_step_px
 from pipeline.core.vgg_layers import LAYER_BY_NAME, ceil_to
 from pipeline.store.encodings import BFLOAT16, ENCODINGS, FIXED16
 
@@ -19,7 +20,9 @@ STYLE = "style"  # only while the stage is prepared
 METADATA = "zarr.json"  # of an array, and of the stage
 CONTENT_GUIDE = "guide_content"
 COLOR_AND_ALPHA = (slice(3), slice(3, 4))  # the channels of CONTENT and of ALPHA in an RGBA image
-_GRAM = re.compile(r"gram_((conv[1-5]_[1-9])(_r[0-9]+)?)")
+_LAYER = r"(conv[1-5]_[1-9])(_s[1-9])?"  # a layer key
+_GRAM = re.compile(rf"gram_({_LAYER}(_r[0-9]+)?)")
+_FEATURES = re.compile(rf"features_{_LAYER}")
 _GUIDE = re.compile(rf"guide_[0-9]+|{CONTENT_GUIDE}")
 
 
@@ -77,19 +80,29 @@ def kept_files(slot: int, names: Container[str], *, moments: bool = False) -> tu
     return (*retained, *(f"{name}/{METADATA}" for name in retained), METADATA)
 
 
-def content_features_name(layer: str) -> str:
-    """The array of the content's features of `layer`."""
-    return f"features_{layer}"
+def layer_key(layer: str, scale: int) -> str:
+    """The key of a layer at a scale, of the canvas shrunk by 2^scale; at scale 0 the layer's name."""
+    return f"{layer}_s{scale}" if scale else layer
 
 
-def style_key(layer: str, region: int) -> str:
-    """The key of the style term of one region; without regions, the key is the layer's name."""
-    return f"{layer}_r{region}"
+def content_features_name(key: str) -> str:
+    """The array of the content's features of a layer key."""
+    return f"features_{key}"
+
+
+def style_key(key: str, region: int) -> str:
+    """The key of the style term of one region at a layer key; without regions, it is the layer key."""
+    return f"{key}_r{region}"
 
 
 def layer_of(key: str) -> str:
-    """The layer of a style key."""
-    return key.partition("_r")[0]
+    """The layer of a layer key or style key."""
+    return key.partition("_r")[0].partition("_s")[0]
+
+
+def scale_of(key: str) -> int:
+    """The scale of a layer key or style key."""
+    return int(key.partition("_r")[0].partition("_s")[2] or 0)
 
 
 def gram_name(key: str) -> str:
@@ -115,19 +128,20 @@ def is_guide(name: str) -> bool:
 
 def is_stage_array(name: str) -> bool:
     """Whether a stage can have an array of this name."""
-    features, _, layer = name.partition("_")
+    features = _FEATURES.fullmatch(name)
     state = (*slot_names(0, averaged=True), *slot_names(1, averaged=True), CONTENT, ALPHA, STYLE, GRADIENT)
     if name in state or gram_key(name) is not None or is_guide(name):
         return True
-    return features == "features" and layer in LAYER_BY_NAME
+    return features is not None and features[1] in LAYER_BY_NAME
 
 
 @dataclass(frozen=True)
 class StageLayout:
     """What determines the arrays of pixels and features of a stage.
 
-    `size`: (height, width) in px. `state`: float32, float64 or compact. `content_widths`: channels of each content
-    layer. `averaged`: with running averages of the canvas. `content`: None for a texture. `guides`: the mask arrays.
+    `size`: (height, width) in px. `state`: float32, float64 or compact. `content_widths`: channels of the content
+    features, by layer key. `averaged`: with running averages of the canvas. `content`: None for a texture. `guides`:
+    the mask arrays.
     """
 
     size: tuple[int, int]
@@ -155,9 +169,11 @@ class StageLayout:
             arrays |= dict.fromkeys((canvas, *average), ArraySpec((height, width, 3), chunk_px, canvas_form))
             arrays[m] = arrays[v] = ArraySpec((height, width, 3), chunk_px, form)
         arrays[GRADIENT] = ArraySpec((height, width, 3), chunk_px, form)
-        for layer, channels in self.content_widths.items():
-            stride = LAYER_BY_NAME[layer].stride
-            shape = (height // stride, width // stride, channels)
-            arrays[content_features_name(layer)] = ArraySpec(shape, chunk_px // stride, form)
+        for key, channels in self.content_widths.items():
+            scale, stride = scale_of(key), LAYER_BY_NAME[layer_of(key)].stride
+            shape = ((height >> scale) // stride, (width >> scale) // stride, channels)
+            # a tile of any size that this scale allows must cover whole chunks
+            side_px = tile_step_px(chunk_px, scale + 1) >> scale
+            arrays[content_features_name(key)] = ArraySpec(shape, side_px // stride, form)
         arrays |= {name: ArraySpec((height, width, 1), chunk_px, "uint8") for name in self.guides}
         return arrays

@@ -103,6 +103,18 @@ def test_crop_through_several_stages_goes_on_from_its_own(config, begun):
     np.testing.assert_array_equal(result, read_picture(config.parent / "out.png"))
 
 
+def test_crop_of_a_run_with_several_scales(tmp_path):
+    """A crop of everything must be the run's result bit for bit, and a part of it must come close to it."""
+    config = write_run(tmp_path, CONTENT_PX, initial_size=38, network=SHALLOW, loss={"scales": 3})
+    stopped_before(config, 1)
+    settings, rect = load_config(config), Rect(40, 72, 100, 150)
+    everything, part = (read_picture(crop(settings, wanted)) for wanted in (Rect(0, 110, 0, 150), rect))
+    run(settings)
+    result = read_picture(config.parent / "out.png")
+    np.testing.assert_array_equal(everything, result)
+    assert np.abs(part - result[40:72, 100:150].astype(float)).mean() < 8
+
+
 def test_finished_stage_is_cut_and_not_rendered(config, call):
     """A crop of a finished stage must be cut from its canvas, not rendered again."""
     export = config.parent / "stage.png"

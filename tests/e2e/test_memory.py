@@ -132,6 +132,13 @@ def l2(folder: Path) -> Path:
     return filtered(folder, "l2")
 
 
+def several_scales(folder: Path) -> Path:
+    """A tile of 64 px is read with 128 px around it at the coarsest scale, more than it computes at once."""
+    keys = {"initial_size": 192, "compute": {"tile_px": 64}, "store": {"chunk_px": 64}, "loss": {"scales": 3}}
+    layers = {"content_layers": {"conv2_2": 1.0}, "style_layers": {"conv1_1": 0.5, "conv2_1": 0.5}}
+    return write_run(folder, (768, 700), (700, 768), network=layers, optimizer={"max_iterations": 1}, **keys)
+
+
 def large_input(folder: Path) -> Path:
     """Reading needs more memory than anything else: a progressive JPEG is decoded whole."""
     write_picture(folder / "progressive.jpg", 5000, 4000, interlace=True)
@@ -141,7 +148,7 @@ def large_input(folder: Path) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
     "make",
-    [one_tile, many_tiles, two_workers, compressed, float64, masked, tent, l2, large_input],
+    [one_tile, many_tiles, two_workers, compressed, float64, masked, tent, l2, several_scales, large_input],
     ids=lambda make: make.__name__,
 )
 def test_measured_memory_is_what_was_planned(tmp_path, make):

@@ -182,6 +182,23 @@ def test_killed_before_every_commit_it_ends_with_the_same_bits(nursery, tmp_path
     assert leftovers(config.with_name("out.tif")) == []
 
 
+def test_killed_with_several_scales_it_ends_with_the_same_bits(nursery, tmp_path, call):
+    """The arrays of coarse scales are part of the state: a resume, and verify, must know them."""
+    expected, config = (write_three_stages(tmp_path / name, loss={"scales": 2}) for name in ("unbroken", "broken"))
+    assert start(nursery, expected).wait() == 0
+    for done in (1, 2):
+        child = start(nursery, config)
+        child.wait_until(lambda events, last=(1, done - 1, "iteration"): last in keys_of(events))
+        assert child.kill() == KILLED
+        assert (config.parent / "run" / "store.zarr" / "stage_1" / "features_conv4_2_s1").exists()
+        outcome = call("verify", "-c", config)
+        assert outcome.code == 0, outcome.err
+    child = start(nursery, config)
+    assert child.wait() == 0, child.err
+    assert canvases(config.parent / "run") == canvases(expected.parent / "run")
+    assert (config.parent / "out.tif").read_bytes() == (expected.parent / "out.tif").read_bytes()
+
+
 def test_installed_command_on_all_cores_is_killed_and_goes_on(tmp_path):
     """The other tests use one core and a forked process; this one uses the command of the user."""
     done = [write_run(tmp_path / name, (150, 110), output="out.tif") for name in ("unbroken", "broken")]

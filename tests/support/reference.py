@@ -122,8 +122,8 @@ def luminance(image_HWC: Tensor) -> Tensor:
     return torch.stack([y_HW] * 3, -1)
 
 
-def color_matched(style: np.ndarray, content: np.ndarray) -> np.ndarray:
-    """The style's pixels with the content's mean and covariance, by a linear map, clipped."""
+def color_matched(style: np.ndarray, content: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Pixels of the style by the linear map that gives it the content's mean and covariance, clipped."""
     style_n3, content_n3 = style.reshape(-1, 3), content.reshape(-1, 3)
 
     def power(pixels_n3: np.ndarray, exponent: float, minimum: float) -> np.ndarray:
@@ -131,15 +131,15 @@ def color_matched(style: np.ndarray, content: np.ndarray) -> np.ndarray:
         return vectors @ np.diag(np.maximum(variances, minimum) ** exponent) @ vectors.T
 
     a = power(content_n3, 0.5, 0.0) @ power(style_n3, -0.5, 1.0)
-    matched = (style_n3 - style_n3.mean(0)) @ a.T + content_n3.mean(0)
-    return np.clip(matched, 0, 255).reshape(style.shape)
+    return np.clip((pixels - style_n3.mean(0)) @ a.T + content_n3.mean(0), 0, 255)
 
 
-def luminance_matched(style: np.ndarray, content: np.ndarray) -> np.ndarray:
-    """Y of the style with mean and deviation of the content's Y, clipped, in all three channels."""
+def luminance_matched(style: np.ndarray, content: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Y of the style's pixels by the map that gives it mean and deviation of the content's Y, clipped, three times."""
     style_y, content_y = (luminance(torch.from_numpy(image)).numpy() for image in (style, content))
     gain = content_y.std() / max(style_y.std(), 1.0)
-    return np.clip((style_y - style_y.mean()) * gain + content_y.mean(), 0, 255)
+    pixels_y = luminance(torch.from_numpy(pixels)).numpy()
+    return np.clip((pixels_y - style_y.mean()) * gain + content_y.mean(), 0, 255)
 
 
 def at_layer(mask_HW: np.ndarray, layer: str) -> Tensor:
@@ -150,12 +150,17 @@ def at_layer(mask_HW: np.ndarray, layer: str) -> Tensor:
     return torch.from_numpy(blocks.mean((1, 3)))
 
 
+def shrunk(image_HWC: Tensor, scale: int) -> Tensor:
+    """The means of blocks of 2^scale × 2^scale px."""
+    return F.avg_pool2d(image_HWC.permute(2, 0, 1), 2**scale).permute(1, 2, 0)
+
+
 @dataclass(frozen=True)
 class Problem:
     """Everything that J depends on, except the canvas. Images are (H, W, 3) float64 arrays of 0..255.
 
     `masks`: per style its (H, W) share of each pixel, 0..1, or None; styles with equal masks share a region.
-    `content_mask`: the (H, W) weight of the content, 0..1, or None.
+    `content_mask`: the (H, W) weight of the content, 0..1, or None. `scales`: of which the losses are the mean.
     """
 
     state: Mapping[str, Tensor]
@@ -174,6 +179,7 @@ class Problem:
     color_space: str = "rgb"
     masks: Sequence[np.ndarray | None] = ()
     content_mask: np.ndarray | None = None
+    scales: int = 1
     _cache: dict = field(default_factory=dict, compare=False, repr=False)
 
     def features(self, image: Tensor) -> dict[str, Tensor]:
@@ -183,27 +189,29 @@ class Problem:
         """The canvas or the content as the network receives it."""
         return luminance(image) if self.color == "luminance" else image
 
-    def style_input(self, style: np.ndarray) -> Tensor:
+    def style_input(self, style: np.ndarray, scale: int) -> Tensor:
+        pixels = shrunk(torch.from_numpy(style), scale).numpy()
         if self.color == "content":
-            style = color_matched(style, self.content)
+            pixels = color_matched(style, self.content, pixels)
         if self.color == "luminance":
-            style = luminance_matched(style, self.content)
-        return torch.from_numpy(style)
+            pixels = luminance_matched(style, self.content, pixels)
+        return torch.from_numpy(pixels)
 
-    def content_features(self) -> dict[str, Tensor]:
-        if "content" not in self._cache:
+    def content_features(self, scale: int = 0) -> dict[str, Tensor]:
+        if ("content", scale) not in self._cache:
             with torch.no_grad():
-                self._cache["content"] = self.features(self.network_input(torch.from_numpy(self.content)))
-        return self._cache["content"]
+                content = shrunk(torch.from_numpy(self.content), scale)
+                self._cache["content", scale] = self.features(self.network_input(content))
+        return self._cache["content", scale]
 
-    def regions(self) -> list[tuple[np.ndarray, list[tuple[np.ndarray, float]]]]:
+    def regions(self, scale: int = 0) -> list[tuple[np.ndarray, list[tuple[np.ndarray, float]]]]:
         """(share of every pixel, styles with their weights) of every region: of each mask, then of the rest."""
-        masks = list(self.masks) or [None] * len(self.styles)
+        masks = [self.mask_at(mask, scale) for mask in self.masks] or [None] * len(self.styles)
         distinct: list[np.ndarray] = []
         for mask in masks:
             if mask is not None and not any(np.array_equal(mask, other) for other in distinct):
                 distinct.append(mask)
-        covered = np.sum(distinct, 0) if distinct else np.zeros(self.content.shape[:2])
+        covered = np.sum(distinct, 0) if distinct else np.zeros([side >> scale for side in self.content.shape[:2]])
         regions = []
         for region_mask in distinct:
             members = [
@@ -216,54 +224,63 @@ class Problem:
             regions.append((np.maximum(0, 1 - covered), rest))
         return regions
 
-    def target_grams(self, region: int = 0) -> dict[str, Tensor]:
-        if ("grams", region) not in self._cache:
+    def mask_at(self, mask: np.ndarray | None, scale: int) -> np.ndarray | None:
+        return None if mask is None else shrunk(torch.from_numpy(mask)[..., None], scale)[..., 0].numpy()
+
+    def target_grams(self, region: int = 0, scale: int = 0) -> dict[str, Tensor]:
+        if ("grams", region, scale) not in self._cache:
             _, styles = self.regions()[region]
             with torch.no_grad():
                 total = sum(weight for _, weight in styles)
                 grams = dict.fromkeys(self.style_layers, 0.0)
                 for image, weight in styles:
-                    maps = self.features(self.style_input(image))
+                    maps = self.features(self.style_input(image, scale))
                     grams = {layer: grams[layer] + weight / total * gram(maps[layer]) for layer in grams}
-                self._cache["grams", region] = grams
-        return self._cache["grams", region]
+                self._cache["grams", region, scale] = grams
+        return self._cache["grams", region, scale]
 
-    def target_moments(self, layer: str, region: int = 0) -> tuple[Tensor, Tensor]:
+    def target_moments(self, layer: str, region: int = 0, scale: int = 0) -> tuple[Tensor, Tensor]:
         """The weighted means of the styles' moments."""
-        if ("moments", region, layer) not in self._cache:
+        if ("moments", region, layer, scale) not in self._cache:
             _, styles = self.regions()[region]
             with torch.no_grad():
                 total, mean, second = sum(weight for _, weight in styles), 0.0, 0.0
                 for image, weight in styles:
-                    phi = self.features(self.style_input(image))[layer]
+                    phi = self.features(self.style_input(image, scale))[layer]
                     own_mean, own_second = moments(phi, torch.ones_like(phi[0]))
                     mean, second = mean + weight / total * own_mean, second + weight / total * own_second
-                self._cache["moments", region, layer] = mean, second
-        return self._cache["moments", region, layer]
+                self._cache["moments", region, layer, scale] = mean, second
+        return self._cache["moments", region, layer, scale]
 
     def losses(self, canvas: Tensor) -> tuple[Tensor, Tensor]:
-        """(Lc, Ls)."""
-        maps = self.features(self.network_input(canvas))
+        """(Lc, Ls), the means over the scales."""
+        parts = [self.losses_at(canvas, scale) for scale in range(self.scales)]
+        content_losses, style_losses = zip(*parts, strict=True)
+        return sum(content_losses) / self.scales, sum(style_losses) / self.scales
+
+    def losses_at(self, canvas: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+        maps = self.features(self.network_input(shrunk(canvas, scale)))
+        content_mask = self.mask_at(self.content_mask, scale)
         content_loss = style_loss = torch.zeros((), dtype=canvas.dtype)
         for layer, alpha in self.content_layers.items():
-            target = self.content_features()[layer]
+            target = self.content_features(scale)[layer]
             squares_HW = (maps[layer] - target).square().sum(0)
-            if self.content_mask is not None:
-                squares_HW = squares_HW * at_layer(self.content_mask, layer)
+            if content_mask is not None:
+                squares_HW = squares_HW * at_layer(content_mask, layer)
             if self.kind != "gatys":
                 content_loss = content_loss + alpha * squares_HW.sum() / target.square().sum()
             else:
                 content_loss = content_loss + alpha * squares_HW.sum() / 2 / target.numel()
-        for region, (share_HW, _) in enumerate(self.regions()):
+        for region, (share_HW, _) in enumerate(self.regions(scale)):
             for layer, weight in self.style_layers.items():
                 guide_HW = at_layer(share_HW, layer)
                 if not guide_HW.any():
                     continue
                 if self.kind == "wasserstein":
-                    found = wasserstein(*moments(maps[layer], guide_HW), *self.target_moments(layer, region))
+                    found = wasserstein(*moments(maps[layer], guide_HW), *self.target_moments(layer, region, scale))
                     style_loss = style_loss + weight * guide_HW.mean() * found
                     continue
-                target = self.target_grams(region)[layer]
+                target = self.target_grams(region, scale)[layer]
                 guided_Cn = (maps[layer] * guide_HW).flatten(1)
                 guided = guided_Cn @ maps[layer].flatten(1).T / guide_HW.sum()
                 squares = guide_HW.mean() * (guided - target).square().sum()

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+import time
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +39,7 @@ from pipeline.rundir.position import position_of
 from pipeline.rundir.preflight import plan
 from pipeline.rundir.records import as_json
 from pipeline.store.array import open_array
-from pipeline.store.layout import gram_name
+from pipeline.store.layout import gram_name, layer_key
 from pipeline.store.metadata import read_gram
 from tests.support import reference
 from tests.support.inputs import write_config, write_image
@@ -91,6 +94,42 @@ class Case:
         return results[0]
 
 
+class Rendering:
+    """The first four iterations of a stage, as `run` does them; any of them may be tried again."""
+
+    def __init__(self, case: Case) -> None:
+        self._iterations = Iterations(case.stage, case.started.content_energies)
+        self._checksums, self.results = dict(case.started.checksums), list[IterationResult]()
+        self.follows = True  # one more iteration
+        self.committed = threading.Event()
+
+    def _commit(self, result: IterationResult) -> bool:
+        self.results.append(result)
+        self.committed.set()
+        self._checksums |= result.checksums
+        return self.follows
+
+    def iterate(self) -> None:
+        alpha = self.results[0].alpha if self.results else None
+        self._iterations.iterate(len(self.results), alpha, self._checksums, self._commit)
+
+    def finish(self) -> tuple[list[float], dict[str, str]]:
+        """Objectives and checksums."""
+        while len(self.results) < 4:
+            self.iterate()
+        return [result.objective for result in self.results], self._checksums
+
+
+def delayed(task, seconds: Iterator[float]):
+    def slow_task(spec):
+        time.sleep(next(seconds))
+        result = task(spec)
+        time.sleep(next(seconds))
+        return result
+
+    return slow_task
+
+
 def read_whole(array) -> np.ndarray:
     return array.read_window(Rect(0, array.shape[0], 0, array.shape[1]))
 
@@ -109,9 +148,12 @@ def prepared(
     loss=None,
     masks=(),
     content_mask=None,
+    scales: int = 1,
     **values,
 ):
-    """Write the images and prepare the only stage of a run at `size`, from noise, in tiles of `tile_px`.
+    """Write the images and prepare the last stage of a run at `size`, from noise, in tiles of `tile_px`.
+
+    Without `scales`, it is the only one.
 
     `masks`: per style its (H, W) uint8 mask or None; equal ones are one file. `content_mask`: another, or None.
     """
@@ -123,11 +165,12 @@ def prepared(
         {"image": f"style{index}.png", "weight": share, "mask": write_mask(folder, mask)}
         for index, (share, mask) in enumerate(zip(style_weights, masks or [None] * len(styles), strict=True))
     ]
-    loss = {**(loss or {}), "content_mask": write_mask(folder, content_mask)}
+    loss = {**(loss or {}), "content_mask": write_mask(folder, content_mask), "scales": scales}
     path = write_config(
         folder,
         styles=painted,
-        initial_size=max(*size, *itertools.chain(*style_sizes)),
+        # a stage has the scales that are no smaller than the first
+        initial_size=max(size) >> scales - 1 if scales > 1 else max(*size, *itertools.chain(*style_sizes)),
         init="noise",
         network={"weights": str(weights), **(network or {})},
         loss=loss,
@@ -138,7 +181,8 @@ def prepared(
     )
     config = load_config(path)
     planned = plan(config)
-    assert [stage.size for stage in planned.stages] == [size]
+    assert (planned.stages[-1].size, planned.stages[-1].scales) == (size, scales)
+    assert scales > 1 or len(planned.stages) == 1
     with ThreadExecutor(TILES) as executor:
         stage = make_stage(config, planned, executor)
         started = prepare(stage, None)
@@ -165,8 +209,8 @@ def make_stage(config: Config, planned, executor: ThreadExecutor) -> Stage:
     source = find_weights(config.network.name, config.network.weights, config.seed)
     return Stage(
         config=config,
-        plan=planned.stages[0],
-        layer_use=layers_in_use(config, source.widths),
+        plan=planned.stages[-1],
+        layer_use=layers_in_use(config, source.widths, planned.stages[-1].scales),
         network=NetworkSpec(
             source,
             config.network.padding,
@@ -198,6 +242,7 @@ def make_problem(config: Config, content: np.ndarray, styles: list[np.ndarray], 
         tv_weight=config.loss.tv_weight,
         color=config.color,
         color_space=config.optimizer.color_space,
+        scales=config.loss.scales,
     )
 
 
@@ -211,19 +256,19 @@ def relative(found, wanted) -> float:
 def assert_exact(case: Case) -> None:
     """Energies, target Grams, canvas Grams, losses and gradient of one iteration, all against the reference."""
     problem, stage = case.problem, case.stage
-    content = problem.content_features()
-    for layer in problem.content_layers:
-        assert relative(case.started.content_energies[layer], content[layer].square().sum()) < EXACT
-        assert relative(case.read(f"features_{layer}"), content[layer].permute(1, 2, 0)) < EXACT
-    for layer in problem.style_layers:
-        for region, key in enumerate(stage.layer_use.guides.keys(layer)):
+    for layer, scale in itertools.product(problem.content_layers, range(problem.scales)):
+        wanted, key = problem.content_features(scale)[layer], layer_key(layer, scale)
+        assert relative(case.started.content_energies[key], wanted.square().sum()) < EXACT
+        assert relative(case.read(f"features_{key}"), wanted.permute(1, 2, 0)) < EXACT
+    for layer, scale in itertools.product(problem.style_layers, range(problem.scales)):
+        for region, key in enumerate(stage.layer_use.guides.keys(layer_key(layer, scale))):
             found = read_gram(stage.stage_dir, key, case.started.checksums[gram_name(key)])
             if problem.kind == "wasserstein":
-                mean, second = problem.target_moments(layer, region)
+                mean, second = problem.target_moments(layer, region, scale)
                 assert relative(found[:-1, -1], mean) < EXACT and found[-1, -1] == pytest.approx(1, rel=EXACT)
                 found, wanted = found[:-1, :-1], second
             else:
-                wanted = problem.target_grams(region)[layer]
+                wanted = problem.target_grams(region, scale)[layer]
             assert relative(found, wanted) < EXACT
     result = case.iterate()
     canvas = torch.from_numpy(case.canvas)

@@ -35,7 +35,7 @@ from pipeline.network.cache import get_network
 from pipeline.network.weights import NetworkSpec, find_weights
 from pipeline.plan.memory import WORKERS
 from pipeline.plan.plan import computed_px
-from pipeline.render import tile_tasks
+from pipeline.render import tile_specs, tile_tasks
 
 STYLE = tuple(NetworkConfig().style_layers)
 CONTENT = tuple(NetworkConfig().content_layers)
@@ -69,7 +69,7 @@ class Bench:
             store.create_array(self.folder, f"features_{layer}", shape, chunk // stride, "float32", "none")
 
     def gram_pass(self, executor: ThreadExecutor, tiles: tuple[Tile, ...]) -> dict[str, losses.Gram]:
-        specs = [tile_tasks.GramSpec(self.folder, "canvas_0", tile, self.network, {}, STYLE) for tile in tiles]
+        specs = [tile_specs.GramSpec(self.folder, "canvas_0", tile, self.network, {}, STYLE) for tile in tiles]
         return executor.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, dict[str, losses.Gram]())
 
     def gradient_pass(self, executor: ThreadExecutor, tiles: tuple[Tile, ...], seeds: dict[str, losses.Gram]) -> None:
@@ -77,7 +77,7 @@ class Bench:
         executor.map(
             tile_tasks.gradient_task,
             [
-                tile_tasks.GradientSpec(self.folder, "canvas_0", tile, self.network, {}, factors, seeds)
+                tile_specs.GradientSpec(self.folder, "canvas_0", tile, self.network, {}, factors, seeds)
                 for tile in tiles
             ],
             tile=True,

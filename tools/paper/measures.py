@@ -14,11 +14,11 @@ import pyvips
 import torch
 
 from pipeline.core.tiling import Rect, Tile
-from pipeline.core.vgg_layers import ALIGN_PX
+from pipeline.core.vgg_layers import ALIGN_PX, LAYER_BY_NAME
 from pipeline.losses.objective import Gram
 from pipeline.network.cache import get_network
 from pipeline.network.weights import NetworkSpec
-from pipeline.render import tile_tasks
+from pipeline.render import tile_specs, tile_tasks
 from pipeline.render.stage import Stage
 from tools.picture.measures import gram_distance, moments, read
 
@@ -74,9 +74,10 @@ def drift(stage: Stage, canvas: str) -> Drift:
     layers = stage.layer_use.style_layers
 
     def grams(rect: Rect) -> dict[str, Gram]:
-        spec = tile_tasks.GramSpec(stage.stage_dir, canvas, Tile(0, rect, height, width), stage.network, {}, layers)
+        spec = tile_specs.GramSpec(stage.stage_dir, canvas, Tile(0, rect, height, width), stage.network, {}, layers)
         return {
-            layer: total / rect.positions(_LAYERS[layer]).area for layer, total in tile_tasks.gram_task(spec).items()
+            layer: total / rect.positions(LAYER_BY_NAME[layer]).area
+            for layer, total in tile_tasks.gram_task(spec).items()
         }
 
     full = [tile.inner for tile in stage.tiles if tile.inner.area == stage.tile_px**2]
@@ -87,9 +88,6 @@ def drift(stage: Stage, canvas: str) -> Drift:
         for shift in (0, stage.tile_px // 2)
     )
     return Drift(float(variance), float(on), float(off))
-
-
-_LAYERS = tile_tasks.LAYER_BY_NAME
 
 
 def _variance(grams: Sequence[Gram]) -> float:

@@ -64,7 +64,7 @@ class Driven:
         self.stage = Stage(
             config,
             plan,
-            layers_in_use(config, weights.widths),
+            layers_in_use(config, weights.widths, plan.scales),
             spec,
             config.work_dir / f"stage_{plan.index}",
             executor,

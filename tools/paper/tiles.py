@@ -24,7 +24,7 @@ from pipeline.losses import objective
 from pipeline.losses.objective import Gram
 from pipeline.plan.network_cost import layers_in_use
 from pipeline.plan.plan import arrays_of
-from pipeline.render import tile_tasks
+from pipeline.render import tile_specs, tile_tasks
 from pipeline.render.stage import positions
 from pipeline.store import metadata
 from pipeline.store.layout import CONTENT, GRADIENT, content_features_name, gram_name
@@ -63,12 +63,12 @@ class Faults:
         """An executor whose tile tasks have these faults."""
         return OtherTasks(workers, {tile_tasks.gram_task: self.gram, tile_tasks.gradient_task: self.gradient})
 
-    def gram(self, spec: tile_tasks.GramSpec) -> dict[str, Gram]:
+    def gram(self, spec: tile_specs.GramSpec) -> dict[str, Gram]:
         """The Gram pass of one tile."""
         on_canvas = spec.array.startswith("canvas")
         return tile_tasks.gram_task(spec if self.halo or not on_canvas else _alone(self.config, spec))
 
-    def gradient(self, spec: tile_tasks.GradientSpec) -> tile_tasks.GradientResult:
+    def gradient(self, spec: tile_specs.GradientSpec) -> tile_specs.GradientResult:
         """The gradient pass of one tile."""
         if not self.whole_grams:
             spec = replace(spec, style_seeds_CM=self._own_seeds(spec))
@@ -79,11 +79,11 @@ class Faults:
         values = store.open_array(alone.stage_dir, GRADIENT).read_window(alone.tile.inner)
         return replace(result, sums=store.open_array(spec.stage_dir, GRADIENT).write_window(spec.tile.inner, values))
 
-    def _own_seeds(self, spec: tile_tasks.GradientSpec) -> dict[str, Gram]:
+    def _own_seeds(self, spec: tile_specs.GradientSpec) -> dict[str, Gram]:
         """The seeds of a tile from its own Gram matrices only."""
         layers, inner, loss = tuple(spec.style_seeds_CM), spec.tile.inner, self.config.loss
         sums = self.gram(
-            tile_tasks.GramSpec(spec.stage_dir, spec.array, spec.tile, spec.network, spec.checksums, layers)
+            tile_specs.GramSpec(spec.stage_dir, spec.array, spec.tile, spec.network, spec.checksums, layers)
         )
         return {
             layer: objective.StyleTarget(
@@ -119,4 +119,4 @@ def _make_alone(config: Config, spec: Any, tile: Tile) -> None:
         store.create_array(folder, name, arrays[name].shape, arrays[name].chunk_px, arrays[name].form, "none")
     pixels = store.open_array(spec.stage_dir, CONTENT).read_window(spec.tile.inner)
     store.open_array(folder, CONTENT).write_window(tile.inner, pixels)
-    tile_tasks.content_task(tile_tasks.ContentSpec(folder, CONTENT, tile, spec.network, {}, layers))
+    tile_tasks.content_task(tile_specs.ContentSpec(folder, CONTENT, tile, spec.network, {}, layers))

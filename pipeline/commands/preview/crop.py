@@ -44,7 +44,7 @@ from pipeline.core.events import Note, Sink, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.image_formats import RGB8
 from pipeline.core.tiling import Rect, Size
-from pipeline.core.vgg_layers import ceil_to
+from pipeline.core.vgg_layers import ALIGN_PX, ceil_to
 from pipeline.executors import Executor, ThreadExecutor
 from pipeline.images import check_output
 from pipeline.network import WeightsSource, find_weights, widths_for_plan
@@ -146,8 +146,8 @@ def _planned(config: Config, device: Device) -> Plan:
     Raises ConfigError if no tile size fits.
     """
     widths = widths_for_plan(config.network.name, config.network.weights, config.limits.max_weights_bytes)
-    sizes = [max(stage.size) for stage in plan_on(config, device).stages]
-    grams_bytes = 3 * max(layers_in_use(config.for_stage(size), widths).grams_bytes() for size in sizes)
+    stages = [(config.for_stage(max(stage.size)), stage.scales) for stage in plan_on(config, device).stages]
+    grams_bytes = 3 * max(layers_in_use(own, widths, scales).grams_bytes() for own, scales in stages)
     memory = config.memory.model_copy(update={"limit": config.memory.limit_bytes - grams_bytes})
     try:
         return plan_on(config.model_copy(update={"memory": memory}), device)
@@ -225,23 +225,29 @@ class Crop:
         sizes = [stage.size for stage in self.plan.stages[first : target + 1]]
         layer_uses = [self._stage(index, size).layer_use for index, size in enumerate(sizes, start=first)]
         own = scaled(rect, self.plan.stages[-1].size, sizes[-1])
-        around = [2 * layer_use.halo_px + _SPREAD_PX for layer_use in layer_uses]
+        # at the coarsest scale a pixel depends on as many more px of the canvas
+        around = [(2 * use.halo_px << use.scales - 1) + _SPREAD_PX for use in layer_uses]
         whole_image = self._whole_image()
-        for index, region in enumerate(regions(own, sizes, around), start=first):
+        for index, region in enumerate(regions(own, sizes, around, self._align_px), start=first):
             size = self.plan.stages[index].size
             text = f"stage {index}: {region.width}×{region.height} px of {size[1]}×{size[0]} around the crop"
             self.context.sink(Note(text))
             source = self._render_stage(index, region, source, whole_image)
         return source
 
+    @property
+    def _align_px(self) -> int:
+        """What the edges of a region are aligned to: whole pooling windows at every scale."""
+        return ALIGN_PX << max(stage.scales for stage in self.plan.stages) - 1
+
     def _stage(self, index: int, size: Size) -> Stage:
         """The stage of the run with a canvas of this size, in the temporary run directory."""
         config = self.config.for_stage(max(self.plan.stages[index].size))
         compute = config.compute.model_copy(update={"threads": self.finished.threads})
         config = config.model_copy(update={"stages": (), "compute": compute, "work_dir": self.folder})
-        layer_use = layers_in_use(config, self.context.weights.widths)
+        layer_use = layers_in_use(config, self.context.weights.widths, self.plan.stages[index].scales)
         styles = self.plan.stages[index].style_sizes
-        longest = ceil_to(max(side for sides in (size, *styles) for side in sides), config.store.chunk_px)
+        longest = ceil_to(max(side for sides in (size, *styles) for side in sides), self.plan.tile_step_px)
         tile_px = min(self.finished.tile_px or longest, self.plan.tile_px, longest)
         content = None if config.content is None else RGB8  # the crop's own copy of it has 8 bits and no alpha
         alphas = (True,) * len(styles)  # they may have
@@ -255,10 +261,12 @@ class Crop:
 
         stage = self._stage(index, (region.height, region.width))
         size = self.plan.stages[index].size
-        estimate = whole_image.estimate(stage, aligned(scaled(region, size, whole_image.size), whole_image.size))
+        estimate = whole_image.estimate(
+            stage, aligned(scaled(region, size, whole_image.size), whole_image.size, self._align_px)
+        )
         colors = self._cut(stage, region, size)
         prepared = prepare(stage, self._start(stage, source, region, size), colors, is_region=True)
-        energies = {name: energy * estimate.energies[name] for name, energy in prepared.content_energies.items()}
+        energies = {key: energy * estimate.energies.get(key, 1.0) for key, energy in prepared.content_energies.items()}
         record = prepared_record(index, stage.tile_px, replace(prepared, content_energies=energies))
         self._position = Position().after(record)
         least_max_u = 0.0 if stage.plan.size == size else self._least_max_u(stage)

@@ -16,7 +16,7 @@ def scaled(rect: Rect, size: Size, target: Size) -> Rect:
     return Rect(y0, min(max(y1, y0 + 1), target[0]), x0, min(max(x1, x0 + 1), target[1]))
 
 
-def regions(rect: Rect, sizes: Sequence[Size], around_px: Sequence[int]) -> list[Rect]:
+def regions(rect: Rect, sizes: Sequence[Size], around_px: Sequence[int], align_px: int = ALIGN_PX) -> list[Rect]:
     """The region to render at each size for `rect`, which is of the last: with `around_px` more on every side.
 
     Every region contains what the next one is enlarged from.
@@ -29,11 +29,11 @@ def regions(rect: Rect, sizes: Sequence[Size], around_px: Sequence[int]) -> list
             region = Rect(
                 min(region.y0, below.y0), max(region.y1, below.y1), min(region.x0, below.x0), max(region.x1, below.x1)
             )
-        results.append(aligned(region, size))
+        results.append(aligned(region, size, align_px))
     return results[::-1]
 
 
-def aligned(rect: Rect, size: Size) -> Rect:
+def aligned(rect: Rect, size: Size, align_px: int = ALIGN_PX) -> Rect:
     """The rectangle grown to whole pooling windows, as tiles are, or to the image's border."""
-    y0, x0 = (edge // ALIGN_PX * ALIGN_PX for edge in (rect.y0, rect.x0))
-    return Rect(y0, min(ceil_to(rect.y1, ALIGN_PX), size[0]), x0, min(ceil_to(rect.x1, ALIGN_PX), size[1]))
+    y0, x0 = (edge // align_px * align_px for edge in (rect.y0, rect.x0))
+    return Rect(y0, min(ceil_to(rect.y1, align_px), size[0]), x0, min(ceil_to(rect.x1, align_px), size[1]))

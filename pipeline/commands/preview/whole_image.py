@@ -15,18 +15,20 @@ from pipeline import store
 from pipeline.core.tiling import Rect, Size, Tile
 from pipeline.core.vgg_layers import LAYER_BY_NAME
 from pipeline.losses.objective import Gram
-from pipeline.render import mask_tasks, tile_tasks
+from pipeline.plan import fitting_scales
+from pipeline.render import mask_tasks, tile_specs, tile_tasks
 from pipeline.render.preparation import ingest_guides
 from pipeline.render.resample import tiles_of
 from pipeline.render.stage import Stage
-from pipeline.store import UNGUIDED, Guides
+from pipeline.store import UNGUIDED, Guides, layer_key
 
 
 @dataclass(frozen=True)
 class WholeImageEstimate:
-    """`grams`: G_whole − G_region, by style key. `energies`: E_whole/E_region per position, by content layer.
+    """`grams`: G_whole − G_region, by style key. `energies`: E_whole/E_region per position, by layer key.
 
-    A style key without an estimate is left out: its mask is black in the region, or everywhere.
+    A key without an estimate is left out: its mask is black in the region or everywhere, or the finished stage is too
+    small for its scale.
     """
 
     grams: Mapping[str, Gram]
@@ -64,6 +66,9 @@ class WholeImage:
         InputError for a broken mask.
         """
         whole = Rect(0, self.size[0], 0, self.size[1])
+        scales, padding = stage.layer_use.scales, stage.config.network.padding
+        scales = fitting_scales(scales, self.size, stage.layer_use.names, padding)
+        stage = replace(stage, layer_use=replace(stage.layer_use, scales=scales))
         canvas, layers, guided = self.canvas, stage.layer_use.style_layers, self._guided(stage)
         of_whole, of_region = (
             self._mean_grams(stage, canvas, layers, rect, guided, stage.layer_use.with_mean) for rect in (whole, region)
@@ -75,7 +80,7 @@ class WholeImage:
         content, layers, guided = self.content, stage.layer_use.content_layers, _Guided(self.folder)
         of_whole, of_region = (self._mean_grams(stage, content, layers, rect, guided) for rect in (whole, region))
         return WholeImageEstimate(
-            grams, {layer: _ratio(of_whole[layer].trace(), of_region[layer].trace()) for layer in layers}
+            grams, {key: _ratio(of_whole[key].trace(), of_region[key].trace()) for key in of_region}
         )
 
     def _guided(self, stage: Stage) -> _Guided:
@@ -100,7 +105,7 @@ class WholeImage:
             return {}
         tiles = [Tile(index, inner, *self.size) for index, inner in enumerate(tiles_of(rect, self.tile_px))]
         specs = [
-            tile_tasks.GramSpec(
+            tile_specs.GramSpec(
                 array.path.parent,
                 array.path.name,
                 tile,
@@ -111,6 +116,7 @@ class WholeImage:
                 guides=guided.guides,
                 guides_dir=guided.folder,
                 with_mean=with_mean,
+                scales=stage.layer_use.scales,
             )
             for tile in tiles
         ]
@@ -122,10 +128,19 @@ class WholeImage:
 
 def _areas(stage: Stage, tiles: list[Tile], layers: tuple[str, ...], guided: _Guided) -> dict[str, float]:
     """Number of positions by style key; with masks, the sums of their weights."""
+    scales = stage.layer_use.scales
+    places = [(name, scale) for scale in range(scales) for name in layers]
     if not guided.guides.regions:
-        return {name: float(sum(tile.inner.positions(LAYER_BY_NAME[name]).area for tile in tiles)) for name in layers}
-    specs = [mask_tasks.AreaSpec(guided.folder, tile, guided.guides, layers, guided.checksums) for tile in tiles]
-    return mask_tasks.total_areas(stage.executor.map(mask_tasks.area_task, specs), guided.guides, layers)
+        return {layer_key(name, scale): _positions(tiles, name, scale) for name, scale in places}
+    specs = [
+        mask_tasks.AreaSpec(guided.folder, tile, guided.guides, layers, guided.checksums, scales) for tile in tiles
+    ]
+    keys = [layer_key(name, scale) for name, scale in places]
+    return mask_tasks.total_areas(stage.executor.map(mask_tasks.area_task, specs), guided.guides, keys)
+
+
+def _positions(tiles: list[Tile], layer: str, scale: int) -> float:
+    return float(sum(tile.inner.shrunk(scale).positions(LAYER_BY_NAME[layer]).area for tile in tiles))
 
 
 def _ratio(whole_energy: float, part_energy: float) -> float:

@@ -182,6 +182,43 @@ def test_at_1024_px_tiles_at_most_1_75_pixels_are_computed_for_one_kept():
         assert stage.tiles == ceil(size[0] / 1024) * ceil(size[1] / 1024)
 
 
+@pytest.mark.parametrize(
+    ("size", "style", "padding", "wanted"),
+    [
+        ((1024, 1024), (700, 900), "replicate", [1, 2, 3]),
+        ((1000, 1000), (700, 900), "replicate", [1, 2, 2]),  # a quarter, 250 px, is less than the first stage's 256
+        ((1024, 63), (700, 900), "replicate", [1, 2, 2]),  # 15 px have no position at conv5_1
+        ((1024, 1024), (60, 60), "reflect", [1, 1, 1]),  # 30 px of the style have one, and reflect needs two
+    ],
+)
+def test_a_stage_has_the_scales_that_it_is_large_enough_for(size, style, padding, wanted):
+    """`loss.scales: 3` for all stages must neither fail in the small ones nor change what the first one does."""
+    keys = {"memory": {"limit": "64GiB"}, "network": {"padding": padding}, "loss": {"scales": 3}}
+    plan = planned(size, (style,), initial_size=256, **keys)
+    assert [stage.scales for stage in plan.stages] == wanted
+
+
+def test_scales_add_their_pixels_and_targets_to_the_work():
+    """Time left and free disk space are computed from them. A tile of 512 px is one of 256 px at half the size."""
+    keys = {"memory": {"limit": "64GiB"}, "initial_size": 512, "compute": {"tile_px": 512, "device": "cpu"}}
+    one, two = (planned((1024, 1024), **keys, loss={"scales": scales}).stages[-1] for scales in (1, 2))
+    assert two.gradient_px == one.gradient_px + computed_px((512, 512), 256, 160)
+    assert two.gram_px == one.gram_px + computed_px((512, 512), 256, 80)
+    # content features in float32 at conv4_2, of which a chunk of 512 px has 64 × 64 positions, and a quarter
+    assert two.store_bytes == one.store_bytes + 4 * 32 * 32 * 512 * 4
+
+
+def test_tiles_are_aligned_at_every_scale():
+    """Pooling windows of a coarse scale that lie in two tiles would be seams."""
+    keys = {"memory": {"limit": "64GiB"}, "initial_size": 256, "loss": {"scales": 3}, "store": {"chunk_px": 48}}
+    with pytest.raises(ConfigError, match=r"tile_px: 240 is not a multiple of 192, .* loss.scales .* Use 384"):
+        planned((1024, 1024), compute={"tile_px": 240, "device": "cpu"}, **keys)
+    assert planned((1024, 1024), compute={"tile_px": 384, "device": "cpu"}, **keys).tile_px == 384
+    small = keys | {"memory": {"limit": "1500MiB"}}
+    chosen = planned((1024, 1024), compute={"tile_px": "auto", "device": "cpu"}, **small).tile_px
+    assert 0 < chosen < 1024 and chosen % 192 == 0
+
+
 # Convolutions of VGG-19 to conv5_1: (C_in, C_out, stride), copied from the paper of Simonyan and Zisserman, table 1, E
 VGG19_E = [
     (3, 64, 1),

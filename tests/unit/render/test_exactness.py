@@ -11,7 +11,6 @@ import math
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +25,7 @@ from pipeline.config.config import load_config
 from pipeline.core.vgg_layers import halo_px
 from pipeline.network.vgg import Network
 from pipeline.render import tile_tasks, update
-from pipeline.render.iteration import Iterations
-from pipeline.render.measurements import IterationResult
-from pipeline.render.tile_tasks import GradientSpec, GramSpec
+from pipeline.render.tile_specs import GradientSpec, GramSpec
 from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
@@ -38,9 +35,10 @@ from tests.support.inputs import write_config, write_image
 from tests.support.stages import (
     EXACT,
     TILES,
-    Case,
     InOrder,
+    Rendering,
     assert_exact,
+    delayed,
     final_canvas,
     literal_stage,
     make_problem,
@@ -384,13 +382,18 @@ def cases(draw):
     padding = draw(st.sampled_from(["replicate", "zeros", "reflect"]))
     least = max(reference.STRIDES[name] for name in style | content) * (2 if padding == "reflect" else 1)
     side = st.integers(max(16, least), 150)
-    size = draw(st.tuples(side, side))
-    tile_px = draw(st.sampled_from([px for px in (16, 32, 48, 64, 96, 160) if size[0] * size[1] <= 14 * px * px]))
+    size, style_size = draw(st.tuples(side, side)), draw(st.tuples(side, side))
+    scales = draw(
+        st.sampled_from([n for n in (1, 2, 3) if n == 1 or min(*size, *style_size) >> n - 1 >= max(16, least)])
+    )
+    tiles = [px for px in (16, 32, 48, 64, 96, 160) if size[0] * size[1] <= 14 * px * px and not px % (8 << scales)]
+    tile_px = draw(st.sampled_from(tiles))
     return {
         "size": size,
+        "scales": scales,
         "tile_px": tile_px,
         "chunk_px": draw(st.sampled_from([px for px in (tile_px, tile_px // 2) if px % 16 == 0])),
-        "style_sizes": (draw(st.tuples(side, side)),),
+        "style_sizes": (style_size,),
         "network": {
             "padding": padding,
             "pooling": draw(st.sampled_from(POOLINGS)),
@@ -424,32 +427,6 @@ def test_random_sizes_tiles_and_layers_are_exact(narrow_weights, case):
 # --- what runs side by side ---
 
 
-class Rendering:
-    """The first four iterations of a stage, as `run` does them; any of them may be tried again."""
-
-    def __init__(self, case: Case) -> None:
-        self._iterations = Iterations(case.stage, case.started.content_energies)
-        self._checksums, self.results = dict(case.started.checksums), list[IterationResult]()
-        self.follows = True  # one more iteration
-        self.committed = threading.Event()
-
-    def _commit(self, result: IterationResult) -> bool:
-        self.results.append(result)
-        self.committed.set()
-        self._checksums |= result.checksums
-        return self.follows
-
-    def iterate(self) -> None:
-        alpha = self.results[0].alpha if self.results else None
-        self._iterations.iterate(len(self.results), alpha, self._checksums, self._commit)
-
-    def finish(self) -> tuple[list[float], dict[str, str]]:
-        """Objectives and checksums."""
-        while len(self.results) < 4:
-            self.iterate()
-        return [result.objective for result in self.results], self._checksums
-
-
 @pytest.fixture
 def one_after_another(tmp_path, narrow_weights):
     """A rendering whose nodes run one after another, and the size of its canvas and tiles."""
@@ -458,16 +435,6 @@ def one_after_another(tmp_path, narrow_weights):
     with prepared(folder, narrow_weights, size, tile_px) as case:
         case.stage.executor = InOrder()
         return Rendering(case).finish(), size, tile_px
-
-
-def delayed(task, seconds: Iterator[float]):
-    def slow_task(spec):
-        time.sleep(next(seconds))
-        result = task(spec)
-        time.sleep(next(seconds))
-        return result
-
-    return slow_task
 
 
 def test_passes_beside_each_other_read_only_what_is_written(tmp_path, narrow_weights, monkeypatch, one_after_another):

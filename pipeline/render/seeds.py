@@ -1,0 +1,66 @@
+"""The seeds of a tile: the derivatives of J at the layers, from which the gradient is back-propagated.
+
+Axes in names: 1 batch, C channels, H rows, W columns, R regions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pipeline.core.tiling import Rect
+from pipeline.losses import objective
+from pipeline.losses.masks import GuideMaps
+from pipeline.losses.objective import Gram
+from pipeline.network.vgg import FeatureMap
+from pipeline.render.tile_specs import SeedSpec, Window
+
+
+@dataclass
+class Seeds:
+    """dJ/dφ of a tile at one scale, layer by layer, at all positions.
+
+    `of` is called once per layer and frees the layer's content.
+
+    `maps`: the masks, None without. `squares`: Σ(φ(p) − φ(o))² over the inner positions, of the content layers so far.
+    """
+
+    spec: SeedSpec
+    window: Window
+    style_CM: dict[str, Gram]
+    content: dict[str, tuple[Tensor, Rect]]
+    maps: GuideMaps | None = None
+    squares: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, feature_map: FeatureMap) -> Tensor | None:
+        """dJ/dφ, of the shape of the features; None for a layer that J does not use."""
+        key, features_1CHW = self.window.key(feature_map.layer), feature_map.features_1CHW
+        style = self._style(feature_map)
+        if key not in self.content:
+            return style
+        target_1CHW, region = self.content.pop(key)
+        rows, columns = feature_map.region.within(region)
+        # subtract in the precision of the store: in bfloat16 the difference of nearly equal numbers would be lost
+        difference = features_1CHW - target_1CHW[:, :, rows, columns]
+        weight_1HW = None if self.maps is None else self.maps.content_weight(feature_map.layer, feature_map.region)
+        rows, columns = self.window.tile.inner.positions(feature_map.layer).within(feature_map.region)
+        inner_weight_1HW = None if weight_1HW is None else weight_1HW[:, rows, columns]
+        self.squares[key] = objective.squares(difference[0, :, rows, columns], inner_weight_1HW)
+        if weight_1HW is not None:
+            difference *= weight_1HW
+        content = (self.spec.content_factors[key] * difference).to(features_1CHW)
+        return content if style is None else style + content
+
+    def _style(self, feature_map: FeatureMap) -> Tensor | None:
+        """d(N·w_s·Ls)/dφ at all positions of a layer, summed over the mask regions; None for a layer without style."""
+        features_1CHW, guides, total = feature_map.features_1CHW, self.spec.guides, None
+        guided = self.maps if guides.regions > 0 else None
+        shares_RHW = None if guided is None else guided.shares(feature_map.layer, feature_map.region).to(features_1CHW)
+        for region, key in enumerate(guides.keys(self.window.key(feature_map.layer))):
+            if key in self.style_CM:
+                seed_1CHW = objective.style_seed(features_1CHW, self.style_CM[key])
+                if shares_RHW is not None:
+                    seed_1CHW *= shares_RHW[region]
+                total = seed_1CHW if total is None else total.add_(seed_1CHW)
+        return total
