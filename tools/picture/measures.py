@@ -164,7 +164,7 @@ def moments(network: NetworkSpec, image: ndarray, layers: tuple[str, ...] = STYL
     names = {name for name in layers if name in network.source.widths}
     sums: dict[str, list[Any]] = {name: [0.0, 0.0] for name in names}
     for tile in grid(height, width, TILE_PX):
-        outer = tile.outer(halo_px(names))
+        outer = tile.outer(halo_px(names, network.pooling))
         pixels_HWC = np.ascontiguousarray(image[outer.y0 : outer.y1, outer.x0 : outer.x1], np.float32)
         pixels_1CHW = torch.from_numpy(pixels_HWC).to(network.device).permute(2, 0, 1)[None]
         with torch.no_grad():
