@@ -94,7 +94,9 @@ def test_a_coarse_window_that_is_smaller_is_seen(tmp_path, narrow_weights, monke
 
 def test_the_next_gram_pass_waits_for_the_wider_windows(tmp_path, narrow_weights, monkeypatch):
     """A chunk farther away, read too early at a coarse scale, would mix two iterations into one picture."""
-    values = {"size": (32, 288), "tile_px": 32, "scales": 2, "network": SHALLOW, "chunk_px": 16}
+    # conv3_1 depends on 10 px: at scale 1 on 20, which are in the second of a tile's chunks of 16
+    network = {"content_layers": {"conv1_1": 1.0}, "style_layers": {"conv3_1": 1.0}}
+    values = {"size": (32, 288), "tile_px": 32, "scales": 2, "network": network, "chunk_px": 16}
     (tmp_path / "one").mkdir()
     with prepared(tmp_path / "one", narrow_weights, **values) as case:
         case.stage.executor = InOrder()
