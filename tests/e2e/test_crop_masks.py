@@ -98,7 +98,7 @@ def part_of(folder: Path, weights: Path, executor: ThreadExecutor, rect: Rect, k
     return _Measured(stage, prepare(stage, None, is_region=True))
 
 
-@pytest.mark.parametrize("kind", ["normalized", "gatys"])
+@pytest.mark.parametrize("kind", ["normalized", "gatys", "wasserstein"])
 def test_with_the_wholes_grams_a_regions_gradient_is_the_wholes(tmp_path, narrow_weights, kind):
     """The strength of a style must not depend on how much of its mask is in the region."""
     everything, rect, halo = Rect(0, 96, 0, 240), Rect(0, 96, 80, 208), 32

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.losses.color_space import DECORRELATED
 from pipeline.render.adam import AdamStep, bias_correction, first_max_update, schedule_factor, update
 
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-6
@@ -142,6 +143,32 @@ def test_clipping_can_be_switched_off():
     clipped, free = results
     assert clipped.tolist() == [0, 255, free[2]]
     assert free[0] < 0 and free[1] > 255
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_decorrelated_steps_are_adam_on_the_coordinates(dtype):
+    """The store has no coordinates θ, only p = M·θ: the canvas must be where Adam on θ would have brought it."""
+    matrix = np.array(DECORRELATED)
+    rng = np.random.default_rng(3)
+    canvas = rng.uniform(60, 190, (5, 7, 3))
+    theta = np.linalg.solve(matrix, canvas.reshape(-1, 3).T).T.reshape(canvas.shape)
+    p, m, v, scratch = canvas.astype(dtype), *(np.zeros(canvas.shape, dtype) for _ in range(3))
+    m_theta = v_theta = 0.0
+    for g in rng.normal(size=(6, *canvas.shape)):  # of the pixels
+        g_theta = g @ matrix
+        m_theta, v_theta = BETA1 * m_theta + (1 - BETA1) * g_theta, BETA2 * v_theta + (1 - BETA2) * g_theta**2
+        theta = theta - 0.7 * m_theta / np.sqrt(v_theta + EPSILON)
+        step = AdamStep(BETA1, BETA2, EPSILON, 0.7, clip=False, basis=DECORRELATED)
+        update(g_theta.astype(dtype), p, m, v, scratch, step)
+    assert np.abs(p - theta @ matrix.T).max() < (1e-10 if dtype == np.float64 else 1e-3)
+    assert np.abs(p - canvas).max() > 1
+
+
+def test_a_step_of_luminance_moves_each_channel_by_about_a_level():
+    """`target_pixel_change` means levels in these coordinates too; colours move less, so that they grain less."""
+    matrix = np.array(DECORRELATED)
+    assert matrix[:, 0].mean() == pytest.approx(1) and np.ptp(matrix[:, 0]) < 0.05
+    assert np.abs(matrix[:, 1:]).max() < 0.5
 
 
 def test_cosine_falls_from_1_to_a_twentieth_and_constant_stays():

@@ -37,7 +37,7 @@ def two_masks(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(("size", "tile_px"), [((64, 96), 96), ((65, 113), 48), ((33, 300), 96)])
-@pytest.mark.parametrize("kind", ["normalized", "gatys"])
+@pytest.mark.parametrize("kind", ["normalized", "gatys", "wasserstein"])
 def test_two_regions_and_the_rest_are_exact_for_any_partition(tmp_path, narrow_weights, size, tile_px, kind):
     """Soft edges, overlaps and what the masks leave: a seam between tiles, or a style that leaks, is an error here."""
     first, second = two_masks(*size)
