@@ -104,7 +104,7 @@ class LossConfig(Section):
         "wasserstein",
         description="style loss; wasserstein compares mean and covariance; gatys, normalized: Gram matrices",
     )
-    content_weight: Share = Field(0.04, description="weight of the content loss")
+    content_weight: Share = Field(0.15, description="weight of the content loss")
     style_weight: Share = Field(1.0, description="weight of the style loss")
     tv_weight: Share = Field(
         0.2, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=new(0.0)
@@ -136,7 +136,7 @@ class OptimizerConfig(Section):
     """Adam and its schedule."""
 
     schedule: Literal["cosine", "constant"] = Field("cosine", description="step size over the iterations of a stage")
-    max_iterations: Int = Field(60, ge=1, le=MAX_ITERATIONS, description="iterations of each stage")
+    max_iterations: Int = Field(40, ge=1, le=MAX_ITERATIONS, description="iterations of each stage")
     target_pixel_change: Float = Field(8.0, gt=0, le=255, description="largest pixel change in the first step")
     stop_condition: Float = Field(
         default_factory=_default_stop, ge=0, description="end a stage when mean|u| is below this; 0.1 if constant"

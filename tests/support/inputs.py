@@ -30,7 +30,7 @@ PLAIN: dict[str, Any] = {
     "dequantize": False,
     "network": {"pooling": "max", "style_layers": {f"conv{block}_1": 0.2 for block in range(1, 6)}},
     "loss": {"kind": "normalized", "content_weight": 0.05, "tv_weight": 0.0},
-    "optimizer": {"target_pixel_change": 12.8, "color_space": "rgb"},
+    "optimizer": {"max_iterations": 60, "target_pixel_change": 12.8, "color_space": "rgb"},
 }
 
 

@@ -22,22 +22,22 @@ import pyvips
 import yaml
 
 import pipeline
+from pipeline.core.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "configs" / "samples"
 FONT = Path(pipeline.__file__).parent / "assets" / "DejaVuSans.ttf"
 GAP_PX, LABEL_PX, HEIGHT_PX = 8, 26, 300
 MAX_BYTES = 150_000
-# The quickstart's settings at a size that renders in a minute; the keys of a control override them.
+# The defaults, at a size that renders in a minute; the keys of a control override them.
 BASE: dict[str, Any] = {
     "content": str(SAMPLES / "landscape.jpg"),
     "styles": [{"image": str(SAMPLES / "strokes.jpg")}],
     "output": "out.png",
     "size": 320,
     "initial_size": 160,
-    "network": {"name": "vgg19-lite", "pooling": "average"},
-    "loss": {"content_weight": 0.02},
-    "optimizer": {"target_pixel_change": 5},
+    "stage_ratio": 2,
+    "network": {"name": "vgg19-lite"},
 }
 Keys = dict[str, Any]
 Box = tuple[int, int, int, int]
@@ -130,6 +130,16 @@ CONTROLS: dict[str, Control] = {
 }
 
 
+def merged(base: Keys, keys: Keys) -> Keys:
+    """`base` overridden by `keys`: sections are merged, other values are replaced."""
+    both = {**base, **keys}
+    return both | {
+        key: merged(base[key], value)
+        for key, value in keys.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+
+
 def draw_masks(folder: Path) -> None:
     """Draw sky.png, white above the horizon of landscape.jpg, and house.png, white around its house; soft edges."""
     draw_dots(folder)
@@ -151,21 +161,46 @@ def draw_cutout(folder: Path) -> None:
     content.bandjoin(alpha).write_to_file(str(folder / "cutout.png"))
 
 
-# Limits the style to the canvas: two stages instead of four.
-PAINTED: Keys = {"image": STROKES, "max_size": 320}
+PAINTED: Keys = {"image": STROKES}
 SKY = "../sky.png"
 CONSTANT: Keys = {"target_pixel_change": 40.0, "schedule": "constant", "stop_condition": 0.0}
-GRAINY: Keys = {"styles": [PAINTED], "network": {"pooling": "max"}, "optimizer": {"target_pixel_change": 12.8}}
+# The paper's loss, colours and pooling have the most grain.
+GRAINY: Keys = {
+    "network": {"pooling": "max"},
+    "loss": {"kind": "normalized", "tv_weight": 0},
+    "optimizer": {"target_pixel_change": 12.8, "color_space": "rgb"},
+}
 CONTROLS |= {
+    "presets": Control(
+        [
+            (name, {"preset": name, **({"size": [320, 240], "initial_size": 160} if name == "texture" else {})})
+            for name in PRESETS
+        ]
+    ),
+    "kind": Control(
+        [
+            ("wasserstein", {}),
+            ("normalized", {"loss": {"kind": "normalized"}}),
+            ("gatys", {"loss": {"kind": "gatys", "content_weight": 1e-4}}),
+        ]
+    ),
+    "color_space": Control(
+        [(space, {"optimizer": {"color_space": space}}) for space in ("decorrelated", "rgb")],
+        crop=(160, 80, 160, 160),
+    ),
+    "pooling": Control(
+        [(pooling, {"network": {"pooling": pooling}}) for pooling in ("max", "average", "tent", "l2")],
+        crop=(160, 80, 160, 160),
+    ),
     "average": Control(
         [
-            (f"average: {average:g}", {**GRAINY, "optimizer": {**CONSTANT, "average": average}})
+            (f"average: {average:g}", merged(GRAINY, {"optimizer": {**CONSTANT, "average": average}}))
             for average in (0.0, 0.9, 0.97)
         ],
         crop=(180, 100, 100, 100),
     ),
     "tv": Control(
-        [(f"tv_weight: {weight:g}", {**GRAINY, "loss": {"tv_weight": weight}}) for weight in (0.0, 0.3, 2.0)],
+        [(f"tv_weight: {weight:g}", merged(GRAINY, {"loss": {"tv_weight": weight}})) for weight in (0.0, 0.3, 2.0)],
         crop=(160, 80, 160, 160),
     ),
     "color": Control(
@@ -197,16 +232,6 @@ CONTROLS |= {
         prepare=draw_cutout,
     ),
 }
-
-
-def merged(base: Keys, keys: Keys) -> Keys:
-    """`base` overridden by `keys`: sections are merged, other values are replaced."""
-    both = {**base, **keys}
-    return both | {
-        key: merged(base[key], value)
-        for key, value in keys.items()
-        if isinstance(value, dict) and isinstance(base.get(key), dict)
-    }
 
 
 def render(keys: Keys, folder: Path) -> Any:
