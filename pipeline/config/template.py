@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pipeline.config.config import Config
 from pipeline.config.messages import expected, placeholders
 from pipeline.config.presets import with_preset
+from pipeline.config.sections import StageConfig
 
 
 def template(preset: str | None = None) -> str:
@@ -26,6 +27,11 @@ def template(preset: str | None = None) -> str:
     return "\n".join([head, *_template_lines(config)]) + "\n"
 
 
+def _stage_lines(stage: StageConfig) -> list[str]:
+    """An entry of `stages`: the given keys only, because a default would override the value of the top level."""
+    return yaml.safe_dump(stage.model_dump(mode="json", exclude_unset=True), sort_keys=False).splitlines()
+
+
 def _template_lines(section: BaseModel) -> Iterator[str]:
     plain = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
@@ -36,7 +42,7 @@ def _template_lines(section: BaseModel) -> Iterator[str]:
         elif isinstance(value, tuple) and value:
             yield f"{name}:  # {field.description}; {expected(field.annotation, field.metadata)}"
             for entry in value:
-                first, *others = _template_lines(entry)
+                first, *others = _stage_lines(entry) if isinstance(entry, StageConfig) else _template_lines(entry)
                 yield from (f"  - {first}", *(f"    {line}" for line in others))
         else:
             # A default that depends on another key is commented out: a fixed value would no longer follow that key.
