@@ -3,11 +3,11 @@
     python -m tools.distill.distill_network --teacher vgg19-dcbb9e9d.pth --teacher-padding zeros --images photos/ \
         --output vgg19-small.safetensors
 
-It shows how much of the teacher's features the student explains on held-out images, per layer and padding. 1,000 steps
-of three crops of 256 px took 9 minutes on one CPU thread (docs/networks.md, with the results). distillation.py
-describes the method. The checkpoint beside the output holds student, maps and optimiser, and a step's batch depends on
-the seed and the step alone, so the same command resumes a killed training. Then only --steps may differ: it sets the
-step at which the learning rate reaches its end.
+It shows how much of the teacher's features the student explains on held-out images, per layer and padding. A second
+teacher, --deep-teacher, can replace the first at some layers. distillation.py describes the method, docs/networks.md
+the packaged network, with the times that it took. The checkpoint beside the output holds student, maps and optimiser,
+and a step's batch depends on the seed and the step alone, so the same command resumes a killed training. Then only
+--steps may differ: it sets the step at which the learning rate reaches its end.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from pipeline.network.weights_file import load_state
 from tools.distill.distillation import INPUT_KEYS, Distillation, Settings, Training
 from tools.distill.training_images import list_images
 
+WEIGHTS = click.Path(exists=True, dir_okay=False, path_type=Path)
 CHECKPOINT_EVERY_S = 60
 EXIT_STOPPED = 75
 INPUT_CONVENTIONS = {
@@ -142,6 +143,7 @@ def write_network(task: Distillation, training: Training, output: Path, source: 
         "made_by": f"tools/distill/distill_network.py, {training.step} steps",
         "settings": json.dumps(asdict(task.settings)),
         "teacher_sha256": task.settings.teacher_sha256,
+        "deep_teacher_sha256": task.settings.deep_teacher_sha256,
         "input": INPUT_CONVENTIONS[INPUT_KEYS[0] in halves],
         "padding": ", ".join(task.settings.paddings),
         "pooling": task.settings.pooling,
@@ -172,8 +174,15 @@ def parse_widths(_context: click.Context, _option: click.Parameter, value: str) 
     return widths
 
 
+def parse_layers(_context: click.Context, _option: click.Parameter, value: str) -> tuple[str, ...]:
+    layers = tuple(value.split(","))
+    if unknown := [layer for layer in layers if layer not in CONV_NAMES]:
+        raise click.BadParameter(f"{', '.join(unknown)}: unknown; the layers are {', '.join(CONV_NAMES)}.")
+    return layers
+
+
 @click.command(help=__doc__.split("\n\n", maxsplit=1)[0])
-@click.option("--teacher", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
+@click.option("--teacher", type=WEIGHTS, required=True)
 @click.option("--images", type=click.Path(exists=True, file_okay=False), required=True, multiple=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="A .safetensors file.")
 @click.option("--widths", default="16,32,48,80,96", callback=parse_widths, show_default=True, help="Per block.")
@@ -190,6 +199,9 @@ def parse_widths(_context: click.Context, _option: click.Parameter, value: str) 
     "--gram-weight", default=0.5, show_default=True, help="Weight of the Gram matrices relative to the features."
 )
 @click.option("--teacher-padding", default="zeros", type=click.Choice(list(PADDINGS)), show_default=True)
+@click.option("--deep-teacher", type=WEIGHTS, help="A second teacher, for the layers of --deep-layers.")
+@click.option("--deep-layers", default="conv5_1", callback=parse_layers, show_default=True, help="Of --deep-teacher.")
+@click.option("--deep-padding", default="zeros", type=click.Choice(list(PADDINGS)), show_default=True)
 @click.option("--padding", "paddings", default=("replicate", "zeros"), type=click.Choice(list(PADDINGS)),
               multiple=True, show_default=True, help="Of the student; with several, each batch draws one.")  # fmt: skip
 @click.option("--pooling", default="max", type=click.Choice(["max", "average"]), show_default=True)
@@ -200,6 +212,8 @@ def parse_widths(_context: click.Context, _option: click.Parameter, value: str) 
 def main(
     *,
     teacher: Path,
+    deep_teacher: Path | None,
+    deep_layers: tuple[str, ...],
     images: tuple[str, ...],
     output: Path,
     device: str,
@@ -211,12 +225,19 @@ def main(
     paths = list_images(images)
     if len(paths) < 2:
         raise click.UsageError(f"{', '.join(images)}: {len(paths)} images found, at least two are needed.")
-    settings = Settings(teacher_sha256=sha256_of(teacher), images=len(paths), **options)
+    settings = Settings(
+        teacher_sha256=sha256_of(teacher),
+        deep_teacher_sha256=sha256_of(deep_teacher) if deep_teacher else "",
+        deep_layers=deep_layers if deep_teacher else (),
+        images=len(paths),
+        **options,
+    )
     if settings.crop_px % ALIGN_PX or settings.crop_px < min_side_px(CONV_NAMES, "reflect"):
         raise click.UsageError(f"--crop-px must be a multiple of {ALIGN_PX}.")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        task = Distillation(settings, load_state(teacher), paths, device)
+        deep_state = load_state(deep_teacher) if deep_teacher else None
+        task = Distillation(settings, load_state(teacher), paths, device, deep_state)
         training = train(task, output, console, evaluate_every=evaluate_every)
     except PipelineError as error:
         raise click.ClickException(str(error)) from error
