@@ -78,6 +78,10 @@ def with_other_layer(teacher, name):
     return teacher.with_name("deep.safetensors")
 
 
+def scores(task, student, maps, padding):
+    return task.scores(student, maps, (padding,))[padding]
+
+
 def train(task, output, **options):
     return distill_network.train(task, output, Console(quiet=True), evaluate_every=100, **options)
 
@@ -121,10 +125,14 @@ def test_teacher_may_have_torchvision_names(teacher, folder, tmp_path):
     assert set(load_file(tmp_path / "student.safetensors")) == {key for key in ours if not key.startswith("input")}
 
 
-def test_resumed_training_is_identical_to_an_unbroken_one(teacher, folder, tmp_path):
-    unbroken = train(make_task(teacher, folder), tmp_path / "unbroken")
-    assert train(make_task(teacher, folder), tmp_path / "broken", stop_at=2).step == 2
-    resumed = train(make_task(teacher, folder), tmp_path / "broken")
+@pytest.mark.parametrize("distinct_batches", [0, 2])
+def test_resumed_training_is_identical_to_an_unbroken_one(teacher, folder, tmp_path, distinct_batches):
+    def task():
+        return make_task(teacher, folder, distinct_batches=distinct_batches)
+
+    unbroken = train(task(), tmp_path / "unbroken")
+    assert train(task(), tmp_path / "broken", stop_at=3).step == 3
+    resumed = train(task(), tmp_path / "broken")
     assert resumed.step == unbroken.step == 5
     for name in ("student", "maps"):
         first, second = getattr(unbroken, name), getattr(resumed, name)
@@ -140,20 +148,19 @@ def test_checkpoint_of_other_settings_is_refused(teacher, folder, tmp_path):
 def test_training_lowers_the_loss(teacher, folder):
     task = make_task(teacher, folder, steps=60, paddings=("replicate",), learning_rate=3e-3)
     training = task.start()
-    before = sum(task.scores(training.student, training.maps, "replicate").values())
+    before = sum(scores(task, training.student, training.maps, "replicate").values())
     for _ in range(60):
         task.train_step(training)
-    assert sum(task.scores(training.student, training.maps, "replicate").values()) > before
+    assert sum(scores(task, training.student, training.maps, "replicate").values()) > before
 
 
 def test_a_student_as_wide_as_the_teacher_explains_it_all(teacher, folder):
     task = make_task(teacher, folder, widths=WIDTHS, paddings=("reflect",), batch=2, crop_px=256)
     identity = {tap: torch.eye(WIDTHS[int(tap[4]) - 1]) for tap in CONV_NAMES}
-    scores = task.scores(load_state(teacher), identity, "reflect")
-    assert all(score == 1 for score in scores.values())
+    assert all(score == 1 for score in scores(task, load_state(teacher), identity, "reflect").values())
 
     student = distillation.warm_start(task)
-    fitted = task.scores(student, distillation.fit_maps(task, student), "reflect")
+    fitted = scores(task, student, distillation.fit_maps(task, student), "reflect")
     assert min(fitted.values()) > 0.99, fitted
 
 
@@ -162,11 +169,11 @@ def test_named_layers_are_learnt_from_the_second_teacher(teacher, folder):
     options = dict(widths=WIDTHS, paddings=("reflect",), deep_layers=("conv5_1",), deep_padding="reflect", batch=2)
     task = make_task(teacher, folder, deep_state=deep, crop_px=256, **options)
     identity = {tap: torch.eye(WIDTHS[int(tap[4]) - 1]) for tap in CONV_NAMES}
-    assert all(score == 1 for score in task.scores(deep, identity, "reflect").values())
-    assert task.scores(load_state(teacher), identity, "reflect")["conv5_1"] < 0.5
+    assert all(score == 1 for score in scores(task, deep, identity, "reflect").values())
+    assert scores(task, load_state(teacher), identity, "reflect")["conv5_1"] < 0.5
 
     student = distillation.warm_start(task)
-    fitted = task.scores(student, distillation.fit_maps(task, student), "reflect")
+    fitted = scores(task, student, distillation.fit_maps(task, student), "reflect")
     assert min(fitted.values()) > 0.99, fitted
 
 

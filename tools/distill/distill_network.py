@@ -94,10 +94,11 @@ def train(
     else:
         with console.status("warm start"):
             training = task.start()
-        console.print("warm start:", summary(task, training))
+        if evaluate_every:
+            console.print("warm start:", summary(task, training))
     try:
         for step, loss in steps(task, training, stop_at or task.settings.steps, checkpoint, console):
-            if step % evaluate_every == 0:
+            if evaluate_every and step % evaluate_every == 0:
                 console.print(f"step {step}: loss {loss:.4f}, {summary(task, training)}")
     finally:
         save_checkpoint(checkpoint, task.settings, training)
@@ -128,7 +129,7 @@ def steps(
 
 def summary(task: Distillation, training: Training) -> str:
     """Explained variance of every tap on held-out images in one line, with the first of the paddings."""
-    scores = task.scores(training.student, training.maps, task.settings.paddings[0])
+    (scores,) = task.scores(training.student, training.maps, task.settings.paddings[:1]).values()
     return "explained variance " + " ".join(f"{tap[4:]} {score:.3f}" for tap, score in scores.items())
 
 
@@ -137,7 +138,7 @@ def write_network(task: Distillation, training: Training, output: Path, source: 
     halves = {key: value.detach().half().contiguous().cpu() for key, value in training.student.items()}
     rounded: dict[str, Tensor] = {key: value.float().to(task.device) for key, value in halves.items()}
     paddings = tuple(dict.fromkeys((*task.settings.paddings, *PADDINGS)))
-    scores = {padding: task.scores(rounded, training.maps, padding) for padding in paddings}
+    scores = task.scores(rounded, training.maps, paddings)
     metadata = {
         "source": source,
         "made_by": f"tools/distill/distill_network.py, {training.step} steps",
@@ -188,6 +189,13 @@ def parse_layers(_context: click.Context, _option: click.Parameter, value: str) 
 @click.option("--widths", default="16,32,48,80,96", callback=parse_widths, show_default=True, help="Per block.")
 @click.option("--steps", default=4000, type=click.IntRange(1), show_default=True)
 @click.option("--batch", default=4, type=click.IntRange(1), show_default=True, help="Images per step.")
+@click.option(
+    "--distinct-batches",
+    default=0,
+    type=click.IntRange(0),
+    show_default=True,
+    help="Repeat this many batches, with the teachers' features in memory; 0: none is repeated.",
+)
 @click.option("--crop-px", default=256, type=click.IntRange(32), show_default=True, help="Side of a training image.")
 @click.option(
     "--generated", default=0.3, type=click.FloatRange(0, 1), show_default=True, help="Share of generated images."
@@ -207,7 +215,8 @@ def parse_layers(_context: click.Context, _option: click.Parameter, value: str) 
 @click.option("--pooling", default="max", type=click.Choice(["max", "average"]), show_default=True)
 @click.option("--seed", default=0, type=click.IntRange(0), show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--evaluate-every", default=500, type=click.IntRange(1), show_default=True, help="Steps between scores.")
+@click.option("--evaluate-every", default=500, type=click.IntRange(0), show_default=True,
+              help="Steps between scores; 0: scores at the end alone.")  # fmt: skip
 @click.option("--source", default="", help="Where the teacher comes from and its licence, for the file's metadata.")
 def main(
     *,

@@ -56,6 +56,7 @@ class Settings:
     deep_teacher_sha256: str = ""
     deep_layers: tuple[str, ...] = ()
     deep_padding: str = "zeros"
+    distinct_batches: int = 0  # 0: a new batch every step
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,10 @@ class Distillation:
                 raise InputError(f"the second teacher has no {', '.join(sorted(missing))}. Correct --deep-layers.")
             self.teachers.append(self.teacher(deep_state, settings.deep_padding, deep))
         self.taps = tuple(name for name in CONV_NAMES if name in (*taps, *deep))
-        self.warm_batches = [self.batch((1, number)) for number in range(WARM_START_BATCHES)]
-        moments = [second_moments(self.targets(batch)) for batch in self.warm_batches]
+        self.kept: dict[int, tuple[Tensor, State]] = {}  # batches by their numbers, with their targets
+        warm_batches = (self.batch((1, number)) for number in range(WARM_START_BATCHES))
+        self.warm_batches = [(pixels, self.targets(pixels)) for pixels in warm_batches]
+        moments = [second_moments(targets) for _, targets in self.warm_batches]
         self.energy = {tap: mean_of([moment[tap] for moment in moments]) for tap in self.taps}
 
     def teacher(self, state: Mapping[str, Tensor], padding: str, taps: tuple[str, ...]) -> Teacher:
@@ -136,6 +139,20 @@ class Distillation:
         found = [all_features(teacher.network, pixels_BCHW, teacher.taps) for teacher in self.teachers]
         return {tap: value for features in found for tap, value in features.items()}
 
+    def training_batch(self, step: int) -> tuple[Tensor, State]:
+        """The images of a step and their targets, which are kept in memory if the training repeats its batches."""
+        repeat_after = self.settings.distinct_batches
+        if not repeat_after:
+            pixels = self.batch((0, step))
+            return pixels, self.targets(pixels)
+        number = step % repeat_after
+        if number not in self.kept:
+            pixels = self.batch((0, number))
+            # Half the memory; bfloat16 has float32's range, which large features need.
+            self.kept[number] = pixels, {tap: value.bfloat16() for tap, value in self.targets(pixels).items()}
+        pixels, targets = self.kept[number]
+        return pixels, {tap: value.float() for tap, value in targets.items()}
+
     def start(self) -> Training:
         """A warm-started student with its maps and optimiser."""
         student = warm_start(self)
@@ -156,8 +173,7 @@ class Distillation:
         for group in training.optimizer.param_groups:
             group["lr"] = rate * group["size"]
         padding = np.random.default_rng([settings.seed, 2, training.step]).choice(settings.paddings)
-        pixels = self.batch((0, training.step))
-        targets = self.targets(pixels)
+        pixels, targets = self.training_batch(training.step)
         features = self.features(self.network(training.student, padding), pixels)
         losses = [self.tap_loss(tap, training.maps[tap], features[tap], targets[tap]) for tap in self.taps]
         loss = torch.stack(losses).mean()
@@ -186,11 +202,12 @@ class Distillation:
         gram_error = (gram_BCC - target_BCC).square().sum((1, 2)) / scale
         return (errors_BC @ weight_C + self.settings.gram_weight * gram_error).mean()
 
-    def scores(self, student: Mapping[str, Tensor], maps: State, padding: str) -> dict[str, float]:
-        """Explained variance at every tap on the held-out images, at their full size."""
-        network = self.network({key: value.detach() for key, value in student.items()}, padding)
+    def scores(self, student: State, maps: State, paddings: tuple[str, ...]) -> dict[str, dict[str, float]]:
+        """Explained variance by the student's padding and the tap, on the held-out images at their full size."""
+        frozen = {key: value.detach() for key, value in student.items()}
+        networks = {padding: self.network(frozen, padding) for padding in paddings}
         images = (to_batch([read_image(path)], self.device) for path in self.held_out_images)
-        return explained_variance(network, maps, self.targets, images)
+        return explained_variance(networks, maps, self.targets, images)
 
 
 def layers_of(state: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -232,27 +249,26 @@ def rate_factor(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def explained_variance(
-    student: Network, maps: State, teachers: Callable[[Tensor], State], images_BCHW: Iterator[Tensor]
-) -> dict[str, float]:
-    """Per tap, 1 − Σ(mapped student − target)² / Σ(target − its mean)², over all channels, positions and images.
+    students: Mapping[str, Network], maps: State, teachers: Callable[[Tensor], State], images_BCHW: Iterator[Tensor]
+) -> dict[str, dict[str, float]]:
+    """1 − Σ(mapped student − target)² / Σ(target − its mean)², over all channels, positions and images.
 
-    `teachers` gives the targets of an image.
+    By the student's name and the tap. `teachers` gives the targets of an image.
     """
-    taps = tuple(maps)
-    errors, squares, sums, count = ({tap: torch.zeros((), dtype=torch.float64) for tap in taps} for _ in range(4))
+    squares, sums, count = ({tap: torch.zeros((), dtype=torch.float64) for tap in maps} for _ in range(3))
+    errors = {name: dict.fromkeys(maps, torch.zeros((), dtype=torch.float64)) for name in students}
     for pixels in images_BCHW:
-        features, targets = all_features(student, pixels, taps), teachers(pixels)
-        for tap in taps:
-            target = targets[tap].double()
-            mapped = F.conv2d(features[tap], maps[tap][:, :, None, None]).double()
-            errors[tap] = errors[tap] + (mapped - target).square().sum().cpu()
-            squares[tap] = squares[tap] + target.square().sum().cpu()
-            sums[tap] = sums[tap] + target.sum((0, 2, 3)).cpu()
+        targets = teachers(pixels)
+        for tap, target in targets.items():
+            squares[tap] = squares[tap] + target.square().sum(dtype=torch.float64).cpu()
+            sums[tap] = sums[tap] + target.sum((0, 2, 3), dtype=torch.float64).cpu()
             count[tap] = count[tap] + target.shape[0] * target.shape[2] * target.shape[3]
-    return {
-        tap: float(1 - errors[tap] / (squares[tap] - (sums[tap].square() / count[tap]).sum()).clamp_min(1e-30))
-        for tap in taps
-    }
+        for name, student in students.items():
+            for tap, features in all_features(student, pixels, tuple(maps)).items():
+                error = F.conv2d(features, maps[tap][:, :, None, None]) - targets[tap]
+                errors[name][tap] = errors[name][tap] + error.square().sum(dtype=torch.float64).cpu()
+    variances = {tap: (squares[tap] - (sums[tap].square() / count[tap]).sum()).clamp_min(1e-30) for tap in maps}
+    return {name: {tap: float(1 - of[tap] / variances[tap]) for tap in maps} for name, of in errors.items()}
 
 
 def choose_channels(energy_CC: Tensor, count: int) -> list[int]:
@@ -300,11 +316,14 @@ def fit_convolution(
     """The 3×3 convolution of the student's features closest to the teacher's of its own features, before ReLU."""
     settings = task.settings
     network = task.network(student, settings.paddings[-1])
+    before = CONV_NAMES[CONV_NAMES.index(name) - 1]
     gram: Tensor | None = None
     cross: Tensor | None = None
-    for pixels in task.warm_batches:
-        target = F.conv2d(inputs_of(name, teacher.network, pixels, teacher.padding, settings.pooling), *convolution)
-        windows = F.unfold(inputs_of(name, network, pixels, settings.paddings[-1], settings.pooling), 3)
+    for pixels, targets in task.warm_batches:
+        own = targets if before in teacher.taps else all_features(teacher.network, pixels, (before,))
+        target = F.conv2d(input_of(name, own[before], teacher.padding, settings.pooling), *convolution)
+        features = all_features(network, pixels, (before,))[before]
+        windows = F.unfold(input_of(name, features, settings.paddings[-1], settings.pooling), 3)
         rows = torch.cat([windows, torch.ones_like(windows[:, :1])], 1).transpose(0, 1).flatten(1)
         target = target.flatten(2).transpose(0, 1).flatten(1)
         gram = (rows @ rows.T).double() + (0 if gram is None else gram)
@@ -314,13 +333,12 @@ def fit_convolution(
     return fitted[:, :-1].reshape(len(target), -1, 3, 3), fitted[:, -1]
 
 
-def inputs_of(name: str, network: Network, pixels_BCHW: Tensor, padding: str, pooling: str) -> Tensor:
+def input_of(name: str, features_BCHW: Tensor, padding: str, pooling: str) -> Tensor:
     """The input of convolution `name` (not the first): the features of the one before, pooled and padded."""
     before = CONV_NAMES[CONV_NAMES.index(name) - 1]
-    features = all_features(network, pixels_BCHW, (before,))[before]
     if LAYER_BY_NAME[before].stride != LAYER_BY_NAME[name].stride:
-        features = (F.max_pool2d if pooling == "max" else F.avg_pool2d)(features, 2)
-    return PADDINGS[padding](features, (False,) * 4)
+        features_BCHW = (F.max_pool2d if pooling == "max" else F.avg_pool2d)(features_BCHW, 2)
+    return PADDINGS[padding](features_BCHW, (False,) * 4)
 
 
 @torch.no_grad()
@@ -328,8 +346,8 @@ def fit_maps(task: Distillation, student: State) -> State:
     """The linear maps from the student's features to the teachers' at every tap, by ridge regression."""
     network = task.network(student, task.settings.paddings[-1])
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    for pixels in task.warm_batches:
-        features, targets = task.features(network, pixels), task.targets(pixels)
+    for pixels, targets in task.warm_batches:
+        features = task.features(network, pixels)
         for tap in task.taps:
             s, t = (value[tap].transpose(0, 1).flatten(1) for value in (features, targets))
             gram, cross = (s @ s.T).double(), (t @ s.T).double()
