@@ -173,13 +173,22 @@ def refuse_changes(config: Config, manifest: Manifest, identity_now: Identity) -
             changes.append(f"  {key}: was {old_value}, is {new_value}{_remedy(config, key, old_value)}")
     files, files_now = manifest.inputs, identity_now.inputs
     changed = [key for key in sorted(files.keys() | files_now.keys()) if files.get(key) != files_now.get(key)]
-    changes += [f"  {key}: the content of the file has changed" for key in changed]
+    changes += [f"  {key}: {_what_changed(key, config)}" for key in changed]
     if changes:
         raise ConfigError(
             f"{config.work_dir} holds a run of another config, and to resume would mix two images. Changed:\n"
             + "\n".join(changes)
             + "\nRestore these values, or give the new config its own work_dir, or delete the old one."
         )
+
+
+def _what_changed(key: str, config: Config) -> str:
+    if key == "network.weights" and config.network.weights is None:
+        return (
+            f"the run's weights of {config.network.name} are not those that this version uses. Resume with the version "
+            "that began the run, or name a copy of its weights file here"
+        )
+    return "the content of the file has changed"
 
 
 _NOT_GIVEN = "not given"

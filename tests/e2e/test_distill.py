@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from pipeline.config.sections import NetworkName
+from pipeline.core.errors import InputError
 from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import CONV_NAMES, LAYER_BY_NAME
 from pipeline.network.vgg import Network
@@ -58,7 +59,7 @@ def teacher(tmp_path):
     return tmp_path / "teacher.safetensors"
 
 
-def make_task(teacher, folder, **changes):
+def make_task(teacher, folder, deep_state=None, **changes):
     options = dict(
         teacher_sha256="", widths=(3, 4, 6, 6, 6), steps=5, batch=1, crop_px=64, generated=0.3, learning_rate=1e-3,
         gram_weight=0.5, teacher_padding="reflect", paddings=("replicate", "zeros"), pooling="max", seed=3,
@@ -66,7 +67,19 @@ def make_task(teacher, folder, **changes):
     )  # fmt: skip
     settings = distillation.Settings(**(options | changes))
     paths = training_images.list_images((str(folder),))
-    return distillation.Distillation(settings, load_state(teacher), paths, "cpu")
+    return distillation.Distillation(settings, load_state(teacher), paths, "cpu", deep_state)
+
+
+def with_other_layer(teacher, name):
+    """A second teacher, which differs from the first at one layer: its channels there are in reverse order."""
+    state = load_file(teacher)
+    changed = {key: state[key].flip(0) for key in (f"{name}.weight", f"{name}.bias")}
+    save_file(state | changed, teacher.with_name("deep.safetensors"))
+    return teacher.with_name("deep.safetensors")
+
+
+def scores(task, student, maps, padding):
+    return task.scores(student, maps, (padding,))[padding]
 
 
 def train(task, output, **options):
@@ -74,9 +87,10 @@ def train(task, output, **options):
 
 
 def test_writes_a_network_that_the_program_reads(teacher, folder, tmp_path):
-    output = tmp_path / "student.safetensors"
+    output, deep = tmp_path / "student.safetensors", with_other_layer(teacher, "conv5_1")
     arguments = ["--teacher", teacher, "--images", folder, "--output", output, "--widths", "3,4,6,6,6", "--steps", 3,
-                 "--batch", 1, "--crop-px", 64, "--device", "cpu", "--source", "a test"]  # fmt: skip
+                 "--batch", 1, "--crop-px", 64, "--device", "cpu", "--source", "a test", "--deep-teacher", deep,
+                 "--deep-layers", "conv4_4,conv5_1"]  # fmt: skip
     result = CliRunner().invoke(distill_network.main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     assert "explained variance on held-out images" in result.output
@@ -91,8 +105,10 @@ def test_writes_a_network_that_the_program_reads(teacher, folder, tmp_path):
     metadata = read_metadata(output)
     assert metadata["source"] == "a test"
     assert metadata["teacher_sha256"] == find_weights("vgg19", teacher, 0).sha256
+    assert metadata["deep_teacher_sha256"] == find_weights("vgg19", deep, 0).sha256
     assert set(json.loads(metadata["held_out_explained_variance"])["zeros"]) == set(CONV_NAMES)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "student.safetensors", "teacher.safetensors"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"deep.safetensors", "images", "student.safetensors", "teacher.safetensors"}
 
 
 def test_teacher_may_have_torchvision_names(teacher, folder, tmp_path):
@@ -109,10 +125,14 @@ def test_teacher_may_have_torchvision_names(teacher, folder, tmp_path):
     assert set(load_file(tmp_path / "student.safetensors")) == {key for key in ours if not key.startswith("input")}
 
 
-def test_resumed_training_is_identical_to_an_unbroken_one(teacher, folder, tmp_path):
-    unbroken = train(make_task(teacher, folder), tmp_path / "unbroken")
-    assert train(make_task(teacher, folder), tmp_path / "broken", stop_at=2).step == 2
-    resumed = train(make_task(teacher, folder), tmp_path / "broken")
+@pytest.mark.parametrize("distinct_batches", [0, 2])
+def test_resumed_training_is_identical_to_an_unbroken_one(teacher, folder, tmp_path, distinct_batches):
+    def task():
+        return make_task(teacher, folder, distinct_batches=distinct_batches)
+
+    unbroken = train(task(), tmp_path / "unbroken")
+    assert train(task(), tmp_path / "broken", stop_at=3).step == 3
+    resumed = train(task(), tmp_path / "broken")
     assert resumed.step == unbroken.step == 5
     for name in ("student", "maps"):
         first, second = getattr(unbroken, name), getattr(resumed, name)
@@ -128,21 +148,39 @@ def test_checkpoint_of_other_settings_is_refused(teacher, folder, tmp_path):
 def test_training_lowers_the_loss(teacher, folder):
     task = make_task(teacher, folder, steps=60, paddings=("replicate",), learning_rate=3e-3)
     training = task.start()
-    before = sum(task.scores(training.student, training.maps, "replicate").values())
+    before = sum(scores(task, training.student, training.maps, "replicate").values())
     for _ in range(60):
         task.train_step(training)
-    assert sum(task.scores(training.student, training.maps, "replicate").values()) > before
+    assert sum(scores(task, training.student, training.maps, "replicate").values()) > before
 
 
 def test_a_student_as_wide_as_the_teacher_explains_it_all(teacher, folder):
     task = make_task(teacher, folder, widths=WIDTHS, paddings=("reflect",), batch=2, crop_px=256)
     identity = {tap: torch.eye(WIDTHS[int(tap[4]) - 1]) for tap in CONV_NAMES}
-    scores = task.scores(task.teacher_state, identity, "reflect")
-    assert all(score == 1 for score in scores.values())
+    assert all(score == 1 for score in scores(task, load_state(teacher), identity, "reflect").values())
 
     student = distillation.warm_start(task)
-    fitted = task.scores(student, distillation.fit_maps(task, student), "reflect")
+    fitted = scores(task, student, distillation.fit_maps(task, student), "reflect")
     assert min(fitted.values()) > 0.99, fitted
+
+
+def test_named_layers_are_learnt_from_the_second_teacher(teacher, folder):
+    deep = load_state(with_other_layer(teacher, "conv5_1"))
+    options = dict(widths=WIDTHS, paddings=("reflect",), deep_layers=("conv5_1",), deep_padding="reflect", batch=2)
+    task = make_task(teacher, folder, deep_state=deep, crop_px=256, **options)
+    identity = {tap: torch.eye(WIDTHS[int(tap[4]) - 1]) for tap in CONV_NAMES}
+    assert all(score == 1 for score in scores(task, deep, identity, "reflect").values())
+    assert scores(task, load_state(teacher), identity, "reflect")["conv5_1"] < 0.5
+
+    student = distillation.warm_start(task)
+    fitted = scores(task, student, distillation.fit_maps(task, student), "reflect")
+    assert min(fitted.values()) > 0.99, fitted
+
+
+def test_a_second_teacher_without_a_named_layer_is_refused(teacher, folder):
+    cut_off = {key: value for key, value in load_state(teacher).items() if not key.startswith("conv5")}
+    with pytest.raises(InputError, match=r"has no conv5_1. Correct --deep-layers"):
+        make_task(teacher, folder, deep_layers=("conv5_1",), deep_state=cut_off)
 
 
 def test_chosen_channels_predict_the_others():

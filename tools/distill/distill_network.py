@@ -3,11 +3,11 @@
     python -m tools.distill.distill_network --teacher vgg19-dcbb9e9d.pth --teacher-padding zeros --images photos/ \
         --output vgg19-small.safetensors
 
-It shows how much of the teacher's features the student explains on held-out images, per layer and padding. 1,000 steps
-of three crops of 256 px took 9 minutes on one CPU thread (docs/networks.md, with the results). distillation.py
-describes the method. The checkpoint beside the output holds student, maps and optimiser, and a step's batch depends on
-the seed and the step alone, so the same command resumes a killed training. Then only --steps may differ: it sets the
-step at which the learning rate reaches its end.
+It shows how much of the teacher's features the student explains on held-out images, per layer and padding. A second
+teacher, --deep-teacher, can replace the first at some layers. distillation.py describes the method, docs/networks.md
+the packaged network, with the times that it took. The checkpoint beside the output holds student, maps and optimiser,
+and a step's batch depends on the seed and the step alone, so the same command resumes a killed training. Then only
+--steps may differ: it sets the step at which the learning rate reaches its end.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from pipeline.network.weights_file import load_state
 from tools.distill.distillation import INPUT_KEYS, Distillation, Settings, Training
 from tools.distill.training_images import list_images
 
+WEIGHTS = click.Path(exists=True, dir_okay=False, path_type=Path)
 CHECKPOINT_EVERY_S = 60
 EXIT_STOPPED = 75
 INPUT_CONVENTIONS = {
@@ -93,10 +94,11 @@ def train(
     else:
         with console.status("warm start"):
             training = task.start()
-        console.print("warm start:", summary(task, training))
+        if evaluate_every:
+            console.print("warm start:", summary(task, training))
     try:
         for step, loss in steps(task, training, stop_at or task.settings.steps, checkpoint, console):
-            if step % evaluate_every == 0:
+            if evaluate_every and step % evaluate_every == 0:
                 console.print(f"step {step}: loss {loss:.4f}, {summary(task, training)}")
     finally:
         save_checkpoint(checkpoint, task.settings, training)
@@ -127,7 +129,7 @@ def steps(
 
 def summary(task: Distillation, training: Training) -> str:
     """Explained variance of every tap on held-out images in one line, with the first of the paddings."""
-    scores = task.scores(training.student, training.maps, task.settings.paddings[0])
+    (scores,) = task.scores(training.student, training.maps, task.settings.paddings[:1]).values()
     return "explained variance " + " ".join(f"{tap[4:]} {score:.3f}" for tap, score in scores.items())
 
 
@@ -136,12 +138,13 @@ def write_network(task: Distillation, training: Training, output: Path, source: 
     halves = {key: value.detach().half().contiguous().cpu() for key, value in training.student.items()}
     rounded: dict[str, Tensor] = {key: value.float().to(task.device) for key, value in halves.items()}
     paddings = tuple(dict.fromkeys((*task.settings.paddings, *PADDINGS)))
-    scores = {padding: task.scores(rounded, training.maps, padding) for padding in paddings}
+    scores = task.scores(rounded, training.maps, paddings)
     metadata = {
         "source": source,
         "made_by": f"tools/distill/distill_network.py, {training.step} steps",
         "settings": json.dumps(asdict(task.settings)),
         "teacher_sha256": task.settings.teacher_sha256,
+        "deep_teacher_sha256": task.settings.deep_teacher_sha256,
         "input": INPUT_CONVENTIONS[INPUT_KEYS[0] in halves],
         "padding": ", ".join(task.settings.paddings),
         "pooling": task.settings.pooling,
@@ -172,13 +175,27 @@ def parse_widths(_context: click.Context, _option: click.Parameter, value: str) 
     return widths
 
 
+def parse_layers(_context: click.Context, _option: click.Parameter, value: str) -> tuple[str, ...]:
+    layers = tuple(value.split(","))
+    if unknown := [layer for layer in layers if layer not in CONV_NAMES]:
+        raise click.BadParameter(f"{', '.join(unknown)}: unknown; the layers are {', '.join(CONV_NAMES)}.")
+    return layers
+
+
 @click.command(help=__doc__.split("\n\n", maxsplit=1)[0])
-@click.option("--teacher", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
+@click.option("--teacher", type=WEIGHTS, required=True)
 @click.option("--images", type=click.Path(exists=True, file_okay=False), required=True, multiple=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="A .safetensors file.")
 @click.option("--widths", default="16,32,48,80,96", callback=parse_widths, show_default=True, help="Per block.")
 @click.option("--steps", default=4000, type=click.IntRange(1), show_default=True)
 @click.option("--batch", default=4, type=click.IntRange(1), show_default=True, help="Images per step.")
+@click.option(
+    "--distinct-batches",
+    default=0,
+    type=click.IntRange(0),
+    show_default=True,
+    help="Repeat this many batches, with the teachers' features in memory; 0: none is repeated.",
+)
 @click.option("--crop-px", default=256, type=click.IntRange(32), show_default=True, help="Side of a training image.")
 @click.option(
     "--generated", default=0.3, type=click.FloatRange(0, 1), show_default=True, help="Share of generated images."
@@ -190,16 +207,22 @@ def parse_widths(_context: click.Context, _option: click.Parameter, value: str) 
     "--gram-weight", default=0.5, show_default=True, help="Weight of the Gram matrices relative to the features."
 )
 @click.option("--teacher-padding", default="zeros", type=click.Choice(list(PADDINGS)), show_default=True)
+@click.option("--deep-teacher", type=WEIGHTS, help="A second teacher, for the layers of --deep-layers.")
+@click.option("--deep-layers", default="conv5_1", callback=parse_layers, show_default=True, help="Of --deep-teacher.")
+@click.option("--deep-padding", default="zeros", type=click.Choice(list(PADDINGS)), show_default=True)
 @click.option("--padding", "paddings", default=("replicate", "zeros"), type=click.Choice(list(PADDINGS)),
               multiple=True, show_default=True, help="Of the student; with several, each batch draws one.")  # fmt: skip
 @click.option("--pooling", default="max", type=click.Choice(["max", "average"]), show_default=True)
 @click.option("--seed", default=0, type=click.IntRange(0), show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--evaluate-every", default=500, type=click.IntRange(1), show_default=True, help="Steps between scores.")
+@click.option("--evaluate-every", default=500, type=click.IntRange(0), show_default=True,
+              help="Steps between scores; 0: scores at the end alone.")  # fmt: skip
 @click.option("--source", default="", help="Where the teacher comes from and its licence, for the file's metadata.")
 def main(
     *,
     teacher: Path,
+    deep_teacher: Path | None,
+    deep_layers: tuple[str, ...],
     images: tuple[str, ...],
     output: Path,
     device: str,
@@ -211,12 +234,19 @@ def main(
     paths = list_images(images)
     if len(paths) < 2:
         raise click.UsageError(f"{', '.join(images)}: {len(paths)} images found, at least two are needed.")
-    settings = Settings(teacher_sha256=sha256_of(teacher), images=len(paths), **options)
+    settings = Settings(
+        teacher_sha256=sha256_of(teacher),
+        deep_teacher_sha256=sha256_of(deep_teacher) if deep_teacher else "",
+        deep_layers=deep_layers if deep_teacher else (),
+        images=len(paths),
+        **options,
+    )
     if settings.crop_px % ALIGN_PX or settings.crop_px < min_side_px(CONV_NAMES, "reflect"):
         raise click.UsageError(f"--crop-px must be a multiple of {ALIGN_PX}.")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        task = Distillation(settings, load_state(teacher), paths, device)
+        deep_state = load_state(deep_teacher) if deep_teacher else None
+        task = Distillation(settings, load_state(teacher), paths, device, deep_state)
         training = train(task, output, console, evaluate_every=evaluate_every)
     except PipelineError as error:
         raise click.ClickException(str(error)) from error

@@ -3,7 +3,7 @@
 The student starts as the teacher with fewer channels: each layer keeps the channels that best predict the others
 linearly, and its convolution is fitted again, by ridge regression, to the retained channels of the layer before.
 Then it is trained. At every convolution a linear map, discarded afterwards, predicts the teacher's features from the
-student's; the loss compares features and Gram matrices.
+student's; the loss compares features and Gram matrices. At some layers a second teacher can replace the first.
 
 Axes in names: B batch, C channels, H rows, W columns.
 """
@@ -11,7 +11,7 @@ Axes in names: B batch, C channels, H rows, W columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.core.errors import InputError
 from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import CONV_NAMES, LAYER_BY_NAME
 from pipeline.network.padding import PADDINGS
@@ -29,7 +30,7 @@ from tools.distill.training_images import make_batch, read_image, to_batch
 
 State = dict[str, Tensor]
 HELD_OUT_EVERY = 10  # in the order of their names, the first, eleventh, … image are for scores only
-WARM_START_BATCHES = 10
+WARM_START_BATCHES = 20
 RIDGE = 1e-5  # relative to the mean energy of the regressors
 WARM_UP_STEPS = 100
 INPUT_KEYS = ("input.weight", "input.bias")
@@ -52,6 +53,20 @@ class Settings:
     pooling: str
     seed: int
     images: int
+    deep_teacher_sha256: str = ""
+    deep_layers: tuple[str, ...] = ()
+    deep_padding: str = "zeros"
+    distinct_batches: int = 0  # 0: a new batch every step
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network whose features the student learns at the layers `taps`."""
+
+    state: State
+    network: Network
+    padding: str
+    taps: tuple[str, ...]
 
 
 @dataclass
@@ -67,18 +82,40 @@ class Training:
 class Distillation:
     """Trains students with a teacher, images and settings."""
 
-    def __init__(self, settings: Settings, teacher_state: Mapping[str, Tensor], images: list[Path], device: str):
-        """Compute what stays fixed during a training: the teacher's statistics and the held-out images."""
+    def __init__(
+        self,
+        settings: Settings,
+        teacher_state: Mapping[str, Tensor],
+        images: list[Path],
+        device: str,
+        deep_state: Mapping[str, Tensor] | None = None,
+    ):
+        """Compute what stays fixed during a training: the teachers' statistics and the held-out images.
+
+        `deep_state`: the weights of the second teacher, if `settings.deep_layers` names layers to learn from it.
+        Raises InputError if it lacks one of them.
+        """
         self.settings = settings
         self.device = device
         self.train_images = [path for index, path in enumerate(images) if index % HELD_OUT_EVERY]
         self.held_out_images = images[::HELD_OUT_EVERY]
-        self.teacher_state = {key: value.float() for key, value in teacher_state.items()}
-        self.taps = tuple(name for name in CONV_NAMES if conv_key(name, set(teacher_state)))
-        self.teacher = self.network(self.teacher_state, settings.teacher_padding)
-        self.warm_batches = [self.batch((1, number)) for number in range(WARM_START_BATCHES)]
-        moments = [second_moments(self.features(self.teacher, batch)) for batch in self.warm_batches]
+        deep = settings.deep_layers
+        taps = tuple(name for name in layers_of(teacher_state) if name not in deep)
+        self.teachers = [self.teacher(teacher_state, settings.teacher_padding, taps)]
+        if deep_state is not None:
+            if missing := set(deep).difference(layers_of(deep_state)):
+                raise InputError(f"the second teacher has no {', '.join(sorted(missing))}. Correct --deep-layers.")
+            self.teachers.append(self.teacher(deep_state, settings.deep_padding, deep))
+        self.taps = tuple(name for name in CONV_NAMES if name in (*taps, *deep))
+        self.kept: dict[int, tuple[Tensor, State]] = {}  # batches by their numbers, with their targets
+        warm_batches = (self.batch((1, number)) for number in range(WARM_START_BATCHES))
+        self.warm_batches = [(pixels, self.targets(pixels)) for pixels in warm_batches]
+        moments = [second_moments(targets) for _, targets in self.warm_batches]
         self.energy = {tap: mean_of([moment[tap] for moment in moments]) for tap in self.taps}
+
+    def teacher(self, state: Mapping[str, Tensor], padding: str, taps: tuple[str, ...]) -> Teacher:
+        floats = {key: value.float() for key, value in state.items()}
+        return Teacher(floats, self.network(floats, padding), padding, taps)
 
     def network(self, state: Mapping[str, Tensor], padding: str) -> Network:
         """The network of a state. Gradients flow to the tensors of `state`, so every step builds it again."""
@@ -95,6 +132,26 @@ class Distillation:
     def features(self, network: Network, pixels_BCHW: Tensor) -> State:
         """Features of whole images at every tap (convolution whose features are compared)."""
         return all_features(network, pixels_BCHW, self.taps)
+
+    @torch.no_grad()
+    def targets(self, pixels_BCHW: Tensor) -> State:
+        """The features of whole images that the student learns, at every tap from its teacher."""
+        found = [all_features(teacher.network, pixels_BCHW, teacher.taps) for teacher in self.teachers]
+        return {tap: value for features in found for tap, value in features.items()}
+
+    def training_batch(self, step: int) -> tuple[Tensor, State]:
+        """The images of a step and their targets, which are kept in memory if the training repeats its batches."""
+        repeat_after = self.settings.distinct_batches
+        if not repeat_after:
+            pixels = self.batch((0, step))
+            return pixels, self.targets(pixels)
+        number = step % repeat_after
+        if number not in self.kept:
+            pixels = self.batch((0, number))
+            # Half the memory; bfloat16 has float32's range, which large features need.
+            self.kept[number] = pixels, {tap: value.bfloat16() for tap, value in self.targets(pixels).items()}
+        pixels, targets = self.kept[number]
+        return pixels, {tap: value.float() for tap, value in targets.items()}
 
     def start(self) -> Training:
         """A warm-started student with its maps and optimiser."""
@@ -116,9 +173,7 @@ class Distillation:
         for group in training.optimizer.param_groups:
             group["lr"] = rate * group["size"]
         padding = np.random.default_rng([settings.seed, 2, training.step]).choice(settings.paddings)
-        pixels = self.batch((0, training.step))
-        with torch.no_grad():
-            targets = self.features(self.teacher, pixels)
+        pixels, targets = self.training_batch(training.step)
         features = self.features(self.network(training.student, padding), pixels)
         losses = [self.tap_loss(tap, training.maps[tap], features[tap], targets[tap]) for tap in self.taps]
         loss = torch.stack(losses).mean()
@@ -147,11 +202,17 @@ class Distillation:
         gram_error = (gram_BCC - target_BCC).square().sum((1, 2)) / scale
         return (errors_BC @ weight_C + self.settings.gram_weight * gram_error).mean()
 
-    def scores(self, student: Mapping[str, Tensor], maps: State, padding: str) -> dict[str, float]:
-        """Explained variance at every tap on the held-out images, at their full size."""
-        network = self.network({key: value.detach() for key, value in student.items()}, padding)
+    def scores(self, student: State, maps: State, paddings: tuple[str, ...]) -> dict[str, dict[str, float]]:
+        """Explained variance by the student's padding and the tap, on the held-out images at their full size."""
+        frozen = {key: value.detach() for key, value in student.items()}
+        networks = {padding: self.network(frozen, padding) for padding in paddings}
         images = (to_batch([read_image(path)], self.device) for path in self.held_out_images)
-        return explained_variance(network, maps, self.teacher, images)
+        return explained_variance(networks, maps, self.targets, images)
+
+
+def layers_of(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The convolutions that a state has, shallowest first."""
+    return tuple(name for name in CONV_NAMES if conv_key(name, set(state)))
 
 
 def all_features(network: Network, pixels_BCHW: Tensor, taps: tuple[str, ...]) -> State:
@@ -188,24 +249,26 @@ def rate_factor(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def explained_variance(
-    student: Network, maps: Mapping[str, Tensor], teacher: Network, images_BCHW: Iterator[Tensor]
-) -> dict[str, float]:
-    """Per tap, 1 − Σ(mapped student − teacher)² / Σ(teacher − its mean)², over all channels, positions and images."""
-    taps = tuple(maps)
-    errors, squares, sums, count = ({tap: torch.zeros((), dtype=torch.float64) for tap in taps} for _ in range(4))
+    students: Mapping[str, Network], maps: State, teachers: Callable[[Tensor], State], images_BCHW: Iterator[Tensor]
+) -> dict[str, dict[str, float]]:
+    """1 − Σ(mapped student − target)² / Σ(target − its mean)², over all channels, positions and images.
+
+    By the student's name and the tap. `teachers` gives the targets of an image.
+    """
+    squares, sums, count = ({tap: torch.zeros((), dtype=torch.float64) for tap in maps} for _ in range(3))
+    errors = {name: dict.fromkeys(maps, torch.zeros((), dtype=torch.float64)) for name in students}
     for pixels in images_BCHW:
-        features, targets = all_features(student, pixels, taps), all_features(teacher, pixels, taps)
-        for tap in taps:
-            target = targets[tap].double()
-            mapped = F.conv2d(features[tap], maps[tap][:, :, None, None]).double()
-            errors[tap] = errors[tap] + (mapped - target).square().sum().cpu()
-            squares[tap] = squares[tap] + target.square().sum().cpu()
-            sums[tap] = sums[tap] + target.sum((0, 2, 3)).cpu()
+        targets = teachers(pixels)
+        for tap, target in targets.items():
+            squares[tap] = squares[tap] + target.square().sum(dtype=torch.float64).cpu()
+            sums[tap] = sums[tap] + target.sum((0, 2, 3), dtype=torch.float64).cpu()
             count[tap] = count[tap] + target.shape[0] * target.shape[2] * target.shape[3]
-    return {
-        tap: float(1 - errors[tap] / (squares[tap] - (sums[tap].square() / count[tap]).sum()).clamp_min(1e-30))
-        for tap in taps
-    }
+        for name, student in students.items():
+            for tap, features in all_features(student, pixels, tuple(maps)).items():
+                error = F.conv2d(features, maps[tap][:, :, None, None]) - targets[tap]
+                errors[name][tap] = errors[name][tap] + error.square().sum(dtype=torch.float64).cpu()
+    variances = {tap: (squares[tap] - (sums[tap].square() / count[tap]).sum()).clamp_min(1e-30) for tap in maps}
+    return {name: {tap: float(1 - of[tap] / variances[tap]) for tap in maps} for name, of in errors.items()}
 
 
 def choose_channels(energy_CC: Tensor, count: int) -> list[int]:
@@ -230,59 +293,61 @@ def solve_ridge(gram: Tensor, cross: Tensor) -> Tensor:
 
 @torch.no_grad()
 def warm_start(task: Distillation) -> State:
-    """The teacher with fewer channels, every convolution fitted to the retained channels of the layer before."""
+    """The teachers with fewer channels, every convolution fitted to the retained channels of the layer before."""
     widths = task.settings.widths
-    student = {key: task.teacher_state[key].clone() for key in INPUT_KEYS if key in task.teacher_state}
-    for index, name in enumerate(task.taps):
-        stem = conv_key(name, set(task.teacher_state))
-        weight, bias = (task.teacher_state[f"{stem}.{part}"].to(task.device) for part in ("weight", "bias"))
+    first = task.teachers[0].state
+    student = {key: first[key].clone() for key in INPUT_KEYS if key in first}
+    for name in task.taps:
+        (teacher,) = (teacher for teacher in task.teachers if name in teacher.taps)
+        stem = conv_key(name, set(teacher.state))
+        weight, bias = (teacher.state[f"{stem}.{part}"].to(task.device) for part in ("weight", "bias"))
         count = min(widths[int(name[4]) - 1], len(bias))
         channels = choose_channels(task.energy[name][0], count) if count < len(bias) else list(range(count))
         weight, bias = weight[channels], bias[channels]
-        if index > 0:
-            weight, bias = fit_convolution(task, student, name, weight, bias)
+        if name != task.taps[0]:
+            weight, bias = fit_convolution(task, student, name, teacher, (weight, bias))
         student[f"{name}.weight"], student[f"{name}.bias"] = weight.contiguous(), bias.contiguous()
     return student
 
 
 def fit_convolution(
-    task: Distillation, student: State, name: str, weight: Tensor, bias: Tensor
+    task: Distillation, student: State, name: str, teacher: Teacher, convolution: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The 3×3 convolution of the student's features closest to the teacher's of its own features, before ReLU."""
     settings = task.settings
     network = task.network(student, settings.paddings[-1])
+    before = CONV_NAMES[CONV_NAMES.index(name) - 1]
     gram: Tensor | None = None
     cross: Tensor | None = None
-    for pixels in task.warm_batches:
-        target = F.conv2d(
-            inputs_of(name, task.teacher, pixels, settings.teacher_padding, settings.pooling), weight, bias
-        )
-        windows = F.unfold(inputs_of(name, network, pixels, settings.paddings[-1], settings.pooling), 3)
+    for pixels, targets in task.warm_batches:
+        own = targets if before in teacher.taps else all_features(teacher.network, pixels, (before,))
+        target = F.conv2d(input_of(name, own[before], teacher.padding, settings.pooling), *convolution)
+        features = all_features(network, pixels, (before,))[before]
+        windows = F.unfold(input_of(name, features, settings.paddings[-1], settings.pooling), 3)
         rows = torch.cat([windows, torch.ones_like(windows[:, :1])], 1).transpose(0, 1).flatten(1)
         target = target.flatten(2).transpose(0, 1).flatten(1)
         gram = (rows @ rows.T).double() + (0 if gram is None else gram)
         cross = (target @ rows.T).double() + (0 if cross is None else cross)
     assert gram is not None and cross is not None
     fitted = solve_ridge(gram, cross).float()
-    return fitted[:, :-1].reshape(len(weight), -1, 3, 3), fitted[:, -1]
+    return fitted[:, :-1].reshape(len(target), -1, 3, 3), fitted[:, -1]
 
 
-def inputs_of(name: str, network: Network, pixels_BCHW: Tensor, padding: str, pooling: str) -> Tensor:
+def input_of(name: str, features_BCHW: Tensor, padding: str, pooling: str) -> Tensor:
     """The input of convolution `name` (not the first): the features of the one before, pooled and padded."""
     before = CONV_NAMES[CONV_NAMES.index(name) - 1]
-    features = all_features(network, pixels_BCHW, (before,))[before]
     if LAYER_BY_NAME[before].stride != LAYER_BY_NAME[name].stride:
-        features = (F.max_pool2d if pooling == "max" else F.avg_pool2d)(features, 2)
-    return PADDINGS[padding](features, (False,) * 4)
+        features_BCHW = (F.max_pool2d if pooling == "max" else F.avg_pool2d)(features_BCHW, 2)
+    return PADDINGS[padding](features_BCHW, (False,) * 4)
 
 
 @torch.no_grad()
 def fit_maps(task: Distillation, student: State) -> State:
-    """The linear maps from the student's features to the teacher's at every tap, by ridge regression."""
+    """The linear maps from the student's features to the teachers' at every tap, by ridge regression."""
     network = task.network(student, task.settings.paddings[-1])
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    for pixels in task.warm_batches:
-        features, targets = task.features(network, pixels), task.features(task.teacher, pixels)
+    for pixels, targets in task.warm_batches:
+        features = task.features(network, pixels)
         for tap in task.taps:
             s, t = (value[tap].transpose(0, 1).flatten(1) for value in (features, targets))
             gram, cross = (s @ s.T).double(), (t @ s.T).double()

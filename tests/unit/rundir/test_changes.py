@@ -195,6 +195,14 @@ def test_a_run_that_gave_a_stage_a_default_goes_on(folder):
     assert changes(manifest, config) == []
 
 
+def test_other_packaged_weights_are_named_with_the_remedy(folder):
+    """After an upgrade nothing in the config has changed: the message must say what did, and how to finish the run."""
+    config = load_config(write_config(folder, network={"name": "vgg19-lite"}))
+    manifest = manifest_of(config) | {"inputs": {"network.weights": "a" * 64}}
+    with pytest.raises(ConfigError, match=r"weights of vgg19-lite are not those .* Resume with the version that began"):
+        refuse_changes(config, parse_manifest(manifest), Identity(result_fields(config), {"network.weights": "b" * 64}))
+
+
 @pytest.mark.parametrize(
     "key", ["stages.x", "a." * 2000, "styles.٣.weight", f"styles.{'9' * 4900}.weight", "", "stages.0.0.0"]
 )
