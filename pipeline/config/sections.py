@@ -137,7 +137,9 @@ class OptimizerConfig(Section):
 
     schedule: Literal["cosine", "constant"] = Field("cosine", description="step size over the iterations of a stage")
     max_iterations: Int = Field(40, ge=1, le=MAX_ITERATIONS, description="iterations of each stage")
-    target_pixel_change: Float = Field(8.0, gt=0, le=255, description="largest pixel change in the first step")
+    target_pixel_change: Float = Field(
+        8.0, gt=0, le=255, description="largest change in the first step, in levels of each coordinate"
+    )
     stop_condition: Float = Field(
         default_factory=_default_stop, ge=0, description="end a stage when mean|u| is below this; 0.1 if constant"
     )

@@ -139,8 +139,8 @@ class StyleTarget:
     """The target of one style layer, and the weight of its difference.
 
     `kind`: loss.kind. `target_MM`: G_l(s). `positions`: n_l. `weight`: λ_l. `factor`: N·w_s. In a region (masks.py),
-    `positions` is n_r,l and `area` is n_r,l/n_l. `rest_MM`: for a crop, the matrix that is added to its mean Gram
-    matrix to estimate that of the whole image.
+    `positions` is n_r,l and `area` is n_r,l/n_l. `known`: for a crop, the mean Gram matrices of the whole
+    image and of the region at the stage that it starts from, by which that of the whole is estimated.
     """
 
     kind: str
@@ -149,7 +149,7 @@ class StyleTarget:
     weight: float
     factor: float
     area: float = 1.0
-    rest_MM: Gram | None = None
+    known: tuple[Gram, Gram] | None = None
 
     @property
     def has_mean(self) -> bool:
@@ -162,7 +162,7 @@ class StyleTarget:
         The seed is d(N·w_s·Ls)/dφ, exact at any subset of positions.
         Raises ConfigError if the target has no energy, or no variance, to normalise by.
         """
-        gram_MM = sum_MM / self.positions + (0.0 if self.rest_MM is None else self.rest_MM)
+        gram_MM = self._of_whole(sum_MM / self.positions)
         difference = gram_MM - self.target_MM
         squares, energy = float(np.sum(difference**2)), float(np.sum(self.target_MM**2))
         error, scale = relative_error(squares, energy), self.area * self.weight
@@ -171,6 +171,13 @@ class StyleTarget:
             return StyleTerm(scale * found.loss, error, self.factor * scale / self.positions * found.gradient_CM)
         scale /= 4 * len(sum_MM) ** 2 if self.kind == "gatys" else _energy(energy, "style")
         return StyleTerm(scale * squares, error, self.factor * scale * 4 / self.positions * difference)
+
+    def _of_whole(self, gram_MM: Gram) -> Gram:
+        """The mean Gram matrix of the whole image, of which the canvas is a region if `known` is given."""
+        if self.known is None:
+            return gram_MM
+        whole_MM, region_MM = self.known
+        return wasserstein.carried(gram_MM, whole_MM, region_MM) if self.has_mean else gram_MM + (whole_MM - region_MM)
 
 
 def relative_error(squares: float, energy: float) -> float:

@@ -52,16 +52,16 @@ MEASURED: Key = ("measured", 0)
 class Iterations:
     """The iterations of one stage, one after another.
 
-    `content_energies`, `areas`: of the prepared stage. Of a canvas that is a region of an image, `known_grams`: what
-    its mean Grams lack to those of the whole, by style key; `least_max_u`: what max|u| of the whole image's first
-    iteration will be at least. `adam_steps`: of the stages before that this one continues. `_ahead`: by iteration, the
-    sums of a Gram pass that has run ahead.
+    `content_energies`, `areas`: of the prepared stage. Of a canvas that is a region of an image, `known_grams`: the
+    mean Grams of the whole and of the region at an earlier stage, by style key; `least_max_u`: what max|u| of the whole
+    image's first iteration will be at least. `adam_steps`: of the stages before that this one continues. `_ahead`: by
+    iteration, the sums of a Gram pass that has run ahead.
     """
 
     stage: Stage
     content_energies: Mapping[str, float]
     areas: Mapping[str, float] = field(default_factory=dict)
-    known_grams: Mapping[str, Gram] = field(default_factory=dict)
+    known_grams: Mapping[str, tuple[Gram, Gram]] = field(default_factory=dict)
     least_max_u: float = 0.0
     adam_steps: int = 0
     _ahead: dict[int, Sums] = field(default_factory=dict)

@@ -136,7 +136,7 @@ def positions(size: tuple[int, int], key: str) -> int:
 
 
 def style_targets(
-    stage: Stage, areas: Mapping[str, float], checksums: Mapping[str, str], known_grams: Mapping[str, Gram]
+    stage: Stage, areas: Mapping[str, float], checksums: Mapping[str, str], known_grams: Mapping[str, tuple[Gram, Gram]]
 ) -> dict[str, objective.StyleTarget]:
     """By style key; without those of regions that have no position at a layer. `areas`: n_r,l of each."""
     targets = {}

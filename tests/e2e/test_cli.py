@@ -552,10 +552,12 @@ def test_every_kind_of_network_loss_and_schedule_runs(tmp_path, call):
     kinds: dict[str, dict[str, Any]] = {
         "zeros": {"network": {"padding": "zeros"}},
         "reflect": {"network": {"padding": "reflect"}},
-        "average": {"network": {"pooling": "average"}},
+        "max": {"network": {"pooling": "max"}},
         "scaled average": {"network": {"pooling": "average", "pooling_scale": 1.3}},
         "tent": {"network": {"pooling": "tent"}},
         "l2": {"network": {"pooling": "l2"}},
+        "normalized": {"loss": {"kind": "normalized"}},
+        "rgb": {"optimizer": {"color_space": "rgb"}},
         "gatys": {"loss": {"kind": "gatys", "content_weight": 1.0, "style_weight": 100.0}},
         "style_only": {"loss": {"content_weight": 0.0}},
         "content_only": {"loss": {"style_weight": 0.0}, "init": "noise"},

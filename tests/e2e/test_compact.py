@@ -231,7 +231,12 @@ def test_noise_start_and_first_step_keep_their_promise(tmp_path_factory, seed):
     """target_pixel_change is the largest change in the first step, from the gradient as stored."""
     folder = tmp_path_factory.mktemp("first")
     keys = {"init": "noise", "seed": seed, "initial_size": 80, "compute": {"tile_px": 32}}
-    config = write_run(folder, store=COMPACT, optimizer={"max_iterations": 1, "target_pixel_change": 12.8}, **keys)
+    config = write_run(
+        folder,
+        store=COMPACT,
+        optimizer={"max_iterations": 1, "target_pixel_change": 12.8, "color_space": "rgb"},
+        **keys,
+    )
     before = []
 
     def keep_first(_event) -> None:

@@ -63,7 +63,7 @@ class _Measured:
     def sums(self) -> dict[str, np.ndarray]:
         return self.stage.gram_sums(self.stage.canvas_grams("canvas_0", self.prepared.checksums), "Gram pass")
 
-    def gradient(self, energies: dict[str, float], grams: dict[str, np.ndarray]) -> np.ndarray:
+    def gradient(self, energies: dict[str, float], grams: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         Iterations(self.stage, energies, self.prepared.areas, grams).iterate(
             0, None, self.prepared.checksums, lambda result: True
         )
@@ -111,7 +111,9 @@ def test_with_the_wholes_grams_a_regions_gradient_is_the_wholes(tmp_path, narrow
         assert region.prepared.areas["conv2_1_r1"] == 0 < areas["conv2_1_r1"]  # nothing
         own, of_whole = region.sums(), whole.sums()
         grams = {
-            key: of_whole[key] / areas[key] - own[key] / area for key, area in region.prepared.areas.items() if area > 0
+            key: (of_whole[key] / areas[key], own[key] / area)
+            for key, area in region.prepared.areas.items()
+            if area > 0
         }
         share = {
             layer: rect.positions(LAYER_BY_NAME[layer]).area / everything.positions(LAYER_BY_NAME[layer]).area

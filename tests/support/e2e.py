@@ -64,10 +64,13 @@ SMALL: dict[str, Any] = {
     "output": "out.png",
     "work_dir": "run",
     "initial_size": 48,
-    # the paper's stages, at sizes that are easy to foresee; what is optimised, and how, are the defaults
+    # The paper's stages, at sizes that are easy to foresee, and a start and an objective that leave a content in its
+    # own style as it is. Loss, colours and pooling are the defaults.
     "stage_ratio": 2.0,
     "style_stages": True,
+    "dequantize": False,
     "network": {"name": "random"},
+    "loss": {"tv_weight": 0.0},
     "optimizer": {"max_iterations": 2},
     "compute": {"device": "cpu", "tile_px": 64},
     "store": {"chunk_px": 32},

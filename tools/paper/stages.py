@@ -28,13 +28,26 @@ from pipeline.render.iteration import Iterations
 from pipeline.render.measurements import IterationResult
 from pipeline.render.stage import Stage
 from pipeline.store.layout import GRADIENT
+from tools.docs.make_controls import merged
 
 SAMPLES = Path(__file__).parents[2] / "configs" / "samples"
 CONTENT, STYLE = SAMPLES / "landscape.jpg", SAMPLES / "strokes.jpg"
 
 
+# What the paper's figures are about: its stages and losses, whatever the program's defaults are.
+BASE: dict[str, Any] = {
+    "stage_ratio": 2,
+    "style_stages": True,
+    "dequantize": False,
+    "network": {"pooling": "max", "style_layers": {f"conv{block}_1": 0.2 for block in range(1, 6)}},
+    "loss": {"kind": "normalized", "tv_weight": 0},
+    "optimizer": {"color_space": "rgb"},
+}
+
+
 def write_config(folder: Path, name: str, values: Mapping[str, Any]) -> Config:
-    """Write the config of a run called `name` to `folder` and load it."""
+    """Write the config of a run called `name` to `folder`, with `values` over those of BASE, and load it."""
+    values = merged(BASE, dict(values))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({"output": f"{name}.png", **values}, sort_keys=False), encoding="utf-8")

@@ -7,6 +7,9 @@ whole image are estimated from stage f, where the whole and the region are known
     G_whole(i)  =  G_whole(f) + (G_region(i) − G_region(f))              Gram matrices, at every iteration of stage i
     E_whole(i)  =  E_whole(f) · E_region(i) / E_region(f)                energy of the content's features, per position
 
+For the Wasserstein loss, which needs covariances, the map between the region's normal distributions at f and at i is
+applied to the whole's at f instead of the sum (wasserstein.carried).
+
 All else can be computed in the region, because the objective is per pixel. This includes masks (losses/masks.py): the
 area n_r,l of a mask r in the whole image cancels in N · (n_r,l/n_l) · (4/n_r,l), so the seed at a position x is
 
@@ -147,7 +150,7 @@ def _planned(config: Config, device: Device) -> Plan:
     """
     widths = widths_for_plan(config.network.name, config.network.weights, config.limits.max_weights_bytes)
     stages = [(config.for_stage(max(stage.size)), stage.scales) for stage in plan_on(config, device).stages]
-    grams_bytes = 3 * max(layers_in_use(own, widths, scales).grams_bytes() for own, scales in stages)
+    grams_bytes = 4 * max(layers_in_use(own, widths, scales).grams_bytes() for own, scales in stages)
     memory = config.memory.model_copy(update={"limit": config.memory.limit_bytes - grams_bytes})
     try:
         return plan_on(config.model_copy(update={"memory": memory}), device)

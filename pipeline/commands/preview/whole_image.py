@@ -25,13 +25,13 @@ from pipeline.store import UNGUIDED, Guides, layer_key
 
 @dataclass(frozen=True)
 class WholeImageEstimate:
-    """`grams`: G_whole − G_region, by style key. `energies`: E_whole/E_region per position, by layer key.
+    """`grams`: (G_whole, G_region) by style key. `energies`: E_whole/E_region per position, by layer key.
 
     A key without an estimate is left out: its mask is black in the region or everywhere, or the finished stage is too
     small for its scale.
     """
 
-    grams: Mapping[str, Gram]
+    grams: Mapping[str, tuple[Gram, Gram]]
     energies: Mapping[str, float]
 
 
@@ -60,7 +60,7 @@ class WholeImage:
         return self.canvas.shape[:2]
 
     def estimate(self, stage: Stage, region: Rect) -> WholeImageEstimate:
-        """What to add to a region's mean Grams, and what to multiply its energies by, to get the whole image's.
+        """What the whole image's mean Grams and energies are estimated from, beside a region's own.
 
         `stage`: the stage to come, with the masks of the whole image. `region`: in px of the finished stage. Raises
         InputError for a broken mask.
@@ -73,7 +73,9 @@ class WholeImage:
         of_whole, of_region = (
             self._mean_grams(stage, canvas, layers, rect, guided, stage.layer_use.with_mean) for rect in (whole, region)
         )
-        grams = {key: of_whole[key] - of_region[key] for key in of_whole if key in of_region}
+        # a region that is the whole needs no estimate, and has none of its rounding
+        keys = of_region.keys() & of_whole.keys() if region != whole else ()
+        grams = {key: (of_whole[key], of_region[key]) for key in keys}
         if self.content is None:
             return WholeImageEstimate(grams, {})
         # The energy per position is the trace of the mean Gram. The content's weight map is not part of it.

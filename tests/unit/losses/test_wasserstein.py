@@ -8,7 +8,7 @@ import torch
 
 from pipeline.core.errors import ConfigError
 from pipeline.losses.objective import StyleTarget, gram_sum, style_seed
-from pipeline.losses.wasserstein import distance
+from pipeline.losses.wasserstein import carried, distance
 from tests.support import reference
 
 
@@ -85,8 +85,33 @@ def test_sums_with_weights_are_the_moments_of_the_weighted_positions():
     assert np.allclose(sums[:-1, :-1] / sums[-1, -1], second, rtol=1e-12)
 
 
-def test_a_style_of_one_flat_colour_is_refused():
-    """Dividing by its variance would amplify rounding to the size of the picture."""
+def test_a_style_of_one_flat_colour_gives_numbers():
+    """Artists fill an area with a colour: its variance is 0, and dividing by it would amplify rounding to a picture."""
     flat = torch.full((3, 8, 8), 5.0, dtype=torch.float64)
-    with pytest.raises(ConfigError, match=r"flat colour.*loss\.kind: normalized"):
-        distance(moments(features(3, 8, 8, 1)), moments(flat))
+    found = distance(moments(features(3, 8, 8, 1)), moments(flat))
+    assert 0.1 < found.loss < 1e4 and np.isfinite(found.gradient_CM).all()
+    with pytest.raises(ConfigError, match=r"no features.*loss\.kind: gatys"):
+        distance(moments(features(3, 8, 8, 1)), moments(0 * flat))
+
+
+def test_the_estimate_of_a_whole_follows_its_region():
+    """A crop knows the whole at an earlier time: brighter and stronger in the region means so in the whole."""
+    whole, region = features(5, 60, 60, 1), features(5, 60, 60, 2)
+    assert np.allclose(carried(moments(region), moments(whole), moments(region)), moments(whole), rtol=1e-9)
+    changed, wanted = (1.3 * phi + 0.7 for phi in (region, whole))
+    found = carried(moments(changed), moments(whole), moments(region))
+    before = np.abs(moments(whole) - moments(wanted)).max()
+    assert np.abs(found - moments(wanted)).max() < 0.25 * before
+    assert np.allclose(found[:-1, -1], moments(wanted)[:-1, -1], rtol=0.05)
+
+
+def test_the_estimate_is_a_covariance_where_the_sum_is_none():
+    """A region of few positions: G_whole + (G_now − G_then) has negative variances, whose roots ruined crops."""
+    whole, then, now = features(8, 40, 40, 1), features(8, 2, 3, 2, 3.0), features(8, 2, 3, 3, 0.2)
+    added = moments(whole) + moments(now) - moments(then)
+    found = carried(moments(now), moments(whole), moments(then))
+
+    def least_variance(gram: np.ndarray) -> float:
+        return float(np.linalg.eigvalsh(gram[:-1, :-1] - np.outer(gram[:-1, -1], gram[:-1, -1])).min())
+
+    assert least_variance(added) < 0 <= least_variance(found) + 1e-9
