@@ -173,7 +173,7 @@ GRAINY: Keys = {
 CONTROLS |= {
     "presets": Control(
         [
-            (name, {"preset": name, **({"size": [320, 240], "initial_size": 160} if name == "texture" else {})})
+            (name, {"preset": name, **({"content": None, "size": [320, 240]} if name == "texture" else {})})
             for name in PRESETS
         ]
     ),
