@@ -391,10 +391,10 @@ def test_changed_result_fields_are_refused_with_a_list(killed, call):
     changes = {
         "optimizer.beta1": ("0.9", "0.8"),
         "optimizer.max_iterations": ("3", "9"),
-        "loss.kind": ("normalized", "gatys"),
-        "loss.content_weight": ("0.05", "0.1"),
+        "loss.kind": ("wasserstein", "gatys"),
+        "loss.content_weight": ("0.15", "0.1"),
         "network.padding": ("replicate", "zeros"),
-        "network.pooling": ("max", "tent"),
+        "network.pooling": ("average", "tent"),
         "network.pooling_scale": ("1.0", "1.5"),
         "styles.1.weight": ("1.0", "3.0"),
         "store.chunk_px": ("32", "16"),
