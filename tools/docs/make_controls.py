@@ -102,10 +102,10 @@ CONTROLS: dict[str, Control] = {
     "init": Control([(f"init: {init}", {"init": init}) for init in ("content", "noise", "gray")]),
     "texture": Control(
         [
-            ("size: [320, 240]", {"content": None, "loss": {"content_weight": 0.0}, "size": [320, 240]}),
+            ("preset: texture, size: [320, 240]", {"preset": "texture", "content": None, "size": [320, 240]}),
             (
                 "dots, size: 240",
-                {"content": None, "loss": {"content_weight": 0.0}, "size": 240, "styles": [DOTS]},
+                {"preset": "texture", "content": None, "size": 240, "styles": [DOTS]},
             ),
         ],
         inputs=[("dots.png", "dots.png")],
