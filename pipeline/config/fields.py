@@ -28,8 +28,6 @@ MAX_CHUNK_PX = 2**14
 MAX_STYLES = 100
 # From 16 to 1,000,000 px, each stage 1.2 times the size of the one before.
 MAX_STAGES = 64
-# A tile is read with 8 times the halo at the last of them.
-MAX_SCALES = 4
 # More than any machine has cores.
 MAX_WORKERS = 256
 MAX_THREADS = 1024

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_serializer
 from pipeline.config.fields import (
     MAX_CHUNK_PX,
     MAX_ITERATIONS,
-    MAX_SCALES,
     MAX_SIDE_PX,
     MAX_STYLES,
     MAX_THREADS,
@@ -109,10 +108,8 @@ class LossConfig(Section):
     tv_weight: Share = Field(
         0.2, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=new(0.0)
     )
-    scales: Int = Field(
+    scales: Literal[1, 2, 3, 4] = Field(
         1,
-        ge=1,
-        le=MAX_SCALES,
         description="compare the canvas also at 1/2, 1/4, 1/8 of its size, down to initial_size; 3: longer strokes",
         json_schema_extra=new(1),
     )

@@ -68,9 +68,9 @@ def test_from_init_to_picture(tmp_path, call):
 
     planned = call("plan", "-c", path)
     assert planned.code == 0
-    assert "100×80" in planned.out and "50×40" in planned.out
+    assert "100×80" in planned.out and "85×68" in planned.out
     as_json = json.loads(call("plan", "-c", path, "--json").out)
-    assert [stage["size"] for stage in as_json["stages"]] == [[40, 50], [80, 100]]
+    assert [stage["size"] for stage in as_json["stages"]] == [[40, 50], [68, 85], [80, 100]]
     assert as_json["projected_mem_bytes"] == max(as_json["host_bytes"].values())
     assert not (tmp_path / "result.run").exists()  # a plan writes nothing
 
@@ -78,7 +78,7 @@ def test_from_init_to_picture(tmp_path, call):
     assert (done.code, done.out) == (0, "")
     events = [json.loads(line) for line in done.err.splitlines()]
     assert {"StageStarted", "WorkDone", "IterationDone", "StageDone", "RunDone"} == {event["event"] for event in events}
-    assert [event["iteration"] for event in events if event["event"] == "IterationDone"] == [0, 1, 0, 1]
+    assert [event["iteration"] for event in events if event["event"] == "IterationDone"] == [0, 1, 0, 1, 0, 1]
     picture = read_picture(tmp_path / "result.tif")
     assert picture.shape == (80, 100, 3)
     assert picture.std() > 10

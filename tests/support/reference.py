@@ -105,11 +105,12 @@ def wasserstein(mean: Tensor, second: Tensor, target_mean: Tensor, target_second
     """
     covariance = second - torch.outer(mean, mean)
     target = target_second - torch.outer(target_mean, target_mean)
-    ridge = 1e-4 * target.trace() / len(mean) * torch.eye(len(mean), dtype=mean.dtype)
+    variance = max(float(target.trace()), 0.01 * float(target_second.trace()))  # of a style that is nearly flat
+    ridge = 1e-4 * variance / len(mean) * torch.eye(len(mean), dtype=mean.dtype)
     left, right = torch.linalg.cholesky(covariance + ridge), torch.linalg.cholesky(target + ridge)
     overlap = torch.linalg.svdvals(left.T @ right).sum()
     distance = (mean - target_mean).square().sum() + left.square().sum() + right.square().sum() - 2 * overlap
-    return distance / right.square().sum()
+    return distance / (variance + ridge.trace())
 
 
 # Lucid's colour matrix; its luminance column has a mean of 1.

@@ -464,6 +464,7 @@ def test_any_right_value_arrives_as_written(write, values):
         values.pop("export.quality", None)  # which is for JPEG only
     unfit = not values.get("optimizer.clip", True) or values.get("compute.dtype") == "float64"
     assume(not unfit or values.get("store.state_dtype") != "compact")
+    values.pop("preset", None)  # its values may contradict these: test_presets.py
     config = load_config(write(SMALL), _settings(values))
     for key, value in values.items():
         assert _value(config, key) == value
@@ -575,6 +576,6 @@ def test_result_fields_are_flat_and_json_able(write):
     """The manifest stores them as JSON."""
     fields = result_fields(load_config(write(SMALL), ["styles=[{image: a.jpg}, {image: b.jpg, weight: 2}]"]))
     assert fields["styles.1.weight"] == 2.0
-    assert fields["network.style_layers.conv5_1"] == 0.2
+    assert fields["network.style_layers.conv5_1"] == 0.1
     assert all(value is None or isinstance(value, str | int | float | bool) for value in fields.values())
     assert not any("image" in key or key == "content" for key in fields)

@@ -158,7 +158,9 @@ def added_later(model: type[BaseModel], key: str = "") -> Iterator[tuple[str, ob
 
 def test_a_run_from_before_all_new_keys_resumes_with_the_lines_it_is_told(folder):
     """A changed default would be taken for what the old run did, and two images would be mixed."""
-    config = load_config(write_config(folder))
+    path = folder / "defaults.yaml"  # with the program's own defaults
+    path.write_text("{content: content.png, styles: [{image: style.png}], output: out.png, work_dir: run}")
+    config = load_config(path)
     manifest = manifest_of(config)
     differing = {key: before for key, default, before in added_later(Config) if default != before}
     for key, _, _ in added_later(Config):
@@ -171,7 +173,7 @@ def test_a_run_from_before_all_new_keys_resumes_with_the_lines_it_is_told(folder
     lines = changes(manifest, config)
     assert {line.split(":")[0]: "; to resume, add `" in line for line in lines} == dict.fromkeys(differing, True)
     overrides = [f"{key}={json.dumps(before)}" for key, before in differing.items()]
-    assert changes(manifest, load_config(folder / "config.yaml", overrides)) == []
+    assert changes(manifest, load_config(path, overrides)) == []
 
 
 def test_what_a_stage_repeats_is_no_change(folder):
