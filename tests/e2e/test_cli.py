@@ -85,7 +85,7 @@ def test_from_init_to_picture(tmp_path, call):
 
     progress = json.loads(call("status", "-c", path, "--json").out)
     assert (progress["state"], progress["pid"], progress["exported"]) == ("done", None, [str(tmp_path / "result.tif")])
-    assert [stage["iterations"] for stage in progress["stages"]] == [2, 2]
+    assert [stage["iterations"] for stage in progress["stages"]] == [2, 2, 2]
     assert progress["last"]["seconds"].keys() == {"gram", "gradient", "update"}
     report = call("status", "--run", tmp_path / "result.run").out
     assert "done" in report and "100×80" in report and "2/2" in report
