@@ -103,7 +103,7 @@ class LossConfig(Section):
         "wasserstein",
         description="style loss; wasserstein compares mean and covariance; gatys, normalized: Gram matrices",
     )
-    content_weight: Share = Field(0.15, description="weight of the content loss")
+    content_weight: Share = Field(0.25, description="weight of the content loss")
     style_weight: Share = Field(1.0, description="weight of the style loss")
     tv_weight: Share = Field(
         0.2, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=new(0.0)
