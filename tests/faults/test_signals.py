@@ -262,7 +262,9 @@ with stop_on_signals(lambda event: threading.Event().wait(), lambda: b"farewell"
         while True:
             os.write(full, bytes(4096))
     os.set_blocking(full, True)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full)
+    # a shell starts what it runs in the background with Ctrl-C ignored, these tests too
+    command = ["env", "--default-signal=INT", sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=full)
     assert process.stdout is not None and process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)  # another signal: two of a kind may be merged into one
