@@ -9,6 +9,7 @@ from pipeline.config.sections import (
     ExportConfig,
     LimitsConfig,
     OptimizerConfig,
+    PrintSize,
     StageConfig,
     StyleConfig,
 )

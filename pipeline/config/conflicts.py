@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.config.messages import Conflict
 from pipeline.config.regions import regions_of
+from pipeline.config.sections import PrintSize
 from pipeline.config.settings import Settings
 from pipeline.config.yaml_reader import Key, dotted
 from pipeline.core.files import real, same_file
@@ -61,9 +62,26 @@ def _start(settings: Settings) -> Iterator[Conflict]:
     elif isinstance(settings.size, tuple):
         text = "[width, height] is for textures, which have no content; give the long side only"
         yield Conflict((size, content), text)
+    yield from _print_size(settings)
     if settings.init == "gray" and not settings.for_first_stage.loss.content_weight:
         text = "without a content loss every pixel of a gray canvas has the same gradient, and it stays gray"
         yield Conflict((init, _CONTENT_WEIGHT), f"{text}; choose noise")
+
+
+def _print_size(settings: Settings) -> Iterator[Conflict]:
+    """The size on paper, and the resolution that it is rendered at."""
+    if not isinstance(given := settings.size, PrintSize):
+        return
+    size, content, dpi = ("size",), ("content",), ("export", "dpi")
+    sides = [name for name in ("long_side", "width", "height") if getattr(given, name) is not None]
+    if not sides:
+        yield Conflict((size,), "no length; give one, such as 60cm or {width: 60cm}")
+    elif len(sides) > 1 and (settings.content is not None or "long_side" in sides):
+        text = f"{' and '.join(sides)} together; give one of them, and the content's aspect ratio gives the other side"
+        yield Conflict((size, content), text)
+    if None not in (given.dpi, settings.export.dpi) and given.dpi != settings.export.dpi:
+        text = f"{settings.export.dpi:g}, so a picture of {given.dpi:g} dpi (size.dpi) would have another size on paper"
+        yield Conflict((dpi, (*size, "dpi")), f"{text}; give one of the two, or size in px")
 
 
 def _loss(settings: Settings) -> Iterator[Conflict]:
@@ -136,6 +154,9 @@ def _format(settings: Settings) -> Iterator[Conflict]:
     if export.bits == 16 and is_jpeg_inside(settings.output, export.compression):
         text = "jpeg stores 8 bits only; choose another compression, or export.bits 8"
         yield Conflict((compression, bits, output), text)
+    if export.panels.width is not None and export.panels.overlap.mm >= export.panels.width.mm:
+        text = f"{export.panels.overlap} is not less than export.panels.width ({export.panels.width})"
+        yield Conflict((("export", "panels", "overlap"), ("export", "panels", "width")), text)
     for option, reason in unsupported_options(settings.output, export.changed):
         yield Conflict((("export", option), output), reason)
 

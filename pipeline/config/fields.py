@@ -10,11 +10,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Strict, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, PlainSerializer, Strict, ValidationInfo
 
 from pipeline.config.messages import Expected, allowed
 from pipeline.config.yaml_reader import CommandLineText
-from pipeline.core import image_formats
+from pipeline.core import image_formats, lengths
 from pipeline.core.files import path_fault
 from pipeline.core.image_formats import OUTPUT_SUFFIXES
 from pipeline.core.text import BYTE_UNITS, bytes_text, shown
@@ -81,6 +81,17 @@ def _parse_bytes(value: object) -> object:
     return int(float(match[1]) * factors[match[2].lower()])
 
 
+def parse_px(value: object) -> object:
+    """`value` as a number if it is text such as 4096px. Anything else is left for the type check."""
+    match = re.fullmatch(r"([0-9]{1,9}) ?px", value) if isinstance(value, str) else None
+    return value if match is None else int(match[1])
+
+
+def _parse_length(value: object) -> object:
+    """`value` as a length if it is written as one. A length itself is what a default or Python code gives."""
+    return value if isinstance(value, lengths.Length) else lengths.Length.parse(value)
+
+
 Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
@@ -97,5 +108,12 @@ Bytes = Annotated[
     PlainSerializer(bytes_text),
     Expected(f"a size such as 4GiB, or a number of bytes, up to {bytes_text(MAX_BYTES)}"),
 ]
+Length = Annotated[
+    InstanceOf[lengths.Length],
+    BeforeValidator(_parse_length),
+    PlainSerializer(str),
+    Expected(lengths.EXPECTED),
+]
+Dpi = Annotated[Float, Field(ge=lengths.MIN_DPI, le=lengths.MAX_DPI)]
 Start = Annotated[Literal["content", "noise", "gray"] | File, Field(union_mode="left_to_right")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"), Expected("one of auto, cpu, cuda, cuda:N")]

@@ -152,10 +152,13 @@ def _repaired(model: type[BaseModel], data: object, faults: Iterable[Key]) -> di
     repaired: Any = copy.deepcopy(data)
     for key in faults:
         section = repaired
-        names = list(itertools.takewhile(lambda part: isinstance(part, str), key))  # a list is replaced as a whole
-        for name in names[:-1]:
-            section = section.get(name, {})
-        section.pop(names[-1], None)
+        *outer, last = itertools.takewhile(lambda part: isinstance(part, str), key)  # a list is replaced as a whole
+        for name in outer:
+            if not isinstance(inner := section.get(name, {}), dict):  # a section that is written as one of its values
+                last = name
+                break
+            section = inner
+        section.pop(last, None)
     required = {name: value for name, value in placeholders(model).items() if model.model_fields[name].is_required()}
     return {**required, **repaired}
 
@@ -205,6 +208,13 @@ def _not_null(annotation: Any) -> Any:
     return members[0] if is_union and len(members) == 1 else annotation
 
 
+def _model_named(name: str, members: Sequence[Any]) -> type[BaseModel] | None:
+    """The section of this name among the members of a union."""
+    types_ = (get_args(member)[0] if get_origin(member) is Annotated else member for member in members)
+    models = (member for member in types_ if isinstance(member, type) and issubclass(member, BaseModel))
+    return next((model for model in models if model.__name__ == name), None)
+
+
 def field_at(model: type[BaseModel], key: Key) -> FieldInfo:
     """The field of `model` that a key names; a field of type None if there is no such key."""
     return _resolve(model, key)[2]
@@ -218,9 +228,13 @@ def _resolve(model: type[BaseModel], location: Sequence[str | int]) -> tuple[Key
     field = FieldInfo(annotation=model)
     parent = model
     key: Key = ()
-    for part in location:
+    for depth, part in enumerate(location):
         annotation = _not_null(field.annotation)
         inner = get_args(annotation)
+        is_last = depth == len(location) - 1  # then the union as a whole says what it accepts
+        if not is_last and (member := _model_named(str(part), inner)) is not None:
+            field = FieldInfo(annotation=member)
+            continue
         if get_origin(annotation) is tuple and isinstance(part, int):
             field = FieldInfo.from_annotation(inner[0])
         elif get_origin(annotation) is dict and part != "[key]":

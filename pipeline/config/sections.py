@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_serializer, model_validator
 
 from pipeline.config.fields import (
     MAX_CHUNK_PX,
@@ -20,15 +20,18 @@ from pipeline.config.fields import (
     Bool,
     Bytes,
     Device,
+    Dpi,
     File,
     Float,
     Int,
     Layers,
+    Length,
     Pixels,
     Share,
     SidePx,
 )
 from pipeline.core.image_formats import Bits, Compression
+from pipeline.core.lengths import NO_LENGTH
 from pipeline.core.vgg_layers import ALIGN_PX, PoolingKind
 
 NetworkName = Literal["vgg19", "vgg19-lite", "random"]
@@ -51,6 +54,21 @@ class Section(BaseModel):
     """Frozen and strict: unknown keys, NaN and infinity are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PrintSize(Section):
+    """The size of the output on paper. A length alone is that of the long side."""
+
+    long_side: Length | None = Field(None, description="the longer side")
+    width: Length | None = Field(None, description="width; the height follows from the content")
+    height: Length | None = Field(None, description="height; the width follows from the content")
+    dpi: Dpi | None = Field(None, description="px per inch; null: export.dpi, or 300")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_length(cls, data: object) -> object:
+        # digits alone are px in quotes, of which the whole union's message is clearer
+        return {"long_side": data} if isinstance(data, str) and not data.isdigit() else data
 
 
 class StyleConfig(Section):
@@ -246,6 +264,40 @@ class LimitsConfig(Section):
     max_result_pixels: Pixels = Field(10**10, description="maximum size of the output in pixels")
 
 
+class EdgeConfig(Section):
+    """What continues the picture beyond its edges: mirrored, and further out its last pixels drawn out.
+
+    A length alone is mirrored.
+    """
+
+    mirror: Length = Field(NO_LENGTH, description="how far the picture continues as its mirror image")
+    stretch: Length = Field(NO_LENGTH, description="how far its outermost pixels are repeated, beyond the mirror image")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_length(cls, data: object) -> object:
+        return _section_of(data, "mirror")
+
+
+class PanelsConfig(Section):
+    """Panels side by side, each a file. A length alone is their width."""
+
+    width: Length | None = Field(None, description="width of a panel, what the printer can print; null: one file")
+    overlap: Length = Field(NO_LENGTH, description="width that neighbouring panels share")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_length(cls, data: object) -> object:
+        return _section_of(data, "width")
+
+
+def _section_of(data: object, name: str) -> object:
+    """The data of a section that may be written as its most used key alone, or as null."""
+    if data is None:
+        return {}
+    return data if isinstance(data, dict | Section) else {name: data}
+
+
 class ExportConfig(Section):
     """How the output image is written."""
 
@@ -255,6 +307,14 @@ class ExportConfig(Section):
     pyramid: StrictBool = Field(
         True, description="smaller levels in a TIFF, for viewers; a third more disk space, two thirds while writing"
     )
+    dpi: Dpi | None = Field(
+        None, description="px per inch of the print; null: the content's, scaled with the size, or 300"
+    )
+    wrap: EdgeConfig = Field(EdgeConfig(), description="sides of a canvas, folded over its frame")
+    border: Length = Field(NO_LENGTH, description="white border, outside the wrap")
+    bleed: EdgeConfig = Field(EdgeConfig(), description="what is cut off, outside all else; white around a border")
+    marks: StrictBool = Field(False, description="crop marks, in a white margin of 8mm")
+    panels: PanelsConfig = Field(PanelsConfig(), description="several files, numbered, for walls wider than a printer")
 
     @property
     def changed(self) -> dict[str, Any]:

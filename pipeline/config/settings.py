@@ -7,11 +7,12 @@ value means for a resume. Lengths are in px, sizes in bytes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from pipeline.config.fields import MAX_STAGES, MAX_STYLES, Bool, File, Float, Int, Output, SidePx, Start
+from pipeline.config.fields import MAX_STAGES, MAX_STYLES, Bool, File, Float, Int, Output, SidePx, Start, parse_px
+from pipeline.config.messages import Expected
 from pipeline.config.sections import (
     COMPARED_BY_CONTENT,
     HARMLESS,
@@ -22,6 +23,7 @@ from pipeline.config.sections import (
     MemoryConfig,
     NetworkConfig,
     OptimizerConfig,
+    PrintSize,
     Section,
     StageConfig,
     StoreConfig,
@@ -30,6 +32,9 @@ from pipeline.config.sections import (
 )
 from pipeline.core.image_formats import OUTPUT_SUFFIXES
 from pipeline.core.presets import PresetName
+
+
+OnPaper = Annotated[PrintSize, Expected("a length such as 60cm or {width: 60cm, dpi: 150}")]
 
 
 def _default_work_dir(data: dict[str, Any]) -> Path:
@@ -69,8 +74,9 @@ class Settings(Section):
         description="run directory, which holds the state; by default beside the output",
         json_schema_extra=HARMLESS,
     )
-    size: SidePx | tuple[SidePx, SidePx] | None = Field(
-        None, description="long side of the output in px, or [width, height] of a texture; null: as the content"
+    size: Annotated[SidePx | tuple[SidePx, SidePx] | OnPaper | None, BeforeValidator(parse_px)] = Field(
+        None,
+        description="long side of the output, or [width, height] of a texture; null: as the content",
     )
     initial_size: SidePx | Literal["auto"] = Field(
         "auto", description="long side of the coarsest stage in px; auto: what the network sees at once"
@@ -128,9 +134,15 @@ class Settings(Section):
         return tuple(dict.fromkeys(path for path in paths if path is not None))
 
     @property
+    def size_px(self) -> int | tuple[int, int] | None:
+        """`size` of a config in which it is in px; see rundir.in_pixels."""
+        assert not isinstance(self.size, PrintSize), "the size in px depends on the content's header"
+        return self.size
+
+    @property
     def target_px(self) -> int | None:
         """The long side of the output, or None if it is the content's."""
-        return max(self.size) if isinstance(self.size, tuple) else self.size
+        return max(self.size_px) if isinstance(self.size_px, tuple) else self.size_px
 
     @property
     def for_first_stage(self) -> Self:

@@ -13,6 +13,9 @@ MM_PER_INCH = 25.4
 MM_PER_UNIT = {"mm": 1.0, "cm": 10.0, "m": 1000.0, "in": MM_PER_INCH}
 # A kilometre. It bounds what a typing error can ask for; the limits of pictures in px are lower at any usual dpi.
 MAX_MM = 1e6
+MIN_DPI, MAX_DPI = 1.0, 100_000.0
+# The resolution of a picture about which nothing is known: what print shops ask for.
+DEFAULT_DPI = 300.0
 EXPECTED = f"a length such as 6mm, 20 cm, 1.5m or 10in (units: {', '.join(MM_PER_UNIT)})"
 
 _OTHER_NAMES = {"inch": "in", "inches": "in", '"': "in", "″": "in", "meter": "m", "metre": "m"}
@@ -61,6 +64,16 @@ class Length:
 
     def __str__(self) -> str:
         return f"{self.value:.9f}".rstrip("0").rstrip(".") + self.unit  # never 1e-05, which parse() refuses
+
+
+NO_LENGTH = Length(0, "mm")
+
+
+def sensible_dpi(dpi: float | None) -> float | None:
+    """`dpi` rounded to hundredths, or None if it is none: PNG counts px per metre, and gives 299.9994 for 300."""
+    if dpi is None or not MIN_DPI <= dpi <= MAX_DPI:
+        return None
+    return round(dpi, 2)
 
 
 def cm_of(length_px: int, dpi: float) -> float:

@@ -21,6 +21,7 @@ from pipeline.core.errors import MISPLACED, InputError, storage_error
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.text import bytes_text, shown
 from pipeline.images import tiff
+from pipeline.images.resolution import stated_dpi
 from pipeline.images.vips_streams import FileSource, reason
 
 # By format, the signatures (offset, bytes) that a file may begin with. libvips does not choose the loader itself: some
@@ -81,6 +82,7 @@ class ImageHeader:
     interlaced: bool
     decode_bytes: int  # host memory of a decoder that cannot work strip by strip; else 0
     kind: PixelKind  # bits and alpha that can be preserved: CIELAB becomes 8-bit RGB
+    dpi: float | None  # as the file states it
 
 
 def read_header(path: Path, limits: LimitsConfig | None = None) -> ImageHeader:
@@ -193,7 +195,8 @@ def describe(file: FileSource, image: Any) -> ImageHeader:
     interlaced = bool(image.get_typeof("interlaced") and image.get("interlaced"))
     decode_bytes = _decode_bytes(file, image, loader, interlaced, image.bands * bits // 8)
     kind = PixelKind(16 if image.format == "ushort" else 8, bool(image.hasalpha()))
-    return ImageHeader(path, width_px, height_px, image.bands, bits, loader, interlaced, decode_bytes, kind)
+    dpi = stated_dpi(file, image, loader)
+    return ImageHeader(path, width_px, height_px, image.bands, bits, loader, interlaced, decode_bytes, kind, dpi)
 
 
 def _decode_bytes(file: FileSource, image: Any, loader: str, interlaced: bool, pixel_bytes: int) -> int:

@@ -18,6 +18,7 @@ from pipeline.config.fields import OUTPUT_SUFFIXES
 from pipeline.config.messages import expected
 from pipeline.config.template import template
 from pipeline.core.errors import ConfigError
+from pipeline.core.lengths import Length
 from tests.support.configs import LINE, problems
 
 SMALL = "content: a.tif\nstyles: [{image: s.jpg}]\noutput: out/r.tif\n"
@@ -203,7 +204,8 @@ def test_missing_keys_are_named(write):
     [
         (
             "size=true",
-            "a whole number >= 16, <= 1000000 or a list of 2, each a whole number >= 16, <= 1000000 or null, found",
+            "a whole number >= 16, <= 1000000 or a list of 2, each a whole number >= 16, <= 1000000 or "
+            "a length such as 60cm or {width: 60cm, dpi: 150} or null, found",
         ),
         ("size=15", "found 15"),
         ("size=512.0", "found 512.0"),
@@ -414,6 +416,7 @@ def _values(annotation: Any) -> st.SearchStrategy[Any]:
         float: st.floats(0, 0.999, exclude_min=True),
         int: st.sampled_from([16, 32, 64]),
         str: st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
+        Length: st.sampled_from(["6mm", "2.5cm", "1m", "0.125in"]),
     }
     return plain[annotation]
 
@@ -429,6 +432,8 @@ def _leaves(model: type[BaseModel], start: str = "") -> Iterator[tuple[str, Any]
             yield "size", int | None  # with a content
         elif name == "stage_ratio":
             yield "stage_ratio", Literal[2, 3]  # limits that other numbers do not have
+        elif name == "dpi":
+            yield start + name, Literal[72, 299.5]
         elif name == "stages":
             continue  # a list of sections
         elif "path" not in expected(field.annotation, field.metadata):
@@ -443,7 +448,7 @@ def _value(config: BaseModel, key: str) -> Any:
     value: Any = config
     for part in key.split("."):
         value = value[int(part)] if isinstance(value, tuple) else getattr(value, part)
-    return value
+    return str(value) if isinstance(value, Length) else value
 
 
 def _settings(values: dict[str, Any]) -> list[str]:
@@ -464,14 +469,19 @@ def test_any_right_value_arrives_as_written(write, values):
         values.pop("export.quality", None)  # which is for JPEG only
     unfit = not values.get("optimizer.clip", True) or values.get("compute.dtype") == "float64"
     assume(not unfit or values.get("store.state_dtype") != "compact")
+    if values.get("export.panels.width"):
+        values.pop("export.panels.overlap", None)  # which must be smaller
     values.pop("preset", None)  # its values may contradict these: test_presets.py
     config = load_config(write(SMALL), _settings(values))
     for key, value in values.items():
         assert _value(config, key) == value
     again: Any = {}
     for key, value in values.items():
-        section, _, name = key.rpartition(".")
-        again.setdefault(section, {})[name] = value
+        *sections, name = key.split(".") if key != "styles.0.weight" else ("styles.0", "weight")
+        inner = again if sections else again.setdefault("", {})
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
     text = yaml.safe_dump({**yaml.safe_load(SMALL), **again.pop("", {})}, sort_keys=False)
     style = again.pop("styles.0", {})
     text = text.replace("- image: s.jpg", f"- {{image: s.jpg, weight: {style.get('weight', 1.0)}}}")
@@ -521,13 +531,9 @@ HARMLESS = {
     "compute.device",
     "compute.tile_px",
     "memory.limit",
-    "export.bits",
-    "export.compression",
-    "export.quality",
-    "export.pyramid",
 }
 HARMLESS |= {"compute.workers", "compute.threads", "store.durability"}
-HARMLESS |= {*(key for key in LEAVES if key.startswith("limits."))}
+HARMLESS |= {*(key for key in LEAVES if key.startswith(("export.", "limits.")))}
 
 
 def test_harmless_changes_let_a_run_go_on(write):
@@ -559,7 +565,8 @@ def test_harmless_changes_let_a_run_go_on(write):
 def test_every_other_change_is_noticed(write, key, data):
     """If a resume missed a change, one image would be rendered with two different settings."""
     value = data.draw(_values(LEAVES[key]))
-    base = ["store.chunk_px=16", *(["export.compression=jpeg"] if key == "export.quality" else [])]
+    needed = {"export.quality": "export.compression=jpeg", "export.panels.overlap": "export.panels.width=9m"}
+    base = ["store.chunk_px=16", *([needed[key]] if key in needed else [])]
     before = load_config(write(SMALL), base)
     after = load_config(write(SMALL), [*base, *_settings({key: value})])
     assume(_value(before, key) != _value(after, key))

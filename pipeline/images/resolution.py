@@ -1,0 +1,47 @@
+"""The resolution that an image file states, in dpi. libvips fills in 25.4 or 72 dpi for a file that states none."""
+
+from __future__ import annotations
+
+import struct
+from fractions import Fraction
+from typing import Any
+
+from pipeline.core.lengths import MM_PER_INCH, sensible_dpi
+from pipeline.images.vips_streams import FileSource
+
+_PNG_SIGNATURE_BYTES = 8
+_PER_METRE = 1
+# A PNG has a dozen kinds of chunks before its pixels; a file with more of them is not searched to its end.
+_MAX_CHUNKS = 100
+
+
+def stated_dpi(file: FileSource, image: Any, loader: str) -> float | None:
+    """The horizontal resolution of an opened image file; None if it states none, or an impossible one."""
+    if image.get_typeof("resolution-unit"):  # of TIFF, JFIF or EXIF
+        # libvips reads the unit of EXIF in WebP and HEIF, but not the number
+        is_set = loader not in ("webpload", "heifload")
+        return sensible_dpi(image.xres * MM_PER_INCH if is_set else _exif_dpi(image))
+    return sensible_dpi(_png_dpi(file)) if loader == "pngload" else None
+
+
+def _exif_dpi(image: Any) -> float | None:
+    name = "exif-ifd0-XResolution"
+    try:
+        number = float(Fraction(image.get(name).split()[0]))  # "300/1 (300, Rational, 1 components, 8 bytes)"
+    except (ValueError, IndexError, ZeroDivisionError, OverflowError):
+        return None
+    return number * MM_PER_INCH / 10 if image.get("resolution-unit") == "cm" else number
+
+
+def _png_dpi(file: FileSource) -> float | None:
+    """The resolution of the chunk pHYs, if it is one per metre."""
+    at = _PNG_SIGNATURE_BYTES
+    for _ in range(_MAX_CHUNKS):
+        head = file.read_at(at, 8)
+        if len(head) < 8 or head[4:] == b"IDAT":
+            return None
+        if head[4:] == b"pHYs" and len(data := file.read_at(at + 8, 9)) == 9:
+            per_metre, _, unit = struct.unpack(">IIB", data)
+            return per_metre * MM_PER_INCH / 1000 if unit == _PER_METRE else None
+        at += 12 + int.from_bytes(head[:4], "big")
+    return None
