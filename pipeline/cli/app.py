@@ -24,6 +24,7 @@ from pipeline.core import profiler
 from pipeline.core.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.core.events import Note, Sink
 from pipeline.core.image_formats import COMPRESSIONS, MAX_SIDE_PX, PREVIEW_PX
+from pipeline.core.lengths import MAX_DPI, MIN_DPI
 from pipeline.core.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -291,6 +292,12 @@ def verify(
     help=f"Compression of a TIFF: {', '.join(COMPRESSIONS)}.",
 )
 @click.option("--quality", type=click.IntRange(1, 100), metavar="1-100", default=95, help="JPEG quality; default 95.")
+@click.option(
+    "--dpi",
+    type=click.FloatRange(MIN_DPI, MAX_DPI),
+    metavar="N",
+    help="Resolution of the print in px per inch; default: that of the run.",
+)
 @click.option("--pyramid/--no-pyramid", default=True, show_default=True, help="Smaller levels in a TIFF, for viewers.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.pass_context

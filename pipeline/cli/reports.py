@@ -7,7 +7,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ from rich.table import Table
 from pipeline.commands.preview.preview import Preview
 from pipeline.commands.verify.verify import Report
 from pipeline.config import Config
+from pipeline.core.lengths import cm_text, sharp_from_m
 from pipeline.core.text import count, duration
 from pipeline.plan import Plan, resolve_device
 
 _PACKAGES = ("pipeline", "torch", "zarr", "numcodecs", "dask", "numpy", "pyvips", "pydantic")
+# Of a print that is held in hands, of a poster, and of a wall.
+_PRINT_DPI = (300, 150, 100)
 # Lines of damage in the text output; --json lists all.
 _MAX_LINES = 20
 
@@ -76,9 +79,27 @@ def print_plan(config: Config, planned: Plan) -> None:
         f"work     {planned.flop / 1e12:,.0f} TFLOP for {iterations} iterations per stage",
     ]
     _print_lines(lines)
+    _print_print_table(planned)
 
 
-def _print_lines(lines: list[str]) -> None:
+def _print_print_table(planned: Plan) -> None:
+    """Print how large the picture is on paper, and from which distance it is sharp."""
+    height, width = planned.stages[-1].size
+    own = f"{planned.dpi:g} dpi (export)"
+    resolutions = {own: planned.dpi} | {f"{dpi} dpi": dpi for dpi in _PRINT_DPI if dpi != planned.dpi}
+    rows = [
+        (name, f"{cm_text(width, dpi)} × {cm_text(height, dpi)} cm", f"{sharp_from_m(dpi):.2g} m")
+        for name, dpi in resolutions.items()
+    ]
+    _print_table(("printed at", "size", "sharp from"), rows)
+    if list(planned.outputs.values()) != [(height, width)]:  # edges or panels
+        _print_lines(
+            f"{name}: {columns}×{rows} px, {cm_text(columns, planned.dpi)} × {cm_text(rows, planned.dpi)} cm"
+            for name, (rows, columns) in planned.outputs.items()
+        )
+
+
+def _print_lines(lines: Iterable[str]) -> None:
     console = _console()
     for line in lines:
         console.print(line)

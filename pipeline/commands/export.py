@@ -13,9 +13,10 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.events import Sink, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.image_formats import picture_kind
+from pipeline.core.lengths import DEFAULT_DPI, sensible_dpi
 from pipeline.executors import ThreadExecutor
 from pipeline.images import check_output, refuse_unheeded
-from pipeline.plan import WORKERS
+from pipeline.plan import WORKERS, sheets_of
 from pipeline.render.export import export_canvas
 from pipeline.rundir import (
     Journal,
@@ -46,7 +47,7 @@ def export(
     sink: Sink = ignore,
     stop: threading.Event | None = None,
 ) -> Path:
-    """Write the canvas of a stage (default: the newest) as an image at any time, and return its path.
+    """Write the canvas of a stage (default: the newest) as an image at any time, and return its path, or the first's.
 
     Raises ConfigError if there is no such stage, the format cannot store it or ignores an option, `output` exists
     without `force`, its folder does not exist, or an active run overwrites the canvas meanwhile; DamagedStateError.
@@ -54,8 +55,6 @@ def export(
     options = options or ExportConfig()
     refuse_own_state(output, work_dir)
     refuse_missing_folder(output)
-    if taken(output) and not force:
-        raise ConfigError(f"output {output}: exists and would be lost. Choose another name, or give --force.")
     manifest = manifest_of(work_dir)
     journal = Journal(journal_path(work_dir))
     read_bytes = journal.size_bytes()  # before reading: a record that follows makes the export check again
@@ -64,12 +63,17 @@ def export(
     refuse_links(work_dir)
     kind = picture_kind(output, options.bits, options.compression, content_kind(manifest))
     refuse_unheeded(output, options.changed, kind.alpha)
-    options = options.model_copy(update={"bits": kind.bits})
+    dpi = options.dpi or _dpi_of(manifest, chosen)
+    options = options.model_copy(update={"bits": kind.bits, "dpi": dpi})
     canvas = newest_canvas(work_dir, position, chosen)
     alpha = content_alpha(work_dir, position, chosen) if kind.alpha else None
     _check_arrays(canvas, alpha, manifest)
-    height, width, _channels = canvas.shape
-    check_output(output, width, height, kind.bits, options.compression)
+    sheets = sheets_of(output, canvas.shape[:2], options)
+    for sheet in sheets:
+        if taken(sheet.path) and not force:
+            raise ConfigError(f"output {sheet.path}: exists and would be lost. Choose another name, or give --force.")
+        height, width = sheet.size
+        check_output(sheet.path, width, height, kind.bits, options.compression)
 
     cancel = _OvertakenToken(journal, read_bytes, position, chosen, stop)
 
@@ -80,11 +84,20 @@ def export(
     try:
         with ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
             integrity.require_intact(planes, executor, progress("check"))
-        export_canvas(planes, output, options, cancel, progress("export"))
+        for sheet in sheets:
+            export_canvas(planes, sheet, options, cancel, progress("export"))
     except ChunkError:
         cancel.raise_if_set()  # chunks that an active run has overwritten are not damaged
         raise
-    return output
+    return sheets[0].path
+
+
+def _dpi_of(manifest: Manifest, stage: int) -> float:
+    """The resolution at which a stage's canvas has the size on paper that the run's result has."""
+    if manifest.dpi is None:
+        return DEFAULT_DPI
+    scale = max(manifest.stages[stage].size) / max(manifest.stages[-1].size)
+    return sensible_dpi(manifest.dpi * scale) or DEFAULT_DPI
 
 
 class _OvertakenToken(CancelToken):

@@ -5,33 +5,35 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import store
-from pipeline.config import Config, OptimizerConfig
+from pipeline.config import Config, ExportConfig, OptimizerConfig
 from pipeline.core.allocator import trim_heap
-from pipeline.core.cancel import CancelToken
+from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import DeviceMemoryError, storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.executors import Executor, ThreadExecutor
 from pipeline.network import find_weights
-from pipeline.plan import WORKERS, Device, Plan, StagePlan, resolve_device, update_threads
+from pipeline.plan import WORKERS, Device, Plan, StagePlan, resolve_device, sheets_of, update_threads
 from pipeline.render import export
 from pipeline.render.context import RenderContext, iteration_record, make_stage, prepared_record, render_context
 from pipeline.rundir import (
     Journal,
+    Pictures,
     Position,
     RunLock,
     check_space,
     content_alpha,
+    in_pixels,
     is_as_written,
     journal_path,
     locked_folder,
@@ -71,11 +73,12 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
         if exists:  # before anything that takes long, so that a second run is refused at once
             lock = stack.enter_context(locked_folder(config.work_dir))
         device = resolve_device(config.compute.device)
+        config = in_pixels(config)
         planned = plan_on(config, device)
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
         begun = taken(manifest_path(config.work_dir)) or taken(journal_path(config.work_dir))
         if not (force or begun):
-            refuse_foreign(config.output, {}, _FOREIGN)
+            _refuse_foreign_outputs(planned, {})
         if not exists:  # after all refusals, so that a refused start creates nothing
             lock = stack.enter_context(locked_folder(config.work_dir))
         # inside the lock: its tasks have ended before another run can lock the directory
@@ -87,8 +90,15 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
         rendering.refuse_foreign_output()
         rendering.render()
         rendering.export()
-    sink(RunDone(str(config.output), time.monotonic() - started))
-    return config.output
+    outputs = list(planned.outputs)
+    sink(RunDone(", ".join(outputs), time.monotonic() - started))
+    return Path(outputs[0])
+
+
+def _refuse_foreign_outputs(planned: Plan, pictures: Pictures, cancel: CancelToken = NEVER) -> None:
+    """Raise ConfigError if an output path has a file that this run did not write."""
+    for output in planned.outputs:
+        refuse_foreign(Path(output), pictures, _FOREIGN, cancel)
 
 
 def _executor(config: Config, device: Device, lock: RunLock, sink: Sink, cancel: CancelToken) -> Executor:
@@ -134,12 +144,12 @@ class _Rendering:
         self.sink, self.executor = self.context.sink, self.context.executor
 
     def refuse_foreign_output(self) -> None:
-        """Raise ConfigError if the output path has a file that this run did not write.
+        """Raise ConfigError if an output path has a file that this run did not write.
 
         Checked at the start and again before the export, because a run may take days.
         """
         if not self.force:
-            refuse_foreign(self.config.output, self.position.pictures, _FOREIGN, self.executor.cancel)
+            _refuse_foreign_outputs(self.plan, self.position.pictures, self.executor.cancel)
 
     def render(self) -> None:
         """Render every stage that is not done."""
@@ -244,42 +254,51 @@ class _Rendering:
         return self.config.for_stage(max(stage_plan.size)).optimizer
 
     def export(self) -> None:
-        """Write the last stage's canvas as the output image, unless the same image is there already."""
-        output, picture = self.config.output, self.plan.picture
-        settings = self.config.export.model_copy(update={"bits": picture.bits})
+        """Write the last stage's canvas as the output images, except for those that are there already."""
+        settings = self.config.export.model_copy(update={"bits": self.plan.picture.bits})
         options = settings.model_dump(mode="json")
-        before = self.position.exported.get(str(output))
-        # options that are newer than the record did not affect its image
-        same = before and before == {key: options.get(key) for key in before}
-        if same and is_as_written(output, self.position.pictures[str(output)][-1], self.executor.cancel):
-            self.sink(Note(f"{output} is already there"))
+        resolved = settings.model_copy(update={"dpi": self.plan.dpi})
+        sheets = []
+        for sheet in sheets_of(self.config.output, self.plan.stages[-1].size, resolved):
+            if self._is_there(str(sheet.path), options):
+                self.sink(Note(f"{sheet.path} is already there"))
+            else:
+                sheets.append(sheet)
+        if not sheets:
             return
         check_space(self.config, self.plan, len(self.plan.stages))
         trim_heap()
         last = self.plan.stages[-1].index
         canvas = newest_canvas(self.config.work_dir, self.position, last)
-        alpha = content_alpha(self.config.work_dir, self.position, last) if picture.alpha else None
+        alpha = content_alpha(self.config.work_dir, self.position, last) if self.plan.picture.alpha else None
         planes = [canvas] if alpha is None else [canvas, alpha]
         integrity.require_intact(
             planes, self.executor, lambda done, total: self.sink(WorkDone(last, "check", done, total))
         )
-        cancel = self.executor.cancel
-        export.export_canvas(
-            planes,
-            output,
-            settings,
-            cancel,
-            lambda done, total: self.sink(WorkDone(last, "export", done, total)),
-            self._record_picture,
-        )
-        written = self.position.pictures[str(output)][-1]
-        self._commit(records.Exported(output=str(output), options=options, picture=written))
+        for sheet in sheets:
+            export.export_canvas(
+                planes,
+                sheet,
+                resolved,
+                self.executor.cancel,
+                lambda done, total: self.sink(WorkDone(last, "export", done, total)),
+                partial(self._record_picture, str(sheet.path)),
+            )
+            written = self.position.pictures[str(sheet.path)][-1]
+            self._commit(records.Exported(output=str(sheet.path), options=options, picture=written))
 
-    def _record_picture(self, whole: Path) -> None:
+    def _is_there(self, output: str, options: Mapping[str, Any]) -> bool:
+        """Whether the output path has the image that an export with these options would write."""
+        before = self.position.exported.get(output)
+        # an image from before an option was written as with the option's default
+        same = before and {**ExportConfig().model_dump(mode="json"), **before} == options
+        return bool(same) and is_as_written(Path(output), self.position.pictures[output][-1], self.executor.cancel)
+
+    def _record_picture(self, output: str, whole: Path) -> None:
         """Record the image before it is renamed: after a crash between the two, the run would not recognise it."""
         written = written_picture(whole, self.executor.cancel)
         self.refuse_foreign_output()
-        self._commit(records.Exporting(output=str(self.config.output), picture=written))
+        self._commit(records.Exporting(output=output, picture=written))
 
     def _free_arrays(self, stage: int) -> None:
         at = self.position

@@ -6,6 +6,7 @@ from pipeline.config.messages import faults_in, field_at
 from pipeline.config.regions import regions_of
 from pipeline.config.sections import (
     ADDED_LATER,
+    EdgeConfig,
     ExportConfig,
     LimitsConfig,
     OptimizerConfig,

@@ -33,7 +33,6 @@ from pipeline.config.sections import (
 from pipeline.core.image_formats import OUTPUT_SUFFIXES
 from pipeline.core.presets import PresetName
 
-
 OnPaper = Annotated[PrintSize, Expected("a length such as 60cm or {width: 60cm, dpi: 150}")]
 
 

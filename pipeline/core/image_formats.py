@@ -53,13 +53,14 @@ class Format:
     pyramid: tuple[bool, ...]
 
 
-# 10,000,000 px is the limit of libvips; PNG and TIFF could hold more.
+# The limit of libvips; PNG and TIFF could hold more.
+MAX_OUTPUT_SIDE_PX = 10_000_000
 FORMATS = (
-    Format("TIFF", (".tif", ".tiff"), (8, 16), True, 10_000_000, COMPRESSIONS, (True, False)),
-    Format("PNG", (".png",), (8, 16), True, 10_000_000, ("deflate",), (False,)),
+    Format("TIFF", (".tif", ".tiff"), (8, 16), True, MAX_OUTPUT_SIDE_PX, COMPRESSIONS, (True, False)),
+    Format("PNG", (".png",), (8, 16), True, MAX_OUTPUT_SIDE_PX, ("deflate",), (False,)),
     Format("JPEG", (".jpg", ".jpeg"), (8,), False, 65_500, ("jpeg",), (False,)),
-    Format("DeepZoom", (".dz",), (8,), True, 10_000_000, ("jpeg",), (True,)),  # with alpha its tiles are PNG
-    Format("OME-Zarr", (".zarr",), (8, 16), True, 10_000_000, ("zstd",), (True,)),
+    Format("DeepZoom", (".dz",), (8,), True, MAX_OUTPUT_SIDE_PX, ("jpeg",), (True,)),  # with alpha its tiles are PNG
+    Format("OME-Zarr", (".zarr",), (8, 16), True, MAX_OUTPUT_SIDE_PX, ("zstd",), (True,)),
 )
 OUTPUT_SUFFIXES = tuple(suffix for output in FORMATS for suffix in output.suffixes)
 

@@ -76,6 +76,11 @@ def sensible_dpi(dpi: float | None) -> float | None:
     return round(dpi, 2)
 
 
-def cm_of(length_px: int, dpi: float) -> float:
-    """The centimetres that `length_px` take on paper."""
-    return length_px * MM_PER_INCH / 10 / dpi
+def cm_text(length_px: int, dpi: float) -> str:
+    """The centimetres that `length_px` take on paper, to the millimetre."""
+    return f"{length_px * MM_PER_INCH / 10 / dpi:.1f}"
+
+
+def sharp_from_m(dpi: float) -> float:
+    """The distance in metres from which an eye sees no px: it resolves 180 dpi at 1 m, an arc minute or so."""
+    return 180 / dpi

@@ -29,7 +29,9 @@ from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import StorageError, storage, storage_error
 from pipeline.core.files import new_partial, partial_name, remove, sync_file_system, sync_folder, taken
 from pipeline.core.image_formats import RGB8, PixelKind
+from pipeline.core.lengths import MM_PER_INCH
 from pipeline.core.tiling import Size
+from pipeline.images.jfif import JfifFile
 from pipeline.images.output_check import check_output, output_format
 from pipeline.images.vips_streams import POLL_S, Rows, RowSource
 
@@ -45,7 +47,8 @@ class ImageSpec:
     """An output image: `path`, whose suffix names the format, size, kind of pixels, and options of the format.
 
     `compression`: of TIFF. `quality`: of JPEG, 1 to 100. `pyramid`: a TIFF also has smaller levels, which take their
-    own size on the disk a second time until it is complete. Alpha is written unassociated (not premultiplied).
+    own size on the disk a second time until it is complete. `dpi`: the resolution on paper, where the format has a
+    place for it; None: unknown. Alpha is written unassociated (not premultiplied).
     """
 
     path: Path
@@ -55,6 +58,7 @@ class ImageSpec:
     compression: str = "deflate"
     quality: int = 95
     pyramid: bool = True
+    dpi: float | None = None
 
 
 def write_image(
@@ -173,7 +177,7 @@ class _Export:
     def _run_saver(self) -> None:
         words = None
         try:
-            self._save(self._source.image())
+            self._save(self._with_dpi(self._source.image()))
         except pyvips.Error as error:
             words = str(error.detail or error).strip()
         except Exception as error:  # raised again in the caller's thread
@@ -183,6 +187,15 @@ class _Export:
         if words is not None:  # not within `except`: the traceback would keep libvips' file open
             self._failures.append(_saver_error(self._spec.path, words))
 
+    def _with_dpi(self, image: Any) -> Any:
+        """The image with its resolution, which libvips counts in px per mm and writes in inches."""
+        if self._spec.dpi is None:
+            return image
+        per_mm = self._spec.dpi / MM_PER_INCH
+        image = image.copy(xres=per_mm, yres=per_mm)
+        image.set_type(pyvips.GValue.gstr_type, "resolution-unit", "in")
+        return image
+
     def _save(self, image: Any) -> None:
         """Run the saver. Progressive and optimised JPEG are off, because they keep the whole image in memory."""
         spec, name = self._spec, str(self._partial)
@@ -190,11 +203,11 @@ class _Export:
             case "TIFF":
                 tiles = {"tile": True, "tile_width": 256, "tile_height": 256, "bigtiff": True}
                 options = {"compression": spec.compression, "Q": spec.quality, "pyramid": spec.pyramid}
-                image.tiffsave(name, keep="icc", **tiles, **options)
+                image.tiffsave(name, keep="icc", resunit="inch", **tiles, **options)
             case "PNG":
                 image.pngsave(name, keep="icc")
             case "JPEG":
-                image.jpegsave(name, Q=spec.quality, keep="icc")
+                self._save_jpeg(image)
             case "DeepZoom":
                 self._partial.mkdir()
                 stem, suffix = self._partial / spec.path.stem, ".png" if spec.kind.alpha else ".jpg"
@@ -203,6 +216,16 @@ class _Export:
                 (stem.with_name(f"{stem.name}_files") / "vips-properties.xml").unlink(missing_ok=True)
             case other:
                 raise AssertionError(f"{other} is written by another module")
+
+    def _save_jpeg(self, image: Any) -> None:
+        options = {"Q": self._spec.quality, "keep": "icc"}
+        if self._spec.dpi is None:
+            image.jpegsave(str(self._partial), **options)
+            return
+        with JfifFile(self._partial, self._spec.dpi) as file:
+            target = pyvips.TargetCustom()
+            target.on_write(file.write)
+            image.jpegsave_target(target, **options)
 
 
 def _saver_error(path: Path, words: str) -> OSError:

@@ -26,13 +26,16 @@ def ingest_bytes(image: ImageHeader, width_px: int, chunk_px: int, kind: PixelKi
     return _LIBVIPS_BYTES + image.decode_bytes + rows * kind.channels // 3 + 3 * chunk_px * width_px * kind.pixel_bytes
 
 
-def export_bytes(size: Size, kind: PixelKind, *, tiff: bool, pyramid: bool) -> int:
-    """Peak bytes of writing the output image: bands of rows, the encoder, and a pyramid's levels in memory."""
+def export_bytes(size: Size, kind: PixelKind, *, tiff: bool, pyramid: bool, edges: bool = False) -> int:
+    """Peak bytes of writing an output image: bands of rows, the encoder, and a pyramid's levels in memory.
+
+    `edges`: the rows are made of rows of the canvas, of which another band is in memory.
+    """
     height_px, width_px = size
     band = min(64 * MIB, 512 * width_px * kind.pixel_bytes)
     rows = (4_000 if tiff else 8_000) * width_px * kind.pixel_bytes // 3
     levels = _levels_in_memory(height_px * width_px * kind.pixel_bytes) if tiff and pyramid else 0
-    return _LIBVIPS_BYTES + 3 * band + rows + levels
+    return _LIBVIPS_BYTES + (4 if edges else 3) * band + rows + levels
 
 
 def levels_on_disk_bytes(size: Size, kind: PixelKind) -> int:

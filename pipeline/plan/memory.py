@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pipeline.config import Config
@@ -18,6 +19,8 @@ from pipeline.images import ImageHeader
 from pipeline.plan.device import STAGING_THREADS
 from pipeline.plan.image_memory import MIB, export_bytes, ingest_bytes, levels_on_disk_bytes
 from pipeline.plan.network_cost import LayerUse
+from pipeline.plan.print_sheets import has_edges, sheets_of
+from pipeline.plan.sizes import output_dpi
 from pipeline.store import layer_of
 
 # Tasks in flight in a process: one reads the next tile, one computes, one writes the last.
@@ -175,11 +178,22 @@ class Workload:
         form = format_of(self.config.output)
         return form is not None and form.name == "TIFF"
 
+    @cached_property
+    def output_dpi(self) -> float:
+        """The resolution of the output images."""
+        return output_dpi(self.config, self.stages[-1].canvas, self.images)
+
+    @cached_property
+    def output_sizes(self) -> Mapping[Path, Size]:
+        """The (height, width) of every output image, by its path."""
+        options = self.config.export.model_copy(update={"dpi": self.output_dpi})
+        return {sheet.path: sheet.size for sheet in sheets_of(self.config.output, self.stages[-1].canvas, options)}
+
     @property
     def levels_bytes(self) -> int:
         """Disk that a TIFF's smaller levels take, beside the output, while it is written."""
         has_levels = self._is_tiff and self.config.export.pyramid
-        return levels_on_disk_bytes(self.stages[-1].canvas, self.picture) if has_levels else 0
+        return max(levels_on_disk_bytes(size, self.picture) for size in self.output_sizes.values()) if has_levels else 0
 
     @property
     def _itemsize(self) -> int:
@@ -212,9 +226,7 @@ class Workload:
         )  # a worker keeps threads, and their buffers, for two passes
         own = {
             "ingest": self._ingest_bytes(),
-            "export": export_bytes(
-                self.stages[-1].canvas, self.picture, tiff=self._is_tiff, pyramid=self.config.export.pyramid
-            ),
+            "export": self._export_bytes(),
         }
         in_tasks = {
             "weights": self.weights_bytes,
@@ -265,6 +277,13 @@ class Workload:
             for stage in self.stages
         ]
         return dict(zip(TILE_PHASES, map(max, zip(*passes, strict=True)), strict=True))
+
+    def _export_bytes(self) -> int:
+        """Peak bytes of writing the largest output image."""
+        options = self.config.export
+        largest = max(self.output_sizes.values(), key=lambda size: size[0] * size[1])
+        edges = has_edges(options)
+        return export_bytes(largest, self.picture, tiff=self._is_tiff, pyramid=options.pyramid, edges=edges)
 
     def _ingest_bytes(self) -> int:
         """Peak bytes of reading the most expensive image, at the width that it is resized to."""

@@ -68,6 +68,8 @@ class Plan:
     """The whole run: stages, tile size, and projected peaks in bytes.
 
     `tile_step_px`: tiles of another size would be a multiple of it. `picture`: the kind of the output image's pixels.
+    `dpi`: the resolution of the print. `outputs`: (height, width) of each output image by its path, several if they are
+    panels.
     """
 
     stages: tuple[StagePlan, ...]
@@ -80,6 +82,8 @@ class Plan:
     device_bytes: int
     disk_bytes: int
     picture: PixelKind
+    dpi: float
+    outputs: Mapping[str, Size]
     output_bytes: int
     levels_bytes: int
     flop: int
@@ -115,6 +119,7 @@ def make_plan(
     carries = [*(stage.config.optimizer.carry for stage in works[1:]), False]
     stages = tuple(plan_stage(stage, index, tile_px, carries[index]) for index, stage in enumerate(works))
     retained = [stage.kept_bytes for stage in stages]
+    output_px = sum(height * width for height, width in work.output_sizes.values())
     return Plan(
         stages=stages,
         tile_px=tile_px,
@@ -126,7 +131,9 @@ def make_plan(
         device_bytes=work.gpu_bytes(tile_px),
         disk_bytes=max(stage.store_bytes + sum(retained[: stage.index]) for stage in stages),
         picture=work.picture,
-        output_bytes=stages[-1].pixels * work.picture.pixel_bytes * 4 // 3,  # a pyramid adds a third
+        dpi=work.output_dpi,
+        outputs={str(path): size for path, size in work.output_sizes.items()},
+        output_bytes=output_px * work.picture.pixel_bytes * 4 // 3,  # a pyramid adds a third
         levels_bytes=work.levels_bytes,
         flop=sum(stage.flop_per_iteration * stage.max_iterations for stage in stages),
         memory_limit_bytes=config.memory.limit_bytes,

@@ -1,4 +1,4 @@
-"""The sizes of canvas and styles in every stage (algorithm.md, "Stages")."""
+"""The sizes of canvas and styles in every stage (algorithm.md, "Stages"), and the size on paper."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 
-from pipeline.config import Config, StyleConfig
+from pipeline.config import MAX_SIDE_PX, Config, PrintSize, StyleConfig
+from pipeline.core.errors import ConfigError
+from pipeline.core.lengths import DEFAULT_DPI, sensible_dpi
 from pipeline.core.tiling import Size
 from pipeline.core.vgg_layers import ALIGN_PX, ceil_to, min_side_px, receptive_field_px
 from pipeline.images import ImageHeader
@@ -43,6 +45,55 @@ def stage_sizes(config: Config, images: Mapping[Path, ImageHeader]) -> Sequence[
         styles = config.for_stage(max(canvas)).styles
         stages.append((canvas, tuple(_style_size(style, images, long_px) for style in styles)))
     return stages
+
+
+def with_size_in_px(config: Config, content: Size | None) -> Config:
+    """The config with `size` in px, and the resolution of a size on paper as export.dpi.
+
+    `content`: its (height, width), None without a content. Raises ConfigError for a size that no image can have.
+    """
+    given = config.size
+    if not isinstance(given, PrintSize):
+        return config
+    dpi = given.dpi or config.export.dpi or DEFAULT_DPI
+    lengths = {name: getattr(given, name) for name in ("long_side", "width", "height")}
+    sides_px = {name: length.px(dpi) for name, length in lengths.items() if length is not None}
+    size: int | tuple[int, int]
+    if content is None and len(sides_px) == 2:
+        size = sides_px["width"], sides_px["height"]
+    else:
+        ((name, side_px),) = sides_px.items()
+        size = side_px if content is None else _long_side_px(name, side_px, content)
+    for side_px in size if isinstance(size, tuple) else (size,):
+        if not ALIGN_PX <= side_px <= MAX_SIDE_PX:
+            text = " and ".join(f"{name} {lengths[name]}" for name in sides_px)
+            raise ConfigError(
+                f"size: {text} at {dpi:g} dpi would be {side_px:,} px, but {ALIGN_PX} to {MAX_SIDE_PX:,} px are "
+                "possible. Choose another size, or another dpi."
+            )
+    export = config.export.model_copy(update={"dpi": dpi})
+    return config.model_copy(update={"size": size, "export": export})
+
+
+def _long_side_px(name: str, side_px: int, content: Size) -> int:
+    """The long side of a canvas with the content's aspect ratio that has `side_px` as its width, height or long side.
+
+    `fit` gives the short side back exactly: it divides by more than this multiplies.
+    """
+    height, width = content
+    if name == "width" and width < height:
+        return round(side_px * height / width)
+    return round(side_px * width / height) if name == "height" and height < width else side_px
+
+
+def output_dpi(config: Config, canvas: Size, images: Mapping[Path, ImageHeader]) -> float:
+    """The resolution of the output images: export.dpi, else that which gives the canvas the content's size on paper."""
+    if config.export.dpi is not None:
+        return config.export.dpi
+    content = images[config.content] if config.content is not None else None
+    if content is None or content.dpi is None:
+        return DEFAULT_DPI
+    return sensible_dpi(content.dpi * max(canvas) / max(size_of(content))) or DEFAULT_DPI
 
 
 def initial_px(config: Config, images: Mapping[Path, ImageHeader]) -> int:
@@ -89,7 +140,7 @@ def canvas_shape(config: Config, images: Mapping[Path, ImageHeader]) -> Size:
     """(height, width) of the content, or of `size` without a content: the output image has its aspect ratio."""
     if config.content is not None:
         return size_of(images[config.content])
-    width, height = config.size if isinstance(config.size, tuple) else (config.size, config.size)
+    width, height = config.size_px if isinstance(config.size_px, tuple) else (config.size_px, config.size_px)
     assert width is not None and height is not None  # the config requires a size where there is no content
     return height, width
 

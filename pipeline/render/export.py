@@ -18,54 +18,59 @@ from pipeline.core.files import new_partial
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
 from pipeline.images import writer
+from pipeline.plan import Sheet
+from pipeline.render.edges import sheet_rows
 from pipeline.render.resample import OnProgress
 from pipeline.store import COLOR_AND_ALPHA, StageArray, ome_zarr
 
 
-def canvas_rows(planes: Sequence[StageArray], bits: int) -> Callable[[int, int], NDArray[Any]]:
-    """A reader of rows as exported: (y0, y1) to (rows, W, 3 or 4) uint8 or uint16, rounded to the nearest level."""
+def canvas_pixels(planes: Sequence[StageArray], bits: int) -> Callable[[Rect], NDArray[Any]]:
+    """A reader of pixels as exported: a rectangle to (h, w, 3 or 4) uint8 or uint16, rounded to the nearest level."""
     levels, dtype = (255, np.uint8) if bits == 8 else (65535, np.uint16)
     canvas = planes[0]
-    width = canvas.shape[1]
 
-    def read_rows(y0: int, y1: int) -> NDArray[Any]:
-        out = np.empty((y1 - y0, width, sum(plane.shape[2] for plane in planes)), dtype)
-        for x0 in range(0, width, canvas.chunk_px):  # chunk by chunk: float rows of the whole width would be large
-            x1 = min(x0 + canvas.chunk_px, width)
+    def read(rect: Rect) -> NDArray[Any]:
+        out = np.empty((rect.height, rect.width, sum(plane.shape[2] for plane in planes)), dtype)
+        first = rect.x0 // canvas.chunk_px * canvas.chunk_px
+        for start in range(first, rect.x1, canvas.chunk_px):  # chunk by chunk: float rows of all columns would be large
+            x0, x1 = max(start, rect.x0), min(start + canvas.chunk_px, rect.x1)
             for plane, channels in zip(planes, COLOR_AND_ALPHA, strict=False):
-                pixels = plane.read_window(Rect(y0, y1, x0, x1))
-                out[:, x0:x1, channels] = np.rint(np.clip(pixels, 0, 255) * (levels / 255))
+                pixels = plane.read_window(Rect(rect.y0, rect.y1, x0, x1))
+                out[:, x0 - rect.x0 : x1 - rect.x0, channels] = np.rint(np.clip(pixels, 0, 255) * (levels / 255))
         return out
 
-    return read_rows
+    return read
 
 
 def export_canvas(
     planes: Sequence[StageArray],
-    output: Path,
+    sheet: Sheet,
     options: ExportConfig,
     cancel: CancelToken,
     on_progress: OnProgress,
     on_whole: Callable[[Path], None] = lambda partial: None,
 ) -> None:
-    """Write a canvas as the image `output`, in the format of its suffix; it gets its name when it is complete.
+    """Write a canvas as the output image `sheet`, in the format of its suffix; it gets its name when it is complete.
 
-    `planes`: the canvas, and the content's alpha for formats that have it. `options`: without any auto. `on_whole`: as
-    for write_image. Raises StorageError, ConfigError (format limits), Stopped; then nothing is left behind.
+    `planes`: the canvas, and the content's alpha for formats that have it. `options`: with numbers for bits and dpi.
+    `on_whole`: as for write_image. Raises StorageError, ConfigError (format limits), Stopped; then nothing is left
+    behind.
     """
     assert options.bits != "auto"
-    height, width, _ = planes[0].shape
+    height, width = sheet.size
     kind = PixelKind(options.bits, alpha=len(planes) == 2)
-    image = writer.ImageSpec(output, width, height, kind, options.compression, options.quality, options.pyramid)
-    read = canvas_rows(planes, kind.bits)
+    image = writer.ImageSpec(
+        sheet.path, width, height, kind, options.compression, options.quality, options.pyramid, options.dpi
+    )
+    read = sheet_rows(canvas_pixels(planes, kind.bits), sheet)
 
     def read_rows(y0: int, y1: int) -> NDArray[Any]:
         rows = read(y0, y1)
         cancel.raise_if_set()
         return rows
 
-    if output.suffix.lower() == ".zarr":
-        with storage(output):
+    if sheet.path.suffix.lower() == ".zarr":
+        with storage(sheet.path):
             _export_ome_zarr(image, read_rows, cancel, on_progress, on_whole)
         return
     writer.write_image(
@@ -95,7 +100,8 @@ def _export_ome_zarr(
     try:
         temporary.mkdir()
         group = temporary / output.name
-        ome_zarr.write_ome_zarr(group, (image.height_px, image.width_px), image.kind, counted_rows, cancel=cancel)
+        size = (image.height_px, image.width_px)
+        ome_zarr.write_ome_zarr(group, size, image.kind, counted_rows, dpi=image.dpi, cancel=cancel)
         writer.put_in_place(group, output, on_whole)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

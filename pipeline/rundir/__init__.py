@@ -36,7 +36,7 @@ from pipeline.rundir.paths import (
     store_path,
 )
 from pipeline.rundir.position import Position, checked_position, position_of
-from pipeline.rundir.preflight import plan_on, with_initial_size
+from pipeline.rundir.preflight import in_pixels, plan_on, with_initial_size
 from pipeline.rundir.records import (
     Begun,
     CanvasLost,
@@ -50,6 +50,6 @@ from pipeline.rundir.records import (
     StagePrepared,
     as_json,
 )
-from pipeline.rundir.results import is_as_written, refuse_foreign, written_picture
+from pipeline.rundir.results import Pictures, is_as_written, refuse_foreign, written_picture
 from pipeline.rundir.run_folder import locked_folder
 from pipeline.rundir.space import check_space

@@ -108,6 +108,7 @@ def _new_manifest(config: Config, planned: Plan, identity_now: Identity) -> Mani
         config=KeptConfig.model_validate(config.model_dump(mode="json")),
         stages=_stage_sizes(planned),
         content=ContentKind(**asdict(planned.stages[-1].content or RGB8)),
+        dpi=planned.dpi,
         threads=default_threads(compute.workers) if compute.threads == "auto" else compute.threads,
         result_fields=identity_now.result_fields,
         inputs=identity_now.inputs,

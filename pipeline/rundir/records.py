@@ -82,14 +82,18 @@ class ContentKind(_Strict):
 
 
 class Manifest(_Strict):
-    """What a run began with. `threads`: CPU threads of one tile. `inputs`: SHA-256 by config key."""
+    """What a run began with. `threads`: CPU threads of one tile. `inputs`: SHA-256 by config key.
 
-    version: Literal[1] = 1  # manifests older than versions have the same fields
+    `dpi`: the resolution of the last stage's canvas on paper.
+    """
+
+    version: Literal[1, 2] = 2  # 1: without dpi; manifests older than versions have the fields of 1
     format: int
     created: _Line
     config: KeptConfig
     stages: Annotated[list[StageSizes], Field(min_length=1, max_length=_MAX_STAGES)]
     content: ContentKind = ContentKind()
+    dpi: float | None = None
     threads: Annotated[int, Field(ge=1, le=MAX_THREADS)]
     result_fields: dict[_Line, _Line | int | float | bool | None]
     inputs: dict[_Line, _Line]

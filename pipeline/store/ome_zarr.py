@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.image_formats import PixelKind
+from pipeline.core.lengths import MM_PER_INCH
 from pipeline.core.tiling import Rect, chunks_of
 
 
@@ -20,13 +21,15 @@ def write_ome_zarr(
     size: tuple[int, int],
     kind: PixelKind,
     read_rows: Callable[[int, int], NDArray[Any]],
+    *,
+    dpi: float | None = None,
     chunk_px: int = 512,
     cancel: CancelToken = NEVER,
 ) -> None:
     """Write an OME-Zarr 0.5 image pyramid, axes (c, y, x), each level the 2×2 means of the one before.
 
     `size`: (H, W). `read_rows(y0, y1)` returns (rows, W, channels), uint8 or uint16 as `kind` says. At most one band of
-    chunk rows is in memory. Raises Stopped soon after `cancel` is set.
+    chunk rows is in memory. `dpi`: the resolution, for axes in millimetres. Raises Stopped soon after `cancel` is set.
     """
     height, width = size
     group = zarr.create_group(path, overwrite=True)
@@ -41,7 +44,7 @@ def write_ome_zarr(
         height, width = max(1, height // 2), max(1, width // 2)
         level = _halve(level, _create_level(path / str(levels), (height, width), kind, chunk_px), cancel)
         levels += 1
-    group.attrs["ome"] = _ome_metadata(path.stem, levels)
+    group.attrs["ome"] = _ome_metadata(path.stem, levels, dpi)
 
 
 def _create_level(path: Path, size: tuple[int, int], kind: PixelKind, chunk_px: int) -> Any:
@@ -68,17 +71,21 @@ def _halve(fine: Any, coarse: Any, cancel: CancelToken) -> Any:
     return coarse
 
 
-def _ome_metadata(name: str, levels: int) -> dict[str, Any]:
+def _ome_metadata(name: str, levels: int, dpi: float | None) -> dict[str, Any]:
+    unit, px_size = ({}, 1.0) if dpi is None else ({"unit": "millimeter"}, MM_PER_INCH / dpi)
+    axes = [{"name": "c", "type": "channel"}, *({"name": axis, "type": "space", **unit} for axis in "yx")]
     return {
         "version": "0.5",
         "multiscales": [
             {
                 "name": name,
-                "axes": [{"name": name, "type": "channel" if name == "c" else "space"} for name in "cyx"],
+                "axes": axes,
                 "datasets": [
                     {
                         "path": str(level),
-                        "coordinateTransformations": [{"type": "scale", "scale": [1.0, 2.0**level, 2.0**level]}],
+                        "coordinateTransformations": [
+                            {"type": "scale", "scale": [1.0, px_size * 2.0**level, px_size * 2.0**level]}
+                        ],
                     }
                     for level in range(levels)
                 ],

@@ -37,8 +37,8 @@ def at_size(config: Config, long_px: int) -> Config:
         return config.model_copy(update={"export": ExportConfig()})
     assert config.initial_size != "auto"
     size: int | tuple[int, int] = long_px
-    if isinstance(config.size, tuple):
-        width, height = config.size
+    if isinstance(config.size_px, tuple):
+        width, height = config.size_px
         shape = fit((height, width), long_px)
         size = shape[1], shape[0]
     sides_px = [min(side_px, long_px) for side_px in long_sides(config.initial_size, config.stage_ratio, long_px)]

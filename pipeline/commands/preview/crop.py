@@ -60,6 +60,7 @@ from pipeline.rundir import (
     Journal,
     Position,
     identity,
+    in_pixels,
     journal_path,
     manifest_path,
     newest_canvas,
@@ -104,6 +105,7 @@ def crop(
     preview of this config wrote. Raises ConfigError if no stage of the run is finished, and the errors of errors.py.
     """
     target_file = output or folder_of(config).with_name(f"{config.output.stem}.crop.png")
+    config = in_pixels(config)
     device = resolve_device(config.compute.device)
     planned = _planned(config, device)
     last = len(planned.stages) - 1
