@@ -8,6 +8,7 @@ that become sRGB take libvips' own path instead, which is as exact at that depth
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyvips
 
-from pipeline.core.color_spaces import Matrix, SpaceName, space_matrix, to_d50
+from pipeline.core.color_spaces import D50, Matrix, SpaceName, space_matrix, to_d50
 from pipeline.images import icc, png, tiff
 from pipeline.images.vips_streams import FileSource
 
@@ -23,8 +24,9 @@ from pipeline.images.vips_streams import FileSource
 _CIELAB, _ICCLAB = 8, 9
 _PHOTOMETRICS = {0, 1, 2, 3, 5, 6, _CIELAB, _ICCLAB}
 _COLORS = {"cmyk": 4, "b-w": 1, "grey16": 1}  # their number, by libvips' interpretation; else 3
-# The white of libvips' XYZ.
-_VIPS_WHITE = (0.95046, 1.0, 1.08904)
+# The white of libvips' XYZ; its Lab has a slightly other one.
+_VIPS_WHITE, _VIPS_LAB_WHITE = (0.95046, 1.0, 1.08904), np.array([0.95047, 1.0, 1.088827])
+_LAB_TO_D50 = np.diag(D50 / _VIPS_LAB_WHITE)
 _ICC_TO_XYZ = {"pcs": "xyz", "intent": "relative", "black_point_compensation": True}
 
 
@@ -201,22 +203,25 @@ def _linear(image: Any, source: ColorSource, space: Matrix) -> Any:
         if profile.matrix is None:  # grey is neutral in every space
             return light.bandjoin([light, light])
         return _recombined(light, np.linalg.inv(space) @ profile.matrix)
+    if source.icc_lab or image.interpretation in ("lab", "labs"):
+        # Lab is relative to its white, which is D50 in print; libvips multiplies it by its own
+        return _recombined(_lab(image, colors, source).colourspace("xyz"), np.linalg.inv(space) @ _LAB_TO_D50 / 100)
     return _recombined(_xyz(image, colors, source), np.linalg.inv(space) @ to_d50(_VIPS_WHITE) / 100)
+
+
+def _lab(image: Any, colors: Any, source: ColorSource) -> Any:
+    if not source.icc_lab:
+        return colors.copy(interpretation=image.interpretation)
+    # 8 bits: 255 is L = 100, and 128 is neutral; 16 bits as in ICC version 2: 0xff00 is L = 100
+    lightness, scale = (100 / 255, 1.0) if image.format == "uchar" else (100 / 65280, 1 / 256)
+    return colors.linear([lightness, scale, scale], [0, -128, -128]).copy(interpretation="lab")
 
 
 def _xyz(image: Any, colors: Any, source: ColorSource) -> Any:
     """Libvips' XYZ: by tables of a profile, or what an interpretation alone says."""
-    if source.icc_lab:
-        # 8 bits: 255 is L = 100, and 128 is neutral; 16 bits as in ICC version 2: 0xff00 is L = 100
-        scale, offset = (1.0, 128) if image.format == "uchar" else (1 / 256, 128)
-        lightness = 100 / 255 if image.format == "uchar" else 100 / 65280
-        lab = colors.linear([lightness, scale, scale], [0, -offset, -offset])
-        return lab.copy(interpretation="lab").colourspace("xyz")
     if source.profile is not None:
-        try:
+        with contextlib.suppress(pyvips.Error):
             return colors.icc_import(embedded=True, **_ICC_TO_XYZ)
-        except pyvips.Error:
-            pass
     return colors.copy(interpretation=image.interpretation).colourspace("xyz")
 
 
