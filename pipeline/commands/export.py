@@ -14,7 +14,7 @@ from pipeline.core.events import Sink, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.image_formats import picture_kind
 from pipeline.executors import ThreadExecutor
-from pipeline.images import check_output, refuse_unheeded
+from pipeline.images import check_colors, check_output, refuse_unheeded
 from pipeline.plan import WORKERS
 from pipeline.render.export import export_canvas
 from pipeline.rundir import (
@@ -25,6 +25,7 @@ from pipeline.rundir import (
     content_kind,
     journal_path,
     newest_canvas,
+    output_colors,
     position_of,
     refuse_links,
     refuse_missing_folder,
@@ -63,6 +64,10 @@ def export(
     chosen = choose_stage(work_dir, position, stage)
     refuse_links(work_dir)
     kind = picture_kind(output, options.bits, options.compression, content_kind(manifest))
+    content = manifest.config.model_dump().get("content")
+    colors = output_colors(options, manifest.config.working_space, Path(content) if content else None)
+    check_colors(output, colors, options.compression)
+    kind = colors.picture_kind(kind)
     refuse_unheeded(output, options.changed, kind.alpha)
     options = options.model_copy(update={"bits": kind.bits})
     canvas = newest_canvas(work_dir, position, chosen)
@@ -80,7 +85,7 @@ def export(
     try:
         with ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
             integrity.require_intact(planes, executor, progress("check"))
-        export_canvas(planes, output, options, cancel, progress("export"))
+        export_canvas(planes, output, options, colors, cancel, progress("export"))
     except ChunkError:
         cancel.raise_if_set()  # chunks that an active run has overwritten are not damaged
         raise

@@ -40,6 +40,7 @@ from pipeline.rundir import (
     newest_moments,
     now,
     open_run,
+    output_colors,
     plan_on,
     records,
     refuse_foreign,
@@ -47,6 +48,7 @@ from pipeline.rundir import (
     stage_path,
     standing,
     store_path,
+    with_working_space,
     written_picture,
 )
 from pipeline.rundir.process_settings import enter_process_settings, process_settings
@@ -66,6 +68,7 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
     Raises the errors of errors.py; after Stopped, or any crash, the same call resumes.
     """
     started, cancel = time.monotonic(), CancelToken(stop)
+    config = with_working_space(config)
     with storage(config.work_dir), ExitStack() as stack:
         exists = config.work_dir.exists()
         if exists:  # before anything that takes long, so that a second run is refused at once
@@ -268,6 +271,7 @@ class _Rendering:
             planes,
             output,
             settings,
+            output_colors(settings, self.config.working_space, self.config.content),
             cancel,
             lambda done, total: self.sink(WorkDone(last, "export", done, total)),
             self._record_picture,

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from pipeline.config.fields import MAX_STAGES, MAX_STYLES, Bool, File, Float, Int, Output, SidePx, Start
+from pipeline.config.fields import MAX_STAGES, MAX_STYLES, Bool, File, Float, IccFile, Int, Output, SidePx, Start
 from pipeline.config.sections import (
     COMPARED_BY_CONTENT,
     HARMLESS,
@@ -28,6 +28,7 @@ from pipeline.config.sections import (
     StyleConfig,
     new,
 )
+from pipeline.core.color_spaces import SpaceName
 from pipeline.core.image_formats import OUTPUT_SUFFIXES
 from pipeline.core.presets import PresetName
 
@@ -96,6 +97,16 @@ class Settings(Section):
         "style",
         description="where the colours come from; luminance keeps the content's colours and stylises brightness only",
         json_schema_extra=new("style"),
+    )
+    working_space: Literal["auto"] | SpaceName = Field(
+        "auto",
+        description="colours that the canvas can have; auto: sRGB, or more for a wider export.profile",
+        json_schema_extra=new("srgb"),
+    )
+    proof: IccFile | None = Field(
+        None,
+        description="printer's profile; content and styles lose the colours that it cannot print",
+        json_schema_extra=COMPARED_BY_CONTENT,
     )
     init: Start = Field(
         default_factory=_default_init,

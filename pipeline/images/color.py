@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ _CIELAB, _ICCLAB = 8, 9
 _PHOTOMETRICS = {0, 1, 2, 3, 5, 6, _CIELAB, _ICCLAB}
 _COLORS = {"cmyk": 4, "b-w": 1, "grey16": 1}  # their number, by libvips' interpretation; else 3
 # The white of libvips' XYZ; its Lab has a slightly other one.
-_VIPS_WHITE, _VIPS_LAB_WHITE = (0.95046, 1.0, 1.08904), np.array([0.95047, 1.0, 1.088827])
+VIPS_WHITE, _VIPS_LAB_WHITE = (0.95046, 1.0, 1.08904), np.array([0.95047, 1.0, 1.088827])
 _LAB_TO_D50 = np.diag(D50 / _VIPS_LAB_WHITE)
 _ICC_TO_XYZ = {"pcs": "xyz", "intent": "relative", "black_point_compensation": True}
 
@@ -39,7 +38,7 @@ class Colors:
     """What colours are converted to. `proof`: a printer's profile, through which they are taken and back."""
 
     space: SpaceName = "srgb"
-    proof: Path | None = None
+    proof: icc.Profile | None = None
 
 
 SRGB = Colors()
@@ -202,11 +201,11 @@ def _linear(image: Any, source: ColorSource, space: Matrix) -> Any:
         light = colors.maplut(pyvips.Image.new_from_array(tables[np.newaxis]))
         if profile.matrix is None:  # grey is neutral in every space
             return light.bandjoin([light, light])
-        return _recombined(light, np.linalg.inv(space) @ profile.matrix)
+        return recombined(light, np.linalg.inv(space) @ profile.matrix)
     if source.icc_lab or image.interpretation in ("lab", "labs"):
         # Lab is relative to its white, which is D50 in print; libvips multiplies it by its own
-        return _recombined(_lab(image, colors, source).colourspace("xyz"), np.linalg.inv(space) @ _LAB_TO_D50 / 100)
-    return _recombined(_xyz(image, colors, source), np.linalg.inv(space) @ to_d50(_VIPS_WHITE) / 100)
+        return recombined(_lab(image, colors, source).colourspace("xyz"), np.linalg.inv(space) @ _LAB_TO_D50 / 100)
+    return recombined(_xyz(image, colors, source), np.linalg.inv(space) @ to_d50(VIPS_WHITE) / 100)
 
 
 def _lab(image: Any, colors: Any, source: ColorSource) -> Any:
@@ -225,13 +224,21 @@ def _xyz(image: Any, colors: Any, source: ColorSource) -> Any:
     return colors.copy(interpretation=image.interpretation).colourspace("xyz")
 
 
-def _recombined(image: Any, matrix: Matrix) -> Any:
+def recombined(image: Any, matrix: Matrix) -> Any:
+    """Every pixel, as a column, multiplied by a matrix."""
     return image.recomb(pyvips.Image.new_from_list(matrix.tolist()))
 
 
-def _proofed(linear: Any, proof: Path, space: Matrix) -> Any:
+def with_profile(image: Any, profile: icc.Profile) -> Any:
+    """The image with this profile in the place of its own."""
+    image = image.copy()
+    image.set_type(pyvips.GValue.blob_type, "icc-profile-data", profile.data)
+    return image
+
+
+def _proofed(linear: Any, proof: icc.Profile, space: Matrix) -> Any:
     """The colours as a printer would show them: those that it cannot print become the nearest ones that it can."""
-    vips_xyz = _recombined(linear, 100 * np.linalg.inv(to_d50(_VIPS_WHITE)) @ space).copy(interpretation="xyz")
-    printed = vips_xyz.icc_export(output_profile=str(proof), depth=16, **_ICC_TO_XYZ)
-    seen = printed.icc_import(input_profile=str(proof), **_ICC_TO_XYZ)
-    return _recombined(seen, np.linalg.inv(space) @ to_d50(_VIPS_WHITE) / 100)
+    vips_xyz = recombined(linear, 100 * np.linalg.inv(to_d50(VIPS_WHITE)) @ space).copy(interpretation="xyz")
+    printed = with_profile(vips_xyz, proof).icc_export(depth=16, **_ICC_TO_XYZ)
+    seen = printed.icc_import(embedded=True, **_ICC_TO_XYZ)
+    return recombined(seen, np.linalg.inv(space) @ to_d50(VIPS_WHITE) / 100)

@@ -30,7 +30,10 @@ from pipeline.core.errors import StorageError, storage, storage_error
 from pipeline.core.files import new_partial, partial_name, remove, sync_file_system, sync_folder, taken
 from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.core.tiling import Size
+from pipeline.images import icc
+from pipeline.images.color import with_profile
 from pipeline.images.output_check import check_output, output_format
+from pipeline.images.output_color import OutputColors
 from pipeline.images.vips_streams import POLL_S, Rows, RowSource
 
 # What is written is synced in steps of this many bytes of pixels, so that the last sync, which cannot be interrupted,
@@ -46,6 +49,7 @@ class ImageSpec:
 
     `compression`: of TIFF. `quality`: of JPEG, 1 to 100. `pyramid`: a TIFF also has smaller levels, which take their
     own size on the disk a second time until it is complete. Alpha is written unassociated (not premultiplied).
+    `colors`: the profile, None: sRGB.
     """
 
     path: Path
@@ -55,6 +59,12 @@ class ImageSpec:
     compression: str = "deflate"
     quality: int = 95
     pyramid: bool = True
+    colors: OutputColors | None = None
+
+    @property
+    def rows_kind(self) -> PixelKind:
+        """The pixels that the rows have."""
+        return self.kind if self.colors is None else self.colors.rows_kind(self.kind)
 
 
 def write_image(
@@ -65,10 +75,10 @@ def write_image(
     cancel: CancelToken = NEVER,
     on_whole: Callable[[Path], None] = lambda partial: None,
 ) -> None:
-    """Write an image of sRGB rows as TIFF, PNG, JPEG or DeepZoom.
+    """Write an image as TIFF, PNG, JPEG or DeepZoom.
 
-    read_rows(y0, y1) returns rows [y0, y1), (y1 − y0, width_px, channels), uint8 or, with 16 bits, uint16; it is called
-    in the calling thread, from top to bottom, each row once. A DeepZoom is a folder: ``name.dz/name.dzi`` beside
+    read_rows(y0, y1) returns rows [y0, y1), (y1 − y0, width_px, channels), of `spec.rows_kind`: uint8 or uint16; it is
+    called in the calling thread, from top to bottom, each row once. A DeepZoom is a folder: ``name.dz/name.dzi`` beside
     ``name.dz/name_files/``, of JPEG tiles, with alpha of PNG tiles. `on_progress` receives the fraction done, at last
     1.0. `on_whole` is called with the file or folder when it is complete and synced, before it is renamed to its name.
 
@@ -128,7 +138,7 @@ class _Export:
 
     def __init__(self, spec: ImageSpec, partial: Path, restore_environment: Callable[[], None]) -> None:
         self._spec, self._partial, self._restore_environment = spec, partial, restore_environment
-        self._source = RowSource(spec.width_px, spec.height_px, spec.kind)
+        self._source = RowSource(spec.width_px, spec.height_px, spec.rows_kind)
         self._failures: list[Exception] = []
 
     def run(
@@ -173,7 +183,7 @@ class _Export:
     def _run_saver(self) -> None:
         words = None
         try:
-            self._save(self._source.image())
+            self._save(self._with_colors(self._source.image()))
         except pyvips.Error as error:
             words = str(error.detail or error).strip()
         except Exception as error:  # raised again in the caller's thread
@@ -182,6 +192,12 @@ class _Export:
             self._source.cancel()
         if words is not None:  # not within `except`: the traceback would keep libvips' file open
             self._failures.append(_saver_error(self._spec.path, words))
+
+    def _with_colors(self, image: Any) -> Any:
+        """The image in the output's colours, with their profile."""
+        colors = self._spec.colors
+        profile = icc.builtin_profile("srgb") if colors is None else colors.profile
+        return with_profile(image if colors is None else colors.through_tables(image, self._spec.kind), profile)
 
     def _save(self, image: Any) -> None:
         """Run the saver. Progressive and optimised JPEG are off, because they keep the whole image in memory."""
@@ -250,6 +266,7 @@ def write_rows(
     cancel: CancelToken,
     on_progress: Callable[[float], None] = lambda share: None,
     on_whole: Callable[[Path], None] = lambda partial: None,
+    colors: OutputColors | None = None,
 ) -> None:
     """Write bands of uint8 rows of any heights, (h, W, 3), one below the other, as an image of `size` (H, W)."""
     pending: list[NDArray[Any]] = []
@@ -261,5 +278,5 @@ def write_rows(
         pending[:] = [rows[y1 - y0 :]]
         return rows[: y1 - y0]
 
-    spec = ImageSpec(output, width_px=size[1], height_px=size[0])
+    spec = ImageSpec(output, width_px=size[1], height_px=size[0], colors=colors)
     write_image(spec, read_rows, cancel=cancel, on_progress=on_progress, on_whole=on_whole)

@@ -17,13 +17,16 @@ from pipeline.core.errors import storage
 from pipeline.core.files import new_partial
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
-from pipeline.images import writer
+from pipeline.images import OutputColors, writer
 from pipeline.render.resample import OnProgress
 from pipeline.store import COLOR_AND_ALPHA, StageArray, ome_zarr
 
 
-def canvas_rows(planes: Sequence[StageArray], bits: int) -> Callable[[int, int], NDArray[Any]]:
-    """A reader of rows as exported: (y0, y1) to (rows, W, 3 or 4) uint8 or uint16, rounded to the nearest level."""
+def canvas_rows(planes: Sequence[StageArray], bits: int, colors: OutputColors) -> Callable[[int, int], NDArray[Any]]:
+    """A reader of rows as exported: (y0, y1) to (rows, W, 3 or 4) uint8 or uint16, rounded to the nearest level.
+
+    `planes`: the canvas, which was optimised over white, and the alpha, if it is exported.
+    """
     levels, dtype = (255, np.uint8) if bits == 8 else (65535, np.uint16)
     canvas = planes[0]
     width = canvas.shape[1]
@@ -32,32 +35,46 @@ def canvas_rows(planes: Sequence[StageArray], bits: int) -> Callable[[int, int],
         out = np.empty((y1 - y0, width, sum(plane.shape[2] for plane in planes)), dtype)
         for x0 in range(0, width, canvas.chunk_px):  # chunk by chunk: float rows of the whole width would be large
             x1 = min(x0 + canvas.chunk_px, width)
-            for plane, channels in zip(planes, COLOR_AND_ALPHA, strict=False):
-                pixels = plane.read_window(Rect(y0, y1, x0, x1))
-                out[:, x0:x1, channels] = np.rint(np.clip(pixels, 0, 255) * (levels / 255))
+            pixels = [np.clip(plane.read_window(Rect(y0, y1, x0, x1)), 0, 255) for plane in planes]
+            if len(pixels) == 2:
+                pixels[0] = without_white(*pixels)
+            pixels[0] = colors.convert(pixels[0])
+            for values, channels in zip(pixels, COLOR_AND_ALPHA, strict=False):
+                out[:, x0:x1, channels] = np.rint(values * (levels / 255))
         return out
 
     return read_rows
+
+
+def without_white(colors: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
+    """The colours that give `colors` when they are laid over white with this alpha; all 0..255.
+
+    Colours that would have to be darker than black become black. Where alpha is 0 they stay as they are.
+    """
+    share = np.maximum(alpha, 1e-3) / 255  # less than a level of 16 bits
+    return np.where(alpha > 0, np.clip(255 - (255 - colors) / share, 0, 255), colors)
 
 
 def export_canvas(
     planes: Sequence[StageArray],
     output: Path,
     options: ExportConfig,
+    colors: OutputColors,
     cancel: CancelToken,
     on_progress: OnProgress,
     on_whole: Callable[[Path], None] = lambda partial: None,
 ) -> None:
     """Write a canvas as the image `output`, in the format of its suffix; it gets its name when it is complete.
 
-    `planes`: the canvas, and the content's alpha for formats that have it. `options`: without any auto. `on_whole`: as
-    for write_image. Raises StorageError, ConfigError (format limits), Stopped; then nothing is left behind.
+    `planes`: the canvas, and the content's alpha for formats that have it. `options`: without any auto. `colors`: what
+    the canvas is converted to. `on_whole`: as for write_image. Raises StorageError, ConfigError (format limits),
+    Stopped; then nothing is left behind.
     """
     assert options.bits != "auto"
     height, width, _ = planes[0].shape
     kind = PixelKind(options.bits, alpha=len(planes) == 2)
-    image = writer.ImageSpec(output, width, height, kind, options.compression, options.quality, options.pyramid)
-    read = canvas_rows(planes, kind.bits)
+    image = writer.ImageSpec(output, width, height, kind, options.compression, options.quality, options.pyramid, colors)
+    read = canvas_rows(planes, image.rows_kind.bits, colors)
 
     def read_rows(y0: int, y1: int) -> NDArray[Any]:
         rows = read(y0, y1)

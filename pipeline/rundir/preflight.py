@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
-from pipeline.config import Config, input_files
-from pipeline.images import ImageHeader, check_output, read_header, refuse_unheeded
+from pipeline.config import Config, ExportConfig, input_files
+from pipeline.core.color_spaces import SpaceName
+from pipeline.images import (
+    ImageHeader,
+    OutputColors,
+    check_colors,
+    check_output,
+    output_profile,
+    proof_profile,
+    read_header,
+    refuse_unheeded,
+    wanted_space,
+)
 from pipeline.network import weights_bytes, widths_for_plan
 from pipeline.plan import Device, Plan, initial_px, make_plan, resolve_device
 from pipeline.rundir.paths import refuse_own_state
@@ -19,7 +32,7 @@ def plan(config: Config) -> Plan:
     Raises ConfigError if the run does not fit in memory or the output format cannot store the image, InputError for an
     image or weights that cannot be used.
     """
-    return plan_on(config, resolve_device(config.compute.device))
+    return plan_on(with_working_space(config), resolve_device(config.compute.device))
 
 
 def with_initial_size(config: Config) -> Config:
@@ -29,13 +42,21 @@ def with_initial_size(config: Config) -> Config:
     return config.model_copy(update={"initial_size": initial_px(config, _headers(config))})
 
 
+def with_working_space(config: Config) -> Config:
+    """The config with the space that `working_space: auto` stands for. Raises ConfigError, InputError for a profile."""
+    if config.working_space != "auto":
+        return config
+    space = wanted_space(output_profile(config.export.profile, config.content))
+    return config.model_copy(update={"working_space": space})
+
+
 def _headers(config: Config) -> dict[Path, ImageHeader]:
-    weights_key = ("network", "weights")
-    return {path: read_header(path, config.limits) for key, path in input_files(config) if key != weights_key}
+    no_images = (("network", "weights"), ("proof",))
+    return {path: read_header(path, config.limits) for key, path in input_files(config) if key not in no_images}
 
 
 def plan_on(config: Config, device: Device) -> Plan:
-    """`plan` for a device that is already known."""
+    """`plan` for a device that is already known; `config`: with a working space."""
     images = _headers(config)
     widths = widths_for_plan(config.network.name, config.network.weights, config.limits.max_weights_bytes)
     weights = weights_bytes(config.network.name, config.network.weights)
@@ -45,4 +66,15 @@ def plan_on(config: Config, device: Device) -> Plan:
     height, width = planned.stages[-1].size
     check_output(config.output, width, height, planned.picture.bits, config.export.compression)
     refuse_unheeded(config.output, config.export.changed, planned.picture.alpha)
-    return planned
+    colors = output_colors(config.export, config.working_space, config.content)
+    check_colors(config.output, colors, config.export.compression)
+    if config.proof is not None:
+        proof_profile(config.proof)
+    return replace(planned, picture=colors.picture_kind(planned.picture))
+
+
+def output_colors(export: ExportConfig, space: SpaceName | Literal["auto"], content: Path | None) -> OutputColors:
+    """How the canvas is exported. `space`: its own. Raises ConfigError, InputError for a profile."""
+    assert space != "auto", "not resolved"
+    profile = output_profile(export.profile, content)
+    return OutputColors(profile, space, export.intent, export.black_point_compensation)

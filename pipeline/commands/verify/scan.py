@@ -39,6 +39,7 @@ from pipeline.rundir import (
     refuse_changes,
     refuse_unknown_stage,
     store_path,
+    with_working_space,
 )
 
 
@@ -171,6 +172,7 @@ def _config(work_dir: Path, given: Config | None, manifest: Manifest | None, pos
     if manifest is None:
         return None
     if given is not None:
+        given = with_working_space(given)
         if position.slots:
             keys = {dotted(key) for key, _ in input_files(given)} | {"network.weights"}
             # the content of the files is compared later, where a difference is damage and not another config
