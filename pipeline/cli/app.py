@@ -23,7 +23,7 @@ from pipeline.cli.signals import discard_unwritable_stdout, stop_on_signals, tol
 from pipeline.core import profiler
 from pipeline.core.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.core.events import Note, Sink
-from pipeline.core.image_formats import COMPRESSIONS, MAX_SIDE_PX, PREVIEW_PX
+from pipeline.core.image_formats import COMPRESSIONS, INTENTS, MAX_SIDE_PX, PREVIEW_PX
 from pipeline.core.lengths import MAX_DPI, MIN_DPI
 from pipeline.core.presets import PRESETS
 
@@ -298,6 +298,10 @@ def verify(
     metavar="N",
     help="Resolution of the print in px per inch; default: that of the run.",
 )
+@click.option(
+    "--profile", metavar="NAME|FILE", default="srgb", help="srgb, adobe-rgb, display-p3, content, or FILE.icc."
+)
+@click.option("--intent", type=click.Choice(INTENTS), default="relative", help="Intent of a printer's profile.")
 @click.option("--pyramid/--no-pyramid", default=True, show_default=True, help="Smaller levels in a TIFF, for viewers.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.pass_context

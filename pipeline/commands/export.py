@@ -15,7 +15,7 @@ from pipeline.core.files import taken
 from pipeline.core.image_formats import picture_kind
 from pipeline.core.lengths import DEFAULT_DPI, sensible_dpi
 from pipeline.executors import ThreadExecutor
-from pipeline.images import check_output, refuse_unheeded
+from pipeline.images import check_colors, check_output, refuse_unheeded
 from pipeline.plan import WORKERS, sheets_of
 from pipeline.render.export import export_canvas
 from pipeline.rundir import (
@@ -26,6 +26,7 @@ from pipeline.rundir import (
     content_kind,
     journal_path,
     newest_canvas,
+    output_colors,
     position_of,
     refuse_links,
     refuse_missing_folder,
@@ -62,6 +63,10 @@ def export(
     chosen = choose_stage(work_dir, position, stage)
     refuse_links(work_dir)
     kind = picture_kind(output, options.bits, options.compression, content_kind(manifest))
+    content = manifest.config.model_dump().get("content")
+    colors = output_colors(options, manifest.config.working_space, Path(content) if content else None)
+    check_colors(output, colors, options.compression)
+    kind = colors.picture_kind(kind)
     refuse_unheeded(output, options.changed, kind.alpha)
     dpi = options.dpi or _dpi_of(manifest, chosen)
     options = options.model_copy(update={"bits": kind.bits, "dpi": dpi})
@@ -85,7 +90,7 @@ def export(
         with ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
             integrity.require_intact(planes, executor, progress("check"))
         for sheet in sheets:
-            export_canvas(planes, sheet, options, cancel, progress("export"))
+            export_canvas(planes, sheet, options, colors, cancel, progress("export"))
     except ChunkError:
         cancel.raise_if_set()  # chunks that an active run has overwritten are not damaged
         raise

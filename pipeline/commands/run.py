@@ -33,7 +33,6 @@ from pipeline.rundir import (
     RunLock,
     check_space,
     content_alpha,
-    in_pixels,
     is_as_written,
     journal_path,
     locked_folder,
@@ -42,10 +41,12 @@ from pipeline.rundir import (
     newest_moments,
     now,
     open_run,
+    output_colors,
     plan_on,
     records,
     refuse_foreign,
     refuse_links,
+    resolved,
     stage_path,
     standing,
     store_path,
@@ -73,7 +74,7 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
         if exists:  # before anything that takes long, so that a second run is refused at once
             lock = stack.enter_context(locked_folder(config.work_dir))
         device = resolve_device(config.compute.device)
-        config = in_pixels(config)
+        config = resolved(config)
         planned = plan_on(config, device)
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
         begun = taken(manifest_path(config.work_dir)) or taken(journal_path(config.work_dir))
@@ -257,9 +258,9 @@ class _Rendering:
         """Write the last stage's canvas as the output images, except for those that are there already."""
         settings = self.config.export.model_copy(update={"bits": self.plan.picture.bits})
         options = settings.model_dump(mode="json")
-        resolved = settings.model_copy(update={"dpi": self.plan.dpi})
+        with_dpi = settings.model_copy(update={"dpi": self.plan.dpi})
         sheets = []
-        for sheet in sheets_of(self.config.output, self.plan.stages[-1].size, resolved):
+        for sheet in sheets_of(self.config.output, self.plan.stages[-1].size, with_dpi):
             if self._is_there(str(sheet.path), options):
                 self.sink(Note(f"{sheet.path} is already there"))
             else:
@@ -275,11 +276,13 @@ class _Rendering:
         integrity.require_intact(
             planes, self.executor, lambda done, total: self.sink(WorkDone(last, "check", done, total))
         )
+        colors = output_colors(settings, self.config.working_space, self.config.content)
         for sheet in sheets:
             export.export_canvas(
                 planes,
                 sheet,
-                resolved,
+                with_dpi,
+                colors,
                 self.executor.cancel,
                 lambda done, total: self.sink(WorkDone(last, "export", done, total)),
                 partial(self._record_picture, str(sheet.path)),

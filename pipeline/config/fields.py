@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, PlainSerializer, Strict, ValidationInfo
 
@@ -16,7 +16,7 @@ from pipeline.config.messages import Expected, allowed
 from pipeline.config.yaml_reader import CommandLineText
 from pipeline.core import image_formats, lengths
 from pipeline.core.files import path_fault
-from pipeline.core.image_formats import OUTPUT_SUFFIXES
+from pipeline.core.image_formats import OUTPUT_SUFFIXES, PROFILE_SUFFIXES, ProfileName
 from pipeline.core.text import BYTE_UNITS, bytes_text, shown
 from pipeline.core.vgg_layers import ALIGN_PX, CONV_NAMES
 
@@ -72,6 +72,13 @@ def _output_suffix(path: Path) -> Path:
     return path
 
 
+def _profile_suffix(path: Path) -> Path:
+    if path.suffix.lower() not in PROFILE_SUFFIXES:
+        names = [*get_args(ProfileName), *PROFILE_SUFFIXES]
+        raise ValueError(f"neither a known profile nor a file of one; {allowed(path.name, names)}")
+    return path
+
+
 def _parse_bytes(value: object) -> object:
     """`value` in bytes if it is text such as 4GiB. Anything else is left for the type check to refuse."""
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)", value) if isinstance(value, str) else None
@@ -98,6 +105,7 @@ Bool = Annotated[bool, Strict()]
 SidePx = Annotated[Int, Field(ge=ALIGN_PX, le=MAX_SIDE_PX)]
 Pixels = Annotated[Int, Field(ge=1, le=MAX_PIXELS)]
 File = Annotated[Path, BeforeValidator(_absolute), Expected("a path")]
+IccFile = Annotated[File, AfterValidator(_profile_suffix), Expected("a path to a profile (.icc)")]
 Output = Annotated[File, AfterValidator(_output_suffix)]
 Share = Annotated[Float, Field(ge=0, le=MAX_WEIGHT)]
 Layers = dict[Annotated[str, AfterValidator(_known_layer)], Annotated[Float, Field(gt=0, le=MAX_WEIGHT)]]
@@ -115,5 +123,6 @@ Length = Annotated[
     Expected(lengths.EXPECTED),
 ]
 Dpi = Annotated[Float, Field(ge=lengths.MIN_DPI, le=lengths.MAX_DPI)]
+Profile = Annotated[ProfileName | IccFile, Field(union_mode="left_to_right")]
 Start = Annotated[Literal["content", "noise", "gray"] | File, Field(union_mode="left_to_right")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"), Expected("one of auto, cpu, cuda, cuda:N")]

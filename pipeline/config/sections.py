@@ -27,10 +27,11 @@ from pipeline.config.fields import (
     Layers,
     Length,
     Pixels,
+    Profile,
     Share,
     SidePx,
 )
-from pipeline.core.image_formats import Bits, Compression
+from pipeline.core.image_formats import Bits, Compression, Intent
 from pipeline.core.lengths import NO_LENGTH
 from pipeline.core.vgg_layers import ALIGN_PX, PoolingKind
 
@@ -304,6 +305,11 @@ class ExportConfig(Section):
     bits: Bits = Field("auto", description="bits per channel; auto: 16 if content and format have 16, else 8")
     compression: Compression = Field("deflate", description="compression of a TIFF")
     quality: Int = Field(95, ge=1, le=100, description="JPEG quality")
+    profile: Profile = Field(
+        "srgb", description="colours of the output; content: as the content; or a printer's profile"
+    )
+    intent: Intent = Field("relative", description="rendering intent of a printer's profile")
+    black_point_compensation: Bool = Field(True, description="map black to the printer's black")
     pyramid: StrictBool = Field(
         True, description="smaller levels in a TIFF, for viewers; a third more disk space, two thirds while writing"
     )

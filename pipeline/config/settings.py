@@ -11,7 +11,19 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field
 
-from pipeline.config.fields import MAX_STAGES, MAX_STYLES, Bool, File, Float, Int, Output, SidePx, Start, parse_px
+from pipeline.config.fields import (
+    MAX_STAGES,
+    MAX_STYLES,
+    Bool,
+    File,
+    Float,
+    IccFile,
+    Int,
+    Output,
+    SidePx,
+    Start,
+    parse_px,
+)
 from pipeline.config.messages import Expected
 from pipeline.config.sections import (
     COMPARED_BY_CONTENT,
@@ -30,6 +42,7 @@ from pipeline.config.sections import (
     StyleConfig,
     new,
 )
+from pipeline.core.color_spaces import SpaceName
 from pipeline.core.image_formats import OUTPUT_SUFFIXES
 from pipeline.core.presets import PresetName
 
@@ -102,6 +115,16 @@ class Settings(Section):
         description="where the colours come from; luminance keeps the content's colours and stylises brightness only",
         json_schema_extra=new("style"),
     )
+    working_space: Literal["auto"] | SpaceName = Field(
+        "auto",
+        description="colours that the canvas can have; auto: sRGB, or more for a wider export.profile",
+        json_schema_extra=new("srgb"),
+    )
+    proof: IccFile | None = Field(
+        None,
+        description="printer's profile; content and styles lose the colours that it cannot print",
+        json_schema_extra=COMPARED_BY_CONTENT,
+    )
     init: Start = Field(
         default_factory=_default_init,
         description="initial canvas of the coarsest stage",
@@ -134,7 +157,7 @@ class Settings(Section):
 
     @property
     def size_px(self) -> int | tuple[int, int] | None:
-        """`size` of a config in which it is in px; see rundir.in_pixels."""
+        """`size` of a config in which it is in px; see rundir.resolved."""
         assert not isinstance(self.size, PrintSize), "the size in px depends on the content's header"
         return self.size
 

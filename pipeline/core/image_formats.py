@@ -9,7 +9,12 @@ from typing import Literal, get_args
 
 Bits = Literal["auto", 8, 16]
 Compression = Literal["deflate", "zstd", "jpeg", "none"]
+# The colours of an output; `content`: of the content's own profile. A file of a profile has one of the suffixes.
+ProfileName = Literal["srgb", "adobe-rgb", "display-p3", "content"]
+Intent = Literal["relative", "perceptual", "saturation", "absolute"]
+PROFILE_SUFFIXES = (".icc", ".icm")
 COMPRESSIONS: tuple[str, ...] = get_args(Compression)
+INTENTS: tuple[str, ...] = get_args(Intent)
 # 1,000,000 px are 85 m at 300 dpi.
 MAX_SIDE_PX = 1_000_000
 # Default long side of the images of a preview.
@@ -101,6 +106,12 @@ def unsupported_options(path: Path, options: Mapping[str, object], alpha: bool =
         variant = f"{name} with compression {compression}" if len(compressions) > 1 else name
         text = f"applies to JPEG only, and {variant} does not use JPEG; omit it, or choose {others}"
         yield "quality", f"{text}, or .tif with compression jpeg"
+
+    if options.get("profile", "srgb") != "srgb" and name == "OME-Zarr":
+        yield "profile", "OME-Zarr has no place for a colour profile; omit it, or choose .tif or .png"
+    for option in ("intent", "black_point_compensation"):
+        if option in options and options.get("profile", "srgb") in ("srgb", "adobe-rgb", "display-p3"):
+            yield option, "applies to a printer's profile only; omit it, or set profile to a file"
 
 
 def _suffixes(formats: Iterable[Format]) -> str:

@@ -1,7 +1,17 @@
 """Image files: headers, streaming decode and resize, export. The only importer of pyvips."""
 
+from pipeline.images.color import SRGB, Colors
 from pipeline.images.header import ImageHeader, read_header
 from pipeline.images.output_check import check_output, refuse_unheeded
+from pipeline.images.output_color import (
+    OutputColors,
+    canvas_output,
+    check_colors,
+    output_profile,
+    proof_profile,
+    srgb_output,
+    wanted_space,
+)
 from pipeline.images.reader import stream_rgb, vips_settings, vips_version
 from pipeline.images.resize import resize_window, smoothed, source_window
 from pipeline.images.sheet import ContactSheet, Label, Row, SheetImage

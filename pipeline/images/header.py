@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipeline.core.errors import MISPLACED, InputError, storage_error
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.text import bytes_text, shown
 from pipeline.images import tiff
+from pipeline.images.color import ColorSource, UnreadableColorsError, color_source, unreadable_lab
 from pipeline.images.resolution import stated_dpi
 from pipeline.images.vips_streams import FileSource, reason
 
@@ -83,6 +84,7 @@ class ImageHeader:
     decode_bytes: int  # host memory of a decoder that cannot work strip by strip; else 0
     kind: PixelKind  # bits and alpha that can be preserved: CIELAB becomes 8-bit RGB
     dpi: float | None  # as the file states it
+    colors: ColorSource = field(default=ColorSource(3, None, 0, None))
 
 
 def read_header(path: Path, limits: LimitsConfig | None = None) -> ImageHeader:
@@ -151,6 +153,8 @@ def open_image(file: FileSource, access: str) -> Any:
         image._references.append(source)  # as new_from_source does: libvips calls it while the image exists
     except pyvips.Error as error:
         file.raise_failure()
+        if loader == "tiffload" and (why := unreadable_lab(file)):
+            raise InputError(f"{file.path}: {why}.") from error
         raise _not_an_image(file, reason(error)) from error
     if first_warning:
         raise _not_an_image(file, shown(first_warning[0], 200))
@@ -194,9 +198,15 @@ def describe(file: FileSource, image: Any) -> ImageHeader:
         width_px, height_px = height_px, width_px
     interlaced = bool(image.get_typeof("interlaced") and image.get("interlaced"))
     decode_bytes = _decode_bytes(file, image, loader, interlaced, image.bands * bits // 8)
-    kind = PixelKind(16 if image.format == "ushort" else 8, bool(image.hasalpha()))
+    try:
+        colors = color_source(file, image)
+    except UnreadableColorsError as error:
+        raise InputError(f"{path}: {error}.") from error
+    kind = PixelKind(16 if image.format == "ushort" else 8, colors.alpha is not None)
     dpi = stated_dpi(file, image, loader)
-    return ImageHeader(path, width_px, height_px, image.bands, bits, loader, interlaced, decode_bytes, kind, dpi)
+    return ImageHeader(
+        path, width_px, height_px, image.bands, bits, loader, interlaced, decode_bytes, kind, dpi, colors
+    )
 
 
 def _decode_bytes(file: FileSource, image: Any, loader: str, interlaced: bool, pixel_bytes: int) -> int:

@@ -6,7 +6,6 @@ is never in memory as a whole. `ImageHeader.decode_bytes` is the memory for the 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyvips
 from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import InputError
 from pipeline.core.image_formats import RGB8, PixelKind
+from pipeline.images.color import SRGB, Colors, converted
 from pipeline.images.header import describe, needs_random_access, open_file, open_image
 from pipeline.images.vips_streams import BandPump, Rows, reason
 
@@ -50,8 +50,9 @@ def stream_rgb(
     band_px: int,
     cancel: CancelToken = NEVER,
     kind: PixelKind = RGB8,
+    colors: Colors = SRGB,
 ) -> Generator[tuple[int, Rows]]:
-    """Decode an image, convert it to sRGB and resize it; yield its rows in bands of a fixed height.
+    """Decode an image, convert it to `colors` and resize it; yield its rows in bands of a fixed height.
 
     Yields ``(y0, rows)`` from the top, rows of shape (band_px, width_px, channels), uint8 or uint16; the last band may
     be lower. At most three bands are in memory at once. The kernel is Lanczos-3 downward and centred bicubic upward,
@@ -65,52 +66,22 @@ def stream_rgb(
         raise ValueError(f"size and band must be at least 1 px, not {width_px}×{height_px} in bands of {band_px}")
     file = open_file(path)
     image = open_image(file, "sequential")
-    describe(file, image)
+    source = describe(file, image).colors
     try:
         if needs_random_access(image):
             file = open_file(path)
             image = open_image(file, "random")
-        image = _to_srgb(image.autorot(), kind.alpha)
+        image = converted(image.autorot(), source, colors, kind.alpha)
         bits = 16 if image.format == "ushort" else 8
         if kind.bits == 16 and (image.width, image.height) != (width_px, height_px):
             image = image.cast("float")  # libvips sums 16-bit pixels with 12-bit weights: off by up to 28 of 65535
         image = _to_bits(_resize(image, width_px, height_px), bits, kind.bits)
     except pyvips.Error as error:
-        raise InputError(f"{path}: cannot be converted to sRGB: {reason(error)}. Convert it to RGB first.") from error
+        raise InputError(
+            f"{path}: cannot be converted to {colors.space}: {reason(error)}. Convert it to RGB first."
+        ) from error
     assert (image.width, image.height, image.bands) == (width_px, height_px, kind.channels)
     return BandPump(file, image, band_px).bands(cancel)
-
-
-def _to_srgb(image: Any, keep_alpha: bool) -> Any:
-    """SRGB of 8 or 16 bits, transparent parts composited on white, with the alpha as a fourth band if `keep_alpha`."""
-    deep = image.format == "ushort"
-    image = _apply_profile(image, deep)
-    target = "rgb16" if deep else "srgb"
-    if image.interpretation != target:
-        image = image.colourspace(target)
-    alpha = image.extract_band(image.bands - 1)
-    if image.hasalpha():
-        # Before the resize, so that the hidden colours of transparent pixels do not bleed into their neighbours.
-        image = image.flatten(background=[65535 if deep else 255] * 3)
-    colours = image.extract_band(0, n=3)
-    return colours.bandjoin(alpha) if keep_alpha else colours
-
-
-def _apply_profile(image: Any, deep: bool) -> Any:
-    """Convert from the embedded ICC profile to sRGB. A profile that libvips cannot use is ignored, as browsers do."""
-    if not image.get_typeof("icc-profile-data") or image.get("icc-profile-data") == _srgb_profile():
-        return image  # our own exports are read back bit for bit
-    try:
-        return image.icc_transform(
-            "srgb", embedded=True, intent="relative", black_point_compensation=True, depth=16 if deep else 8
-        )
-    except pyvips.Error:
-        return image
-
-
-@functools.cache
-def _srgb_profile() -> bytes:
-    return bytes(pyvips.Operation.call("profile_load", "srgb"))
 
 
 def _resize(image: Any, width_px: int, height_px: int) -> Any:

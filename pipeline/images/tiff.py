@@ -1,23 +1,27 @@
-"""The memory that decoding a TIFF takes, from its first directory, because libvips does not report it.
+"""What libvips does not report of a TIFF: the memory that decoding takes, and how its channels are to be read.
 
-A TIFF consists of tiles or strips of any size: a strip may be the whole image.
+Both are in the file's first directory. A TIFF consists of tiles or strips of any size: a strip may be the whole image.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 ReadAt = Callable[[int, int], bytes]  # (offset, count) to at most count bytes
 
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLES, _STRIP_ROWS, _PLANAR = 256, 257, 258, 262, 277, 278, 284
-_TILE_WIDTH, _TILE_HEIGHT = 322, 323
+_TILE_WIDTH, _TILE_HEIGHT, _EXTRA_SAMPLES = 322, 323, 338
 _DEFAULTS = {_BITS: 1, _PHOTOMETRIC: 2, _SAMPLES: 1, _STRIP_ROWS: 2**32 - 1, _PLANAR: 1}
 _INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # field type to struct's letter
 _MAX_ENTRIES = 4096
 _SEPARATE = 2
 _YCBCR = 6
+_ASSOCIATED, _UNASSOCIATED = 1, 2
+# More values of a tag are not read: no image of more channels is used.
+_MAX_VALUES = 16
 # libvips reads taller strips line by line, except for separate planes and YCbCr
 _TALL_STRIP_ROWS = 128
 
@@ -27,7 +31,7 @@ def decode_bytes(read_at: ReadAt) -> int:
 
     Measured: 2.3 strips, or 3 rows of tiles (docs/log.md).
     """
-    tags = _first_directory(read_at)
+    tags = {tag: values[0] for tag, values in _first_directory(read_at).items()}
     try:
         width, height = tags[_WIDTH], tags[_HEIGHT]
     except KeyError as error:
@@ -42,8 +46,30 @@ def decode_bytes(read_at: ReadAt) -> int:
     return 0 if by_lines else 5 * rows * width * pixel_bytes // 2
 
 
-def _first_directory(read_at: ReadAt) -> dict[int, int]:
-    """The first value of every integer tag, with defaults for some that are missing."""
+@dataclass(frozen=True)
+class Channels:
+    """How the channels are to be read. `photometric`: 1 grey, 2 RGB, 5 CMYK, 8 CIELAB, 9 ICC's L*a*b* …
+
+    `extra`: how many channels follow the colours by the file's own account, None if it does not say. `alpha`: which of
+    them is the alpha, counted from 0.
+    """
+
+    photometric: int
+    bits: int
+    extra: int | None
+    alpha: int | None
+
+
+def channels(read_at: ReadAt) -> Channels:
+    """The channels of the first page. Raises ValueError for a damaged directory."""
+    tags = _first_directory(read_at)
+    extra = tags.get(_EXTRA_SAMPLES)
+    alpha = next((index for index, kind in enumerate(extra or ()) if kind in (_ASSOCIATED, _UNASSOCIATED)), None)
+    return Channels(tags[_PHOTOMETRIC][0], tags[_BITS][0], None if extra is None else len(extra), alpha)
+
+
+def _first_directory(read_at: ReadAt) -> dict[int, tuple[int, ...]]:
+    """The first values of every integer tag, with defaults for some that are missing."""
     head = read_at(0, 16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
     big = head[2:4] in (b"+\0", b"\0+")
@@ -56,13 +82,14 @@ def _first_directory(read_at: ReadAt) -> dict[int, int]:
     if count > _MAX_ENTRIES:
         raise ValueError(f"the directory has {count} entries")
     data = read_at(offset + count_bytes, count * entry_bytes)
-    tags = dict(_DEFAULTS)
+    tags: dict[int, tuple[int, ...]] = {tag: (value,) for tag, value in _DEFAULTS.items()}
     for start in range(0, count * entry_bytes, entry_bytes):
         tag, kind, values, inline = _unpack(order + entry, data[start : start + entry_bytes])
         if kind in _INTEGERS and values:
-            letter = order + _INTEGERS[kind]
-            fits = values * struct.calcsize(letter) <= len(inline)
-            tags[tag] = _unpack(letter, inline if fits else read_at(_unpack(order + pointer, inline)[0], 8))[0]
+            letters = f"{order}{min(values, _MAX_VALUES)}{_INTEGERS[kind]}"
+            fits = values * struct.calcsize(order + _INTEGERS[kind]) <= len(inline)
+            place = 0 if fits else _unpack(order + pointer, inline)[0]
+            tags[tag] = _unpack(letters, inline if fits else read_at(place, struct.calcsize(letters)))
     return tags
 
 

@@ -204,13 +204,11 @@ class RowSource:
         self.cancelled = threading.Event()
 
     def image(self) -> Any:
-        """The libvips image, with the sRGB profile attached."""
+        """The libvips image."""
         source = pyvips.SourceCustom()
         source.on_read(self._read)
         source.on_seek(self._seek)
         image = pyvips.Image.new_from_source(source, "", access="sequential", fail_on="error").copy()
-        profile = pyvips.Operation.call("profile_load", "srgb")
-        image.set_type(pyvips.GValue.blob_type, "icc-profile-data", profile)
         self._image = image
         return image
 

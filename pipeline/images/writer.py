@@ -31,8 +31,11 @@ from pipeline.core.files import new_partial, partial_name, remove, sync_file_sys
 from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.core.lengths import MM_PER_INCH
 from pipeline.core.tiling import Size
+from pipeline.images import icc
+from pipeline.images.color import with_profile
 from pipeline.images.jfif import JfifFile
 from pipeline.images.output_check import check_output, output_format
+from pipeline.images.output_color import OutputColors
 from pipeline.images.vips_streams import POLL_S, Rows, RowSource
 
 # What is written is synced in steps of this many bytes of pixels, so that the last sync, which cannot be interrupted,
@@ -48,7 +51,7 @@ class ImageSpec:
 
     `compression`: of TIFF. `quality`: of JPEG, 1 to 100. `pyramid`: a TIFF also has smaller levels, which take their
     own size on the disk a second time until it is complete. `dpi`: the resolution on paper, where the format has a
-    place for it; None: unknown. Alpha is written unassociated (not premultiplied).
+    place for it; None: unknown. `colors`: the profile, None: sRGB. Alpha is written unassociated (not premultiplied).
     """
 
     path: Path
@@ -59,6 +62,12 @@ class ImageSpec:
     quality: int = 95
     pyramid: bool = True
     dpi: float | None = None
+    colors: OutputColors | None = None
+
+    @property
+    def rows_kind(self) -> PixelKind:
+        """The pixels that the rows have."""
+        return self.kind if self.colors is None else self.colors.rows_kind(self.kind)
 
 
 def write_image(
@@ -69,10 +78,10 @@ def write_image(
     cancel: CancelToken = NEVER,
     on_whole: Callable[[Path], None] = lambda partial: None,
 ) -> None:
-    """Write an image of sRGB rows as TIFF, PNG, JPEG or DeepZoom.
+    """Write an image as TIFF, PNG, JPEG or DeepZoom.
 
-    read_rows(y0, y1) returns rows [y0, y1), (y1 − y0, width_px, channels), uint8 or, with 16 bits, uint16; it is called
-    in the calling thread, from top to bottom, each row once. A DeepZoom is a folder: ``name.dz/name.dzi`` beside
+    read_rows(y0, y1) returns rows [y0, y1), (y1 − y0, width_px, channels), of `spec.rows_kind`: uint8 or uint16; it is
+    called in the calling thread, from top to bottom, each row once. A DeepZoom is a folder: ``name.dz/name.dzi`` beside
     ``name.dz/name_files/``, of JPEG tiles, with alpha of PNG tiles. `on_progress` receives the fraction done, at last
     1.0. `on_whole` is called with the file or folder when it is complete and synced, before it is renamed to its name.
 
@@ -132,7 +141,7 @@ class _Export:
 
     def __init__(self, spec: ImageSpec, partial: Path, restore_environment: Callable[[], None]) -> None:
         self._spec, self._partial, self._restore_environment = spec, partial, restore_environment
-        self._source = RowSource(spec.width_px, spec.height_px, spec.kind)
+        self._source = RowSource(spec.width_px, spec.height_px, spec.rows_kind)
         self._failures: list[Exception] = []
 
     def run(
@@ -177,7 +186,7 @@ class _Export:
     def _run_saver(self) -> None:
         words = None
         try:
-            self._save(self._with_dpi(self._source.image()))
+            self._save(self._with_dpi(self._with_colors(self._source.image())))
         except pyvips.Error as error:
             words = str(error.detail or error).strip()
         except Exception as error:  # raised again in the caller's thread
@@ -195,6 +204,12 @@ class _Export:
         image = image.copy(xres=per_mm, yres=per_mm)
         image.set_type(pyvips.GValue.gstr_type, "resolution-unit", "in")
         return image
+
+    def _with_colors(self, image: Any) -> Any:
+        """The image in the output's colours, with their profile."""
+        colors = self._spec.colors
+        profile = icc.builtin_profile("srgb") if colors is None else colors.profile
+        return with_profile(image if colors is None else colors.through_tables(image, self._spec.kind), profile)
 
     def _save(self, image: Any) -> None:
         """Run the saver. Progressive and optimised JPEG are off, because they keep the whole image in memory."""
@@ -273,6 +288,7 @@ def write_rows(
     cancel: CancelToken,
     on_progress: Callable[[float], None] = lambda share: None,
     on_whole: Callable[[Path], None] = lambda partial: None,
+    colors: OutputColors | None = None,
 ) -> None:
     """Write bands of uint8 rows of any heights, (h, W, 3), one below the other, as an image of `size` (H, W)."""
     pending: list[NDArray[Any]] = []
@@ -284,5 +300,5 @@ def write_rows(
         pending[:] = [rows[y1 - y0 :]]
         return rows[: y1 - y0]
 
-    spec = ImageSpec(output, width_px=size[1], height_px=size[0])
+    spec = ImageSpec(output, width_px=size[1], height_px=size[0], colors=colors)
     write_image(spec, read_rows, cancel=cancel, on_progress=on_progress, on_whole=on_whole)

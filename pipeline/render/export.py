@@ -17,15 +17,18 @@ from pipeline.core.errors import storage
 from pipeline.core.files import new_partial
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
-from pipeline.images import writer
+from pipeline.images import OutputColors, writer
 from pipeline.plan import Sheet
 from pipeline.render.edges import sheet_rows
 from pipeline.render.resample import OnProgress
 from pipeline.store import COLOR_AND_ALPHA, StageArray, ome_zarr
 
 
-def canvas_pixels(planes: Sequence[StageArray], bits: int) -> Callable[[Rect], NDArray[Any]]:
-    """A reader of pixels as exported: a rectangle to (h, w, 3 or 4) uint8 or uint16, rounded to the nearest level."""
+def canvas_pixels(planes: Sequence[StageArray], bits: int, colors: OutputColors) -> Callable[[Rect], NDArray[Any]]:
+    """A reader of pixels as exported: a rectangle to (h, w, 3 or 4) uint8 or uint16, rounded to the nearest level.
+
+    `planes`: the canvas, which was optimised over white, and the alpha, if it is exported.
+    """
     levels, dtype = (255, np.uint8) if bits == 8 else (65535, np.uint16)
     canvas = planes[0]
 
@@ -34,18 +37,32 @@ def canvas_pixels(planes: Sequence[StageArray], bits: int) -> Callable[[Rect], N
         first = rect.x0 // canvas.chunk_px * canvas.chunk_px
         for start in range(first, rect.x1, canvas.chunk_px):  # chunk by chunk: float rows of all columns would be large
             x0, x1 = max(start, rect.x0), min(start + canvas.chunk_px, rect.x1)
-            for plane, channels in zip(planes, COLOR_AND_ALPHA, strict=False):
-                pixels = plane.read_window(Rect(rect.y0, rect.y1, x0, x1))
-                out[:, x0 - rect.x0 : x1 - rect.x0, channels] = np.rint(np.clip(pixels, 0, 255) * (levels / 255))
+            window = Rect(rect.y0, rect.y1, x0, x1)
+            pixels = [np.clip(plane.read_window(window), 0, 255) for plane in planes]
+            if len(pixels) == 2:
+                pixels[0] = without_white(*pixels)
+            pixels[0] = colors.convert(pixels[0])
+            for values, channels in zip(pixels, COLOR_AND_ALPHA, strict=False):
+                out[:, x0 - rect.x0 : x1 - rect.x0, channels] = np.rint(values * (levels / 255))
         return out
 
     return read
+
+
+def without_white(colors: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
+    """The colours that give `colors` when they are laid over white with this alpha; all 0..255.
+
+    Colours that would have to be darker than black become black. Where alpha is 0 they stay as they are.
+    """
+    share = np.maximum(alpha, 1e-3) / 255  # less than a level of 16 bits
+    return np.where(alpha > 0, np.clip(255 - (255 - colors) / share, 0, 255), colors)
 
 
 def export_canvas(
     planes: Sequence[StageArray],
     sheet: Sheet,
     options: ExportConfig,
+    colors: OutputColors,
     cancel: CancelToken,
     on_progress: OnProgress,
     on_whole: Callable[[Path], None] = lambda partial: None,
@@ -53,16 +70,16 @@ def export_canvas(
     """Write a canvas as the output image `sheet`, in the format of its suffix; it gets its name when it is complete.
 
     `planes`: the canvas, and the content's alpha for formats that have it. `options`: with numbers for bits and dpi.
-    `on_whole`: as for write_image. Raises StorageError, ConfigError (format limits), Stopped; then nothing is left
-    behind.
+    `colors`: what the canvas is converted to. `on_whole`: as for write_image. Raises StorageError, ConfigError (format
+    limits), Stopped; then nothing is left behind.
     """
     assert options.bits != "auto"
     height, width = sheet.size
     kind = PixelKind(options.bits, alpha=len(planes) == 2)
     image = writer.ImageSpec(
-        sheet.path, width, height, kind, options.compression, options.quality, options.pyramid, options.dpi
+        sheet.path, width, height, kind, options.compression, options.quality, options.pyramid, options.dpi, colors
     )
-    read = sheet_rows(canvas_pixels(planes, kind.bits), sheet)
+    read = sheet_rows(canvas_pixels(planes, image.rows_kind.bits, colors), sheet)
 
     def read_rows(y0: int, y1: int) -> NDArray[Any]:
         rows = read(y0, y1)

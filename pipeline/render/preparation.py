@@ -108,7 +108,8 @@ def _ingest_content(stage: Stage, folder: Path) -> dict[str, str]:
     assert stage.config.content is not None and stage.plan.content is not None
     names = [CONTENT, ALPHA] if stage.plan.content.alpha else [CONTENT]
     planes = [store.open_array(folder, name) for name in names]
-    sums = ingest.ingest_planes(stage.config.content, planes, stage.executor, stage.reporter("content"))
+    colors = ingest.canvas_colors(stage.config)
+    sums = ingest.ingest_planes(stage.config.content, planes, stage.executor, stage.reporter("content"), colors)
     return dict(zip(names, sums, strict=True))
 
 

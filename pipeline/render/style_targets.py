@@ -60,7 +60,8 @@ def check_finite(stage: Stage, total: float, which: str, layer: str) -> None:
 
 def ingest_aside(stage: Stage, folder: Path, image: Path, size: Size) -> str:
     """Ingest an image that only the preparation needs as the array STYLE; gives its packed checksums."""
-    return ingest.ingest(image, _new_array(stage, folder, STYLE, (*size, 3)), stage.executor, stage.reporter("style"))
+    array, colors = _new_array(stage, folder, STYLE, (*size, 3)), ingest.canvas_colors(stage.config)
+    return ingest.ingest(image, array, stage.executor, stage.reporter("style"), colors)
 
 
 def _new_array(stage: Stage, folder: Path, name: str, shape: tuple[int, int, int]) -> store.StageArray:
@@ -98,7 +99,8 @@ def _ingested(stage: Stage, folder: Path, image: Path, size: Size) -> _StyleImag
     guides = Guides(1, first=stage.layer_use.guides.masks)
     names = (STYLE, *guides.arrays)
     planes = [_new_array(stage, folder, name, (*size, channels)) for name, channels in zip(names, (3, 1), strict=True)]
-    sums = ingest.ingest_planes(image, planes, stage.executor, stage.reporter("style"))
+    colors = ingest.canvas_colors(stage.config)
+    sums = ingest.ingest_planes(image, planes, stage.executor, stage.reporter("style"), colors)
     return _StyleImage(size, dict(zip(names, sums, strict=True)), guides)
 
 

@@ -36,7 +36,7 @@ from pipeline.rundir.paths import (
     store_path,
 )
 from pipeline.rundir.position import Position, checked_position, position_of
-from pipeline.rundir.preflight import in_pixels, plan_on, with_initial_size
+from pipeline.rundir.preflight import output_colors, plan_on, resolved, with_initial_size
 from pipeline.rundir.records import (
     Begun,
     CanvasLost,

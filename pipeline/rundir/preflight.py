@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
-from pipeline.config import Config, PrintSize, dotted, input_files
+from pipeline.config import Config, ExportConfig, PrintSize, dotted, input_files
+from pipeline.core.color_spaces import SpaceName
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import same_file
-from pipeline.images import ImageHeader, check_output, read_header, refuse_unheeded
+from pipeline.images import (
+    ImageHeader,
+    OutputColors,
+    check_colors,
+    check_output,
+    output_profile,
+    proof_profile,
+    read_header,
+    refuse_unheeded,
+    wanted_space,
+)
 from pipeline.network import weights_bytes, widths_for_plan
 from pipeline.plan import Device, Plan, initial_px, make_plan, resolve_device, with_size_in_px
 from pipeline.rundir.paths import refuse_own_state
@@ -21,7 +34,7 @@ def plan(config: Config) -> Plan:
     Raises ConfigError if the run does not fit in memory or the output format cannot store the image, InputError for an
     image or weights that cannot be used.
     """
-    return plan_on(config, resolve_device(config.compute.device))
+    return plan_on(resolved(config), resolve_device(config.compute.device))
 
 
 def with_initial_size(config: Config) -> Config:
@@ -31,25 +44,27 @@ def with_initial_size(config: Config) -> Config:
     return config.model_copy(update={"initial_size": initial_px(config, _headers(config))})
 
 
-def _headers(config: Config) -> dict[Path, ImageHeader]:
-    weights_key = ("network", "weights")
-    return {path: read_header(path, config.limits) for key, path in input_files(config) if key != weights_key}
+def resolved(config: Config) -> Config:
+    """The config as a run renders it and a resume compares it: `size` in px, and a working space for `auto`.
 
-
-def in_pixels(config: Config) -> Config:
-    """The config with `size` in px, as a run renders it and a resume compares it.
-
-    Raises ConfigError for a size that no image can have, InputError for an unusable content.
+    Raises ConfigError for a size that no image can have, InputError for an unusable content or profile.
     """
-    if not isinstance(config.size, PrintSize):
-        return config
-    content = read_header(config.content, config.limits) if config.content is not None else None
-    return with_size_in_px(config, (content.height_px, content.width_px) if content is not None else None)
+    if isinstance(config.size, PrintSize):
+        content = read_header(config.content, config.limits) if config.content is not None else None
+        config = with_size_in_px(config, (content.height_px, content.width_px) if content is not None else None)
+    if config.working_space == "auto":
+        space = wanted_space(output_profile(config.export.profile, config.content))
+        config = config.model_copy(update={"working_space": space})
+    return config
+
+
+def _headers(config: Config) -> dict[Path, ImageHeader]:
+    no_images = (("network", "weights"), ("proof",))
+    return {path: read_header(path, config.limits) for key, path in input_files(config) if key not in no_images}
 
 
 def plan_on(config: Config, device: Device) -> Plan:
-    """`plan` for a device that is already known."""
-    config = in_pixels(config)
+    """`plan` for a device that is already known; `config`: from `resolved`."""
     images = _headers(config)
     widths = widths_for_plan(config.network.name, config.network.weights, config.limits.max_weights_bytes)
     weights = weights_bytes(config.network.name, config.network.weights)
@@ -60,7 +75,11 @@ def plan_on(config: Config, device: Device) -> Plan:
         check_output(Path(name), width, height, planned.picture.bits, config.export.compression)
     _check_outputs(config, planned)
     refuse_unheeded(config.output, config.export.changed, planned.picture.alpha)
-    return planned
+    colors = output_colors(config.export, config.working_space, config.content)
+    check_colors(config.output, colors, config.export.compression)
+    if config.proof is not None:
+        proof_profile(config.proof)
+    return replace(planned, picture=colors.picture_kind(planned.picture))
 
 
 def _check_outputs(config: Config, planned: Plan) -> None:
@@ -75,3 +94,10 @@ def _check_outputs(config: Config, planned: Plan) -> None:
         for name in planned.outputs:
             if same_file(Path(name), path):
                 raise ConfigError(f"output {name}: a panel has the name of {dotted(key)}, which would be overwritten.")
+
+
+def output_colors(export: ExportConfig, space: SpaceName | Literal["auto"], content: Path | None) -> OutputColors:
+    """How the canvas is exported. `space`: its own. Raises ConfigError, InputError for a profile."""
+    assert space != "auto", "not resolved"
+    profile = output_profile(export.profile, content)
+    return OutputColors(profile, space, export.intent, export.black_point_compensation)

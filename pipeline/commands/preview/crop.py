@@ -60,7 +60,6 @@ from pipeline.rundir import (
     Journal,
     Position,
     identity,
-    in_pixels,
     journal_path,
     manifest_path,
     newest_canvas,
@@ -69,6 +68,7 @@ from pipeline.rundir import (
     refuse_links,
     refuse_missing_folder,
     refuse_other_stages,
+    resolved,
     standing,
     trusted_manifest,
 )
@@ -105,7 +105,7 @@ def crop(
     preview of this config wrote. Raises ConfigError if no stage of the run is finished, and the errors of errors.py.
     """
     target_file = output or folder_of(config).with_name(f"{config.output.stem}.crop.png")
-    config = in_pixels(config)
+    config = resolved(config)
     device = resolve_device(config.compute.device)
     planned = _planned(config, device)
     last = len(planned.stages) - 1
@@ -124,7 +124,8 @@ def crop(
         with claimed(config, target_file, force) as claim, _temporary_folder(claim.folder / "crop") as folder:
             context = render_context(config, planned, device, weights, executor, sink)
             canvas = Crop(config, planned, context, finished, folder).render(rect, target)
-            cut_canvas(canvas, own, target_file, executor.cancel, claim.record)
+            space = ingest.canvas_colors(config).space
+            cut_canvas(canvas, own, target_file, executor.cancel, claim.record, space)
             claim.done()
     return target_file
 
@@ -299,7 +300,7 @@ class Crop:
         stage.config = config.model_copy(update={"content": content, "styles": styles, "loss": loss})
         if config.content is None or content is None:
             return None
-        return cut_file(config.content, size, region, content, cancel)
+        return cut_file(config.content, size, region, content, cancel, ingest.canvas_colors(config).space)
 
     def _least_max_u(self, stage: Stage) -> float:
         """A lower bound of max|u| in the whole image's first iteration: as close to the largest possible as at stage f.
@@ -342,7 +343,8 @@ class Crop:
         if self.config.content is None:
             return None
         content = self._new_array(CONTENT, self.plan.stages[self.finished.stage].size, "uint8")
-        sums = ingest.ingest(self.config.content, content, self.context.executor, self._progress("content"))
+        colors = ingest.canvas_colors(self.config)
+        sums = ingest.ingest(self.config.content, content, self.context.executor, self._progress("content"), colors)
         return store.open_array(content.path.parent, CONTENT, sums)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:

@@ -21,7 +21,7 @@ from pipeline.core.tiling import Size
 from pipeline.images import ContactSheet, Label, Row, SheetImage, read_header
 from pipeline.network import sha256_of
 from pipeline.plan import BASE_BYTES, Device, Plan, fit
-from pipeline.rundir import in_pixels, plan_on, with_initial_size
+from pipeline.rundir import plan_on, resolved, with_initial_size
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ class Grid:
     def __init__(self, axes: Sequence[Axis], variations: Sequence[Variation], size_px: int, device: Device) -> None:
         self._axes = axes
         self._variations = [
-            replace(variation, config=with_initial_size(in_pixels(variation.config))) for variation in variations
+            replace(variation, config=with_initial_size(resolved(variation.config))) for variation in variations
         ]
         self._size_px = size_px
         self._device = device

@@ -31,7 +31,6 @@ from pipeline.rundir import (
     Position,
     begun_manifest,
     checked_position,
-    in_pixels,
     journal_path,
     links_in_store,
     lost_its_stages,
@@ -39,6 +38,7 @@ from pipeline.rundir import (
     read_manifest,
     refuse_changes,
     refuse_unknown_stage,
+    resolved,
     store_path,
 )
 
@@ -172,7 +172,7 @@ def _config(work_dir: Path, given: Config | None, manifest: Manifest | None, pos
     if manifest is None:
         return None
     if given is not None:
-        given = in_pixels(given)
+        given = resolved(given)
         if position.slots:
             keys = {dotted(key) for key, _ in input_files(given)} | {"network.weights"}
             # the content of the files is compared later, where a difference is damage and not another config
