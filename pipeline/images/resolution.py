@@ -42,6 +42,12 @@ def _png_dpi(file: FileSource) -> float | None:
             return None
         if head[4:] == b"pHYs" and len(data := file.read_at(at + 8, 9)) == 9:
             per_metre, _, unit = struct.unpack(">IIB", data)
-            return per_metre * MM_PER_INCH / 1000 if unit == _PER_METRE else None
+            return _whole_dpi(per_metre) if unit == _PER_METRE else None
         at += 12 + int.from_bytes(head[:4], "big")
     return None
+
+
+def _whole_dpi(per_metre: int) -> float:
+    """The whole dpi that is written as so many px per metre, if there is one: 2835 for 72, which would be 72.009."""
+    dpi = per_metre * MM_PER_INCH / 1000
+    return float(round(dpi)) if round(round(dpi) * 1000 / MM_PER_INCH) == per_metre else dpi
