@@ -17,11 +17,16 @@ _MAX_CHUNKS = 100
 
 def stated_dpi(file: FileSource, image: Any, loader: str) -> float | None:
     """The horizontal resolution of an opened image file; None if it states none, or an impossible one."""
+    dpi = sensible_dpi(_found_dpi(file, image, loader))
+    return None if dpi == MM_PER_INCH else dpi  # 1 px per mm is what libvips writes for an image without a resolution
+
+
+def _found_dpi(file: FileSource, image: Any, loader: str) -> float | None:
     if image.get_typeof("resolution-unit"):  # of TIFF, JFIF or EXIF
         # libvips reads the unit of EXIF in WebP and HEIF, but not the number
         is_set = loader not in ("webpload", "heifload")
-        return sensible_dpi(image.xres * MM_PER_INCH if is_set else _exif_dpi(image))
-    return sensible_dpi(_png_dpi(file)) if loader == "pngload" else None
+        return float(image.xres) * MM_PER_INCH if is_set else _exif_dpi(image)
+    return _png_dpi(file) if loader == "pngload" else None
 
 
 def _exif_dpi(image: Any) -> float | None:

@@ -18,7 +18,7 @@ from pipeline.core.files import new_partial
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
 from pipeline.images import writer
-from pipeline.plan import Sheet
+from pipeline.plan import Sheet, has_edges
 from pipeline.render.edges import sheet_rows
 from pipeline.render.resample import OnProgress
 from pipeline.store import COLOR_AND_ALPHA, StageArray, ome_zarr
@@ -62,10 +62,11 @@ def export_canvas(
     image = writer.ImageSpec(
         sheet.path, width, height, kind, options.compression, options.quality, options.pyramid, options.dpi
     )
-    read = sheet_rows(canvas_pixels(planes, kind.bits), sheet)
+    pixels = canvas_pixels(planes, kind.bits)
+    around = sheet_rows(pixels, sheet) if has_edges(options) else None
 
     def read_rows(y0: int, y1: int) -> NDArray[Any]:
-        rows = read(y0, y1)
+        rows = around(y0, y1) if around is not None else pixels(Rect(y0, y1, 0, width))
         cancel.raise_if_set()
         return rows
 

@@ -34,8 +34,8 @@ def size_and_dpi(path: Path) -> tuple[tuple[int, int], float]:
 
 def test_the_px_of_a_size_on_paper_are_what_a_resume_compares(tmp_path, call):
     """A size that is written in another way is the same picture; another resolution is not."""
-    path = write_run(tmp_path, size={"height": "10mm", "dpi": 254})
-    done(call("run", "-c", path))
+    size = {"height": "10mm", "dpi": 254}
+    done(call("run", "-c", write_run(tmp_path, size=size)))
     assert size_and_dpi(tmp_path / "out.png") == ((135, 100), 254)
     computed = iterations(tmp_path)
 
@@ -43,7 +43,7 @@ def test_the_px_of_a_size_on_paper_are_what_a_resume_compares(tmp_path, call):
     assert "already there" in again.err
     other = call("run", "-c", write_config(tmp_path, size={"height": "10mm", "dpi": 300}))
     assert other.code == 3 and "size: was 135, is 159" in other.err
-    done(call("verify", "-c", path))
+    done(call("verify", "-c", write_config(tmp_path, size=size)))
     assert iterations(tmp_path) == computed
 
 
@@ -118,8 +118,8 @@ def test_an_export_has_the_size_on_paper_of_the_run(tmp_path, call):
 
 
 def test_the_plan_says_how_large_it_prints(tmp_path, call):
-    path = write_run(tmp_path, size={"width": "7mm", "dpi": 200}, initial_size=16)
+    path = write_run(tmp_path, size={"width": "7mm", "dpi": 200}, initial_size=32)
     out = done(call("plan", "-c", path)).out
-    lines = {line.split("  ")[0].strip(): line for line in out.splitlines() if "cm" in line}
+    lines = {line.strip().split("  ")[0]: line for line in out.splitlines() if "cm" in line}
     assert "200 dpi (export)" in lines and "0.7 × 0.5 cm" in lines["200 dpi (export)"]
     assert "0.6 m" in lines["300 dpi"] and "1.2 m" in lines["150 dpi"] and "1.8 m" in lines["100 dpi"]

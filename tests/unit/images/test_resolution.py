@@ -1,4 +1,4 @@
-"""The resolution of inputs and outputs, read by other libraries: a print shop's program takes the size on paper from it."""
+"""The resolution of inputs and outputs, read by other libraries: a print shop takes the size on paper from it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def exif(dpi: float, unit: int = 2) -> Image.Exif:
         ("a.gif", {}, None),
         ("a.tif", {"dpi": (300, 300)}, 300),
         ("a.tif", {}, None),
+        ("a.tif", {"dpi": (25.4, 25.4)}, None),  # the picture of a program that uses libvips and knew none
     ],
 )
 def test_the_stated_resolution_is_read(tmp_path, name, options, dpi):

@@ -102,4 +102,7 @@ def test_the_plan_counts_what_lies_around_the_canvas():
         ("/o-3of3.tif", (2000, 600)),
     ]
     assert wide.output_bytes == plain.output_bytes * (2000 * 1800) // (1000 * 800)
-    assert wide.host_bytes["export"] > plain.host_bytes["export"]
+    edges = planned(output="/o.tif", export={"dpi": 254, "bleed": "1mm"})
+    assert (
+        edges.host_bytes["export"] > plain.host_bytes["export"] + 512 * 800 * 3
+    )  # rows of the canvas and of the sheet

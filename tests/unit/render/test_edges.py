@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_panels_laid_side_by_side_are_the_picture(width, panel_px, overlap_px, b
     panels = drawn(canvas, bleed=mm(bleed_px), panels={"width": mm(panel_px), "overlap": mm(overlap_px)})
     assert all(panel.shape[1] == panel_px for panel in panels[:-1])
     assert panels[-1].shape[1] <= panel_px
-    for left, right in zip(panels, panels[1:], strict=False):
+    for left, right in itertools.pairwise(panels):
         assert right.shape[1] > overlap_px  # it has something of its own
         np.testing.assert_array_equal(left[:, panel_px - overlap_px :], right[:, :overlap_px])
     joined = np.concatenate([panels[0], *(panel[:, overlap_px:] for panel in panels[1:])], axis=1)
