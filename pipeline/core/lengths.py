@@ -70,7 +70,7 @@ NO_LENGTH = Length(0, "mm")
 
 
 def sensible_dpi(dpi: float | None) -> float | None:
-    """`dpi` rounded to hundredths, or None if it is none: PNG counts px per metre, and gives 299.9994 for 300."""
+    """`dpi` rounded to hundredths, as TIFF's fractions of float32 are not exact; None if it is none or impossible."""
     if dpi is None or not MIN_DPI <= dpi <= MAX_DPI:
         return None
     return round(dpi, 2)

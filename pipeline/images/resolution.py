@@ -17,11 +17,16 @@ _MAX_CHUNKS = 100
 
 def stated_dpi(file: FileSource, image: Any, loader: str) -> float | None:
     """The horizontal resolution of an opened image file; None if it states none, or an impossible one."""
+    dpi = sensible_dpi(_found_dpi(file, image, loader))
+    return None if dpi == MM_PER_INCH else dpi  # 1 px per mm is what libvips writes for an image without a resolution
+
+
+def _found_dpi(file: FileSource, image: Any, loader: str) -> float | None:
     if image.get_typeof("resolution-unit"):  # of TIFF, JFIF or EXIF
         # libvips reads the unit of EXIF in WebP and HEIF, but not the number
         is_set = loader not in ("webpload", "heifload")
-        return sensible_dpi(image.xres * MM_PER_INCH if is_set else _exif_dpi(image))
-    return sensible_dpi(_png_dpi(file)) if loader == "pngload" else None
+        return float(image.xres) * MM_PER_INCH if is_set else _exif_dpi(image)
+    return _png_dpi(file) if loader == "pngload" else None
 
 
 def _exif_dpi(image: Any) -> float | None:
@@ -42,6 +47,12 @@ def _png_dpi(file: FileSource) -> float | None:
             return None
         if head[4:] == b"pHYs" and len(data := file.read_at(at + 8, 9)) == 9:
             per_metre, _, unit = struct.unpack(">IIB", data)
-            return per_metre * MM_PER_INCH / 1000 if unit == _PER_METRE else None
+            return _whole_dpi(per_metre) if unit == _PER_METRE else None
         at += 12 + int.from_bytes(head[:4], "big")
     return None
+
+
+def _whole_dpi(per_metre: int) -> float:
+    """The whole dpi that is written as so many px per metre, if there is one: 2835 for 72, which would be 72.009."""
+    dpi = per_metre * MM_PER_INCH / 1000
+    return float(round(dpi)) if round(round(dpi) * 1000 / MM_PER_INCH) == per_metre else dpi

@@ -18,7 +18,7 @@ from pipeline.core.files import new_partial
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
 from pipeline.images import OutputColors, writer
-from pipeline.plan import Sheet
+from pipeline.plan import Sheet, has_edges
 from pipeline.render.edges import sheet_rows
 from pipeline.render.resample import OnProgress
 from pipeline.store import COLOR_AND_ALPHA, StageArray, ome_zarr
@@ -79,10 +79,11 @@ def export_canvas(
     image = writer.ImageSpec(
         sheet.path, width, height, kind, options.compression, options.quality, options.pyramid, options.dpi, colors
     )
-    read = sheet_rows(canvas_pixels(planes, image.rows_kind.bits, colors), sheet)
+    pixels = canvas_pixels(planes, image.rows_kind.bits, colors)
+    around = sheet_rows(pixels, sheet) if has_edges(options) else None
 
     def read_rows(y0: int, y1: int) -> NDArray[Any]:
-        rows = read(y0, y1)
+        rows = around(y0, y1) if around is not None else pixels(Rect(y0, y1, 0, width))
         cancel.raise_if_set()
         return rows
 

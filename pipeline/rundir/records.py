@@ -19,7 +19,7 @@ from pipeline.config import MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
 from pipeline.core.color_spaces import SpaceName
 from pipeline.core.text import shown
 
-VERSION = 2
+VERSION = 3
 FORMAT = 2  # of a run directory, as the manifest says
 MAX_MANIFEST_BYTES = 2**20  # a hundred styles take 0.2 MB
 MAX_JOURNAL_BYTES = 2**30  # 100,000² px and 1,000 iterations take 0.6 GB, nearly all of it checksums
@@ -89,7 +89,7 @@ class Manifest(_Strict):
     `dpi`: the resolution of the last stage's canvas on paper.
     """
 
-    version: Literal[1, 2] = 2  # 1: without dpi; manifests older than versions have the fields of 1
+    version: Literal[1, 3] = 3  # 1: without dpi; manifests older than versions have the fields of 1
     format: int
     created: _Line
     config: KeptConfig

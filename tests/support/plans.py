@@ -22,6 +22,7 @@ class Header:
     bits: int = 8
     decode_bytes: int = 0
     kind: PixelKind = RGB8
+    dpi: float | None = None
 
 
 def config_of(**values) -> Config:
