@@ -18,12 +18,20 @@ import click
 from click.core import ParameterSource
 
 import pipeline
-from pipeline.cli.arguments import as_json_option, parse_rect, parse_share, with_config, with_log_format, with_run
+from pipeline.cli.arguments import (
+    as_json_option,
+    parse_compression,
+    parse_rect,
+    parse_share,
+    with_config,
+    with_log_format,
+    with_run,
+)
 from pipeline.cli.signals import discard_unwritable_stdout, stop_on_signals, tolerant_stderr
 from pipeline.core import profiler
 from pipeline.core.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.core.events import Note, Sink
-from pipeline.core.image_formats import COMPRESSIONS, MAX_SIDE_PX, PREVIEW_PX
+from pipeline.core.image_formats import LEVELS, MAX_SIDE_PX, PREVIEW_PX, PURPOSES, TIFF_COMPRESSIONS
 from pipeline.core.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -284,14 +292,28 @@ def verify(
 )
 @click.option(
     "--compression",
-    type=click.Choice(COMPRESSIONS),
+    callback=parse_compression,
     metavar="NAME",
     default="deflate",
     show_default=True,
-    help=f"Compression of a TIFF: {', '.join(COMPRESSIONS)}.",
+    help=f"Compression of a TIFF: {', '.join(TIFF_COMPRESSIONS)}.",
 )
 @click.option("--quality", type=click.IntRange(1, 100), metavar="1-100", default=95, help="JPEG quality; default 95.")
 @click.option("--pyramid/--no-pyramid", default=True, show_default=True, help="Smaller levels in a TIFF, for viewers.")
+@click.option(
+    "--for",
+    type=click.Choice(PURPOSES),
+    default="viewer",
+    show_default=True,
+    help="Reader of a TIFF; print: strips without levels, for layout programs.",
+)
+@click.option(
+    "--levels",
+    type=click.Choice(LEVELS),
+    default="pages",
+    show_default=True,
+    help="Place of a TIFF's levels; subifds: for Bio-Formats (QuPath).",
+)
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.pass_context
 def export(

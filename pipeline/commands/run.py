@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import store
-from pipeline.config import Config, OptimizerConfig
+from pipeline.config import Config, ExportConfig, OptimizerConfig
 from pipeline.core.allocator import trim_heap
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import DeviceMemoryError, storage
@@ -249,8 +249,8 @@ class _Rendering:
         settings = self.config.export.model_copy(update={"bits": picture.bits})
         options = settings.model_dump(mode="json")
         before = self.position.exported.get(str(output))
-        # options that are newer than the record did not affect its image
-        same = before and before == {key: options.get(key) for key in before}
+        # an image from before an option existed is what the option's default makes
+        same = before and {**ExportConfig().model_dump(mode="json"), **before} == options
         if same and is_as_written(output, self.position.pictures[str(output)][-1], self.executor.cancel):
             self.sink(Note(f"{output} is already there"))
             return

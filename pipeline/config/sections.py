@@ -28,7 +28,8 @@ from pipeline.config.fields import (
     Share,
     SidePx,
 )
-from pipeline.core.image_formats import Bits, Compression
+from pipeline.config.messages import Expected
+from pipeline.core.image_formats import TIFF_COMPRESSIONS, Bits, Compression, Levels, Purpose
 from pipeline.core.vgg_layers import ALIGN_PX, PoolingKind
 
 NetworkName = Literal["vgg19", "vgg19-lite", "random"]
@@ -48,9 +49,9 @@ def new(before: object) -> dict[str, Any]:
 
 
 class Section(BaseModel):
-    """Frozen and strict: unknown keys, NaN and infinity are refused."""
+    """Frozen and strict: unknown keys, NaN and infinity are refused. Serialised under the names of the keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, serialize_by_alias=True)
 
 
 class StyleConfig(Section):
@@ -250,11 +251,22 @@ class ExportConfig(Section):
     """How the output image is written."""
 
     bits: Bits = Field("auto", description="bits per channel; auto: 16 if content and format have 16, else 8")
-    compression: Compression = Field("deflate", description="compression of a TIFF")
+    compression: Annotated[Compression, Expected(f"one of {', '.join(TIFF_COMPRESSIONS)}")] = Field(
+        "deflate", description="compression of a TIFF"
+    )
     quality: Int = Field(95, ge=1, le=100, description="JPEG quality")
     pyramid: StrictBool = Field(
         True, description="smaller levels in a TIFF, for viewers; a third more disk space, two thirds while writing"
     )
+    purpose: Purpose = Field(
+        "viewer", alias="for", description="reader of a TIFF; print: strips without levels, for layout programs"
+    )
+    levels: Levels = Field("pages", description="place of a TIFF's levels; subifds: for Bio-Formats (QuPath)")
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether a TIFF has smaller levels."""
+        return self.pyramid and self.purpose == "viewer"
 
     @property
     def changed(self) -> dict[str, Any]:

@@ -178,8 +178,9 @@ class Workload:
     @property
     def levels_bytes(self) -> int:
         """Disk that a TIFF's smaller levels take, beside the output, while it is written."""
-        has_levels = self._is_tiff and self.config.export.pyramid
-        return levels_on_disk_bytes(self.stages[-1].canvas, self.picture) if has_levels else 0
+        export = self.config.export
+        has_levels = self._is_tiff and export.has_levels
+        return levels_on_disk_bytes(self.stages[-1].canvas, self.picture, export.compression) if has_levels else 0
 
     @property
     def _itemsize(self) -> int:
@@ -213,7 +214,11 @@ class Workload:
         own = {
             "ingest": self._ingest_bytes(),
             "export": export_bytes(
-                self.stages[-1].canvas, self.picture, tiff=self._is_tiff, pyramid=self.config.export.pyramid
+                self.stages[-1].canvas,
+                self.picture,
+                tiff=self._is_tiff,
+                pyramid=self.config.export.has_levels,
+                compression=self.config.export.compression,
             ),
         }
         in_tasks = {

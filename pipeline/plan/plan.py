@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.core.errors import ConfigError
-from pipeline.core.image_formats import PixelKind
+from pipeline.core.image_formats import PixelKind, compressed_bytes
 from pipeline.core.tiling import Size, grid
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.images import ImageHeader
@@ -126,7 +126,9 @@ def make_plan(
         device_bytes=work.gpu_bytes(tile_px),
         disk_bytes=max(stage.store_bytes + sum(retained[: stage.index]) for stage in stages),
         picture=work.picture,
-        output_bytes=stages[-1].pixels * work.picture.pixel_bytes * 4 // 3,  # a pyramid adds a third
+        output_bytes=compressed_bytes(  # a pyramid adds a third
+            stages[-1].pixels * work.picture.pixel_bytes * 4 // 3, config.export.compression
+        ),
         levels_bytes=work.levels_bytes,
         flop=sum(stage.flop_per_iteration * stage.max_iterations for stage in stages),
         memory_limit_bytes=config.memory.limit_bytes,

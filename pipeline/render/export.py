@@ -17,7 +17,7 @@ from pipeline.core.errors import storage
 from pipeline.core.files import new_partial
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
-from pipeline.images import writer
+from pipeline.images import TiffLayout, writer
 from pipeline.render.resample import OnProgress
 from pipeline.store import COLOR_AND_ALPHA, StageArray, ome_zarr
 
@@ -56,7 +56,16 @@ def export_canvas(
     assert options.bits != "auto"
     height, width, _ = planes[0].shape
     kind = PixelKind(options.bits, alpha=len(planes) == 2)
-    image = writer.ImageSpec(output, width, height, kind, options.compression, options.quality, options.pyramid)
+    image = writer.ImageSpec(
+        output,
+        width,
+        height,
+        kind,
+        options.compression,
+        options.quality,
+        pyramid=options.has_levels,
+        layout=TiffLayout(strips=options.purpose == "print", subifds=options.levels == "subifds"),
+    )
     read = canvas_rows(planes, kind.bits)
 
     def read_rows(y0: int, y1: int) -> NDArray[Any]:

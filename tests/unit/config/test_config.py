@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.config import Config, load_config, result_fields
 from pipeline.config.fields import OUTPUT_SUFFIXES
-from pipeline.config.messages import expected
+from pipeline.config.messages import expected, fields_of
 from pipeline.config.template import template
 from pipeline.core.errors import ConfigError
 from tests.support.configs import LINE, problems
@@ -56,7 +56,7 @@ def test_template_has_every_key(write):
 
 
 def _leaf_names(model: type[BaseModel]) -> Iterator[str]:
-    for name, field in model.model_fields.items():
+    for name, field in fields_of(model).items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _leaf_names(field.annotation)
         elif name != "styles":
@@ -420,7 +420,7 @@ def _values(annotation: Any) -> st.SearchStrategy[Any]:
 
 def _leaves(model: type[BaseModel], start: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, type) of every setting that is not a path."""
-    for name, field in model.model_fields.items():
+    for name, field in fields_of(model).items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _leaves(field.annotation, f"{start}{name}.")
         elif name == "styles":
@@ -442,7 +442,8 @@ VALUES = st.fixed_dictionaries({}, optional={key: _values(kind) for key, kind in
 def _value(config: BaseModel, key: str) -> Any:
     value: Any = config
     for part in key.split("."):
-        value = value[int(part)] if isinstance(value, tuple) else getattr(value, part)
+        attribute = "purpose" if part == "for" else part  # a keyword of Python
+        value = value[int(part)] if isinstance(value, tuple) else getattr(value, attribute)
     return value
 
 
@@ -462,6 +463,10 @@ def test_any_right_value_arrives_as_written(write, values):
     assume((values.get("export.bits"), values.get("export.compression")) != (16, "jpeg"))
     if values.get("export.compression") != "jpeg":
         values.pop("export.quality", None)  # which is for JPEG only
+    if values.get("export.for") == "print":
+        assume(values.get("export.compression") in (None, "deflate", "lzw", "none"))
+    if values.get("export.for") == "print" or not values.get("export.pyramid", True):
+        values.pop("export.levels", None)  # there are none
     unfit = not values.get("optimizer.clip", True) or values.get("compute.dtype") == "float64"
     assume(not unfit or values.get("store.state_dtype") != "compact")
     values.pop("preset", None)  # its values may contradict these: test_presets.py
@@ -525,6 +530,8 @@ HARMLESS = {
     "export.compression",
     "export.quality",
     "export.pyramid",
+    "export.for",
+    "export.levels",
 }
 HARMLESS |= {"compute.workers", "compute.threads", "store.durability"}
 HARMLESS |= {*(key for key in LEAVES if key.startswith("limits."))}
@@ -541,6 +548,7 @@ def test_harmless_changes_let_a_run_go_on(write):
         "memory.limit=1GiB",
         "limits.max_pixels=7",
         "export.pyramid=false",
+        "export.for=print",
     ]
     overrides += [
         "output=b.tif",
