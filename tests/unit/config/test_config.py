@@ -548,7 +548,6 @@ def test_harmless_changes_let_a_run_go_on(write):
         "memory.limit=1GiB",
         "limits.max_pixels=7",
         "export.pyramid=false",
-        "export.for=print",
     ]
     overrides += [
         "output=b.tif",
@@ -557,7 +556,7 @@ def test_harmless_changes_let_a_run_go_on(write):
         "styles.0.image=moved.jpg",
         "network.weights=moved.pth",
     ]
-    for export in (["bits=16", "compression=none"], ["compression=jpeg", "quality=1"]):
+    for export in (["bits=16", "compression=none", "for=print"], ["compression=jpeg", "quality=1"]):
         overridden = load_config(write(SMALL), [*overrides, *(f"export.{setting}" for setting in export)])
         assert result_fields(overridden) == before
 
