@@ -21,6 +21,7 @@ import pipeline
 from pipeline.cli.arguments import (
     as_json_option,
     parse_compression,
+    parse_points,
     parse_rect,
     parse_share,
     with_config,
@@ -32,6 +33,7 @@ from pipeline.core import profiler
 from pipeline.core.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.core.events import Note, Sink
 from pipeline.core.image_formats import LEVELS, MAX_SIDE_PX, PREVIEW_PX, PURPOSES, TIFF_COMPRESSIONS
+from pipeline.core.papers import PAPERS_MM
 from pipeline.core.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -180,6 +182,11 @@ def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     "--crop", "rect", callback=parse_rect, metavar="X,Y,W,H", help="Render this part of the output in full resolution."
 )
 @click.option("--stage", type=int, metavar="N", help="With --crop: last stage to render; default the run's last.")
+@click.option("--proof", "paper", type=click.Choice(list(PAPERS_MM)), help="Make a sheet of paper to judge the print.")
+@click.option("--dpi", type=float, metavar="N", help="With --proof: px per inch of the print; default 150.")
+@click.option(
+    "--at", "points", multiple=True, callback=parse_points, metavar="X,Y", help="With --proof: centre of a part, in px."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Image file; default beside the config's output.")
 @click.option("--force", is_flag=True, help="Overwrite the file even if no preview of this config wrote it.")
 @with_log_format
@@ -191,6 +198,9 @@ def preview(
     size_px: int | None,
     rect: Rect | None,
     stage: int | None,
+    paper: str | None,
+    dpi: float | None,
+    points: list[tuple[int, int]],
     output: Path | None,
     force: bool,
     log_format: str,
@@ -204,17 +214,29 @@ def preview(
 
     --crop (in px of the output) shows those details in a part of it, once the run has finished a stage. It starts from
     the last finished stage and uses the Gram matrices of the whole image, so the result is what the run will produce.
+
+    --proof shows parts of the output as a print at --dpi will have them: a PDF or TIFF for paper, with rulers, colour
+    patches and the settings. --at may be given several times. Parts that are not finished are rendered as with --crop.
     """
     if rect is not None and (vary or size_px is not None or as_json):
         raise click.UsageError("--crop renders one config at full resolution: omit --vary, --size and --json")
     if rect is None and stage is not None:
         raise click.UsageError("--stage requires --crop; use --size for a grid")
+    if paper is not None and (rect is not None or vary or size_px is not None or as_json):
+        raise click.UsageError("--proof makes one sheet: omit --crop, --vary, --size and --json")
+    if paper is None and (dpi is not None or points):
+        raise click.UsageError("--dpi and --at require --proof")
     with _working(log_format) as (sink, stop):
         common: dict[str, Any] = {"output": output and output.absolute(), "force": force, "sink": sink, "stop": stop}
         if rect is not None:
             config, crop = pipeline.load_config(config_path, overrides), pipeline.crop
             _raise_if_stopped(stop)
             click.echo(crop(config, rect, stage=stage, **common))
+            return
+        if paper is not None:
+            config, proof = pipeline.load_config(config_path, overrides), pipeline.proof
+            _raise_if_stopped(stop)
+            click.echo(proof(config, points, paper=paper, dpi=150 if dpi is None else dpi, **common))
             return
         render, size = pipeline.preview, PREVIEW_PX if size_px is None else size_px
         _raise_if_stopped(stop)

@@ -2,6 +2,7 @@
 
 from pipeline.images.header import ImageHeader, read_header
 from pipeline.images.output_check import check_output, refuse_unheeded, tiff_compressions
+from pipeline.images.proof_sheet import ProofSheet, write_proof
 from pipeline.images.reader import stream_rgb, vips_settings, vips_version
 from pipeline.images.resize import resize_window, smoothed, source_window
 from pipeline.images.sheet import ContactSheet, Label, Row, SheetImage

@@ -29,6 +29,7 @@ from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import StorageError, storage, storage_error
 from pipeline.core.files import new_partial, partial_name, remove, sync_file_system, sync_folder, taken
 from pipeline.core.image_formats import RGB8, PixelKind
+from pipeline.core.lengths import MM_PER_INCH
 from pipeline.core.tiling import Size
 from pipeline.images.output_check import check_output, output_format
 from pipeline.images.tiff_layout import TILES, TiffLayout, tiff_options
@@ -46,8 +47,8 @@ class ImageSpec:
     """An output image: `path`, whose suffix names the format, size, kind of pixels, and options of the format.
 
     `compression`: of TIFF. `quality`: of JPEG, 1 to 100. `pyramid`: a TIFF also has smaller levels, which take their
-    own size on the disk a second time until it is complete. `layout`: how a TIFF is stored. Alpha is written
-    unassociated (not premultiplied).
+    own size on the disk a second time until it is complete. `layout`: how a TIFF is stored. `dpi`: the resolution on
+    paper, where the format has a place for it; None: unknown. Alpha is written unassociated (not premultiplied).
     """
 
     path: Path
@@ -58,6 +59,7 @@ class ImageSpec:
     quality: int = 95
     pyramid: bool = True
     layout: TiffLayout = TILES
+    dpi: float | None = None
 
 
 def write_image(
@@ -176,7 +178,7 @@ class _Export:
     def _run_saver(self) -> None:
         words = None
         try:
-            self._save(self._source.image())
+            self._save(self._with_dpi(self._source.image()))
         except pyvips.Error as error:
             words = str(error.detail or error).strip()
         except Exception as error:  # raised again in the caller's thread
@@ -186,6 +188,15 @@ class _Export:
         if words is not None:  # not within `except`: the traceback would keep libvips' file open
             self._failures.append(_saver_error(self._spec.path, words))
 
+    def _with_dpi(self, image: Any) -> Any:
+        """The image with its resolution, which libvips counts in px per mm and writes in inches."""
+        if self._spec.dpi is None:
+            return image
+        per_mm = self._spec.dpi / MM_PER_INCH
+        image = image.copy(xres=per_mm, yres=per_mm)
+        image.set_type(pyvips.GValue.gstr_type, "resolution-unit", "in")
+        return image
+
     def _save(self, image: Any) -> None:
         """Run the saver. Progressive and optimised JPEG are off, because they keep the whole image in memory."""
         spec, name = self._spec, str(self._partial)
@@ -193,7 +204,7 @@ class _Export:
             case "TIFF":
                 size = spec.height_px, spec.width_px
                 layout = tiff_options(size, spec.kind, spec.compression, spec.pyramid, spec.layout)
-                image.tiffsave(name, keep="icc", Q=spec.quality, **layout)
+                image.tiffsave(name, keep="icc", resunit="inch", Q=spec.quality, **layout)
             case "PNG":
                 image.pngsave(name, keep="icc")
             case "JPEG":
