@@ -110,6 +110,7 @@ def crop(
     if not 0 <= target <= last:
         raise ConfigError(f"--stage {target}: the run's stages are 0 to {last}.")
     _refuse_outside(rect, crops.plan.stages[last].size)
+    _refuse_carried(config, crops.plan)
     own = scaled(rect, crops.plan.stages[last].size, crops.plan.stages[target].size)
     if output is not None:
         refuse_missing_folder(output)
@@ -176,7 +177,7 @@ def _refuse_outside(rect: Rect, size: Size) -> None:
 def _refuse_carried(config: Config, planned: Plan) -> None:
     if any(config.for_stage(max(stage.size)).optimizer.carry for stage in planned.stages[1:]):
         raise ConfigError(
-            "--crop: a crop starts every stage with fresh moments, and optimizer.carry continues those of the stage "
+            "--crop, --proof: a crop starts every stage with fresh moments, and optimizer.carry continues those of the stage "
             "before, so that the crop would not look like the run. Preview without --crop, or switch carry off."
         )
 
