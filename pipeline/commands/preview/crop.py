@@ -177,8 +177,8 @@ def _refuse_outside(rect: Rect, size: Size) -> None:
 def _refuse_carried(config: Config, planned: Plan) -> None:
     if any(config.for_stage(max(stage.size)).optimizer.carry for stage in planned.stages[1:]):
         raise ConfigError(
-            "--crop, --proof: a crop starts every stage with fresh moments, and optimizer.carry continues those of the stage "
-            "before, so that the crop would not look like the run. Preview without --crop, or switch carry off."
+            "--crop, --proof: a crop starts every stage with fresh moments, and optimizer.carry continues those of the "
+            "stage before, so that the crop would not look like the run. Preview without it, or switch carry off."
         )
 
 
