@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipeline.commands.export import export
     from pipeline.commands.preview.crop import crop
     from pipeline.commands.preview.preview import preview
+    from pipeline.commands.preview.proof import proof
     from pipeline.commands.run import run
     from pipeline.commands.status import status
     from pipeline.commands.verify.verify import verify
@@ -21,7 +22,19 @@ if TYPE_CHECKING:
     from pipeline.core.allocator import set_up_process
     from pipeline.rundir.preflight import plan
 
-__all__ = ["Config", "crop", "export", "load_config", "plan", "preview", "run", "set_up_process", "status", "verify"]
+__all__ = [
+    "Config",
+    "crop",
+    "export",
+    "load_config",
+    "plan",
+    "preview",
+    "proof",
+    "run",
+    "set_up_process",
+    "status",
+    "verify",
+]
 
 # The module of each name.
 _HOMES = {
@@ -31,6 +44,7 @@ _HOMES = {
     "load_config": "config.config",
     "plan": "rundir.preflight",
     "preview": "commands.preview.preview",
+    "proof": "commands.preview.proof",
     "run": "commands.run",
     "set_up_process": "core.allocator",
     "status": "commands.status",

@@ -18,13 +18,30 @@ import click
 from click.core import ParameterSource
 
 import pipeline
-from pipeline.cli.arguments import as_json_option, parse_rect, parse_share, with_config, with_log_format, with_run
+from pipeline.cli.arguments import (
+    as_json_option,
+    parse_compression,
+    parse_points,
+    parse_rect,
+    parse_share,
+    with_config,
+    with_log_format,
+    with_run,
+)
 from pipeline.cli.signals import discard_unwritable_stdout, stop_on_signals, tolerant_stderr
 from pipeline.core import profiler
 from pipeline.core.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.core.events import Note, Sink
-from pipeline.core.image_formats import COMPRESSIONS, INTENTS, MAX_SIDE_PX, PREVIEW_PX
+from pipeline.core.image_formats import (
+    INTENTS,
+    LEVELS,
+    MAX_SIDE_PX,
+    PREVIEW_PX,
+    PURPOSES,
+    TIFF_COMPRESSIONS,
+)
 from pipeline.core.lengths import MAX_DPI, MIN_DPI
+from pipeline.core.papers import PAPERS_MM
 from pipeline.core.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -173,6 +190,11 @@ def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     "--crop", "rect", callback=parse_rect, metavar="X,Y,W,H", help="Render this part of the output in full resolution."
 )
 @click.option("--stage", type=int, metavar="N", help="With --crop: last stage to render; default the run's last.")
+@click.option("--proof", "paper", type=click.Choice(list(PAPERS_MM)), help="Make a sheet of paper to judge the print.")
+@click.option("--dpi", type=float, metavar="N", help="With --proof: px per inch of the print; default 150.")
+@click.option(
+    "--at", "points", multiple=True, callback=parse_points, metavar="X,Y", help="With --proof: centre of a part, in px."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Image file; default beside the config's output.")
 @click.option("--force", is_flag=True, help="Overwrite the file even if no preview of this config wrote it.")
 @with_log_format
@@ -184,6 +206,9 @@ def preview(
     size_px: int | None,
     rect: Rect | None,
     stage: int | None,
+    paper: str | None,
+    dpi: float | None,
+    points: list[tuple[int, int]],
     output: Path | None,
     force: bool,
     log_format: str,
@@ -197,17 +222,29 @@ def preview(
 
     --crop (in px of the output) shows those details in a part of it, once the run has finished a stage. It starts from
     the last finished stage and uses the Gram matrices of the whole image, so the result is what the run will produce.
+
+    --proof shows parts of the output as a print at --dpi will have them: a PDF or TIFF for paper, with rulers, colour
+    patches and the settings. --at may be given several times. Parts that are not finished are rendered as with --crop.
     """
     if rect is not None and (vary or size_px is not None or as_json):
         raise click.UsageError("--crop renders one config at full resolution: omit --vary, --size and --json")
     if rect is None and stage is not None:
         raise click.UsageError("--stage requires --crop; use --size for a grid")
+    if paper is not None and (rect is not None or vary or size_px is not None or as_json):
+        raise click.UsageError("--proof makes one sheet: omit --crop, --vary, --size and --json")
+    if paper is None and (dpi is not None or points):
+        raise click.UsageError("--dpi and --at require --proof")
     with _working(log_format) as (sink, stop):
         common: dict[str, Any] = {"output": output and output.absolute(), "force": force, "sink": sink, "stop": stop}
         if rect is not None:
             config, crop = pipeline.load_config(config_path, overrides), pipeline.crop
             _raise_if_stopped(stop)
             click.echo(crop(config, rect, stage=stage, **common))
+            return
+        if paper is not None:
+            config, proof = pipeline.load_config(config_path, overrides), pipeline.proof
+            _raise_if_stopped(stop)
+            click.echo(proof(config, points, paper=paper, dpi=150 if dpi is None else dpi, **common))
             return
         render, size = pipeline.preview, PREVIEW_PX if size_px is None else size_px
         _raise_if_stopped(stop)
@@ -285,11 +322,11 @@ def verify(
 )
 @click.option(
     "--compression",
-    type=click.Choice(COMPRESSIONS),
+    callback=parse_compression,
     metavar="NAME",
     default="deflate",
     show_default=True,
-    help=f"Compression of a TIFF: {', '.join(COMPRESSIONS)}.",
+    help=f"Compression of a TIFF: {', '.join(TIFF_COMPRESSIONS)}.",
 )
 @click.option("--quality", type=click.IntRange(1, 100), metavar="1-100", default=95, help="JPEG quality; default 95.")
 @click.option(
@@ -303,6 +340,20 @@ def verify(
 )
 @click.option("--intent", type=click.Choice(INTENTS), default="relative", help="Intent of a printer's profile.")
 @click.option("--pyramid/--no-pyramid", default=True, show_default=True, help="Smaller levels in a TIFF, for viewers.")
+@click.option(
+    "--for",
+    type=click.Choice(PURPOSES),
+    default="viewer",
+    show_default=True,
+    help="Reader of a TIFF; print: strips without levels, for layout programs.",
+)
+@click.option(
+    "--levels",
+    type=click.Choice(LEVELS),
+    default="pages",
+    show_default=True,
+    help="Place of a TIFF's levels; subifds: for Bio-Formats (QuPath).",
+)
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.pass_context
 def export(

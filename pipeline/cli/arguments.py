@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from pipeline.core.image_formats import COMPRESSIONS, TIFF_COMPRESSIONS
 from pipeline.core.tiling import Rect
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -48,6 +49,24 @@ def parse_rect(_context: click.Context, _option: click.Parameter, value: str | N
         raise click.BadParameter(f"{value!r} is not x,y,width,height in whole px, such as 1200,800,400,300")
     x, y, width, height = map(int, match.groups())
     return Rect(y, y + height, x, x + width)
+
+
+def parse_points(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, int]]:
+    """Parse every `x,y` in px. Raises BadParameter."""
+    points: list[tuple[int, int]] = []
+    for value in values:
+        match = re.fullmatch(r"([0-9]{1,7}),([0-9]{1,7})", value.replace(" ", ""))
+        if match is None:
+            raise click.BadParameter(f"{value!r} is not x,y in whole px, such as 1200,800")
+        points.append((int(match[1]), int(match[2])))
+    return points
+
+
+def parse_compression(_context: click.Context, _option: click.Parameter, value: str) -> str:
+    """A known compression; a wrong one is answered with those that every build can write. Raises BadParameter."""
+    if value not in COMPRESSIONS:
+        raise click.BadParameter(f"{value!r} is not one of {', '.join(TIFF_COMPRESSIONS)}")
+    return value
 
 
 def parse_share(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:

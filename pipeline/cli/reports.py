@@ -189,7 +189,8 @@ def print_doctor() -> None:
     python = f"python     {platform.python_version()} on {platform.system()} {platform.machine()}"
     packages = [f"{package:<10} {version(package)}" for package in _PACKAGES]
     # Before the device is looked for: that may fail, and the versions are needed to report it.
-    _print_lines([python, *packages, f"libvips    {images.vips_version()}"])
+    compressions = ", ".join(images.tiff_compressions())
+    _print_lines([python, *packages, f"libvips    {images.vips_version()}; compressions of a TIFF: {compressions}"])
     device = resolve_device("auto")
     memory = psutil.virtual_memory()
     _print_lines(

@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import BaseModel, model_validator
 
 from pipeline.config.conflicts import all_conflicts
-from pipeline.config.messages import ConflictsError, validate
+from pipeline.config.messages import ConflictsError, fields_of, validate
 from pipeline.config.presets import with_preset
 from pipeline.config.regions import shared_masks
 from pipeline.config.sections import ADDED_LATER, COMPARED_BY_CONTENT, HARMLESS, StageConfig
@@ -95,14 +95,14 @@ def _values(
 ) -> Iterator[tuple[Key, Any, object]]:
     """(key, value, resume mark) of every value that is not a section or a list. `given_only`: skip defaults."""
     if isinstance(value, BaseModel):
-        for name, field in type(value).model_fields.items():
+        for (name, field), key_name in zip(type(value).model_fields.items(), fields_of(type(value)), strict=True):
             inner, marks = getattr(value, name), field.json_schema_extra
             own = marks.get("resume") if isinstance(marks, dict) else None
             if isinstance(marks, dict) and own == ADDED_LATER:
                 # In an entry of `stages` a given value counts: it may override another one of the config's top level.
                 own = HARMLESS["resume"] if inner == marks["before"] and not given_only else None
             if not given_only or name in value.model_fields_set:
-                yield from _values(inner, (*key, name), mark or own, given_only or isinstance(value, StageConfig))
+                yield from _values(inner, (*key, key_name), mark or own, given_only or isinstance(value, StageConfig))
     elif isinstance(value, tuple):
         for index, entry in enumerate(value):
             yield from _values(entry, (*key, index), mark, given_only)

@@ -67,7 +67,7 @@ def expected(annotation: Any, metadata: Sequence[object] = ()) -> str:
     if get_origin(annotation):
         return _expected_generic(get_origin(annotation), get_args(annotation), metadata)
     if issubclass(annotation, BaseModel):
-        return f"a section with {', '.join(annotation.model_fields)}"
+        return f"a section with {', '.join(fields_of(annotation))}"
     return " ".join([_PLAIN[annotation], ", ".join(_limits(metadata))]).strip()
 
 
@@ -105,6 +105,11 @@ def _written(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
     return f"the text '{shown(value)}'" if isinstance(value, str) else shown(str(value))
+
+
+def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a model by key, which is a field's alias if its name cannot be an attribute of Python (`for`)."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def placeholders(model: type[BaseModel]) -> dict[str, Any]:
@@ -181,7 +186,7 @@ def _faults(error: ValidationError, model: type[BaseModel], document: Document) 
             text = f"missing; expected {expected(field.annotation, field.metadata)} ({field.description})"
             specific[key] = Problem(place, dotted(key), text)
         elif kind == "extra_forbidden":
-            text = f"unknown key; {allowed(str(key[-1]), tuple(parent.model_fields))}"
+            text = f"unknown key; {allowed(str(key[-1]), tuple(fields_of(parent)))}"
             specific[key] = Problem(document.place(key, of_name=True), dotted(key), text)
         elif kind == "value_error" and not isinstance(cause, ConflictsError):
             specific[key] = Problem(place, dotted(key), str(cause))
@@ -194,11 +199,12 @@ def _faults(error: ValidationError, model: type[BaseModel], document: Document) 
 
 
 def _mismatch(field: FieldInfo, value: object) -> str:
-    text = f"expected {expected(field.annotation, field.metadata)}, found {_written(value)}"
+    text = f"expected {expected(field.annotation, field.metadata)}"
     annotation = _not_null(field.annotation)
     names = [str(name) for name in get_args(annotation)] if get_origin(annotation) is Literal else []
-    close = difflib.get_close_matches(value[:80], names, n=1) if isinstance(value, str) else []
-    return f"{text}; did you mean {close[0]!r}?" if close else text
+    offered = [name for name in names if name in text]  # an accepted name may be left out of what is expected
+    close = difflib.get_close_matches(value[:80], offered, n=1) if isinstance(value, str) else []
+    return f"{text}, found {_written(value)}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
 def _not_null(annotation: Any) -> Any:
@@ -241,7 +247,7 @@ def _resolve(model: type[BaseModel], location: Sequence[str | int]) -> tuple[Key
             field = FieldInfo.from_annotation(inner[1])
         elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
             parent = annotation
-            field = annotation.model_fields.get(str(part), FieldInfo(annotation=types.NoneType))
+            field = fields_of(annotation).get(str(part), FieldInfo(annotation=types.NoneType))
         else:
             break
         key = (*key, part)

@@ -31,7 +31,8 @@ from pipeline.config.fields import (
     Share,
     SidePx,
 )
-from pipeline.core.image_formats import Bits, Compression, Intent
+from pipeline.config.messages import Expected
+from pipeline.core.image_formats import TIFF_COMPRESSIONS, Bits, Compression, Intent, Levels, Purpose
 from pipeline.core.lengths import NO_LENGTH
 from pipeline.core.vgg_layers import ALIGN_PX, PoolingKind
 
@@ -52,9 +53,9 @@ def new(before: object) -> dict[str, Any]:
 
 
 class Section(BaseModel):
-    """Frozen and strict: unknown keys, NaN and infinity are refused."""
+    """Frozen and strict: unknown keys, NaN and infinity are refused. Serialised under the names of the keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, serialize_by_alias=True)
 
 
 class PrintSize(Section):
@@ -303,7 +304,9 @@ class ExportConfig(Section):
     """How the output image is written."""
 
     bits: Bits = Field("auto", description="bits per channel; auto: 16 if content and format have 16, else 8")
-    compression: Compression = Field("deflate", description="compression of a TIFF")
+    compression: Annotated[Compression, Expected(f"one of {', '.join(TIFF_COMPRESSIONS)}")] = Field(
+        "deflate", description="compression of a TIFF"
+    )
     quality: Int = Field(95, ge=1, le=100, description="JPEG quality")
     profile: Profile = Field(
         "srgb", description="colours of the output; content: as the content; or a printer's profile"
@@ -321,6 +324,15 @@ class ExportConfig(Section):
     bleed: EdgeConfig = Field(EdgeConfig(), description="what is cut off, outside all else; white around a border")
     marks: StrictBool = Field(False, description="crop marks, in a white margin of 8mm")
     panels: PanelsConfig = Field(PanelsConfig(), description="several files, numbered, for walls wider than a printer")
+    purpose: Purpose = Field(
+        "viewer", alias="for", description="reader of a TIFF; print: strips without levels, for layout programs"
+    )
+    levels: Levels = Field("pages", description="place of a TIFF's levels; subifds: for Bio-Formats (QuPath)")
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether a TIFF has smaller levels."""
+        return self.pyramid and self.purpose == "viewer"
 
     @property
     def changed(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from pipeline.config.config import Config
-from pipeline.config.messages import expected, placeholders
+from pipeline.config.messages import expected, fields_of, placeholders
 from pipeline.config.presets import with_preset
 from pipeline.config.sections import StageConfig
 
@@ -34,8 +34,8 @@ def _stage_lines(stage: StageConfig) -> list[str]:
 
 def _template_lines(section: BaseModel) -> Iterator[str]:
     plain = section.model_dump(mode="json")
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
+    for attribute, (name, field) in zip(type(section).model_fields, fields_of(type(section)).items(), strict=True):
+        value = getattr(section, attribute)
         if isinstance(value, BaseModel):
             yield f"{name}:  # {field.description}"
             yield from (f"  {line}" for line in _template_lines(value))

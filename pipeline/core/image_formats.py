@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Literal, get_args
 
 Bits = Literal["auto", 8, 16]
-Compression = Literal["deflate", "zstd", "jpeg", "none"]
+Compression = Literal["deflate", "lzw", "zstd", "jpeg", "none"]
+COMPRESSIONS: tuple[str, ...] = get_args(Compression)
+# Every libvips writes these into a TIFF. That of the pip wheels has no zstd, which is accepted where it can be written,
+# but never suggested.
+TIFF_COMPRESSIONS = ("deflate", "lzw", "jpeg", "none")
+# Layout programs read these; what else a TIFF can hold, they often refuse.
+PRINT_COMPRESSIONS = ("deflate", "lzw", "none")
+Purpose = Literal["viewer", "print"]
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+Levels = Literal["pages", "subifds"]
+LEVELS: tuple[Levels, ...] = get_args(Levels)
 # The colours of an output; `content`: of the content's own profile. A file of a profile has one of the suffixes.
 ProfileName = Literal["srgb", "adobe-rgb", "display-p3", "content"]
 Intent = Literal["relative", "perceptual", "saturation", "absolute"]
 PROFILE_SUFFIXES = (".icc", ".icm")
-COMPRESSIONS: tuple[str, ...] = get_args(Compression)
 INTENTS: tuple[str, ...] = get_args(Intent)
 # 1,000,000 px are 85 m at 300 dpi.
 MAX_SIDE_PX = 1_000_000
@@ -47,7 +56,10 @@ RGB8 = PixelKind()
 
 @dataclass(frozen=True)
 class Format:
-    """An output format: its suffixes, bit depths, compressions, and the values that `pyramid` can have."""
+    """An output format: its suffixes, bit depths, compressions, and the values that `pyramid` can have.
+
+    `rare_compressions`: those that only some builds of libvips write.
+    """
 
     name: str
     suffixes: tuple[str, ...]
@@ -56,12 +68,13 @@ class Format:
     max_side_px: int
     compressions: tuple[str, ...]
     pyramid: tuple[bool, ...]
+    rare_compressions: tuple[str, ...] = ()
 
 
 # The limit of libvips; PNG and TIFF could hold more.
 MAX_OUTPUT_SIDE_PX = 10_000_000
 FORMATS = (
-    Format("TIFF", (".tif", ".tiff"), (8, 16), True, MAX_OUTPUT_SIDE_PX, COMPRESSIONS, (True, False)),
+    Format("TIFF", (".tif", ".tiff"), (8, 16), True, MAX_OUTPUT_SIDE_PX, TIFF_COMPRESSIONS, (True, False), ("zstd",)),
     Format("PNG", (".png",), (8, 16), True, MAX_OUTPUT_SIDE_PX, ("deflate",), (False,)),
     Format("JPEG", (".jpg", ".jpeg"), (8,), False, 65_500, ("jpeg",), (False,)),
     Format("DeepZoom", (".dz",), (8,), True, MAX_OUTPUT_SIDE_PX, ("jpeg",), (True,)),  # with alpha its tiles are PNG
@@ -92,7 +105,7 @@ def unsupported_options(path: Path, options: Mapping[str, object], alpha: bool =
     if name == "DeepZoom" and alpha:
         name, compressions = "DeepZoom with alpha", ("deflate",)
     compression = options.get("compression", compressions[0])
-    if compression not in compressions:
+    if compression not in (*compressions, *output.rare_compressions):
         others = _suffixes(other for other in FORMATS if compression in other.compressions)
         yield "compression", f"{name} supports only {compressions[0]}, not {compression}; omit it, or choose {others}"
         compression = compressions[0]
@@ -101,6 +114,7 @@ def unsupported_options(path: Path, options: Mapping[str, object], alpha: bool =
         others = _suffixes(other for other in FORMATS if pyramid in other.pyramid)
         support = "does not support pyramids" if pyramid else "is always a pyramid"
         yield "pyramid", f"{name} {support}; omit it, or choose {others}"
+    yield from _unsupported_layout(output, options)
     if "quality" in options and compression != "jpeg":
         others = _suffixes(other for other in FORMATS if other.compressions == ("jpeg",))
         variant = f"{name} with compression {compression}" if len(compressions) > 1 else name
@@ -114,8 +128,32 @@ def unsupported_options(path: Path, options: Mapping[str, object], alpha: bool =
             yield option, "applies to a printer's profile only; omit it, or set profile to a file"
 
 
+def _unsupported_layout(output: Format, options: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """(option, reason) for `for`, `levels` and what they exclude."""
+    purpose, has_levels = options.get("for"), options.get("pyramid", True) and True in output.pyramid
+    if purpose is not None and (purpose == "viewer") not in output.pyramid:
+        others = _suffixes(other for other in FORMATS if (purpose == "viewer") in other.pyramid)
+        support = "has no smaller levels, which viewers need" if purpose == "viewer" else "is for viewers alone"
+        yield "for", f"{output.name} {support}; omit it, or choose {others}"
+    if purpose == "print" and output.name == "TIFF":
+        has_levels = False
+        compression = options.get("compression", "deflate")
+        if compression not in PRINT_COMPRESSIONS:
+            names = ", ".join(PRINT_COMPRESSIONS)
+            yield "compression", f"layout programs may refuse {compression} in a TIFF; for print, choose one of {names}"
+        if options.get("pyramid"):
+            yield "pyramid", "a TIFF for print has no smaller levels; omit it, or choose for viewer"
+    if "levels" in options and (output.name != "TIFF" or not has_levels):
+        yield "levels", "applies only to a TIFF with smaller levels; omit it"
+
+
 def _suffixes(formats: Iterable[Format]) -> str:
     return " or ".join(output.suffixes[0] for output in formats)
+
+
+def compressed_bytes(size_bytes: int, compression: str) -> int:
+    """Upper bound of pixels' size in the file, before metadata: LZW makes noise larger."""
+    return size_bytes * 3 // 2 if compression == "lzw" else size_bytes
 
 
 def picture_kind(path: Path, bits: Bits, compression: str, content: PixelKind) -> PixelKind:

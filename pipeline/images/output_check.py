@@ -54,14 +54,20 @@ def _suggest(formats: list[Format]) -> str:
 
 def _check_compression(path: Path, form: Format, bits: int, compression: str) -> None:
     if compression not in COMPRESSIONS:
-        raise ConfigError(f"{path}: unknown compression '{compression}'; allowed: {', '.join(COMPRESSIONS)}.")
+        usable = ", ".join(tiff_compressions())
+        raise ConfigError(f"{path}: unknown compression '{compression}'; allowed: {usable}.")
     if form.name != "TIFF":
         return
     if compression == "jpeg" and bits != 8:
         raise ConfigError(f"{path}: JPEG compression in TIFF has 8 bits a channel, not {bits}. Use deflate.")
     if not _can_compress(compression):
-        usable = ", ".join(name for name in COMPRESSIONS if _can_compress(name))
+        usable = ", ".join(tiff_compressions())
         raise ConfigError(f"{path}: this build of libvips cannot write {compression} in TIFF; it can: {usable}.")
+
+
+def tiff_compressions() -> tuple[str, ...]:
+    """The compressions that this build of libvips can write into a TIFF."""
+    return tuple(name for name in COMPRESSIONS if _can_compress(name))
 
 
 @functools.cache

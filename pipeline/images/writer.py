@@ -36,6 +36,7 @@ from pipeline.images.color import with_profile
 from pipeline.images.jfif import JfifFile
 from pipeline.images.output_check import check_output, output_format
 from pipeline.images.output_color import OutputColors
+from pipeline.images.tiff_layout import TILES, TiffLayout, tiff_options
 from pipeline.images.vips_streams import POLL_S, Rows, RowSource
 
 # What is written is synced in steps of this many bytes of pixels, so that the last sync, which cannot be interrupted,
@@ -50,8 +51,9 @@ class ImageSpec:
     """An output image: `path`, whose suffix names the format, size, kind of pixels, and options of the format.
 
     `compression`: of TIFF. `quality`: of JPEG, 1 to 100. `pyramid`: a TIFF also has smaller levels, which take their
-    own size on the disk a second time until it is complete. `dpi`: the resolution on paper, where the format has a
-    place for it; None: unknown. `colors`: the profile, None: sRGB. Alpha is written unassociated (not premultiplied).
+    own size on the disk a second time until it is complete. `layout`: how a TIFF is stored. `dpi`: the resolution on
+    paper, where the format has a place for it; None: unknown. `colors`: the profile, None: sRGB. Alpha is written
+    unassociated (not premultiplied).
     """
 
     path: Path
@@ -61,6 +63,7 @@ class ImageSpec:
     compression: str = "deflate"
     quality: int = 95
     pyramid: bool = True
+    layout: TiffLayout = TILES
     dpi: float | None = None
     colors: OutputColors | None = None
 
@@ -216,9 +219,9 @@ class _Export:
         spec, name = self._spec, str(self._partial)
         match output_format(spec.path).name:
             case "TIFF":
-                tiles = {"tile": True, "tile_width": 256, "tile_height": 256, "bigtiff": True}
-                options = {"compression": spec.compression, "Q": spec.quality, "pyramid": spec.pyramid}
-                image.tiffsave(name, keep="icc", resunit="inch", **tiles, **options)
+                size = spec.height_px, spec.width_px
+                layout = tiff_options(size, spec.kind, spec.compression, spec.pyramid, spec.layout)
+                image.tiffsave(name, keep="icc", resunit="inch", Q=spec.quality, **layout)
             case "PNG":
                 image.pngsave(name, keep="icc")
             case "JPEG":

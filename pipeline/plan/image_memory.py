@@ -5,7 +5,7 @@ Fitted with 4 libvips threads, the most that the program uses, over images up to
 
 from __future__ import annotations
 
-from pipeline.core.image_formats import PixelKind
+from pipeline.core.image_formats import PixelKind, compressed_bytes
 from pipeline.core.tiling import Size
 from pipeline.images import ImageHeader
 
@@ -26,7 +26,9 @@ def ingest_bytes(image: ImageHeader, width_px: int, chunk_px: int, kind: PixelKi
     return _LIBVIPS_BYTES + image.decode_bytes + rows * kind.channels // 3 + 3 * chunk_px * width_px * kind.pixel_bytes
 
 
-def export_bytes(size: Size, kind: PixelKind, *, tiff: bool, pyramid: bool, edges: bool = False) -> int:
+def export_bytes(
+    size: Size, kind: PixelKind, *, tiff: bool, pyramid: bool, compression: str = "deflate", edges: bool = False
+) -> int:
     """Peak bytes of writing an output image: bands of rows, the encoder, and a pyramid's levels in memory.
 
     `edges`: the rows are made of rows of the canvas, of which another band is in memory.
@@ -35,13 +37,13 @@ def export_bytes(size: Size, kind: PixelKind, *, tiff: bool, pyramid: bool, edge
     band = min(64 * MIB, 512 * width_px * kind.pixel_bytes)
     rows = (4_000 if tiff else 8_000) * width_px * kind.pixel_bytes // 3
     levels = _levels_in_memory(height_px * width_px * kind.pixel_bytes) if tiff and pyramid else 0
-    return _LIBVIPS_BYTES + (4 if edges else 3) * band + rows + levels
+    return _LIBVIPS_BYTES + (4 if edges else 3) * band + rows + compressed_bytes(levels, compression)
 
 
-def levels_on_disk_bytes(size: Size, kind: PixelKind) -> int:
+def levels_on_disk_bytes(size: Size, kind: PixelKind, compression: str) -> int:
     """Disk that the temporary files of a TIFF's smaller levels take: a third of the image, 0 if they fit in memory."""
     size_bytes = size[0] * size[1] * kind.pixel_bytes
-    return size_bytes // 3 if size_bytes > 4 * LEVEL_BYTES else 0
+    return compressed_bytes(size_bytes // 3, compression) if size_bytes > 4 * LEVEL_BYTES else 0
 
 
 def _levels_in_memory(image_bytes: int) -> int:

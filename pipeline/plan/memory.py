@@ -192,8 +192,10 @@ class Workload:
     @property
     def levels_bytes(self) -> int:
         """Disk that a TIFF's smaller levels take, beside the output, while it is written."""
-        has_levels = self._is_tiff and self.config.export.pyramid
-        return max(levels_on_disk_bytes(size, self.picture) for size in self.output_sizes.values()) if has_levels else 0
+        export = self.config.export
+        if not (self._is_tiff and export.has_levels):
+            return 0
+        return max(levels_on_disk_bytes(size, self.picture, export.compression) for size in self.output_sizes.values())
 
     @property
     def _itemsize(self) -> int:
@@ -282,8 +284,14 @@ class Workload:
         """Peak bytes of writing the largest output image."""
         options = self.config.export
         largest = max(self.output_sizes.values(), key=lambda size: size[0] * size[1])
-        edges = has_edges(options)
-        return export_bytes(largest, self.picture, tiff=self._is_tiff, pyramid=options.pyramid, edges=edges)
+        return export_bytes(
+            largest,
+            self.picture,
+            tiff=self._is_tiff,
+            pyramid=options.has_levels,
+            compression=options.compression,
+            edges=has_edges(options),
+        )
 
     def _ingest_bytes(self) -> int:
         """Peak bytes of reading the most expensive image, at the width that it is resized to."""

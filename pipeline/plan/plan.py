@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.core.errors import ConfigError
-from pipeline.core.image_formats import PixelKind
+from pipeline.core.image_formats import PixelKind, compressed_bytes
 from pipeline.core.tiling import Size, grid
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.images import ImageHeader
@@ -133,7 +133,9 @@ def make_plan(
         picture=work.picture,
         dpi=work.output_dpi,
         outputs={str(path): size for path, size in work.output_sizes.items()},
-        output_bytes=output_px * work.picture.pixel_bytes * 4 // 3,  # a pyramid adds a third
+        output_bytes=compressed_bytes(  # a pyramid adds a third
+            output_px * work.picture.pixel_bytes * 4 // 3, config.export.compression
+        ),
         levels_bytes=work.levels_bytes,
         flop=sum(stage.flop_per_iteration * stage.max_iterations for stage in stages),
         memory_limit_bytes=config.memory.limit_bytes,

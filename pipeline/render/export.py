@@ -17,7 +17,7 @@ from pipeline.core.errors import storage
 from pipeline.core.files import new_partial
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
-from pipeline.images import OutputColors, writer
+from pipeline.images import OutputColors, TiffLayout, writer
 from pipeline.plan import Sheet, has_edges
 from pipeline.render.edges import sheet_rows
 from pipeline.render.resample import OnProgress
@@ -77,7 +77,16 @@ def export_canvas(
     height, width = sheet.size
     kind = PixelKind(options.bits, alpha=len(planes) == 2)
     image = writer.ImageSpec(
-        sheet.path, width, height, kind, options.compression, options.quality, options.pyramid, options.dpi, colors
+        sheet.path,
+        width,
+        height,
+        kind,
+        options.compression,
+        options.quality,
+        pyramid=options.has_levels,
+        layout=TiffLayout(strips=options.purpose == "print", subifds=options.levels == "subifds"),
+        dpi=options.dpi,
+        colors=colors,
     )
     pixels = canvas_pixels(planes, image.rows_kind.bits, colors)
     around = sheet_rows(pixels, sheet) if has_edges(options) else None

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.config.config import Config
+from pipeline.config.messages import fields_of
 from pipeline.config.template import template
 from pipeline.core.vgg_layers import CONV_NAMES
 from tools.torture.fuzz_files import BYTES, SMALL, Case, sample_images
@@ -183,7 +184,7 @@ def leaves(
     model: type[BaseModel], start: tuple[str | int, ...] = ()
 ) -> Iterator[tuple[tuple[str | int, ...], FieldInfo]]:
     """(path, field) of every setting that is not a section; for the list of styles those of its first entry."""
-    for name, field in model.model_fields.items():
+    for name, field in fields_of(model).items():
         kind, inner = field.annotation, get_args(field.annotation)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from leaves(kind, (*start, name))

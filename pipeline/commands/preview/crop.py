@@ -27,17 +27,17 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from pipeline import store
 from pipeline.commands.export import finished_stage
 from pipeline.commands.preview.cut import cut_canvas, cut_file
-from pipeline.commands.preview.folder import claimed, folder_of
+from pipeline.commands.preview.folder import Claim, claimed, folder_of
 from pipeline.commands.preview.regions import aligned, regions, scaled
 from pipeline.commands.run import end_reason
 from pipeline.config import Config
@@ -105,29 +105,67 @@ def crop(
     preview of this config wrote. Raises ConfigError if no stage of the run is finished, and the errors of errors.py.
     """
     target_file = output or folder_of(config).with_name(f"{config.output.stem}.crop.png")
-    config = resolved(config)
-    device = resolve_device(config.compute.device)
-    planned = _planned(config, device)
-    last = len(planned.stages) - 1
+    crops = Crops.of(resolved(config), sink, stop)
+    last = len(crops.plan.stages) - 1
     target = last if stage is None else stage
     if not 0 <= target <= last:
         raise ConfigError(f"--stage {target}: the run's stages are 0 to {last}.")
-    _refuse_outside(rect, planned.stages[last].size)
-    _refuse_carried(config, planned)
-    own = scaled(rect, planned.stages[last].size, planned.stages[target].size)
+    _refuse_outside(rect, crops.plan.stages[last].size)
+    _refuse_carried(config, crops.plan)
+    own = scaled(rect, crops.plan.stages[last].size, crops.plan.stages[target].size)
     if output is not None:
         refuse_missing_folder(output)
     check_output(target_file, own.width, own.height, 8, "deflate")
-    with ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
-        weights = find_weights(config.network.name, config.network.weights, config.seed, sink, executor.cancel)
-        finished = _finished(config, planned, weights, target, executor)
-        with claimed(config, target_file, force) as claim, _temporary_folder(claim.folder / "crop") as folder:
-            context = render_context(config, planned, device, weights, executor, sink)
-            canvas = Crop(config, planned, context, finished, folder).render(rect, target)
-            space = ingest.canvas_colors(config).space
-            cut_canvas(canvas, own, target_file, executor.cancel, claim.record, space)
-            claim.done()
+    claim_of = partial(claimed, crops.config, target_file, force)
+    with crops.rendered([rect], target, claim_of) as (canvases, claim, _folder):
+        space = ingest.canvas_colors(crops.config).space
+        cut_canvas(canvases[0], own, target_file, CancelToken(stop), claim.record, space)
+        claim.done()
     return target_file
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Renders parts of the image of a run. `plan`: with less memory than the run's own."""
+
+    config: Config
+    device: Device
+    plan: Plan
+    sink: Sink
+    stop: threading.Event | None
+
+    @classmethod
+    def of(cls, config: Config, sink: Sink, stop: threading.Event | None) -> Self:
+        """Plan the crops of a config. Raises ConfigError, InputError."""
+        device = resolve_device(config.compute.device)
+        return cls(config, device, _planned(config, device), sink, stop)
+
+    @contextmanager
+    def rendered(
+        self, rects: Sequence[Rect], target: int, claim_of: Callable[[], AbstractContextManager[Claim]]
+    ) -> Iterator[tuple[list[Region], Claim, Path]]:
+        """The canvas of stage `target` around each of `rects`, which are of the finished image.
+
+        With the claim of the file to write, and a folder for files that are deleted at the end. Raises ConfigError if
+        the run cannot be cropped.
+        """
+        config = self.config
+        with ThreadExecutor(WORKERS, CancelToken(self.stop)) as executor:
+            weights = find_weights(config.network.name, config.network.weights, config.seed, self.sink, executor.cancel)
+            finished = _finished(config, self.plan, weights, target, executor)
+            if finished.stage < target:
+                _refuse_carried(config, self.plan)
+            with claim_of() as claim, _temporary_folder(claim.folder / "crop") as folder:
+                context = render_context(config, self.plan, self.device, weights, executor, self.sink)
+                canvases: list[Region] = []
+                for index, rect in enumerate(rects):
+                    if canvases and finished.stage == target:
+                        canvases.append(canvases[0])  # the whole canvas
+                        continue
+                    own_folder = folder / str(index)
+                    own_folder.mkdir()
+                    canvases.append(Crop(config, self.plan, context, finished, own_folder).render(rect, target))
+                yield canvases, claim, folder
 
 
 def _refuse_outside(rect: Rect, size: Size) -> None:
@@ -141,8 +179,8 @@ def _refuse_outside(rect: Rect, size: Size) -> None:
 def _refuse_carried(config: Config, planned: Plan) -> None:
     if any(config.for_stage(max(stage.size)).optimizer.carry for stage in planned.stages[1:]):
         raise ConfigError(
-            "--crop: a crop starts every stage with fresh moments, and optimizer.carry continues those of the stage "
-            "before, so that the crop would not look like the run. Preview without --crop, or switch carry off."
+            "--crop, --proof: a crop starts every stage with fresh moments, and optimizer.carry continues those of the "
+            "stage before, so that the crop would not look like the run. Preview without it, or switch carry off."
         )
 
 

@@ -8,7 +8,7 @@ out/harbour.preview/…              the runs that they are made from
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,14 +66,14 @@ class Claim:
 
 
 @contextmanager
-def claimed(config: Config, image: Path, force: bool) -> Iterator[Claim]:
+def claimed(config: Config, image: Path, force: bool, suffixes: Sequence[str] = SUFFIXES) -> Iterator[Claim]:
     """Lock the folder of the config's previews for one that will write `image`; a refused one leaves no folder.
 
     `force`: overwrite a file that no preview of this config wrote. Raises ConfigError if the image would replace
     anything else, or the folder is not one of previews; LockedError if another preview is running.
     """
     folder = folder_of(config)
-    _refuse_place(config, folder, image)
+    _refuse_place(config, folder, image, suffixes)
     with storage(folder):
         _refuse_foreign(folder)
         with locked_folder(folder):
@@ -86,12 +86,12 @@ def claimed(config: Config, image: Path, force: bool) -> Iterator[Claim]:
             yield claim
 
 
-def _refuse_place(config: Config, folder: Path, image: Path) -> None:
+def _refuse_place(config: Config, folder: Path, image: Path, suffixes: Sequence[str]) -> None:
     """Raise ConfigError if the image or the folder would replace the config's inputs, output or run directory."""
     if fault := path_fault(image):
         raise ConfigError(f"-o {shown(str(image))}: {fault}. Choose another name.")
-    if image.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{image}: a preview is one file; choose a name that ends in {', '.join(SUFFIXES)}.")
+    if image.suffix.lower() not in suffixes:
+        raise ConfigError(f"{image}: a preview is one file; choose a name that ends in {', '.join(suffixes)}.")
     named = [*((dotted(key), path) for key, path in input_files(config)), ("output", config.output)]
     for key, path in named:
         if same_file(path, image):

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.config import Config, load_config, result_fields
 from pipeline.config.fields import OUTPUT_SUFFIXES
-from pipeline.config.messages import expected
+from pipeline.config.messages import expected, fields_of
 from pipeline.config.template import template
 from pipeline.core.errors import ConfigError
 from pipeline.core.lengths import Length
@@ -57,7 +57,7 @@ def test_template_has_every_key(write):
 
 
 def _leaf_names(model: type[BaseModel]) -> Iterator[str]:
-    for name, field in model.model_fields.items():
+    for name, field in fields_of(model).items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _leaf_names(field.annotation)
         elif name != "styles":
@@ -423,7 +423,7 @@ def _values(annotation: Any) -> st.SearchStrategy[Any]:
 
 def _leaves(model: type[BaseModel], start: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, type) of every setting that is not a path."""
-    for name, field in model.model_fields.items():
+    for name, field in fields_of(model).items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _leaves(field.annotation, f"{start}{name}.")
         elif name == "styles":
@@ -447,7 +447,8 @@ VALUES = st.fixed_dictionaries({}, optional={key: _values(kind) for key, kind in
 def _value(config: BaseModel, key: str) -> Any:
     value: Any = config
     for part in key.split("."):
-        value = value[int(part)] if isinstance(value, tuple) else getattr(value, part)
+        attribute = "purpose" if part == "for" else part  # a keyword of Python
+        value = value[int(part)] if isinstance(value, tuple) else getattr(value, attribute)
     return str(value) if isinstance(value, Length) else value
 
 
@@ -467,6 +468,10 @@ def test_any_right_value_arrives_as_written(write, values):
     assume((values.get("export.bits"), values.get("export.compression")) != (16, "jpeg"))
     if values.get("export.compression") != "jpeg":
         values.pop("export.quality", None)  # which is for JPEG only
+    if values.get("export.for") == "print":
+        assume(values.get("export.compression") in (None, "deflate", "lzw", "none"))
+    if values.get("export.for") == "print" or not values.get("export.pyramid", True):
+        values.pop("export.levels", None)  # there are none
     unfit = not values.get("optimizer.clip", True) or values.get("compute.dtype") == "float64"
     assume(not unfit or values.get("store.state_dtype") != "compact")
     if values.get("export.panels.width"):
@@ -555,7 +560,7 @@ def test_harmless_changes_let_a_run_go_on(write):
         "styles.0.image=moved.jpg",
         "network.weights=moved.pth",
     ]
-    for export in (["bits=16", "compression=none"], ["compression=jpeg", "quality=1"]):
+    for export in (["bits=16", "compression=none", "for=print"], ["compression=jpeg", "quality=1"]):
         overridden = load_config(write(SMALL), [*overrides, *(f"export.{setting}" for setting in export)])
         assert result_fields(overridden) == before
 

@@ -471,12 +471,11 @@ def test_lossless_export_reads_back(tmp_path: Path, bits: int, name: str, size: 
 
 
 @pytest.mark.parametrize("compression", ["deflate", "jpeg", "none"])
-def test_tiff_is_a_tiled_pyramid_with_64_bit_offsets(tmp_path: Path, compression: str) -> None:
-    """Otherwise images beyond 4 GB break, and viewers load all of it to show a thumbnail."""
+def test_tiff_is_a_tiled_pyramid(tmp_path: Path, compression: str) -> None:
+    """Otherwise viewers load all of an image to show a thumbnail."""
     pixels = picture(1200, 1900)
     path = tmp_path / "a.tif"
     write(path, pixels, compression=compression)
-    assert struct.unpack("<2sH", path.read_bytes()[:4]) == (b"II", 43)
     top = pyvips.Image.new_from_file(str(path))
     assert top.get("tile-width") == 256
     pages = top.get("n-pages")
@@ -606,7 +605,7 @@ REFUSED = [
     ("a.dz", 100, 16, "deflate", "16 bits"),
     ("a.tif", 100, 12, "deflate", "12 bits"),
     ("a.tif", 100, 16, "jpeg", "deflate"),
-    ("a.tif", 100, 8, "lzma", "allowed: deflate, zstd, jpeg, none"),
+    ("a.tif", 100, 8, "lzma", "allowed: deflate, lzw, jpeg, none"),
     ("file/a.tif", 100, 8, "deflate", "not a folder"),
     ("folder.tif", 100, 8, "deflate", "is a folder"),
     ("mine.dz", 100, 8, "deflate", "would be lost"),
@@ -641,7 +640,7 @@ def test_compression_of_this_build(tmp_path: Path) -> None:
     try:
         pyvips.Image.black(8, 8).tiffsave_buffer(compression="zstd")
     except pyvips.Error:
-        with pytest.raises(ConfigError, match="cannot write zstd in TIFF; it can: deflate, jpeg, none"):
+        with pytest.raises(ConfigError, match="cannot write zstd in TIFF; it can: deflate, lzw, jpeg, none"):
             check_output(tmp_path / "a.tif", 10, 10, 8, "zstd")
     else:
         check_output(tmp_path / "a.tif", 10, 10, 8, "zstd")

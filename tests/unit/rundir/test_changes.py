@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from pipeline.config.config import Config, load_config, result_fields
+from pipeline.config.messages import fields_of
 from pipeline.core.errors import ConfigError
 from pipeline.rundir.open import Identity, refuse_changes
 from pipeline.rundir.records import FORMAT, parse_manifest
@@ -149,7 +150,7 @@ def test_a_default_that_differs_from_the_run_is_named_with_the_line_to_add(folde
 
 def added_later(model: type[BaseModel], key: str = "") -> Iterator[tuple[str, object, object]]:
     """(key, default, value of the runs from before it) of every key of the config that was added later."""
-    for name, field in model.model_fields.items():
+    for name, field in fields_of(model).items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from added_later(field.annotation, f"{key}{name}.")
         elif isinstance(marks := field.json_schema_extra, dict) and "before" in marks:

@@ -1,0 +1,187 @@
+"""Proof sheets: parts of the image at the scale of the print, to be judged on paper before the whole is printed.
+
+The parts come from the canvas of a finished run, from the output image if the run's state was deleted, or are rendered
+at full resolution as crops are (crop.py), before the run has come that far.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from pipeline.commands.preview.crop import Crops
+from pipeline.commands.preview.cut import cut_canvas, cut_file
+from pipeline.commands.preview.folder import claimed, folder_of
+from pipeline.config import Config
+from pipeline.core.cancel import CancelToken
+from pipeline.core.errors import ConfigError
+from pipeline.core.events import Note, Sink, ignore
+from pipeline.core.image_formats import format_of
+from pipeline.core.lengths import MM_PER_INCH
+from pipeline.core.papers import MAX_PARTS, MAX_PROOF_DPI, MIN_PROOF_DPI, PROOF_SUFFIXES
+from pipeline.core.tiling import Rect, Size
+from pipeline.images import ProofSheet, read_header, stream_rgb, write_proof
+from pipeline.plan import BASE_BYTES
+from pipeline.rundir import refuse_missing_folder, store_path
+from pipeline.rundir.process_settings import process_settings
+
+_FILES = ("TIFF", "PNG", "JPEG")  # what can be read back
+_UNPRINTED = {"output", "work_dir", "compute", "memory", "limits", "store"}  # keys that do not change the image
+
+
+@process_settings()
+def proof(
+    config: Config,
+    points: Sequence[tuple[int, int]] = (),
+    *,
+    paper: str = "a4",
+    dpi: float = 150,
+    output: Path | None = None,
+    force: bool = False,
+    sink: Sink = ignore,
+    stop: threading.Event | None = None,
+) -> Path:
+    """Write a sheet of paper with parts of the image at the scale of a print at `dpi`, as PDF or TIFF.
+
+    `points`: (x, y) in px of the finished image, the centre of each part; default the centre of the image. `paper`: a
+    key of PAPERS_MM. `output`: default beside the config's output. `force`: overwrite a file that no preview of this
+    config wrote. Raises ConfigError if no stage of the run is finished, and the errors of errors.py.
+    """
+    target_file = output or folder_of(config).with_name(f"{config.output.stem}.proof.pdf")
+    if output is not None:
+        refuse_missing_folder(output)
+    crops = Crops.of(config, sink, stop)
+    size = crops.plan.stages[-1].size
+    _refuse_points(points, size)
+    _refuse_dpi(dpi)
+    centres = points or [(size[1] // 2, size[0] // 2)]
+    sheet = ProofSheet(paper, dpi, len(centres), _title(config, size, dpi), ", ".join(_given(config)))
+    _refuse_memory(sheet, config.memory.limit_bytes)
+    rects = [_around(*point, sheet.cells[0], size) for point in centres]
+    claim_of = partial(claimed, config, target_file, force, PROOF_SUFFIXES)
+    cancel = CancelToken(stop)
+    work = _Work(config, sheet, rects, cancel)
+    last = len(crops.plan.stages) - 1
+    if not store_path(config.work_dir).exists() and config.output.is_file():
+        _refuse_picture(config, size)
+        sink(Note(f"the state of the run is gone: the parts are cut from {config.output}"))
+        with claim_of() as claim:
+            pixels = work.from_file(size, claim.folder)
+            write_proof(sheet.draw(pixels), target_file, sheet, cancel, claim.record)
+            claim.done()
+        return target_file
+    with crops.rendered(rects, last, claim_of) as (canvases, claim, folder):
+        files = [folder / f"part_{index}.png" for index in range(len(rects))]
+        for canvas, rect, file in zip(canvases, rects, files, strict=True):
+            cut_canvas(canvas, rect, file, cancel, lambda _file: None)
+        write_proof(sheet.draw(work.captioned(files)), target_file, sheet, cancel, claim.record)
+        claim.done()
+    return target_file
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The parts of a sheet, which are cut into files first."""
+
+    config: Config
+    sheet: ProofSheet
+    rects: Sequence[Rect]
+    cancel: CancelToken
+
+    def from_file(self, size: Size, folder: Path) -> list[tuple[NDArray[np.uint8], str]]:
+        """The parts of the output image; `folder`: for temporary files."""
+        files = [folder / f"part_{index}.png" for index in range(len(self.rects))]
+        try:
+            for rect, file in zip(self.rects, files, strict=True):
+                cut_file(self.config.output, size, rect, file, self.cancel)
+            return self.captioned(files)
+        finally:
+            for file in files:
+                file.unlink(missing_ok=True)
+
+    def captioned(self, files: Sequence[Path]) -> list[tuple[NDArray[np.uint8], str]]:
+        """The pixels and the caption of each part."""
+        return [(_decoded(file, rect), self._caption(rect)) for file, rect in zip(files, self.rects, strict=True)]
+
+    def _caption(self, rect: Rect) -> str:
+        cm = " × ".join(f"{px * MM_PER_INCH / 10 / self.sheet.dpi:.1f}" for px in (rect.width, rect.height))
+        return f"x {rect.x0:,} to {rect.x1:,}, y {rect.y0:,} to {rect.y1:,} px; {cm} cm"
+
+
+def _decoded(file: Path, rect: Rect) -> NDArray[np.uint8]:
+    bands = stream_rgb(file, rect.width, rect.height, rect.height)
+    pixels: NDArray[np.uint8] = np.concatenate([rows for _, rows in bands])
+    return pixels
+
+
+def _around(x: int, y: int, cell: Rect, size: Size) -> Rect:
+    """The rectangle of the cell's size, or the image's if that is smaller, around a point and inside the image."""
+    height, width = min(cell.height, size[0]), min(cell.width, size[1])
+    y0 = min(max(y - height // 2, 0), size[0] - height)
+    x0 = min(max(x - width // 2, 0), size[1] - width)
+    return Rect(y0, y0 + height, x0, x0 + width)
+
+
+def _title(config: Config, size: Size, dpi: float) -> str:
+    cm = " × ".join(f"{side_px * MM_PER_INCH / 10 / dpi:.1f}" for side_px in (size[1], size[0]))
+    return f"{config.output.name}: proof at 1:1 for {dpi:g} dpi. All {size[1]:,} × {size[0]:,} px print at {cm} cm"
+
+
+def _given(section: BaseModel, prefix: str = "") -> Iterator[str]:
+    """`key value` of every key that the config gives and that may change the image."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if name not in section.model_fields_set or (not prefix and name in _UNPRINTED):
+            continue
+        if isinstance(value, BaseModel):
+            yield from _given(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            for index, entry in enumerate(value):
+                yield from _given(entry, f"{prefix}{name}.{index}.")
+        else:
+            yield f"{prefix}{name} {value.name if isinstance(value, Path) else value}"
+
+
+def _refuse_points(points: Sequence[tuple[int, int]], size: Size) -> None:
+    if len(points) > MAX_PARTS:
+        raise ConfigError(f"--at: {len(points)} parts, but a sheet has room for {MAX_PARTS}. Make several sheets.")
+    for x, y in points:
+        if not (0 <= x < size[1] and 0 <= y < size[0]):
+            raise ConfigError(f"--at {x},{y}: is not inside the image, which has {size[1]}×{size[0]} px.")
+
+
+def _refuse_dpi(dpi: float) -> None:
+    if not MIN_PROOF_DPI <= dpi <= MAX_PROOF_DPI:
+        raise ConfigError(f"--dpi {dpi:g}: a proof sheet has {MIN_PROOF_DPI:g} to {MAX_PROOF_DPI:g} dpi.")
+
+
+def _refuse_memory(sheet: ProofSheet, limit_bytes: int) -> None:
+    needed = BASE_BYTES["cpu"] + sheet.memory_bytes
+    if needed > limit_bytes:
+        raise ConfigError(
+            f"--proof {sheet.paper}: at {sheet.dpi:g} dpi the sheet takes {needed / 2**30:.2f} GiB of memory, but "
+            f"{limit_bytes / 2**30:.2f} GiB is the limit. Choose a lower --dpi, or raise memory.limit."
+        )
+
+
+def _refuse_picture(config: Config, size: Size) -> None:
+    """Raise ConfigError for an output image from which no part can be cut."""
+    remedy = "Run the config again for a proof."
+    form = format_of(config.output)
+    if form is None or form.name not in _FILES:
+        raise ConfigError(
+            f"{config.output}: is no {', '.join(_FILES)} file, and the state of its run is gone. {remedy}"
+        )
+    header = read_header(config.output, config.limits)
+    if (header.height_px, header.width_px) != size:
+        raise ConfigError(
+            f"{config.output}: has {header.width_px}×{header.height_px} px, not the {size[1]}×{size[0]} px of this "
+            f"config's image, and the state of its run is gone. {remedy}"
+        )
