@@ -136,6 +136,10 @@ def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: 
         from pipeline.cli.display import with_profile
 
         config, render = pipeline.load_config(config_path, overrides), pipeline.run  # the attribute access imports it
+        if profile is not None:
+            from pipeline.rundir import named_inputs, refuse_inputs
+
+            refuse_inputs(profile, [*named_inputs(config), ("output", config.output)])
         _raise_if_stopped(stop)
         with profiler.recording(profile):
             render(config, force=force, sink=with_profile(sink) if profile else sink, stop=stop)
@@ -313,9 +317,13 @@ def export(
     with _working("auto") as (sink, stop):
         from pipeline.config import ExportConfig
         from pipeline.images import refuse_unheeded
+        from pipeline.rundir import named_inputs, refuse_inputs
 
         export_config = ExportConfig.model_validate({**options, "bits": bits})
-        work_dir, write = _work_dir(config_path, overrides, run_dir), pipeline.export
+        config = pipeline.load_config(config_path, overrides) if config_path is not None else None
+        work_dir, write = config.work_dir if config is not None else cast(Path, run_dir), pipeline.export
+        if config is not None:  # its files may be at other places than when the run began
+            refuse_inputs(output, named_inputs(config))
         refuse_unheeded(output, {name: options[name] for name in given})
         _raise_if_stopped(stop)
         path = write(work_dir, output.absolute(), stage=stage, options=export_config, force=force, sink=sink, stop=stop)

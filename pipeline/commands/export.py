@@ -24,8 +24,10 @@ from pipeline.rundir import (
     content_alpha,
     content_kind,
     journal_path,
+    manifest_inputs,
     newest_canvas,
     position_of,
+    refuse_inputs,
     refuse_links,
     refuse_missing_folder,
     refuse_own_state,
@@ -54,9 +56,10 @@ def export(
     options = options or ExportConfig()
     refuse_own_state(output, work_dir)
     refuse_missing_folder(output)
+    manifest = manifest_of(work_dir)
+    refuse_inputs(output, manifest_inputs(manifest))
     if taken(output) and not force:
         raise ConfigError(f"output {output}: exists and would be lost. Choose another name, or give --force.")
-    manifest = manifest_of(work_dir)
     journal = Journal(journal_path(work_dir))
     read_bytes = journal.size_bytes()  # before reading: a record that follows makes the export check again
     _, position = standing(journal)

@@ -196,13 +196,20 @@ class _Export:
             case "JPEG":
                 image.jpegsave(name, Q=spec.quality, keep="icc")
             case "DeepZoom":
-                self._partial.mkdir()
-                stem, suffix = self._partial / spec.path.stem, ".png" if spec.kind.alpha else ".jpg"
-                image.dzsave(str(stem), suffix=suffix, Q=spec.quality, keep="icc")
-                # It contains the date, which would make two exports of one image differ.
-                (stem.with_name(f"{stem.name}_files") / "vips-properties.xml").unlink(missing_ok=True)
+                self._save_deepzoom(image)
             case other:
                 raise AssertionError(f"{other} is written by another module")
+
+    def _save_deepzoom(self, image: Any) -> None:
+        """Write the folder under fixed names, then rename: dzsave reads options in brackets from its file name."""
+        self._partial.mkdir()
+        suffix = ".png" if self._spec.kind.alpha else ".jpg"
+        image.dzsave(str(self._partial / "image"), suffix=suffix, Q=self._spec.quality, keep="icc")
+        tiles, name = self._partial / "image_files", self._spec.path.stem
+        # It contains the date, which would make two exports of one image differ.
+        (tiles / "vips-properties.xml").unlink(missing_ok=True)
+        tiles.rename(self._partial / f"{name}_files")
+        (self._partial / "image.dzi").rename(self._partial / f"{name}.dzi")
 
 
 def _saver_error(path: Path, words: str) -> OSError:
