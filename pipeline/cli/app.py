@@ -23,7 +23,7 @@ from pipeline.cli.signals import discard_unwritable_stdout, stop_on_signals, tol
 from pipeline.core import profiler
 from pipeline.core.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.core.events import Note, Sink
-from pipeline.core.image_formats import COMPRESSIONS, MAX_SIDE_PX, PREVIEW_PX
+from pipeline.core.image_formats import COMPRESSIONS, MAX_SIDE_PX, METADATA_KEPT, PREVIEW_PX
 from pipeline.core.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -295,6 +295,13 @@ def verify(
     help=f"Compression of a TIFF: {', '.join(COMPRESSIONS)}.",
 )
 @click.option("--quality", type=click.IntRange(1, 100), metavar="1-100", default=95, help="JPEG quality; default 95.")
+@click.option(
+    "--metadata",
+    type=click.Choice(METADATA_KEPT),
+    default="keep",
+    show_default=True,
+    help="Artist, copyright, captions and keywords of the content, with its place, or nothing.",
+)
 @click.option("--pyramid/--no-pyramid", default=True, show_default=True, help="Smaller levels in a TIFF, for viewers.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.pass_context

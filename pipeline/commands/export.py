@@ -26,6 +26,7 @@ from pipeline.rundir import (
     journal_path,
     manifest_inputs,
     newest_canvas,
+    output_metadata,
     position_of,
     refuse_inputs,
     refuse_links,
@@ -83,7 +84,8 @@ def export(
     try:
         with ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
             integrity.require_intact(planes, executor, progress("check"))
-        export_canvas(planes, output, options, cancel, progress("export"))
+        metadata = output_metadata(manifest, options.metadata, cancel, sink)
+        export_canvas(planes, output, options, cancel, progress("export"), metadata=metadata)
     except ChunkError:
         cancel.raise_if_set()  # chunks that an active run has overwritten are not damaged
         raise

@@ -40,7 +40,9 @@ from pipeline.rundir import (
     newest_moments,
     now,
     open_run,
+    output_metadata,
     plan_on,
+    read_manifest,
     records,
     refuse_foreign,
     refuse_links,
@@ -264,6 +266,7 @@ class _Rendering:
             planes, self.executor, lambda done, total: self.sink(WorkDone(last, "check", done, total))
         )
         cancel = self.executor.cancel
+        manifest = read_manifest(manifest_path(self.config.work_dir))
         export.export_canvas(
             planes,
             output,
@@ -271,6 +274,7 @@ class _Rendering:
             cancel,
             lambda done, total: self.sink(WorkDone(last, "export", done, total)),
             self._record_picture,
+            output_metadata(manifest, settings.metadata, cancel, self.sink),
         )
         written = self.position.pictures[str(output)][-1]
         self._commit(records.Exported(output=str(output), options=options, picture=written))

@@ -28,7 +28,7 @@ from pipeline.config.fields import (
     Share,
     SidePx,
 )
-from pipeline.core.image_formats import Bits, Compression
+from pipeline.core.image_formats import Bits, Compression, MetadataKept
 from pipeline.core.vgg_layers import ALIGN_PX, PoolingKind
 
 NetworkName = Literal["vgg19", "vgg19-lite", "random"]
@@ -249,6 +249,9 @@ class LimitsConfig(Section):
 class ExportConfig(Section):
     """How the output image is written."""
 
+    metadata: MetadataKept = Field(
+        "keep", description="keep: artist, copyright, captions, keywords of the content; keep-gps: and its place; none"
+    )
     bits: Bits = Field("auto", description="bits per channel; auto: 16 if content and format have 16, else 8")
     compression: Compression = Field("deflate", description="compression of a TIFF")
     quality: Int = Field(95, ge=1, le=100, description="JPEG quality")

@@ -10,6 +10,8 @@ from typing import Literal, get_args
 Bits = Literal["auto", 8, 16]
 Compression = Literal["deflate", "zstd", "jpeg", "none"]
 COMPRESSIONS: tuple[str, ...] = get_args(Compression)
+MetadataKept = Literal["keep", "keep-gps", "none"]
+METADATA_KEPT: tuple[str, ...] = get_args(MetadataKept)
 # 1,000,000 px are 85 m at 300 dpi.
 MAX_SIDE_PX = 1_000_000
 # Default long side of the images of a preview.
@@ -95,6 +97,8 @@ def unsupported_options(path: Path, options: Mapping[str, object], alpha: bool =
         others = _suffixes(other for other in FORMATS if pyramid in other.pyramid)
         support = "does not support pyramids" if pyramid else "is always a pyramid"
         yield "pyramid", f"{name} {support}; omit it, or choose {others}"
+    if options.get("metadata") == "keep-gps" and name == "OME-Zarr":
+        yield "metadata", f"{name} has no place for coordinates; use keep, or choose {_suffixes(FORMATS[:3])}"
     if "quality" in options and compression != "jpeg":
         others = _suffixes(other for other in FORMATS if other.compressions == ("jpeg",))
         variant = f"{name} with compression {compression}" if len(compressions) > 1 else name

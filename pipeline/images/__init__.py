@@ -1,6 +1,7 @@
 """Image files: headers, streaming decode and resize, export. The only importer of pyvips."""
 
 from pipeline.images.header import ImageHeader, read_header
+from pipeline.images.metadata import ImageMetadata, read_metadata
 from pipeline.images.output_check import check_output, refuse_unheeded
 from pipeline.images.reader import stream_rgb, vips_settings, vips_version
 from pipeline.images.resize import resize_window, smoothed, source_window

@@ -30,7 +30,9 @@ from pipeline.core.errors import StorageError, storage, storage_error
 from pipeline.core.files import new_partial, partial_name, remove, sync_file_system, sync_folder, taken
 from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.core.tiling import Size
+from pipeline.images.metadata import ImageMetadata, attach, attach_exif, tiff_tags
 from pipeline.images.output_check import check_output, output_format
+from pipeline.images.tiff_tags import add_tags
 from pipeline.images.vips_streams import POLL_S, Rows, RowSource
 
 # What is written is synced in steps of this many bytes of pixels, so that the last sync, which cannot be interrupted,
@@ -46,6 +48,7 @@ class ImageSpec:
 
     `compression`: of TIFF. `quality`: of JPEG, 1 to 100. `pyramid`: a TIFF also has smaller levels, which take their
     own size on the disk a second time until it is complete. Alpha is written unassociated (not premultiplied).
+    `metadata`: None writes none, not even the program's name.
     """
 
     path: Path
@@ -55,6 +58,7 @@ class ImageSpec:
     compression: str = "deflate"
     quality: int = 95
     pyramid: bool = True
+    metadata: ImageMetadata | None = None
 
 
 def write_image(
@@ -130,6 +134,8 @@ class _Export:
         self._spec, self._partial, self._restore_environment = spec, partial, restore_environment
         self._source = RowSource(spec.width_px, spec.height_px, spec.kind)
         self._failures: list[Exception] = []
+        # what savers write of an image's fields; without metadata they would add EXIF of their own
+        self._kept = "icc" if spec.metadata is None else "icc|exif|xmp|iptc"
 
     def run(
         self, read_rows: Callable[[int, int], Rows], on_progress: Callable[[float], None], cancel: CancelToken
@@ -173,7 +179,8 @@ class _Export:
     def _run_saver(self) -> None:
         words = None
         try:
-            self._save(self._source.image())
+            self._save(self._with_metadata(self._source.image()))
+            self._add_tags()
         except pyvips.Error as error:
             words = str(error.detail or error).strip()
         except Exception as error:  # raised again in the caller's thread
@@ -182,6 +189,21 @@ class _Export:
             self._source.cancel()
         if words is not None:  # not within `except`: the traceback would keep libvips' file open
             self._failures.append(_saver_error(self._spec.path, words))
+
+    def _with_metadata(self, image: Any) -> Any:
+        """The image with the fields from which savers of JPEG and PNG make EXIF, IPTC and XMP."""
+        metadata, form = self._spec.metadata, output_format(self._spec.path).name
+        if metadata is not None and form in ("JPEG", "PNG"):
+            attach(image, metadata)
+        elif metadata is not None and form == "DeepZoom":  # whose tiles alone have a place, each a little
+            attach_exif(image, metadata)
+        return image
+
+    def _add_tags(self) -> None:
+        """The tags of a TIFF that libvips does not write."""
+        metadata = self._spec.metadata
+        if metadata is not None and output_format(self._spec.path).name == "TIFF":
+            add_tags(self._partial, tiff_tags(metadata), metadata.gps)
 
     def _save(self, image: Any) -> None:
         """Run the saver. Progressive and optimised JPEG are off, because they keep the whole image in memory."""
@@ -192,9 +214,9 @@ class _Export:
                 options = {"compression": spec.compression, "Q": spec.quality, "pyramid": spec.pyramid}
                 image.tiffsave(name, keep="icc", **tiles, **options)
             case "PNG":
-                image.pngsave(name, keep="icc")
+                image.pngsave(name, keep=self._kept)
             case "JPEG":
-                image.jpegsave(name, Q=spec.quality, keep="icc")
+                image.jpegsave(name, Q=spec.quality, keep=self._kept)
             case "DeepZoom":
                 self._save_deepzoom(image)
             case other:
@@ -204,7 +226,7 @@ class _Export:
         """Write the folder under fixed names, then rename: dzsave reads options in brackets from its file name."""
         self._partial.mkdir()
         suffix = ".png" if self._spec.kind.alpha else ".jpg"
-        image.dzsave(str(self._partial / "image"), suffix=suffix, Q=self._spec.quality, keep="icc")
+        image.dzsave(str(self._partial / "image"), suffix=suffix, Q=self._spec.quality, keep=self._kept)
         tiles, name = self._partial / "image_files", self._spec.path.stem
         # It contains the date, which would make two exports of one image differ.
         (tiles / "vips-properties.xml").unlink(missing_ok=True)

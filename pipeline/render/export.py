@@ -17,7 +17,7 @@ from pipeline.core.errors import storage
 from pipeline.core.files import new_partial
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
-from pipeline.images import writer
+from pipeline.images import ImageMetadata, writer
 from pipeline.render.resample import OnProgress
 from pipeline.store import COLOR_AND_ALPHA, StageArray, ome_zarr
 
@@ -47,6 +47,7 @@ def export_canvas(
     cancel: CancelToken,
     on_progress: OnProgress,
     on_whole: Callable[[Path], None] = lambda partial: None,
+    metadata: ImageMetadata | None = None,
 ) -> None:
     """Write a canvas as the image `output`, in the format of its suffix; it gets its name when it is complete.
 
@@ -56,7 +57,8 @@ def export_canvas(
     assert options.bits != "auto"
     height, width, _ = planes[0].shape
     kind = PixelKind(options.bits, alpha=len(planes) == 2)
-    image = writer.ImageSpec(output, width, height, kind, options.compression, options.quality, options.pyramid)
+    encoding = options.compression, options.quality, options.pyramid
+    image = writer.ImageSpec(output, width, height, kind, *encoding, metadata)
     read = canvas_rows(planes, kind.bits)
 
     def read_rows(y0: int, y1: int) -> NDArray[Any]:
@@ -96,6 +98,8 @@ def _export_ome_zarr(
         temporary.mkdir()
         group = temporary / output.name
         ome_zarr.write_ome_zarr(group, (image.height_px, image.width_px), image.kind, counted_rows, cancel=cancel)
+        if image.metadata is not None:
+            ome_zarr.add_attributes(group, image.metadata.as_attributes())
         writer.put_in_place(group, output, on_whole)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -40,6 +40,7 @@ from pipeline.rundir.paths import (
 )
 from pipeline.rundir.position import Position, checked_position, position_of
 from pipeline.rundir.preflight import plan_on, with_initial_size
+from pipeline.rundir.provenance import output_metadata
 from pipeline.rundir.records import (
     Begun,
     CanvasLost,
