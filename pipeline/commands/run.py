@@ -74,6 +74,8 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
             lock = stack.enter_context(locked_folder(config.work_dir))
         device = resolve_device(config.compute.device)
         planned = plan_on(config, device)
+        for note in planned.notes:
+            sink(Note(note))
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
         begun = taken(manifest_path(config.work_dir)) or taken(journal_path(config.work_dir))
         if not (force or begun):

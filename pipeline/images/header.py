@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from pipeline.core.errors import MISPLACED, InputError, storage_error
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.text import bytes_text, shown
 from pipeline.images import tiff
-from pipeline.images.vips_streams import FileSource, reason
+from pipeline.images.pages import COLORS, has_planes_as_pages, is_joined, joined_planes, note_of
+from pipeline.images.vips_streams import FileSource, is_unsupported, reason, undecodable
 
 # By format, the signatures (offset, bytes) that a file may begin with. libvips does not choose the loader itself: some
 # of its loaders read other files or run programs, and a JPEG with a gain map would go to one that gives other pixels.
@@ -34,7 +35,8 @@ _SIGNATURES: dict[str, tuple[tuple[int, bytes], ...]] = {
     "HEIF": ((4, b"ftyp"),),
     "GIF": ((0, b"GIF8"),),
 }
-FORMATS = ", ".join(_SIGNATURES)
+# Of HEIF, pyvips' own libvips decodes AVIF, and not the HEIC of phones.
+FORMATS = ", ".join({"HEIF": "AVIF"}.get(name, name) for name in _SIGNATURES)
 LOADERS = {f"{name.lower()}load" for name in _SIGNATURES}
 
 # Bits per channel, by libvips' pixel format. Other formats have no defined white level, except for CIELAB.
@@ -81,6 +83,7 @@ class ImageHeader:
     interlaced: bool
     decode_bytes: int  # host memory of a decoder that cannot work strip by strip; else 0
     kind: PixelKind  # bits and alpha that can be preserved: CIELAB becomes 8-bit RGB
+    notes: tuple[str, ...] = ()  # what the user should know of how the file is read
 
 
 def read_header(path: Path, limits: LimitsConfig | None = None) -> ImageHeader:
@@ -97,7 +100,8 @@ def read_header(path: Path, limits: LimitsConfig | None = None) -> ImageHeader:
         )
     if _is_read_whole(file):
         _check_decoding(path, file.size_bytes, limits)
-    header = describe(file, open_image(file, "sequential"))
+    image = open_image(file, "sequential")
+    header = describe(file, image)
     if (pixels := header.width_px * header.height_px) > limits.max_pixels:
         raise InputError(
             f"{path}: claims {header.width_px}×{header.height_px} px, which is {pixels:,} and beyond limits.max_pixels "
@@ -105,7 +109,23 @@ def read_header(path: Path, limits: LimitsConfig | None = None) -> ImageHeader:
             "you trust the file."
         )
     _check_decoding(path, header.decode_bytes, limits)
-    return header
+    if not header.interlaced:  # which is decoded whole, and by the same codec as other files of its format
+        _check_codec(file, image)
+    note = note_of(image, lambda page: _load(FileSource(path), "sequential", page))
+    return replace(header, notes=(note,)) if note else header
+
+
+def _check_codec(file: FileSource, image: Any) -> None:
+    """Raise InputError if this build of libvips cannot decode such a file at all: its first pixel shows it.
+
+    Damage of the pixels is found when they are read, here and elsewhere.
+    """
+    try:
+        image.extract_area(0, 0, 1, 1).avg()
+    except pyvips.Error as error:
+        file.raise_failure()
+        if is_unsupported(error):
+            raise undecodable(file.path, error) from error
 
 
 def _is_read_whole(file: FileSource) -> bool:
@@ -137,18 +157,31 @@ def open_file(path: Path) -> FileSource:
 
 def open_image(file: FileSource, access: str) -> Any:
     """The file as a lazy libvips image, with every decoding error fatal. Raises InputError if it is not an image."""
+    image = _load(file, access)
+    if image.get("vips-loader").startswith("tiffload") and has_planes_as_pages(image):
+        try:
+            image = joined_planes(image, lambda page: _load(FileSource(file.path), access, page))
+        except ValueError as error:
+            raise _not_an_image(file, str(error)) from error
+    return image
+
+
+def _load(file: FileSource, access: str, page: int = 0) -> Any:
     loader = _loader_of(file)
     file.seek(0, os.SEEK_SET)
     source = pyvips.SourceCustom()
     source.on_read(file.read)
     source.on_seek(file.seek)
+    options = {"page": page} if page else {}
     try:
         with _captured_warnings() as warnings:
-            image = pyvips.Operation.call(f"{loader}_source", source, access=access, fail_on="error")
+            image = pyvips.Operation.call(f"{loader}_source", source, access=access, fail_on="error", **options)
             first_warning = warnings[:1]
         image._references.append(source)  # as new_from_source does: libvips calls it while the image exists
     except pyvips.Error as error:
         file.raise_failure()
+        if is_unsupported(error):
+            raise undecodable(file.path, error) from error
         raise _not_an_image(file, reason(error)) from error
     if first_warning:
         raise _not_an_image(file, shown(first_warning[0], 200))
@@ -208,7 +241,7 @@ def _decode_bytes(file: FileSource, image: Any, loader: str, interlaced: bool, p
         needed = pixels * pixel_bytes
     elif loader == "tiffload":
         try:
-            needed = tiff.decode_bytes(file.read_at)
+            needed = tiff.decode_bytes(file.read_at) * (COLORS if is_joined(image) else 1)
         except ValueError:  # libtiff accepts the directory although we cannot read it: assume one single strip
             needed = 3 * pixels * pixel_bytes
     elif loader in _WHOLE_BYTES_PER_PX:

@@ -68,6 +68,7 @@ class Plan:
     """The whole run: stages, tile size, and projected peaks in bytes.
 
     `tile_step_px`: tiles of another size would be a multiple of it. `picture`: the kind of the output image's pixels.
+    `notes`: what the user should know of how inputs are read.
     """
 
     stages: tuple[StagePlan, ...]
@@ -84,6 +85,7 @@ class Plan:
     levels_bytes: int
     flop: int
     memory_limit_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def projected_mem_bytes(self) -> int:
@@ -130,6 +132,7 @@ def make_plan(
         levels_bytes=work.levels_bytes,
         flop=sum(stage.flop_per_iteration * stage.max_iterations for stage in stages),
         memory_limit_bytes=config.memory.limit_bytes,
+        notes=tuple(f"{image.path}: {note}" for image in images.values() for note in image.notes),
     )
 
 
