@@ -22,6 +22,7 @@ from pipeline.core.image_formats import PixelKind
 from pipeline.core.text import bytes_text, shown
 from pipeline.images import tiff
 from pipeline.images.pages import COLORS, has_planes_as_pages, is_joined, joined_planes, note_of
+from pipeline.images.upright import SCRATCH_BYTES, TURNING_BYTES
 from pipeline.images.vips_streams import FileSource, is_unsupported, reason, undecodable
 
 # By format, the signatures (offset, bytes) that a file may begin with. libvips does not choose the loader itself: some
@@ -83,6 +84,7 @@ class ImageHeader:
     interlaced: bool
     decode_bytes: int  # host memory of a decoder that cannot work strip by strip; else 0
     kind: PixelKind  # bits and alpha that can be preserved: CIELAB becomes 8-bit RGB
+    scratch_bytes: int = 0  # disk that turning it upright takes while it is read
     notes: tuple[str, ...] = ()  # what the user should know of how the file is read
 
 
@@ -226,7 +228,9 @@ def describe(file: FileSource, image: Any) -> ImageHeader:
     interlaced = bool(image.get_typeof("interlaced") and image.get("interlaced"))
     decode_bytes = _decode_bytes(file, image, loader, interlaced, image.bands * bits // 8)
     kind = PixelKind(16 if image.format == "ushort" else 8, bool(image.hasalpha()))
-    return ImageHeader(path, width_px, height_px, image.bands, bits, loader, interlaced, decode_bytes, kind)
+    header = ImageHeader(path, width_px, height_px, image.bands, bits, loader, interlaced, decode_bytes, kind)
+    turned = width_px * height_px * image.bands * bits // 8 if needs_turning(image) else 0
+    return replace(header, scratch_bytes=turned) if turned > SCRATCH_BYTES else header
 
 
 def _decode_bytes(file: FileSource, image: Any, loader: str, interlaced: bool, pixel_bytes: int) -> int:
@@ -246,10 +250,11 @@ def _decode_bytes(file: FileSource, image: Any, loader: str, interlaced: bool, p
             needed = 3 * pixels * pixel_bytes
     elif loader in _WHOLE_BYTES_PER_PX:
         needed = file.size_bytes + pixels * _WHOLE_BYTES_PER_PX[loader] * (1 if image.format == "uchar" else 2)
-    return needed + (pixels * pixel_bytes if needs_random_access(image) else 0)
+    turned = pixels * pixel_bytes if needs_turning(image) else 0
+    return needed + (turned if turned <= SCRATCH_BYTES else 0) + min(turned, TURNING_BYTES)
 
 
-def needs_random_access(image: Any) -> bool:
+def needs_turning(image: Any) -> bool:
     """Whether turning the image upright reads rows in another order than the file's (orientation 2 mirrors rows)."""
     return orientation(image) >= 3
 

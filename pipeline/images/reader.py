@@ -17,8 +17,9 @@ import pyvips
 from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import InputError
 from pipeline.core.image_formats import RGB8, PixelKind
-from pipeline.images.header import describe, needs_random_access, open_file, open_image
-from pipeline.images.vips_streams import BandPump, Rows, reason
+from pipeline.images.header import describe, needs_turning, open_file, open_image, orientation
+from pipeline.images.upright import upright
+from pipeline.images.vips_streams import BandPump, FileSource, Rows, reason
 
 # Every libvips thread has its own strips: enlarging to 40,000 px takes 1.7 GB with 16 threads and 0.45 GB with 4, and
 # the same time.
@@ -50,13 +51,14 @@ def stream_rgb(
     band_px: int,
     cancel: CancelToken = NEVER,
     kind: PixelKind = RGB8,
+    scratch: Path | None = None,
 ) -> Generator[tuple[int, Rows]]:
     """Decode an image, convert it to sRGB and resize it; yield its rows in bands of a fixed height.
 
     Yields ``(y0, rows)`` from the top, rows of shape (band_px, width_px, channels), uint8 or uint16; the last band may
     be lower. At most three bands are in memory at once. The kernel is Lanczos-3 downward and centred bicubic upward,
     axis by axis. Transparent parts are composited on white; with `kind.alpha`, for images that have alpha, it is the
-    fourth channel, resized separately.
+    fourth channel, resized separately. `scratch`: the folder in which a large image is turned upright.
 
     Raises InputError, in the call for a bad header and while iterating for bad pixels; StorageError if the disk fails;
     Stopped soon after `cancel` is set.
@@ -66,19 +68,40 @@ def stream_rgb(
     file = open_file(path)
     image = open_image(file, "sequential")
     describe(file, image)
+    size = width_px, height_px
+    if needs_turning(image):
+        return _turned_bands(file, image, size, band_px, kind, scratch, cancel)
+    return BandPump(file, _converted(path, image.autorot(), size, kind), band_px).bands(cancel)
+
+
+def _turned_bands(
+    file: FileSource,
+    image: Any,
+    size: tuple[int, int],
+    band_px: int,
+    kind: PixelKind,
+    scratch: Path | None,
+    cancel: CancelToken,
+) -> Generator[tuple[int, Rows]]:
+    """The bands of an image whose upright rows are not in the order of the file."""
+    with upright(file, image, orientation(image), scratch, cancel) as turned:
+        read = FileSource(file.path)  # for the messages: nothing more is read from it
+        yield from BandPump(read, _converted(file.path, turned, size, kind), band_px).bands(cancel)
+
+
+def _converted(path: Path, image: Any, size: tuple[int, int], kind: PixelKind) -> Any:
+    """The upright image in sRGB, resized to (width, height), as pixels of `kind`. Raises InputError."""
+    width_px, height_px = size
     try:
-        if needs_random_access(image):
-            file = open_file(path)
-            image = open_image(file, "random")
-        image = _to_srgb(image.autorot(), kind.alpha)
+        image = _to_srgb(image, kind.alpha)
         bits = 16 if image.format == "ushort" else 8
-        if kind.bits == 16 and (image.width, image.height) != (width_px, height_px):
+        if kind.bits == 16 and (image.width, image.height) != size:
             image = image.cast("float")  # libvips sums 16-bit pixels with 12-bit weights: off by up to 28 of 65535
         image = _to_bits(_resize(image, width_px, height_px), bits, kind.bits)
     except pyvips.Error as error:
         raise InputError(f"{path}: cannot be converted to sRGB: {reason(error)}. Convert it to RGB first.") from error
     assert (image.width, image.height, image.bands) == (width_px, height_px, kind.channels)
-    return BandPump(file, image, band_px).bands(cancel)
+    return image
 
 
 def _to_srgb(image: Any, keep_alpha: bool) -> Any:

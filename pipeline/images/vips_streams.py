@@ -31,6 +31,8 @@ from pipeline.core.text import shown
 
 Rows = NDArray[np.uint8] | NDArray[np.uint16]
 
+# By libvips' pixel format. The last two are of CIELAB.
+DTYPES = {"uchar": "uint8", "ushort": "uint16", "short": "int16", "float": "float32"}
 POLL_S = 0.2  # how often a thread that waits for libvips checks whether the call was cancelled
 BAND_BYTES = 64 * 2**20  # upper bound of one band; two are in memory while writing
 BAND_ROWS_PX = 512  # the rows of a default chunk of the store, if BAND_BYTES allows that many
@@ -99,7 +101,7 @@ class BandPump:
         self._image = image
         self._band_px = band_px
         self._written = 0  # bytes of pixels that libvips has delivered
-        self._dtype = np.dtype(np.uint16 if image.format == "ushort" else np.uint8)
+        self._dtype = np.dtype(DTYPES[image.format])
         self._band: NDArray[np.uint8] | None = None  # as bytes
         # At most three bands exist: one queued here, one being filled, one with the caller.
         self._queue: queue.Queue[tuple[int, Rows] | Exception | None] = queue.Queue(maxsize=1)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import Config, input_files
 from pipeline.core.errors import ConfigError
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Size, grid
@@ -153,6 +153,7 @@ def _stage_works(
             styles,
             content,
             tuple(images[style.image].kind.alpha for style in stage_config.styles),
+            max((images[path].scratch_bytes for _, path in input_files(stage_config) if path in images), default=0),
         )
         for stage_config, (canvas, styles) in zip(configs, sizes, strict=True)
     )
@@ -193,7 +194,7 @@ def plan_stage(work: StageWork, index: int, tile_px: int, carries: bool = False)
         tiles=ceil_to(size[0], tile_px) * ceil_to(size[1], tile_px) // tile_px**2,
         gram_px=gram_px,
         gradient_px=gradient_px,
-        store_bytes=_total_bytes(stored) + targets[0],
+        store_bytes=_total_bytes(stored) + targets[0] + work.scratch_bytes,
         store_chunks=sum(spec.chunks for spec in stored) + targets[1],
         kept_bytes=_total_bytes(retained),
         kept_chunks=sum(spec.chunks for spec in retained),
