@@ -36,6 +36,7 @@ from pipeline.core.image_formats import (
     INTENTS,
     LEVELS,
     MAX_SIDE_PX,
+    METADATA_KEPT,
     PREVIEW_PX,
     PURPOSES,
     TIFF_COMPRESSIONS,
@@ -154,6 +155,10 @@ def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: 
         from pipeline.cli.display import with_profile
 
         config, render = pipeline.load_config(config_path, overrides), pipeline.run  # the attribute access imports it
+        if profile is not None:
+            from pipeline.rundir import named_inputs, refuse_inputs
+
+            refuse_inputs(profile, [*named_inputs(config), ("output", config.output)])
         _raise_if_stopped(stop)
         with profiler.recording(profile):
             render(config, force=force, sink=with_profile(sink) if profile else sink, stop=stop)
@@ -339,6 +344,13 @@ def verify(
     "--profile", metavar="NAME|FILE", default="srgb", help="srgb, adobe-rgb, display-p3, content, or FILE.icc."
 )
 @click.option("--intent", type=click.Choice(INTENTS), default="relative", help="Intent of a printer's profile.")
+@click.option(
+    "--metadata",
+    type=click.Choice(METADATA_KEPT),
+    default="keep",
+    show_default=True,
+    help="Artist, copyright, captions and keywords of the content, with its place, or nothing.",
+)
 @click.option("--pyramid/--no-pyramid", default=True, show_default=True, help="Smaller levels in a TIFF, for viewers.")
 @click.option(
     "--for",
@@ -375,9 +387,13 @@ def export(
     with _working("auto") as (sink, stop):
         from pipeline.config import ExportConfig
         from pipeline.images import refuse_unheeded
+        from pipeline.rundir import named_inputs, refuse_inputs
 
         export_config = ExportConfig.model_validate({**options, "bits": bits})
-        work_dir, write = _work_dir(config_path, overrides, run_dir), pipeline.export
+        config = pipeline.load_config(config_path, overrides) if config_path is not None else None
+        work_dir, write = config.work_dir if config is not None else cast(Path, run_dir), pipeline.export
+        if config is not None:  # its files may be at other places than when the run began
+            refuse_inputs(output, named_inputs(config))
         refuse_unheeded(output, {name: options[name] for name in given})
         _raise_if_stopped(stop)
         path = write(work_dir, output.absolute(), stage=stage, options=export_config, force=force, sink=sink, stop=stop)

@@ -77,6 +77,7 @@ def print_plan(config: Config, planned: Plan) -> None:
         f"disk     {gib(planned.disk_bytes)} in {config.work_dir}",
         f"output   up to {gib(planned.output_bytes)} for {config.output}, {planned.picture}{levels}",
         f"work     {planned.flop / 1e12:,.0f} TFLOP for {iterations} iterations per stage",
+        *(f"note     {note}" for note in planned.notes),
     ]
     _print_lines(lines)
     _print_print_table(planned)

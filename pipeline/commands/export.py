@@ -25,9 +25,12 @@ from pipeline.rundir import (
     content_alpha,
     content_kind,
     journal_path,
+    manifest_inputs,
     newest_canvas,
     output_colors,
+    output_metadata,
     position_of,
+    refuse_inputs,
     refuse_links,
     refuse_missing_folder,
     refuse_own_state,
@@ -75,6 +78,7 @@ def export(
     _check_arrays(canvas, alpha, manifest)
     sheets = sheets_of(output, canvas.shape[:2], options)
     for sheet in sheets:
+        refuse_inputs(sheet.path, manifest_inputs(manifest))
         if taken(sheet.path) and not force:
             raise ConfigError(f"output {sheet.path}: exists and would be lost. Choose another name, or give --force.")
         height, width = sheet.size
@@ -89,8 +93,9 @@ def export(
     try:
         with ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
             integrity.require_intact(planes, executor, progress("check"))
+        metadata = output_metadata(manifest, options.metadata, cancel, sink)
         for sheet in sheets:
-            export_canvas(planes, sheet, options, colors, cancel, progress("export"))
+            export_canvas(planes, sheet, options, colors, cancel, progress("export"), metadata=metadata)
     except ChunkError:
         cancel.raise_if_set()  # chunks that an active run has overwritten are not damaged
         raise

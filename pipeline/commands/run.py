@@ -42,7 +42,9 @@ from pipeline.rundir import (
     now,
     open_run,
     output_colors,
+    output_metadata,
     plan_on,
+    read_manifest,
     records,
     refuse_foreign,
     refuse_links,
@@ -76,6 +78,8 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
         device = resolve_device(config.compute.device)
         config = resolved(config)
         planned = plan_on(config, device)
+        for note in planned.notes:
+            sink(Note(note))
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
         begun = taken(manifest_path(config.work_dir)) or taken(journal_path(config.work_dir))
         if not (force or begun):
@@ -277,6 +281,8 @@ class _Rendering:
             planes, self.executor, lambda done, total: self.sink(WorkDone(last, "check", done, total))
         )
         colors = output_colors(settings, self.config.working_space, self.config.content)
+        manifest = read_manifest(manifest_path(self.config.work_dir))
+        metadata = output_metadata(manifest, settings.metadata, self.executor.cancel, self.sink)
         for sheet in sheets:
             export.export_canvas(
                 planes,
@@ -286,6 +292,7 @@ class _Rendering:
                 self.executor.cancel,
                 lambda done, total: self.sink(WorkDone(last, "export", done, total)),
                 partial(self._record_picture, str(sheet.path)),
+                metadata,
             )
             written = self.position.pictures[str(sheet.path)][-1]
             self._commit(records.Exported(output=str(sheet.path), options=options, picture=written))

@@ -15,7 +15,7 @@ from pipeline.config.regions import regions_of
 from pipeline.config.sections import PrintSize
 from pipeline.config.settings import Settings
 from pipeline.config.yaml_reader import Key, dotted
-from pipeline.core.files import real, same_file
+from pipeline.core.files import real, same_file, would_replace
 from pipeline.core.image_formats import format_of, is_jpeg_inside, unsupported_options
 
 _STYLE_WEIGHT, _CONTENT_WEIGHT = ("loss", "style_weight"), ("loss", "content_weight")
@@ -166,6 +166,9 @@ def _paths(settings: Settings, inputs: Iterable[tuple[Key, Path]]) -> Iterator[C
     for key, path in inputs:
         if same_file(path, settings.output):
             yield Conflict((output_key, key), f"the same file as {dotted(key)}, which would be overwritten")
+        elif would_replace(settings.output, path):
+            text = f"a folder that holds {dotted(key)}, which would be lost when it is replaced; choose another name"
+            yield Conflict((output_key, key), text)
         if same_file(path, settings.work_dir):
             text = f"the same path as {dotted(key)}; choose a folder for the run directory"
             yield Conflict((work_dir_key, key, output_key), text)

@@ -32,7 +32,7 @@ from pipeline.config.fields import (
     SidePx,
 )
 from pipeline.config.messages import Expected
-from pipeline.core.image_formats import TIFF_COMPRESSIONS, Bits, Compression, Intent, Levels, Purpose
+from pipeline.core.image_formats import TIFF_COMPRESSIONS, Bits, Compression, Intent, Levels, MetadataKept, Purpose
 from pipeline.core.lengths import NO_LENGTH
 from pipeline.core.vgg_layers import ALIGN_PX, PoolingKind
 
@@ -303,6 +303,9 @@ def _section_of(data: object, name: str) -> object:
 class ExportConfig(Section):
     """How the output image is written."""
 
+    metadata: MetadataKept = Field(
+        "keep", description="keep: artist, copyright, captions, keywords of the content; keep-gps: and its place; none"
+    )
     bits: Bits = Field("auto", description="bits per channel; auto: 16 if content and format have 16, else 8")
     compression: Annotated[Compression, Expected(f"one of {', '.join(TIFF_COMPRESSIONS)}")] = Field(
         "deflate", description="compression of a TIFF"

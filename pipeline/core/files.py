@@ -153,6 +153,11 @@ def same_file(first: Path, second: Path) -> bool:
         return False
 
 
+def would_replace(output: Path, path: Path) -> bool:
+    """Whether writing `output`, a file or a folder that is replaced as a whole, would destroy the file `path`."""
+    return same_file(output, path) or real(output) in real(path).parents
+
+
 def taken(path: Path) -> bool:
     """Whether the name exists, including a dangling link."""
     return os.path.lexists(path)

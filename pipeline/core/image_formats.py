@@ -24,6 +24,8 @@ ProfileName = Literal["srgb", "adobe-rgb", "display-p3", "content"]
 Intent = Literal["relative", "perceptual", "saturation", "absolute"]
 PROFILE_SUFFIXES = (".icc", ".icm")
 INTENTS: tuple[str, ...] = get_args(Intent)
+MetadataKept = Literal["keep", "keep-gps", "none"]
+METADATA_KEPT: tuple[str, ...] = get_args(MetadataKept)
 # 1,000,000 px are 85 m at 300 dpi.
 MAX_SIDE_PX = 1_000_000
 # Default long side of the images of a preview.
@@ -115,6 +117,8 @@ def unsupported_options(path: Path, options: Mapping[str, object], alpha: bool =
         support = "does not support pyramids" if pyramid else "is always a pyramid"
         yield "pyramid", f"{name} {support}; omit it, or choose {others}"
     yield from _unsupported_layout(output, options)
+    if options.get("metadata") == "keep-gps" and name == "OME-Zarr":
+        yield "metadata", f"{name} has no place for coordinates; use keep, or choose {_suffixes(FORMATS[:3])}"
     if "quality" in options and compression != "jpeg":
         others = _suffixes(other for other in FORMATS if other.compressions == ("jpeg",))
         variant = f"{name} with compression {compression}" if len(compressions) > 1 else name

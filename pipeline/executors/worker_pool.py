@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,8 +32,16 @@ from distributed import Client, Future, LocalCluster, Scheduler, Security
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from pipeline.core.errors import ConfigError
+from pipeline.core.text import shown
 from pipeline.executors import worker
 
+# What a worker process runs. The settings come first: distributed heeds them while it is imported.
+_WORKER = """
+from pipeline.executors.library import enter_dask_settings
+enter_dask_settings()
+from pipeline.executors.worker import main
+main()
+"""
 # How many workers in a row may die before one is ready for tasks.
 _STARTS = 3
 # Ctrl-C and the end of a terminal signal the whole process group, but only the parent stops workers.
@@ -52,7 +61,8 @@ class WorkerPool:
     ):
         self._processes, self._tiles, self._lock, self._note = processes, tiles, lock, note
         self._initialize = initialize
-        self._environment = dict(os.environ)  # a worker that is started later computes as the first ones do
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("DASK_")}
+        self._environment = environment  # a worker that is started later computes as the first ones do
         self._opened: ExitStack | None = None
         self._keepers: list[threading.Thread] = []
         self._state = threading.Lock()  # guards the attributes below
@@ -129,9 +139,23 @@ class WorkerPool:
             self._opened.close()
 
     def start(self) -> None:
-        """Start the scheduler and the workers, if they are not there yet."""
+        """Start the scheduler and the workers, if they are not there yet. Raises ConfigError if that is impossible."""
         if self._opened is not None:
             return
+        try:
+            _check_loopback()
+            self._start_scheduler()
+        except (OSError, RuntimeError) as error:  # distributed raises RuntimeError whatever the cause
+            cause = error.__cause__ or error
+            raise ConfigError(
+                f"compute.workers: their scheduler could not be started on 127.0.0.1 ({shown(str(cause), 200)}). "
+                "Nothing is lost: correct the cause, or use compute.workers: 0, which computes in one process."
+            ) from error
+        self._keepers = [threading.Thread(target=self._keep, daemon=True) for _ in range(self._processes)]
+        for keeper in self._keepers:
+            keeper.start()
+
+    def _start_scheduler(self) -> None:
         with ExitStack() as opened:
             self._folder = Path(opened.enter_context(TemporaryDirectory(prefix="pipeline-")))
             opened.enter_context(dask.config.set(worker.SETTINGS))
@@ -154,9 +178,6 @@ class WorkerPool:
             self._register = _Register(self._kill)
             cast(Scheduler, cluster.scheduler).add_plugin(self._register)
             self._opened = opened.pop_all()
-        self._keepers = [threading.Thread(target=self._keep, daemon=True) for _ in range(self._processes)]
-        for keeper in self._keepers:
-            keeper.start()
 
     def _keep(self) -> None:
         """Start a worker, wait for its end, start the next. The kernel kills the worker if this thread ends."""
@@ -192,7 +213,7 @@ class WorkerPool:
             if self._closing:
                 return None
             process = subprocess.Popen(
-                [sys.executable, "-P", "-c", "from pipeline.executors.worker import main; main()"],
+                [sys.executable, "-P", "-c", _WORKER],
                 env={**self._environment, "PYTHONPATH": path},
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -252,6 +273,12 @@ class _Register(SchedulerPlugin):
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: object) -> None:
         self._kill(self._by_address.pop(worker))
+
+
+def _check_loopback() -> None:
+    """Raise OSError if this machine, or its container, has no loopback device: distributed would try for 30 s."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
+        pass
 
 
 def _ending(code: int) -> str:

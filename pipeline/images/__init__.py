@@ -2,6 +2,7 @@
 
 from pipeline.images.color import SRGB, Colors
 from pipeline.images.header import ImageHeader, read_header
+from pipeline.images.metadata import ImageMetadata, read_metadata
 from pipeline.images.output_check import check_output, refuse_unheeded, tiff_compressions
 from pipeline.images.output_color import (
     OutputColors,

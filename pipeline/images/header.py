@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from pipeline.core.image_formats import PixelKind
 from pipeline.core.text import bytes_text, shown
 from pipeline.images import tiff
 from pipeline.images.color import ColorSource, UnreadableColorsError, color_source, unreadable_lab
+from pipeline.images.pages import COLORS, has_planes_as_pages, is_joined, joined_planes, note_of
 from pipeline.images.resolution import stated_dpi
-from pipeline.images.vips_streams import FileSource, reason
+from pipeline.images.upright import SCRATCH_BYTES, TURNING_BYTES
+from pipeline.images.vips_streams import FileSource, is_unsupported, reason, undecodable
 
 # By format, the signatures (offset, bytes) that a file may begin with. libvips does not choose the loader itself: some
 # of its loaders read other files or run programs, and a JPEG with a gain map would go to one that gives other pixels.
@@ -36,7 +38,8 @@ _SIGNATURES: dict[str, tuple[tuple[int, bytes], ...]] = {
     "HEIF": ((4, b"ftyp"),),
     "GIF": ((0, b"GIF8"),),
 }
-FORMATS = ", ".join(_SIGNATURES)
+# Of HEIF, pyvips' own libvips decodes AVIF, and not the HEIC of phones.
+FORMATS = ", ".join({"HEIF": "AVIF"}.get(name, name) for name in _SIGNATURES)
 LOADERS = {f"{name.lower()}load" for name in _SIGNATURES}
 
 # Bits per channel, by libvips' pixel format. Other formats have no defined white level, except for CIELAB.
@@ -85,6 +88,8 @@ class ImageHeader:
     kind: PixelKind  # bits and alpha that can be preserved: CIELAB becomes 8-bit RGB
     dpi: float | None  # as the file states it
     colors: ColorSource = field(default=ColorSource(3, None, 0, None))
+    scratch_bytes: int = 0  # disk that turning it upright takes while it is read
+    notes: tuple[str, ...] = ()  # what the user should know of how the file is read
 
 
 def read_header(path: Path, limits: LimitsConfig | None = None) -> ImageHeader:
@@ -101,7 +106,8 @@ def read_header(path: Path, limits: LimitsConfig | None = None) -> ImageHeader:
         )
     if _is_read_whole(file):
         _check_decoding(path, file.size_bytes, limits)
-    header = describe(file, open_image(file, "sequential"))
+    image = open_image(file, "sequential")
+    header = describe(file, image)
     if (pixels := header.width_px * header.height_px) > limits.max_pixels:
         raise InputError(
             f"{path}: claims {header.width_px}×{header.height_px} px, which is {pixels:,} and beyond limits.max_pixels "
@@ -109,7 +115,23 @@ def read_header(path: Path, limits: LimitsConfig | None = None) -> ImageHeader:
             "you trust the file."
         )
     _check_decoding(path, header.decode_bytes, limits)
-    return header
+    if not header.interlaced:  # which is decoded whole, and by the same codec as other files of its format
+        _check_codec(file, image)
+    note = note_of(image, lambda page: _load(FileSource(path), "sequential", page))
+    return replace(header, notes=(note,)) if note else header
+
+
+def _check_codec(file: FileSource, image: Any) -> None:
+    """Raise InputError if this build of libvips cannot decode such a file at all: its first pixel shows it.
+
+    Damage of the pixels is found when they are read, here and elsewhere.
+    """
+    try:
+        image.extract_area(0, 0, 1, 1).avg()
+    except pyvips.Error as error:
+        file.raise_failure()
+        if is_unsupported(error):
+            raise undecodable(file.path, error) from error
 
 
 def _is_read_whole(file: FileSource) -> bool:
@@ -141,20 +163,33 @@ def open_file(path: Path) -> FileSource:
 
 def open_image(file: FileSource, access: str) -> Any:
     """The file as a lazy libvips image, with every decoding error fatal. Raises InputError if it is not an image."""
+    image = _load(file, access)
+    if image.get("vips-loader").startswith("tiffload") and has_planes_as_pages(image):
+        try:
+            image = joined_planes(image, lambda page: _load(FileSource(file.path), access, page))
+        except ValueError as error:
+            raise _not_an_image(file, str(error)) from error
+    return image
+
+
+def _load(file: FileSource, access: str, page: int = 0) -> Any:
     loader = _loader_of(file)
     file.seek(0, os.SEEK_SET)
     source = pyvips.SourceCustom()
     source.on_read(file.read)
     source.on_seek(file.seek)
+    options = {"page": page} if page else {}
     try:
         with _captured_warnings() as warnings:
-            image = pyvips.Operation.call(f"{loader}_source", source, access=access, fail_on="error")
+            image = pyvips.Operation.call(f"{loader}_source", source, access=access, fail_on="error", **options)
             first_warning = warnings[:1]
         image._references.append(source)  # as new_from_source does: libvips calls it while the image exists
     except pyvips.Error as error:
         file.raise_failure()
         if loader == "tiffload" and (why := unreadable_lab(file)):
             raise InputError(f"{file.path}: {why}.") from error
+        if is_unsupported(error):
+            raise undecodable(file.path, error) from error
         raise _not_an_image(file, reason(error)) from error
     if first_warning:
         raise _not_an_image(file, shown(first_warning[0], 200))
@@ -204,9 +239,11 @@ def describe(file: FileSource, image: Any) -> ImageHeader:
         raise InputError(f"{path}: {error}.") from error
     kind = PixelKind(16 if image.format == "ushort" else 8, colors.alpha is not None)
     dpi = stated_dpi(file, image, loader)
-    return ImageHeader(
+    header = ImageHeader(
         path, width_px, height_px, image.bands, bits, loader, interlaced, decode_bytes, kind, dpi, colors
     )
+    turned = width_px * height_px * image.bands * bits // 8 if needs_turning(image) else 0
+    return replace(header, scratch_bytes=turned) if turned > SCRATCH_BYTES else header
 
 
 def _decode_bytes(file: FileSource, image: Any, loader: str, interlaced: bool, pixel_bytes: int) -> int:
@@ -221,15 +258,16 @@ def _decode_bytes(file: FileSource, image: Any, loader: str, interlaced: bool, p
         needed = pixels * pixel_bytes
     elif loader == "tiffload":
         try:
-            needed = tiff.decode_bytes(file.read_at)
+            needed = tiff.decode_bytes(file.read_at) * (COLORS if is_joined(image) else 1)
         except ValueError:  # libtiff accepts the directory although we cannot read it: assume one single strip
             needed = 3 * pixels * pixel_bytes
     elif loader in _WHOLE_BYTES_PER_PX:
         needed = file.size_bytes + pixels * _WHOLE_BYTES_PER_PX[loader] * (1 if image.format == "uchar" else 2)
-    return needed + (pixels * pixel_bytes if needs_random_access(image) else 0)
+    turned = pixels * pixel_bytes if needs_turning(image) else 0
+    return needed + (turned if turned <= SCRATCH_BYTES else 0) + min(turned, TURNING_BYTES)
 
 
-def needs_random_access(image: Any) -> bool:
+def needs_turning(image: Any) -> bool:
     """Whether turning the image upright reads rows in another order than the file's (orientation 2 mirrors rows)."""
     return orientation(image) >= 3
 

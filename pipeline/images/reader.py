@@ -6,8 +6,9 @@ is never in memory as a whole. `ImageHeader.decode_bytes` is the memory for the 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import pyvips
 from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import InputError
 from pipeline.core.image_formats import RGB8, PixelKind
-from pipeline.images.color import SRGB, Colors, converted
-from pipeline.images.header import describe, needs_random_access, open_file, open_image
-from pipeline.images.vips_streams import BandPump, Rows, reason
+from pipeline.images.color import SRGB, Colors, ColorSource, converted
+from pipeline.images.header import describe, needs_turning, open_file, open_image, orientation
+from pipeline.images.upright import upright
+from pipeline.images.vips_streams import BandPump, FileSource, Rows, reason
 
 # Every libvips thread has its own strips: enlarging to 40,000 px takes 1.7 GB with 16 threads and 0.45 GB with 4, and
 # the same time.
@@ -51,13 +53,14 @@ def stream_rgb(
     cancel: CancelToken = NEVER,
     kind: PixelKind = RGB8,
     colors: Colors = SRGB,
+    scratch: Path | None = None,
 ) -> Generator[tuple[int, Rows]]:
     """Decode an image, convert it to `colors` and resize it; yield its rows in bands of a fixed height.
 
     Yields ``(y0, rows)`` from the top, rows of shape (band_px, width_px, channels), uint8 or uint16; the last band may
     be lower. At most three bands are in memory at once. The kernel is Lanczos-3 downward and centred bicubic upward,
     axis by axis. Transparent parts are composited on white; with `kind.alpha`, for images that have alpha, it is the
-    fourth channel, resized separately.
+    fourth channel, resized separately. `scratch`: the folder in which a large image is turned upright.
 
     Raises InputError, in the call for a bad header and while iterating for bad pixels; StorageError if the disk fails;
     Stopped soon after `cancel` is set.
@@ -67,13 +70,35 @@ def stream_rgb(
     file = open_file(path)
     image = open_image(file, "sequential")
     source = describe(file, image).colors
+    convert = partial(_converted, path=path, size=(width_px, height_px), kind=kind, source=source, colors=colors)
+    if needs_turning(image):
+        return _turned_bands(file, image, convert, band_px, scratch, cancel)
+    return BandPump(file, convert(image.autorot()), band_px).bands(cancel)
+
+
+def _turned_bands(
+    file: FileSource,
+    image: Any,
+    convert: Callable[[Any], Any],
+    band_px: int,
+    scratch: Path | None,
+    cancel: CancelToken,
+) -> Generator[tuple[int, Rows]]:
+    """The bands of an image whose upright rows are not in the order of the file."""
+    with upright(file, image, orientation(image), scratch, cancel) as turned:
+        read = FileSource(file.path)  # for the messages: nothing more is read from it
+        yield from BandPump(read, convert(turned), band_px).bands(cancel)
+
+
+def _converted(
+    image: Any, *, path: Path, size: tuple[int, int], kind: PixelKind, source: ColorSource, colors: Colors
+) -> Any:
+    """The upright image in `colors`, resized to (width, height), as pixels of `kind`. Raises InputError."""
+    width_px, height_px = size
     try:
-        if needs_random_access(image):
-            file = open_file(path)
-            image = open_image(file, "random")
-        image = converted(image.autorot(), source, colors, kind.alpha)
+        image = converted(image, source, colors, kind.alpha)
         bits = 16 if image.format == "ushort" else 8
-        if kind.bits == 16 and (image.width, image.height) != (width_px, height_px):
+        if kind.bits == 16 and (image.width, image.height) != size:
             image = image.cast("float")  # libvips sums 16-bit pixels with 12-bit weights: off by up to 28 of 65535
         image = _to_bits(_resize(image, width_px, height_px), bits, kind.bits)
     except pyvips.Error as error:
@@ -81,7 +106,7 @@ def stream_rgb(
             f"{path}: cannot be converted to {colors.space}: {reason(error)}. Convert it to RGB first."
         ) from error
     assert (image.width, image.height, image.bands) == (width_px, height_px, kind.channels)
-    return BandPump(file, image, band_px).bands(cancel)
+    return image
 
 
 def _resize(image: Any, width_px: int, height_px: int) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import queue
+import re
 import stat
 import struct
 import threading
@@ -30,6 +31,8 @@ from pipeline.core.text import shown
 
 Rows = NDArray[np.uint8] | NDArray[np.uint16]
 
+# By libvips' pixel format. The last two are of CIELAB.
+DTYPES = {"uchar": "uint8", "ushort": "uint16", "short": "int16", "float": "float32"}
 POLL_S = 0.2  # how often a thread that waits for libvips checks whether the call was cancelled
 BAND_BYTES = 64 * 2**20  # upper bound of one band; two are in memory while writing
 BAND_ROWS_PX = 512  # the rows of a default chunk of the store, if BAND_BYTES allows that many
@@ -98,7 +101,7 @@ class BandPump:
         self._image = image
         self._band_px = band_px
         self._written = 0  # bytes of pixels that libvips has delivered
-        self._dtype = np.dtype(np.uint16 if image.format == "ushort" else np.uint8)
+        self._dtype = np.dtype(DTYPES[image.format])
         self._band: NDArray[np.uint8] | None = None  # as bytes
         # At most three bands exist: one queued here, one being filled, one with the caller.
         self._queue: queue.Queue[tuple[int, Rows] | Exception | None] = queue.Queue(maxsize=1)
@@ -113,10 +116,7 @@ class BandPump:
             while (item := self._next(cancel)) is not None:
                 if isinstance(item, pyvips.Error):
                     self._file.raise_failure()
-                    raise InputError(
-                        f"{path}: cannot be decoded; it is damaged, truncated, or stored in strips that are too large: "
-                        f"{reason(item)}. Save an intact copy again."
-                    ) from item
+                    raise undecodable(path, item) from item
                 if isinstance(item, Exception):
                     raise item
                 yield item
@@ -175,6 +175,28 @@ class BandPump:
                 continue
             return True
         return False
+
+
+# How libtiff, libjpeg and libheif say that they know a codec, or a layout, and were built without it.
+_UNSUPPORTED = re.compile("not (configured|implemented|supported|been built in)|unsupported|not available", re.I)
+
+
+def is_unsupported(error: Exception) -> bool:
+    """Whether a libvips error says that the file may be intact, and this build cannot decode it."""
+    return _UNSUPPORTED.search(str(getattr(error, "detail", error))) is not None
+
+
+def undecodable(path: Path, error: Exception) -> InputError:
+    """The error for a file whose pixels libvips cannot decode, with what to do about it."""
+    if is_unsupported(error):
+        return InputError(
+            f"{path}: is stored in a way that this build of libvips cannot decode, and need not be damaged "
+            f"({reason(error)}). Save it as a PNG, as a TIFF with deflate or LZW compression, or as a JPEG of 8 bits."
+        )
+    return InputError(
+        f"{path}: cannot be decoded; it is damaged, truncated, or stored in strips that are too large: "
+        f"{reason(error)}. Save an intact copy again."
+    )
 
 
 def reason(error: Exception) -> str:

@@ -34,9 +34,11 @@ from pipeline.core.tiling import Size
 from pipeline.images import icc
 from pipeline.images.color import with_profile
 from pipeline.images.jfif import JfifFile
+from pipeline.images.metadata import ImageMetadata, attach, attach_exif, tiff_tags
 from pipeline.images.output_check import check_output, output_format
 from pipeline.images.output_color import OutputColors
 from pipeline.images.tiff_layout import TILES, TiffLayout, tiff_options
+from pipeline.images.tiff_tags import add_tags
 from pipeline.images.vips_streams import POLL_S, Rows, RowSource
 
 # What is written is synced in steps of this many bytes of pixels, so that the last sync, which cannot be interrupted,
@@ -52,8 +54,8 @@ class ImageSpec:
 
     `compression`: of TIFF. `quality`: of JPEG, 1 to 100. `pyramid`: a TIFF also has smaller levels, which take their
     own size on the disk a second time until it is complete. `layout`: how a TIFF is stored. `dpi`: the resolution on
-    paper, where the format has a place for it; None: unknown. `colors`: the profile, None: sRGB. Alpha is written
-    unassociated (not premultiplied).
+    paper, where the format has a place for it; None: unknown. `colors`: the profile, None: sRGB. `metadata`: None
+    writes none, not even the program's name. Alpha is written unassociated (not premultiplied).
     """
 
     path: Path
@@ -66,6 +68,7 @@ class ImageSpec:
     layout: TiffLayout = TILES
     dpi: float | None = None
     colors: OutputColors | None = None
+    metadata: ImageMetadata | None = None
 
     @property
     def rows_kind(self) -> PixelKind:
@@ -146,6 +149,8 @@ class _Export:
         self._spec, self._partial, self._restore_environment = spec, partial, restore_environment
         self._source = RowSource(spec.width_px, spec.height_px, spec.rows_kind)
         self._failures: list[Exception] = []
+        # what savers write of an image's fields; without metadata they would add EXIF of their own
+        self._kept = "icc" if spec.metadata is None else "icc|exif|xmp|iptc"
 
     def run(
         self, read_rows: Callable[[int, int], Rows], on_progress: Callable[[float], None], cancel: CancelToken
@@ -189,7 +194,8 @@ class _Export:
     def _run_saver(self) -> None:
         words = None
         try:
-            self._save(self._with_dpi(self._with_colors(self._source.image())))
+            self._save(self._with_metadata(self._with_dpi(self._with_colors(self._source.image()))))
+            self._add_tags()
         except pyvips.Error as error:
             words = str(error.detail or error).strip()
         except Exception as error:  # raised again in the caller's thread
@@ -214,6 +220,21 @@ class _Export:
         profile = icc.builtin_profile("srgb") if colors is None else colors.profile
         return with_profile(image if colors is None else colors.through_tables(image, self._spec.kind), profile)
 
+    def _with_metadata(self, image: Any) -> Any:
+        """The image with the fields from which savers of JPEG and PNG make EXIF, IPTC and XMP."""
+        metadata, form = self._spec.metadata, output_format(self._spec.path).name
+        if metadata is not None and form in ("JPEG", "PNG"):
+            attach(image, metadata)
+        elif metadata is not None and form == "DeepZoom":  # whose tiles alone have a place, each a little
+            attach_exif(image, metadata)
+        return image
+
+    def _add_tags(self) -> None:
+        """The tags of a TIFF that libvips does not write."""
+        metadata = self._spec.metadata
+        if metadata is not None and output_format(self._spec.path).name == "TIFF":
+            add_tags(self._partial, tiff_tags(metadata), metadata.gps)
+
     def _save(self, image: Any) -> None:
         """Run the saver. Progressive and optimised JPEG are off, because they keep the whole image in memory."""
         spec, name = self._spec, str(self._partial)
@@ -223,20 +244,16 @@ class _Export:
                 layout = tiff_options(size, spec.kind, spec.compression, spec.pyramid, spec.layout)
                 image.tiffsave(name, keep="icc", resunit="inch", Q=spec.quality, **layout)
             case "PNG":
-                image.pngsave(name, keep="icc")
+                image.pngsave(name, keep=self._kept)
             case "JPEG":
                 self._save_jpeg(image)
             case "DeepZoom":
-                self._partial.mkdir()
-                stem, suffix = self._partial / spec.path.stem, ".png" if spec.kind.alpha else ".jpg"
-                image.dzsave(str(stem), suffix=suffix, Q=spec.quality, keep="icc")
-                # It contains the date, which would make two exports of one image differ.
-                (stem.with_name(f"{stem.name}_files") / "vips-properties.xml").unlink(missing_ok=True)
+                self._save_deepzoom(image)
             case other:
                 raise AssertionError(f"{other} is written by another module")
 
     def _save_jpeg(self, image: Any) -> None:
-        options = {"Q": self._spec.quality, "keep": "icc"}
+        options = {"Q": self._spec.quality, "keep": self._kept}
         if self._spec.dpi is None:
             image.jpegsave(str(self._partial), **options)
             return
@@ -244,6 +261,17 @@ class _Export:
             target = pyvips.TargetCustom()
             target.on_write(file.write)
             image.jpegsave_target(target, **options)
+
+    def _save_deepzoom(self, image: Any) -> None:
+        """Write the folder under fixed names, then rename: dzsave reads options in brackets from its file name."""
+        self._partial.mkdir()
+        suffix = ".png" if self._spec.kind.alpha else ".jpg"
+        image.dzsave(str(self._partial / "image"), suffix=suffix, Q=self._spec.quality, keep=self._kept)
+        tiles, name = self._partial / "image_files", self._spec.path.stem
+        # It contains the date, which would make two exports of one image differ.
+        (tiles / "vips-properties.xml").unlink(missing_ok=True)
+        tiles.rename(self._partial / f"{name}_files")
+        (self._partial / "image.dzi").rename(self._partial / f"{name}.dzi")
 
 
 def _saver_error(path: Path, words: str) -> OSError:

@@ -69,6 +69,7 @@ class StageWork:
     """One stage: its config, the layers in use, and the sizes (height, width) of canvas and styles.
 
     `content`: the kind of the content's pixels, None without a content. `alphas`: whether each style has alpha.
+    `scratch_bytes`: disk for turning its largest input upright.
     """
 
     config: Config
@@ -77,6 +78,7 @@ class StageWork:
     styles: tuple[Size, ...]
     content: PixelKind | None
     alphas: tuple[bool, ...]
+    scratch_bytes: int = 0
 
     def gpu_bytes(self, tile_px: int) -> int:
         """Peak bytes on a GPU: feature maps with their gradients, weights, and the tiles in flight."""

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import Config, input_files
 from pipeline.core.errors import ConfigError
 from pipeline.core.image_formats import PixelKind, compressed_bytes
 from pipeline.core.tiling import Size, grid
@@ -70,6 +70,7 @@ class Plan:
     `tile_step_px`: tiles of another size would be a multiple of it. `picture`: the kind of the output image's pixels.
     `dpi`: the resolution of the print. `outputs`: (height, width) of each output image by its path, several if they are
     panels.
+    `notes`: what the user should know of how inputs are read.
     """
 
     stages: tuple[StagePlan, ...]
@@ -88,6 +89,7 @@ class Plan:
     levels_bytes: int
     flop: int
     memory_limit_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def projected_mem_bytes(self) -> int:
@@ -139,6 +141,7 @@ def make_plan(
         levels_bytes=work.levels_bytes,
         flop=sum(stage.flop_per_iteration * stage.max_iterations for stage in stages),
         memory_limit_bytes=config.memory.limit_bytes,
+        notes=tuple(f"{image.path}: {note}" for image in images.values() for note in image.notes),
     )
 
 
@@ -159,6 +162,7 @@ def _stage_works(
             styles,
             content,
             tuple(images[style.image].kind.alpha for style in stage_config.styles),
+            max((images[path].scratch_bytes for _, path in input_files(stage_config) if path in images), default=0),
         )
         for stage_config, (canvas, styles) in zip(configs, sizes, strict=True)
     )
@@ -199,7 +203,7 @@ def plan_stage(work: StageWork, index: int, tile_px: int, carries: bool = False)
         tiles=ceil_to(size[0], tile_px) * ceil_to(size[1], tile_px) // tile_px**2,
         gram_px=gram_px,
         gradient_px=gradient_px,
-        store_bytes=_total_bytes(stored) + targets[0],
+        store_bytes=_total_bytes(stored) + targets[0] + work.scratch_bytes,
         store_chunks=sum(spec.chunks for spec in stored) + targets[1],
         kept_bytes=_total_bytes(retained),
         kept_chunks=sum(spec.chunks for spec in retained),

@@ -17,7 +17,7 @@ from pipeline.core.errors import storage
 from pipeline.core.files import new_partial
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
-from pipeline.images import OutputColors, TiffLayout, writer
+from pipeline.images import ImageMetadata, OutputColors, TiffLayout, writer
 from pipeline.plan import Sheet, has_edges
 from pipeline.render.edges import sheet_rows
 from pipeline.render.resample import OnProgress
@@ -66,6 +66,7 @@ def export_canvas(
     cancel: CancelToken,
     on_progress: OnProgress,
     on_whole: Callable[[Path], None] = lambda partial: None,
+    metadata: ImageMetadata | None = None,
 ) -> None:
     """Write a canvas as the output image `sheet`, in the format of its suffix; it gets its name when it is complete.
 
@@ -87,6 +88,7 @@ def export_canvas(
         layout=TiffLayout(strips=options.purpose == "print", subifds=options.levels == "subifds"),
         dpi=options.dpi,
         colors=colors,
+        metadata=metadata,
     )
     pixels = canvas_pixels(planes, image.rows_kind.bits, colors)
     around = sheet_rows(pixels, sheet) if has_edges(options) else None
@@ -129,6 +131,8 @@ def _export_ome_zarr(
         group = temporary / output.name
         size = (image.height_px, image.width_px)
         ome_zarr.write_ome_zarr(group, size, image.kind, counted_rows, dpi=image.dpi, cancel=cancel)
+        if image.metadata is not None:
+            ome_zarr.add_attributes(group, image.metadata.as_attributes())
         writer.put_in_place(group, output, on_whole)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -49,7 +49,9 @@ def ingest_planes(
     kind = PixelKind(8 * first.dtype.itemsize, alpha=len(planes) == 2)
     sums: list[ChunkSums] = [{} for _ in planes]
     parts = list(zip(planes, COLOR_AND_ALPHA, sums, strict=False))
-    for y0, rows in images.stream_rgb(source, width, height, first.chunk_px, executor.cancel, kind, colors):
+    scratch = first.path.parent  # on the disk whose space is planned
+    cancel = executor.cancel
+    for y0, rows in images.stream_rgb(source, width, height, first.chunk_px, cancel, kind, colors, scratch):
         executor.cancel.raise_if_set()  # a band of a large image takes seconds
         rect = Rect(y0, y0 + len(rows), 0, width)
         pixels = rows if first.shape[2] == 3 else np.rint(luminance(rows.astype(np.float32))).astype(np.uint8)

@@ -6,6 +6,7 @@ from pipeline.rundir.manifest import (
     OtherFormatError,
     begun_manifest,
     content_kind,
+    manifest_inputs,
     read_manifest,
     trusted_manifest,
     write_manifest,
@@ -29,6 +30,8 @@ from pipeline.rundir.paths import (
     journal_path,
     links_in_store,
     manifest_path,
+    named_inputs,
+    refuse_inputs,
     refuse_links,
     refuse_links_at_top,
     refuse_missing_folder,
@@ -37,6 +40,7 @@ from pipeline.rundir.paths import (
 )
 from pipeline.rundir.position import Position, checked_position, position_of
 from pipeline.rundir.preflight import output_colors, plan_on, resolved, with_initial_size
+from pipeline.rundir.provenance import output_metadata
 from pipeline.rundir.records import (
     Begun,
     CanvasLost,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,22 @@ def read_manifest(path: Path) -> Manifest:
 def content_kind(manifest: Manifest) -> PixelKind:
     """Bit depth and alpha of the run's content."""
     return PixelKind(manifest.content.bits, manifest.content.alpha)
+
+
+def manifest_inputs(manifest: Manifest) -> Iterator[tuple[str, Path]]:
+    """(dotted key, path) of every input file, where it was when the run began."""
+    config = manifest.config.model_dump()
+    for key in manifest.inputs:
+        value: Any = config
+        for part in key.split("."):
+            if isinstance(value, Mapping):
+                value = value.get(part)
+            elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+                value = value[int(part)]
+            else:
+                value = None
+        if isinstance(value, str):
+            yield key, Path(value)
 
 
 def begun_manifest(records: Iterable[Record]) -> Manifest | None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from pipeline.config import Config, dotted, input_files
 from pipeline.core.errors import ConfigError, DamagedStateError
-from pipeline.core.files import real
+from pipeline.core.files import real, would_replace
 
 STORE = "store.zarr"
 
@@ -95,6 +96,24 @@ def refuse_own_state(output: Path, work_dir: Path) -> None:
             f"output {output}: is, or is in, the state of the run in {work_dir}, which the image would overwrite. "
             "Choose another name."
         )
+
+
+def named_inputs(config: Config) -> Iterator[tuple[str, Path]]:
+    """(dotted key, path) of every file that a config reads."""
+    return ((dotted(key), path) for key, path in input_files(config))
+
+
+def refuse_inputs(output: Path, inputs: Iterable[tuple[str, Path]]) -> None:
+    """Raise ConfigError if writing `output` would destroy one of the (dotted key, path) that a config reads.
+
+    Not even --force allows it: the originals are gone, and the run, whose inputs have changed, with them.
+    """
+    for key, path in inputs:
+        if would_replace(output, path):
+            raise ConfigError(
+                f"{output}: is the config's {key}, or a folder that holds it, which would be overwritten, with or "
+                "without --force. Choose another name."
+            )
 
 
 def refuse_missing_folder(output: Path) -> None:

@@ -1,4 +1,4 @@
-"""Process-wide settings of zarr, libvips and torch, restored when the last call of the library has ended.
+"""Process-wide settings of zarr, dask, libvips and torch, restored when the last call of the library has ended.
 
 A program that imports or calls this package keeps its own settings. The network in memory is released with them.
 (malloc's settings cannot be restored: see allocator.py.)
@@ -13,9 +13,8 @@ from contextlib import ExitStack, contextmanager
 
 from threadpoolctl import ThreadpoolController
 
-from pipeline import images
+from pipeline import executors, images, store
 from pipeline.core import callers
-from pipeline.store import metadata
 
 _lock = threading.Lock()
 _restore = ExitStack()
@@ -27,7 +26,8 @@ def process_settings() -> Iterator[None]:
     """Apply the settings inside the block. Blocks may be nested, and run on several threads at once."""
     with _lock:
         if not callers.number():  # the first call; others that overlap with it share its settings
-            _restore.enter_context(metadata.zarr_settings())
+            _restore.enter_context(store.zarr_settings())
+            _restore.enter_context(executors.dask_settings())
             _restore.enter_context(images.vips_settings())
             _restore.enter_context(_single_threaded_blas())
             _restore.callback(_release_network)

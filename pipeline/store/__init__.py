@@ -1,5 +1,8 @@
 """The arrays of a stage on disk: the only importer of zarr, numcodecs and crc32c."""
 
+from pipeline.store.library import zarr_settings  # first, because it imports zarr
+
+# isort: split
 from pipeline.store.array import StageArray, open_array
 from pipeline.store.arrays import commit_stage, create_array, create_stage, delete_array, delete_arrays, new_array
 from pipeline.store.checksums import ChunkSums, checksum, packed, unpacked

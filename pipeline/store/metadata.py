@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,6 @@ from pipeline.store.chunk_file import ChunkError
 from pipeline.store.layout import METADATA, gram_name
 
 _MAX_GRAM_BYTES = 2**30  # 11,000 channels
-
-
-def zarr_settings() -> AbstractContextManager[Any]:
-    """Inside, zarr does not use its own thread pool: measured fastest under the executor's threads."""
-    return zarr.config.set({"async.concurrency": 1})  # type: ignore[no-any-return]
 
 
 def sync(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ def write_ome_zarr(
         level = _halve(level, _create_level(path / str(levels), (height, width), kind, chunk_px), cancel)
         levels += 1
     group.attrs["ome"] = _ome_metadata(path.stem, levels, dpi)
+
+
+def add_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
+    """Add attributes beside `ome` to the group of an image."""
+    zarr.open_group(path, mode="r+", zarr_format=3).attrs.update(attributes)
 
 
 def _create_level(path: Path, size: tuple[int, int], kind: PixelKind, chunk_px: int) -> Any:

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Config, dotted, input_files
+from pipeline.config import Config
 from pipeline.core.errors import ConfigError, storage
-from pipeline.core.files import names_in, path_fault, real, same_file, taken, write_whole
+from pipeline.core.files import names_in, path_fault, real, taken, write_whole
 from pipeline.core.text import shown
 from pipeline.rundir import (
     Exported,
@@ -24,8 +24,10 @@ from pipeline.rundir import (
     journal_path,
     locked_folder,
     manifest_path,
+    named_inputs,
     now,
     refuse_foreign,
+    refuse_inputs,
     refuse_own_state,
     standing,
     written_picture,
@@ -92,10 +94,7 @@ def _refuse_place(config: Config, folder: Path, image: Path, suffixes: Sequence[
         raise ConfigError(f"-o {shown(str(image))}: {fault}. Choose another name.")
     if image.suffix.lower() not in suffixes:
         raise ConfigError(f"{image}: a preview is one file; choose a name that ends in {', '.join(suffixes)}.")
-    named = [*((dotted(key), path) for key, path in input_files(config)), ("output", config.output)]
-    for key, path in named:
-        if same_file(path, image):
-            raise ConfigError(f"{image}: is the config's {key}. Choose another name with -o.")
+    refuse_inputs(image, [*named_inputs(config), ("output", config.output)])
     refuse_own_state(image, config.work_dir)
     if real(folder) in real(image).parents:
         raise ConfigError(f"{image}: is in {folder}, the folder of the preview's runs. Choose another place with -o.")

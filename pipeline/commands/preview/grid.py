@@ -160,7 +160,9 @@ class Grid:
 
 def _in_folder(config: Config, folder: Path) -> Config:
     """The config with its image and its run directory in a folder of their own."""
-    return config.model_copy(update={"output": folder / "picture.png", "work_dir": folder / "run"})
+    # without the digest of its config, an image that a key does not change is the same file as the others
+    export = config.export.model_copy(update={"metadata": "none"})
+    return config.model_copy(update={"output": folder / "picture.png", "work_dir": folder / "run", "export": export})
 
 
 def _name(config: Config, hashes: Mapping[Path, str]) -> str:

@@ -28,7 +28,7 @@ from pipeline.core.text import count, shown
 from pipeline.core.tiling import Size
 from pipeline.images import check_output
 from pipeline.plan import Plan, resolve_device
-from pipeline.rundir import refuse_missing_folder
+from pipeline.rundir import named_inputs, refuse_inputs, refuse_missing_folder
 from pipeline.rundir.process_settings import process_settings
 
 # Keys that the preview sets itself.
@@ -104,6 +104,8 @@ def preview(
     if output is not None:
         refuse_missing_folder(output)
     check_output(sheet, width, height, 8, "deflate")
+    for variation in variations:  # each may have a content or styles of its own
+        refuse_inputs(sheet, named_inputs(variation.config))
     with claimed(first, sheet, force) as claim:
         _render(grid.images, sink, stop)
         grid.report_ineffective(sink, cancel)
