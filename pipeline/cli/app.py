@@ -135,7 +135,10 @@ def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: 
     with _working(log_format) as (sink, stop):
         from pipeline.cli.display import with_profile
 
-        config, render = pipeline.load_config(config_path, overrides), pipeline.run  # the attribute access imports it
+        config, render = (
+            pipeline.load_config(config_path, overrides, check_inputs=True),
+            pipeline.run,
+        )  # the attribute access imports it
         _raise_if_stopped(stop)
         with profiler.recording(profile):
             render(config, force=force, sink=with_profile(sink) if profile else sink, stop=stop)
@@ -148,7 +151,7 @@ def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show the stages, tiles, memory, disk space and work of a run."""
     from pipeline.cli import reports
 
-    config = pipeline.load_config(config_path, overrides)
+    config = pipeline.load_config(config_path, overrides, check_inputs=True)
     planned = pipeline.plan(config)
     if as_json:
         _echo_json(planned.as_dict())

@@ -3,6 +3,7 @@
 from pipeline.config.config import Config, input_files, is_default, load_config, result_fields
 from pipeline.config.fields import MAX_BYTES, MAX_CHUNK_PX, MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
 from pipeline.config.messages import faults_in, field_at
+from pipeline.config.overrides import listed
 from pipeline.config.regions import regions_of
 from pipeline.config.sections import (
     ADDED_LATER,
@@ -12,4 +13,4 @@ from pipeline.config.sections import (
     StageConfig,
     StyleConfig,
 )
-from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, dotted, listed, problem_lines, undotted
+from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, dotted, problem_lines, undotted

@@ -115,7 +115,7 @@ def test_wrong_variations_are_refused_before_anything_is_made(config, call, vary
 def test_a_file_that_is_missing_is_an_error_of_the_config(config, call):
     """A missing input is an error of the config, not of a file that was deleted."""
     outcome = call("preview", "-c", config, "--set", "content=gone.png")
-    assert outcome.code == 3 and "gone.png: no such file" in outcome.err, outcome.err
+    assert outcome.code == 3 and "content: no such file: " in outcome.err and "gone.png" in outcome.err, outcome.err
 
 
 def test_every_wrong_value_is_told_once(config):

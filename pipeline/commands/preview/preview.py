@@ -92,7 +92,7 @@ def preview(
     preview of this config wrote. Raises the errors of errors.py. After Stopped, or any crash, the same call resumes;
     finished images are not rendered again.
     """
-    axes, variations = load_variations(path, overrides, vary)
+    axes, variations = load_variations(path, overrides, vary, check_inputs=True)
     first = variations[0].config
     sheet = output or folder_of(first).with_name(f"{folder_of(first).name}.png")
     _refuse_fixed(axes)
