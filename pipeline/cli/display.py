@@ -14,18 +14,21 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
+from pipeline.core.errors import Stopped
 from pipeline.core.events import (
     Event,
     IterationDone,
     Note,
     PictureDone,
+    QueuedRunEnded,
+    QueuedRunStarted,
     RunDone,
     Sink,
     StageDone,
     StageStarted,
     WorkDone,
 )
-from pipeline.core.text import count, duration
+from pipeline.core.text import count, duration, printable
 
 # Columns to the right of the bars: the terminal echoes ^C at the cursor, after the last bar. Without free columns the
 # echo would wrap to the next line, and rich would no longer erase the bars above it.
@@ -120,8 +123,9 @@ class LiveSink(EventSink):
                 text = self._describe(event)
                 self._progress.update(self._iterations, completed=event.iteration + 1, description=text)
         else:
-            self._progress.console.print(line_of(event), highlight=False, soft_wrap=True)
-            if isinstance(event, StageStarted | StageDone | PictureDone | RunDone):
+            if (line := line_of(event)) is not None:
+                self._progress.console.print(line, highlight=False, soft_wrap=True)
+            if isinstance(event, StageStarted | StageDone | PictureDone | RunDone | QueuedRunEnded):
                 self._clear()
             if isinstance(event, StageStarted):
                 self._iterations = self._progress.add_task(
@@ -198,6 +202,10 @@ def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one per event type
             return f"image {event.picture} of {event.pictures}: {settings}: {took}"
         case RunDone():
             return f"done in {duration(event.seconds)}: {event.output}"
+        case QueuedRunStarted():
+            return f"run {event.run} of {event.runs}: {event.config}"
+        case QueuedRunEnded() if event.exit_code not in (0, Stopped.exit_code):
+            return f"run {event.run} of {event.runs} failed: {printable(event.message)}"
     return None
 
 

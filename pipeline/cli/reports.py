@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.commands.preview.preview import Preview
+from pipeline.commands.queue import QueuedRun
 from pipeline.commands.verify.verify import Report
 from pipeline.config import Config
-from pipeline.core.text import count, duration
+from pipeline.core.errors import Stopped
+from pipeline.core.text import count, duration, printable
 from pipeline.plan import Plan, resolve_device
 
 _PACKAGES = ("pipeline", "torch", "zarr", "numcodecs", "dask", "numpy", "pyvips", "pydantic")
@@ -105,6 +107,23 @@ def print_status(status: dict[str, Any]) -> None:
         losses = f"content {last['content_loss']:.4g}, style {last['style_loss']:.4g}"
         lines.append(f"last iteration: {losses}, mean|u| {last['mean_abs_u']:.3f}")
     _print_lines([*lines, *(f"output: {output}" for output in status["exported"])])
+
+
+def print_queue(runs: Sequence[QueuedRun]) -> None:
+    """Print how each run of a queue ended, and how many are done."""
+    lines = []
+    for one in runs:
+        if one.exit_code is None:
+            ended = "not started"
+        elif one.exit_code == 0:
+            ended = f"done in {duration(one.seconds)}: {one.output}"
+        elif one.exit_code == Stopped.exit_code:
+            ended = "stopped; the same command resumes it"
+        else:
+            ended = f"failed (exit code {one.exit_code}): {printable(one.message.strip().splitlines()[-1])}"
+        lines.append(f"{one.config}: {ended}")
+    done = sum(one.exit_code == 0 for one in runs)
+    _print_lines([*lines, f"{done} of {count(len(runs), 'run')} done"])
 
 
 def print_preview(preview: Preview) -> None:

@@ -96,6 +96,13 @@ def result_fields(config: Config) -> dict[str, object]:
     return fields
 
 
+def differing_keys(first: Config, second: Config) -> list[str]:
+    """The dotted keys, in the order of the template, whose values differ."""
+    before, after = ({dotted(key): value for key, value, _ in _values(config)} for config in (first, second))
+    missing = object()
+    return [key for key in {**before, **after} if before.get(key, missing) != after.get(key, missing)]
+
+
 def input_files(config: Settings) -> Iterator[tuple[Key, Path]]:
     """(key, path) of every file that the config reads."""
     for key, value, mark in _values(config):

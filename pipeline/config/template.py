@@ -1,10 +1,16 @@
-"""The commented config file that `pipeline init` writes."""
+"""The commented config file that `pipeline init` writes, and `pipeline run` beside the output of its images.
+
+Comments stand above their keys, in lines that fit into a narrow terminal.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel
@@ -13,18 +19,87 @@ from pipeline.config.config import Config
 from pipeline.config.messages import expected, placeholders
 from pipeline.config.presets import with_preset
 from pipeline.config.sections import StageConfig
+from pipeline.config.yaml_reader import Document, Place, parse
+
+_COLUMNS = 60
+# The keys that people change, and those of a style.
+_SHORT: dict[str, Any] = {
+    **dict.fromkeys(("preset", "content", "output", "size", "initial_size", "color")),
+    "styles": {"image": None, "weight": None},
+    "network": {"name": None},
+    "loss": {"content_weight": None},
+    "optimizer": {"max_iterations": None},
+}
+Keys = Mapping[str, Any] | None  # the keys to write, by section; None: all
 
 
-def template(preset: str | None = None) -> str:
-    """A config file with every key, its default (or its value of the preset) and its description.
+def template(preset: str | None = None, given: Mapping[str, Any] | None = None, *, full: bool = True) -> str:
+    """A config file: the keys that people change, or with `full` every key, each with its description.
 
-    The file names are placeholders.
+    `given`: plain data of a config. All other values are those of the preset, or the defaults; without `given` the file
+    names are placeholders.
     """
-    data = with_preset({"preset": preset}) if preset else {}
-    config = Config.model_validate({**placeholders(Config), **data}, context={"base": Path()})
-    values = f"their values of the preset {preset}" if preset else "their defaults"
-    head = f"# All settings with {values}; those behind # follow other settings. Paths are relative to this file."
-    return "\n".join([head, *_template_lines(config)]) + "\n"
+    own = {**(given or {}), **({"preset": preset} if preset else {})}
+    config = Config.model_validate({**placeholders(Config), **with_preset(own)}, context={"base": Path()})
+    name = own.get("preset")
+    values = f"values of the preset {name}" if name else "defaults"
+    which = "All settings" if full else "The settings that people change (pipeline init --full writes all)"
+    head = f"{which}; those that are not yours have the {values}. A line behind # has no effect. Paths are relative "
+    keys = None if full else _merged(_SHORT, own)
+    return "\n".join([*_comment(f"{head}to this file."), *_lines(config, keys)]) + "\n"
+
+
+def _merged(keys: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`keys` and those of `given`, section by section."""
+    merged = dict(keys)
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            merged[name] = _merged(keys.get(name) or {}, value)
+        elif name not in keys or name == "styles":
+            merged[name] = keys.get(name)
+    return merged
+
+
+def _comment(text: str, columns: int = _COLUMNS) -> Iterator[str]:
+    for line in textwrap.wrap(text, columns - 2, break_long_words=False, break_on_hyphens=False):
+        yield f"# {line}"
+
+
+def _lines(section: BaseModel, keys: Keys, columns: int = _COLUMNS) -> Iterator[str]:
+    plain = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        if keys is not None and name not in keys and not _is_given_entry(section, name):
+            continue
+        value, inner = getattr(section, name), None if keys is None else keys.get(name)
+        accepts = "" if isinstance(value, BaseModel) else f"; {expected(field.annotation, field.metadata)}"
+        if columns == _COLUMNS:
+            yield ""
+        yield from _comment(f"{field.description}{accepts}", columns)
+        if isinstance(value, BaseModel):
+            yield f"{name}:"
+            yield from (f"  {line}" for line in _lines(value, inner, columns - 2))
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            yield f"{name}:"
+            for number, entry in enumerate(value):
+                lines = _stage_lines(entry) if isinstance(entry, StageConfig) else _lines(entry, inner, columns - 4)
+                # the comments of the first entry are enough for all
+                yield from _entry([line for line in lines if not (number and line.startswith("#"))])
+        else:
+            # A default that depends on another key is commented out: a fixed value would no longer follow that key.
+            follows = field.default_factory_takes_validated_data and name not in section.model_fields_set
+            yield f"{'# ' if follows else ''}{name}: {_flow(plain[name])}"
+
+
+def _is_given_entry(section: BaseModel, name: str) -> bool:
+    """Whether a key of a list's entry was given: `keys` has those of all entries in common."""
+    return type(section).__name__ == "StyleConfig" and name in section.model_fields_set
+
+
+def _entry(lines: list[str]) -> Iterator[str]:
+    """Lines as an entry of a list: the dash stands before its first key, and comments above."""
+    first = next(index for index, line in enumerate(lines) if not line.startswith("#"))
+    for index, line in enumerate(lines):
+        yield f"  {'- ' if index == first else '  '}{line}"
 
 
 def _stage_lines(stage: StageConfig) -> list[str]:
@@ -32,21 +107,9 @@ def _stage_lines(stage: StageConfig) -> list[str]:
     return yaml.safe_dump(stage.model_dump(mode="json", exclude_unset=True), sort_keys=False).splitlines()
 
 
-def _template_lines(section: BaseModel) -> Iterator[str]:
-    plain = section.model_dump(mode="json")
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield f"{name}:  # {field.description}"
-            yield from (f"  {line}" for line in _template_lines(value))
-        elif isinstance(value, tuple) and value:
-            yield f"{name}:  # {field.description}; {expected(field.annotation, field.metadata)}"
-            for entry in value:
-                first, *others = _stage_lines(entry) if isinstance(entry, StageConfig) else _template_lines(entry)
-                yield from (f"  - {first}", *(f"    {line}" for line in others))
-        else:
-            # A default that depends on another key is commented out: a fixed value would no longer follow that key.
-            follows = "# " if field.default_factory_takes_validated_data else ""
-            flow = yaml.safe_dump([plain[name]], default_flow_style=True, width=math.inf, sort_keys=False).strip()[1:-1]
-            accepts = expected(field.annotation, field.metadata)
-            yield f"{follows}{name}: {flow}  # {field.description}; {accepts}"
+def _flow(value: object) -> str:
+    """A value on one line, as this program reads it: PyYAML leaves text such as 1e3 without quotes."""
+    text = yaml.safe_dump([value], default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True).strip()
+    document = Document("")
+    parse(text, document, lambda _mark: Place(1, 1, ""), str)
+    return text[1:-1] if document.data == [value] else json.dumps(value, ensure_ascii=False)
