@@ -18,7 +18,15 @@ import click
 from click.core import ParameterSource
 
 import pipeline
-from pipeline.cli.arguments import as_json_option, parse_rect, parse_share, with_config, with_log_format, with_run
+from pipeline.cli.arguments import (
+    as_json_option,
+    parse_rect,
+    parse_share,
+    with_config,
+    with_log_format,
+    with_run,
+    with_stage,
+)
 from pipeline.cli.init import init
 from pipeline.cli.inputs import inputs_of, with_images
 from pipeline.cli.on_finish import OnFinish
@@ -214,7 +222,7 @@ def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option(
     "--crop", "rect", callback=parse_rect, metavar="X,Y,W,H", help="Render this part of the output in full resolution."
 )
-@click.option("--stage", type=int, metavar="N", help="With --crop: last stage to render; default the run's last.")
+@with_stage("With --crop: last stage to render, from 1; default the run's last.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Image file; default beside the config's output.")
 @click.option("--force", is_flag=True, help="Overwrite the file even if no preview of this config wrote it.")
 @with_log_format
@@ -317,7 +325,7 @@ def verify(
 @cli.command()
 @with_run
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Image file to write.")
-@click.option("--stage", type=int, metavar="N", help="Stage to export; default the newest.")
+@with_stage("Stage to export, from 1; default the newest.")
 @click.option(
     "--bits",
     type=click.Choice(["auto", "8", "16"]),

@@ -28,7 +28,7 @@ from pipeline.core.events import (
     StageStarted,
     WorkDone,
 )
-from pipeline.core.text import count, duration, printable
+from pipeline.core.text import count, duration, end_text, printable, stage_name
 
 # Columns to the right of the bars: the terminal echoes ^C at the cursor, after the last bar. Without free columns the
 # echo would wrap to the next line, and rich would no longer erase the bars above it.
@@ -96,6 +96,7 @@ class LiveSink(EventSink):
         columns = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), numbers]
         self._progress = _Bars(*columns, console=console, expand=True, transient=True)
         self._iterations: TaskID | None = None
+        self._stage = ""
         self._passes: dict[TaskID, WorkDone] = {}  # the last event of each pass bar
 
     def __enter__(self) -> Self:
@@ -128,16 +129,18 @@ class LiveSink(EventSink):
             if isinstance(event, StageStarted | StageDone | PictureDone | RunDone | QueuedRunEnded):
                 self._clear()
             if isinstance(event, StageStarted):
+                self._stage = stage_name(event.stage, event.stages)
                 self._iterations = self._progress.add_task(
-                    f"stage {event.stage}", total=event.max_iterations, completed=event.iteration
+                    self._stage, total=event.max_iterations, completed=event.iteration
                 )
 
     def _describe(self, event: IterationDone) -> str:
         """The longest description that leaves room for the bar and its numbers."""
-        stage, eta = f"stage {event.stage}", f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
+        stage, eta = self._stage, f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
+        short = stage_name(event.stage)
         losses = f"content {event.content_loss:.3g} style {event.style_loss:.3g}"
         update = f"mean|u| {event.mean_abs_u:.3f}"
-        texts = (f"{stage}: {losses} {update}{eta}", f"{stage}: {update}{eta}", f"{stage}{eta}")
+        texts = (f"{stage}: {losses} {update}{eta}", f"{stage}: {update}{eta}", f"{stage}{eta}", f"{short}{eta}")
         numbers = f"{event.max_iterations}/{event.max_iterations}"
         width = self._progress.console.width - _FREE_COLUMNS - _BAR_COLUMNS - len(numbers)
         return next((text for text in texts if len(text) <= width), stage)
@@ -186,7 +189,7 @@ def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one per event type
             return event.message
         case StageStarted():
             size, tiles = f"{event.width_px}×{event.height_px} px", count(event.tiles, "tile")
-            return f"stage {event.stage} (0 to {event.stages - 1}): {size}, {tiles}"
+            return f"{stage_name(event.stage, event.stages)}: {size}, {tiles}"
         case IterationDone():
             seconds = " ".join(f"{name} {value:.1f}s" for name, value in event.seconds.items())
             eta = f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
@@ -195,7 +198,7 @@ def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one per event type
                 f"style {event.style_loss:.4g}, mean|u| {event.mean_abs_u:.3f}; {seconds}{eta}"
             )
         case StageDone():
-            return f"  stage {event.stage} ended after {count(event.iterations, 'iteration')}: {event.reason}"
+            return f"  {stage_name(event.stage)}: {end_text(event.reason)} ({event.iterations:,})"
         case PictureDone():
             settings = " ".join(event.settings) or "the config unchanged"
             took = "reused" if event.seconds is None else duration(event.seconds)

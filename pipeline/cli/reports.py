@@ -21,7 +21,7 @@ from pipeline.commands.queue import QueuedRun
 from pipeline.commands.verify.verify import Report
 from pipeline.config import Config
 from pipeline.core.errors import Stopped
-from pipeline.core.text import count, duration, printable
+from pipeline.core.text import count, duration, end_text, printable, stage_name
 from pipeline.plan import Plan, resolve_device
 
 _PACKAGES = ("pipeline", "torch", "zarr", "numcodecs", "dask", "numpy", "pyvips", "pydantic")
@@ -53,7 +53,7 @@ def print_plan(config: Config, planned: Plan) -> None:
     """Print the stages, tiles, memory, disk space and work of a run."""
     rows = [
         (
-            str(stage.index),
+            str(stage.index + 1),
             f"{stage.size[1]}×{stage.size[0]}",
             f"{stage.tiles:,}",
             f"×{stage.halo_overhead:.2f}",
@@ -92,11 +92,11 @@ def print_status(status: dict[str, Any]) -> None:
     _print_lines([f"{status['work_dir']}: {status['state']}{process}, computed for {duration(status['seconds'])}"])
     rows = [
         (
-            str(stage["stage"]),
+            str(stage["stage"] + 1),
             f"{stage['width_px']}×{stage['height_px']}",
-            stage["state"],
+            {"prepared": "rendering" if status["state"] == "running" else "begun"}.get(stage["state"], stage["state"]),
             f"{stage['iterations']}/{stage['max_iterations']}",
-            stage["reason"] or "",
+            end_text(stage["reason"] or ""),
             duration(stage["seconds"]),
         )
         for stage in status["stages"]
@@ -151,7 +151,7 @@ def print_verify(report: Report) -> None:
         lost = count(report.iterations_lost, "iteration")
         lines.append(f"{'to compute again' if report.repaired else 'to compute again after a repair'}: {lost}")
     if report.repaired and report.found:
-        lines.append(f"the run resumes at stage {report.stage}, iteration {report.iteration}")
+        lines.append(f"the run resumes at {stage_name(report.stage)}, iteration {report.iteration + 1}")
         lines += _limited([f"still {problem}" for problem in report.remaining])
     if report.leftovers:
         paths = ", ".join(map(str, report.leftovers[:3]))

@@ -141,7 +141,7 @@ def test_preview_is_the_runs_own_stage_of_that_size(config, call):
         config,
         *(f"--set={setting}" for setting in settings),
         "--stage",
-        1,
+        2,
         "-o",
         config.parent / "stage.png",
     )
@@ -168,7 +168,7 @@ def test_preview_is_the_run(config, call, monkeypatch, style_px, settings):
     run(load_config(config, settings))
     whole = preview(config, overrides=settings, size_px=130).pictures[0].picture
     np.testing.assert_array_equal(read_picture(whole), read_picture(config.parent / "out.png"))
-    call("export", "-c", config, *(f"--set={setting}" for setting in settings), "--stage", 1, "-o", "stage.png")
+    call("export", "-c", config, *(f"--set={setting}" for setting in settings), "--stage", 2, "-o", "stage.png")
     part = preview(config, overrides=settings, size_px=96).pictures[0].picture
     np.testing.assert_array_equal(read_picture(part), read_picture(config.parent / "stage.png"))
     mine, runs = results(part.parent / "run"), results(config.parent / "run")

@@ -180,7 +180,7 @@ def test_the_bars_of_a_stage_are_removed_at_its_end(monkeypatch):
         sink(started(1))
         sink(work("Gram pass", 1, stage=1))
         bars = display.settle(lambda bars: len(bars) == 2)
-        assert bars[0].startswith("stage 1") and bars[1].startswith("Gram pass")
+        assert bars[0].startswith("stage 2 of 4") and bars[1].startswith("Gram pass")
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 120])
@@ -192,8 +192,9 @@ def test_numbers_are_whole_in_narrow_terminals(monkeypatch, columns):
         sink(iterated(11))
         sink(work("content features", 12_345, 67_890))
         first, second = display.settle(lambda bars: bars[1:] and "12345" in bars[1])
-        assert first.startswith("stage 0") and "2h 03m left" in first and first.endswith("12/40")
+        assert first.startswith("stage 1") and "2h 03m left" in first and first.endswith("12/40")
         assert second.startswith("content features") and second.endswith("12345/67890")
+        assert ("stage 1 of 4" in first) == (columns >= 60)
         assert ("mean|u| 0.510" in first) == (columns >= 60)
         assert ("content 0.0123" in first) == (columns >= 120)
         assert max(map(len, (first, second))) <= columns - 4  # room for ^C, twice
