@@ -179,7 +179,7 @@ def run(
         options: dict[str, Any] = {"force": force, "sink": with_profile(sink) if profile else sink, "stop": stop}
         with profiler.recording(profile):
             if inputs.line is not None:
-                with one_line.written_config(inputs.line) as config:
+                with one_line.written_config(inputs.line, sink) as config:
                     render(config, **options)
             elif len(inputs.configs) == 1:
                 render(pipeline.load_config(inputs.configs[0], overrides, check_inputs=True), **options)

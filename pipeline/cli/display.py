@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from pipeline.core.text import count, duration, end_text, printable, stage_name
 # Columns to the right of the bars: the terminal echoes ^C at the cursor, after the last bar. Without free columns the
 # echo would wrap to the next line, and rich would no longer erase the bars above it.
 _FREE_COLUMNS = 6
+# Longest time between two lines of progress in a log.
+_MAX_QUIET_S = 300.0
 # Minimum width of a bar with the gaps beside it.
 _BAR_COLUMNS = 6
 
@@ -72,10 +75,26 @@ class EventSink(ABC):
 
 
 class PlainSink(EventSink):
-    """One line for each event of interest, for logs and pipes."""
+    """One line for each event of interest, for logs and pipes, and the progress of work that takes long.
+
+    The first line of progress comes after `quiet_s` without another, each further one after twice as long, so that a
+    preview is seen to work and the log of a day stays short.
+    """
+
+    def __init__(self, quiet_s: float = 10.0) -> None:
+        super().__init__()
+        self._first_s = self._quiet_s = quiet_s
+        self._printed_s = time.monotonic()
 
     def _show(self, event: Event) -> None:
-        if (line := line_of(event)) is not None:
+        line, waited_s = line_of(event), time.monotonic() - self._printed_s
+        if isinstance(event, WorkDone) and waited_s >= self._quiet_s:
+            line = f"  {event.what}: {100 * event.done // event.total} %"
+            self._quiet_s = min(2 * self._quiet_s, _MAX_QUIET_S)
+        elif line is not None:
+            self._quiet_s = self._first_s
+        if line is not None:
+            self._printed_s = time.monotonic()
             print(line, file=sys.stderr, flush=True)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.config import Config, OneLine, config_and_text, differing_keys, load_config
 from pipeline.core.errors import ConfigError, PipelineError, Stopped
+from pipeline.core.events import Note, Sink, ignore
 from pipeline.core.files import path_fault
 from pipeline.core.text import shown
 from pipeline.rundir import refuse_missing_folder
@@ -22,11 +24,13 @@ def config_path_of(output: Path) -> Path:
 
 
 @contextmanager
-def written_config(line: OneLine) -> Iterator[Config]:
+def written_config(line: OneLine, sink: Sink = ignore) -> Iterator[Config]:
     """The config of a command line, written beside its output during the block and after it.
 
-    The file of an earlier command with the same meaning is used again. If the block is refused before a run has begun,
-    a new file is removed. Raises ConfigError if the file of that name has other settings.
+    Says on `sink` where it is. The file of an earlier command with the same meaning is used again. If the block is
+    refused before a run has begun, a new file is removed.
+
+    Raises ConfigError if the file of that name has other settings.
     """
     config, text = config_and_text(line)
     refuse_missing_folder(config.output)
@@ -34,6 +38,7 @@ def written_config(line: OneLine) -> Iterator[Config]:
     created = not os.path.lexists(path)
     if created:
         write_new(path, text)
+        sink(Note(f"settings written to {path}"))
     else:
         _refuse_other(path, config)
     try:
@@ -46,7 +51,7 @@ def written_config(line: OneLine) -> Iterator[Config]:
 
 def config_to_write(path: Path | None, line: OneLine, full: bool) -> tuple[Path, str]:
     """The place and text of the config that `init` writes for a command line; by default beside the output."""
-    folder = None if path is None or str(path) == "-" else path.absolute().parent
+    folder = None if path is None else path.absolute().parent  # of stdout: the current one
     config, text = config_and_text(line, folder=folder, full=full)
     if path is None:
         refuse_missing_folder(config.output)
@@ -58,8 +63,8 @@ def _refuse_other(path: Path, config: Config) -> None:
         more = f" and {len(keys) - _MAX_KEYS} more" if len(keys) > _MAX_KEYS else ""
         raise ConfigError(
             f"{path}: was written by an earlier command, or by you, and differs from this one in "
-            f"{', '.join(keys[:_MAX_KEYS])}{more}. To resume with that file: pipeline run {path.name}. To start "
-            "another image, choose another -o, or move the file away."
+            f"{', '.join(keys[:_MAX_KEYS])}{more}. To resume with that file: pipeline run "
+            f"{shlex.quote(str(path))}. To start another image, choose another -o, or move the file away."
         )
 
 

@@ -112,8 +112,8 @@ def _mean_grams(
     areas = _areas(stage, folder, style, tiles)
     if not all(areas.values()):
         raise InputError(
-            f"{image}: is transparent all over, at {size[1]}×{size[0]} px in {stage_name(stage.plan.index)}, so that it "
-            "has no style. Use an image that is not, or one without alpha."
+            f"{image}: is transparent all over, at {size[1]}×{size[0]} px in {stage_name(stage.plan.index)}, so that "
+            "it has no style. Use an image that is not, or one without alpha."
         )
     color_map = _color_map(stage, folder, style, content)
     specs = [

@@ -238,8 +238,8 @@ def refuse_other_stages(config: Config, manifest: Manifest, planned: Plan) -> No
         if old != new:
             raise ConfigError(
                 f"{config.work_dir}: {stage_name(number)} of this run is {old}, but this version of pipeline plans it "
-                f"as {new}: the arrays on disk would not fit. Finish the run with the version that began it, or give this "
-                "config another work_dir."
+                f"as {new}: the arrays on disk would not fit. Finish the run with the version that began it, or give "
+                "this config another work_dir."
             )
 
 

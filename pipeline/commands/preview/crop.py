@@ -101,8 +101,9 @@ def crop(
     """Render a part of the image as the run of `config` will, starting from the last stage that it has finished.
 
     `rect`: in px of the finished image. `stage`: index of the last stage to render; default the run's last. The
-    result has the size of `rect` at that stage. `output`: default beside the config's output. `force`: overwrite a file that no
-    preview of this config wrote. Raises ConfigError if no stage of the run is finished, and the errors of errors.py.
+    result has the size of `rect` at that stage. `output`: default beside the config's output. `force`: overwrite a file
+    that no preview of this config wrote. Raises ConfigError if no stage of the run is finished, and the errors of
+    errors.py.
     """
     target_file = output or folder_of(config).with_name(f"{config.output.stem}.crop.png")
     device = resolve_device(config.compute.device)

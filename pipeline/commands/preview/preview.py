@@ -99,7 +99,7 @@ def preview(
     cancel = CancelToken(stop)
     grid = Grid(axes, variations, size_px, resolve_device(first.compute.device))
     grid.plan(folder_of(first), cancel)
-    contact_sheet = grid.sheet(Path(path).name)
+    contact_sheet = grid.sheet(Path(path).name, overrides)
     height, width = contact_sheet.size
     if output is not None:
         refuse_missing_folder(output)

@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -199,6 +200,22 @@ def test_numbers_are_whole_in_narrow_terminals(monkeypatch, columns):
         assert ("content 0.0123" in first) == (columns >= 120)
         assert max(map(len, (first, second))) <= columns - 4  # room for ^C, twice
     assert display.screen.bars == []
+
+
+def test_a_log_tells_the_progress_of_work_that_takes_long(monkeypatch):
+    """A preview in a pipe printed nothing for minutes; a log of days must not have a line per tile."""
+    now = [0.0]
+    monkeypatch.setattr("pipeline.cli.display.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with make_sink("plain") as sink:
+        for percent in range(101):
+            now[0] += 1
+            sink(work("image 1 of 2", percent, 100))
+        sink(Note("image 1 of 2: done"))
+        now[0] += 9
+        sink(work("image 2 of 2", 1, 100))
+    lines = [f"  image 1 of 2: {percent} %" for percent in (9, 29, 69)]
+    assert sys.stderr.getvalue().splitlines() == [*lines, "image 1 of 2: done"]
 
 
 def two_bars(screen: Screen) -> bool:

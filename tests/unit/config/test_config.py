@@ -52,7 +52,25 @@ def test_template_has_every_key(write):
     """Users would not find a key that is missing in the template."""
     text = template()
     for name in _leaf_names(Config):
-        assert re.search(rf"^[ #-]*{name}: .*  # \w", text, re.MULTILINE), name
+        assert re.search(rf"^ *# \w.*\n[ #-]*{name}: \S", text, re.MULTILINE), name
+
+
+def test_the_short_template_is_short_and_renders_the_same(write):
+    """A first-time user reads ten keys, not eighty, in a terminal of 60 columns."""
+    text = template(full=False)
+    assert load_config(write(text)) == load_config(write(template()))
+    keys = [line for line in text.splitlines() if re.match(r"[ -]*\w+: \S", line)]
+    assert len(keys) == 11  # one more for the weight of the style
+    assert max(map(len, text.splitlines())) <= 60
+
+
+@pytest.mark.parametrize(
+    "name", ["1e3", "0o17", "1_000", "1:30", "no", "null", "a: b", "# a", "it's", '"a', "- a", "é\u2028"]
+)
+def test_what_the_template_writes_is_read_back(write, tmp_path, name):
+    """PyYAML leaves 1e3 without quotes, which this program reads as a number."""
+    given = {"content": name, "styles": [{"image": name}], "output": "r.tif"}
+    assert load_config(write(template(given=given))).content == tmp_path / name
 
 
 def _leaf_names(model: type[BaseModel]) -> Iterator[str]:
