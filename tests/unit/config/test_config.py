@@ -52,7 +52,7 @@ def test_template_has_every_key(write):
     """Users would not find a key that is missing in the template."""
     text = template()
     for name in _leaf_names(Config):
-        assert re.search(rf"^ *# \w.*\n[ #-]*{name}: \S", text, re.MULTILINE), name
+        assert re.search(rf"^ *# \S.*\n[ #-]*{name}: \S", text, re.MULTILINE), name
 
 
 def test_the_short_template_is_short_and_renders_the_same(write):
