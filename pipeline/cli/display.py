@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -41,10 +42,11 @@ _BAR_COLUMNS = 6
 
 
 def make_sink(log_format: str) -> EventSink:
-    """The sink for `--log-format`: live, plain, json, or auto (live on a terminal, else plain)."""
+    """The sink for `--log-format`: live, plain, json, or auto: live if the terminal can move its cursor, else plain."""
     if log_format == "json":
         return JsonSink()
-    live = log_format == "live" or (log_format == "auto" and sys.stderr.isatty())
+    moves_cursor = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    live = log_format == "live" or (log_format == "auto" and moves_cursor)
     return LiveSink() if live else PlainSink()
 
 

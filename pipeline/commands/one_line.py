@@ -59,7 +59,12 @@ def config_to_write(path: Path | None, line: OneLine, full: bool) -> tuple[Path,
 
 
 def _refuse_other(path: Path, config: Config) -> None:
-    if keys := differing_keys(load_config(path), config):
+    try:
+        before = load_config(path)
+    except ConfigError as error:
+        text = f"{path}: this command writes its settings there, but the file cannot be used for it"
+        raise ConfigError(f"{text}. Move it away, or choose another -o.\n{error}") from error
+    if keys := differing_keys(before, config):
         more = f" and {len(keys) - _MAX_KEYS} more" if len(keys) > _MAX_KEYS else ""
         raise ConfigError(
             f"{path}: was written by an earlier command, or by you, and differs from this one in "

@@ -110,6 +110,13 @@ def input_files(config: Settings) -> Iterator[tuple[Key, Path]]:
             yield key, value
 
 
+def paths_of(config: Config) -> Iterator[tuple[Key, Path]]:
+    """(key, path) of every path in the config, also of those that it writes."""
+    for key, value, _ in _values(config):
+        if isinstance(value, Path):
+            yield key, value
+
+
 def is_default(config: Config, key: Key) -> bool:
     """Whether a key that is not given in the config has its default."""
     inner: object = config

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.config import Config, config_of, input_files
+from pipeline.config.config import Config, config_of, paths_of
 from pipeline.config.overrides import override
 from pipeline.config.template import template
 from pipeline.config.yaml_reader import CommandLineText, Document, Key, Place, plain_value
@@ -40,17 +40,17 @@ def config_and_text(line: OneLine, *, folder: Path | None = None, full: bool = F
 
     Raises ConfigError with every problem, each with the argument or option that causes it.
     """
-    document = _document(line)
+    document = document_of(line)
     given = copy.deepcopy(document.data)
     config = config_of(document, Path.cwd(), check_inputs=True)
     assert isinstance(given, dict)  # else the config would have been refused
-    paths = [*input_files(config), (("output",), config.output), (("work_dir",), config.work_dir)]
-    for key, path in paths:
+    for key, path in paths_of(config):
         _replace(given, key, _beside(path, folder or config.output.parent))
     return config, template(given=_plain(given), full=full)
 
 
-def _document(line: OneLine) -> Document:
+def document_of(line: OneLine) -> Document:
+    """The data of a command line, each value with the argument that it comes from as its place."""
     document = Document("the command line", {})
     places = [_place(0, line.content), *(_place(1 + index, text) for index, text in enumerate(line.styles))]
     document.put(["content"], CommandLineText(line.content), places[0])

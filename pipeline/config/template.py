@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ _SHORT: dict[str, Any] = {
     "loss": {"content_weight": None},
     "optimizer": {"max_iterations": None},
 }
-Keys = Mapping[str, Any] | None  # the keys to write, by section; None: all
+Keys = Mapping[str, Any] | None  # the keys to write beside those given, by section; None: all
 
 
 def template(preset: str | None = None, given: Mapping[str, Any] | None = None, *, full: bool = True) -> str:
@@ -45,19 +45,8 @@ def template(preset: str | None = None, given: Mapping[str, Any] | None = None, 
     values = f"values of the preset {name}" if name else "defaults"
     which = "All settings" if full else "The settings that people change (pipeline init --full writes all)"
     head = f"{which}; those that are not yours have the {values}. A line behind # has no effect. Paths are relative "
-    keys = None if full else _merged(_SHORT, own)
-    return "\n".join([*_comment(f"{head}to this file."), *_lines(config, keys)]) + "\n"
-
-
-def _merged(keys: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`keys` and those of `given`, section by section."""
-    merged = dict(keys)
-    for name, value in given.items():
-        if isinstance(value, Mapping):
-            merged[name] = _merged(keys.get(name) or {}, value)
-        elif name not in keys or name == "styles":
-            merged[name] = keys.get(name)
-    return merged
+    lines = _lines(config, None if full else _SHORT, own)
+    return "\n".join([*_comment(f"{head}to this file."), *lines]) + "\n"
 
 
 def _comment(text: str, columns: int = _COLUMNS) -> Iterator[str]:
@@ -65,34 +54,38 @@ def _comment(text: str, columns: int = _COLUMNS) -> Iterator[str]:
         yield f"# {line}"
 
 
-def _lines(section: BaseModel, keys: Keys, columns: int = _COLUMNS) -> Iterator[str]:
-    plain = section.model_dump(mode="json")
+def _lines(section: BaseModel, keys: Keys, given: Mapping[str, Any], columns: int = _COLUMNS) -> Iterator[str]:
+    plain = section.model_dump(mode="json", by_alias=False)
     for name, field in type(section).model_fields.items():
-        if keys is not None and name not in keys and not _is_given_entry(section, name):
+        key, value = field.alias or name, getattr(section, name)
+        if keys is not None and key not in keys and key not in given:
             continue
-        value, inner = getattr(section, name), None if keys is None else keys.get(name)
-        accepts = "" if isinstance(value, BaseModel) else f"; {expected(field.annotation, field.metadata)}"
+        inner, own = None if keys is None else keys.get(key) or {}, given.get(key)
+        is_section = isinstance(value, BaseModel)
+        accepts = "" if is_section else f"; {expected(field.annotation, field.metadata)}"
         if columns == _COLUMNS:
             yield ""
         yield from _comment(f"{field.description}{accepts}", columns)
-        if isinstance(value, BaseModel):
-            yield f"{name}:"
-            yield from (f"  {line}" for line in _lines(value, inner, columns - 2))
+        if is_section and own is not None and not isinstance(own, Mapping):  # a section that is written as one value
+            yield f"{key}: {_flow(own)}"
+        elif is_section:
+            yield f"{key}:"
+            yield from (f"  {line}" for line in _lines(value, inner, own or {}, columns - 2))
         elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
-            yield f"{name}:"
-            for number, entry in enumerate(value):
-                lines = _stage_lines(entry) if isinstance(entry, StageConfig) else _lines(entry, inner, columns - 4)
-                # the comments of the first entry are enough for all
-                yield from _entry([line for line in lines if not (number and line.startswith("#"))])
+            yield f"{key}:"
+            yield from _entries(value, inner, own, columns - 4)
         else:
             # A default that depends on another key is commented out: a fixed value would no longer follow that key.
             follows = field.default_factory_takes_validated_data and name not in section.model_fields_set
-            yield f"{'# ' if follows else ''}{name}: {_flow(plain[name])}"
+            yield f"{'# ' if follows else ''}{key}: {_flow(plain[name])}"
 
 
-def _is_given_entry(section: BaseModel, name: str) -> bool:
-    """Whether a key of a list's entry was given: `keys` has those of all entries in common."""
-    return type(section).__name__ == "StyleConfig" and name in section.model_fields_set
+def _entries(entries: Sequence[BaseModel], keys: Keys, given: Any, columns: int) -> Iterator[str]:
+    """The entries of a list of sections. Only the first has comments."""
+    for number, entry in enumerate(entries):
+        own = given[number] if isinstance(given, list) else {}
+        lines = _stage_lines(entry) if isinstance(entry, StageConfig) else _lines(entry, keys, own, columns)
+        yield from _entry([line for line in lines if not (number and line.startswith("#"))])
 
 
 def _entry(lines: list[str]) -> Iterator[str]:

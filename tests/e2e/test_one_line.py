@@ -12,6 +12,7 @@ import yaml
 
 from pipeline import load_config
 from pipeline.commands.queue import exit_code_of, run_queue
+from pipeline.config.one_line import OneLine, document_of
 from pipeline.core.events import IterationDone, QueuedRunStarted
 from tests.support.e2e import PIPELINE, journal, make_call, read_picture, write_config, write_picture, write_run
 from tests.support.terminal import Terminal
@@ -66,6 +67,26 @@ def test_another_line_does_not_replace_the_config_of_a_run(images, call):
     outcome = call(*LINE, "--set", "loss.tv_weight=0.5")
     assert outcome.code == 3 and "differs from this one in loss.tv_weight" in outcome.err
     assert "pipeline run" in outcome.err and Path("out.yaml").read_text() == text
+
+
+def test_a_file_of_another_program_is_kept(images, call):
+    """`out.yaml` may be anything."""
+    Path("out.yaml").write_text("services: {web: {image: nginx}}\n")
+    outcome = call(*LINE)
+    assert outcome.code == 3 and "Move it away, or choose another -o" in outcome.err
+    assert "nginx" in Path("out.yaml").read_text() and not Path("out.run").exists()
+
+
+def test_print_size_and_resolution_reach_the_config():
+    """A poster is ordered in centimetres."""
+    document = document_of(OneLine("c.jpg", ("s.jpg:0.5",), "o.tif", size="60cm", dpi="150"))
+    assert document.data == {
+        "content": "c.jpg",
+        "styles": [{"image": "s.jpg", "weight": 0.5}],
+        "output": "o.tif",
+        "size": "60cm",
+        "export": {"dpi": 150},
+    }
 
 
 @pytest.mark.parametrize(
