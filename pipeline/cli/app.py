@@ -27,10 +27,14 @@ from pipeline.cli.arguments import (
     with_config,
     with_log_format,
     with_run,
+    with_stage,
 )
+from pipeline.cli.init import init
+from pipeline.cli.inputs import inputs_of, with_images
+from pipeline.cli.on_finish import OnFinish
 from pipeline.cli.signals import discard_unwritable_stdout, stop_on_signals, tolerant_stderr
 from pipeline.core import profiler
-from pipeline.core.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
+from pipeline.core.errors import DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.core.events import Note, Sink
 from pipeline.core.image_formats import (
     INTENTS,
@@ -43,9 +47,9 @@ from pipeline.core.image_formats import (
 )
 from pipeline.core.lengths import MAX_DPI, MIN_DPI
 from pipeline.core.papers import PAPERS_MM
-from pipeline.core.presets import PRESETS
 
 if TYPE_CHECKING:
+    from pipeline.config import Config
     from pipeline.core.tiling import Rect
 
 _EXIT_CODES = """\b
@@ -64,9 +68,9 @@ Exit codes:
 def main() -> NoReturn:
     """Run a command and exit with its code (see errors.py)."""
     with tolerant_stderr():
+        on_finish = OnFinish()
         try:
-            cli.main(standalone_mode=False)
-            code = 0
+            code = cli.main(standalone_mode=False, obj=on_finish) or 0
         except click.exceptions.Exit as stop:
             code = stop.exit_code
         except click.ClickException as error:
@@ -82,6 +86,7 @@ def main() -> NoReturn:
         except Exception:  # anything else is a bug, not a mistake of the user
             code = _report_bug()
         discard_unwritable_stdout()
+        on_finish(code)
     sys.exit(code)
 
 
@@ -141,27 +146,74 @@ def cli() -> None:
 
 
 @cli.command(epilog=_EXIT_CODES)
-@with_config(required=True)
+@click.argument("files", nargs=-1, type=click.Path())
+@with_config(required=False)
+@with_images
 @click.option("--force", is_flag=True, help="Overwrite the output even if this run did not write it.")
+@click.option("--on-finish", metavar="CMD", help="Shell command to run at the end, unless stopped.")
 @with_log_format
 @click.option(
     "--profile",
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
     help="Write a Chrome trace of the threads, and log how busy they are.",
 )
-def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: str, profile: Path | None) -> None:
-    """Render the output image of a config, or resume a run."""
+@click.pass_context
+def run(
+    context: click.Context,
+    /,
+    files: tuple[str, ...],
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    force: bool,
+    on_finish: str | None,
+    log_format: str,
+    profile: Path | None,
+    **images: str | None,
+) -> None:
+    """Render the output image, or resume a run.
+
+    FILES are a content image and its style images, each style with its weight if you like:
+
+    \b
+      pipeline run content.jpg style.jpg other.jpg:0.5 -o out.png
+
+    The settings are written beside the output, as out.yaml. Or FILES are configs, or folders of configs: they are
+    rendered one after another, and one that fails does not stop the rest.
+    """  # noqa: D301 - click's mark for a line that is not wrapped
+    inputs = inputs_of(files, config_path, images, overrides)
+    context.ensure_object(OnFinish).command = on_finish
+    queued = []
     with _working(log_format) as (sink, stop):
         from pipeline.cli.display import with_profile
+        from pipeline.commands import one_line, queue
 
-        config, render = pipeline.load_config(config_path, overrides), pipeline.run  # the attribute access imports it
-        if profile is not None:
-            from pipeline.rundir import named_inputs, refuse_inputs
-
-            refuse_inputs(profile, [*named_inputs(config), ("output", config.output)])
+        render = pipeline.run  # the attribute access imports it
         _raise_if_stopped(stop)
+        options: dict[str, Any] = {"force": force, "sink": with_profile(sink) if profile else sink, "stop": stop}
         with profiler.recording(profile):
-            render(config, force=force, sink=with_profile(sink) if profile else sink, stop=stop)
+            if inputs.line is not None:
+                with one_line.written_config(inputs.line, sink) as config:
+                    _refuse_profile(profile, config)
+                    render(config, **options)
+            elif len(inputs.configs) == 1:
+                config = pipeline.load_config(inputs.configs[0], overrides, check_inputs=True)
+                _refuse_profile(profile, config)
+                render(config, **options)
+            else:
+                queued = queue.run_queue(inputs.configs, overrides=overrides, **options)
+    if queued:
+        from pipeline.cli import reports
+
+        reports.print_queue(queued)
+        context.exit(queue.exit_code_of(queued))
+
+
+def _refuse_profile(profile: Path | None, config: Config) -> None:
+    """Raise ConfigError if the trace of --profile would replace a file of the config."""
+    if profile is not None:
+        from pipeline.rundir import named_inputs, refuse_inputs
+
+        refuse_inputs(profile, [*named_inputs(config), ("output", config.output)])
 
 
 @cli.command()
@@ -171,7 +223,7 @@ def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show the stages, tiles, memory, disk space and work of a run."""
     from pipeline.cli import reports
 
-    config = pipeline.load_config(config_path, overrides)
+    config = pipeline.load_config(config_path, overrides, check_inputs=True)
     planned = pipeline.plan(config)
     if as_json:
         _echo_json(planned.as_dict())
@@ -194,7 +246,7 @@ def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option(
     "--crop", "rect", callback=parse_rect, metavar="X,Y,W,H", help="Render this part of the output in full resolution."
 )
-@click.option("--stage", type=int, metavar="N", help="With --crop: last stage to render; default the run's last.")
+@with_stage("With --crop: last stage to render, from 1; default the run's last.")
 @click.option("--proof", "paper", type=click.Choice(list(PAPERS_MM)), help="Make a sheet of paper to judge the print.")
 @click.option("--dpi", type=float, metavar="N", help="With --proof: px per inch of the print; default 150.")
 @click.option(
@@ -317,7 +369,7 @@ def verify(
 @cli.command()
 @with_run
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Image file to write.")
-@click.option("--stage", type=int, metavar="N", help="Stage to export; default the newest.")
+@with_stage("Stage to export, from 1; default the newest.")
 @click.option(
     "--bits",
     type=click.Choice(["auto", "8", "16"]),
@@ -400,28 +452,7 @@ def export(
     click.echo(path)
 
 
-@cli.command()
-@click.argument("path", type=click.Path(path_type=Path), default="pipeline.yaml")
-@click.option("--preset", type=click.Choice(PRESETS), help="Write the values of a preset in place of the defaults.")
-def init(path: Path, preset: str | None) -> None:
-    """Write a commented config to PATH.
-
-    The default is pipeline.yaml; - is stdout.
-    """
-    from pipeline.config.template import template
-
-    text = template(preset)
-    if str(path) == "-":
-        click.echo(text, nl=False)
-        return
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise ConfigError(f"{path}: exists and would be overwritten. Choose another name.") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}). Choose another place.") from error
-    click.echo(f"{path}: set content, styles and output in it, then run: pipeline run --config {path}")
+cli.add_command(init)
 
 
 @cli.command()

@@ -40,6 +40,15 @@ def with_run(command: F) -> F:
     return with_config(required=False)(run(command))
 
 
+def with_stage(text: str) -> Callable[[F], F]:
+    """The option --stage, which counts from 1 as all output does; the commands count from 0."""
+
+    def to_index(_context: click.Context, _option: click.Parameter, value: int | None) -> int | None:
+        return None if value is None else value - 1
+
+    return click.option("--stage", type=click.IntRange(1), metavar="N", callback=to_index, help=text)
+
+
 def parse_rect(_context: click.Context, _option: click.Parameter, value: str | None) -> Rect | None:
     """Parse `x,y,width,height` in px. Raises BadParameter."""
     if value is None:

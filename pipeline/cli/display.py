@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,31 +16,37 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
+from pipeline.core.errors import Stopped
 from pipeline.core.events import (
     Event,
     IterationDone,
     Note,
     PictureDone,
+    QueuedRunEnded,
+    QueuedRunStarted,
     RunDone,
     Sink,
     StageDone,
     StageStarted,
     WorkDone,
 )
-from pipeline.core.text import count, duration
+from pipeline.core.text import count, duration, end_text, printable, stage_name
 
 # Columns to the right of the bars: the terminal echoes ^C at the cursor, after the last bar. Without free columns the
 # echo would wrap to the next line, and rich would no longer erase the bars above it.
 _FREE_COLUMNS = 6
+# Longest time between two lines of progress in a log.
+_MAX_QUIET_S = 300.0
 # Minimum width of a bar with the gaps beside it.
 _BAR_COLUMNS = 6
 
 
 def make_sink(log_format: str) -> EventSink:
-    """The sink for `--log-format`: live, plain, json, or auto (live on a terminal, else plain)."""
+    """The sink for `--log-format`: live, plain, json, or auto: live if the terminal can move its cursor, else plain."""
     if log_format == "json":
         return JsonSink()
-    live = log_format == "live" or (log_format == "auto" and sys.stderr.isatty())
+    moves_cursor = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    live = log_format == "live" or (log_format == "auto" and moves_cursor)
     return LiveSink() if live else PlainSink()
 
 
@@ -69,10 +77,26 @@ class EventSink(ABC):
 
 
 class PlainSink(EventSink):
-    """One line for each event of interest, for logs and pipes."""
+    """One line for each event of interest, for logs and pipes, and the progress of work that takes long.
+
+    The first line of progress comes after `quiet_s` without another, each further one after twice as long, so that a
+    preview is seen to work and the log of a day stays short.
+    """
+
+    def __init__(self, quiet_s: float = 10.0) -> None:
+        super().__init__()
+        self._first_s = self._quiet_s = quiet_s
+        self._printed_s = time.monotonic()
 
     def _show(self, event: Event) -> None:
-        if (line := line_of(event)) is not None:
+        line, waited_s = line_of(event), time.monotonic() - self._printed_s
+        if isinstance(event, WorkDone) and waited_s >= self._quiet_s:
+            line = f"  {event.what}: {100 * event.done // event.total} %"
+            self._quiet_s = min(2 * self._quiet_s, _MAX_QUIET_S)
+        elif line is not None:
+            self._quiet_s = self._first_s
+        if line is not None:
+            self._printed_s = time.monotonic()
             print(line, file=sys.stderr, flush=True)
 
 
@@ -93,6 +117,7 @@ class LiveSink(EventSink):
         columns = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), numbers]
         self._progress = _Bars(*columns, console=console, expand=True, transient=True)
         self._iterations: TaskID | None = None
+        self._stage = ""
         self._passes: dict[TaskID, WorkDone] = {}  # the last event of each pass bar
 
     def __enter__(self) -> Self:
@@ -120,20 +145,23 @@ class LiveSink(EventSink):
                 text = self._describe(event)
                 self._progress.update(self._iterations, completed=event.iteration + 1, description=text)
         else:
-            self._progress.console.print(line_of(event), highlight=False, soft_wrap=True)
-            if isinstance(event, StageStarted | StageDone | PictureDone | RunDone):
+            if (line := line_of(event)) is not None:
+                self._progress.console.print(line, highlight=False, soft_wrap=True)
+            if isinstance(event, StageStarted | StageDone | PictureDone | RunDone | QueuedRunEnded):
                 self._clear()
             if isinstance(event, StageStarted):
+                self._stage = stage_name(event.stage, event.stages)
                 self._iterations = self._progress.add_task(
-                    f"stage {event.stage}", total=event.max_iterations, completed=event.iteration
+                    self._stage, total=event.max_iterations, completed=event.iteration
                 )
 
     def _describe(self, event: IterationDone) -> str:
         """The longest description that leaves room for the bar and its numbers."""
-        stage, eta = f"stage {event.stage}", f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
+        stage, eta = self._stage, f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
+        short = stage_name(event.stage)
         losses = f"content {event.content_loss:.3g} style {event.style_loss:.3g}"
         update = f"mean|u| {event.mean_abs_u:.3f}"
-        texts = (f"{stage}: {losses} {update}{eta}", f"{stage}: {update}{eta}", f"{stage}{eta}")
+        texts = (f"{stage}: {losses} {update}{eta}", f"{stage}: {update}{eta}", f"{stage}{eta}", f"{short}{eta}")
         numbers = f"{event.max_iterations}/{event.max_iterations}"
         width = self._progress.console.width - _FREE_COLUMNS - _BAR_COLUMNS - len(numbers)
         return next((text for text in texts if len(text) <= width), stage)
@@ -182,7 +210,7 @@ def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one per event type
             return event.message
         case StageStarted():
             size, tiles = f"{event.width_px}×{event.height_px} px", count(event.tiles, "tile")
-            return f"stage {event.stage} (0 to {event.stages - 1}): {size}, {tiles}"
+            return f"{stage_name(event.stage, event.stages)}: {size}, {tiles}"
         case IterationDone():
             seconds = " ".join(f"{name} {value:.1f}s" for name, value in event.seconds.items())
             eta = f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
@@ -191,13 +219,17 @@ def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one per event type
                 f"style {event.style_loss:.4g}, mean|u| {event.mean_abs_u:.3f}; {seconds}{eta}"
             )
         case StageDone():
-            return f"  stage {event.stage} ended after {count(event.iterations, 'iteration')}: {event.reason}"
+            return f"  {stage_name(event.stage)}: {end_text(event.reason)} ({event.iterations:,})"
         case PictureDone():
             settings = " ".join(event.settings) or "the config unchanged"
             took = "reused" if event.seconds is None else duration(event.seconds)
             return f"image {event.picture} of {event.pictures}: {settings}: {took}"
         case RunDone():
             return f"done in {duration(event.seconds)}: {event.output}"
+        case QueuedRunStarted():
+            return f"run {event.run} of {event.runs}: {event.config}"
+        case QueuedRunEnded() if event.exit_code not in (0, Stopped.exit_code):
+            return f"run {event.run} of {event.runs} failed: {printable(event.message)}"
     return None
 
 

@@ -17,10 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.commands.preview.preview import Preview
+from pipeline.commands.queue import QueuedRun
 from pipeline.commands.verify.verify import Report
 from pipeline.config import Config
+from pipeline.core.errors import Stopped
 from pipeline.core.lengths import cm_text, sharp_from_m
-from pipeline.core.text import count, duration
+from pipeline.core.text import count, duration, end_text, printable, stage_name
 from pipeline.plan import Plan, resolve_device
 
 _PACKAGES = ("pipeline", "torch", "zarr", "numcodecs", "dask", "numpy", "pyvips", "pydantic")
@@ -54,7 +56,7 @@ def print_plan(config: Config, planned: Plan) -> None:
     """Print the stages, tiles, memory, disk space and work of a run."""
     rows = [
         (
-            str(stage.index),
+            str(stage.index + 1),
             f"{stage.size[1]}×{stage.size[0]}",
             f"{stage.tiles:,}",
             f"×{stage.halo_overhead:.2f}",
@@ -112,11 +114,11 @@ def print_status(status: dict[str, Any]) -> None:
     _print_lines([f"{status['work_dir']}: {status['state']}{process}, computed for {duration(status['seconds'])}"])
     rows = [
         (
-            str(stage["stage"]),
+            str(stage["stage"] + 1),
             f"{stage['width_px']}×{stage['height_px']}",
-            stage["state"],
+            {"prepared": "rendering" if status["state"] == "running" else "begun"}.get(stage["state"], stage["state"]),
             f"{stage['iterations']}/{stage['max_iterations']}",
-            stage["reason"] or "",
+            end_text(stage["reason"] or ""),
             duration(stage["seconds"]),
         )
         for stage in status["stages"]
@@ -127,6 +129,23 @@ def print_status(status: dict[str, Any]) -> None:
         losses = f"content {last['content_loss']:.4g}, style {last['style_loss']:.4g}"
         lines.append(f"last iteration: {losses}, mean|u| {last['mean_abs_u']:.3f}")
     _print_lines([*lines, *(f"output: {output}" for output in status["exported"])])
+
+
+def print_queue(runs: Sequence[QueuedRun]) -> None:
+    """Print how each run of a queue ended, and how many are done."""
+    lines = []
+    for one in runs:
+        if one.exit_code is None:
+            ended = "not started"
+        elif one.exit_code == 0:
+            ended = f"done in {duration(one.seconds)}: {one.output}"
+        elif one.exit_code == Stopped.exit_code:
+            ended = "stopped; the same command resumes it"
+        else:
+            ended = f"failed (exit code {one.exit_code}): {printable(one.message.strip().splitlines()[-1])}"
+        lines.append(f"{one.config}: {ended}")
+    done = sum(one.exit_code == 0 for one in runs)
+    _print_lines([*lines, f"{done} of {count(len(runs), 'run')} done"])
 
 
 def print_preview(preview: Preview) -> None:
@@ -154,7 +173,7 @@ def print_verify(report: Report) -> None:
         lost = count(report.iterations_lost, "iteration")
         lines.append(f"{'to compute again' if report.repaired else 'to compute again after a repair'}: {lost}")
     if report.repaired and report.found:
-        lines.append(f"the run resumes at stage {report.stage}, iteration {report.iteration}")
+        lines.append(f"the run resumes at {stage_name(report.stage)}, iteration {report.iteration + 1}")
         lines += _limited([f"still {problem}" for problem in report.remaining])
     if report.leftovers:
         paths = ", ".join(map(str, report.leftovers[:3]))

@@ -20,6 +20,7 @@ from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import DeviceMemoryError, storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
 from pipeline.core.files import taken
+from pipeline.core.text import count, stage_name
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.executors import Executor, ThreadExecutor
 from pipeline.network import find_weights
@@ -159,7 +160,8 @@ class _Rendering:
     def render(self) -> None:
         """Render every stage that is not done."""
         if self.position.prepared:
-            self.sink(Note(f"resuming at stage {self.position.stage}, iteration {self.position.iteration}"))
+            stage = stage_name(self.position.stage, len(self.plan.stages))
+            self.sink(Note(f"resuming at {stage}, after {count(self.position.iteration, 'iteration')}"))
         for stage_plan in self.plan.stages[self.position.stage :]:
             if self.position.stage_done and self.position.stage == stage_plan.index:
                 self._free_arrays(stage_plan.index)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import taken
+from pipeline.core.text import stage_name
 from pipeline.rundir import (
     Iteration,
     Journal,
@@ -91,8 +92,8 @@ def choose_stage(work_dir: Path, position: Position, stage: int | None) -> int:
     """`stage`, or the newest if it is None. Raises ConfigError if the run has no canvas of that stage."""
     chosen = position.stage if stage is None else stage
     if chosen not in position.slots:
-        ready = ", ".join(str(index) for index in sorted(position.slots)) or "none yet"
-        raise ConfigError(f"{work_dir}: stage {chosen} has no canvas; stages with one: {ready}.")
+        ready = ", ".join(str(index + 1) for index in sorted(position.slots)) or "none yet"
+        raise ConfigError(f"{work_dir}: {stage_name(chosen)} has no canvas; stages with one: {ready}.")
     return chosen
 
 

@@ -1,8 +1,10 @@
 """The configuration: its fields, its YAML reader and its error messages."""
 
-from pipeline.config.config import Config, input_files, is_default, load_config, result_fields
+from pipeline.config.config import Config, differing_keys, input_files, is_default, load_config, result_fields
 from pipeline.config.fields import MAX_BYTES, MAX_CHUNK_PX, MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
 from pipeline.config.messages import faults_in, field_at
+from pipeline.config.one_line import OneLine, config_and_text
+from pipeline.config.overrides import listed
 from pipeline.config.regions import regions_of
 from pipeline.config.sections import (
     ADDED_LATER,
@@ -14,4 +16,4 @@ from pipeline.config.sections import (
     StageConfig,
     StyleConfig,
 )
-from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, dotted, listed, problem_lines, undotted
+from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, dotted, problem_lines, undotted

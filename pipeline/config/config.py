@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,12 +11,15 @@ from pydantic import BaseModel, model_validator
 
 from pipeline.config.conflicts import all_conflicts
 from pipeline.config.messages import ConflictsError, fields_of, validate
+from pipeline.config.overrides import override
 from pipeline.config.presets import with_preset
 from pipeline.config.regions import shared_masks
 from pipeline.config.sections import ADDED_LATER, COMPARED_BY_CONTENT, HARMLESS, StageConfig
 from pipeline.config.settings import Settings
-from pipeline.config.yaml_reader import Key, dotted, problem_lines, read
+from pipeline.config.yaml_reader import Document, Key, Problem, dotted, problem_lines, read
 from pipeline.core.errors import ConfigError
+from pipeline.core.files import names_in
+from pipeline.core.text import shown
 
 
 class Config(Settings):
@@ -28,27 +32,50 @@ class Config(Settings):
         return self
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), varied: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), varied: Sequence[str] = (), *, check_inputs: bool = False
+) -> Config:
     """The config in the YAML file `path`, with `key.inner=value` overrides applied and all paths made absolute.
 
     Paths in the file are relative to its folder, paths in overrides to the current folder. `varied`: the overrides
-    of one variation of a preview. Keys that are given nowhere have the values of the `preset`. Raises ConfigError with
-    every problem, one per line, as `file:line:column: key: problem` (`--set key=value: key: problem` for an override,
-    `--vary …` for a varied one), and StorageError if the disk fails.
+    of one variation of a preview. Keys that are given nowhere have the values of the `preset`. `check_inputs`: a
+    missing input file is a problem too. Raises ConfigError with every problem, one per line, as
+    `file:line:column: key: problem` (`--set key=value: key: problem` for an override, `--vary …` for a varied one), and
+    StorageError if the disk fails.
     """
     file = Path(path)
     document = read(file)
     settings = [*(("--set", setting) for setting in overrides), *(("--vary", setting) for setting in varied)]
     for number, (option, setting) in enumerate(settings):
-        document.override(number, setting, option)
+        override(document, number, setting, option)
+    return config_of(document, Path.cwd() / file.parent, check_inputs)
+
+
+def config_of(document: Document, base: Path, check_inputs: bool = False) -> Config:
+    """The config of a document whose relative paths start at `base`. Raises ConfigError with every problem."""
     config = None
-    if document.readable and isinstance(document.data, dict):
-        document.data = with_preset(document.data)
     if document.readable:
-        config = validate(Config, document, Path.cwd() / file.parent)
+        if isinstance(document.data, dict):
+            document.data = with_preset(document.data)
+        config = validate(Config, document, base)
+    if config is not None and check_inputs:
+        document.problems += _missing_inputs(config, document)
     if config is None or document.problems:
         raise ConfigError(problem_lines(document.problems))
     return config
+
+
+def _missing_inputs(config: Config, document: Document) -> Iterator[Problem]:
+    """A problem for every input file that does not exist; other faults are found when the file is opened."""
+    for key, path in input_files(config):
+        try:
+            path.stat()
+        except FileNotFoundError:
+            close = difflib.get_close_matches(path.name, names_in(path.parent), n=1)
+            hint = f"; did you mean {shown(close[0])!r}?" if close else ""
+            yield Problem(document.place(key), dotted(key), f"no such file: {shown(str(path), 4096)}{hint}")
+        except OSError:
+            continue
 
 
 def result_fields(config: Config) -> dict[str, object]:
@@ -69,10 +96,24 @@ def result_fields(config: Config) -> dict[str, object]:
     return fields
 
 
+def differing_keys(first: Config, second: Config) -> list[str]:
+    """The dotted keys, in the order of the template, whose values differ."""
+    before, after = ({dotted(key): value for key, value, _ in _values(config)} for config in (first, second))
+    missing = object()
+    return [key for key in {**before, **after} if before.get(key, missing) != after.get(key, missing)]
+
+
 def input_files(config: Settings) -> Iterator[tuple[Key, Path]]:
     """(key, path) of every file that the config reads."""
     for key, value, mark in _values(config):
         if mark == COMPARED_BY_CONTENT["resume"] and isinstance(value, Path):
+            yield key, value
+
+
+def paths_of(config: Config) -> Iterator[tuple[Key, Path]]:
+    """(key, path) of every path in the config, also of those that it writes."""
+    for key, value, _ in _values(config):
+        if isinstance(value, Path):
             yield key, value
 
 

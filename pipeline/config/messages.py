@@ -15,6 +15,7 @@ from annotated_types import MaxLen
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from pipeline.config.hints import hint
 from pipeline.config.yaml_reader import Document, Key, Problem, dotted
 from pipeline.core.text import shown
 
@@ -187,6 +188,8 @@ def _faults(error: ValidationError, model: type[BaseModel], document: Document) 
             specific[key] = Problem(place, dotted(key), text)
         elif kind == "extra_forbidden":
             text = f"unknown key; {allowed(str(key[-1]), tuple(fields_of(parent)))}"
+            if str(key[-1]).isdecimal():
+                text = "unknown key; a comma separates keys here, so a decimal number needs a point, such as 0.5"
             specific[key] = Problem(document.place(key, of_name=True), dotted(key), text)
         elif kind == "value_error" and not isinstance(cause, ConflictsError):
             specific[key] = Problem(place, dotted(key), str(cause))
@@ -199,12 +202,13 @@ def _faults(error: ValidationError, model: type[BaseModel], document: Document) 
 
 
 def _mismatch(field: FieldInfo, value: object) -> str:
-    text = f"expected {expected(field.annotation, field.metadata)}"
+    accepts = expected(field.annotation, field.metadata)
+    text = f"expected {accepts}, found {_written(value)}"
     annotation = _not_null(field.annotation)
     names = [str(name) for name in get_args(annotation)] if get_origin(annotation) is Literal else []
-    offered = [name for name in names if name in text]  # an accepted name may be left out of what is expected
+    offered = [name for name in names if name in accepts]  # an accepted name may be left out of what is expected
     close = difflib.get_close_matches(value[:80], offered, n=1) if isinstance(value, str) else []
-    return f"{text}, found {_written(value)}" + (f"; did you mean {close[0]!r}?" if close else "")
+    return f"{text}; did you mean {close[0]!r}?" if close else text + hint(annotation, accepts, value)
 
 
 def _not_null(annotation: Any) -> Any:

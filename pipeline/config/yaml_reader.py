@@ -7,7 +7,7 @@ aliases and tags are refused, because they can hide what a config contains. Prob
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ MAX_DEPTH = 20
 MAX_VALUES = 5000
 # About one screen of a terminal.
 MAX_PROBLEMS = 40
+NO_COMMENTS = "an option has no comments; put text with a # in quotes of its own"
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _WORDS: dict[str, object] = {
@@ -110,24 +111,8 @@ class Document:
         self.readable = False
         self.problems.append(Problem(Place(line, column, self.source), "", text))
 
-    def override(self, number: int, setting: str, option: str = "--set") -> None:
-        """Apply the `number`-th `--set key=value`. The value is YAML; its problems are placed at the option."""
-        place = Place(10**9 + number, 0, f"{option} {shown(setting)}")
-        name, equals, text = setting.partition("=")
-        parts = name.split(".")
-        if not equals or not all(parts) or len(parts) > MAX_DEPTH:
-            self.problems.append(Problem(place, "", "not key=value, such as size=4096 or styles.0.weight=2"))
-            return
-        value = Document(place.source)
-        _parse(text, value, lambda _mark: place, CommandLineText)
-        for problem in value.problems:
-            self.problems.append(
-                Problem(place, ".".join(filter(None, (dotted(tuple(parts)), problem.key))), problem.text)
-            )
-        if value.readable:
-            self._put(parts, value.data, place)
-
-    def _put(self, parts: list[str], value: object, place: Place) -> None:
+    def put(self, parts: Sequence[str], value: object, place: Place) -> None:
+        """Set the value at the key of these parts, creating the sections above it; problems are placed at `place`."""
         if not isinstance(self.data, dict):
             self.data = {}
         container: Any = self.data
@@ -177,7 +162,7 @@ def read(path: Path) -> Document:
     except UnicodeDecodeError as error:
         document.fail("not UTF-8 text; save the file as UTF-8", *_position_after(raw[: error.start].decode()))
         return document
-    _parse(text, document, lambda mark: Place(mark.line + 1, mark.column + 1, document.source), str)
+    parse(text, document, lambda mark: Place(mark.line + 1, mark.column + 1, document.source), str)
     if document.readable and document.data is None:
         document.fail("the config is empty; `pipeline init` writes one to start from")
     elif document.readable and not isinstance(document.data, dict):
@@ -206,27 +191,19 @@ def _read_bytes(path: Path, document: Document) -> bytes:
     return b""
 
 
-def listed(text: str, place: Place) -> tuple[list[str], list[Problem]]:
-    """The comma-separated YAML values in `text`, as written, and the problems that keep them from being parsed.
-
-    Commas inside quotes, [] or {} do not separate.
-    """
-    flow, document = f"[{text}]", Document(place.source)
-    _parse(flow, document, lambda _mark: place, str)
-    if document.problems or not document.readable:
-        return [], document.problems
-    node: Any = _Loader(flow).get_single_node()
-    return [flow[value.start_mark.index : value.end_mark.index] for value in node.value], []
-
-
 Locate = Callable[[Any], Place]  # of a PyYAML mark
 
 
-def _parse(text: str, document: Document, locate: Locate, as_text: type[str]) -> None:
-    """Fill `document` from YAML `text`. It becomes unreadable only if the text cannot be parsed at all."""
-    loader = None
+def parse(
+    text: str, document: Document, locate: Locate, as_text: type[str], loader_type: type[Loader] | None = None
+) -> yaml.Node | None:
+    """Fill `document` from YAML `text`, and return its nodes.
+
+    It becomes unreadable only if the text cannot be parsed at all.
+    """
+    loader = node = None
     try:
-        loader = _Loader(text)
+        loader = (loader_type or Loader)(text)
         node = loader.get_single_node()
     except yaml.reader.ReaderError as error:
         character = chr(error.character)
@@ -241,6 +218,18 @@ def _parse(text: str, document: Document, locate: Locate, as_text: type[str]) ->
         for mark, reason in loader.refused:
             document.problems.append(Problem(locate(mark), "", reason))
         document.data = _Builder(document, locate, as_text).build(node, ())
+    return node
+
+
+def plain_value(text: str) -> object:
+    """The value of text without quotes: null, true, false, a number, or the text itself."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if len(text) <= _MAX_NUMBER_CHARS and _INT.fullmatch(text):
+        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+    if len(text) <= _MAX_NUMBER_CHARS and _FLOAT.fullmatch(text):
+        return float(text)
+    return text
 
 
 def _position_after(text: str) -> tuple[int, int]:
@@ -250,6 +239,8 @@ def _position_after(text: str) -> tuple[int, int]:
 
 def _syntax(error: yaml.MarkedYAMLError) -> str:
     problem = error.problem or "it cannot be parsed"
+    if problem == NO_COMMENTS:
+        return problem
     if "'\\t'" in problem:
         return "a tab; indent YAML with spaces only"
     if "another document" in problem:
@@ -258,7 +249,7 @@ def _syntax(error: yaml.MarkedYAMLError) -> str:
     return f"not valid YAML:{shown(context)} {shown(problem)}".replace(":  ", ": ")
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """Composes nodes without anchors, aliases and tags, and stops at MAX_VALUES and MAX_DEPTH."""
 
     def __init__(self, text: str) -> None:
@@ -268,6 +259,7 @@ class _Loader(yaml.SafeLoader):
         self._values = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose one node, without its anchor and its tag."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         mark = event.start_mark
         self._values += 1
@@ -331,13 +323,8 @@ class _Builder:
 
     def _scalar(self, node: Any, key: Key) -> object:
         text = str(node.value)
-        if node.style is None:  # plain, not quoted
-            if text in _WORDS:
-                return _WORDS[text]
-            if len(text) <= _MAX_NUMBER_CHARS and _INT.fullmatch(text):
-                return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-            if len(text) <= _MAX_NUMBER_CHARS and _FLOAT.fullmatch(text):
-                return float(text)
+        if node.style is None and not isinstance(value := plain_value(text), str):  # not quoted
+            return value
         if _SURROGATE.search(text):
             self._problem(self.locate(node.start_mark), key, f"{shown(text)} is not valid text")
             return None

@@ -101,6 +101,26 @@ class PictureDone(Event):
     seconds: float | None
 
 
+@dataclass(frozen=True)
+class QueuedRunStarted(Event):
+    """Number `run` of the `runs` of a queue starts, or resumes."""
+
+    run: int
+    runs: int
+    config: str
+
+
+@dataclass(frozen=True)
+class QueuedRunEnded(Event):
+    """Number `run` of the `runs` of a queue has ended; `message` says why if `exit_code` is not 0."""
+
+    run: int
+    runs: int
+    config: str
+    exit_code: int
+    message: str
+
+
 Sink = Callable[[Event], None]
 
 

@@ -36,6 +36,24 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def stage_name(index: int, stages: int | None = None) -> str:
+    """A stage for a person, who counts from 1: stage 1 of 4."""
+    return f"stage {index + 1}" + (f" of {stages}" if stages else "")
+
+
+# Why a stage ended, for a person; the keys are those of the journal.
+_REASONS = {
+    "max_iterations": "all iterations done",
+    "stop_condition": "change below stop_condition",
+    "converged": "nothing left to change",
+}
+
+
+def end_text(reason: str) -> str:
+    """Why a stage ended, in words."""
+    return _REASONS.get(reason, reason)
+
+
 def duration(seconds: float) -> str:
     """A duration: 42s, 3m 10s, 5h 02m, 2d 03h."""
     whole = round(seconds)

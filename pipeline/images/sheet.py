@@ -1,6 +1,7 @@
 """A contact sheet: images in rows and columns with their labels, as one image.
 
     title
+    settings
     reference  reference            the images that all others were made from, smaller
     caption    caption
                key value  key value
@@ -60,11 +61,12 @@ class Row:
 
 @dataclass(frozen=True)
 class ContactSheet:
-    """Rows of images under a title and the reference images, each with its caption."""
+    """Rows of images under a title, the settings of all and the reference images, each with its caption."""
 
     title: str
     references: Sequence[tuple[Label, SheetImage]]
     rows: Sequence[Row]
+    settings: Sequence[str] = ()  # of all images, below the title, a line each
 
     @property
     def size(self) -> Size:
@@ -123,7 +125,7 @@ class ContactSheet:
         """The sheet from top to bottom, in libvips images of its full width."""
         gap = pyvips.Image.black(1, self._text_px, bands=3).invert()
         inner_px = self._width_px - 2 * self._text_px
-        strips = [gap, self._text(((("", self.title)),), inner_px), gap]
+        strips = [gap, *(self._text((("", line),), inner_px) for line in (self.title, *self.settings)), gap]
         yield from map(self._full_width, strips)
         for line in self._reference_lines(load, inner_px):
             yield from map(self._full_width, (line, gap))

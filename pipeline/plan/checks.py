@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.core.errors import ConfigError, InputError
+from pipeline.core.text import stage_name
 from pipeline.core.tiling import Size
 from pipeline.core.vgg_layers import ceil_to, min_side_px
 from pipeline.images import ImageHeader
@@ -69,8 +70,8 @@ def check_image_sizes(work: StageWork, stage: int) -> None:
         minimum = min_side_px(layers, config.network.padding) if layers else 1
         if min(size) < minimum:
             raise InputError(
-                f"{role} {path}: at stage {stage} it is {size[1]}×{size[0]} px, but the deepest layer in use needs "
-                f"{minimum} px on each side ({config.network.padding} padding). Use a larger image, a larger "
+                f"{role} {path}: at {stage_name(stage)} it is {size[1]}×{size[0]} px, but the deepest layer in use "
+                f"needs {minimum} px on each side ({config.network.padding} padding). Use a larger image, a larger "
                 "initial_size, or shallower layers."
             )
 

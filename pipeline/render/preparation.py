@@ -15,6 +15,7 @@ from pipeline import store
 from pipeline.config import regions_of
 from pipeline.core.allocator import trim_heap
 from pipeline.core.errors import InputError, storage
+from pipeline.core.text import stage_name
 from pipeline.losses import color as colors
 from pipeline.plan import arrays_of
 from pipeline.render import color_tasks, ingest, mask_tasks, resample, tile_specs, tile_tasks
@@ -143,8 +144,8 @@ def _refuse_nowhere(stage: Stage, areas: Mapping[str, float]) -> None:
             image = stage.config.styles[region.styles[0]].image
             what = f"mask {region.mask}: is black" if region.mask else "styles without a mask: the masks are white"
             raise InputError(
-                f"{what} all over stage {stage.plan.index} ({stage.plan.size[1]}×{stage.plan.size[0]} px), so that "
-                f"{image} would paint nothing. Draw the masks otherwise, leave this style out (stages: can "
+                f"{what} all over {stage_name(stage.plan.index)} ({stage.plan.size[1]}×{stage.plan.size[0]} px), so "
+                f"that {image} would paint nothing. Draw the masks otherwise, leave this style out (stages: can "
                 "do so for the small ones alone), or begin with a larger initial_size."
             )
 

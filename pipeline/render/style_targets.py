@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline import images, store
 from pipeline.config import regions_of
 from pipeline.core.errors import ConfigError, InputError
+from pipeline.core.text import stage_name
 from pipeline.core.tiling import Size, Tile, grid
 from pipeline.losses import color as colors
 from pipeline.losses import objective
@@ -113,8 +114,8 @@ def _mean_grams(
     areas = _areas(stage, folder, style, tiles)
     if not all(areas.values()):
         raise InputError(
-            f"{image}: is transparent all over, at {size[1]}×{size[0]} px in stage {stage.plan.index}, so that it has "
-            "no style. Use an image that is not, or one without alpha."
+            f"{image}: is transparent all over, at {size[1]}×{size[0]} px in {stage_name(stage.plan.index)}, so that "
+            "it has no style. Use an image that is not, or one without alpha."
         )
     color_map = _color_map(stage, folder, style, content)
     specs = [

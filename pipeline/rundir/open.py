@@ -24,7 +24,7 @@ from pipeline.config import (
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError, DamagedStateError
 from pipeline.core.image_formats import RGB8
-from pipeline.core.text import shown
+from pipeline.core.text import shown, stage_name
 from pipeline.network import WeightsSource, sha256_of
 from pipeline.plan import Plan, default_threads
 from pipeline.rundir.journal import Journal, standing
@@ -158,8 +158,8 @@ def refuse_unknown_stage(work_dir: Path, manifest: Manifest, position: Position)
     """Raise DamagedStateError if the journal records a stage that the manifest does not have."""
     if position.stage >= (stages := len(manifest.stages)):
         raise DamagedStateError(
-            f"{journal_path(work_dir)}: records stage {position.stage}, but the manifest beside it has stages 0 to "
-            f"{stages - 1} only, so the two are not of one run. Restore the run directory from a copy."
+            f"{journal_path(work_dir)}: records {stage_name(position.stage)}, but the manifest beside it has stages 1 "
+            f"to {stages} only, so the two are not of one run. Restore the run directory from a copy."
         )
 
 
@@ -238,9 +238,9 @@ def refuse_other_stages(config: Config, manifest: Manifest, planned: Plan) -> No
         old, new = _stage_text(stage), _stage_text(plan)
         if old != new:
             raise ConfigError(
-                f"{config.work_dir}: stage {number} of this run is {old}, but this version of pipeline plans it as "
-                f"{new}: the arrays on disk would not fit. Finish the run with the version that began it, or give this "
-                "config another work_dir."
+                f"{config.work_dir}: {stage_name(number)} of this run is {old}, but this version of pipeline plans it "
+                f"as {new}: the arrays on disk would not fit. Finish the run with the version that began it, or give "
+                "this config another work_dir."
             )
 
 

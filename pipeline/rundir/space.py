@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.core.errors import SpaceError
+from pipeline.core.text import stage_name
 from pipeline.plan import Plan
 
 _BLOCK_BYTES = 4096  # of nearly every file system
@@ -41,7 +42,7 @@ def check_space(config: Config, planned: Plan, stage: int) -> None:
             for plan in later
         ]
         peak = DiskSpace(max(need.bytes for need in peaks), max(need.files for need in peaks))
-    what = f"rendering from stage {stage} on" if later else "the output image"
+    what = f"rendering from {stage_name(stage)} on" if later else "the output image"
     image_bytes = planned.output_bytes + planned.levels_bytes
     if _device_of(config.work_dir) == _device_of(config.output.parent):
         _require(config.work_dir, DiskSpace(max(peak.bytes, after.bytes + image_bytes), peak.files), what)

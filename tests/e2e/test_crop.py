@@ -118,8 +118,8 @@ def test_crop_of_a_run_with_several_scales(tmp_path):
 def test_finished_stage_is_cut_and_not_rendered(config, call):
     """A crop of a finished stage must be cut from its canvas, not rendered again."""
     export = config.parent / "stage.png"
-    assert call("export", "-c", config, "--stage", 1, "-o", export).code == 0
-    outcome = call("preview", "-c", config, "--crop", "60,20,50,41", "--stage", 1)
+    assert call("export", "-c", config, "--stage", 2, "-o", export).code == 0
+    outcome = call("preview", "-c", config, "--crop", "60,20,50,41", "--stage", 2)
     assert outcome.code == 0, outcome.err
     assert "nothing is rendered" in outcome.err
     y0, y1, x0, x1 = 20 * 56 // 110, -(-61 * 56 // 110), 60 * 76 // 150, -(-110 * 76 // 150)
@@ -155,7 +155,7 @@ def test_stopped_crop_leaves_nothing(config):
         (["--crop", "0,0,0,10"], "is not inside the image", 3),
         (["--crop", "0,0,10"], "x,y,width,height", 2),
         (["--crop", "-1,0,10,10"], "x,y,width,height", 2),
-        (["--crop", "0,0,10,10", "--stage", "3"], "the run's stages are 0 to 2", 3),
+        (["--crop", "0,0,10,10", "--stage", "4"], "the run's stages are 1 to 3", 3),
         (["--crop", "0,0,10,10", "--vary", "seed=1"], "omit --vary", 2),
         (["--stage", "1"], "--stage requires --crop", 2),
         (["--crop", "0,0,10,10", "--set", "loss.style_weight=3"], "loss.style_weight: was 1.0, is 3", 3),

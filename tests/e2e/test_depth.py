@@ -224,7 +224,7 @@ def test_an_exported_stage_has_alpha_of_its_own_size(tmp_path, call):
     config = write_run(tmp_path, (150, 110), (60, 50), RGBA16, output="out.tif", initial_size=80)
     assert call("run", "-c", config).code == 0
     small, shallow, flat = (tmp_path / name for name in ("small.png", "shallow.png", "flat.jpg"))
-    assert call("export", "--run", tmp_path / "run", "-o", small, "--stage", 0).code == 0
+    assert call("export", "--run", tmp_path / "run", "-o", small, "--stage", 1).code == 0
     assert np.array_equal(read_picture(small)[..., 3], stream(tmp_path / "content.png", 80, 59, RGBA16)[..., 3])
     assert call("export", "-c", config, "-o", shallow, "--bits", 8).code == 0
     assert np.array_equal(read_picture(shallow), np.rint(read_picture(tmp_path / "out.tif") / 257).astype(np.uint8))
@@ -298,7 +298,7 @@ def test_damaged_alpha_of_a_finished_stage_is_not_exported_and_is_made_again(tmp
         pipeline.export(tmp_path / "run", tmp_path / "again.tif")
     pipeline.export(tmp_path / "run", tmp_path / "again.jpg")  # JPEG has no alpha
     report = pipeline.verify(tmp_path / "run", repair=True)
-    assert report.clean and ["stage 0 starts again" in step for step in report.steps] == [True]
+    assert report.clean and ["stage 1 starts again" in step for step in report.steps] == [True]
     pipeline.run(config)
     assert paths[1].read_bytes() == whole
 

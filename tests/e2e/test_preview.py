@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 
 from pipeline import load_config, plan, preview, run
 from pipeline.commands.preview.at_size import at_size
+from pipeline.commands.preview.grid import Grid
 from pipeline.commands.preview.sweep import MAX_VARIATIONS, load_variations
 from pipeline.config.config import Config, input_files
 from pipeline.core.cancel import NEVER
 from pipeline.core.errors import ConfigError, Stopped
 from pipeline.core.events import Note, PictureDone
 from pipeline.images.sheet import ContactSheet, Row, SheetImage, shortened
+from pipeline.plan import resolve_device
 from pipeline.plan.checks import check_overrides
 from pipeline.plan.sizes import long_sides, stage_sizes
 from pipeline.rundir.lock import RunLock
@@ -52,6 +54,18 @@ def call(capfd, monkeypatch):
 def config(tmp_path) -> Path:
     """A run of stages of 48, 96 and 130 px."""
     return write_run(tmp_path, CONTENT_PX, optimizer={"max_iterations": 1})
+
+
+@pytest.mark.quick
+def test_the_sheet_names_every_set(config, tmp_path):
+    """A sheet that is looked at a week later must say which settings all its images have."""
+    overrides = ["size=96", "loss.content_weight=0.5", "styles.0.weight=2"]
+    axes, variations = load_variations(config, overrides, ["seed=1"])
+    grid = Grid(axes, variations, 48, resolve_device("cpu"))
+    grid.plan(tmp_path / "sheets", NEVER)
+    with_settings, without = grid.sheet("c.yaml", overrides), grid.sheet("c.yaml", [])
+    assert with_settings.settings == [f"--set {setting}" for setting in overrides]
+    assert with_settings.size[0] - without.size[0] >= 3 * with_settings._text_px  # a line each
 
 
 # --- which images --------------------------------------------------------------------------------------------------
@@ -115,7 +129,7 @@ def test_wrong_variations_are_refused_before_anything_is_made(config, call, vary
 def test_a_file_that_is_missing_is_an_error_of_the_config(config, call):
     """A missing input is an error of the config, not of a file that was deleted."""
     outcome = call("preview", "-c", config, "--set", "content=gone.png")
-    assert outcome.code == 3 and "gone.png: no such file" in outcome.err, outcome.err
+    assert outcome.code == 3 and "content: no such file: " in outcome.err and "gone.png" in outcome.err, outcome.err
 
 
 def test_every_wrong_value_is_told_once(config):
@@ -141,7 +155,7 @@ def test_preview_is_the_runs_own_stage_of_that_size(config, call):
         config,
         *(f"--set={setting}" for setting in settings),
         "--stage",
-        1,
+        2,
         "-o",
         config.parent / "stage.png",
     )
@@ -168,7 +182,7 @@ def test_preview_is_the_run(config, call, monkeypatch, style_px, settings):
     run(load_config(config, settings))
     whole = preview(config, overrides=settings, size_px=130).pictures[0].picture
     np.testing.assert_array_equal(read_picture(whole), read_picture(config.parent / "out.png"))
-    call("export", "-c", config, *(f"--set={setting}" for setting in settings), "--stage", 1, "-o", "stage.png")
+    call("export", "-c", config, *(f"--set={setting}" for setting in settings), "--stage", 2, "-o", "stage.png")
     part = preview(config, overrides=settings, size_px=96).pictures[0].picture
     np.testing.assert_array_equal(read_picture(part), read_picture(config.parent / "stage.png"))
     mine, runs = results(part.parent / "run"), results(config.parent / "run")

@@ -274,7 +274,7 @@ def test_a_style_may_be_larger_than_the_canvas_but_is_never_upsampled():
 
 def test_a_style_too_small_for_the_network_is_refused_before_the_run():
     """It would fail at the stage that needs it, hours later."""
-    with pytest.raises(InputError, match=r"style image /s0.png: at stage 0 it is 20×16 px, but the deepest layer"):
+    with pytest.raises(InputError, match=r"style image /s0.png: at stage 1 it is 20×16 px, but the deepest layer"):
         network = {"padding": "reflect"}
         planned((1000, 800), styles=[{"image": "/s0.png", "max_size": 20}], style_sizes=[(700, 900)], network=network)
 

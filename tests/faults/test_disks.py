@@ -110,7 +110,7 @@ def test_room_is_looked_for_before_the_next_stage(nursery, tmp_path, leave):
             outcome.check(config, child.wait(), child.err)
             watch.wait()
             assert (outcome.codes, outcome.problems) == ([5], [])
-            assert "stage 1" in outcome.message and "still needs" in outcome.message
+            assert "stage 2" in outcome.message and "still needs" in outcome.message
             assert len(reached) == 1  # nothing of stage 1 was written
             disk.free()
             again = start(nursery, config)

@@ -215,7 +215,7 @@ def test_a_manifest_that_knows_fewer_stages_than_the_journal(run, call):
     for command in (["status"], ["verify"], ["verify", "--repair"]):
         outcome = call(*command, "--run", run)
         assert (outcome.code, outcome.err.count("\n")) == (6, 1), outcome
-        assert "the manifest beside it has stages 0 to 0 only" in outcome.err
+        assert "the manifest beside it has stages 1 to 1 only" in outcome.err
 
 
 METADATA: dict[str, Callable[[Json], Any]] = {

@@ -149,10 +149,10 @@ def test_damage_is_named_to_the_chunk_and_what_to_do_is_told(base, call):
         "array": "m_1",
         "chunk": [0, 0],
     }
-    assert report["iterations_lost"] == 1 and "stage 2 resumes at iteration 2" in report["steps"][0]
+    assert report["iterations_lost"] == 1 and "stage 3 resumes at iteration 3" in report["steps"][0]
     shown = call("verify", "--run", base.work_dir)
     assert shown.code == 6
-    assert f"changed: {path} (stage 2, m_1, chunk row 0, column 0)" in shown.out
+    assert f"changed: {path} (stage 3, m_1, chunk row 0, column 0)" in shown.out
     assert "to compute again after a repair: 1 iteration" in shown.out
 
 
@@ -207,7 +207,7 @@ def test_the_stage_begins_again_where_it_is_not(base):
     flip_in(base, newest(base, "canvas"))
     report = mended(base)
     assert (report.iterations_lost, report.stage, report.iteration) == (3, 1, ITERATIONS)
-    assert "stage 2 starts again" in report.steps[0]
+    assert "stage 3 starts again" in report.steps[0]
 
 
 def test_two_damages_send_the_run_back_two_stages(base):
@@ -216,7 +216,7 @@ def test_two_damages_send_the_run_back_two_stages(base):
     flip_in(base, newest(base, "canvas"))
     flip_in(base, "stage_1/canvas_0/c/1/1/0")
     report = mended(base)
-    assert "stage 1 starts again" in report.steps[0]
+    assert "stage 2 starts again" in report.steps[0]
     assert report.iterations_lost == 3 + ITERATIONS
 
 
@@ -245,9 +245,9 @@ def test_the_canvas_of_an_earlier_stage_is_given_up(base, call):
     base.put_back(MID)
     flip_in(base, "stage_0/canvas_0/c/0/0/0")
     report = mended(base)
-    assert report.iterations_lost == 0 and "give up the canvas of stage 0" in report.steps[0]
-    outcome = call("export", "--run", base.work_dir, "--stage", "0", "-o", base.folder / "stage0.tif")
-    assert outcome.code == 3 and "stage 0 has no canvas; stages with one: 1, 2" in outcome.err
+    assert report.iterations_lost == 0 and "give up the canvas of stage 1" in report.steps[0]
+    outcome = call("export", "--run", base.work_dir, "--stage", "1", "-o", base.folder / "stage0.tif")
+    assert outcome.code == 3 and "stage 1 has no canvas; stages with one: 2, 3" in outcome.err
 
 
 @pytest.mark.parametrize("name", ["content", "features_conv4_2", "gram_conv3_1"])
@@ -259,7 +259,7 @@ def test_the_stage_starts_again_if_its_inputs_rot(bases, variant, name):
     flip_in(base, f"stage_2/{name}/c/0/0" + ("" if name.startswith("gram") else "/0"))
     report = mended(base)
     assert (report.iterations_lost, report.stage, report.iteration) == (3, 1, ITERATIONS)
-    assert report.steps == ("roll back: stage 2 starts again, and the output image will be the same",)
+    assert report.steps == ("roll back: stage 3 starts again, and the output image will be the same",)
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{}")])

@@ -46,6 +46,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.image_formats import RGB8
+from pipeline.core.text import stage_name
 from pipeline.core.tiling import Rect, Size
 from pipeline.core.vgg_layers import ALIGN_PX, ceil_to
 from pipeline.executors import Executor, ThreadExecutor
@@ -100,16 +101,17 @@ def crop(
 ) -> Path:
     """Render a part of the image as the run of `config` will, starting from the last stage that it has finished.
 
-    `rect`: in px of the finished image. `stage`: the last stage to render; default the run's last. The result has the
-    size of `rect` at that stage. `output`: default beside the config's output. `force`: overwrite a file that no
-    preview of this config wrote. Raises ConfigError if no stage of the run is finished, and the errors of errors.py.
+    `rect`: in px of the finished image. `stage`: index of the last stage to render; default the run's last. The
+    result has the size of `rect` at that stage. `output`: default beside the config's output. `force`: overwrite a file
+    that no preview of this config wrote. Raises ConfigError if no stage of the run is finished, and the errors of
+    errors.py.
     """
     target_file = output or folder_of(config).with_name(f"{config.output.stem}.crop.png")
     crops = Crops.of(resolved(config), sink, stop)
     last = len(crops.plan.stages) - 1
     target = last if stage is None else stage
     if not 0 <= target <= last:
-        raise ConfigError(f"--stage {target}: the run's stages are 0 to {last}.")
+        raise ConfigError(f"--stage {target + 1}: the run's stages are 1 to {last + 1}.")
     _refuse_outside(rect, crops.plan.stages[last].size)
     _refuse_carried(config, crops.plan)
     own = scaled(rect, crops.plan.stages[last].size, crops.plan.stages[target].size)
@@ -264,7 +266,7 @@ class Crop:
         source = whole(self.finished.canvas)
         integrity.require_intact([source.array], executor, self._progress("check"))
         if target < first:
-            self.context.sink(Note(f"stage {target} is finished: its canvas is cropped, and nothing is rendered"))
+            self.context.sink(Note(f"{stage_name(target)} is finished: its canvas is cropped, and nothing is rendered"))
             return source
         sizes = [stage.size for stage in self.plan.stages[first : target + 1]]
         layer_uses = [self._stage(index, size).layer_use for index, size in enumerate(sizes, start=first)]
@@ -274,7 +276,7 @@ class Crop:
         whole_image = self._whole_image()
         for index, region in enumerate(regions(own, sizes, around, self._align_px), start=first):
             size = self.plan.stages[index].size
-            text = f"stage {index}: {region.width}×{region.height} px of {size[1]}×{size[0]} around the crop"
+            text = f"{stage_name(index)}: {region.width}×{region.height} px of {size[1]}×{size[0]} around the crop"
             self.context.sink(Note(text))
             source = self._render_stage(index, region, source, whole_image)
         return source
@@ -353,7 +355,7 @@ class Crop:
         """Advance the position, without a journal: a crop that is stopped starts again. Returns whether to continue."""
         settings, at = stage.config.optimizer, self._position
         self._position = at.after(iteration_record(stage.plan.index, at.iteration, result))
-        self._progress(f"stage {stage.plan.index} of the crop")(self._position.iteration, settings.max_iterations)
+        self._progress(f"{stage_name(stage.plan.index)} of the crop")(self._position.iteration, settings.max_iterations)
         return end_reason(self._position, settings) is None
 
     def _start(self, stage: Stage, source: Region, region: Rect, size: Size) -> store.StageArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,8 +120,11 @@ class Grid:
             where = "" if len(same) == len(groups) else f" with {_shortened_list(same)}"
             sink(Note(f"{shown(axis.key)} made no difference{where}: its images are the same, byte for byte"))
 
-    def sheet(self, name: str) -> ContactSheet:
-        """The sheet of all images. `name`: of the config. Raises ConfigError if it would need too much memory."""
+    def sheet(self, name: str, overrides: Sequence[str]) -> ContactSheet:
+        """The sheet of all images. `name`: of the config. `overrides`: its `--set`s.
+
+        Raises ConfigError if it would need too much memory.
+        """
         images, across = self.images, self.across
         wrapped = across < (len(self._axes[0].values) if self._axes else 1)
         labels = [_label(self._axes, image.variation.settings) for image in images]
@@ -132,7 +136,9 @@ class Grid:
             rows.append(Row(labels[start][1:], above, row))
         sizes = sorted({max(image.plan.stages[-1].size) for image in images})
         title = f"{name}, rendered at {' and '.join(map(str, sizes))} px"
-        sheet = ContactSheet(title, self._references(), rows)
+        sheet = ContactSheet(
+            title, self._references(), rows, [f"--set {shlex.quote(setting)}" for setting in overrides]
+        )
         needed, limit = BASE_BYTES["cpu"] + sheet.strip_bytes, images[0].config.memory.limit_bytes
         if needed > limit:
             raise ConfigError(

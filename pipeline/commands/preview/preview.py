@@ -92,14 +92,14 @@ def preview(
     preview of this config wrote. Raises the errors of errors.py. After Stopped, or any crash, the same call resumes;
     finished images are not rendered again.
     """
-    axes, variations = load_variations(path, overrides, vary)
+    axes, variations = load_variations(path, overrides, vary, check_inputs=True)
     first = variations[0].config
     sheet = output or folder_of(first).with_name(f"{folder_of(first).name}.png")
     _refuse_fixed(axes)
     cancel = CancelToken(stop)
     grid = Grid(axes, variations, size_px, resolve_device(first.compute.device))
     grid.plan(folder_of(first), cancel)
-    contact_sheet = grid.sheet(Path(path).name)
+    contact_sheet = grid.sheet(Path(path).name, overrides)
     height, width = contact_sheet.size
     if output is not None:
         refuse_missing_folder(output)

@@ -33,12 +33,12 @@ class Variation:
 
 
 def load_variations(
-    path: str | Path, overrides: Sequence[str], vary: Sequence[str]
+    path: str | Path, overrides: Sequence[str], vary: Sequence[str], *, check_inputs: bool = False
 ) -> tuple[tuple[Axis, ...], list[Variation]]:
     """The axes of `vary`, each `key=value,value`, and all combinations of their values, the last axis fastest.
 
-    Values are YAML: a comma inside [], {} or quotes does not separate values. Raises ConfigError with all problems of
-    all combinations, each listed once.
+    A comma inside [], {} or quotes does not separate values. `check_inputs`: as in load_config. Raises ConfigError with
+    all problems of all combinations, each listed once.
     """
     axes = tuple(_axes(vary))
     if (number := math.prod(len(axis.values) for axis in axes)) > MAX_VARIATIONS:
@@ -51,7 +51,7 @@ def load_variations(
     for values in itertools.product(*(axis.values for axis in axes)):
         settings = tuple(f"{axis.key}={value}" for axis, value in zip(axes, values, strict=True))
         try:
-            variations.append(Variation(settings, load_config(path, overrides, settings)))
+            variations.append(Variation(settings, load_config(path, overrides, settings, check_inputs=check_inputs)))
         except ConfigError as error:
             problems |= dict.fromkeys(str(error).splitlines())
     if problems:

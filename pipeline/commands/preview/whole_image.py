@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline import store
+from pipeline.core.text import stage_name
 from pipeline.core.tiling import Rect, Size, Tile
 from pipeline.core.vgg_layers import LAYER_BY_NAME
 from pipeline.losses.objective import Gram
@@ -122,7 +123,7 @@ class WholeImage:
             )
             for tile in tiles
         ]
-        on_progress = stage.counter(f"Gram pass of stage {self.index}", len(specs))
+        on_progress = stage.counter(f"Gram pass of {stage_name(self.index)}", len(specs))
         sums = stage.executor.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, dict[str, Gram](), on_progress)
         areas = _areas(stage, tiles, layers, guided)
         return {key: total / areas[key] for key, total in sums.items() if areas[key] > 0}

@@ -18,6 +18,7 @@ from pipeline import store
 from pipeline.commands.verify.scan import ScanResult
 from pipeline.commands.verify.store_check import FOREIGN, Problem
 from pipeline.core.files import taken
+from pipeline.core.text import stage_name
 from pipeline.executors import Executor
 from pipeline.rundir import (
     SECOND_NAME,
@@ -179,9 +180,9 @@ def _rollback_step(scan: ScanResult, first_record: int, first_stage: int) -> Ste
     position = position_of(scan.journal.records[:first_record])
     lost = sum(isinstance(record, Iteration) for record in scan.journal.records[first_record:])
     stages = range(first_stage, scan.position.stage + 1)
-    where = f"stage {first_stage} starts again"
+    where = f"{stage_name(first_stage)} starts again"
     if not stages:
-        where = f"stage {position.stage} resumes at iteration {position.iteration}"
+        where = f"{stage_name(position.stage)} resumes at iteration {position.iteration + 1}"
 
     def take() -> None:
         # the record first: after a crash here, the arrays are leftovers that the next preparation replaces
@@ -201,11 +202,13 @@ def _allocation_step(scan: ScanResult, name: str, chunks: Sequence[tuple[int, in
         for cy, cx in chunks:
             make_room_again(array, cy, cx)
 
-    return Step(f"allocate {len(chunks)} chunks of stage {stage}, {name}, again: their content is unused", take)
+    return Step(f"allocate {len(chunks)} chunks of {stage_name(stage)}, {name}, again: their content is unused", take)
 
 
 def _lost_step(scan: ScanResult, stage: int) -> Step:
-    text = f"give up the canvas of stage {stage}: the run does not need it, but `pipeline export --stage` loses it"
+    text = (
+        f"give up the canvas of {stage_name(stage)}: the run does not need it, but `pipeline export --stage` loses it"
+    )
     return Step(text, lambda: _append(scan, CanvasLost(stage=stage)))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline import store
 from pipeline.core.files import is_of_the_system
+from pipeline.core.text import stage_name
 from pipeline.executors import Executor
 from pipeline.rundir import Position, stage_path, store_path
 from pipeline.store import (
@@ -54,7 +55,7 @@ class Problem:
     chunk: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        place = "" if self.stage is None else f" (stage {self.stage}"
+        place = "" if self.stage is None else f" ({stage_name(self.stage)}"
         place += f", {self.array}" if self.array else ""
         place += f", chunk row {self.chunk[0]}, column {self.chunk[1]}" if self.chunk else ""
         return f"{self.kind}: {self.path}{place and place + ')'} {self.what}"

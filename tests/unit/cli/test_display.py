@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -180,7 +181,7 @@ def test_the_bars_of_a_stage_are_removed_at_its_end(monkeypatch):
         sink(started(1))
         sink(work("Gram pass", 1, stage=1))
         bars = display.settle(lambda bars: len(bars) == 2)
-        assert bars[0].startswith("stage 1") and bars[1].startswith("Gram pass")
+        assert bars[0].startswith("stage 2 of 4") and bars[1].startswith("Gram pass")
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 120])
@@ -192,12 +193,29 @@ def test_numbers_are_whole_in_narrow_terminals(monkeypatch, columns):
         sink(iterated(11))
         sink(work("content features", 12_345, 67_890))
         first, second = display.settle(lambda bars: bars[1:] and "12345" in bars[1])
-        assert first.startswith("stage 0") and "2h 03m left" in first and first.endswith("12/40")
+        assert first.startswith("stage 1") and "2h 03m left" in first and first.endswith("12/40")
         assert second.startswith("content features") and second.endswith("12345/67890")
+        assert ("stage 1 of 4" in first) == (columns >= 60)
         assert ("mean|u| 0.510" in first) == (columns >= 60)
         assert ("content 0.0123" in first) == (columns >= 120)
         assert max(map(len, (first, second))) <= columns - 4  # room for ^C, twice
     assert display.screen.bars == []
+
+
+def test_a_log_tells_the_progress_of_work_that_takes_long(monkeypatch):
+    """A preview in a pipe printed nothing for minutes; a log of days must not have a line per tile."""
+    now = [0.0]
+    monkeypatch.setattr("pipeline.cli.display.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with make_sink("plain") as sink:
+        for percent in range(101):
+            now[0] += 1
+            sink(work("image 1 of 2", percent, 100))
+        sink(Note("image 1 of 2: done"))
+        now[0] += 9
+        sink(work("image 2 of 2", 1, 100))
+    lines = [f"  image 1 of 2: {percent} %" for percent in (9, 29, 69)]
+    assert sys.stderr.getvalue().splitlines() == [*lines, "image 1 of 2: done"]
 
 
 def two_bars(screen: Screen) -> bool:

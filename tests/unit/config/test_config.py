@@ -53,7 +53,25 @@ def test_template_has_every_key(write):
     """Users would not find a key that is missing in the template."""
     text = template()
     for name in _leaf_names(Config):
-        assert re.search(rf"^[ #-]*{name}: .*  # \w", text, re.MULTILINE), name
+        assert re.search(rf"^ *# \S.*\n[ #-]*{name}: \S", text, re.MULTILINE), name
+
+
+def test_the_short_template_is_short_and_renders_the_same(write):
+    """A first-time user reads ten keys, not eighty, in a terminal of 60 columns."""
+    text = template(full=False)
+    assert load_config(write(text)) == load_config(write(template()))
+    keys = [line for line in text.splitlines() if re.match(r"[ -]*\w+: \S", line)]
+    assert len(keys) == 11  # one more for the weight of the style
+    assert max(map(len, text.splitlines())) <= 60
+
+
+@pytest.mark.parametrize(
+    "name", ["1e3", "0o17", "1_000", "1:30", "no", "null", "a: b", "# a", "it's", '"a', "- a", "é\u2028"]
+)
+def test_what_the_template_writes_is_read_back(write, tmp_path, name):
+    """PyYAML leaves 1e3 without quotes, which this program reads as a number."""
+    given = {"content": name, "styles": [{"image": name}], "output": "r.tif"}
+    assert load_config(write(template(given=given))).content == tmp_path / name
 
 
 def _leaf_names(model: type[BaseModel]) -> Iterator[str]:
@@ -259,6 +277,14 @@ def test_missing_keys_are_named(write):
         (f"content={'x/' * 2048}y", "longer than 4095"),
         ('content="a\\nb.tif"', "line break"),
         ('output="\\e[2Jr.tif"', "control character"),
+        ("loss.content_weight=0,05", "write 0.05, with a point"),
+        ("loss={content_weight: 0,05}", "a decimal number needs a point"),
+        ("size=1_000", "write 1000"),
+        ("optimizer.clip=no", "write false"),
+        ("styles=[a.jpg]", "write {image: a.jpg}"),
+        ("styles=a.jpg", "write [{image: a.jpg}]"),
+        ("loss=kind: gatys", "write {kind: gatys}"),
+        ("work_dir=0128", "put a name that looks like a number in quotes"),
         ("loss={content_weight: 0, style_weight: 0}", "0, like loss.content_weight"),
         ("network={content_layers: {}, style_layers: {}}", "no layers, and none in network.content_layers"),
         ("network={name: random, weights: w.pth}", "would ignore this file"),
@@ -373,8 +399,50 @@ def test_the_number_of_problems_is_limited(write):
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["Poster #3.run", "#3", "a: b", "*a", "&a b", "!x", "@x", "%x", "- x", "? x", "| x", "---", "it's", "a, b", "`x`",
+     "> x", "a]", "1:30", "2024-01-01", "1_000", "no", "...", "<<"],
+)  # fmt: skip
+def test_a_name_in_an_option_is_that_name(write, tmp_path, monkeypatch, name):
+    """`Poster #3.run` was read as `Poster`, and two posters met in one folder: an option has no comments."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config(write(SMALL), [f"work_dir={name}"]).work_dir == tmp_path / name
+    assert load_config(write(SMALL), [f"styles.0.image={name}"]).styles[0].image == tmp_path / name
+    quoted = name.replace("'", "''")
+    assert load_config(write(SMALL), [f"styles=[{{image: '{quoted}'}}]"]).styles[0].image == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        'output="a.png" # x',
+        "styles=[{image: a #1.jpg}]",
+        "styles=[{image: a.jpg}] # best",
+        "loss={\n# all\nkind: gatys}",
+    ],
+)
+def test_an_option_has_no_comments(write, setting):
+    """What follows a # would be dropped in silence."""
+    assert "an option has no comments" in only(write(SMALL), setting.replace("\\n", "\n"))
+
+
+def test_a_missing_input_is_named_with_its_key_and_line(write, tmp_path):
+    """The artist finds the mistyped name at once, and the file that was meant."""
+    (tmp_path / "a.tiff").touch()
+    path = write(SMALL)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["loss.content_mask=m.png"], check_inputs=True)
+    assert str(caught.value).splitlines() == [
+        f"{path}:1:10: content: no such file: {tmp_path / 'a.tif'}; did you mean 'a.tiff'?",
+        f"{path}:2:18: styles.0.image: no such file: {tmp_path / 's.jpg'}",
+        f"--set loss.content_mask=m.png: loss.content_mask: no such file: {Path.cwd() / 'm.png'}",
+    ]
+
+
+@pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ("content=[1] a.jpg", "needs quotes of its own: '\"[1] a.jpg\"'"),
         ("seed", "not key=value"),
         ("=3", "not key=value"),
         ("loss..kind=gatys", "not key=value"),

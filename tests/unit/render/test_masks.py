@@ -120,7 +120,7 @@ def test_a_mask_that_is_black_is_refused_by_name(tmp_path, narrow_weights):
     black, half = np.zeros((48, 64), np.uint8), ramp(48, 64, 0.4, 0.6)
     sizes = {"style_sizes": SIZES["style_sizes"][:2], "style_weights": (1.0, 1.0)}
     with (
-        pytest.raises(InputError, match=r"mask .*mask_.*png: is black all over stage 0 .*style1.png would paint"),
+        pytest.raises(InputError, match=r"mask .*mask_.*png: is black all over stage 1 .*style1.png would paint"),
         prepared(tmp_path, narrow_weights, (48, 64), 64, masks=(half, black), **sizes),
     ):
         pass
