@@ -25,6 +25,7 @@ from pipeline.core.errors import ConfigError, DamagedStateError, PipelineError, 
 from pipeline.core.events import Note, Sink
 from pipeline.core.image_formats import COMPRESSIONS, MAX_SIDE_PX, PREVIEW_PX
 from pipeline.core.presets import PRESETS
+from pipeline.core.text import size_text
 
 if TYPE_CHECKING:
     from pipeline.core.tiling import Rect
@@ -124,13 +125,26 @@ def cli() -> None:
 @cli.command(epilog=_EXIT_CODES)
 @with_config(required=True)
 @click.option("--force", is_flag=True, help="Overwrite the output even if this run did not write it.")
+@click.option(
+    "--more-iterations",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Continue a finished run with N iterations at its last size.",
+)
 @with_log_format
 @click.option(
     "--profile",
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
     help="Write a Chrome trace of the threads, and log how busy they are.",
 )
-def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: str, profile: Path | None) -> None:
+def run(
+    config_path: Path,
+    overrides: tuple[str, ...],
+    force: bool,
+    more_iterations: int | None,
+    log_format: str,
+    profile: Path | None,
+) -> None:
     """Render the output image of a config, or resume a run."""
     with _working(log_format) as (sink, stop):
         from pipeline.cli.display import with_profile
@@ -138,22 +152,38 @@ def run(config_path: Path, overrides: tuple[str, ...], force: bool, log_format: 
         config, render = pipeline.load_config(config_path, overrides), pipeline.run  # the attribute access imports it
         _raise_if_stopped(stop)
         with profiler.recording(profile):
-            render(config, force=force, sink=with_profile(sink) if profile else sink, stop=stop)
+            events = with_profile(sink) if profile else sink
+            render(config, force=force, more_iterations=more_iterations, sink=events, stop=stop)
 
 
 @cli.command()
 @with_config(required=True)
+@click.option("--time", "with_time", is_flag=True, help="Measure for about 5 s how long the run takes on this machine.")
+@click.option(
+    "--watts", type=click.FloatRange(0), metavar="W", help="With --time: power of the machine while it works."
+)
 @as_json_option
-def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show the stages, tiles, memory, disk space and work of a run."""
+def plan(config_path: Path, overrides: tuple[str, ...], with_time: bool, watts: float | None, as_json: bool) -> None:
+    """Show the stages, tiles, memory, disk space and work of a run, and what `run` would do now."""
+    if watts is not None and not with_time:
+        raise click.UsageError("--watts is for --time")
     from pipeline.cli import reports
 
     config = pipeline.load_config(config_path, overrides)
     planned = pipeline.plan(config)
+    if with_time:
+        with _working("auto") as (sink, stop):
+            expected = pipeline.measured_time(config, planned, watts=watts, sink=sink, stop=stop)
+    run = pipeline.outlook(config, planned)
     if as_json:
-        _echo_json(planned.as_dict())
-    else:
-        reports.print_plan(config, planned)
+        _echo_json(
+            {**planned.as_dict(), "run": run, **({"time": expected and expected.as_dict()} if with_time else {})}
+        )
+        return
+    reports.print_plan(config, planned)
+    if with_time and expected is not None:
+        reports.print_forecast(expected)
+    click.echo(f"run      {run}")
 
 
 @cli.command(epilog=_EXIT_CODES)
@@ -231,6 +261,30 @@ def status(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path |
         _echo_json(progress)
     else:
         reports.print_status(progress)
+
+
+@cli.command(epilog=_EXIT_CODES)
+@with_run
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@click.option("--force", is_flag=True, help="Also if the run has no image yet, so that its work is lost.")
+def clean(
+    config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None, yes: bool, dry_run: bool, force: bool
+) -> None:
+    """Delete the state of a finished run. Its image, config and journal stay."""
+    from pipeline.cli import reports
+
+    work_dir, delete = _work_dir(config_path, overrides, run_dir), pipeline.clean
+    click.echo(reports.cleaning_text(delete(work_dir, force=force, dry_run=True)))
+    if dry_run:
+        return
+    if not yes:  # before the signal handlers: Ctrl-C ends the question
+        if not sys.stdin.isatty():
+            raise click.UsageError("nobody can be asked here: give --yes, or --dry-run to see what would be deleted")
+        click.confirm("Delete it?", abort=True)
+    with _working("auto") as (_, stop):
+        freed = delete(work_dir, force=force, stop=stop).freed_bytes
+    click.echo(f"{size_text(freed)} freed")
 
 
 @cli.command(epilog=_EXIT_CODES)

@@ -130,7 +130,10 @@ class LiveSink(EventSink):
 
     def _describe(self, event: IterationDone) -> str:
         """The longest description that leaves room for the bar and its numbers."""
-        stage, eta = f"stage {event.stage}", f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
+        stage, eta = (
+            f"stage {event.stage}",
+            f", {duration(event.eta_s)} left in the run" if event.eta_s is not None else "",
+        )
         losses = f"content {event.content_loss:.3g} style {event.style_loss:.3g}"
         update = f"mean|u| {event.mean_abs_u:.3f}"
         texts = (f"{stage}: {losses} {update}{eta}", f"{stage}: {update}{eta}", f"{stage}{eta}")
@@ -185,7 +188,7 @@ def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one per event type
             return f"stage {event.stage} (0 to {event.stages - 1}): {size}, {tiles}"
         case IterationDone():
             seconds = " ".join(f"{name} {value:.1f}s" for name, value in event.seconds.items())
-            eta = f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
+            eta = f", {duration(event.eta_s)} left in the run" if event.eta_s is not None else ""
             return (
                 f"  iteration {event.iteration + 1}/{event.max_iterations}: content {event.content_loss:.4g}, "
                 f"style {event.style_loss:.4g}, mean|u| {event.mean_abs_u:.3f}; {seconds}{eta}"

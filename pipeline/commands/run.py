@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shlex
 import threading
 import time
 from collections.abc import Sequence
@@ -14,28 +15,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import store
+from pipeline.commands.measure import forecast, is_worth_measuring
+from pipeline.commands.start import (
+    FOREIGN,
+    check_start,
+    export_options,
+    measured_iterations,
+    picture_is_there,
+    with_finished_run,
+)
 from pipeline.config import Config, OptimizerConfig
 from pipeline.core.allocator import trim_heap
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import DeviceMemoryError, storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
-from pipeline.core.files import taken
+from pipeline.core.text import size_text
 from pipeline.core.vgg_layers import ceil_to
-from pipeline.executors import Executor, ThreadExecutor
 from pipeline.network import find_weights
-from pipeline.plan import WORKERS, Device, Plan, StagePlan, resolve_device, update_threads
+from pipeline.plan import Plan, Speed, StagePlan, resolve_device
 from pipeline.render import export
-from pipeline.render.context import RenderContext, iteration_record, make_stage, prepared_record, render_context
+from pipeline.render.context import (
+    RenderContext,
+    executor_for,
+    iteration_record,
+    make_stage,
+    prepared_record,
+    render_context,
+    settings_of,
+)
 from pipeline.rundir import (
     Journal,
     Position,
-    RunLock,
     check_space,
     content_alpha,
-    is_as_written,
-    journal_path,
     locked_folder,
-    manifest_path,
     newest_canvas,
     newest_moments,
     now,
@@ -46,26 +59,34 @@ from pipeline.rundir import (
     refuse_links,
     stage_path,
     standing,
+    state_bytes,
     store_path,
     written_picture,
 )
-from pipeline.rundir.process_settings import enter_process_settings, process_settings
+from pipeline.rundir.process_settings import process_settings
 from pipeline.store import integrity, kept_files, metadata
 
 if TYPE_CHECKING:
     from pipeline.render.measurements import IterationResult
 
-_FOREIGN = "this run did not make it"
-
 
 @process_settings()
-def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threading.Event | None = None) -> Path:
+def run(
+    config: Config,
+    *,
+    force: bool = False,
+    more_iterations: int | None = None,
+    sink: Sink = ignore,
+    stop: threading.Event | None = None,
+) -> Path:
     """Render the output image of `config`, or resume an earlier run of the same config; returns the image's path.
 
-    `force`: overwrite an output that this run did not make. `stop`: set it from any thread to stop between two tasks.
+    `force`: overwrite an output that this run did not make. `more_iterations`: continue a finished run with a stage of
+    its last size and this many iterations. `stop`: set it from any thread to stop between two tasks.
     Raises the errors of errors.py; after Stopped, or any crash, the same call resumes.
     """
     started, cancel = time.monotonic(), CancelToken(stop)
+    config = with_finished_run(config, sink, cancel)
     with storage(config.work_dir), ExitStack() as stack:
         exists = config.work_dir.exists()
         if exists:  # before anything that takes long, so that a second run is refused at once
@@ -73,38 +94,37 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
         device = resolve_device(config.compute.device)
         planned = plan_on(config, device)
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
-        begun = taken(manifest_path(config.work_dir)) or taken(journal_path(config.work_dir))
-        if not (force or begun):
-            refuse_foreign(config.output, {}, _FOREIGN)
+        begin = check_start(config, planned, weights, force=force, more_iterations=more_iterations, cancel=cancel)
         if not exists:  # after all refusals, so that a refused start creates nothing
             lock = stack.enter_context(locked_folder(config.work_dir))
         # inside the lock: its tasks have ended before another run can lock the directory
-        executor = stack.enter_context(_executor(config, device, lock, sink, cancel))
+        executor = stack.enter_context(executor_for(config, device, lock.descriptor, sink, cancel))
         refuse_links(config.work_dir)
-        journal = open_run(config, planned, weights, cancel)
         context = render_context(config, planned, device, weights, executor, sink)
-        rendering = _Rendering(config, planned, context, journal, force)
-        rendering.refuse_foreign_output()
+        speed = _first_speed(config, planned, context) if not begin.position.is_fixed else Speed()
+        journal = open_run(config, planned, begin.identity)
+        if begin.adds is not None:
+            journal.append(records.StageAdded(iterations=begin.adds, time=now()))
+        rendering = _Rendering(config, begin.planned, context, journal, force, speed)
         rendering.render()
         rendering.export()
+    sink(Note(_deletable(config.work_dir)))
     sink(RunDone(str(config.output), time.monotonic() - started))
     return config.output
 
 
-def _executor(config: Config, device: Device, lock: RunLock, sink: Sink, cancel: CancelToken) -> Executor:
-    """The threads of this process, or worker processes."""
-    if config.compute.workers == 0:
-        return ThreadExecutor(WORKERS, cancel, update_threads(device.name))
-    from pipeline.executors.processes import ProcessExecutor  # noqa: PLC0415 - brings distributed, for this case only
+def _first_speed(config: Config, planned: Plan, context: RenderContext) -> Speed:
+    """The speed of this machine, of which the user is told what it means for the run, if the run takes long."""
+    if is_worth_measuring(planned) and (measured := forecast(config, planned, context)):
+        speed, expected = measured
+        context.sink(Note(expected.text))
+        return speed
+    return Speed()
 
-    return ProcessExecutor(
-        config.compute.workers,
-        WORKERS,
-        cancel,
-        lock.descriptor,
-        lambda message: sink(Note(message)),
-        enter_process_settings,
-    )
+
+def _deletable(work_dir: Path) -> str:
+    command = f"pipeline clean --run {shlex.quote(str(work_dir))}"
+    return f"the image needs no state any more: `{command}` frees {size_text(state_bytes(work_dir))}"
 
 
 @dataclass(frozen=True)
@@ -125,29 +145,33 @@ class _Rendering:
     context: RenderContext
     journal: Journal
     force: bool
+    _speed: Speed
     position: Position = field(init=False)
-    _speed: _Speed = field(init=False)
+    _is_warm: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        _, self.position = standing(self.journal)
-        self._speed = _Speed()
+        earlier, self.position = standing(self.journal)
+        self._is_warm = False
+        for stage, seconds in measured_iterations(earlier):
+            self._speed.add(self.plan.stages[stage].flop_per_iteration, seconds)
         self.sink, self.executor = self.context.sink, self.context.executor
 
     def refuse_foreign_output(self) -> None:
         """Raise ConfigError if the output path has a file that this run did not write.
 
-        Checked at the start and again before the export, because a run may take days.
+        Checked again before the export, because a run may take days.
         """
         if not self.force:
-            refuse_foreign(self.config.output, self.position.pictures, _FOREIGN, self.executor.cancel)
+            refuse_foreign(self.config.output, self.position.pictures, FOREIGN, self.executor.cancel)
 
     def render(self) -> None:
         """Render every stage that is not done."""
-        if self.position.prepared:
+        if self.position.prepared and not self.position.cleaned:
             self.sink(Note(f"resuming at stage {self.position.stage}, iteration {self.position.iteration}"))
         for stage_plan in self.plan.stages[self.position.stage :]:
             if self.position.stage_done and self.position.stage == stage_plan.index:
-                self._free_arrays(stage_plan.index)
+                if not self.position.cleaned:
+                    self._free_arrays(stage_plan.index)
                 continue
             self._render_stage(stage_plan)
 
@@ -214,8 +238,12 @@ class _Rendering:
 
     def _commit_iteration(self, stage_plan: StagePlan, iteration: int, result: IterationResult) -> bool:
         """Commit the iteration, and return whether another one follows."""
-        self._commit(iteration_record(stage_plan.index, iteration, result))
-        self._speed.add(stage_plan.flop_per_iteration, sum(result.seconds.values()))
+        if self._is_warm:  # the first iteration also loads weights and compiles kernels
+            self._speed.add(stage_plan.flop_per_iteration, result.busy["wall"])
+        self._is_warm = True
+        left = self._speed.remaining_s(self.plan.stages[stage_plan.index :], iteration + 1)
+        record = iteration_record(stage_plan.index, iteration, result)
+        self._commit(record.model_copy(update={"remaining_s": left}))
         self.sink(
             IterationDone(
                 stage=stage_plan.index,
@@ -229,29 +257,20 @@ class _Rendering:
                 alpha=result.alpha,
                 seconds=result.seconds,
                 busy=result.busy,
-                eta_s=self._speed.seconds_for(self._remaining_flop(stage_plan.index)),
+                eta_s=left,
             )
         )
         return end_reason(self.position, self._settings(stage_plan)) is None
 
-    def _remaining_flop(self, index: int) -> int:
-        """FLOP of all remaining iterations if no stage stops early."""
-        current, *later = self.plan.stages[index:]
-        remaining = current.flop_per_iteration * (current.max_iterations - self.position.iteration)
-        return remaining + sum(stage.flop_per_iteration * stage.max_iterations for stage in later)
-
     def _settings(self, stage_plan: StagePlan) -> OptimizerConfig:
-        return self.config.for_stage(max(stage_plan.size)).optimizer
+        return settings_of(self.config, stage_plan).optimizer
 
     def export(self) -> None:
         """Write the last stage's canvas as the output image, unless the same image is there already."""
         output, picture = self.config.output, self.plan.picture
+        options = export_options(self.config, self.plan)
         settings = self.config.export.model_copy(update={"bits": picture.bits})
-        options = settings.model_dump(mode="json")
-        before = self.position.exported.get(str(output))
-        # options that are newer than the record did not affect its image
-        same = before and before == {key: options.get(key) for key in before}
-        if same and is_as_written(output, self.position.pictures[str(output)][-1], self.executor.cancel):
+        if picture_is_there(self.config, self.plan, self.position, self.executor.cancel):
             self.sink(Note(f"{output} is already there"))
             return
         check_space(self.config, self.plan, len(self.plan.stages))
@@ -302,22 +321,3 @@ def end_reason(position: Position, settings: OptimizerConfig) -> str | None:
     if position.mean_abs_u is not None and position.mean_abs_u < settings.stop_condition:
         return "stop_condition"
     return "max_iterations" if position.iteration >= settings.max_iterations else None
-
-
-class _Speed:
-    """Seconds per floating-point operation, as measured so far in this process."""
-
-    def __init__(self) -> None:
-        self._flop = 0.0
-        self._seconds = 0.0
-        self._warm = False
-
-    def add(self, flop: int, seconds: float) -> None:
-        if not self._warm:  # the first iteration also loads weights and compiles kernels
-            self._warm = True
-            return
-        # older iterations have less weight: those of smaller stages have relatively more overhead
-        self._flop, self._seconds = self._flop * 0.8 + flop, self._seconds * 0.8 + seconds
-
-    def seconds_for(self, flop: int) -> float | None:
-        return flop * self._seconds / self._flop if self._flop else None

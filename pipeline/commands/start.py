@@ -1,0 +1,206 @@
+"""How a run starts: what it does first, or why it is refused. `run` acts on this, and `plan` tells it.
+
+Nothing here writes: `run` passes through the same checks before it creates or changes a file.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.commands.status import refuse_cleaned
+from pipeline.config import MAX_ITERATIONS, Config, is_default, result_fields
+from pipeline.core.cancel import NEVER, CancelToken
+from pipeline.core.errors import ConfigError, PipelineError, Stopped
+from pipeline.core.events import Note, Sink, ignore
+from pipeline.core.files import taken
+from pipeline.network import WeightsSource, find_weights, weights_path
+from pipeline.plan import Plan, with_added_stages
+from pipeline.rundir import (
+    Identity,
+    Iteration,
+    Journal,
+    Position,
+    Record,
+    check_run,
+    check_space,
+    check_work_dir,
+    identity,
+    is_as_written,
+    journal_path,
+    manifest_path,
+    read_manifest,
+    refuse_foreign,
+    refuse_links,
+    refuse_locked,
+    standing,
+)
+from pipeline.rundir.process_settings import process_settings
+
+FOREIGN = "this run did not make it"
+_MAX_STAGES = 64  # as in the journal
+
+
+@dataclass(frozen=True)
+class Start:
+    """The start of a run that is not refused.
+
+    `planned`: with the stages that were added to the run, also by this start, which has to record that if `adds` is
+    not None. `position`: of the run on disk, as it is now.
+    """
+
+    config: Config
+    planned: Plan
+    identity: Identity
+    position: Position
+    adds: int | None
+    picture_is_there: bool
+
+    @property
+    def text(self) -> str:
+        """What `pipeline run` does, in words."""
+        at, stages = self.position, len(self.planned.stages)
+        if self.adds is not None:
+            return f"adds a stage of {self.adds} iterations to the finished run"
+        if not at.is_fixed:
+            return "starts from the beginning"
+        if at.stage_done and at.stage == stages - 1:
+            if self.picture_is_there:
+                return f"does nothing: {self.config.output} is already there"
+            return f"writes {self.config.output} from the finished run, and renders nothing"
+        if at.stage_done:
+            return f"resumes with stage {at.stage + 2} of {stages}"
+        iterations = self.planned.stages[at.stage].max_iterations
+        return f"resumes in stage {at.stage + 1} of {stages}, after {at.iteration} of {iterations} iterations"
+
+
+def has_begun(work_dir: Path) -> bool:
+    """Whether a run has begun in this folder."""
+    return taken(manifest_path(work_dir)) or taken(journal_path(work_dir))
+
+
+def check_start(
+    config: Config,
+    planned: Plan,
+    weights: WeightsSource,
+    *,
+    force: bool = False,
+    more_iterations: int | None = None,
+    cancel: CancelToken = NEVER,
+) -> Start:
+    """Refuse what `run` refuses, and say how it starts. `planned`: without added stages.
+
+    `more_iterations`: of a stage to add to a finished run. Raises the errors of errors.py.
+    """
+    if config.work_dir.exists():
+        refuse_links(config.work_dir)
+    if not (force or has_begun(config.work_dir)):
+        refuse_foreign(config.output, {}, FOREIGN)
+    identity_now = identity(config, weights, cancel)
+    _, position = check_run(config, planned, identity_now)
+    adds = _added(config, planned, position, more_iterations)
+    extended = with_added_stages(planned, position.added if adds is None else (*position.added, adds))
+    there = adds is None and picture_is_there(config, extended, position, cancel)
+    if not there:
+        refuse_cleaned(config.work_dir, position)
+        if not force:
+            refuse_foreign(config.output, position.pictures, FOREIGN, cancel)
+    if adds is not None or (position.stage_done and not there):
+        check_space(config, extended, position.stage + 1)
+    return Start(config, extended, identity_now, position, adds, there)
+
+
+def _added(config: Config, planned: Plan, position: Position, more_iterations: int | None) -> int | None:
+    """The iterations of a stage to add now. None: none is asked for, or the one that is asked for is being rendered."""
+    if more_iterations is None:
+        return None
+    refuse_cleaned(config.work_dir, position)
+    last = len(planned.stages) + len(position.added) - 1
+    if not (position.stage == last and position.stage_done and position.exported):
+        if position.added and position.added[-1] == more_iterations:
+            return None
+        raise ConfigError(
+            f"--more-iterations: the run in {config.work_dir} is not finished, and only a finished one is continued. "
+            "Run it without this option first."
+        )
+    if more_iterations > MAX_ITERATIONS:
+        raise ConfigError(f"--more-iterations {more_iterations}: a stage has {MAX_ITERATIONS:,} iterations at most.")
+    if last + 1 >= _MAX_STAGES:
+        raise ConfigError(f"--more-iterations: the run has {last + 1} stages already, and no run has more.")
+    return more_iterations
+
+
+def picture_is_there(config: Config, planned: Plan, position: Position, cancel: CancelToken) -> bool:
+    """Whether the output is the image of the last canvas, written with today's export options."""
+    before = position.exported.get(str(config.output))
+    options = export_options(config, planned)
+    # options that are newer than the record did not affect its image
+    same = bool(before) and before == {key: options.get(key) for key in before or ()}
+    return same and is_as_written(config.output, position.pictures[str(config.output)][-1], cancel)
+
+
+def export_options(config: Config, planned: Plan) -> dict[str, object]:
+    """The options of the run's own export, as its record has them."""
+    return config.export.model_copy(update={"bits": planned.picture.bits}).model_dump(mode="json")
+
+
+def with_finished_run(config: Config, sink: Sink = ignore, cancel: CancelToken = NEVER) -> Config:
+    """The config in the run directory of a finished run that differs in nothing but the name of its output.
+
+    Without `work_dir` in the config, another name of the output means another run directory, and the image would be
+    rendered again. The config itself if there is no such run beside the output, or a run has begun under the new name.
+    """
+    if not is_default(config, ("work_dir",)) or has_begun(config.work_dir):
+        return config
+    fields, identity_now = result_fields(config), None
+    for work_dir in sorted(config.output.parent.glob("*.run")):
+        try:
+            manifest = read_manifest(manifest_path(work_dir))
+            if manifest.result_fields != fields:
+                continue
+            position = standing(Journal(journal_path(work_dir)))[1]
+        except (PipelineError, OSError):
+            continue  # another program's folder, or a run that cannot be read: it is of no use here
+        last = len(manifest.stages) + len(position.added) - 1
+        if position.cleaned or not (position.stage == last and position.stage_done):
+            continue
+        if identity_now is None:
+            weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
+            identity_now = identity(config, weights, cancel)
+        if manifest.inputs == identity_now.inputs:
+            sink(Note(f"{work_dir} holds the finished run of this config: its image is written, nothing is rendered"))
+            return config.model_copy(update={"work_dir": work_dir})
+    return config
+
+
+@process_settings()
+def outlook(
+    config: Config, planned: Plan, *, more_iterations: int | None = None, stop: threading.Event | None = None
+) -> str:
+    """What `run` would do with this config now, in words, or why it would refuse. Reads all inputs if there is a run.
+
+    Raises Stopped soon after `stop` is set.
+    """
+    cancel = CancelToken(stop)
+    weights_file = weights_path(config.network.name, config.network.weights)
+    if weights_file is not None and not weights_file.is_file():
+        return "loads the weights of the network first, which is checked then"
+    try:
+        config = with_finished_run(config, cancel=cancel)
+        if config.work_dir.exists():
+            refuse_locked(config.work_dir)
+            check_work_dir(config.work_dir)
+        weights = find_weights(config.network.name, config.network.weights, config.seed, cancel=cancel)
+        start = check_start(config, planned, weights, more_iterations=more_iterations, cancel=cancel)
+    except Stopped:
+        raise
+    except PipelineError as error:
+        return f"is refused: {error}"
+    return start.text
+
+
+def measured_iterations(records: list[Record]) -> list[tuple[int, float]]:
+    """(stage, seconds) of every iteration that the journal records."""
+    iterations = [record for record in records if isinstance(record, Iteration)]
+    return [(record.stage, record.busy.get("wall", sum(record.seconds.values()))) for record in iterations]
