@@ -274,8 +274,11 @@ def clean(
     """Delete the state of a finished run. Its image, config and journal stay."""
     from pipeline.cli import reports
 
-    work_dir, delete = _work_dir(config_path, overrides, run_dir), pipeline.clean
-    click.echo(reports.cleaning_text(delete(work_dir, force=force, dry_run=True)))
+    _check_run_options(config_path, run_dir)
+    config = pipeline.load_config(config_path, overrides) if config_path is not None else None
+    work_dir, delete = config.work_dir if config is not None else cast(Path, run_dir), pipeline.clean
+    output = None if config is None else config.output
+    click.echo(reports.cleaning_text(delete(work_dir, output=output, force=force, dry_run=True)))
     if dry_run:
         return
     if not yes:  # before the signal handlers: Ctrl-C ends the question
@@ -283,7 +286,7 @@ def clean(
             raise click.UsageError("nobody can be asked here: give --yes, or --dry-run to see what would be deleted")
         click.confirm("Delete it?", abort=True)
     with _working("auto") as (_, stop):
-        freed = delete(work_dir, force=force, stop=stop).freed_bytes
+        freed = delete(work_dir, output=output, force=force, stop=stop).freed_bytes
     click.echo(f"{size_text(freed)} freed")
 
 

@@ -166,7 +166,7 @@ class _Rendering:
 
     def render(self) -> None:
         """Render every stage that is not done."""
-        if self.position.prepared and not self.position.cleaned:
+        if self.position.prepared and not self.position.stage_done:
             self.sink(Note(f"resuming at stage {self.position.stage}, iteration {self.position.iteration}"))
         for stage_plan in self.plan.stages[self.position.stage :]:
             if self.position.stage_done and self.position.stage == stage_plan.index:

@@ -28,6 +28,7 @@ from pipeline.rundir import (
     check_work_dir,
     identity,
     is_as_written,
+    is_one_of,
     journal_path,
     manifest_path,
     read_manifest,
@@ -132,7 +133,12 @@ def _added(config: Config, planned: Plan, position: Position, more_iterations: i
 
 
 def picture_is_there(config: Config, planned: Plan, position: Position, cancel: CancelToken) -> bool:
-    """Whether the output is the image of the last canvas, written with today's export options."""
+    """Whether the output is the image of the last canvas, written with today's export options.
+
+    Without the state there is no other image, and the folder may have been moved since it was written.
+    """
+    if position.cleaned:
+        return is_one_of(config.output, position.results, cancel)
     before = position.exported.get(str(config.output))
     options = export_options(config, planned)
     # options that are newer than the record did not affect its image
@@ -162,9 +168,8 @@ def with_finished_run(config: Config, sink: Sink = ignore, cancel: CancelToken =
             position = standing(Journal(journal_path(work_dir)))[1]
         except (PipelineError, OSError):
             continue  # another program's folder, or a run that cannot be read: it is of no use here
-        last = len(manifest.stages) + len(position.added) - 1
-        if position.cleaned or not (position.stage == last and position.stage_done):
-            continue
+        if position.cleaned or (position.stage, position.stage_done) < (len(manifest.stages) - 1, True):
+            continue  # what was added to a finished run may be unfinished: the same command resumes it
         if identity_now is None:
             weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
             identity_now = identity(config, weights, cancel)

@@ -55,6 +55,6 @@ from pipeline.rundir.records import (
     StageSizes,
     as_json,
 )
-from pipeline.rundir.results import is_as_written, refuse_foreign, written_picture
+from pipeline.rundir.results import is_as_written, is_one_of, refuse_foreign, written_picture
 from pipeline.rundir.run_folder import check_work_dir, locked_folder
 from pipeline.rundir.space import check_space, state_bytes

@@ -67,6 +67,12 @@ class Position:
         return bool(self.slots) or self.cleaned
 
     @property
+    def results(self) -> tuple[WrittenPicture, ...]:
+        """The images of the last canvas, whatever their names are now."""
+        newest = (self.pictures[output][-1] for output in self.exported)
+        return tuple(picture for picture in newest if picture is not None)
+
+    @property
     def newest_slot(self) -> int:
         """The slot of the current stage that holds its newest canvas, m and v."""
         return self.slots[self.stage]
