@@ -152,10 +152,10 @@ def _measure(config: Config, planned: Plan, context: RenderContext, folder: Path
     for number, (stage_plan, side_px) in enumerate(_sizes(config, planned, context)):
         stage = _stage(config, planned, stage_plan, side_px, context, folder / str(number))
         # preparing costs about as much as an iteration
-        expected_s = speed.seconds_for(stage.plan.flop_per_iteration)
+        expected_s = speed.iterations.seconds_for(stage.plan.flop_per_iteration)
         if expected_s is not None and time.monotonic() + (_ITERATIONS + 1) * expected_s > end:
             return
-        _iterate(stage, speed, end)
+        _iterate(stage, speed, end, is_warm=number > 0)
 
 
 def _sizes(config: Config, planned: Plan, context: RenderContext) -> Iterator[tuple[StagePlan, int]]:
@@ -200,12 +200,18 @@ def _stage(
     return make_stage(own, plan, context, tile_px)
 
 
-def _iterate(stage: Stage, speed: Speed, end: float) -> None:
-    """Iterate a few times, and count all iterations but the first, which loads weights and compiles kernels."""
+def _iterate(stage: Stage, speed: Speed, end: float, is_warm: bool) -> None:
+    """Iterate a few times, and count all iterations but the first, which compiles kernels.
+
+    `is_warm`: the weights are loaded, so that the preparation counts too.
+    """
     from pipeline.render.iteration import Iterations  # noqa: PLC0415 - brings torch
     from pipeline.render.preparation import prepare  # noqa: PLC0415 - likewise
 
+    begun = time.monotonic()
     prepared = prepare(stage, None)
+    if is_warm:
+        speed.preparations.add(stage.plan.prepare_flop, time.monotonic() - begun)
     iterations = Iterations(stage, prepared.content_energies, prepared.areas)
     alpha, checksums = None, dict(prepared.checksums)
     results: list[IterationResult] = []
@@ -220,4 +226,4 @@ def _iterate(stage: Stage, speed: Speed, end: float) -> None:
         iterations.iterate(len(results), alpha, checksums, commit)
         alpha, checksums = results[-1].alpha, {**checksums, **results[-1].checksums}
         if len(results) > 1 or most == 1:
-            speed.add(stage.plan.flop_per_iteration, results[-1].busy["wall"])
+            speed.iterations.add(stage.plan.flop_per_iteration, results[-1].busy["wall"])

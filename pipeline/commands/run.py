@@ -153,7 +153,7 @@ class _Rendering:
         earlier, self.position = standing(self.journal)
         self._is_warm = False
         for stage, seconds in measured_iterations(earlier):
-            self._speed.add(self.plan.stages[stage].flop_per_iteration, seconds)
+            self._speed.iterations.add(self.plan.stages[stage].flop_per_iteration, seconds)
         self.sink, self.executor = self.context.sink, self.context.executor
 
     def refuse_foreign_output(self) -> None:
@@ -211,7 +211,10 @@ class _Rendering:
         if not prepared:
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
             before = self._carried(stage_plan) if index else None
+            begun = time.monotonic()
             started = prepare(stage, previous, moments=before.moments if before else ())
+            if self._is_warm:
+                self._speed.preparations.add(stage_plan.prepare_flop, time.monotonic() - begun)
             record = prepared_record(index, stage.tile_px, started)
             start = {"alpha": before.alpha, "adam_steps": before.steps} if before else {}
             self._commit(record.model_copy(update={**start, "carries": stage_plan.carries}))
@@ -239,7 +242,7 @@ class _Rendering:
     def _commit_iteration(self, stage_plan: StagePlan, iteration: int, result: IterationResult) -> bool:
         """Commit the iteration, and return whether another one follows."""
         if self._is_warm:  # the first iteration also loads weights and compiles kernels
-            self._speed.add(stage_plan.flop_per_iteration, result.busy["wall"])
+            self._speed.iterations.add(stage_plan.flop_per_iteration, result.busy["wall"])
         self._is_warm = True
         left = self._speed.remaining_s(self.plan.stages[stage_plan.index :], iteration + 1)
         record = iteration_record(stage_plan.index, iteration, result)

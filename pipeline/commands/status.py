@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,15 @@ def _left_s(iterations: Sequence[Iteration], is_running: bool) -> float | None:
     """Seconds to the end of the run, by the estimate of its last iteration; None: there was none."""
     if not iterations or (left := iterations[-1].remaining_s) is None:
         return None
-    since = datetime.now(UTC) - datetime.fromisoformat(iterations[-1].time) if is_running else timedelta()
-    return max(0.0, left - since.total_seconds())
+    return max(0.0, left - _age_s(iterations[-1])) if is_running else left
+
+
+def _age_s(record: Record) -> float:
+    """Seconds since a record was committed; 0 if its time is no time, as a stranger's may be."""
+    try:
+        return (datetime.now(UTC) - datetime.fromisoformat(record.time)).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0
 
 
 def _percent(iterations: Sequence[Iteration], left_s: float | None) -> float | None:

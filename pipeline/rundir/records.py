@@ -158,7 +158,7 @@ class Iteration(Record):
     busy: _Numbers = {}
     stepped: bool
     checksums: _Sums
-    remaining_s: float | None = None
+    remaining_s: Annotated[float, Field(ge=0, le=1e18)] | None = None
 
 
 class StageDone(Record):

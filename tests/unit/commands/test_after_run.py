@@ -86,6 +86,7 @@ def test_what_needs_the_state_is_refused_after_clean(finished, call):
     assert iterations(finished.parent / "out.run") == 2
 
 
+@pytest.mark.e2e
 def test_clean_refuses_a_run_whose_work_would_be_lost(tmp_path, call):
     """Without an image, the state is all that there is of the work."""
     config = write_run(tmp_path, SIZE, (32, 32), **TINY)
@@ -114,6 +115,7 @@ def test_clean_refuses_while_a_run_is_active(tmp_path, call):
     assert len(outcomes) == 2 and "locked by another run" in outcomes[0]
 
 
+@pytest.mark.e2e
 def test_clean_asks(finished, call):
     """A command that was typed by mistake deletes nothing."""
     unasked = call("clean", "-c", finished)
@@ -147,6 +149,7 @@ def test_more_iterations_continue_the_picture_as_one_more_stage(finished, call):
     assert iterations(work_dir) == 6
 
 
+@pytest.mark.e2e
 def test_more_iterations_are_those_of_a_stage_of_that_number(tmp_path, call):
     """Their cosine schedule runs over them, not over those of the config: else their last steps would be too large."""
     keys = {**TINY, "stages": [{"up_to": 48, "optimizer": {"max_iterations": 2}}]}
@@ -159,6 +162,7 @@ def test_more_iterations_are_those_of_a_stage_of_that_number(tmp_path, call):
     assert [record["reason"] for record in done] == ["max_iterations", "max_iterations"]
 
 
+@pytest.mark.e2e
 def test_more_iterations_stopped_and_resumed_by_either_command_end_alike(tmp_path, call):
     """The same command must resume, as its message says, and not add the iterations a second time."""
     pictures = []
@@ -191,6 +195,7 @@ def stop_after(config: Path, count: int) -> None:
     pipeline.run(pipeline.load_config(config), more_iterations=3, sink=sink, stop=stop)
 
 
+@pytest.mark.e2e
 def test_more_iterations_are_for_finished_runs(tmp_path, call):
     """An unfinished run has iterations of its own to do first."""
     config = write_run(tmp_path, SIZE, (32, 32), **TINY)
@@ -215,6 +220,7 @@ def test_a_renamed_output_is_exported_from_the_finished_run(finished, call):
     assert (read_picture(finished.parent / "poster.tif") == read_picture(finished.parent / "out.png")).all()
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("keys", [{"seed": 1}, {"work_dir": "own.run"}])
 def test_another_run_begins_anew_under_a_new_name(finished, call, keys):
     """The picture of other settings would be wrong, and a work_dir that is given is where the user wants the run."""
@@ -224,6 +230,7 @@ def test_another_run_begins_anew_under_a_new_name(finished, call, keys):
     assert iterations(finished.parent / keys.get("work_dir", "poster.run")) == 2
 
 
+@pytest.mark.e2e
 def test_a_changed_input_begins_anew_under_a_new_name(finished, call):
     """The finished picture is that of another content."""
     (finished.parent / "content.png").write_bytes((finished.parent / "style.png").read_bytes())
@@ -231,6 +238,7 @@ def test_a_changed_input_begins_anew_under_a_new_name(finished, call):
     assert "from the beginning" in outlook(call, finished)
 
 
+@pytest.mark.e2e
 def test_more_iterations_under_a_new_name_are_resumed(finished, call):
     """Stopped in the added stage, the run is no longer a finished one; it must be found again all the same."""
     change(finished, output="poster.png")
@@ -243,6 +251,7 @@ def test_more_iterations_under_a_new_name_are_resumed(finished, call):
 # --- what plan says ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.e2e
 def test_plan_says_what_run_would_do_at_every_step(tmp_path, call):
     """`run` may render for a day or refuse after a minute: the user wants to know before."""
     config = write_run(tmp_path, SIZE, (32, 32), **TINY)
@@ -255,6 +264,7 @@ def test_plan_says_what_run_would_do_at_every_step(tmp_path, call):
     assert "writes" in outlook(call, config)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("keys", "foreign"),
     [({"seed": 5}, False), ({"initial_size": 40}, False), ({}, True), ({"output": "content.png"}, False)],
@@ -274,6 +284,7 @@ def test_plan_says_what_run_refuses_in_the_same_words(finished, call, keys, fore
     assert iterations(finished.parent / "out.run") == 2
 
 
+@pytest.mark.e2e
 def test_the_end_of_a_run_says_what_may_be_deleted(tmp_path, call):
     """Nobody dares to delete a folder whose purpose is not known; the command must work as it is printed."""
     config = write_run(tmp_path / "a poster", SIZE, (32, 32), **TINY)

@@ -255,7 +255,7 @@ def test_flop_of_a_run_are_passes_times_pixels_times_iterations():
     assert [stage.tiles for stage in plan.stages] == [1] * len(plan.stages)
     for stage in plan.stages:
         assert stage.flop_per_iteration == 722_304 * 2 * stage.gradient_px
-    tiled = planned((600, 400), **keys, compute={"tile_px": 512, "device": "cpu"}, initial_size=600)
+    tiled = planned((600, 400), **keys, compute={"tile_px": 512, "device": "cpu"}, initial_size=600, style_stages=False)
     (stage,) = tiled.stages
     assert stage.flop_per_iteration == 722_304 * (stage.gram_px + 2 * stage.gradient_px)
     assert tiled.flop == stage.prepare_flop + 7 * stage.flop_per_iteration
@@ -372,7 +372,7 @@ def refusal(**values) -> str:
 def test_a_limit_that_is_too_small_is_refused_by_its_name():
     """Refused in a second instead of killed out of memory after a day; the message names the setting to change."""
     text = refusal(memory={"limit": "300MiB"})
-    assert "memory.limit" in text and "297 MiB is the limit" in text and "even with the smallest tile" in text
+    assert "memory.limit" in text and "300.00 MiB is the limit" in text and "even with the smallest tile" in text
     assert "store.chunk_px" in text
 
 
