@@ -49,7 +49,7 @@ def test_plan_says_how_long_the_run_takes_and_how_much_energy(tmp_path, call):
         {"color": "luminance"},
         {"store": {"state_dtype": "compact", "chunk_px": 32}, "optimizer": {"max_iterations": 1, "average": 0.9}},
         {"compute": {"device": "cpu", "tile_px": 64, "workers": 1}},
-        {"stages": [{"up_to": 50, "styles": []}]},
+        {"stages": [{"up_to": 50, "optimizer": {"max_iterations": 1}}]},
         {"loss": {"scales": 2}},
     ],
     ids=str,
