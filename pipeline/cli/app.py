@@ -25,7 +25,6 @@ from pipeline.core.errors import ConfigError, DamagedStateError, PipelineError, 
 from pipeline.core.events import Note, Sink
 from pipeline.core.image_formats import COMPRESSIONS, MAX_SIDE_PX, PREVIEW_PX
 from pipeline.core.presets import PRESETS
-from pipeline.core.text import size_text
 
 if TYPE_CHECKING:
     from pipeline.core.tiling import Rect
@@ -125,12 +124,7 @@ def cli() -> None:
 @cli.command(epilog=_EXIT_CODES)
 @with_config(required=True)
 @click.option("--force", is_flag=True, help="Overwrite the output even if this run did not write it.")
-@click.option(
-    "--more-iterations",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Continue a finished run with N iterations at its last size.",
-)
+@click.option("--more-iterations", type=click.IntRange(1), metavar="N", help="Continue a finished run at its size.")
 @with_log_format
 @click.option(
     "--profile",
@@ -159,9 +153,7 @@ def run(
 @cli.command()
 @with_config(required=True)
 @click.option("--time", "with_time", is_flag=True, help="Measure for about 5 s how long the run takes on this machine.")
-@click.option(
-    "--watts", type=click.FloatRange(0), metavar="W", help="With --time: power of the machine while it works."
-)
+@click.option("--watts", type=click.FloatRange(0), metavar="W", help="With --time: power of the working machine.")
 @as_json_option
 def plan(config_path: Path, overrides: tuple[str, ...], with_time: bool, watts: float | None, as_json: bool) -> None:
     """Show the stages, tiles, memory, disk space and work of a run, and what `run` would do now."""
@@ -170,20 +162,15 @@ def plan(config_path: Path, overrides: tuple[str, ...], with_time: bool, watts: 
     from pipeline.cli import reports
 
     config = pipeline.load_config(config_path, overrides)
-    planned = pipeline.plan(config)
+    planned, expected = pipeline.plan(config), None
     if with_time:
         with _working("auto") as (sink, stop):
             expected = pipeline.measured_time(config, planned, watts=watts, sink=sink, stop=stop)
     run = pipeline.outlook(config, planned)
     if as_json:
-        _echo_json(
-            {**planned.as_dict(), "run": run, **({"time": expected and expected.as_dict()} if with_time else {})}
-        )
-        return
-    reports.print_plan(config, planned)
-    if with_time and expected is not None:
-        reports.print_forecast(expected)
-    click.echo(f"run      {run}")
+        _echo_json({**planned.as_dict(), "run": run, "time": expected and expected.as_dict()})
+    else:
+        reports.print_plan(config, planned, expected, run)
 
 
 @cli.command(epilog=_EXIT_CODES)
@@ -268,26 +255,14 @@ def status(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path |
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
 @click.option("--force", is_flag=True, help="Also if the run has no image yet, so that its work is lost.")
-def clean(
-    config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None, yes: bool, dry_run: bool, force: bool
-) -> None:
+def clean(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None, **options: bool) -> None:
     """Delete the state of a finished run. Its image, config and journal stay."""
-    from pipeline.cli import reports
+    from pipeline.cli.cleaning import clean_if_wanted
 
     _check_run_options(config_path, run_dir)
-    config = pipeline.load_config(config_path, overrides) if config_path is not None else None
-    work_dir, delete = config.work_dir if config is not None else cast(Path, run_dir), pipeline.clean
-    output = None if config is None else config.output
-    click.echo(reports.cleaning_text(delete(work_dir, output=output, force=force, dry_run=True)))
-    if dry_run:
-        return
-    if not yes:  # before the signal handlers: Ctrl-C ends the question
-        if not sys.stdin.isatty():
-            raise click.UsageError("nobody can be asked here: give --yes, or --dry-run to see what would be deleted")
-        click.confirm("Delete it?", abort=True)
-    with _working("auto") as (_, stop):
-        freed = delete(work_dir, output=output, force=force, stop=stop).freed_bytes
-    click.echo(f"{size_text(freed)} freed")
+    config = None if config_path is None else pipeline.load_config(config_path, overrides)
+    work_dir = cast(Path, run_dir) if config is None else config.work_dir
+    clean_if_wanted(work_dir, None if config is None else config.output, _working, **options)
 
 
 @cli.command(epilog=_EXIT_CODES)

@@ -130,10 +130,8 @@ class LiveSink(EventSink):
 
     def _describe(self, event: IterationDone) -> str:
         """The longest description that leaves room for the bar and its numbers."""
-        stage, eta = (
-            f"stage {event.stage}",
-            f", {duration(event.eta_s)} left in the run" if event.eta_s is not None else "",
-        )
+        stage = f"stage {event.stage}"
+        eta = f", {duration(event.eta_s)} left in the run" if event.eta_s is not None else ""
         losses = f"content {event.content_loss:.3g} style {event.style_loss:.3g}"
         update = f"mean|u| {event.mean_abs_u:.3f}"
         texts = (f"{stage}: {losses} {update}{eta}", f"{stage}: {update}{eta}", f"{stage}{eta}")

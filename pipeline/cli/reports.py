@@ -16,7 +16,6 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.commands.clean import Cleaning
 from pipeline.commands.measure import Forecast
 from pipeline.commands.preview.preview import Preview
 from pipeline.commands.verify.verify import Report
@@ -44,8 +43,8 @@ def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> N
     _console(width=1000).print(table)
 
 
-def print_plan(config: Config, planned: Plan) -> None:
-    """Print the stages, tiles, memory, disk space and work of a run."""
+def print_plan(config: Config, planned: Plan, expected: Forecast | None, run: str) -> None:
+    """Print the stages, tiles, memory, disk space and work of a run, its time if measured, and what `run` would do."""
     rows = [
         (
             str(stage.index),
@@ -73,11 +72,14 @@ def print_plan(config: Config, planned: Plan) -> None:
         f"work     {work_text(planned.flop)} for {iterations} iterations per stage",
     ]
     _print_lines(lines)
+    if expected is not None:
+        _print_forecast(expected)
+    _print_lines([f"run      {run}"])
 
 
-def print_forecast(expected: Forecast) -> None:
+def _print_forecast(expected: Forecast) -> None:
     """Print the time and energy of each stage and of the run."""
-    rows = [(f"stage {index}", seconds) for index, seconds in enumerate(expected.stages_s)]
+    rows = [(f"stage {number}", seconds) for number, seconds in enumerate(expected.stages_s, start=1)]
     rows += [("image", expected.export_s), ("in all", expected.seconds)]
     _print_table(
         ("", "time", "energy"),
@@ -125,13 +127,6 @@ def _progress_line(status: dict[str, Any]) -> str:
     return (
         f"{status['percent']:.0f} % of the run, about {duration(status['run_left_s'])} left to its end{when}; {state}"
     )
-
-
-def cleaning_text(cleaning: Cleaning) -> str:
-    """What `clean` deletes and what stays, before it is asked."""
-    stays = ", ".join((*cleaning.images, "the config, the manifest and the journal"))
-    lost = "" if cleaning.images else "\nThe run has no image: all its work is lost."
-    return f"{cleaning.work_dir}: the state takes {size_text(cleaning.freed_bytes)}. {stays} stay.{lost}"
 
 
 def print_preview(preview: Preview) -> None:

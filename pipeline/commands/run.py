@@ -20,6 +20,7 @@ from pipeline.commands.start import (
     FOREIGN,
     check_start,
     export_options,
+    identifier,
     measured_iterations,
     picture_is_there,
     with_finished_run,
@@ -94,7 +95,8 @@ def run(
         device = resolve_device(config.compute.device)
         planned = plan_on(config, device)
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
-        begin = check_start(config, planned, weights, force=force, more_iterations=more_iterations, cancel=cancel)
+        identify = identifier(config, sink, cancel)
+        begin = check_start(config, planned, identify, force=force, more_iterations=more_iterations, cancel=cancel)
         if not exists:  # after all refusals, so that a refused start creates nothing
             lock = stack.enter_context(locked_folder(config.work_dir))
         # inside the lock: its tasks have ended before another run can lock the directory
@@ -102,13 +104,15 @@ def run(
         refuse_links(config.work_dir)
         context = render_context(config, planned, device, weights, executor, sink)
         speed = _first_speed(config, planned, context) if not begin.position.is_fixed else Speed()
-        journal = open_run(config, planned, begin.identity)
+        journal = open_run(config, planned, identify)
         if begin.adds is not None:
             journal.append(records.StageAdded(iterations=begin.adds, time=now()))
         rendering = _Rendering(config, begin.planned, context, journal, force, speed)
         rendering.render()
         rendering.export()
-    sink(Note(_deletable(config.work_dir)))
+    if freed_bytes := state_bytes(config.work_dir):
+        command = f"pipeline clean --run {shlex.quote(str(config.work_dir))}"
+        sink(Note(f"the image needs no state any more: `{command}` frees {size_text(freed_bytes)}"))
     sink(RunDone(str(config.output), time.monotonic() - started))
     return config.output
 
@@ -120,11 +124,6 @@ def _first_speed(config: Config, planned: Plan, context: RenderContext) -> Speed
         context.sink(Note(expected.text))
         return speed
     return Speed()
-
-
-def _deletable(work_dir: Path) -> str:
-    command = f"pipeline clean --run {shlex.quote(str(work_dir))}"
-    return f"the image needs no state any more: `{command}` frees {size_text(state_bytes(work_dir))}"
 
 
 @dataclass(frozen=True)

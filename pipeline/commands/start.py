@@ -6,7 +6,9 @@ Nothing here writes: `run` passes through the same checks before it creates or c
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pipeline.commands.status import refuse_cleaned
@@ -15,7 +17,7 @@ from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import ConfigError, PipelineError, Stopped
 from pipeline.core.events import Note, Sink, ignore
 from pipeline.core.files import taken
-from pipeline.network import WeightsSource, find_weights, weights_path
+from pipeline.network import find_weights, weights_path
 from pipeline.plan import Plan, with_added_stages
 from pipeline.rundir import (
     Identity,
@@ -53,7 +55,6 @@ class Start:
 
     config: Config
     planned: Plan
-    identity: Identity
     position: Position
     adds: int | None
     picture_is_there: bool
@@ -84,13 +85,13 @@ def has_begun(work_dir: Path) -> bool:
 def check_start(
     config: Config,
     planned: Plan,
-    weights: WeightsSource,
+    identify: Callable[[], Identity],
     *,
     force: bool = False,
     more_iterations: int | None = None,
     cancel: CancelToken = NEVER,
 ) -> Start:
-    """Refuse what `run` refuses, and say how it starts. `planned`: without added stages.
+    """Refuse what `run` refuses, and say how it starts. `planned`: without added stages. `identify`: see check_run.
 
     `more_iterations`: of a stage to add to a finished run. Raises the errors of errors.py.
     """
@@ -98,8 +99,7 @@ def check_start(
         refuse_links(config.work_dir)
     if not (force or has_begun(config.work_dir)):
         refuse_foreign(config.output, {}, FOREIGN)
-    identity_now = identity(config, weights, cancel)
-    _, position = check_run(config, planned, identity_now)
+    _, position = check_run(config, planned, identify)
     adds = _added(config, planned, position, more_iterations)
     extended = with_added_stages(planned, position.added if adds is None else (*position.added, adds))
     there = adds is None and picture_is_there(config, extended, position, cancel)
@@ -109,7 +109,7 @@ def check_start(
             refuse_foreign(config.output, position.pictures, FOREIGN, cancel)
     if adds is not None or (position.stage_done and not there):
         check_space(config, extended, position.stage + 1)
-    return Start(config, extended, identity_now, position, adds, there)
+    return Start(config, extended, position, adds, there)
 
 
 def _added(config: Config, planned: Plan, position: Position, more_iterations: int | None) -> int | None:
@@ -159,24 +159,30 @@ def with_finished_run(config: Config, sink: Sink = ignore, cancel: CancelToken =
     """
     if not is_default(config, ("work_dir",)) or has_begun(config.work_dir):
         return config
-    fields, identity_now = result_fields(config), None
+    fields, identify = result_fields(config), identifier(config, sink, cancel)
     for work_dir in sorted(config.output.parent.glob("*.run")):
         try:
             manifest = read_manifest(manifest_path(work_dir))
-            if manifest.result_fields != fields:
-                continue
             position = standing(Journal(journal_path(work_dir)))[1]
         except (PipelineError, OSError):
             continue  # another program's folder, or a run that cannot be read: it is of no use here
-        if position.cleaned or (position.stage, position.stage_done) < (len(manifest.stages) - 1, True):
-            continue  # what was added to a finished run may be unfinished: the same command resumes it
-        if identity_now is None:
-            weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
-            identity_now = identity(config, weights, cancel)
-        if manifest.inputs == identity_now.inputs:
+        # what was added to a finished run may be unfinished: the same command resumes it
+        finished = (position.stage, position.stage_done) >= (len(manifest.stages) - 1, True) and not position.cleaned
+        if finished and manifest.result_fields == fields and manifest.inputs == identify().inputs:
             sink(Note(f"{work_dir} holds the finished run of this config: its image is written, nothing is rendered"))
             return config.model_copy(update={"work_dir": work_dir})
     return config
+
+
+def identifier(config: Config, sink: Sink, cancel: CancelToken) -> Callable[[], Identity]:
+    """A function that reads all inputs at its first call. It raises what find_weights raises, and Stopped."""
+
+    @cache
+    def identify() -> Identity:
+        weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
+        return identity(config, weights, cancel)
+
+    return identify
 
 
 @process_settings()
@@ -188,16 +194,17 @@ def outlook(
     Raises Stopped soon after `stop` is set.
     """
     cancel = CancelToken(stop)
-    weights_file = weights_path(config.network.name, config.network.weights)
-    if weights_file is not None and not weights_file.is_file():
-        return "loads the weights of the network first, which is checked then"
+    weights = weights_path(config.network.name, config.network.weights)
+    if weights is not None and not weights.is_file() and has_begun(config.work_dir):
+        return "downloads the weights of the network first; whether it is refused is not known before"
     try:
-        config = with_finished_run(config, cancel=cancel)
+        if weights is None or weights.is_file():
+            config = with_finished_run(config, cancel=cancel)
         if config.work_dir.exists():
             refuse_locked(config.work_dir)
             check_work_dir(config.work_dir)
-        weights = find_weights(config.network.name, config.network.weights, config.seed, cancel=cancel)
-        start = check_start(config, planned, weights, more_iterations=more_iterations, cancel=cancel)
+        identify = identifier(config, ignore, cancel)
+        start = check_start(config, planned, identify, more_iterations=more_iterations, cancel=cancel)
     except Stopped:
         raise
     except PipelineError as error:

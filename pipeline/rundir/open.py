@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,16 +66,17 @@ def _checked(work_dir: Path, position: Position, stage: int, name: str) -> store
     return store.open_array(folder, name, checksums[name])
 
 
-def check_run(config: Config, planned: Plan, identity_now: Identity) -> tuple[list[Record], Position]:
+def check_run(config: Config, planned: Plan, identify: Callable[[], Identity]) -> tuple[list[Record], Position]:
     """The records and the position of the run in the run directory, of which there may be none. Writes nothing.
 
-    Raises ConfigError that lists every change that would change the output image, DamagedStateError, SpaceError.
+    `identify`: called only if there is a run, because it reads all inputs. Raises ConfigError that lists every change
+    that would change the output image, DamagedStateError, SpaceError.
     """
     journal = Journal(journal_path(config.work_dir))
     records, position = standing(journal)
     if position.is_fixed:  # stages were rendered, which must have been from the same config and inputs
         manifest = trusted_manifest(manifest_path(config.work_dir), records)
-        refuse_changes(config, manifest, identity_now)
+        refuse_changes(config, manifest, identify())
         refuse_other_stages(config, manifest, planned)
         refuse_unknown_stage(config.work_dir, manifest, position)
         return records, position
@@ -89,20 +90,20 @@ def check_run(config: Config, planned: Plan, identity_now: Identity) -> tuple[li
     return records, position
 
 
-def open_run(config: Config, planned: Plan, identity_now: Identity) -> Journal:
+def open_run(config: Config, planned: Plan, identify: Callable[[], Identity]) -> Journal:
     """The journal of the run directory, in which a run is begun unless it holds one of this config.
 
     Raises as check_run.
     """
     journal, path = Journal(journal_path(config.work_dir)), manifest_path(config.work_dir)
-    records, position = check_run(config, planned, identity_now)
+    records, position = check_run(config, planned, identify)
     if position.is_fixed:
         journal.repair_tail()
         return journal
     # Nothing is prepared yet, so that a config or an image may be corrected after an error. The manifest is written
     # before the store: a folder with files but without a manifest is refused as not a run's.
     journal.repair_tail()
-    manifest = _new_manifest(config, planned, identity_now)
+    manifest = _new_manifest(config, planned, identify())
     if not (_same_manifest(begun_manifest(records), manifest) and _same_manifest(_manifest_at(path), manifest)):
         write_manifest(path, manifest)
         journal.append(Begun(manifest=manifest, time=now()))

@@ -40,6 +40,7 @@ from pipeline.commands.preview.cut import cut_canvas, cut_file
 from pipeline.commands.preview.folder import claimed, folder_of
 from pipeline.commands.preview.regions import aligned, regions, scaled
 from pipeline.commands.run import end_reason
+from pipeline.commands.status import refuse_cleaned
 from pipeline.config import Config
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
@@ -51,9 +52,16 @@ from pipeline.core.vgg_layers import ALIGN_PX, ceil_to
 from pipeline.executors import Executor, ThreadExecutor
 from pipeline.images import check_output
 from pipeline.network import WeightsSource, find_weights, widths_for_plan
-from pipeline.plan import WORKERS, Device, Plan, StageWork, layers_in_use, plan_stage, resolve_device
+from pipeline.plan import WORKERS, Device, Plan, StageWork, layers_in_use, plan_stage, resolve_device, with_added_stages
 from pipeline.render import adam, ingest
-from pipeline.render.context import RenderContext, iteration_record, make_stage, prepared_record, render_context
+from pipeline.render.context import (
+    RenderContext,
+    iteration_record,
+    make_stage,
+    prepared_record,
+    render_context,
+    settings_of,
+)
 from pipeline.render.resample import Filling, Region, enlarge, whole
 from pipeline.rundir import (
     Iteration,
@@ -105,7 +113,8 @@ def crop(
     """
     target_file = output or folder_of(config).with_name(f"{config.output.stem}.crop.png")
     device = resolve_device(config.compute.device)
-    planned = _planned(config, device)
+    begun_with = _planned(config, device)
+    planned = with_added_stages(begun_with, _added(config.work_dir))
     last = len(planned.stages) - 1
     target = last if stage is None else stage
     if not 0 <= target <= last:
@@ -118,13 +127,18 @@ def crop(
     check_output(target_file, own.width, own.height, 8, "deflate")
     with ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, executor.cancel)
-        finished = _finished(config, planned, weights, target, executor)
+        finished = _finished(config, begun_with, weights, target, executor)
         with claimed(config, target_file, force) as claim, _temporary_folder(claim.folder / "crop") as folder:
             context = render_context(config, planned, device, weights, executor, sink)
             canvas = Crop(config, planned, context, finished, folder).render(rect, target)
             cut_canvas(canvas, own, target_file, executor.cancel, claim.record)
             claim.done()
     return target_file
+
+
+def _added(work_dir: Path) -> tuple[int, ...]:
+    """The iterations of the stages that were added to the run, if there is one."""
+    return standing(Journal(journal_path(work_dir)))[1].added if taken(manifest_path(work_dir)) else ()
 
 
 def _refuse_outside(rect: Rect, size: Size) -> None:
@@ -193,6 +207,7 @@ def _finished(config: Config, planned: Plan, weights: WeightsSource, target: int
         raise ConfigError(f"{config.work_dir}: there is no run of this config yet, so no stage is finished. {remedy}")
     records, position = standing(Journal(journal_path(config.work_dir)))
     stages = [index for index in position.slots if finished_stage(position, index) and index <= target]
+    refuse_cleaned(config.work_dir, position)
     if not stages:
         raise ConfigError(f"{config.work_dir}: the run has not finished its first stage yet. {remedy}")
     manifest = trusted_manifest(manifest_path(config.work_dir), records)
@@ -245,7 +260,7 @@ class Crop:
 
     def _stage(self, index: int, size: Size) -> Stage:
         """The stage of the run with a canvas of this size, in the temporary run directory."""
-        config = self.config.for_stage(max(self.plan.stages[index].size))
+        config = settings_of(self.config, self.plan.stages[index])
         compute = config.compute.model_copy(update={"threads": self.finished.threads})
         config = config.model_copy(update={"stages": (), "compute": compute, "work_dir": self.folder})
         layer_use = layers_in_use(config, self.context.weights.widths, self.plan.stages[index].scales)
