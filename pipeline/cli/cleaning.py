@@ -27,7 +27,9 @@ def clean_if_wanted(
     if not yes:  # before the signal handlers: Ctrl-C ends the question
         if not sys.stdin.isatty():
             raise click.UsageError("nobody can be asked here: give --yes, or --dry-run to see what would be deleted")
-        click.confirm("Delete it?", abort=True)
+        if not click.confirm("Delete it?"):
+            click.echo("nothing was deleted")
+            return
     with working("auto") as (_, stop):
         freed_bytes = clean(work_dir, output=output, force=force, stop=stop).freed_bytes
     click.echo(f"{size_text(freed_bytes)} freed")

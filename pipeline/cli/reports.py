@@ -10,18 +10,20 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.commands.measure import Forecast
 from pipeline.commands.preview.preview import Preview
 from pipeline.commands.verify.verify import Report
 from pipeline.config import Config
 from pipeline.core.text import count, duration, energy_text, size_text, work_text
 from pipeline.plan import Plan, resolve_device
+
+if TYPE_CHECKING:
+    from pipeline.commands.measure import Forecast
 
 _PACKAGES = ("pipeline", "torch", "zarr", "numcodecs", "dask", "numpy", "pyvips", "pydantic")
 # Lines of damage in the text output; --json lists all.

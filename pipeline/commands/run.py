@@ -18,6 +18,7 @@ from pipeline import store
 from pipeline.commands.measure import forecast, is_worth_measuring
 from pipeline.commands.start import (
     FOREIGN,
+    check_stage_space,
     check_start,
     export_options,
     identifier,
@@ -203,9 +204,7 @@ class _Rendering:
         iteration = self.position.iteration if self.position.stage == index else 0
         stages, (height, width) = len(self.plan.stages), stage_plan.size
         prepared = self.position.prepared and self.position.stage == index
-        # uncompressed arrays are allocated when the stage is prepared, and overwritten in place
-        allocated = prepared and self.config.store.codec == "none"
-        check_space(self.config, self.plan, index + allocated)
+        check_stage_space(self.config, self.plan, self.position, index)
         self.sink(StageStarted(index, stages, height, width, len(stage.tiles), iteration, settings.max_iterations))
         if not prepared:
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None

@@ -23,6 +23,7 @@ from pipeline.rundir import (
     Identity,
     Iteration,
     Journal,
+    Manifest,
     Position,
     Record,
     check_run,
@@ -34,6 +35,7 @@ from pipeline.rundir import (
     journal_path,
     manifest_path,
     read_manifest,
+    refuse_changes,
     refuse_foreign,
     refuse_links,
     refuse_locked,
@@ -107,9 +109,17 @@ def check_start(
         refuse_cleaned(config.work_dir, position)
         if not force:
             refuse_foreign(config.output, position.pictures, FOREIGN, cancel)
-    if adds is not None or (position.stage_done and not there):
-        check_space(config, extended, position.stage + 1)
+    if position.is_fixed and not there:
+        check_stage_space(config, extended, position, position.stage + position.stage_done)
     return Start(config, extended, position, adds, there)
+
+
+def check_stage_space(config: Config, planned: Plan, position: Position, stage: int) -> None:
+    """Raise SpaceError if the disks lack space from this stage on, which may be prepared already."""
+    prepared = position.prepared and position.stage == stage
+    # uncompressed arrays are allocated when the stage is prepared, and overwritten in place
+    allocated = prepared and config.store.codec == "none"
+    check_space(config, planned, stage + allocated)
 
 
 def _added(config: Config, planned: Plan, position: Position, more_iterations: int | None) -> int | None:
@@ -159,7 +169,7 @@ def with_finished_run(config: Config, sink: Sink = ignore, cancel: CancelToken =
     """
     if not is_default(config, ("work_dir",)) or has_begun(config.work_dir):
         return config
-    fields, identify = result_fields(config), identifier(config, sink, cancel)
+    identify = identifier(config, sink, cancel)
     for work_dir in sorted(config.output.parent.glob("*.run")):
         try:
             manifest = read_manifest(manifest_path(work_dir))
@@ -168,10 +178,20 @@ def with_finished_run(config: Config, sink: Sink = ignore, cancel: CancelToken =
             continue  # another program's folder, or a run that cannot be read: it is of no use here
         # what was added to a finished run may be unfinished: the same command resumes it
         finished = (position.stage, position.stage_done) >= (len(manifest.stages) - 1, True) and not position.cleaned
-        if finished and manifest.result_fields == fields and manifest.inputs == identify().inputs:
+        if finished and _is_run_of(config, manifest, identify):
             sink(Note(f"{work_dir} holds the finished run of this config: its image is written, nothing is rendered"))
             return config.model_copy(update={"work_dir": work_dir})
     return config
+
+
+def _is_run_of(config: Config, manifest: Manifest, identify: Callable[[], Identity]) -> bool:
+    try:
+        # the inputs are read only where all settings are the same
+        refuse_changes(config, manifest, Identity(result_fields(config), manifest.inputs))
+        refuse_changes(config, manifest, identify())
+    except ConfigError:
+        return False
+    return True
 
 
 def identifier(config: Config, sink: Sink, cancel: CancelToken) -> Callable[[], Identity]:
