@@ -11,11 +11,14 @@ from types import ModuleType
 
 TYPE_CHECKING = False  # importing typing would be the slowest step before the signal handlers are installed
 if TYPE_CHECKING:
+    from pipeline.commands.clean import clean
     from pipeline.commands.export import export
+    from pipeline.commands.measure import measured_time
     from pipeline.commands.preview.crop import crop
     from pipeline.commands.preview.preview import preview
     from pipeline.commands.preview.proof import proof
     from pipeline.commands.run import run
+    from pipeline.commands.start import outlook
     from pipeline.commands.status import status
     from pipeline.commands.verify.verify import verify
     from pipeline.config.config import Config, load_config
@@ -24,9 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Config",
+    "clean",
     "crop",
     "export",
     "load_config",
+    "measured_time",
+    "outlook",
     "plan",
     "preview",
     "proof",
@@ -39,9 +45,12 @@ __all__ = [
 # The module of each name.
 _HOMES = {
     "Config": "config.config",
+    "clean": "commands.clean",
     "crop": "commands.preview.crop",
     "export": "commands.export",
     "load_config": "config.config",
+    "measured_time": "commands.measure",
+    "outlook": "commands.start",
     "plan": "rundir.preflight",
     "preview": "commands.preview.preview",
     "proof": "commands.preview.proof",

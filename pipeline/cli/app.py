@@ -150,6 +150,7 @@ def cli() -> None:
 @with_config(required=False)
 @with_images
 @click.option("--force", is_flag=True, help="Overwrite the output even if this run did not write it.")
+@click.option("--more-iterations", type=click.IntRange(1), metavar="N", help="Continue a finished run at its size.")
 @click.option("--on-finish", metavar="CMD", help="Shell command to run at the end, unless stopped.")
 @with_log_format
 @click.option(
@@ -165,6 +166,7 @@ def run(
     config_path: Path | None,
     overrides: tuple[str, ...],
     force: bool,
+    more_iterations: int | None,
     on_finish: str | None,
     log_format: str,
     profile: Path | None,
@@ -181,6 +183,8 @@ def run(
     rendered one after another, and one that fails does not stop the rest.
     """  # noqa: D301 - click's mark for a line that is not wrapped
     inputs = inputs_of(files, config_path, images, overrides)
+    if more_iterations is not None and len(inputs.configs) > 1:
+        raise click.UsageError("--more-iterations is for one run, not for a queue")
     context.ensure_object(OnFinish).command = on_finish
     queued = []
     with _working(log_format) as (sink, stop):
@@ -194,11 +198,11 @@ def run(
             if inputs.line is not None:
                 with one_line.written_config(inputs.line, sink) as config:
                     _refuse_profile(profile, config)
-                    render(config, **options)
+                    render(config, more_iterations=more_iterations, **options)
             elif len(inputs.configs) == 1:
                 config = pipeline.load_config(inputs.configs[0], overrides, check_inputs=True)
                 _refuse_profile(profile, config)
-                render(config, **options)
+                render(config, more_iterations=more_iterations, **options)
             else:
                 queued = queue.run_queue(inputs.configs, overrides=overrides, **options)
     if queued:
@@ -218,17 +222,25 @@ def _refuse_profile(profile: Path | None, config: Config) -> None:
 
 @cli.command()
 @with_config(required=True)
+@click.option("--time", "with_time", is_flag=True, help="Measure for about 5 s how long the run takes on this machine.")
+@click.option("--watts", type=click.FloatRange(0), metavar="W", help="With --time: power of the working machine.")
 @as_json_option
-def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show the stages, tiles, memory, disk space and work of a run."""
+def plan(config_path: Path, overrides: tuple[str, ...], with_time: bool, watts: float | None, as_json: bool) -> None:
+    """Show the stages, tiles, memory, disk space and work of a run, and what `run` would do now."""
+    if watts is not None and not with_time:
+        raise click.UsageError("--watts is for --time")
     from pipeline.cli import reports
 
     config = pipeline.load_config(config_path, overrides, check_inputs=True)
-    planned = pipeline.plan(config)
+    planned, expected = pipeline.plan(config), None
+    if with_time:
+        with _working("auto") as (sink, stop):
+            expected = pipeline.measured_time(config, planned, watts=watts, sink=sink, stop=stop)
+    run = pipeline.outlook(config, planned)
     if as_json:
-        _echo_json(planned.as_dict())
+        _echo_json({**planned.as_dict(), "run": run, "time": expected and expected.as_dict()})
     else:
-        reports.print_plan(config, planned)
+        reports.print_plan(config, planned, expected, run)
 
 
 @cli.command(epilog=_EXIT_CODES)
@@ -326,6 +338,21 @@ def status(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path |
         _echo_json(progress)
     else:
         reports.print_status(progress)
+
+
+@cli.command(epilog=_EXIT_CODES)
+@with_run
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@click.option("--force", is_flag=True, help="Also if the run has no image yet, so that its work is lost.")
+def clean(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None, **options: bool) -> None:
+    """Delete the state of a finished run. Its image, config and journal stay."""
+    from pipeline.cli.cleaning import clean_if_wanted
+
+    _check_run_options(config_path, run_dir)
+    config = None if config_path is None else pipeline.load_config(config_path, overrides)
+    work_dir = cast(Path, run_dir) if config is None else config.work_dir
+    clean_if_wanted(work_dir, None if config is None else config.output, _working, **options)
 
 
 @cli.command(epilog=_EXIT_CODES)

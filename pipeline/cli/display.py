@@ -157,7 +157,7 @@ class LiveSink(EventSink):
 
     def _describe(self, event: IterationDone) -> str:
         """The longest description that leaves room for the bar and its numbers."""
-        stage, eta = self._stage, f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
+        stage, eta = self._stage, f", {duration(event.eta_s)} left in the run" if event.eta_s is not None else ""
         short = stage_name(event.stage)
         losses = f"content {event.content_loss:.3g} style {event.style_loss:.3g}"
         update = f"mean|u| {event.mean_abs_u:.3f}"
@@ -213,7 +213,7 @@ def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one per event type
             return f"{stage_name(event.stage, event.stages)}: {size}, {tiles}"
         case IterationDone():
             seconds = " ".join(f"{name} {value:.1f}s" for name, value in event.seconds.items())
-            eta = f", {duration(event.eta_s)} left" if event.eta_s is not None else ""
+            eta = f", {duration(event.eta_s)} left in the run" if event.eta_s is not None else ""
             return (
                 f"  iteration {event.iteration + 1}/{event.max_iterations}: content {event.content_loss:.4g}, "
                 f"style {event.style_loss:.4g}, mean|u| {event.mean_abs_u:.3f}; {seconds}{eta}"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from rich.console import Console
@@ -22,19 +22,26 @@ from pipeline.commands.verify.verify import Report
 from pipeline.config import Config
 from pipeline.core.errors import Stopped
 from pipeline.core.lengths import cm_text, sharp_from_m
-from pipeline.core.text import count, duration, end_text, printable, stage_name
+from pipeline.core.text import (
+    count,
+    duration,
+    end_text,
+    energy_text,
+    printable,
+    size_text,
+    stage_name,
+    work_text,
+)
 from pipeline.plan import Plan, resolve_device
+
+if TYPE_CHECKING:
+    from pipeline.commands.measure import Forecast
 
 _PACKAGES = ("pipeline", "torch", "zarr", "numcodecs", "dask", "numpy", "pyvips", "pydantic")
 # Of a print that is held in hands, of a poster, and of a wall.
 _PRINT_DPI = (300, 150, 100)
 # Lines of damage in the text output; --json lists all.
 _MAX_LINES = 20
-
-
-def gib(size_bytes: float) -> str:
-    """A size in GiB."""
-    return f"{size_bytes / 2**30:.2f} GiB"
 
 
 def _console(width: int | None = None) -> Console:
@@ -52,37 +59,51 @@ def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> N
     _console(width=1000).print(table)
 
 
-def print_plan(config: Config, planned: Plan) -> None:
-    """Print the stages, tiles, memory, disk space and work of a run."""
+def print_plan(config: Config, planned: Plan, expected: Forecast | None, run: str) -> None:
+    """Print the stages, tiles, memory, disk space and work of a run, its time if measured, and what `run` would do."""
     rows = [
         (
             str(stage.index + 1),
             f"{stage.size[1]}×{stage.size[0]}",
             f"{stage.tiles:,}",
             f"×{stage.halo_overhead:.2f}",
-            gib(stage.store_bytes),
-            f"{stage.flop_per_iteration / 1e12:.2f}",
+            size_text(stage.store_bytes),
+            work_text(stage.flop_per_iteration),
         )
         for stage in planned.stages
     ]
-    _print_table(("stage", "size px", "tiles", "halo", "store", "TFLOP/it"), rows)
-    limit = gib(planned.memory_limit_bytes)
-    phases = ", ".join(f"{phase} {gib(size)}" for phase, size in planned.host_bytes.items())
+    _print_table(("stage", "size px", "tiles", "halo", "store", "work/iteration"), rows)
+    limit = size_text(planned.memory_limit_bytes)
+    phases = ", ".join(f"{phase} {size_text(size)}" for phase, size in planned.host_bytes.items())
     tile = f"tiles of {planned.tile_px} px, chunks of {planned.chunk_px} px, halo {planned.halo_px} px"
-    levels = f", plus {gib(planned.levels_bytes)} while it is written" if planned.levels_bytes else ""
+    levels = f", plus {size_text(planned.levels_bytes)} while it is written" if planned.levels_bytes else ""
     numbers = [stage.max_iterations for stage in planned.stages]
     iterations = "–".join(map(str, dict.fromkeys((min(numbers), max(numbers)))))  # one number if they are equal
     lines = [
         f"device   {planned.device}; {tile}",
-        f"memory   {gib(planned.projected_mem_bytes)} of {limit} (memory.limit); {phases}",
-        *([] if planned.device == "cpu" else [f"on {planned.device}  {gib(planned.device_bytes)}"]),
-        f"disk     {gib(planned.disk_bytes)} in {config.work_dir}",
-        f"output   up to {gib(planned.output_bytes)} for {config.output}, {planned.picture}{levels}",
-        f"work     {planned.flop / 1e12:,.0f} TFLOP for {iterations} iterations per stage",
+        f"memory   {size_text(planned.projected_mem_bytes)} of {limit} (memory.limit); {phases}",
+        *([] if planned.device == "cpu" else [f"on {planned.device}  {size_text(planned.device_bytes)}"]),
+        f"disk     {size_text(planned.disk_bytes)} in {config.work_dir}",
+        f"output   up to {size_text(planned.output_bytes)} for {config.output}, {planned.picture}{levels}",
+        f"work     {work_text(planned.flop)} for {iterations} iterations per stage",
         *(f"note     {note}" for note in planned.notes),
     ]
     _print_lines(lines)
     _print_print_table(planned)
+    if expected is not None:
+        _print_forecast(expected)
+    _print_lines([f"run      {run}"])
+
+
+def _print_forecast(expected: Forecast) -> None:
+    """Print the time and energy of each stage and of the run."""
+    rows = [(f"stage {number}", seconds) for number, seconds in enumerate(expected.stages_s, start=1)]
+    rows += [("image", expected.export_s), ("in all", expected.seconds)]
+    _print_table(
+        ("", "time", "energy"),
+        [(what, duration(seconds), energy_text(seconds * expected.power.watts)) for what, seconds in rows],
+    )
+    _print_lines([f"power    {expected.power.watts:.0f} W: {expected.power.source}"])
 
 
 def _print_print_table(planned: Plan) -> None:
@@ -124,11 +145,23 @@ def print_status(status: dict[str, Any]) -> None:
         for stage in status["stages"]
     ]
     _print_table(("stage", "size px", "state", "iterations", "ended by", "time"), rows)
-    lines = []
+    lines = [_progress_line(status)]
     if last := status["last"]:
         losses = f"content {last['content_loss']:.4g}, style {last['style_loss']:.4g}"
         lines.append(f"last iteration: {losses}, mean|u| {last['mean_abs_u']:.3f}")
     _print_lines([*lines, *(f"output: {output}" for output in status["exported"])])
+
+
+def _progress_line(status: dict[str, Any]) -> str:
+    state = "the state was deleted" if status["cleaned"] else f"{size_text(status['state_bytes'])} on disk"
+    if status["state"] == "done":
+        return f"finished; {state}"
+    if status["run_left_s"] is None:
+        return state
+    when = "" if status["state"] == "running" else " once it is resumed"
+    return (
+        f"{status['percent']:.0f} % of the run, about {duration(status['run_left_s'])} left to its end{when}; {state}"
+    )
 
 
 def print_queue(runs: Sequence[QueuedRun]) -> None:
@@ -215,8 +248,8 @@ def print_doctor() -> None:
     memory = psutil.virtual_memory()
     _print_lines(
         [
-            f"device     {device.name}: {device.label}, {gib(device.memory_bytes)}",
-            f"memory     {gib(memory.total)}, {gib(memory.available)} available",
-            f"disk       {gib(shutil.disk_usage(Path.cwd()).free)} free in {os.getcwd()}",  # noqa: PTH109
+            f"device     {device.name}: {device.label}, {size_text(device.memory_bytes)}",
+            f"memory     {size_text(memory.total)}, {size_text(memory.available)} available",
+            f"disk       {size_text(shutil.disk_usage(Path.cwd()).free)} free in {os.getcwd()}",  # noqa: PTH109
         ]
     )

@@ -3,39 +3,53 @@
 from __future__ import annotations
 
 import gc
+import shlex
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline import store
-from pipeline.config import Config, ExportConfig, OptimizerConfig
+from pipeline.commands.measure import forecast, is_worth_measuring
+from pipeline.commands.start import (
+    check_stage_space,
+    check_start,
+    export_options,
+    identifier,
+    measured_iterations,
+    missing_sheets,
+    refuse_foreign_outputs,
+    with_finished_run,
+)
+from pipeline.config import Config, OptimizerConfig
 from pipeline.core.allocator import trim_heap
-from pipeline.core.cancel import NEVER, CancelToken
+from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import DeviceMemoryError, storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
-from pipeline.core.files import taken
-from pipeline.core.text import count, stage_name
+from pipeline.core.text import count, size_text, stage_name
 from pipeline.core.vgg_layers import ceil_to
-from pipeline.executors import Executor, ThreadExecutor
 from pipeline.network import find_weights
-from pipeline.plan import WORKERS, Device, Plan, StagePlan, resolve_device, sheets_of, update_threads
+from pipeline.plan import Plan, Speed, StagePlan, resolve_device
 from pipeline.render import export
-from pipeline.render.context import RenderContext, iteration_record, make_stage, prepared_record, render_context
+from pipeline.render.context import (
+    RenderContext,
+    executor_for,
+    iteration_record,
+    make_stage,
+    prepared_record,
+    render_context,
+    settings_of,
+)
 from pipeline.rundir import (
     Journal,
-    Pictures,
     Position,
-    RunLock,
     check_space,
     content_alpha,
-    is_as_written,
-    journal_path,
     locked_folder,
     manifest_path,
     newest_canvas,
@@ -47,80 +61,77 @@ from pipeline.rundir import (
     plan_on,
     read_manifest,
     records,
-    refuse_foreign,
     refuse_links,
     resolved,
     stage_path,
     standing,
+    state_bytes,
     store_path,
     written_picture,
 )
-from pipeline.rundir.process_settings import enter_process_settings, process_settings
+from pipeline.rundir.process_settings import process_settings
 from pipeline.store import integrity, kept_files, metadata
 
 if TYPE_CHECKING:
     from pipeline.render.measurements import IterationResult
 
-_FOREIGN = "this run did not make it"
-
 
 @process_settings()
-def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threading.Event | None = None) -> Path:
+def run(
+    config: Config,
+    *,
+    force: bool = False,
+    more_iterations: int | None = None,
+    sink: Sink = ignore,
+    stop: threading.Event | None = None,
+) -> Path:
     """Render the output image of `config`, or resume an earlier run of the same config; returns the image's path.
 
-    `force`: overwrite an output that this run did not make. `stop`: set it from any thread to stop between two tasks.
+    `force`: overwrite an output that this run did not make. `more_iterations`: continue a finished run with a stage of
+    its last size and this many iterations. `stop`: set it from any thread to stop between two tasks.
     Raises the errors of errors.py; after Stopped, or any crash, the same call resumes.
     """
     started, cancel = time.monotonic(), CancelToken(stop)
+    config = with_finished_run(resolved(config), sink, cancel)
     with storage(config.work_dir), ExitStack() as stack:
         exists = config.work_dir.exists()
         if exists:  # before anything that takes long, so that a second run is refused at once
             lock = stack.enter_context(locked_folder(config.work_dir))
         device = resolve_device(config.compute.device)
-        config = resolved(config)
         planned = plan_on(config, device)
         for note in planned.notes:
             sink(Note(note))
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
-        begun = taken(manifest_path(config.work_dir)) or taken(journal_path(config.work_dir))
-        if not (force or begun):
-            _refuse_foreign_outputs(planned, {})
+        identify = identifier(config, sink, cancel)
+        begin = check_start(config, planned, identify, force=force, more_iterations=more_iterations, cancel=cancel)
         if not exists:  # after all refusals, so that a refused start creates nothing
             lock = stack.enter_context(locked_folder(config.work_dir))
         # inside the lock: its tasks have ended before another run can lock the directory
-        executor = stack.enter_context(_executor(config, device, lock, sink, cancel))
+        executor = stack.enter_context(executor_for(config, device, lock.descriptor, sink, cancel))
         refuse_links(config.work_dir)
-        journal = open_run(config, planned, weights, cancel)
         context = render_context(config, planned, device, weights, executor, sink)
-        rendering = _Rendering(config, planned, context, journal, force)
-        rendering.refuse_foreign_output()
+        speed = _first_speed(config, planned, context) if not begin.position.is_fixed else Speed()
+        journal = open_run(config, planned, identify)
+        if begin.adds is not None:
+            journal.append(records.StageAdded(iterations=begin.adds, time=now()))
+        rendering = _Rendering(config, begin.planned, context, journal, force, speed)
         rendering.render()
         rendering.export()
+    if freed_bytes := state_bytes(config.work_dir):
+        command = f"pipeline clean --run {shlex.quote(str(config.work_dir))}"
+        sink(Note(f"the image needs no state any more: `{command}` frees {size_text(freed_bytes)}"))
     outputs = list(planned.outputs)
     sink(RunDone(", ".join(outputs), time.monotonic() - started))
     return Path(outputs[0])
 
 
-def _refuse_foreign_outputs(planned: Plan, pictures: Pictures, cancel: CancelToken = NEVER) -> None:
-    """Raise ConfigError if an output path has a file that this run did not write."""
-    for output in planned.outputs:
-        refuse_foreign(Path(output), pictures, _FOREIGN, cancel)
-
-
-def _executor(config: Config, device: Device, lock: RunLock, sink: Sink, cancel: CancelToken) -> Executor:
-    """The threads of this process, or worker processes."""
-    if config.compute.workers == 0:
-        return ThreadExecutor(WORKERS, cancel, update_threads(device.name))
-    from pipeline.executors.processes import ProcessExecutor  # noqa: PLC0415 - brings distributed, for this case only
-
-    return ProcessExecutor(
-        config.compute.workers,
-        WORKERS,
-        cancel,
-        lock.descriptor,
-        lambda message: sink(Note(message)),
-        enter_process_settings,
-    )
+def _first_speed(config: Config, planned: Plan, context: RenderContext) -> Speed:
+    """The speed of this machine, of which the user is told what it means for the run, if the run takes long."""
+    if is_worth_measuring(planned) and (measured := forecast(config, planned, context)):
+        speed, expected = measured
+        context.sink(Note(expected.text))
+        return speed
+    return Speed()
 
 
 @dataclass(frozen=True)
@@ -141,30 +152,34 @@ class _Rendering:
     context: RenderContext
     journal: Journal
     force: bool
+    _speed: Speed
     position: Position = field(init=False)
-    _speed: _Speed = field(init=False)
+    _is_warm: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        _, self.position = standing(self.journal)
-        self._speed = _Speed()
+        earlier, self.position = standing(self.journal)
+        self._is_warm = False
+        for stage, seconds in measured_iterations(earlier):
+            self._speed.iterations.add(self.plan.stages[stage].flop_per_iteration, seconds)
         self.sink, self.executor = self.context.sink, self.context.executor
 
     def refuse_foreign_output(self) -> None:
         """Raise ConfigError if an output path has a file that this run did not write.
 
-        Checked at the start and again before the export, because a run may take days.
+        Checked again before the export, because a run may take days.
         """
         if not self.force:
-            _refuse_foreign_outputs(self.plan, self.position.pictures, self.executor.cancel)
+            refuse_foreign_outputs(self.plan, self.position.pictures, self.executor.cancel)
 
     def render(self) -> None:
         """Render every stage that is not done."""
-        if self.position.prepared:
+        if self.position.prepared and not self.position.stage_done:
             stage = stage_name(self.position.stage, len(self.plan.stages))
             self.sink(Note(f"resuming at {stage}, after {count(self.position.iteration, 'iteration')}"))
         for stage_plan in self.plan.stages[self.position.stage :]:
             if self.position.stage_done and self.position.stage == stage_plan.index:
-                self._free_arrays(stage_plan.index)
+                if not self.position.cleaned:
+                    self._free_arrays(stage_plan.index)
                 continue
             self._render_stage(stage_plan)
 
@@ -197,14 +212,15 @@ class _Rendering:
         iteration = self.position.iteration if self.position.stage == index else 0
         stages, (height, width) = len(self.plan.stages), stage_plan.size
         prepared = self.position.prepared and self.position.stage == index
-        # uncompressed arrays are allocated when the stage is prepared, and overwritten in place
-        allocated = prepared and self.config.store.codec == "none"
-        check_space(self.config, self.plan, index + allocated)
+        check_stage_space(self.config, self.plan, self.position, index)
         self.sink(StageStarted(index, stages, height, width, len(stage.tiles), iteration, settings.max_iterations))
         if not prepared:
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
             before = self._carried(stage_plan) if index else None
+            begun = time.monotonic()
             started = prepare(stage, previous, moments=before.moments if before else ())
+            if self._is_warm:
+                self._speed.preparations.add(stage_plan.prepare_flop, time.monotonic() - begun)
             record = prepared_record(index, stage.tile_px, started)
             start = {"alpha": before.alpha, "adam_steps": before.steps} if before else {}
             self._commit(record.model_copy(update={**start, "carries": stage_plan.carries}))
@@ -231,8 +247,12 @@ class _Rendering:
 
     def _commit_iteration(self, stage_plan: StagePlan, iteration: int, result: IterationResult) -> bool:
         """Commit the iteration, and return whether another one follows."""
-        self._commit(iteration_record(stage_plan.index, iteration, result))
-        self._speed.add(stage_plan.flop_per_iteration, sum(result.seconds.values()))
+        if self._is_warm:  # the first iteration also loads weights and compiles kernels
+            self._speed.iterations.add(stage_plan.flop_per_iteration, result.busy["wall"])
+        self._is_warm = True
+        left = self._speed.remaining_s(self.plan.stages[stage_plan.index :], iteration + 1)
+        record = iteration_record(stage_plan.index, iteration, result)
+        self._commit(record.model_copy(update={"remaining_s": left}))
         self.sink(
             IterationDone(
                 stage=stage_plan.index,
@@ -246,31 +266,24 @@ class _Rendering:
                 alpha=result.alpha,
                 seconds=result.seconds,
                 busy=result.busy,
-                eta_s=self._speed.seconds_for(self._remaining_flop(stage_plan.index)),
+                eta_s=left,
             )
         )
         return end_reason(self.position, self._settings(stage_plan)) is None
 
-    def _remaining_flop(self, index: int) -> int:
-        """FLOP of all remaining iterations if no stage stops early."""
-        current, *later = self.plan.stages[index:]
-        remaining = current.flop_per_iteration * (current.max_iterations - self.position.iteration)
-        return remaining + sum(stage.flop_per_iteration * stage.max_iterations for stage in later)
-
     def _settings(self, stage_plan: StagePlan) -> OptimizerConfig:
-        return self.config.for_stage(max(stage_plan.size)).optimizer
+        return settings_of(self.config, stage_plan).optimizer
 
     def export(self) -> None:
         """Write the last stage's canvas as the output images, except for those that are there already."""
+        options = export_options(self.config, self.plan)
         settings = self.config.export.model_copy(update={"bits": self.plan.picture.bits})
-        options = settings.model_dump(mode="json")
         with_dpi = settings.model_copy(update={"dpi": self.plan.dpi})
-        sheets = []
-        for sheet in sheets_of(self.config.output, self.plan.stages[-1].size, with_dpi):
-            if self._is_there(str(sheet.path), options):
-                self.sink(Note(f"{sheet.path} is already there"))
-            else:
-                sheets.append(sheet)
+        sheets = missing_sheets(self.config, self.plan, self.position, self.executor.cancel)
+        missing = {str(sheet.path) for sheet in sheets}
+        for name in self.plan.outputs:
+            if name not in missing:
+                self.sink(Note(f"{name} is already there"))
         if not sheets:
             return
         check_space(self.config, self.plan, len(self.plan.stages))
@@ -299,13 +312,6 @@ class _Rendering:
             written = self.position.pictures[str(sheet.path)][-1]
             self._commit(records.Exported(output=str(sheet.path), options=options, picture=written))
 
-    def _is_there(self, output: str, options: Mapping[str, Any]) -> bool:
-        """Whether the output path has the image that an export with these options would write."""
-        before = self.position.exported.get(output)
-        # an image from before an option was written as with the option's default
-        same = before and {**ExportConfig().model_dump(mode="json"), **before} == options
-        return bool(same) and is_as_written(Path(output), self.position.pictures[output][-1], self.executor.cancel)
-
     def _record_picture(self, output: str, whole: Path) -> None:
         """Record the image before it is renamed: after a crash between the two, the run would not recognise it."""
         written = written_picture(whole, self.executor.cancel)
@@ -333,22 +339,3 @@ def end_reason(position: Position, settings: OptimizerConfig) -> str | None:
     if position.mean_abs_u is not None and position.mean_abs_u < settings.stop_condition:
         return "stop_condition"
     return "max_iterations" if position.iteration >= settings.max_iterations else None
-
-
-class _Speed:
-    """Seconds per floating-point operation, as measured so far in this process."""
-
-    def __init__(self) -> None:
-        self._flop = 0.0
-        self._seconds = 0.0
-        self._warm = False
-
-    def add(self, flop: int, seconds: float) -> None:
-        if not self._warm:  # the first iteration also loads weights and compiles kernels
-            self._warm = True
-            return
-        # older iterations have less weight: those of smaller stages have relatively more overhead
-        self._flop, self._seconds = self._flop * 0.8 + flop, self._seconds * 0.8 + seconds
-
-    def seconds_for(self, flop: int) -> float | None:
-        return flop * self._seconds / self._flop if self._flop else None

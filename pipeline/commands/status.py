@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from pipeline.rundir import (
     Record,
     StageDone,
     StagePrepared,
+    StageSizes,
     as_json,
     journal_path,
     manifest_path,
     read_manifest,
     refuse_unknown_stage,
     running_owner,
+    stages_of,
     standing,
+    state_bytes,
 )
 
 
@@ -36,11 +40,12 @@ def status(work_dir: Path) -> dict[str, Any]:
     records, position = standing(Journal(journal_path(work_dir)))
     refuse_unknown_stage(work_dir, manifest, position)
     iterations = [record for record in records if isinstance(record, Iteration)]
-    owner = running_owner(work_dir)
-    finished = position.stage_done and position.stage == len(manifest.stages) - 1
+    owner, stages = running_owner(work_dir), stages_of(manifest, position)
+    finished = position.stage_done and position.stage == len(stages) - 1 and bool(position.exported)
+    left = 0.0 if finished else _left_s(iterations, owner is not None)
     return {
         "work_dir": str(work_dir),
-        "state": "running" if owner else "done" if finished and position.exported else "stopped",
+        "state": "running" if owner else "done" if finished else "stopped",
         "pid": owner,
         "stage": position.stage,
         "stages": [
@@ -48,24 +53,50 @@ def status(work_dir: Path) -> dict[str, Any]:
                 "stage": index,
                 "height_px": stage.size[0],
                 "width_px": stage.size[1],
-                "max_iterations": _max_iterations(manifest, index),
+                "max_iterations": _max_iterations(manifest, stage),
                 **_stage_state(index, records),
             }
-            for index, stage in enumerate(manifest.stages)
+            for index, stage in enumerate(stages)
         ],
         "iteration": position.iteration,
-        "max_iterations": _max_iterations(manifest, position.stage),
+        "max_iterations": _max_iterations(manifest, stages[position.stage]),
         "last": _without_checksums(iterations[-1]) if iterations else None,
         "seconds": _seconds(iterations),
+        "percent": _percent(iterations, left),
+        "run_left_s": left,
+        "state_bytes": state_bytes(work_dir),
+        "cleaned": position.cleaned,
         "output": manifest.config.output,
         "exported": sorted(position.exported),
     }
 
 
-def _max_iterations(manifest: Manifest, stage: int) -> int:
+def _max_iterations(manifest: Manifest, stage: StageSizes) -> int:
     # older manifests have only the config's value, which is that of stages without settings of their own
-    recorded = manifest.stages[stage].max_iterations
-    return manifest.config.optimizer.max_iterations if recorded is None else recorded
+    return manifest.config.optimizer.max_iterations if stage.max_iterations is None else stage.max_iterations
+
+
+def _left_s(iterations: Sequence[Iteration], is_running: bool) -> float | None:
+    """Seconds to the end of the run, by the estimate of its last iteration; None: there was none."""
+    if not iterations or (left := iterations[-1].remaining_s) is None:
+        return None
+    return max(0.0, left - _age_s(iterations[-1])) if is_running else left
+
+
+def _age_s(record: Record) -> float:
+    """Seconds since a record was committed; 0 if its time is no time, as a stranger's may be."""
+    try:
+        return (datetime.now(UTC) - datetime.fromisoformat(record.time)).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _percent(iterations: Sequence[Iteration], left_s: float | None) -> float | None:
+    """The share of the run's time that is over."""
+    if left_s is None:
+        return None if iterations else 0.0
+    spent = sum(record.busy.get("wall", 0.0) for record in iterations)
+    return round(100 * spent / (spent + left_s), 1) if spent + left_s else 100.0
 
 
 def _without_checksums(record: Record) -> dict[str, Any]:
@@ -88,8 +119,18 @@ def _stage_state(stage: int, records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
+def refuse_cleaned(work_dir: Path, position: Position) -> None:
+    """Raise ConfigError if the state of the run was deleted."""
+    if position.cleaned:
+        raise ConfigError(
+            f"{work_dir}: the state of this run was deleted with `pipeline clean`, so there is no canvas any more. To "
+            "render again, which takes as long as the first time, delete this folder or choose another work_dir."
+        )
+
+
 def choose_stage(work_dir: Path, position: Position, stage: int | None) -> int:
     """`stage`, or the newest if it is None. Raises ConfigError if the run has no canvas of that stage."""
+    refuse_cleaned(work_dir, position)
     chosen = position.stage if stage is None else stage
     if chosen not in position.slots:
         ready = ", ".join(str(index + 1) for index in sorted(position.slots)) or "none yet"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
 
 
 def shown(text: str, max_chars: int = 80) -> str:
@@ -29,6 +30,31 @@ def bytes_text(size_bytes: int) -> str | int:
     """The shortest exact notation of a size that the config accepts."""
     unit, factor = max(BYTE_UNITS.items(), key=lambda item: (size_bytes % item[1] == 0, item[1]))
     return f"{size_bytes // factor}{unit}"
+
+
+def size_text(size_bytes: float) -> str:
+    """A size in the largest unit of which there is one: "needs 0.00 GiB, 0.00 are free" explains nothing."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if size_bytes >= BYTE_UNITS[unit]:
+            return f"{size_bytes / BYTE_UNITS[unit]:.2f} {unit}"
+    return f"{size_bytes:.0f} B"
+
+
+def work_text(flop: float) -> str:
+    """Floating-point operations in the largest unit of which there is one: 640 MFLOP, 3.2 TFLOP."""
+    return _in_units(flop, {"EFLOP": 1e18, "PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}, "FLOP")
+
+
+def energy_text(joule: float) -> str:
+    """Energy: 3.2 kWh, 12 Wh, 0.4 Wh; below that in joule."""
+    return _in_units(joule, {"MWh": 3.6e9, "kWh": 3.6e6, "Wh": 3.6e3}, "J")
+
+
+def _in_units(number: float, units: Mapping[str, float], smallest: str) -> str:
+    """`number` in the first of `units` that it reaches, with two significant digits at least."""
+    unit, factor = next(((unit, factor) for unit, factor in units.items() if number >= factor), (smallest, 1.0))
+    value = number / factor
+    return f"{value:,.0f} {unit}" if value >= 10 or factor == 1 else f"{value:.1f} {unit}"
 
 
 def count(number: int, noun: str) -> str:

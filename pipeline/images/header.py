@@ -19,7 +19,7 @@ import pyvips
 from pipeline.config import MAX_SIDE_PX, LimitsConfig
 from pipeline.core.errors import MISPLACED, InputError, storage_error
 from pipeline.core.image_formats import PixelKind
-from pipeline.core.text import bytes_text, shown
+from pipeline.core.text import bytes_text, shown, size_text
 from pipeline.images import tiff
 from pipeline.images.color import ColorSource, UnreadableColorsError, color_source, unreadable_lab
 from pipeline.images.pages import COLORS, has_planes_as_pages, is_joined, joined_planes, note_of
@@ -143,7 +143,7 @@ def _is_read_whole(file: FileSource) -> bool:
 def _check_decoding(path: Path, needed_bytes: int, limits: LimitsConfig) -> None:
     if needed_bytes > limits.max_decode_bytes:
         raise InputError(
-            f"{path}: cannot be decoded strip by strip, and needs {needed_bytes / 2**30:.2f} GiB of memory at once, "
+            f"{path}: cannot be decoded strip by strip, and needs {size_text(needed_bytes)} of memory at once, "
             f"beyond limits.max_decode_bytes ({bytes_text(limits.max_decode_bytes)}). Save it upright and not "
             "interlaced as a JPEG, PNG or TIFF, or raise that limit."
         )

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.config import Config, input_files
 from pipeline.core.errors import ConfigError
 from pipeline.core.image_formats import PixelKind, compressed_bytes
+from pipeline.core.text import size_text
 from pipeline.core.tiling import Size, grid
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.images import ImageHeader
@@ -33,7 +34,8 @@ class StagePlan:
 
     `gram_px`, `gradient_px`: over all scales that the losses compare, of which there are `scales`. `kept_bytes`,
     `kept_chunks`: of the arrays that stay when the stage has ended. `carries`: m and v are among them, because the next
-    stage starts from them. `content`: the kind of the content's pixels, None without a content.
+    stage starts from them. `content`: the kind of the content's pixels, None without a content. `prepare_flop`: of the
+    style targets and the content's features.
     """
 
     index: int
@@ -48,6 +50,7 @@ class StagePlan:
     kept_bytes: int
     kept_chunks: int
     content: PixelKind | None
+    prepare_flop: int
     flop_per_iteration: int
     max_iterations: int
     carries: bool
@@ -120,7 +123,6 @@ def make_plan(
     tile_px = _choose_tile(work, device_memory_bytes)
     carries = [*(stage.config.optimizer.carry for stage in works[1:]), False]
     stages = tuple(plan_stage(stage, index, tile_px, carries[index]) for index, stage in enumerate(works))
-    retained = [stage.kept_bytes for stage in stages]
     output_px = sum(height * width for height, width in work.output_sizes.values())
     return Plan(
         stages=stages,
@@ -131,7 +133,7 @@ def make_plan(
         device=device,
         host_bytes=work.host_bytes(tile_px),
         device_bytes=work.gpu_bytes(tile_px),
-        disk_bytes=max(stage.store_bytes + sum(retained[: stage.index]) for stage in stages),
+        disk_bytes=_disk_bytes(stages),
         picture=work.picture,
         dpi=work.output_dpi,
         outputs={str(path): size for path, size in work.output_sizes.items()},
@@ -139,10 +141,30 @@ def make_plan(
             output_px * work.picture.pixel_bytes * 4 // 3, config.export.compression
         ),
         levels_bytes=work.levels_bytes,
-        flop=sum(stage.flop_per_iteration * stage.max_iterations for stage in stages),
+        flop=_flop(stages),
         memory_limit_bytes=config.memory.limit_bytes,
         notes=tuple(f"{image.path}: {note}" for image in images.values() for note in image.notes),
     )
+
+
+def with_added_stages(planned: Plan, added: Sequence[int]) -> Plan:
+    """The plan with stages added after the last, of its size: `added` are their numbers of iterations."""
+    last = planned.stages[-1]
+    more = (
+        replace(last, index=last.index + number, max_iterations=iterations)
+        for number, iterations in enumerate(added, start=1)
+    )
+    stages = (*planned.stages, *more)
+    return replace(planned, stages=stages, disk_bytes=_disk_bytes(stages), flop=_flop(stages))
+
+
+def _disk_bytes(stages: Sequence[StagePlan]) -> int:
+    """The most that the store has: a stage beside what the stages before it have kept."""
+    return max(stage.store_bytes + sum(before.kept_bytes for before in stages[: stage.index]) for stage in stages)
+
+
+def _flop(stages: Sequence[StagePlan]) -> int:
+    return sum(stage.prepare_flop + stage.flop_per_iteration * stage.max_iterations for stage in stages)
 
 
 def _stage_works(
@@ -195,12 +217,16 @@ def plan_stage(work: StageWork, index: int, tile_px: int, carries: bool = False)
     scales, style_halo = range(layer_use.scales), layer_use.gram_halo_px
     gram_px = sum(computed_px(size, tile_px, style_halo, scale) for scale in scales) if layer_use.style_layers else 0
     gradient_px = sum(computed_px(size, tile_px, 2 * layer_use.halo_px, scale) for scale in scales)
+    prepared_px = sum(computed_px(style, tile_px, style_halo) for style in work.styles)
+    if layer_use.content_layers:
+        prepared_px += sum(computed_px(size, tile_px, layer_use.halo_px, scale) for scale in scales)
+    tiles = ceil_to(size[0], tile_px) * ceil_to(size[1], tile_px) // tile_px**2
     return StagePlan(
         index=index,
         size=size,
         style_sizes=work.styles,
         scales=layer_use.scales,
-        tiles=ceil_to(size[0], tile_px) * ceil_to(size[1], tile_px) // tile_px**2,
+        tiles=tiles,
         gram_px=gram_px,
         gradient_px=gradient_px,
         store_bytes=_total_bytes(stored) + targets[0] + work.scratch_bytes,
@@ -208,8 +234,10 @@ def plan_stage(work: StageWork, index: int, tile_px: int, carries: bool = False)
         kept_bytes=_total_bytes(retained),
         kept_chunks=sum(spec.chunks for spec in retained),
         content=work.content,
-        # The backward pass to the pixels costs as much as the forward pass: no gradient of a weight is computed.
-        flop_per_iteration=layer_use.flop_per_px() * (gram_px + 2 * gradient_px),
+        prepare_flop=layer_use.flop_per_px() * prepared_px,
+        # The backward pass to the pixels costs as much as the forward pass: no gradient of a weight is computed. A
+        # canvas of one tile gets its Gram matrices in the forward pass of its gradient.
+        flop_per_iteration=layer_use.flop_per_px() * ((gram_px if tiles > 1 else 0) + 2 * gradient_px),
         max_iterations=work.config.optimizer.max_iterations,
         carries=carries,
     )
@@ -260,8 +288,7 @@ def _choose_tile(work: Workload, device_memory_bytes: int) -> int:
         else (f"memory of {work.device}", device_bytes, device_memory_bytes, "use a device with more memory")
     )
     raise ConfigError(
-        f"compute.tile_px: {requested} needs {need / 2**30:.2f} GiB of {memory}, but {have / 2**30:.2f} GiB is the "
-        "limit"
+        f"compute.tile_px: {requested} needs {size_text(need)} of {memory}, but {size_text(have)} is the limit"
         + (f", even with the smallest tile ({step_px} px)" if requested == "auto" else "")
         + f". To continue, {remedy}, or use "
         + ("a smaller store.chunk_px" if requested == "auto" else "compute.tile_px: auto")

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config
-from pipeline.core.events import Sink
-from pipeline.executors import Executor
+from pipeline.core.cancel import CancelToken
+from pipeline.core.events import Note, Sink
+from pipeline.executors import Executor, ThreadExecutor
 from pipeline.network import NetworkSpec, WeightsSource
-from pipeline.plan import Device, Plan, StagePlan, layers_in_use
+from pipeline.plan import WORKERS, Device, Plan, StagePlan, layers_in_use, update_threads
 from pipeline.rundir import Iteration, StagePrepared, manifest_path, read_manifest, stage_path
+from pipeline.rundir.process_settings import enter_process_settings
 
 if TYPE_CHECKING:
     from pipeline.render.measurements import IterationResult
@@ -36,11 +38,37 @@ def render_context(
     return RenderContext(device, weights, executor, sink, planned.device_bytes // max(1, config.compute.workers))
 
 
+def executor_for(config: Config, device: Device, lock: int | None, sink: Sink, cancel: CancelToken) -> Executor:
+    """The threads of this process, or worker processes, which inherit the descriptor `lock` of a run's lock."""
+    if config.compute.workers == 0:
+        return ThreadExecutor(WORKERS, cancel, update_threads(device.name))
+    from pipeline.executors.processes import ProcessExecutor  # noqa: PLC0415 - brings distributed, for this case only
+
+    return ProcessExecutor(
+        config.compute.workers,
+        WORKERS,
+        cancel,
+        lock,
+        lambda message: sink(Note(message)),
+        enter_process_settings,
+    )
+
+
+def settings_of(config: Config, plan: StagePlan) -> Config:
+    """The config of one stage: `stages:` may set other styles, layers and weights for its size.
+
+    A stage that was added to a finished run has a number of iterations of its own.
+    """
+    own = config.for_stage(max(plan.size))
+    optimizer = own.optimizer.model_copy(update={"max_iterations": plan.max_iterations})
+    return own.model_copy(update={"optimizer": optimizer})
+
+
 def make_stage(config: Config, plan: StagePlan, context: RenderContext, tile_px: int) -> Stage:
     """A stage of the run of `config`, with the stage's own settings, in tiles of `tile_px`."""
     from pipeline.render.stage import Stage  # noqa: PLC0415 - brings torch, which export and status do without
 
-    config = config.for_stage(max(plan.size))  # `stages:` may set other styles, layers and weights for this size
+    config = settings_of(config, plan)
     network = NetworkSpec(
         context.weights,
         config.network.padding,

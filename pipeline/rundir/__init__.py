@@ -1,18 +1,20 @@
 """The run directory: paths, lock, journal, manifest, resume position."""
 
 from pipeline.rundir.journal import Journal, JournalState, standing
-from pipeline.rundir.lock import RunLock, running_owner
+from pipeline.rundir.lock import RunLock, refuse_locked, running_owner
 from pipeline.rundir.manifest import (
     OtherFormatError,
     begun_manifest,
     content_kind,
     manifest_inputs,
     read_manifest,
+    stages_of,
     trusted_manifest,
     write_manifest,
 )
 from pipeline.rundir.open import (
     Identity,
+    check_run,
     content_alpha,
     identity,
     lost_its_stages,
@@ -44,16 +46,19 @@ from pipeline.rundir.provenance import output_metadata
 from pipeline.rundir.records import (
     Begun,
     CanvasLost,
+    Cleaned,
     Exported,
     Exporting,
     Iteration,
     Manifest,
     Record,
     RolledBack,
+    StageAdded,
     StageDone,
     StagePrepared,
+    StageSizes,
     as_json,
 )
-from pipeline.rundir.results import Pictures, is_as_written, refuse_foreign, written_picture
-from pipeline.rundir.run_folder import locked_folder
-from pipeline.rundir.space import check_space
+from pipeline.rundir.results import Pictures, is_as_written, is_one_of, refuse_foreign, written_picture
+from pipeline.rundir.run_folder import check_work_dir, locked_folder
+from pipeline.rundir.space import check_space, state_bytes

@@ -87,13 +87,23 @@ class RunLock:
                 if owner is None and time.monotonic() < deadline:
                     time.sleep(0.05)
                     continue
-                cause = "the worker processes of a run that was killed have not ended yet"
-                if owner is not None:
-                    cause = f"the run directory is locked by another run (process {owner})"
-                raise LockedError(
-                    f"{self._path.parent}: {cause}. Two runs would destroy each other's state: wait for it, stop it, "
-                    "or choose another work_dir."
-                ) from error
+                raise _locked(self._path.parent, owner) from error
+
+
+def refuse_locked(work_dir: Path) -> None:
+    """Raise LockedError if a run is active there. Takes no lock."""
+    if (owner := running_owner(work_dir)) is not None:
+        raise _locked(work_dir, owner)
+
+
+def _locked(work_dir: Path, owner: int | None) -> LockedError:
+    cause = "the worker processes of a run that was killed have not ended yet"
+    if owner is not None:
+        cause = f"the run directory is locked by another run (process {owner})"
+    return LockedError(
+        f"{work_dir}: {cause}. Two runs would destroy each other's state: wait for it, stop it, or choose another "
+        "work_dir."
+    )
 
 
 def running_owner(work_dir: Path) -> int | None:

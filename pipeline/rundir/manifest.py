@@ -11,6 +11,7 @@ from pipeline.core.errors import DamagedStateError, storage
 from pipeline.core.files import read_regular, write_whole
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.text import shown
+from pipeline.rundir.position import Position
 from pipeline.rundir.records import (
     FORMAT,
     MAX_MANIFEST_BYTES,
@@ -18,6 +19,7 @@ from pipeline.rundir.records import (
     Manifest,
     OtherVersionError,
     Record,
+    StageSizes,
     parse_json,
     parse_manifest,
 )
@@ -65,6 +67,12 @@ def read_manifest(path: Path) -> Manifest:
         f"{path}: written in format {shown(str(written_in))}, but this version of pipeline reads format {FORMAT}. "
         "Finish the run with the version that began it, or delete the run directory."
     )
+
+
+def stages_of(manifest: Manifest, position: Position) -> list[StageSizes]:
+    """The stages of a run: those that it began with, and those that were added since."""
+    last = manifest.stages[-1]
+    return [*manifest.stages, *(last.model_copy(update={"max_iterations": number}) for number in position.added)]
 
 
 def content_kind(manifest: Manifest) -> PixelKind:

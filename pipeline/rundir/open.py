@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ from pipeline.core.text import shown, stage_name
 from pipeline.network import WeightsSource, sha256_of
 from pipeline.plan import Plan, default_threads
 from pipeline.rundir.journal import Journal, standing
-from pipeline.rundir.manifest import begun_manifest, read_manifest, trusted_manifest, write_manifest
+from pipeline.rundir.manifest import begun_manifest, read_manifest, stages_of, trusted_manifest, write_manifest
 from pipeline.rundir.paths import journal_path, manifest_path, store_path
 from pipeline.rundir.position import Position
 from pipeline.rundir.records import FORMAT, Begun, ContentKind, KeptConfig, Manifest, Record, StageSizes
@@ -66,22 +66,20 @@ def _checked(work_dir: Path, position: Position, stage: int, name: str) -> store
     return store.open_array(folder, name, checksums[name])
 
 
-def open_run(config: Config, planned: Plan, weights: WeightsSource, cancel: CancelToken) -> Journal:
-    """The journal of the run directory, in which a run is begun unless it holds one of this config.
+def check_run(config: Config, planned: Plan, identify: Callable[[], Identity]) -> tuple[list[Record], Position]:
+    """The records and the position of the run in the run directory, of which there may be none. Writes nothing.
 
-    Raises Stopped soon after `cancel` is set, ConfigError that lists every change that would change the output image,
-    DamagedStateError, SpaceError.
+    `identify`: called only if there is a run, because it reads all inputs. Raises ConfigError that lists every change
+    that would change the output image, DamagedStateError, SpaceError.
     """
     journal = Journal(journal_path(config.work_dir))
-    path = manifest_path(config.work_dir)
-    identity_now = identity(config, weights, cancel)
     records, position = standing(journal)
-    if position.slots:  # stages exist, which must have been rendered from the same config and inputs
-        manifest = trusted_manifest(path, records)
-        refuse_changes(config, manifest, identity_now)
+    if position.is_fixed:  # stages were rendered, which must have been from the same config and inputs
+        manifest = trusted_manifest(manifest_path(config.work_dir), records)
+        refuse_changes(config, manifest, identify())
         refuse_other_stages(config, manifest, planned)
-        journal.repair_tail()
-        return journal
+        refuse_unknown_stage(config.work_dir, manifest, position)
+        return records, position
     if lost_its_stages(config.work_dir, records):
         raise DamagedStateError(
             f"{journal.path}: records no stage, but {store_path(config.work_dir)} holds one, which would be "
@@ -89,10 +87,23 @@ def open_run(config: Config, planned: Plan, weights: WeightsSource, cancel: Canc
             "aside."
         )
     check_space(config, planned, 0)
+    return records, position
+
+
+def open_run(config: Config, planned: Plan, identify: Callable[[], Identity]) -> Journal:
+    """The journal of the run directory, in which a run is begun unless it holds one of this config.
+
+    Raises as check_run.
+    """
+    journal, path = Journal(journal_path(config.work_dir)), manifest_path(config.work_dir)
+    records, position = check_run(config, planned, identify)
+    if position.is_fixed:
+        journal.repair_tail()
+        return journal
     # Nothing is prepared yet, so that a config or an image may be corrected after an error. The manifest is written
     # before the store: a folder with files but without a manifest is refused as not a run's.
     journal.repair_tail()
-    manifest = _new_manifest(config, planned, identity_now)
+    manifest = _new_manifest(config, planned, identify())
     if not (_same_manifest(begun_manifest(records), manifest) and _same_manifest(_manifest_at(path), manifest)):
         write_manifest(path, manifest)
         journal.append(Begun(manifest=manifest, time=now()))
@@ -156,7 +167,7 @@ def _same_manifest(old: Manifest | None, manifest: Manifest) -> bool:
 
 def refuse_unknown_stage(work_dir: Path, manifest: Manifest, position: Position) -> None:
     """Raise DamagedStateError if the journal records a stage that the manifest does not have."""
-    if position.stage >= (stages := len(manifest.stages)):
+    if position.stage >= (stages := len(stages_of(manifest, position))):
         raise DamagedStateError(
             f"{journal_path(work_dir)}: records {stage_name(position.stage)}, but the manifest beside it has stages 1 "
             f"to {stages} only, so the two are not of one run. Restore the run directory from a copy."

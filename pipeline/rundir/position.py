@@ -12,12 +12,14 @@ from pipeline.core.errors import DamagedStateError
 from pipeline.core.text import shown
 from pipeline.rundir.records import (
     CanvasLost,
+    Cleaned,
     Exported,
     Exporting,
     Iteration,
     Record,
     RolledBack,
     SmallerTile,
+    StageAdded,
     StageDone,
     StagePrepared,
     WrittenPicture,
@@ -36,7 +38,8 @@ class Position:
     the newest canvas of every stage. `exported`: the export options of every output image. `pictures`: by path, the
     images written there, the newest last; None where an older version recorded the path alone. `checksums`: per stage,
     packed as in checksums.py, of the chunks of its arrays (the newest slot's) and of its metadata files. `tile_px`: the
-    largest tile that fits in the device's memory, None while tiles of the plan have fitted.
+    largest tile that fits in the device's memory, None while tiles of the plan have fitted. `added`: the iterations of
+    each stage that was added after the planned ones. `cleaned`: the state was deleted, so that no stage has a slot.
     """
 
     stage: int = 0
@@ -55,6 +58,19 @@ class Position:
     tile_px: int | None = None
     adam_steps: int = 0
     carrying: frozenset[int] = frozenset()
+    added: tuple[int, ...] = ()
+    cleaned: bool = False
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the run has rendered, so that its config and inputs can no longer change."""
+        return bool(self.slots) or self.cleaned
+
+    @property
+    def results(self) -> tuple[WrittenPicture, ...]:
+        """The images of the last canvas, whatever their names are now."""
+        newest = (self.pictures[output][-1] for output in self.exported)
+        return tuple(picture for picture in newest if picture is not None)
 
     @property
     def newest_slot(self) -> int:
@@ -80,6 +96,10 @@ class Position:
                 return replace(self, slots=slots, checksums=_without(self.checksums, record.stage))
             case SmallerTile():
                 return replace(self, tile_px=record.tile_px)
+            case StageAdded():  # its canvas is still to be exported; the images stay this run's
+                return replace(self, added=(*self.added, record.iterations), exported={})
+            case Cleaned():
+                return replace(self, cleaned=True, slots={}, checksums={})
         return self
 
     def _after_preparation(self, record: StagePrepared) -> Position:
@@ -95,6 +115,7 @@ class Position:
             tile_px=self.tile_px,
             alpha=record.alpha,
             adam_steps=record.adam_steps,
+            added=self.added,
             carrying=self.carrying | {record.stage} if record.carries else self.carrying - {record.stage},
         )
 
@@ -125,8 +146,8 @@ def _without(mapping: Mapping[int, Any], key: int) -> dict[int, Any]:
 
 
 # A rollback keeps these, which do not depend on the position: which images are the run's, which canvases were given up,
-# and which tile fits in memory.
-_NEVER_ROLLED_BACK = (Exporting, Exported, CanvasLost, SmallerTile)
+# which tile fits in memory, and which stages were added.
+_NEVER_ROLLED_BACK = (Exporting, Exported, CanvasLost, SmallerTile, StageAdded)
 
 
 def effective(records: Iterable[Record]) -> list[Record]:

@@ -144,8 +144,12 @@ class StagePrepared(Record):
 
 
 class Iteration(Record):
-    """An iteration is complete. Losses: of the canvas that it read. `checksums`: of the arrays that it wrote."""
+    """An iteration is complete. Losses: of the canvas that it read. `checksums`: of the arrays that it wrote.
 
+    `remaining_s`: the seconds from here to the end of the run as they were estimated then; None: there was no estimate.
+    """
+
+    version: Literal[1, 3] = 3  # type: ignore[assignment]  # 1: without remaining_s
     type: Literal["iteration"] = "iteration"
     stage: _Stage
     iteration: _Count
@@ -160,6 +164,7 @@ class Iteration(Record):
     busy: _Numbers = {}
     stepped: bool
     checksums: _Sums
+    remaining_s: Annotated[float, Field(ge=0, le=1e18)] | None = None
 
 
 class StageDone(Record):
@@ -209,7 +214,25 @@ class RolledBack(Record):
     records: Annotated[int, Field(ge=0)]
 
 
-_KINDS = (Begun, StagePrepared, Iteration, StageDone, SmallerTile, Exporting, Exported, CanvasLost, RolledBack)
+class StageAdded(Record):
+    """The run goes on after its last stage: with one more of the same size, of this many iterations."""
+
+    version: Literal[3] = 3  # type: ignore[assignment]
+    type: Literal["stage_added"] = "stage_added"
+    iterations: Annotated[int, Field(ge=1, le=MAX_ITERATIONS)]
+
+
+class Cleaned(Record):
+    """The state is deleted from here on: there is no canvas any more, and nothing of the store is read."""
+
+    version: Literal[3] = 3  # type: ignore[assignment]
+    type: Literal["cleaned"] = "cleaned"
+
+
+_KINDS = (
+    *(Begun, StagePrepared, Iteration, StageDone, SmallerTile, Exporting, Exported, CanvasLost, RolledBack),
+    *(StageAdded, Cleaned),
+)
 _BY_TYPE: Mapping[str, type[Record]] = {str(kind.model_fields["type"].default): kind for kind in _KINDS}
 
 

@@ -38,10 +38,10 @@ def is_as_written(path: Path, picture: WrittenPicture | None, cancel: CancelToke
     """Whether the file or folder is that image; if `picture` is None, whether it is not empty."""
     if picture is None:
         return (path.is_file() or path.is_dir()) and _size_and_time(path)[0] > 0
-    return _is_one_of(path, [picture], cancel)
+    return is_one_of(path, [picture], cancel)
 
 
-def _is_one_of(path: Path, pictures: Sequence[WrittenPicture], cancel: CancelToken) -> bool:
+def is_one_of(path: Path, pictures: Sequence[WrittenPicture], cancel: CancelToken) -> bool:
     """Whether the file or folder is one of several images. Reads it once at most."""
     if not (path.is_file() or path.is_dir()):
         return False
@@ -64,7 +64,7 @@ def refuse_foreign(output: Path, pictures: Pictures, foreign: str, cancel: Cance
     own = pictures.get(str(output), ())
     # a run's image under another of its paths is its own too: it may have been moved
     written = [picture for images in pictures.values() for picture in images if picture is not None]
-    if None in own or _is_one_of(output, written, cancel):
+    if None in own or is_one_of(output, written, cancel):
         return
     cause = "it is not what was written there" if own else foreign
     raise ConfigError(

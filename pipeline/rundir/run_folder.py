@@ -51,7 +51,7 @@ def locked_folder(folder: Path) -> Iterator[RunLock]:
 
 def _holds_stage(folder: Path) -> bool:
     try:
-        return bool(standing(Journal(journal_path(folder)))[1].slots)
+        return standing(Journal(journal_path(folder)))[1].is_fixed
     except (PipelineError, OSError):
         return True  # it may hold one, which must not be deleted
 
@@ -95,6 +95,11 @@ def make_work_dir(work_dir: Path) -> None:
         raise ConfigError(
             f"work_dir {work_dir}: cannot be created ({error.strerror}). Choose another work_dir."
         ) from error
+    check_work_dir(work_dir)
+
+
+def check_work_dir(work_dir: Path) -> None:
+    """Check that an existing folder can be a run directory. Raises as make_work_dir."""
     if (refusal := unwritable(work_dir)) is not None:
         if refusal.errno == errno.EROFS or manifest_path(work_dir).exists():  # it was writable when the run began
             raise storage_error(work_dir, refusal)

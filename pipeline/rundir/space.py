@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.core.errors import SpaceError
-from pipeline.core.text import stage_name
+from pipeline.core.text import size_text, stage_name
 from pipeline.plan import Plan
+from pipeline.rundir.paths import store_path
 
 _BLOCK_BYTES = 4096  # of nearly every file system
 _METADATA_FILES = 64  # per stage: one for each array, and the style targets
@@ -72,7 +73,7 @@ def _require(folder: Path, need: DiskSpace, what: str) -> None:
     )
     if need.bytes > free_bytes:
         raise SpaceError(
-            f"{folder}: {what} still needs {_size(need.bytes)} here, but {_size(free_bytes)} are free, {remedy}"
+            f"{folder}: {what} still needs {size_text(need.bytes)} here, but {size_text(free_bytes)} are free, {remedy}"
         )
     if disk.f_files and need.files > disk.f_favail:  # some file systems do not count files
         raise SpaceError(
@@ -81,18 +82,15 @@ def _require(folder: Path, need: DiskSpace, what: str) -> None:
         )
 
 
-def _size(size_bytes: int) -> str:
-    """Bytes in the largest unit that fits, since "needs 0.00 GiB, 0.00 are free" explains nothing."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.2f} {unit}"
-    return f"{size_bytes / 2**10:.2f} KiB"
-
-
 def space_taken(folder: Path) -> DiskSpace:
     """The space of all files and folders below `folder`; nothing if it does not exist."""
     blocks = list(_blocks(folder))
     return DiskSpace(512 * sum(blocks), len(blocks))
+
+
+def state_bytes(work_dir: Path) -> int:
+    """The space of a run's state, which is all but its manifest, its journal and its lock."""
+    return space_taken(store_path(work_dir)).bytes
 
 
 def _blocks(folder: Path) -> Iterator[int]:

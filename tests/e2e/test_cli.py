@@ -398,7 +398,7 @@ def test_refused_before_the_start_what_cannot_end(tmp_path, call):
     """Predictable errors (memory, limits of a format, disk space) are reported before the run."""
     config = write_run(tmp_path)
     for settings, words in [
-        (["memory.limit=100MiB"], ["memory.limit", "GiB"]),
+        (["memory.limit=100MiB"], ["memory.limit", "MiB"]),
         (["size=70000", "output=wide.jpg", "compute.tile_px=auto", "store.chunk_px=512"], ["65,500"]),
     ]:
         for command in ("plan", "run"):
@@ -422,7 +422,7 @@ def test_narrow_terminals_lose_nothing(finished, call, monkeypatch, columns):
     shown = call("plan", "-c", config)
     assert shown.code == 0
     assert "…" not in shown.out
-    assert re.search(r"(?m)^ *2 +90×70 +4 +×\d+\.\d\d +\d+\.\d\d GiB +\d+\.\d\d$", shown.out), shown.out
+    assert re.search(r"(?m)^ *2 +90×70 +4 +×\d+\.\d\d +\d+\.\d\d KiB +\d+\.\d GFLOP$", shown.out), shown.out
     shown = call("status", "-c", config)
     assert "…" not in shown.out
     assert re.search(r"(?m)^ *2 +90×70 +done +2/2 +all iterations done +\d+s$", shown.out), shown.out
@@ -458,7 +458,7 @@ def test_plan_on_a_real_narrow_terminal(finished):
     assert process.wait(TIMEOUT_S) == 0
     text = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())
     assert "…" not in text
-    assert re.search(r"(?m)^ *2 +90×70 +4 +×\d+\.\d\d +\d+\.\d\d GiB +\d+\.\d\d\r?$", text), text
+    assert re.search(r"(?m)^ *2 +90×70 +4 +×\d+\.\d\d +\d+\.\d\d KiB +\d+\.\d GFLOP\r?$", text), text
     prose = text.splitlines()[4:]
     assert prose and all(len(line) <= 40 or " " not in line.strip() for line in prose), text
 

@@ -159,7 +159,8 @@ def write_journal(path: Path, records: list[dict[str, Any]]) -> None:
 def results(work_dir: Path) -> list[dict[str, Any]]:
     """The journal's records of finished work, without the fields that differ between two runs, such as times."""
     done = [record for record in journal(work_dir) if record["type"] in ("stage_prepared", "iteration", "stage_done")]
-    return [{key: value for key, value in record.items() if key not in ("time", "seconds", "busy")} for record in done]
+    measured = ("time", "seconds", "busy", "remaining_s")
+    return [{key: value for key, value in record.items() if key not in measured} for record in done]
 
 
 # Runs a command line, and prints the peak of the process in KiB after its output.

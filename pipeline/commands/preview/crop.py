@@ -40,6 +40,7 @@ from pipeline.commands.preview.cut import cut_canvas, cut_file
 from pipeline.commands.preview.folder import Claim, claimed, folder_of
 from pipeline.commands.preview.regions import aligned, regions, scaled
 from pipeline.commands.run import end_reason
+from pipeline.commands.status import refuse_cleaned
 from pipeline.config import Config
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
@@ -52,9 +53,16 @@ from pipeline.core.vgg_layers import ALIGN_PX, ceil_to
 from pipeline.executors import Executor, ThreadExecutor
 from pipeline.images import check_output
 from pipeline.network import WeightsSource, find_weights, widths_for_plan
-from pipeline.plan import WORKERS, Device, Plan, StageWork, layers_in_use, plan_stage, resolve_device
+from pipeline.plan import WORKERS, Device, Plan, StageWork, layers_in_use, plan_stage, resolve_device, with_added_stages
 from pipeline.render import adam, ingest
-from pipeline.render.context import RenderContext, iteration_record, make_stage, prepared_record, render_context
+from pipeline.render.context import (
+    RenderContext,
+    iteration_record,
+    make_stage,
+    prepared_record,
+    render_context,
+    settings_of,
+)
 from pipeline.render.resample import Filling, Region, enlarge, whole
 from pipeline.rundir import (
     Iteration,
@@ -128,11 +136,15 @@ def crop(
 
 @dataclass(frozen=True)
 class Crops:
-    """Renders parts of the image of a run. `plan`: with less memory than the run's own."""
+    """Renders parts of the image of a run.
+
+    `plan`: with less memory than the run's own, and with the stages that were added to it; `begun_with`: without those.
+    """
 
     config: Config
     device: Device
     plan: Plan
+    begun_with: Plan
     sink: Sink
     stop: threading.Event | None
 
@@ -140,7 +152,9 @@ class Crops:
     def of(cls, config: Config, sink: Sink, stop: threading.Event | None) -> Self:
         """Plan the crops of a config. Raises ConfigError, InputError."""
         device = resolve_device(config.compute.device)
-        return cls(config, device, _planned(config, device), sink, stop)
+        begun_with = _planned(config, device)
+        plan = with_added_stages(begun_with, _added(config.work_dir))
+        return cls(config, device, plan, begun_with, sink, stop)
 
     @contextmanager
     def rendered(
@@ -154,7 +168,7 @@ class Crops:
         config = self.config
         with ThreadExecutor(WORKERS, CancelToken(self.stop)) as executor:
             weights = find_weights(config.network.name, config.network.weights, config.seed, self.sink, executor.cancel)
-            finished = _finished(config, self.plan, weights, target, executor)
+            finished = _finished(config, self.begun_with, weights, target, executor)
             if finished.stage < target:
                 _refuse_carried(config, self.plan)
             with claim_of() as claim, _temporary_folder(claim.folder / "crop") as folder:
@@ -168,6 +182,11 @@ class Crops:
                     own_folder.mkdir()
                     canvases.append(Crop(config, self.plan, context, finished, own_folder).render(rect, target))
                 yield canvases, claim, folder
+
+
+def _added(work_dir: Path) -> tuple[int, ...]:
+    """The iterations of the stages that were added to the run, if there is one."""
+    return standing(Journal(journal_path(work_dir)))[1].added if taken(manifest_path(work_dir)) else ()
 
 
 def _refuse_outside(rect: Rect, size: Size) -> None:
@@ -236,6 +255,7 @@ def _finished(config: Config, planned: Plan, weights: WeightsSource, target: int
         raise ConfigError(f"{config.work_dir}: there is no run of this config yet, so no stage is finished. {remedy}")
     records, position = standing(Journal(journal_path(config.work_dir)))
     stages = [index for index in position.slots if finished_stage(position, index) and index <= target]
+    refuse_cleaned(config.work_dir, position)
     if not stages:
         raise ConfigError(f"{config.work_dir}: the run has not finished its first stage yet. {remedy}")
     manifest = trusted_manifest(manifest_path(config.work_dir), records)
@@ -288,7 +308,7 @@ class Crop:
 
     def _stage(self, index: int, size: Size) -> Stage:
         """The stage of the run with a canvas of this size, in the temporary run directory."""
-        config = self.config.for_stage(max(self.plan.stages[index].size))
+        config = settings_of(self.config, self.plan.stages[index])
         compute = config.compute.model_copy(update={"threads": self.finished.threads})
         config = config.model_copy(update={"stages": (), "compute": compute, "work_dir": self.folder})
         layer_use = layers_in_use(config, self.context.weights.widths, self.plan.stages[index].scales)

@@ -17,7 +17,7 @@ from pipeline.config import Config, dotted, input_files, result_fields
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink
-from pipeline.core.text import shown
+from pipeline.core.text import shown, size_text
 from pipeline.core.tiling import Size
 from pipeline.images import ContactSheet, Label, Row, SheetImage, read_header
 from pipeline.network import sha256_of
@@ -142,8 +142,8 @@ class Grid:
         needed, limit = BASE_BYTES["cpu"] + sheet.strip_bytes, images[0].config.memory.limit_bytes
         if needed > limit:
             raise ConfigError(
-                f"--size {self._size_px}: a row of the sheet takes {needed / 2**30:.2f} GiB of memory, but "
-                f"{limit / 2**30:.2f} GiB is the limit. Choose a smaller --size, or raise memory.limit."
+                f"--size {self._size_px}: a row of the sheet takes {size_text(needed)} of memory, but "
+                f"{size_text(limit)} is the limit. Choose a smaller --size, or raise memory.limit."
             )
         return sheet
 

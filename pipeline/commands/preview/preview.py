@@ -24,7 +24,7 @@ from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Event, IterationDone, Note, PictureDone, Sink, StageStarted, WorkDone, ignore
 from pipeline.core.image_formats import PREVIEW_PX
-from pipeline.core.text import count, shown
+from pipeline.core.text import count, shown, work_text
 from pipeline.core.tiling import Size
 from pipeline.images import check_output
 from pipeline.plan import Plan, resolve_device
@@ -129,7 +129,7 @@ def _render(images: Sequence[PlannedImage], sink: Sink, stop: threading.Event | 
     """Render every image that is not finished yet."""
     height, width = images[0].plan.stages[-1].size
     flop = sum(image.plan.flop for image in {image.config.work_dir: image for image in images}.values())
-    sink(Note(f"{count(len(images), 'image')} of {width}×{height} px, {flop / 1e12:,.1f} TFLOP if none is finished"))
+    sink(Note(f"{count(len(images), 'image')} of {width}×{height} px, {work_text(flop)} if none is finished"))
     for index, image in enumerate(images, start=1):
         started = time.monotonic()
         preview_sink = _PreviewSink(sink, f"image {index} of {len(images)}", image.plan)

@@ -53,7 +53,9 @@ from pipeline.store import (
 )
 
 # A line that is too damaged to be recognised counts as an iteration: the report must not understate the loss.
-_OTHER_RECORD = re.compile(rb'"type": "(begun|stage_prepared|stage_done|exporting|exported|rolled_back|canvas_lost)"')
+_OTHER_RECORD = re.compile(
+    rb'"type": "(begun|stage_prepared|stage_done|exporting|exported|rolled_back|canvas_lost|stage_added|cleaned)"'
+)
 
 
 @dataclass(frozen=True)

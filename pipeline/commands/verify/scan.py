@@ -39,6 +39,7 @@ from pipeline.rundir import (
     refuse_changes,
     refuse_unknown_stage,
     resolved,
+    stages_of,
     store_path,
 )
 
@@ -110,6 +111,8 @@ def scan(
     if links := [Problem(path, "foreign", f"{what}, and no run makes one") for path, what in links_in_store(work_dir)]:
         in_store = StoreDamage(links)  # a file behind a link may be anybody's, so nothing is read through one
         notes.append("the store is not looked into while there are links in it")
+    elif position.cleaned:  # a killed `clean` leaves some of it, which nothing reads
+        in_store = StoreDamage(leftovers=[store_path(work_dir)] if store_path(work_dir).exists() else [])
     else:
 
         def progress(done: int, total: int) -> None:
@@ -140,10 +143,12 @@ def _journal_problems(work_dir: Path, journal: JournalState, position: Position)
         return [Problem(path, "changed", what)], []
     notes = ["the journal's last line is incomplete: a crash cut it short, and the next run drops it"]
     notes = notes[: journal.torn]
-    if not position.slots and lost_its_stages(work_dir, journal.records):
+    if not position.is_fixed and lost_its_stages(work_dir, journal.records):
         kind = "truncated" if path.exists() else "missing"
         return [Problem(path, kind, f"has no record of what is in {store_path(work_dir)}")], notes
-    if not position.slots:
+    if position.cleaned:
+        notes.append("the state was deleted with `pipeline clean`: there is no canvas to check")
+    elif not position.slots:
         notes.append("no stage is prepared yet, so the next run reads the inputs as they are then")
     return [], notes
 
@@ -159,7 +164,7 @@ def _manifest(path: Path, journal: JournalState, position: Position) -> tuple[Ma
         if not path.exists():
             return copy, [Problem(path, "missing", "is missing")]
         return copy, [Problem(path, "changed", f"cannot be read ({error.__cause__})")]
-    if position.slots and manifest != copy:
+    if position.is_fixed and manifest != copy:
         return copy, [Problem(path, "changed", "is intact, but not the manifest that the journal began with")]
     return manifest, []
 
@@ -173,7 +178,7 @@ def _config(work_dir: Path, given: Config | None, manifest: Manifest | None, pos
         return None
     if given is not None:
         given = resolved(given)
-        if position.slots:
+        if position.is_fixed:
             keys = {dotted(key) for key, _ in input_files(given)} | {"network.weights"}
             # the content of the files is compared later, where a difference is damage and not another config
             hashes = {key: manifest.inputs.get(key, "not there") for key in keys}
@@ -191,7 +196,10 @@ def _config(work_dir: Path, given: Config | None, manifest: Manifest | None, pos
 
 
 def _ended(position: Position, config: Config, manifest: Manifest) -> bool:
-    settings = config.for_stage(max(manifest.stages[position.stage].size)).optimizer
+    stage = stages_of(manifest, position)[position.stage]
+    settings = config.for_stage(max(stage.size)).optimizer
+    if position.stage >= len(manifest.stages):  # it was added, with a number of iterations of its own
+        settings = settings.model_copy(update={"max_iterations": stage.max_iterations})
     return position.prepared and end_reason(position, settings) is not None
 
 

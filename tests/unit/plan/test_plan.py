@@ -246,11 +246,20 @@ def test_flop_of_vgg19_per_pixel():
 
 
 def test_flop_of_a_run_are_passes_times_pixels_times_iterations():
-    """One forward pass in the Gram pass; forward and backward in the gradient pass, without gradients of weights."""
-    plan = planned((600, 400), memory={"limit": "64GiB"}, optimizer={"max_iterations": 7})
+    """One forward pass in the Gram pass; forward and backward in the gradient pass, without gradients of weights.
+
+    A canvas of one tile needs no Gram pass: its cost was told half as large again, and so was the time that is left.
+    """
+    keys = {"memory": {"limit": "64GiB"}, "optimizer": {"max_iterations": 7}}
+    plan = planned((600, 400), **keys)
+    assert [stage.tiles for stage in plan.stages] == [1] * len(plan.stages)
     for stage in plan.stages:
-        assert stage.flop_per_iteration == 722_304 * (stage.gram_px + 2 * stage.gradient_px)
-    assert plan.flop == 7 * sum(stage.flop_per_iteration for stage in plan.stages)
+        assert stage.flop_per_iteration == 722_304 * 2 * stage.gradient_px
+    tiled = planned((600, 400), **keys, compute={"tile_px": 512, "device": "cpu"}, initial_size=600, style_stages=False)
+    (stage,) = tiled.stages
+    assert stage.flop_per_iteration == 722_304 * (stage.gram_px + 2 * stage.gradient_px)
+    assert tiled.flop == stage.prepare_flop + 7 * stage.flop_per_iteration
+    assert stage.prepare_flop > 722_304 * stage.pixels  # the content's features, and the style
 
 
 def test_a_loss_of_weight_0_takes_no_work():
@@ -363,7 +372,7 @@ def refusal(**values) -> str:
 def test_a_limit_that_is_too_small_is_refused_by_its_name():
     """Refused in a second instead of killed out of memory after a day; the message names the setting to change."""
     text = refusal(memory={"limit": "300MiB"})
-    assert "memory.limit" in text and "0.29 GiB is the limit" in text and "even with the smallest tile" in text
+    assert "memory.limit" in text and "300.00 MiB is the limit" in text and "even with the smallest tile" in text
     assert "store.chunk_px" in text
 
 

@@ -21,12 +21,13 @@ from pipeline.rundir import lock as lock_module
 from pipeline.rundir.journal import Journal, JournalState, standing
 from pipeline.rundir.lock import RunLock, running_owner
 from pipeline.rundir.manifest import OtherFormatError, _manifest_text, read_manifest, trusted_manifest, write_manifest
-from pipeline.rundir.position import Position, position_of
+from pipeline.rundir.position import Position, effective, position_of
 from pipeline.rundir.records import (
     FORMAT,
     VERSION,
     Begun,
     CanvasLost,
+    Cleaned,
     Exported,
     Exporting,
     Iteration,
@@ -36,6 +37,7 @@ from pipeline.rundir.records import (
     Record,
     RolledBack,
     SmallerTile,
+    StageAdded,
     StageDone,
     StagePrepared,
     WrittenPicture,
@@ -416,6 +418,24 @@ def test_a_picture_is_known_before_it_has_its_name():
     assert position.pictures == {"/a.png": (PICTURE,)} and not position.exported
 
 
+def test_an_added_stage_stays_after_a_rollback_and_its_image_is_to_be_exported():
+    """A repair would forget what the user asked for, or the run would leave the picture of before in its place."""
+    ended = [prepared(0), iteration(0), done(0), Exported(output="/a.png", options={}, picture=PICTURE)]
+    added = position_of([*ended, StageAdded(iterations=5)])
+    assert (added.added, added.exported, added.stage_done) == ((5,), {}, True)
+    assert added.pictures == {"/a.png": (PICTURE,)}  # which the run may overwrite
+    rolled_back = position_of(effective([*ended, StageAdded(iterations=5), prepared(1), RolledBack(records=1)]))
+    assert (rolled_back.stage, rolled_back.stage_done, rolled_back.added) == (0, False, (5,))
+    assert position_of([*ended, StageAdded(iterations=5), prepared(1)]).added == (5,)
+
+
+def test_a_run_without_state_still_knows_its_images():
+    """A cleaned run would render again over its own picture, or refuse it as a stranger's."""
+    ended = [prepared(0), iteration(0), done(0), Exported(output="/a.png", options={}, picture=PICTURE)]
+    cleaned = position_of([*ended, Cleaned()])
+    assert cleaned.is_fixed and not cleaned.slots and cleaned.results == (PICTURE,)
+
+
 # --- records of other versions ---
 
 OLD = [
@@ -483,10 +503,15 @@ def test_the_names_on_disk_are_those_of_the_schema():
     """Renaming a variable must not change the names in the journal, which are fixed."""
     both, losses = "type version time stage", "objective content_loss style_loss layer_losses"
     names = (
-        (iteration(0), f"{both} iteration {losses} mean_abs_u max_abs_u alpha seconds busy stepped checksums"),
+        (
+            iteration(0),
+            f"{both} iteration {losses} mean_abs_u max_abs_u alpha seconds busy stepped checksums remaining_s",
+        ),
         (prepared(0), f"{both} tile_px content_energies areas checksums alpha adam_steps carries"),
         (done(0), f"{both} iterations reason"),
         (Exported(output="x"), "type version time output options picture"),
+        (StageAdded(iterations=1), "type version time iterations"),
+        (Cleaned(), "type version time"),
     )
     for record, fields in names:
         assert sorted(as_json(record)) == sorted(fields.split())
