@@ -32,10 +32,10 @@ R = TypeVar("R")
 def load(array: StageArray, rect: Rect, device: str, dtype: torch.dtype, scale: int = 0) -> Tensor:
     """(1, C, H, W), channels-last, complete. Raises ChunkError, StorageError, or torch's out-of-memory errors.
 
-    `scale`: shrunk by 2^scale, to the means of blocks; last lines that do not fill a block are left out.
+    `scale`: shrunk by 2^scale.
     """
     if torch.device(device).type == "cpu":
-        return _shrunk(torch.from_numpy(array.read_window(rect)).to(dtype).permute(2, 0, 1)[None], scale)
+        return shrunk(torch.from_numpy(array.read_window(rect)).to(dtype).permute(2, 0, 1)[None], scale)
     return load_staged(array, rect, torch.device(device), dtype, scale)
 
 
@@ -48,10 +48,11 @@ def load_staged(array: StageArray, rect: Rect, device: torch.device, dtype: torc
     if scale == 0:
         return out.permute(2, 0, 1)[None]
     with _LANES.of(device).running():  # on the stream of `out`, whose memory is used again afterwards
-        return _shrunk(out.permute(2, 0, 1)[None], scale)
+        return shrunk(out.permute(2, 0, 1)[None], scale)
 
 
-def _shrunk(x_1CHW: Tensor, scale: int) -> Tensor:
+def shrunk(x_1CHW: Tensor, scale: int) -> Tensor:
+    """The means of blocks of 2^scale px; last lines that do not fill a block are left out."""
     return F.avg_pool2d(x_1CHW, 2**scale) if scale else x_1CHW
 
 
