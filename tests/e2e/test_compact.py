@@ -16,7 +16,7 @@ import pipeline
 from pipeline import store
 from pipeline.core.tiling import Rect, grid
 from pipeline.render import adam
-from pipeline.render.update import UpdateResult, update_specs, update_task
+from pipeline.render.update import UpdateResult, UpdateSpec, update_specs, update_task
 from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
@@ -113,7 +113,7 @@ def fill(stage: Path, chunk_px: int, shape=(70, 45, 3)) -> dict[str, str]:
 def update_all(stage: Path, sums: dict[str, str], rounding: tuple[int, int, int]) -> list[UpdateResult]:
     """The update pass over a canvas whose gradient has been written."""
     gradient = store.open_array(stage, "gradient", sums["gradient"])
-    specs = update_specs(stage, grid(*gradient.shape[:2], gradient.chunk_px), 0, AVERAGING, sums, rounding)
+    specs = update_specs(UpdateSpec(stage, 0, AVERAGING, sums, rounding), grid(*gradient.shape[:2], gradient.chunk_px))
     written = ({chunk: gradient.checksums[chunk] for chunk in spec.chunks} for spec in specs)
     return [update_task(replace(spec, gradient_sums=sums)) for spec, sums in zip(specs, written, strict=True)]
 

@@ -110,11 +110,9 @@ def scan(
         in_store = StoreDamage(links)  # a file behind a link may be anybody's, so nothing is read through one
         notes.append("the store is not looked into while there are links in it")
     else:
-
-        def progress(done: int, total: int) -> None:
-            sink(WorkDone(position.stage, "verify", done, total))
-
-        in_store = store_damage(work_dir, expected, sample, executor, progress)
+        in_store = store_damage(
+            work_dir, expected, sample, executor, lambda *counts: sink(WorkDone(position.stage, "verify", *counts))
+        )
     foreign, leftovers = foreign_at_the_top(work_dir, lambda path: _is_own(path, config, position))
     return ScanResult(
         work_dir=work_dir,
