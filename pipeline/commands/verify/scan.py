@@ -98,8 +98,6 @@ def scan(
     position = checked_position(journal.records, journal_path(work_dir))
     problems, notes = _journal_problems(work_dir, journal, position)
     manifest, manifest_problems = _manifest(manifest_path(work_dir), journal, position)
-    if manifest is not None:
-        refuse_unknown_stage(work_dir, manifest, position)
     config = _config(work_dir, config, manifest, position)
     ended = position.stage_done or bool(config and manifest and position.slots and _ended(position, config, manifest))
     # before the first stage is prepared, inputs may still be changed
@@ -164,10 +162,12 @@ def _manifest(path: Path, journal: JournalState, position: Position) -> tuple[Ma
 def _config(work_dir: Path, given: Config | None, manifest: Manifest | None, position: Position) -> Config | None:
     """The given config, else the manifest's; None without a manifest.
 
-    Raises DamagedStateError if the manifest's config is invalid on this machine or in this version.
+    Raises DamagedStateError if the manifest's config is invalid on this machine or in this version, or if the journal
+    records a stage that the manifest does not have.
     """
     if manifest is None:
         return None
+    refuse_unknown_stage(work_dir, manifest, position)
     if given is not None:
         if position.slots:
             keys = {dotted(key) for key, _ in input_files(given)} | {"network.weights"}
