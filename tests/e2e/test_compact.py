@@ -22,7 +22,7 @@ from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
 from pipeline.store import metadata
 from pipeline.store.encodings import BFLOAT16, FIXED16, RoundingBytes
-from tests.support.e2e import Nursery, canvases, journal, read_picture, results, write_picture, write_run
+from tests.support.e2e import canvases, journal, read_picture, results, write_picture, write_run
 from tests.support.inputs import write_image
 
 COMPACT = {"state_dtype": "compact", "chunk_px": 32}
@@ -268,13 +268,6 @@ def write_two_stages(folder: Path) -> Path:
     write_picture(folder / "second.png", 64, 75, seed=3)
     keys = {"initial_size": 64, "optimizer": {"max_iterations": 3}, "compute": {"tile_px": 64}}
     return write_run(folder, (128, 96), (70, 60), store=COMPACT, output="out.tif", **keys)
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
 
 
 def test_a_compact_run_killed_in_both_slots_ends_with_the_same_bits(nursery, tmp_path):

@@ -460,13 +460,6 @@ def test_a_lost_chunk_is_reported_as_such(tmp_path, workers):
         pipeline.run(pipeline.load_config(write_two_stages(tmp_path, workers=workers)), sink=sink)
 
 
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
-
-
 def start_until(nursery: Nursery, config: Path, what: str) -> tuple[Child, list[psutil.Process]]:
     """Start a run with worker processes; returns it and its workers once it does `what` in the second stage."""
     child = nursery.start("run", "-c", config, "--log-format", "json")
