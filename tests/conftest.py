@@ -68,6 +68,24 @@ def make_config(tmp_path: Path, narrow_weights: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a command line in this process: `call("plan", "-c", path)`."""
+    from tests.support.e2e import make_call
+
+    return make_call(capfd, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Starts commands in processes of their own."""
+    from tests.support.e2e import Nursery
+
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A mounted file system of 800 KiB."""
     mount = tmp_path / "small"

@@ -123,4 +123,10 @@ def chunks_of(rect: Rect, chunk_px: int) -> Iterator[tuple[int, int, Rect]]:
             yield cy, cx, rect.intersection(chunk)
 
 
+def bands(rect: Rect, chunk_px: int) -> Iterator[Rect]:
+    """The rectangle row of chunks by row of chunks."""
+    for y0 in range(rect.y0 // chunk_px * chunk_px, rect.y1, chunk_px):
+        yield Rect(max(rect.y0, y0), min(rect.y1, y0 + chunk_px), rect.x0, rect.x1)
+
+
 Size = tuple[int, int]  # (height, width) in px

@@ -31,8 +31,6 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.scheduler.worker-ttl": None,
     "distributed.scheduler.allowed-failures": ALLOWED_DEATHS,
     "distributed.scheduler.active-memory-manager.start": False,
-    # gradients of neighbouring tiles would move between workers for nothing: their values are small
-    "distributed.scheduler.work-stealing": False,
     "distributed.scheduler.http.routes": [],
     "distributed.worker.http.routes": [],
     "distributed.worker.profile.enabled": False,

@@ -80,11 +80,6 @@ def _power(covariance: Matrix, exponent: float, minimum: float) -> Matrix:
     return powers
 
 
-def style_map(color: str, style: ColorStatistics, content: ColorStatistics) -> ColorMap:
-    """The map of the style's pixels for `color: content` or `luminance`."""
-    return (matched_colors if color == "content" else matched_luminance)(style, content)
-
-
 def moments(pixels_HWC: NDArray[Any], weights_HW1: NDArray[Any] | None = None) -> Moments:
     """The moments of pixels x with weights w, 0..255; 1 by default.
 

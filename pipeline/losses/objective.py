@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,54 +48,47 @@ def gram_sum(features_CHW: Tensor, share_HW: Tensor | None = None, *, with_mean:
     `share_HW`: the weight of each position, 1 by default. `with_mean`: of the features and a channel of ones, (M, M),
     whose last column is (Σ φ, Σ 1).
     """
-    sum_CC = _gram_sum(features_CHW, share_HW)
+    weighted_CHW = features_CHW
+    if share_HW is not None:
+        features_CHW = features_CHW.to(torch.promote_types(features_CHW.dtype, torch.float32))
+        weighted_CHW = features_CHW * share_HW
+    sum_CC = (_products_in_blocks if features_CHW.is_cuda else _products)(weighted_CHW, features_CHW)
     if not with_mean:
         return sum_CC
     # beside the product, not by a channel of ones: that would copy the largest feature map
-    weighted_CHW = features_CHW if share_HW is None else features_CHW * share_HW
     sum_C1 = weighted_CHW.sum((1, 2), dtype=torch.float64).cpu().numpy()[:, None]
     count = features_CHW[0].numel() if share_HW is None else float(share_HW.sum(dtype=torch.float64))
     return np.block([[sum_CC, sum_C1], [sum_C1.T, np.full((1, 1), count)]])
 
 
-def _gram_sum(features_CHW: Tensor, share_HW: Tensor | None) -> Gram:
-    if features_CHW.is_cuda:
-        return _gram_sum_in_blocks(features_CHW, share_HW)
-    features_Cn = features_CHW.flatten(1)
-    if features_Cn.dtype == torch.bfloat16:
-        features_Cn = features_Cn.float()
-    weighted_Cn = features_Cn if share_HW is None else features_Cn * share_HW.flatten()
-    return (weighted_Cn @ features_Cn.T).cpu().numpy().astype(np.float64)
+def _products(left_CHW: Tensor, right_CHW: Tensor) -> Gram:
+    """Σ left·rightᵀ over positions, on the CPU."""
+    right_Cn = right_CHW.flatten(1)
+    if right_Cn.dtype == torch.bfloat16:
+        right_Cn = right_Cn.float()
+    left_Cn = right_Cn if left_CHW is right_CHW else left_CHW.flatten(1)
+    return (left_Cn @ right_Cn.T).cpu().numpy().astype(np.float64)
 
 
-def _gram_sum_in_blocks(features_CHW: Tensor, share_HW: Tensor | None) -> Gram:
-    """gram_sum on a GPU: float32 within blocks of positions, float64 over the blocks.
+def _products_in_blocks(left_CHW: Tensor, right_CHW: Tensor) -> Gram:
+    """The same on a GPU: float32 within blocks of positions, float64 over the blocks.
 
     Products of bfloat16 are exact in float32, but matrix units truncate their sums: over four million positions the
     error was 3·10⁻⁴, over a block it is less than the rounding of the features.
     """
-    features_nC = features_CHW.permute(1, 2, 0).flatten(0, 1)
-    weighted_nC = features_nC
-    if share_HW is not None:
-        features_nC = features_nC.to(torch.promote_types(features_nC.dtype, torch.float32))
-        weighted_nC = features_nC * share_HW.reshape(-1, 1)
-    positions, channels = features_nC.shape
-    total = torch.zeros((channels, channels), dtype=torch.float64, device=features_CHW.device)
+    right_nC = right_CHW.permute(1, 2, 0).flatten(0, 1)
+    left_nC = right_nC if left_CHW is right_CHW else left_CHW.permute(1, 2, 0).flatten(0, 1)
+    positions, channels = right_nC.shape
+    total = torch.zeros((channels, channels), dtype=torch.float64, device=right_nC.device)
     whole = positions // _BLOCK * _BLOCK
     firsts = range(0, whole, _BLOCK * _BLOCKS_AT_ONCE)
     parts = [(slice(first, min(first + _BLOCK * _BLOCKS_AT_ONCE, whole)), _BLOCK) for first in firsts]
     parts += [(slice(whole, positions), positions - whole)] if whole < positions else []
+    multiply = partial(torch.bmm, out_dtype=torch.float32) if right_nC.dtype == torch.bfloat16 else torch.bmm
     for part, length in parts:
-        weighted_BnC, features_BnC = (x_nC[part].reshape(-1, length, channels) for x_nC in (weighted_nC, features_nC))
-        total += _products(weighted_BnC, features_BnC).sum(0, dtype=torch.float64)
+        left_BnC, right_BnC = (x_nC[part].reshape(-1, length, channels) for x_nC in (left_nC, right_nC))
+        total += multiply(left_BnC.mT, right_BnC).sum(0, dtype=torch.float64)
     return total.cpu().numpy()
-
-
-def _products(left_BnC: Tensor, right_BnC: Tensor) -> Tensor:
-    """leftᵀ·right of every block, (B, C, C), in at least float32."""
-    if left_BnC.dtype == torch.bfloat16:
-        return torch.bmm(left_BnC.mT, right_BnC, out_dtype=torch.float32)
-    return torch.bmm(left_BnC.mT, right_BnC)
 
 
 def style_seed(features_1CHW: Tensor, seed_CM: Gram) -> Tensor:

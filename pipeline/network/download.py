@@ -1,9 +1,10 @@
-"""Downloads one file by torch.hub, so that the file appears under its name only when it is complete and verified."""
+"""Downloads one file, so that it appears under its name only when it is complete and verified."""
 
 from __future__ import annotations
 
 import contextlib
-import time
+import hashlib
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline.core.files import new_partial, remove, rename_synced, sync_file
 
 _POLL_S = 0.2
 _TIMEOUT_S = 60  # without a byte from the server
+_BLOCK_BYTES = 1 << 16
 
 
 class DownloadError(InputError):
@@ -42,12 +44,9 @@ def download(
         partial = new_partial(path)
     try:
         with storage(path):
-            # torch.hub names its temporary file itself: a folder of our own shows its size, and is easy to remove.
-            partial.mkdir()
-            _download_to(partial / path.name, url, sha256_prefix, cancel, on_progress)
-            with (partial / path.name).open("rb") as file:
-                sync_file(file)  # before the rename: a power loss must not leave half a file under the name
-            rename_synced(partial / path.name, path)
+            partial.touch()
+            _download_to(partial, url, sha256_prefix, cancel, on_progress)
+            rename_synced(partial, path)
     finally:
         with contextlib.suppress(OSError):
             remove(partial)
@@ -56,38 +55,44 @@ def download(
 
 
 def _download_to(
-    target: Path, url: str, sha256_prefix: str, cancel: CancelToken, on_progress: Callable[[int], None]
+    partial: Path, url: str, sha256_prefix: str, cancel: CancelToken, on_progress: Callable[[int], None]
 ) -> None:
-    """Run torch.hub's download on a thread, and watch the size of its file: torch.hub offers no callback or timeout.
+    """Download on a thread, because a stop must not wait for a silent server: reading from it cannot be interrupted.
 
-    The thread cannot be interrupted. After a stop or a timeout it writes on into a deleted file, and being a daemon it
-    ends with the process.
+    After a stop the thread writes nothing more, and ends with the next block or the timeout.
     """
-    folder, outcome = target.parent, Future[None]()
-    Thread(target=_fetch, args=(url, target, sha256_prefix, outcome), name="download", daemon=True).start()
-    size, grown_s = 0, time.monotonic()
+    outcome = Future[None]()
+    Thread(target=_fetch, args=(url, partial, sha256_prefix, cancel, outcome), name="download", daemon=True).start()
+    size = 0
     while not outcome.done():
         wait([outcome], _POLL_S)
         cancel.raise_if_set()
-        with contextlib.suppress(FileNotFoundError):  # torch.hub renames its file between the listing and the stat
-            if (now := sum(file.stat().st_size for file in folder.iterdir())) > size:
-                size, grown_s = now, time.monotonic()
-                on_progress(size)
-        if time.monotonic() - grown_s > _TIMEOUT_S:
-            raise DownloadError(f"the server sent nothing for {_TIMEOUT_S} s")
+        if (now := partial.stat().st_size) > size:
+            size = now
+            on_progress(size)
     if (error := outcome.exception()) is not None:
-        # A full or failing disk raises OSError itself. The network raises its subclasses, whose errno may be another
-        # library's code, and torch.hub raises RuntimeError for a wrong hash.
-        if type(error) is OSError and storage_error(folder, error) is not error:
+        # A full or failing disk raises OSError itself; the network raises its subclasses, whose errno may be another
+        # library's code.
+        if type(error) is OSError and storage_error(partial, error) is not error:
             raise error
         raise DownloadError(str(error)) from error
 
 
-def _fetch(url: str, target: Path, sha256_prefix: str, outcome: Future[None]) -> None:
-    import torch.hub  # noqa: PLC0415 - only the one download in the life of a machine needs it
-
+def _fetch(url: str, partial: Path, sha256_prefix: str, cancel: CancelToken, outcome: Future[None]) -> None:
+    digest = hashlib.sha256()
+    request = urllib.request.Request(url, headers={"User-Agent": "pipeline"})  # some servers refuse Python's own
     try:
-        torch.hub.download_url_to_file(url, str(target), sha256_prefix, progress=False)
+        # "r+": if this thread starts late, after a stop, it must not create the file again
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer, partial.open("r+b") as file:
+            while block := answer.read(_BLOCK_BYTES):
+                cancel.raise_if_set()
+                file.write(block)
+                digest.update(block)
+            sync_file(file)  # before the rename: a power loss must not leave half a file under the name
+        if not digest.hexdigest().startswith(sha256_prefix):
+            raise DownloadError(f"its hash should begin with {sha256_prefix}, and is {digest.hexdigest()}")
+    except TimeoutError:
+        outcome.set_exception(DownloadError(f"the server sent nothing for {_TIMEOUT_S} s"))
     except Exception as error:
         outcome.set_exception(error)
     else:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.core.tiling import Rect, chunks_of
+from pipeline.core.tiling import Rect, bands, chunks_of
 from pipeline.executors import Executor
 from pipeline.losses.color import ColorStatistics, Moments, added, luminance, moments, statistics_of
-from pipeline.store import ChunkSums, StageArray
+from pipeline.store import ChunkSums, StageArray, merged
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,8 @@ def moments_task(spec: _RowSpec) -> Moments:
 
 def statistics(array: StageArray, executor: Executor, weights: StageArray | None = None) -> ColorStatistics:
     """The statistics of a whole image in the store, the same bits whatever the tiles. Raises ChunkError."""
-    specs = [_RowSpec(array, rect, weights) for rect in _rows(array)]
+    specs = [_RowSpec(array, rect, weights) for rect in bands(array.rect, array.chunk_px)]
     return statistics_of(executor.map(moments_task, specs))
-
-
-def _rows(array: StageArray) -> Iterator[Rect]:
-    height, width, _ = array.shape
-    for y0 in range(0, height, array.chunk_px):
-        yield Rect(y0, min(y0 + array.chunk_px, height), 0, width)
 
 
 @dataclass(frozen=True)
@@ -70,5 +63,5 @@ def recolor(source: StageArray, content: StageArray, target: StageArray, executo
 
     The target is not the source: a task that is repeated must read the same pixels again.
     """
-    specs = [RecolorSpec(source, content, target, rect) for rect in _rows(target)]
-    return target.packed({index: value for part in executor.map(recolor_task, specs) for index, value in part.items()})
+    specs = [RecolorSpec(source, content, target, rect) for rect in bands(target.rect, target.chunk_px)]
+    return target.packed(merged(executor.map(recolor_task, specs)))

@@ -98,30 +98,10 @@ def _threads(config: Config) -> int:
 
 
 def prepared_record(stage: int, tile_px: int, prepared: Prepared) -> StagePrepared:
-    """The journal record of a prepared stage."""
-    return StagePrepared(
-        stage=stage,
-        tile_px=tile_px,
-        content_energies=dict(prepared.content_energies),
-        areas=dict(prepared.areas),
-        checksums=dict(prepared.checksums),
-    )
+    """The journal record of a prepared stage; its fields are those of `Prepared`, and where it is."""
+    return StagePrepared(stage=stage, tile_px=tile_px, **vars(prepared))
 
 
 def iteration_record(stage: int, iteration: int, result: IterationResult) -> Iteration:
-    """The journal record of an iteration."""
-    return Iteration(
-        stage=stage,
-        iteration=iteration,
-        objective=result.objective,
-        content_loss=result.content_loss,
-        style_loss=result.style_loss,
-        layer_losses=dict(result.layer_losses),
-        mean_abs_u=result.mean_abs_u,
-        max_abs_u=result.max_abs_u,
-        alpha=result.alpha,
-        seconds=dict(result.seconds),
-        busy=dict(result.busy),
-        stepped=result.stepped,
-        checksums=dict(result.checksums),
-    )
+    """The journal record of an iteration; its fields are those of `IterationResult`, and where it is."""
+    return Iteration(stage=stage, iteration=iteration, **vars(result))

@@ -10,7 +10,7 @@ Axes in names: 1 batch, C channels, H rows, W columns.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.core.tiling import Rect, chunks_of
+from pipeline.core.tiling import Rect, bands, chunks_of
 from pipeline.plan import STAGING_THREADS
-from pipeline.store import BFLOAT16, FIXED16, ChunkSums, StageArray
+from pipeline.store import BFLOAT16, FIXED16, ChunkSums, StageArray, merged
 
 R = TypeVar("R")
 
@@ -32,10 +32,10 @@ R = TypeVar("R")
 def load(array: StageArray, rect: Rect, device: str, dtype: torch.dtype, scale: int = 0) -> Tensor:
     """(1, C, H, W), channels-last, complete. Raises ChunkError, StorageError, or torch's out-of-memory errors.
 
-    `scale`: shrunk by 2^scale, to the means of blocks; last lines that do not fill a block are left out.
+    `scale`: shrunk by 2^scale.
     """
     if torch.device(device).type == "cpu":
-        return _shrunk(torch.from_numpy(array.read_window(rect)).to(dtype).permute(2, 0, 1)[None], scale)
+        return shrunk(torch.from_numpy(array.read_window(rect)).to(dtype).permute(2, 0, 1)[None], scale)
     return load_staged(array, rect, torch.device(device), dtype, scale)
 
 
@@ -43,29 +43,29 @@ def load_staged(array: StageArray, rect: Rect, device: torch.device, dtype: torc
     """The same through the pinned buffers, for any device."""
     with _LANES.of(device).running():
         out = torch.empty((rect.height, rect.width, array.shape[2]), dtype=dtype, device=device)
-    bands = list(_bands(rect, array.chunk_px))
-    _of_every_band(lambda band: _load_band(array, band, out[band.within(rect)]), bands)
+    _of_every_band(lambda band: _load_band(array, band, out[band.within(rect)]), rect, array.chunk_px)
     if scale == 0:
         return out.permute(2, 0, 1)[None]
     with _LANES.of(device).running():  # on the stream of `out`, whose memory is used again afterwards
-        return _shrunk(out.permute(2, 0, 1)[None], scale)
+        return shrunk(out.permute(2, 0, 1)[None], scale)
 
 
-def _shrunk(x_1CHW: Tensor, scale: int) -> Tensor:
+def shrunk(x_1CHW: Tensor, scale: int) -> Tensor:
+    """The means of blocks of 2^scale px; last lines that do not fill a block are left out."""
     return F.avg_pool2d(x_1CHW, 2**scale) if scale else x_1CHW
 
 
 def _load_band(array: StageArray, band: Rect, out_HWC: Tensor) -> None:
     """Copy one band into `out_HWC`, on the calling thread's stream."""
     lane = _LANES.of(out_HWC.device)
-    decode = _DECODERS[array.encoding.name] if array.encoding else _unchanged
+    decode = _DECODERS[array.encoding.name] if array.encoding else None
     with lane.running():
         buffer = partial(lane.buffer, array.chunk_shape, array.dtype)
         # whole rows: one call per strip would keep the GIL from the thread that launches kernels
         for part, rows, columns in array.read_parts(band, buffer, strips=False):
             stored = torch.from_numpy(rows).to(out_HWC.device, non_blocking=True)[:, columns]
             lane.sent()
-            out_HWC[part.within(band)].copy_(decode(stored))
+            out_HWC[part.within(band)].copy_(decode(stored) if decode else stored)
 
 
 def save(array: StageArray, rect: Rect, tensor_CHW: Tensor) -> ChunkSums:
@@ -80,19 +80,18 @@ def save(array: StageArray, rect: Rect, tensor_CHW: Tensor) -> ChunkSums:
 
 def save_staged(array: StageArray, rect: Rect, tensor_HWC: Tensor) -> ChunkSums:
     """The same through the pinned buffers, for any device."""
-    bands = list(_bands(rect, array.chunk_px))
-    parts = _of_every_band(lambda band: _save_band(array, band, tensor_HWC[band.within(rect)]), bands)
-    return {index: value for sums in parts for index, value in sums.items()}
+    parts = _of_every_band(lambda band: _save_band(array, band, tensor_HWC[band.within(rect)]), rect, array.chunk_px)
+    return merged(parts)
 
 
-def _of_every_band(work: Callable[[Rect], R], bands: Sequence[Rect]) -> list[R]:
-    """`work` of each band on the staging threads, in the order of `bands`.
+def _of_every_band(work: Callable[[Rect], R], rect: Rect, chunk_px: int) -> list[R]:
+    """`work` of each row of chunks on the staging threads, from above to below.
 
     If one fails, the bands that have not begun are cancelled, and the first error in that order is raised when the
     others have ended: a pass that is repeated must not find an old thread that still writes its chunks, or still holds
     a tile on the device.
     """
-    futures = [_READERS.submit(work, band) for band in bands]
+    futures = [_READERS.submit(work, band) for band in bands(rect, chunk_px)]
     try:
         wait(futures, return_when=FIRST_EXCEPTION)
     finally:
@@ -100,12 +99,6 @@ def _of_every_band(work: Callable[[Rect], R], bands: Sequence[Rect]) -> list[R]:
             future.cancel()
         wait(futures)
     return [future.result() for future in futures if not future.cancelled()]
-
-
-def _bands(rect: Rect, chunk_px: int) -> Iterator[Rect]:
-    """The rectangle row of chunks by row of chunks."""
-    for y0 in range(rect.y0 // chunk_px * chunk_px, rect.y1, chunk_px):
-        yield Rect(max(rect.y0, y0), min(rect.y1, y0 + chunk_px), rect.x0, rect.x1)
 
 
 def _save_band(array: StageArray, band: Rect, tensor_HWC: Tensor) -> ChunkSums:
@@ -122,23 +115,17 @@ def _save_band(array: StageArray, band: Rect, tensor_HWC: Tensor) -> ChunkSums:
     return sums
 
 
-def _unchanged(stored: Tensor) -> Tensor:
-    return stored
-
-
-def _from_bfloat16(stored: Tensor) -> Tensor:
-    return stored.view(torch.bfloat16)
-
-
 def _from_fixed16(stored: Tensor) -> Tensor:
     codes = (stored.view(torch.int16).to(torch.int32) & 0xFFFF).float()
-    return codes / torch.full(
-        (), 257.0, device=stored.device
-    )  # divided by a scalar, torch would multiply by its inverse, which rounds differently
+    # divided by a scalar, torch would multiply by its inverse, which rounds differently
+    return codes / torch.full((), 257.0, device=stored.device)
 
 
 # They give the same bits as store/encodings.py.
-_DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = {BFLOAT16.name: _from_bfloat16, FIXED16.name: _from_fixed16}
+_DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    BFLOAT16.name: lambda stored: stored.view(torch.bfloat16),
+    FIXED16.name: _from_fixed16,
+}
 
 
 class _Lane:

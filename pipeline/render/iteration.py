@@ -229,11 +229,10 @@ class _IterationGraph:
         settings, steps = stage.config.optimizer, self._iterations.adam_steps
         step = partial(adam_step, settings, self._iteration, averaged=averaged, steps_before=steps, basis=stage.basis)
         rounding = stage.config.seed, stage.plan.index, self._iteration
+        every = update.UpdateSpec(stage.stage_dir, self._iteration % 2, None, {}, rounding)
         self._updates_of: dict[tuple[int, int], Key] = {}
         for number, tile in enumerate(stage.tiles):
-            for spec in update.update_specs(
-                stage.stage_dir, [tile], self._iteration % 2, None, {}, rounding, stage.network.device
-            ):
+            for spec in update.update_specs(every, [tile], stage.network.device):
                 key = "update", len(self._updates_of)
                 task = partial(_update, update.update_task, spec, step)
                 self.nodes[key] = Node(task, (CHECKSUMS, ALPHA, ("gradient", number)))

@@ -16,6 +16,7 @@ from pipeline import store
 from pipeline.core.tiling import Rect, Tile
 from pipeline.core.vgg_layers import LAYER_BY_NAME
 from pipeline.losses.masks import GuideMaps
+from pipeline.render import device_io
 from pipeline.store import Guides
 
 
@@ -25,12 +26,10 @@ def read_guides(
     """The guides of a rectangle of the canvas, (H, W, K), shrunk by 2^scale as the canvas is. Raises ChunkError."""
     windows = [store.open_array(stage_dir, name, checksums.get(name)).read_window(rect) for name in guides.arrays]
     pixels_HWK: NDArray[Any] = np.concatenate(windows, axis=-1)
-    if scale == 0:
-        return pixels_HWK
-    block, (height, width, masks) = 2**scale, pixels_HWK.shape
-    height, width = height // block, width // block
-    blocks = pixels_HWK[: height * block, : width * block].reshape(height, block, width, block, masks)
-    return np.asarray(blocks.mean((1, 3), dtype=np.float64))
+    if scale:
+        pixels_1KHW = torch.from_numpy(pixels_HWK).double().permute(2, 0, 1)[None]
+        pixels_HWK = device_io.shrunk(pixels_1KHW, scale)[0].permute(1, 2, 0).numpy()
+    return pixels_HWK
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from pipeline.losses.color_space import Basis
 from pipeline.losses.objective import Gram, StyleTarget, StyleTerm
 from pipeline.losses.total_variation import CHANNELS
 from pipeline.render import adam
-from pipeline.render.stage import merged
 from pipeline.render.tile_specs import GradientResult
 from pipeline.render.update import UpdateResult
-from pipeline.store import BFLOAT16_ROUNDING
+from pipeline.store import BFLOAT16_ROUNDING, merged
 
 
 @dataclass(frozen=True)
@@ -195,19 +194,16 @@ class PassClock:
         seconds, last = {}, self._begun
         if self._gram_ahead_s:
             seconds["gram"] = self._gram_ahead_s
-        for name, kind in (("gram", "gram"), ("gradient", "gradient"), ("update", "update")):
-            if (ended := self._ended.get(kind)) is not None:
+        for name in ("gram", "gradient", "update"):
+            if (ended := self._ended.get(name)) is not None:
                 seconds[name] = seconds.get(name, 0.0) + max(0.0, ended - last)
                 last = max(last, ended)
         return seconds
 
     def end(self) -> None:
         """The iteration and the Gram pass ahead have ended."""
-        ahead, last = (
-            self._ended.get("next gram"),
-            max(self._ended.get("update", 0.0), self._ended.get("gradient", 0.0)),
-        )
-        self._gram_ahead_s = max(0.0, ahead - last) if ahead is not None else 0.0
+        last = max(self._ended.get("update", 0.0), self._ended.get("gradient", 0.0))
+        self._gram_ahead_s = max(0.0, self._ended.get("next gram", 0.0) - last)
 
     def wall(self) -> float:
         """Seconds since the last call."""

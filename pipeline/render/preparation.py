@@ -19,7 +19,7 @@ from pipeline.core.text import stage_name
 from pipeline.losses import color as colors
 from pipeline.plan import arrays_of
 from pipeline.render import color_tasks, ingest, mask_tasks, resample, tile_specs, tile_tasks
-from pipeline.render.stage import Stage, merged
+from pipeline.render.stage import Stage
 from pipeline.render.style_targets import check_finite, ingest_aside, store_style_targets
 from pipeline.store import (
     ALPHA,
@@ -31,6 +31,7 @@ from pipeline.store import (
     content_features_name,
     guide_name,
     integrity,
+    merged,
     metadata,
 )
 
@@ -182,11 +183,10 @@ def _fill_canvas(
         return sums
     if init == "content":
         return _start_from(stage, store.open_array(folder, CONTENT, checksums[CONTENT]), canvas)
-    start = _initial_noise if init == "noise" else _initial_gray
     written: ChunkSums = {}
     for cy, cx in canvas.chunk_indices():
         stage.executor.cancel.raise_if_set()
-        written[cy, cx] = canvas.write_chunk(cy, cx, start(stage.config.seed, canvas, cy, cx))
+        written[cy, cx] = canvas.write_chunk(cy, cx, _initial_chunk(init, stage.config.seed, canvas, (cy, cx)))
     return canvas.packed(written)
 
 
@@ -244,15 +244,11 @@ def _content_pass(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> t
     return energies, packed
 
 
-def _initial_gray(_seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:
-    """One chunk of mid-grey, 127.5."""
-    rows, columns = array.valid_part(cy, cx)
-    return np.full((rows.stop, columns.stop, 3), 127.5, array.value_dtype)
-
-
-def _initial_noise(seed: int, array: StageArray, cy: int, cx: int) -> NDArray[Any]:
-    """Uniform noise 0..255 for one chunk; it depends on the seed and the chunk's index alone."""
-    rows, columns = array.valid_part(cy, cx)
+def _initial_chunk(init: str, seed: int, array: StageArray, chunk: tuple[int, int]) -> NDArray[Any]:
+    """One chunk of mid-grey, or of uniform noise 0..255, which depends on the seed and the chunk's index alone."""
+    rows, columns = array.valid_part(*chunk)
+    shape = rows.stop, columns.stop, 3
+    if init == "gray":
+        return np.full(shape, 127.5, array.value_dtype)
     # a generator per chunk: the noise must not depend on the order or the number of tasks
-    generator = np.random.default_rng([seed, cy, cx])
-    return generator.uniform(0, 255, (rows.stop, columns.stop, 3)).astype(array.value_dtype)
+    return np.random.default_rng([seed, *chunk]).uniform(0, 255, shape).astype(array.value_dtype)

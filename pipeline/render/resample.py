@@ -14,10 +14,10 @@ import numpy as np
 
 from pipeline import images
 from pipeline.core.events import in_order
-from pipeline.core.tiling import Rect, Size, chunks_of
+from pipeline.core.tiling import Rect, Size, bands, chunks_of
 from pipeline.executors import Executor
 from pipeline.render.noise import dequantization
-from pipeline.store import ChunkSums, StageArray
+from pipeline.store import ChunkSums, StageArray, merged
 
 OnProgress = Callable[[int, int], None]
 
@@ -33,8 +33,7 @@ class Region:
 
 def whole(array: StageArray) -> Region:
     """The region of an array that holds a whole image."""
-    height, width, _ = array.shape
-    return Region(array, Rect(0, height, 0, width), (height, width))
+    return Region(array, array.rect, array.shape[:2])
 
 
 def moved(rect: Rect, y: int, x: int) -> Rect:
@@ -101,14 +100,9 @@ def enlarge(
     filling: Filling = Filling(),
 ) -> str:
     """Fill a region from one that holds all that is `needed`; gives the packed checksums."""
-    height, width, _ = target.array.shape
-    rows = range(0, height, target.array.chunk_px)
-    rects = [Rect(y0, min(y0 + target.array.chunk_px, height), 0, width) for y0 in rows]
-    sums: ChunkSums = {}
-    specs = [EnlargeSpec(source, target, rect, filling) for rect in rects]
-    for written in executor.map(enlarge_task, specs, in_order(on_progress, len(specs))):
-        sums |= written
-    return target.array.packed(sums)
+    array = target.array
+    specs = [EnlargeSpec(source, target, rect, filling) for rect in bands(array.rect, array.chunk_px)]
+    return array.packed(merged(executor.map(enlarge_task, specs, in_order(on_progress, len(specs)))))
 
 
 def tiles_of(rect: Rect, tile_px: int) -> list[Rect]:

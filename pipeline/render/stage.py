@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from pipeline.store import (
     GRADIENT,
     METADATA,
     UNGUIDED,
-    ChunkSums,
+    Guides,
     content_features_name,
     gram_name,
     integrity,
@@ -80,9 +80,8 @@ class Stage:
             metadata.read_gram(self.stage_dir, key, checksums[gram_name(key)])
         features = map(content_features_name, self.layer_use.content_widths)
         newest, idle = (slot_names(number, averaged=is_averaged(checksums)) for number in (slot, 1 - slot))
-        alpha = (
-            [ALPHA] if ALPHA in checksums else []
-        )  # it is read only by the export: damage is better reported a day earlier
+        # only the export reads it: damage is better reported a day earlier
+        alpha = [ALPHA] if ALPHA in checksums else []
         names = (*newest, *features, *self.layer_use.guides.arrays, *alpha)
         arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in names]
         # without checksums: their content is unused, but their chunks must exist to be overwritten in place
@@ -93,20 +92,32 @@ class Stage:
         """The tasks of the Gram pass over a canvas."""
         # the content mask has no effect on Gram matrices
         guides = self.layer_use.guides if self.layer_use.guides.regions else UNGUIDED
+        return self.gram_specs(self.stage_dir, canvas, self.tiles, checksums, self.color, guides)
+
+    def gram_specs(
+        self,
+        folder: Path,
+        array: str,
+        tiles: Sequence[Tile],
+        checksums: Mapping[str, str],
+        color: ColorMap | None,
+        guides: Guides,
+    ) -> list[tile_specs.GramSpec]:
+        """The tasks of the Gram pass over an image of the stage, or one that it is prepared from."""
         return [
             tile_specs.GramSpec(
-                self.stage_dir,
-                canvas,
+                folder,
+                array,
                 tile,
                 self.network,
                 checksums,
                 self.layer_use.style_layers,
-                color=self.color,
+                color=color,
                 guides=guides,
                 with_mean=self.layer_use.with_mean,
                 scales=self.layer_use.scales,
             )
-            for tile in self.tiles
+            for tile in tiles
         ]
 
     def gram_sums(self, specs: Sequence[tile_specs.GramSpec], what: str) -> dict[str, Gram]:
@@ -122,11 +133,6 @@ class Stage:
     def counter(self, what: str, total: int) -> Callable[[], None]:
         """Reports, at every call, that one more of `total` is done; to be called from any thread."""
         return in_order(self.reporter(what), total)
-
-
-def merged(parts: Iterable[ChunkSums]) -> ChunkSums:
-    """The checksums of all chunks of an array, from those of its parts."""
-    return {index: value for part in parts for index, value in part.items()}
 
 
 def positions(size: tuple[int, int], key: str) -> int:

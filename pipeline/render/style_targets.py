@@ -20,7 +20,7 @@ from pipeline.losses import color as colors
 from pipeline.losses import objective
 from pipeline.losses.color import ColorMap, ColorStatistics
 from pipeline.losses.objective import Gram
-from pipeline.render import color_tasks, ingest, mask_tasks, tile_specs
+from pipeline.render import color_tasks, ingest, mask_tasks
 from pipeline.render.stage import Stage, positions
 from pipeline.store import CONTENT, STYLE, UNGUIDED, Guides, gram_name, guide_name, metadata
 
@@ -109,7 +109,7 @@ def _mean_grams(
     stage: Stage, folder: Path, image: Path, size: Size, content: ColorStatistics | None
 ) -> dict[str, Gram]:
     """The mean Gram matrices of one style, by layer."""
-    style, layers = _ingested(stage, folder, image, size), stage.layer_use.style_layers
+    style = _ingested(stage, folder, image, size)
     tiles = grid(*size, stage.tile_px)
     areas = _areas(stage, folder, style, tiles)
     if not all(areas.values()):
@@ -118,21 +118,7 @@ def _mean_grams(
             "it has no style. Use an image that is not, or one without alpha."
         )
     color_map = _color_map(stage, folder, style, content)
-    specs = [
-        tile_specs.GramSpec(
-            folder,
-            STYLE,
-            tile,
-            stage.network,
-            style.checksums,
-            layers,
-            color=color_map,
-            guides=style.guides,
-            with_mean=stage.layer_use.with_mean,
-            scales=stage.layer_use.scales,
-        )
-        for tile in tiles
-    ]
+    specs = stage.gram_specs(folder, STYLE, tiles, style.checksums, color_map, style.guides)
     totals = stage.gram_sums(specs, "style Gram")
     for name in style.checksums:
         store.delete_array(folder, name)
@@ -155,4 +141,4 @@ def _color_map(stage: Stage, folder: Path, style: _StyleImage, content: ColorSta
         return None
     alpha = style.array(folder, guide_name(style.guides.first)) if style.guides.arrays else None
     own = color_tasks.statistics(style.array(folder, STYLE), stage.executor, alpha)
-    return colors.style_map(stage.config.color, own, content)
+    return (colors.matched_colors if stage.config.color == "content" else colors.matched_luminance)(own, content)

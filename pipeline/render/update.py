@@ -42,20 +42,21 @@ CHUNKS_PER_TASK = 8
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """One Adam step of a few chunks, from slot `slot` into the other.
+    """One Adam step of some chunks, from slot `slot` into the other.
 
     `step`: None until the step size is known. `checksums`: packed checksums of the arrays that are read, except the
     gradient; `gradient_sums`: checksums of the gradient's chunks. `rounding`: (seed, stage, iteration), the key of the
-    random bits with which a compact state is rounded. `block_values`: values of a chunk that are in memory at a time.
+    random bits with which a compact state is rounded. `chunks` and `block_values`, the values of a chunk that are in
+    memory at a time, are set by `update_specs`.
     """
 
     stage_dir: Path
-    chunks: tuple[tuple[int, int], ...]
     slot: int
     step: adam.AdamStep | None
     checksums: Mapping[str, str]
     rounding: tuple[int, int, int]
-    block_values: int
+    chunks: tuple[tuple[int, int], ...] = ()
+    block_values: int = 0
     gradient_sums: ChunkSums = field(default_factory=ChunkSums)
 
 
@@ -68,26 +69,15 @@ class UpdateResult:
     sums: Mapping[str, ChunkSums]
 
 
-def update_specs(
-    stage_dir: Path,
-    tiles: Sequence[Tile],
-    slot: int,
-    step: adam.AdamStep | None,
-    checksums: Mapping[str, str],
-    rounding: tuple[int, int, int],
-    device: str = "cpu",
-) -> list[UpdateSpec]:
-    """The tasks of the update pass of these tiles, for a run on `device`, without their `gradient_sums`."""
-    chunk_px = open_array(stage_dir, GRADIENT).chunk_px
-    values = update_values(device, chunk_px)
+def update_specs(update: UpdateSpec, tiles: Sequence[Tile], device: str = "cpu") -> list[UpdateSpec]:
+    """The tasks of `update` in these tiles, a few chunks each, for a run on `device`; without `gradient_sums`."""
+    chunk_px = open_array(update.stage_dir, GRADIENT).chunk_px
+    update = replace(update, block_values=update_values(device, chunk_px))
     each = CHUNKS_PER_TASK if device == "cpu" else CHUNKS_PER_TASK // 4  # more threads have to be kept busy
     specs = []
     for tile in tiles:
         chunks = [(cy, cx) for cy, cx, _ in chunks_of(tile.inner, chunk_px)]
-        specs += [
-            UpdateSpec(stage_dir, tuple(chunks[first : first + each]), slot, step, checksums, rounding, values)
-            for first in range(0, len(chunks), each)
-        ]
+        specs += [replace(update, chunks=tuple(chunks[first : first + each])) for first in range(0, len(chunks), each)]
     return specs
 
 

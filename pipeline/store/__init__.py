@@ -5,7 +5,7 @@ from pipeline.store.library import zarr_settings  # first, because it imports za
 # isort: split
 from pipeline.store.array import StageArray, open_array
 from pipeline.store.arrays import commit_stage, create_array, create_stage, delete_array, delete_arrays, new_array
-from pipeline.store.checksums import ChunkSums, checksum, packed, unpacked
+from pipeline.store.checksums import ChunkSums, checksum, merged, packed, unpacked
 from pipeline.store.chunk_file import ChunkError, preallocate
 from pipeline.store.chunk_io import ChunkReader, ChunkWriter
 from pipeline.store.encodings import BFLOAT16, BFLOAT16_ROUNDING, FIXED16, RoundingBytes

@@ -60,6 +60,11 @@ class StageArray:
     checksums: NDArray[np.uint32] | ChunkSums | None = field(default=None, compare=False)
 
     @property
+    def rect(self) -> Rect:
+        """All pixels."""
+        return Rect(0, self.shape[0], 0, self.shape[1])
+
+    @property
     def raw(self) -> bool:
         """Whether the chunks are uncompressed."""
         return self.codec is None
@@ -91,8 +96,7 @@ class StageArray:
 
     def chunk_indices(self) -> list[tuple[int, int]]:
         """(row, column) of every chunk, row by row."""
-        height, width, _ = self.shape
-        return [(cy, cx) for cy, cx, _ in chunks_of(Rect(0, height, 0, width), self.chunk_px)]
+        return [(cy, cx) for cy, cx, _ in chunks_of(self.rect, self.chunk_px)]
 
     def chunk_path(self, cy: int, cx: int) -> Path:
         """The file of one chunk."""

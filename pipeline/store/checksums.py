@@ -31,6 +31,11 @@ def unpacked(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(base64.b64decode(text, validate=True), "<u4")
 
 
+def merged(parts: Iterable[ChunkSums]) -> ChunkSums:
+    """The checksums of all chunks of an array, from those of its parts."""
+    return {index: value for part in parts for index, value in part.items()}
+
+
 def grid_of(text: str, shape: Sequence[int]) -> NDArray[np.uint32]:
     """The checksums of `packed` by (chunk row, chunk column)."""
     return unpacked(text).reshape(shape)

@@ -121,16 +121,11 @@ def guide_name(mask: int) -> str:
     return f"guide_{mask}"
 
 
-def is_guide(name: str) -> bool:
-    """Whether the array `name` is a style mask or the map of the content's weight."""
-    return _GUIDE.fullmatch(name) is not None
-
-
 def is_stage_array(name: str) -> bool:
     """Whether a stage can have an array of this name."""
     features = _FEATURES.fullmatch(name)
     state = (*slot_names(0, averaged=True), *slot_names(1, averaged=True), CONTENT, ALPHA, STYLE, GRADIENT)
-    if name in state or gram_key(name) is not None or is_guide(name):
+    if name in state or gram_key(name) is not None or _GUIDE.fullmatch(name):
         return True
     return features is not None and features[1] in LAYER_BY_NAME
 

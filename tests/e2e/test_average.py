@@ -21,7 +21,7 @@ from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
 from pipeline.store.array import open_array
-from tests.support.e2e import Nursery, canvases, journal, make_call, read_picture, results, write_run
+from tests.support.e2e import canvases, journal, read_picture, results, write_run
 
 # Two stages of one and of four tiles.
 TWO_STAGES: dict[str, Any] = {"output": "out.tif", "initial_size": 64, "compute": {"tile_px": 64}}
@@ -161,18 +161,6 @@ def test_an_export_while_it_runs_is_the_average_too(tmp_path):
 
 
 # --- resume ---
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -16,13 +16,13 @@ import pipeline
 from pipeline import store
 from pipeline.core.tiling import Rect, grid
 from pipeline.render import adam
-from pipeline.render.update import UpdateResult, update_specs, update_task
+from pipeline.render.update import UpdateResult, UpdateSpec, update_specs, update_task
 from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
 from pipeline.store import metadata
 from pipeline.store.encodings import BFLOAT16, FIXED16, RoundingBytes
-from tests.support.e2e import Nursery, canvases, journal, read_picture, results, write_picture, write_run
+from tests.support.e2e import canvases, journal, read_picture, results, write_picture, write_run
 from tests.support.inputs import write_image
 
 COMPACT = {"state_dtype": "compact", "chunk_px": 32}
@@ -113,7 +113,7 @@ def fill(stage: Path, chunk_px: int, shape=(70, 45, 3)) -> dict[str, str]:
 def update_all(stage: Path, sums: dict[str, str], rounding: tuple[int, int, int]) -> list[UpdateResult]:
     """The update pass over a canvas whose gradient has been written."""
     gradient = store.open_array(stage, "gradient", sums["gradient"])
-    specs = update_specs(stage, grid(*gradient.shape[:2], gradient.chunk_px), 0, AVERAGING, sums, rounding)
+    specs = update_specs(UpdateSpec(stage, 0, AVERAGING, sums, rounding), grid(*gradient.shape[:2], gradient.chunk_px))
     written = ({chunk: gradient.checksums[chunk] for chunk in spec.chunks} for spec in specs)
     return [update_task(replace(spec, gradient_sums=sums)) for spec, sums in zip(specs, written, strict=True)]
 
@@ -268,13 +268,6 @@ def write_two_stages(folder: Path) -> Path:
     write_picture(folder / "second.png", 64, 75, seed=3)
     keys = {"initial_size": 64, "optimizer": {"max_iterations": 3}, "compute": {"tile_px": 64}}
     return write_run(folder, (128, 96), (70, 60), store=COMPACT, output="out.tif", **keys)
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
 
 
 def test_a_compact_run_killed_in_both_slots_ends_with_the_same_bits(nursery, tmp_path):

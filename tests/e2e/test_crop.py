@@ -21,12 +21,7 @@ from pipeline.core.errors import Stopped
 from pipeline.core.tiling import Rect
 from pipeline.core.vgg_layers import ALIGN_PX
 from tests.support.crops import CONTENT_PX, SHALLOW, no_estimate, stopped_before
-from tests.support.e2e import canvases, make_call, read_picture, write_run
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
+from tests.support.e2e import canvases, read_picture, write_run
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -24,7 +23,7 @@ from pipeline.plan.device import Device
 from pipeline.render import tile_tasks
 from pipeline.rundir.preflight import plan_on
 from pipeline.rundir.process_settings import process_settings
-from tests.support.e2e import TIMEOUT_S, Outcome, make_call, run_until, write_run
+from tests.support.e2e import TIMEOUT_S, run_until, write_run
 
 # Prints, as JSON, the settings of a process before and after the code in the middle.
 SETTINGS = """
@@ -62,11 +61,6 @@ before = settings()
 after = settings()
 print(json.dumps({key: [before[key], after[key]] for key in before if before[key] != after[key]}))
 """
-
-
-@pytest.fixture
-def call(capfd, monkeypatch) -> Callable[..., Outcome]:
-    return make_call(capfd, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,17 @@ def die_once(spec: tuple[Path, int]) -> int:
     return number
 
 
+def die_or_wait_for_company(spec: tuple[Path, int]) -> int:
+    """Kill this process if its task is the first one; else wait until three processes had tasks."""
+    folder, number = spec
+    (folder / str(os.getpid())).touch()
+    if number == 0 and not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    wait_for(lambda: len(list(folder.iterdir())) == 1 + 3)
+    return os.getpid()
+
+
 def add_or_die(path: Path, total: float, value: float) -> float:
     """Kill this process the first time that five results are combined."""
     if value == 10 and not path.exists():
@@ -285,6 +296,13 @@ def test_the_tasks_of_a_dead_worker_are_repeated(tmp_path):
     assert "SIGKILL" in notes[0]
 
 
+def test_a_replacement_takes_over_waiting_tiles(tmp_path):
+    """Of a pass of hours, all tiles would be left to the surviving workers, while the new one has nothing to do."""
+    with ProcessExecutor(2, 1) as executor:
+        pids = executor.map(die_or_wait_for_company, [(tmp_path, number) for number in range(20)], tile=True)
+    assert len(set(pids)) == 2
+
+
 def test_an_export_does_not_change_the_environment_of_workers(tmp_path):
     """A worker started during an export would write into the temporary directory that the export deletes."""
     expected = [os.environ.get("TMPDIR")]
@@ -440,13 +458,6 @@ def test_a_lost_chunk_is_reported_as_such(tmp_path, workers):
 
     with pytest.raises(ChunkError, match=r"m_1.*is missing"):
         pipeline.run(pipeline.load_config(write_two_stages(tmp_path, workers=workers)), sink=sink)
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
 
 
 def start_until(nursery: Nursery, config: Path, what: str) -> tuple[Child, list[psutil.Process]]:

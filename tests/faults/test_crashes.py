@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 
-from tests.support.e2e import Nursery
 from tests.support.syscalls import Call, Verdict, supported
 from tests.support.torture import PHASES, VARIANTS, Target, Unbroken, kill_at, kill_at_random, targets_of, write_variant
 
 pytestmark = pytest.mark.skipif(not supported(), reason="needs Linux on x86-64 with seccomp's user notification")
 
 KILLS = 4  # per variant
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
 
 
 # One variant is in the short part of the suite.

@@ -6,23 +6,15 @@ import errno
 import os
 import resource
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
 from tests.support.disks import CannotMountError, Faulted, failing_from, run_failing, small_disk, write_on_disk
-from tests.support.e2e import PIPELINE, TIMEOUT_S, Nursery
+from tests.support.e2e import PIPELINE, TIMEOUT_S
 from tests.support.syscalls import Call, Verdict, Watch, supported
 from tests.support.torture import Ending, damage, places, start, write_variant
 
 pytestmark = pytest.mark.skipif(not supported(), reason="needs Linux on x86-64 with seccomp's user notification")
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,9 @@ from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.lock import running_owner
 from pipeline.rundir.manifest import _manifest_text, read_manifest
 from pipeline.store.checksums import checksum, packed
-from tests.support.e2e import Outcome, make_call, write_journal, write_run
+from tests.support.e2e import Outcome, write_journal, write_run
 
 Json = dict[str, Any]
-
-
-@pytest.fixture
-def call(capfd, monkeypatch) -> Callable[..., Outcome]:
-    return make_call(capfd, monkeypatch)
 
 
 @pytest.fixture(scope="module")

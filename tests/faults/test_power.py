@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.e2e import Nursery
 from tests.support.power import MODES, Plan, disks, missing, suffer
 from tests.support.syscalls import Call, supported
 from tests.support.torture import Unbroken
@@ -26,13 +24,6 @@ def mounts_are_allowed(tmp_path_factory) -> None:
             pass
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"cannot cut the power of a disk here: {error}")
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
 
 
 @pytest.fixture(scope="module")

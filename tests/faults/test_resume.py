@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from tests.support.e2e import (
     journal,
     keys_of,
     leftovers,
-    make_call,
     read_picture,
     results,
     run_pipeline,
@@ -74,13 +72,6 @@ class Unbroken:
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture(scope="module")
 def unbroken(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Unbroken]:
     """The same run, stored as it is and compressed."""
     made = {}
@@ -95,11 +86,6 @@ def unbroken(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict
         run = folder / "run"
         made[codec] = Unbroken(config, picture, canvases(run), results(run), ranks, gradient_tiles(events))
     return made
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
 
 
 def start(nursery: Nursery, config: Path, *options: object, kill_before: int = 0) -> Child:

@@ -21,7 +21,7 @@ from pipeline.rundir.lock import RunLock
 from pipeline.rundir.manifest import _manifest_text
 from pipeline.rundir.records import FORMAT, Iteration
 from tests.support import rot
-from tests.support.e2e import journal, make_call, write_config, write_journal
+from tests.support.e2e import journal, write_config, write_journal
 from tests.support.rot import FINISHED, ITERATIONS, RUN, STATES, Base, flip
 
 Json = dict[str, Any]
@@ -40,11 +40,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
 @pytest.fixture
 def base(bases: dict[str, Base]) -> Base:
     return bases["none"]
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
 
 
 def flip_in(base: Base, name: str) -> Path:

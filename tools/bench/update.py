@@ -98,7 +98,7 @@ class Bench:
 
     def specs(self) -> list[UpdateSpec]:
         tiles = grid(*self.gradient.shape[:2], 2 * self.gradient.chunk_px)
-        specs = update_specs(self.folder, tiles, self.slot, STEP, self.checksums, (0, 0, self.turns))
+        specs = update_specs(UpdateSpec(self.folder, self.slot, STEP, self.checksums, (0, 0, self.turns)), tiles)
         sums = self.gradient.checksums
         return [replace(spec, gradient_sums={chunk: sums[chunk] for chunk in spec.chunks}) for spec in specs]
 

@@ -100,8 +100,6 @@ def scan(
     position = checked_position(journal.records, journal_path(work_dir))
     problems, notes = _journal_problems(work_dir, journal, position)
     manifest, manifest_problems = _manifest(manifest_path(work_dir), journal, position)
-    if manifest is not None:
-        refuse_unknown_stage(work_dir, manifest, position)
     config = _config(work_dir, config, manifest, position)
     ended = position.stage_done or bool(config and manifest and position.slots and _ended(position, config, manifest))
     # before the first stage is prepared, inputs may still be changed
@@ -114,11 +112,9 @@ def scan(
     elif position.cleaned:  # a killed `clean` leaves some of it, which nothing reads
         in_store = StoreDamage(leftovers=[store_path(work_dir)] if store_path(work_dir).exists() else [])
     else:
-
-        def progress(done: int, total: int) -> None:
-            sink(WorkDone(position.stage, "verify", done, total))
-
-        in_store = store_damage(work_dir, expected, sample, executor, progress)
+        in_store = store_damage(
+            work_dir, expected, sample, executor, lambda *counts: sink(WorkDone(position.stage, "verify", *counts))
+        )
     foreign, leftovers = foreign_at_the_top(work_dir, lambda path: _is_own(path, config, position))
     return ScanResult(
         work_dir=work_dir,
@@ -172,10 +168,12 @@ def _manifest(path: Path, journal: JournalState, position: Position) -> tuple[Ma
 def _config(work_dir: Path, given: Config | None, manifest: Manifest | None, position: Position) -> Config | None:
     """The given config, else the manifest's; None without a manifest.
 
-    Raises DamagedStateError if the manifest's config is invalid on this machine or in this version.
+    Raises DamagedStateError if the manifest's config is invalid on this machine or in this version, or if the journal
+    records a stage that the manifest does not have.
     """
     if manifest is None:
         return None
+    refuse_unknown_stage(work_dir, manifest, position)
     if given is not None:
         given = resolved(given)
         if position.is_fixed:

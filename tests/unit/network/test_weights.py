@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import InputError, Stopped
+from pipeline.core.events import Event
 from pipeline.core.vgg_layers import VGG19_WIDTHS
 from pipeline.network import download as weights_download
 from pipeline.network import weights
@@ -36,7 +38,7 @@ class Served:
     data: bytes
     url: str = ""
     requests: list[str] = field(default_factory=list)
-    answer: str = "whole"  # or "short", "missing", "garbage", "silent" after half of the file
+    answer: str = "whole"  # or "short", "missing", "garbage", "silent" for a while after half of the file
     resume: threading.Event = field(default_factory=threading.Event)  # ends the silence
 
 
@@ -54,6 +56,8 @@ def make_handler(served: Served) -> type[http.server.BaseHTTPRequestHandler]:
             self.wfile.write(half if served.answer in ("short", "silent") else served.data)
             if served.answer == "silent":
                 served.resume.wait(60)
+                with suppress(OSError):  # the client may be gone
+                    self.wfile.write(served.data[len(half) :])
 
         def log_message(self, *_: object) -> None:
             pass
@@ -142,7 +146,7 @@ def test_a_download_that_fails_says_what_to_do(served, hub, answer):
 
 
 def test_a_download_that_is_stopped_at_once_leaves_nothing(served, hub):
-    """The download thread may start only after the stop has removed its folder: it must not create it again."""
+    """The download thread may start only after the stop has removed its file: it must not create it again."""
     # On a busy machine the thread starts late.
     opened = threading.Event()
     thread_run = threading.Thread.run
@@ -165,7 +169,7 @@ def test_a_download_that_is_stopped_at_once_leaves_nothing(served, hub):
 
 
 def test_a_silent_server_is_given_up(served, hub, monkeypatch):
-    """torch.hub waits for ever for a server that keeps the connection and sends nothing."""
+    """A run would wait for ever for a server that keeps the connection and sends nothing."""
     monkeypatch.setattr(weights_download, "_TIMEOUT_S", 1)
     served.answer = "silent"
     with pytest.raises(InputError, match=r"could not be downloaded.*nothing for 1 s"):
@@ -173,19 +177,29 @@ def test_a_silent_server_is_given_up(served, hub, monkeypatch):
     assert left_in(hub) == []
 
 
-def test_a_download_that_is_stopped_half_way_leaves_nothing(served, hub):
-    """Ctrl-C ends the program within a moment, whatever the server does."""
+def test_a_download_that_is_stopped_half_way_ends_and_leaves_nothing(served, hub):
+    """Ctrl-C ends the program within a moment, whatever the server does; a program that lives on would go on
+    downloading half a gigabyte into a deleted file."""
     served.answer = "silent"
-    cancel = CancelToken()
-    timer = threading.Timer(0.5, cancel.set)
-    timer.start()
+    served.data += bytes(1 << 20)
+    cancel, partials = CancelToken(), []
+
+    def stop_at_the_first_bytes(_event: Event) -> None:
+        if left_in(hub) and not partials:
+            partials.append(next(hub.iterdir()).open("rb"))
+            threading.Timer(0.5, cancel.set).start()
+
     start_s = time.monotonic()
     with pytest.raises(Stopped):
-        find_weights("vgg19", None, 0, cancel=cancel)
+        find_weights("vgg19", None, 0, stop_at_the_first_bytes, cancel)
     assert time.monotonic() - start_s < 20
-    served.resume.set()
-    for thread in [thread for thread in threading.enumerate() if thread.name == "download"]:
-        thread.join(30)
+    with partials[0] as deleted:
+        size = os.fstat(deleted.fileno()).st_size
+        served.resume.set()
+        for thread in [thread for thread in threading.enumerate() if thread.name == "download"]:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert 0 < size == os.fstat(deleted.fileno()).st_size
     assert left_in(hub) == []
 
 

@@ -23,15 +23,10 @@ from safetensors.torch import save_file
 from pipeline.core.errors import InputError
 from pipeline.network.weights import find_weights, widths_for_plan
 from pipeline.network.weights_file import MAX_PICKLE_BYTES, load_state, safetensors_shapes
-from tests.support.e2e import make_call, write_config, write_run
+from tests.support.e2e import write_config, write_run
 from tests.support.reference import narrow_state
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
 
 
 # --- no code is run ---

@@ -514,6 +514,22 @@ def test_a_pass_that_fails_ends_the_others_and_is_done_again(
         assert rendering.finish() == (wanted, checksums)
 
 
+def fail_in_the_update(case, monkeypatch, failed: threading.Event, gradient_task) -> Rendering:
+    """An iteration whose updates set `failed` and raise an error, after one that works; the error comes out."""
+    rendering = Rendering(case)
+    rendering.iterate()
+
+    def update_task(_spec):
+        failed.set()
+        raise OSError("no room")
+
+    monkeypatch.setattr(tile_tasks, "gradient_task", gradient_task)
+    monkeypatch.setattr(update, "update_task", update_task)
+    with pytest.raises(OSError, match="no room"):
+        rendering.iterate()
+    return rendering
+
+
 def test_an_update_that_fails_ends_the_iteration_at_once(tmp_path, narrow_weights, monkeypatch):
     """A full disk would be reported when every other gradient is computed: after minutes."""
     failed, begun = threading.Event(), list[int]()
@@ -525,19 +541,10 @@ def test_an_update_that_fails_ends_the_iteration_at_once(tmp_path, narrow_weight
             time.sleep(0.2)  # meanwhile the executor learns of it
         return original(spec)
 
-    def update_task(_spec):
-        failed.set()
-        raise OSError("no room")
-
     with prepared(tmp_path, narrow_weights, (64, 192), 32) as case:
-        rendering = Rendering(case)
-        rendering.iterate()
-        monkeypatch.setattr(tile_tasks, "gradient_task", gradient_task)
-        monkeypatch.setattr(update, "update_task", update_task)
-        with pytest.raises(OSError, match="no room"):
-            rendering.iterate()
-        assert len(begun) <= 1 + TILES  # none is begun after the failure
-        assert len(rendering.results) == 1
+        rendering = fail_in_the_update(case, monkeypatch, failed, gradient_task)
+    assert len(begun) <= 1 + TILES  # none is begun after the failure
+    assert len(rendering.results) == 1
 
 
 def test_the_first_of_two_errors_is_raised(tmp_path, narrow_weights, monkeypatch):
@@ -551,17 +558,8 @@ def test_the_first_of_two_errors_is_raised(tmp_path, narrow_weights, monkeypatch
             raise ValueError("came later")
         return original(spec)
 
-    def update_task(_spec):
-        failed.set()
-        raise OSError("no room")
-
     with prepared(tmp_path, narrow_weights, (64, 192), 32) as case:
-        rendering = Rendering(case)
-        rendering.iterate()
-        monkeypatch.setattr(tile_tasks, "gradient_task", gradient_task)
-        monkeypatch.setattr(update, "update_task", update_task)
-        with pytest.raises(OSError, match="no room"):
-            rendering.iterate()
+        fail_in_the_update(case, monkeypatch, failed, gradient_task)
 
 
 def test_a_gram_pass_that_fails_ahead_begins_no_more_tiles(tmp_path, narrow_weights, monkeypatch):

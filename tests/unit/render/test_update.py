@@ -43,7 +43,7 @@ def fill(stage: Path, dtype: str, codec: str) -> tuple[dict[str, np.ndarray], di
 
 def specs_of(stage: Path, sums: Mapping[str, str]) -> list[UpdateSpec]:
     """The tasks of a canvas whose gradient is written."""
-    specs = update_specs(stage, grid(*SHAPE[:2], 2 * CHUNK_PX), 0, STEP, sums, (0, 0, 0))
+    specs = update_specs(UpdateSpec(stage, 0, STEP, sums, (0, 0, 0)), grid(*SHAPE[:2], 2 * CHUNK_PX))
     written = store.open_array(stage, "gradient", sums["gradient"]).checksums
     return [replace(spec, gradient_sums={chunk: written[chunk] for chunk in spec.chunks}) for spec in specs]
 

@@ -18,14 +18,9 @@ from pipeline.core.errors import ConfigError, DamagedStateError
 from pipeline.core.files import read_regular
 from pipeline.images.output_check import check_output
 from pipeline.rundir.paths import links_in_store, refuse_links
-from tests.support.e2e import Outcome, make_call, write_config, write_run
+from tests.support.e2e import Outcome, write_config, write_run
 
 Call = Callable[..., Outcome]
-
-
-@pytest.fixture
-def call(capfd, monkeypatch) -> Call:
-    return make_call(capfd, monkeypatch)
 
 
 @pytest.fixture(scope="module")

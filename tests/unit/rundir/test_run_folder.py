@@ -13,14 +13,9 @@ from pipeline.core.errors import LockedError
 from pipeline.network import weights
 from pipeline.rundir.lock import RunLock, running_owner
 from pipeline.rundir.manifest import _manifest_text
-from tests.support.e2e import Outcome, journal, make_call, write_journal, write_picture, write_run
+from tests.support.e2e import journal, write_journal, write_picture, write_run
 
 Refusal = Callable[[Path, pytest.MonkeyPatch], list[str]]
-
-
-@pytest.fixture
-def call(capfd, monkeypatch) -> Callable[..., Outcome]:
-    return make_call(capfd, monkeypatch)
 
 
 def tree(folder: Path) -> set[str]:
