@@ -73,6 +73,7 @@ def print_plan(config: Config, planned: Plan) -> None:
         *([] if planned.device == "cpu" else [f"on {planned.device}  {gib(planned.device_bytes)}"]),
         f"disk     {gib(planned.disk_bytes)} in {config.work_dir}",
         f"output   up to {gib(planned.output_bytes)} for {config.output}, {planned.picture}{levels}",
+        *(f"colours  {note}" for note in planned.colors),
         f"work     {planned.flop / 1e12:,.0f} TFLOP for {iterations} iterations per stage",
     ]
     _print_lines(lines)

@@ -75,6 +75,8 @@ def run(config: Config, *, force: bool = False, sink: Sink = ignore, stop: threa
             lock = stack.enter_context(locked_folder(config.work_dir))
         device = resolve_device(config.compute.device)
         planned = plan_on(config, device)
+        for note in planned.colors:
+            sink(Note(note))
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
         begun = taken(manifest_path(config.work_dir)) or taken(journal_path(config.work_dir))
         if not (force or begun):
@@ -271,7 +273,7 @@ class _Rendering:
             planes,
             output,
             settings,
-            output_colors(settings, self.config.working_space, self.config.content),
+            output_colors(settings, self.config.canvas_space, self.config.content),
             cancel,
             lambda done, total: self.sink(WorkDone(last, "export", done, total)),
             self._record_picture,

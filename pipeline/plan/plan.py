@@ -68,6 +68,7 @@ class Plan:
     """The whole run: stages, tile size, and projected peaks in bytes.
 
     `tile_step_px`: tiles of another size would be a multiple of it. `picture`: the kind of the output image's pixels.
+    `colors`: what happens to the colours, in sentences.
     """
 
     stages: tuple[StagePlan, ...]
@@ -84,6 +85,7 @@ class Plan:
     levels_bytes: int
     flop: int
     memory_limit_bytes: int
+    colors: tuple[str, ...] = ()
 
     @property
     def projected_mem_bytes(self) -> int:

@@ -5,6 +5,7 @@ from pipeline.rundir.lock import RunLock, running_owner
 from pipeline.rundir.manifest import (
     OtherFormatError,
     begun_manifest,
+    canvas_space,
     content_kind,
     read_manifest,
     trusted_manifest,

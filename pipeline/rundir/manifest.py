@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.color_spaces import SpaceName
 from pipeline.core.errors import DamagedStateError, storage
 from pipeline.core.files import read_regular, write_whole
 from pipeline.core.image_formats import PixelKind
@@ -70,6 +71,11 @@ def read_manifest(path: Path) -> Manifest:
 def content_kind(manifest: Manifest) -> PixelKind:
     """Bit depth and alpha of the run's content."""
     return PixelKind(manifest.content.bits, manifest.content.alpha)
+
+
+def canvas_space(manifest: Manifest) -> SpaceName:
+    """The colour space of the run's canvas."""
+    return "srgb" if manifest.config.working_space == "auto" else manifest.config.working_space
 
 
 def begun_manifest(records: Iterable[Record]) -> Manifest | None:
