@@ -22,6 +22,7 @@ from pipeline.rundir import (
     Journal,
     Manifest,
     Position,
+    canvas_space,
     content_alpha,
     content_kind,
     journal_path,
@@ -67,7 +68,7 @@ def export(
     refuse_links(work_dir)
     kind = picture_kind(output, options.bits, options.compression, content_kind(manifest))
     content = manifest.config.model_dump().get("content")
-    colors = output_colors(options, manifest.config.working_space, Path(content) if content else None)
+    colors = output_colors(options, canvas_space(manifest), Path(content) if content else None)
     check_colors(output, colors, options.compression)
     kind = colors.picture_kind(kind)
     refuse_unheeded(output, options.changed, kind.alpha)

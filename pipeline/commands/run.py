@@ -295,7 +295,7 @@ class _Rendering:
         integrity.require_intact(
             planes, self.executor, lambda done, total: self.sink(WorkDone(last, "check", done, total))
         )
-        colors = output_colors(settings, self.config.working_space, self.config.content)
+        colors = output_colors(settings, self.config.canvas_space, self.config.content)
         manifest = read_manifest(manifest_path(self.config.work_dir))
         metadata = output_metadata(manifest, settings.metadata, self.executor.cancel, self.sink)
         for sheet in sheets:

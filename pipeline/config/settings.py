@@ -42,7 +42,7 @@ from pipeline.config.sections import (
     StyleConfig,
     new,
 )
-from pipeline.core.color_spaces import SpaceName
+from pipeline.core.color_spaces import SpaceName, WorkingSpace
 from pipeline.core.image_formats import OUTPUT_SUFFIXES
 from pipeline.core.presets import PresetName
 
@@ -115,7 +115,7 @@ class Settings(Section):
         description="where the colours come from; luminance keeps the content's colours and stylises brightness only",
         json_schema_extra=new("style"),
     )
-    working_space: Literal["auto"] | SpaceName = Field(
+    working_space: WorkingSpace = Field(
         "auto",
         description="colours that the canvas can have; auto: sRGB, or more for a wider export.profile",
         json_schema_extra=new("srgb"),
@@ -141,6 +141,12 @@ class Settings(Section):
     limits: LimitsConfig = Field(LimitsConfig(), description="limits checked at the start", json_schema_extra=HARMLESS)
     export: ExportConfig = Field(ExportConfig(), description="file format of the output", json_schema_extra=HARMLESS)
     seed: Int = Field(0, ge=0, lt=2**63, description="seed of the noise and of the random network")
+
+    @property
+    def canvas_space(self) -> SpaceName:
+        """The colour space of the canvas; the working space is only `auto` until the run begins."""
+        assert self.working_space != "auto" or self.export.profile == "srgb", "not resolved"
+        return "srgb" if self.working_space == "auto" else self.working_space
 
     @property
     def state(self) -> str:

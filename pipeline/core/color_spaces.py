@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 SpaceName = Literal["srgb", "display-p3", "adobe-rgb", "rec2020", "prophoto"]
 # By size, so that the first one that holds a gamut is the smallest.
+# `auto` is chosen by the output's profile before a run begins (rundir/preflight.py).
+WorkingSpace = Literal["auto"] | SpaceName
 SPACES: tuple[SpaceName, ...] = get_args(SpaceName)
 
 Matrix = NDArray[np.float64]

@@ -51,6 +51,7 @@ class ColorSource:
     `count`: channels that are colours, the first ones. `alpha`: index of the alpha channel. `ignored`: further
     channels, such as saved selections and spot colours. `profile`: None without a usable one. `icc_lab`: the pixels
     are L*a*b* as in ICC profiles, which libvips takes for RGB. `plain_rgb`: they are RGB, and marked as grey.
+    `embedded`: the profile is one of the file, and not what other parts of it mean.
     """
 
     count: int
@@ -59,13 +60,18 @@ class ColorSource:
     profile: icc.Profile | None
     icc_lab: bool = False
     plain_rgb: bool = False
+    embedded: bool = True
+
+    def needs_float(self, colors: Colors, bits: int) -> bool:
+        """Whether libvips' own conversion to sRGB would be wrong, or does not lead to `colors`."""
+        if colors != SRGB or self.icc_lab or not self.embedded:
+            return True
+        return bits == 16 and self.profile is not None and not self.is_srgb
 
     @property
-    def what(self) -> str:
-        """The colours, in words for a person."""
-        if self.icc_lab:
-            return "L*a*b*"
-        return "no profile" if self.profile is None else self.profile.name
+    def is_srgb(self) -> bool:
+        """Whether the file has the very profile that we write."""
+        return self.profile is not None and self.profile.data == icc.builtin_profile("srgb").data
 
 
 def color_source(file: FileSource, image: Any) -> ColorSource:
@@ -85,8 +91,11 @@ def color_source(file: FileSource, image: Any) -> ColorSource:
             if extra and stored.extra is not None and not plain_rgb:
                 alpha = None if stored.alpha is None or stored.alpha >= extra else count + stored.alpha
     ignored = extra - (alpha is not None)
-    profile = None if icc_lab or space in ("lab", "labs") else _profile(file, image, count)
-    return ColorSource(count, alpha, ignored, profile, icc_lab, plain_rgb)
+    if icc_lab or space in ("lab", "labs"):
+        return ColorSource(count, alpha, ignored, None, icc_lab)
+    said = png.profile(file.read_at) if loader.startswith("pngload") else None
+    profile = said or _embedded_profile(image, count)
+    return ColorSource(count, alpha, ignored, profile, icc_lab, plain_rgb, embedded=said is None)
 
 
 def _tiff_channels(file: FileSource) -> tiff.Channels | None:
@@ -113,10 +122,8 @@ def unreadable_lab(file: FileSource) -> str | None:
     return "has CIELAB colours of 8 bits, which libvips cannot read. Save it as RGB, or as Lab of 16 bits"
 
 
-def _profile(file: FileSource, image: Any, count: int) -> icc.Profile | None:
-    """The profile that applies to the pixels. One that is damaged or for other pixels is ignored, as browsers do."""
-    if str(image.get("vips-loader")).startswith("pngload") and (said := png.profile(file.read_at)) is not None:
-        return said
+def _embedded_profile(image: Any, count: int) -> icc.Profile | None:
+    """The file's profile. One that is damaged or for other pixels is ignored, as browsers do."""
     if not image.get_typeof("icc-profile-data"):
         return None
     try:
@@ -133,14 +140,12 @@ def converted(image: Any, source: ColorSource, colors: Colors, keep_alpha: bool)
     """
     if source.ignored or source.plain_rgb:
         image = _without_ignored(image, source)
-    own = source.profile is not None and source.profile.data == icc.builtin_profile("srgb").data
-    from_chunks = source.profile is not None and not image.get_typeof("icc-profile-data")
-    deep = image.format == "ushort"
-    if colors != SRGB or source.icc_lab or from_chunks or (deep and source.profile is not None and not own):
+    bits = 16 if image.format == "ushort" else 8
+    if source.needs_float(colors, bits):
         alpha = _alpha16(image)
         image = _exactly(image, source, colors)
     else:
-        image = _by_libvips(image, "rgb16" if deep else "srgb", own)
+        image = _by_libvips(image, bits, source.is_srgb)
         alpha = image.extract_band(image.bands - 1)
     rgb = image.extract_band(0, n=3)
     if source.alpha is None:
@@ -170,16 +175,14 @@ def _without_ignored(image: Any, source: ColorSource) -> Any:
     return colors.copy(interpretation=interpretation)
 
 
-def _by_libvips(image: Any, target: str, own: bool) -> Any:
+def _by_libvips(image: Any, bits: int, is_srgb: bool) -> Any:
     """SRGB by libvips. A profile that it cannot use is ignored, as browsers do."""
-    if image.get_typeof("icc-profile-data") and not own:  # our own exports are read back bit for bit
-        try:
-            depth = 16 if target == "rgb16" else 8
+    target = "rgb16" if bits == 16 else "srgb"
+    if image.get_typeof("icc-profile-data") and not is_srgb:  # our own exports are read back bit for bit
+        with contextlib.suppress(pyvips.Error):
             image = image.icc_transform(
-                "srgb", embedded=True, intent="relative", black_point_compensation=True, depth=depth
+                "srgb", embedded=True, intent="relative", black_point_compensation=True, depth=bits
             )
-        except pyvips.Error:
-            pass
     return image if image.interpretation == target else image.colourspace(target)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pipeline.core.image_formats import PixelKind, compressed_bytes
 from pipeline.core.tiling import Size
-from pipeline.images import ImageHeader
+from pipeline.images import SRGB, ImageHeader
 
 MIB = 2**20
 # libvips writes a smaller level of a TIFF into a temporary file if it is larger than this; other levels stay in memory
@@ -17,10 +17,14 @@ LEVEL_BYTES = 100 * MIB
 _LIBVIPS_BYTES = 40 * MIB
 
 
-def ingest_bytes(image: ImageHeader, width_px: int, chunk_px: int, kind: PixelKind) -> int:
-    """Peak bytes of decoding an image, resizing it to `width_px` columns, and storing it as pixels of `kind`."""
+def ingest_bytes(image: ImageHeader, width_px: int, chunk_px: int, kind: PixelKind, in_float: bool = False) -> int:
+    """Peak bytes of decoding an image, resizing it to `width_px` columns, and storing it as pixels of `kind`.
+
+    `in_float`: its colours are converted in float, whatever they are, and have 16 bits then.
+    """
+    bits = 16 if in_float or image.colors.needs_float(SRGB, image.bits) else image.bits
     # 9 kB per source column and 8 bits, and 4 kB per target column when enlarging.
-    rows = 9_000 * image.width_px * image.bits // 8 + (4_000 * width_px if width_px > image.width_px else 0)
+    rows = 9_000 * image.width_px * bits // 8 + (4_000 * width_px if width_px > image.width_px else 0)
     if kind.bits == 16 and width_px != image.width_px:
         rows = rows * 3 // 2  # 16 bits are resized in float
     return _LIBVIPS_BYTES + image.decode_bytes + rows * kind.channels // 3 + 3 * chunk_px * width_px * kind.pixel_bytes

@@ -171,6 +171,12 @@ class Workload:
         return picture_kind(self.config.output, export.bits, export.compression, content)
 
     @property
+    def _written_rows(self) -> PixelKind:
+        """The pixels that the export reads; those for a printer's profile have 16 bits, whatever the output has."""
+        tables = isinstance(self.config.export.profile, Path) or self.config.export.profile == "content"
+        return PixelKind(16, self.picture.alpha) if tables else self.picture
+
+    @property
     def tile_step_px(self) -> int:
         """What the side of a tile is a multiple of."""
         return tile_step_px(self.config.store.chunk_px, max(stage.layer_use.scales for stage in self.stages))
@@ -288,7 +294,7 @@ class Workload:
         largest = max(self.output_sizes.values(), key=lambda size: size[0] * size[1])
         return export_bytes(
             largest,
-            self.picture,
+            self._written_rows,
             tiff=self._is_tiff,
             pyramid=options.has_levels,
             compression=options.compression,
@@ -299,7 +305,11 @@ class Workload:
         """Peak bytes of reading the most expensive image, at the width that it is resized to."""
         chunk_px = self.config.store.chunk_px
         targets = self._ingest_targets()
-        return max((ingest_bytes(self.images[path], width, chunk_px, kind) for path, width, kind in targets), default=0)
+        in_float = self.config.canvas_space != "srgb" or self.config.proof is not None
+        return max(
+            (ingest_bytes(self.images[path], width, chunk_px, kind, in_float) for path, width, kind in targets),
+            default=0,
+        )
 
     def _ingest_targets(self) -> Iterator[tuple[Path, int, PixelKind]]:
         """(image, width in px that it is resized to, kind of pixels stored) for every image of every stage."""

@@ -73,7 +73,7 @@ class Plan:
     `tile_step_px`: tiles of another size would be a multiple of it. `picture`: the kind of the output image's pixels.
     `dpi`: the resolution of the print. `outputs`: (height, width) of each output image by its path, several if they are
     panels.
-    `notes`: what the user should know of how inputs are read.
+    `notes`: what the user should know of how inputs are read, and colours converted.
     """
 
     stages: tuple[StagePlan, ...]

@@ -19,9 +19,7 @@ from pipeline.store import COLOR_AND_ALPHA, ChunkSums, StageArray
 
 def canvas_colors(config: Config) -> images.Colors:
     """What content and styles of a run are converted to. Raises ConfigError for a proof that cannot be used."""
-    assert config.working_space != "auto" or config.export.profile == "srgb", "not resolved"
-    space = "srgb" if config.working_space == "auto" else config.working_space
-    return images.Colors(space, None if config.proof is None else images.proof_profile(config.proof))
+    return images.Colors(config.canvas_space, None if config.proof is None else images.proof_profile(config.proof))
 
 
 def ingest(

@@ -5,6 +5,7 @@ from pipeline.rundir.lock import RunLock, refuse_locked, running_owner
 from pipeline.rundir.manifest import (
     OtherFormatError,
     begun_manifest,
+    canvas_space,
     content_kind,
     manifest_inputs,
     read_manifest,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.color_spaces import SpaceName
 from pipeline.core.errors import DamagedStateError, storage
 from pipeline.core.files import read_regular, write_whole
 from pipeline.core.image_formats import PixelKind
@@ -94,6 +95,11 @@ def manifest_inputs(manifest: Manifest) -> Iterator[tuple[str, Path]]:
                 value = None
         if isinstance(value, str):
             yield key, Path(value)
+
+
+def canvas_space(manifest: Manifest) -> SpaceName:
+    """The colour space of the run's canvas."""
+    return "srgb" if manifest.config.working_space == "auto" else manifest.config.working_space
 
 
 def begun_manifest(records: Iterable[Record]) -> Manifest | None:

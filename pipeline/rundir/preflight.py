@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from pipeline.config import Config, ExportConfig, PrintSize, dotted, input_files
 from pipeline.core.color_spaces import SpaceName
@@ -23,6 +22,7 @@ from pipeline.images import (
 )
 from pipeline.network import weights_bytes, widths_for_plan
 from pipeline.plan import Device, Plan, initial_px, make_plan, resolve_device, with_size_in_px
+from pipeline.rundir.color_notes import color_notes
 from pipeline.rundir.paths import refuse_own_state
 from pipeline.rundir.process_settings import process_settings
 
@@ -75,11 +75,12 @@ def plan_on(config: Config, device: Device) -> Plan:
         check_output(Path(name), width, height, planned.picture.bits, config.export.compression)
     _check_outputs(config, planned)
     refuse_unheeded(config.output, config.export.changed, planned.picture.alpha)
-    colors = output_colors(config.export, config.working_space, config.content)
+    colors = output_colors(config.export, config.canvas_space, config.content)
     check_colors(config.output, colors, config.export.compression)
     if config.proof is not None:
         proof_profile(config.proof)
-    return replace(planned, picture=colors.picture_kind(planned.picture))
+    notes = (*planned.notes, *color_notes(config, images, colors))
+    return replace(planned, picture=colors.picture_kind(planned.picture), notes=notes)
 
 
 def _check_outputs(config: Config, planned: Plan) -> None:
@@ -96,8 +97,7 @@ def _check_outputs(config: Config, planned: Plan) -> None:
                 raise ConfigError(f"output {name}: a panel has the name of {dotted(key)}, which would be overwritten.")
 
 
-def output_colors(export: ExportConfig, space: SpaceName | Literal["auto"], content: Path | None) -> OutputColors:
+def output_colors(export: ExportConfig, space: SpaceName, content: Path | None) -> OutputColors:
     """How the canvas is exported. `space`: its own. Raises ConfigError, InputError for a profile."""
-    assert space != "auto", "not resolved"
     profile = output_profile(export.profile, content)
     return OutputColors(profile, space, export.intent, export.black_point_compensation)

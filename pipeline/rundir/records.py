@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from pipeline.config import MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
-from pipeline.core.color_spaces import SpaceName
+from pipeline.core.color_spaces import WorkingSpace
 from pipeline.core.text import shown
 
 VERSION = 3
@@ -65,7 +65,7 @@ class KeptConfig(_Kept):
 
     output: _Line
     optimizer: KeptOptimizer
-    working_space: SpaceName = "srgb"
+    working_space: WorkingSpace = "srgb"
 
 
 class StageSizes(_Strict):
