@@ -22,6 +22,9 @@ class Header:
     bits: int = 8
     decode_bytes: int = 0
     kind: PixelKind = RGB8
+    scratch_bytes: int = 0
+    notes: tuple[str, ...] = ()
+    path: Path = Path("/c.png")
 
 
 def config_of(**values) -> Config:
