@@ -26,6 +26,9 @@ def main() -> NoReturn:
         signal.signal(number, _stop)
     # Registered first and so called last. Then the interpreter restores the default handlers: death by the signal.
     atexit.register(_set_all, listened, signal.SIG_IGN)
+    from pipeline.core import isolation  # noqa: PLC0415 - as below
+
+    isolation.drop_settings()
     from pipeline.cli import app  # noqa: PLC0415 - slow
     from pipeline.core import allocator  # noqa: PLC0415 - slow
 

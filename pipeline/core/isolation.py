@@ -9,8 +9,24 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+# Variables by which a user sets up libraries for other programs. They would change what is written, how much memory is
+# used, or the last bits. Not among them: what says where files are, such as TORCH_HOME, and the number of threads.
+_PREFIXES: tuple[str, ...] = ("BLOSC_", "DASK_", "FSSPEC_", "IM_CONCURRENCY", "NUMCODECS_", "VIPS_", "ZARR_")
+_PREFIXES += ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+
+
+def own_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables without those that are settings of libraries, for a process of our own."""
+    return {name: value for name, value in environment.items() if not name.startswith(_PREFIXES)}
+
+
+def drop_settings() -> None:
+    """Remove these variables from this process, before it imports the libraries."""
+    for name in os.environ.keys() - own_environment(os.environ).keys():
+        del os.environ[name]
 
 
 def import_library(name: str) -> None:

@@ -32,6 +32,7 @@ from distributed import Client, Future, LocalCluster, Scheduler, Security
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from pipeline.core.errors import ConfigError
+from pipeline.core.isolation import own_environment
 from pipeline.core.text import shown
 from pipeline.executors import worker
 
@@ -61,8 +62,7 @@ class WorkerPool:
     ):
         self._processes, self._tiles, self._lock, self._note = processes, tiles, lock, note
         self._initialize = initialize
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("DASK_")}
-        self._environment = environment  # a worker that is started later computes as the first ones do
+        self._environment = own_environment(os.environ)  # a worker that is started later computes as the first ones do
         self._opened: ExitStack | None = None
         self._keepers: list[threading.Thread] = []
         self._state = threading.Lock()  # guards the attributes below

@@ -44,7 +44,7 @@ def write_ome_zarr(
         height, width = max(1, height // 2), max(1, width // 2)
         level = _halve(level, _create_level(path / str(levels), (height, width), kind, chunk_px), cancel)
         levels += 1
-    group.attrs["ome"] = _ome_metadata(path.stem, levels, dpi)
+    group.attrs["ome"] = _ome_metadata(path.stem, size, levels, kind, dpi)
 
 
 def add_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
@@ -76,24 +76,52 @@ def _halve(fine: Any, coarse: Any, cancel: CancelToken) -> Any:
     return coarse
 
 
-def _ome_metadata(name: str, levels: int, dpi: float | None) -> dict[str, Any]:
+def _grids(size: tuple[int, int], levels: int) -> list[tuple[list[float], list[float]]]:
+    """(size of a pixel, position of the first pixel's centre) of every level, as (y, x) in pixels of the first.
+
+    A pixel of a level is the mean of two of the level before, so that its centre lies between theirs; a side of 1 px
+    is not halved again.
+    """
+    scales, offsets, sides = [1.0, 1.0], [0.0, 0.0], list(size)
+    grids = [([*scales], [*offsets])]
+    for _ in range(levels - 1):
+        for axis in (0, 1):
+            if sides[axis] > 1:
+                offsets[axis] += scales[axis] / 2
+                scales[axis] *= 2
+                sides[axis] //= 2
+        grids.append(([*scales], [*offsets]))
+    return grids
+
+
+# Labels and colours by which viewers show the channels as one picture.
+_CHANNELS = (("red", "FF0000"), ("green", "00FF00"), ("blue", "0000FF"), ("alpha", "FFFFFF"))
+
+
+def _omero(kind: PixelKind) -> dict[str, Any]:
+    """How viewers show the channels: without it napari and others show red, green and blue as three grey images."""
+    top = 2**kind.bits - 1
+    window = {"min": 0, "max": top, "start": 0, "end": top}
+    return {
+        "channels": [
+            {"label": label, "color": color, "window": window, "active": label != "alpha"}
+            for label, color in _CHANNELS[: kind.channels]
+        ],
+        "rdefs": {"model": "color"},
+    }
+
+
+def _ome_metadata(name: str, size: tuple[int, int], levels: int, kind: PixelKind, dpi: float | None) -> dict[str, Any]:
     unit, px_size = ({}, 1.0) if dpi is None else ({"unit": "millimeter"}, MM_PER_INCH / dpi)
+    datasets = []
+    for level, (scales, offsets) in enumerate(_grids(size, levels)):
+        transforms: list[dict[str, Any]] = [{"type": "scale", "scale": [1.0, *(px_size * scale for scale in scales)]}]
+        if any(offsets):
+            transforms.append({"type": "translation", "translation": [0.0, *(px_size * offset for offset in offsets)]})
+        datasets.append({"path": str(level), "coordinateTransformations": transforms})
     axes = [{"name": "c", "type": "channel"}, *({"name": axis, "type": "space", **unit} for axis in "yx")]
     return {
         "version": "0.5",
-        "multiscales": [
-            {
-                "name": name,
-                "axes": axes,
-                "datasets": [
-                    {
-                        "path": str(level),
-                        "coordinateTransformations": [
-                            {"type": "scale", "scale": [1.0, px_size * 2.0**level, px_size * 2.0**level]}
-                        ],
-                    }
-                    for level in range(levels)
-                ],
-            }
-        ],
+        "multiscales": [{"name": name, "axes": axes, "datasets": datasets}],
+        "omero": _omero(kind),
     }

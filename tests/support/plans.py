@@ -23,6 +23,9 @@ class Header:
     decode_bytes: int = 0
     kind: PixelKind = RGB8
     dpi: float | None = None
+    scratch_bytes: int = 0
+    notes: tuple[str, ...] = ()
+    path: Path = Path("/c.png")
 
 
 def config_of(**values) -> Config:

@@ -531,11 +531,31 @@ def test_ome_metadata_is_that_of_version_0_5(tmp_path):
     assert [axis["type"] for axis in multiscale["axes"]] == ["channel", "space", "space"]
     assert [entry["path"] for entry in multiscale["datasets"]] == ["0", "1", "2", "3"]
     for index, entry in enumerate(multiscale["datasets"]):
-        (transform,) = entry["coordinateTransformations"]
-        assert transform == {"type": "scale", "scale": [1.0, 2.0**index, 2.0**index]}
+        scale, *translation = entry["coordinateTransformations"]
+        assert scale == {"type": "scale", "scale": [1.0, 2.0**index, 2.0**index]}
+        between = (2.0**index - 1) / 2  # the centre of the pixels whose mean the first pixel is
+        moved = [{"type": "translation", "translation": [0.0, between, between]}] if index else []
+        assert translation == moved
         array = zarr.open_array(tmp_path / "harbour.zarr" / entry["path"], mode="r")
         assert array.metadata.dimension_names == ("c", "y", "x")
         assert array.shape == (3, max(1, 40 >> index), max(1, 70 >> index))
+
+
+def test_ome_channels_have_the_colours_of_the_picture(tmp_path):
+    """Without colours viewers show three grey images, and a 16-bit one nearly black."""
+    pyramid(tmp_path / "p.zarr", np.zeros((8, 8, 4), np.uint16), 16)
+    omero = json.loads((tmp_path / "p.zarr" / "zarr.json").read_text())["attributes"]["ome"]["omero"]
+    assert [channel["color"] for channel in omero["channels"]] == ["FF0000", "00FF00", "0000FF", "FFFFFF"]
+    assert [channel["active"] for channel in omero["channels"]] == [True, True, True, False]
+    assert all(channel["window"] == {"min": 0, "max": 65535, "start": 0, "end": 65535} for channel in omero["channels"])
+
+
+def test_levels_of_a_strip_of_one_row_lie_where_their_pixels_are(tmp_path):
+    """A side of one pixel is not halved: a scale of 2 would stretch the strip."""
+    pyramid(tmp_path / "p.zarr", np.zeros((1, 40, 3), np.uint8), 16)
+    (multiscale,) = json.loads((tmp_path / "p.zarr" / "zarr.json").read_text())["attributes"]["ome"]["multiscales"]
+    transforms = multiscale["datasets"][2]["coordinateTransformations"]
+    assert [list(transform.values())[1] for transform in transforms] == [[1.0, 1.0, 4.0], [0.0, 0.0, 1.5]]
 
 
 def test_an_ome_zarr_replaces_an_older_one_whole(tmp_path):
