@@ -79,10 +79,10 @@ def print_plan(config: Config, planned: Plan) -> None:
         f"work     {planned.flop / 1e12:,.0f} TFLOP for {iterations} iterations per stage",
     ]
     _print_lines(lines)
-    _print_print_table(planned)
+    _print_sizes(planned)
 
 
-def _print_print_table(planned: Plan) -> None:
+def _print_sizes(planned: Plan) -> None:
     """Print how large the picture is on paper, and from which distance it is sharp."""
     height, width = planned.stages[-1].size
     own = f"{planned.dpi:g} dpi (export)"

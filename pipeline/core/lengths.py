@@ -82,5 +82,5 @@ def cm_text(length_px: int, dpi: float) -> str:
 
 
 def sharp_from_m(dpi: float) -> float:
-    """The distance in metres from which an eye sees no px: it resolves 180 dpi at 1 m, an arc minute or so."""
+    """The distance in metres from which an eye sees no px: at 1 m it resolves 180 dpi, half a minute of arc."""
     return 180 / dpi
