@@ -89,7 +89,7 @@ def print_plan(config: Config, planned: Plan, expected: Forecast | None, run: st
         *(f"note     {note}" for note in planned.notes),
     ]
     _print_lines(lines)
-    _print_print_table(planned)
+    _print_sizes(planned)
     if expected is not None:
         _print_forecast(expected)
     _print_lines([f"run      {run}"])
@@ -106,7 +106,7 @@ def _print_forecast(expected: Forecast) -> None:
     _print_lines([f"power    {expected.power.watts:.0f} W: {expected.power.source}"])
 
 
-def _print_print_table(planned: Plan) -> None:
+def _print_sizes(planned: Plan) -> None:
     """Print how large the picture is on paper, and from which distance it is sharp."""
     height, width = planned.stages[-1].size
     own = f"{planned.dpi:g} dpi (export)"

@@ -16,7 +16,7 @@ MAX_MM = 1e6
 MIN_DPI, MAX_DPI = 1.0, 100_000.0
 # The resolution of a picture about which nothing is known: what print shops ask for.
 DEFAULT_DPI = 300.0
-EXPECTED = f"a length such as 6mm, 20 cm, 1.5m or 10in (units: {', '.join(MM_PER_UNIT)})"
+EXPECTED = "a length such as 6mm, 20 cm, 1.5m or 10in"
 
 _OTHER_NAMES = {"inch": "in", "inches": "in", '"': "in", "″": "in", "meter": "m", "metre": "m"}
 # The digits are bounded, so that no text takes long to match or becomes infinite.
@@ -82,5 +82,5 @@ def cm_text(length_px: int, dpi: float) -> str:
 
 
 def sharp_from_m(dpi: float) -> float:
-    """The distance in metres from which an eye sees no px: it resolves 180 dpi at 1 m, an arc minute or so."""
+    """The distance in metres from which an eye sees no px: at 1 m it resolves 180 dpi, half a minute of arc."""
     return 180 / dpi

@@ -39,6 +39,9 @@ MEMORY = """
     import numpy as np, psutil
     from pipeline.images.writer import ImageSpec, write_image
     from pipeline.images.reader import stream_rgb
+    from pipeline.config import ExportConfig
+    from pipeline.plan import sheets_of
+    from pipeline.render.edges import sheet_rows
 
     process = psutil.Process()
     peak, base, done = 0, process.memory_info().rss, threading.Event()
@@ -54,6 +57,13 @@ MEMORY = """
         band = np.random.default_rng(0).integers(0, 256, (16, width, 3)).astype(np.uint8)
         read_rows = lambda y0, y1: np.resize(band, (y1 - y0, width, 3))
         write_image(ImageSpec(path, width, height, compression=sys.argv[3], quality=50), read_rows)
+    elif what == "bleed":
+        width, height = map(int, sys.argv[4:])
+        options = ExportConfig.model_validate({"dpi": 300, "bleed": sys.argv[3], "wrap": "5cm"})
+        (sheet,) = sheets_of(path, (height, width), options)
+        band = np.random.default_rng(0).integers(0, 256, (16, width, 3)).astype(np.uint8)
+        read_rows = sheet_rows(lambda rect: np.resize(band, (rect.height, rect.width, 3)), sheet)
+        write_image(ImageSpec(path, sheet.size[1], sheet.size[0], compression="none", quality=50), read_rows)
     else:
         for _ in stream_rgb(path, *map(int, sys.argv[3:])):
             pass

@@ -14,9 +14,13 @@ from numpy.typing import NDArray
 
 from pipeline.config import ExportConfig
 from pipeline.core.errors import ConfigError
+from pipeline.core.image_formats import RGB8
+from pipeline.core.lengths import Length
 from pipeline.core.tiling import Rect
 from pipeline.plan import sheets_of
+from pipeline.plan.image_memory import export_bytes
 from pipeline.render.edges import sheet_rows
+from tests.support.pictures import measured_mb
 
 # At 254 dpi a px is 0.1 mm.
 DPI = 254.0
@@ -148,3 +152,14 @@ def test_edges_that_no_format_holds_are_refused_before_they_take_memory():
         sheets_of(OUTPUT, (10, 10), ExportConfig.model_validate({"dpi": 90_000, "bleed": "900m"}))
     with pytest.raises(ConfigError, match="more than 1000"):
         sheets_of(OUTPUT, (10, 10_000), ExportConfig.model_validate({"dpi": DPI, "panels": mm(2)}))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
+def test_edges_stay_within_the_planned_memory(tmp_path, name):
+    """A wall of 2 m would take all memory at the end of the run."""
+    width, height = 16_000, 6_000
+    around_px = Length.parse("6mm").px(300) + Length.parse("5cm").px(300)
+    size = height + 2 * around_px, width + 2 * around_px
+    planned = export_bytes(size, RGB8, tiff=name == "a.tif", pyramid=True, edges=True)
+    assert measured_mb("bleed", tmp_path / name, "6mm", width, height) * 1e6 < planned < 3 * size[0] * size[1]
