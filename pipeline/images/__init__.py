@@ -1,4 +1,4 @@
-"""Image files: headers, streaming decode and resize, export. The only importer of pyvips."""
+"""Image files: headers, streaming decode and resize, export. The only importer of pyvips and pikepdf."""
 
 from pipeline.images.color import SRGB, Colors
 from pipeline.images.header import ImageHeader, read_header

@@ -15,7 +15,7 @@ _PT_PER_INCH = 72
 _PT_PER_MM = _PT_PER_INCH / 25.4
 
 
-def write_pdf(pixels_HWC: NDArray[np.uint8], path: Path, dpi: float, page_mm: tuple[float, float]) -> None:
+def write_pdf(pixels_HWC: NDArray[np.uint8], path: Path, dpi: float, page_mm: tuple[float, float], title: str) -> None:
     """Write sRGB pixels, without loss, at `dpi` in the upper left corner of a page of (width, height) in mm."""
     height_px, width_px, _ = pixels_HWC.shape
     page_pt = page_mm[0] * _PT_PER_MM, page_mm[1] * _PT_PER_MM
@@ -31,6 +31,7 @@ def write_pdf(pixels_HWC: NDArray[np.uint8], path: Path, dpi: float, page_mm: tu
         page.Resources = pikepdf.Dictionary(XObject=pikepdf.Dictionary(Sheet=image))
         placed = f"q {width_pt:.4f} 0 0 {height_pt:.4f} 0 {page_pt[1] - height_pt:.4f} cm /Sheet Do Q"
         page.Contents = pdf.make_stream(placed.encode())
+        pdf.docinfo["/Title"] = title
         # Without it, programs that print shrink the page into the printer's margins, and the scale is lost.
         pdf.Root.ViewerPreferences = pikepdf.Dictionary(PrintScaling=pikepdf.Name("/None"))
         pdf.save(path, deterministic_id=True)

@@ -173,7 +173,7 @@ def write_proof(
     with storage(path):
         partial = new_partial(path)
         try:
-            write_pdf(sheet, partial, proof.dpi, PAPERS_MM[proof.paper])
+            write_pdf(sheet, partial, proof.dpi, PAPERS_MM[proof.paper], proof.title)
             cancel.raise_if_set()
             put_in_place(partial, path, on_whole)
         finally:

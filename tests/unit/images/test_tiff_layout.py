@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,19 @@ def test_only_what_may_exceed_4_gib_has_64_bit_offsets(
     """Layout programs do not open BigTIFF; a classic TIFF ends at 4 GiB."""
     options = tiff_options(size, PixelKind(bits), compression, not layout.strips, layout)
     assert options["bigtiff"] == big
+
+
+def test_the_key_survives_in_a_run_directory(tmp_path: Path, call: Callable[..., Outcome]) -> None:
+    """`for` is a keyword of Python: under another name in the manifest, a resume or a check would not know it."""
+    config = write_run(tmp_path, output="out.tif", export={"for": "print", "compression": "lzw", "pyramid": False})
+    assert call("run", "-c", config).code == 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["config"]["export"]["for"] == "print"
+    (exported,) = (record for record in journal(tmp_path / "run") if record["type"] == "exported")
+    assert exported["options"]["for"] == "print"
+    for command in ("run", "verify", "plan", "status"):
+        outcome = call(command, "-c", config)
+        assert outcome.code == 0, outcome.err
 
 
 REFUSED = [
