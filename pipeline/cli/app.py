@@ -26,7 +26,7 @@ from pipeline.cli.arguments import (
     with_run,
     with_stage,
 )
-from pipeline.cli.failures import report, report_bug
+from pipeline.cli.failures import report_bug, report_error
 from pipeline.cli.init import init
 from pipeline.cli.inputs import inputs_of, with_images
 from pipeline.cli.on_finish import OnFinish
@@ -64,12 +64,12 @@ def main() -> NoReturn:
             error.show()
             code = error.exit_code
         except (click.Abort, KeyboardInterrupt):  # if a caller kept Python's own SIGINT handler
-            code = report(Stopped())
+            code = report_error(Stopped())
         except PipelineError as error:
-            code = report(error)
+            code = report_error(error)
         except OSError as error:
             converted = storage_error("standard output", error)
-            code = report(converted) if isinstance(converted, StorageError) else report_bug()
+            code = report_error(converted) if isinstance(converted, StorageError) else report_bug()
         except Exception:  # anything else is a bug, not a mistake of the user
             code = report_bug()
         discard_unwritable_stdout()

@@ -13,7 +13,7 @@ from pipeline.core.errors import PipelineError, Stopped
 from pipeline.core.text import printable
 
 
-def report(error: PipelineError) -> int:
+def report_error(error: PipelineError) -> int:
     """Print an error; returns its exit code."""
     text = printable(str(error))
     separator = "\n" if "\n" in text else " "  # several errors get a line each
