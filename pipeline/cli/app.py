@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from pipeline.cli.arguments import (
     with_run,
     with_stage,
 )
+from pipeline.cli.failures import report_bug, report_error
 from pipeline.cli.init import init
 from pipeline.cli.inputs import inputs_of, with_images
 from pipeline.cli.on_finish import OnFinish
@@ -77,33 +77,17 @@ def main() -> NoReturn:
             error.show()
             code = error.exit_code
         except (click.Abort, KeyboardInterrupt):  # if a caller kept Python's own SIGINT handler
-            code = _report(Stopped())
+            code = report_error(Stopped())
         except PipelineError as error:
-            code = _report(error)
+            code = report_error(error)
         except OSError as error:
             converted = storage_error("standard output", error)
-            code = _report(converted) if isinstance(converted, StorageError) else _report_bug()
+            code = report_error(converted) if isinstance(converted, StorageError) else report_bug()
         except Exception:  # anything else is a bug, not a mistake of the user
-            code = _report_bug()
+            code = report_bug()
         discard_unwritable_stdout()
         on_finish(code)
     sys.exit(code)
-
-
-def _report(error: PipelineError) -> int:
-    from pipeline.core.text import printable
-
-    text = printable(str(error))
-    separator = "\n" if "\n" in text else " "  # several errors get a line each
-    label = "" if isinstance(error, Stopped) else f" error:{separator}"
-    click.echo(f"pipeline:{label or ' '}{text}", err=True)
-    return error.exit_code
-
-
-def _report_bug() -> int:
-    traceback.print_exc()
-    click.echo("pipeline: this is a bug in pipeline. The run is safe: the same command resumes it.", err=True)
-    return 1
 
 
 @contextmanager
