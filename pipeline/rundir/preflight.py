@@ -47,7 +47,9 @@ def with_working_space(config: Config) -> Config:
     if config.working_space != "auto":
         return config
     space = wanted_space(output_profile(config.export.profile, config.content))
-    return config.model_copy(update={"working_space": space})
+    resolved = config.model_copy(update={"working_space": space})
+    resolved.model_fields_set.discard("working_space")  # not given: a refused resume then says what to add
+    return resolved
 
 
 def _headers(config: Config) -> dict[Path, ImageHeader]:
