@@ -524,6 +524,9 @@ HARMLESS = {
     "export.bits",
     "export.compression",
     "export.quality",
+    "export.profile",
+    "export.intent",
+    "export.black_point_compensation",
     "export.pyramid",
 }
 HARMLESS |= {"compute.workers", "compute.threads", "store.durability"}
