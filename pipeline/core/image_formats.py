@@ -127,9 +127,6 @@ def unsupported_options(path: Path, options: Mapping[str, object], alpha: bool =
 
     if options.get("profile", "srgb") != "srgb" and name == "OME-Zarr":
         yield "profile", "OME-Zarr has no place for a colour profile; omit it, or choose .tif or .png"
-    for option in ("intent", "black_point_compensation"):
-        if option in options and options.get("profile", "srgb") in ("srgb", "adobe-rgb", "display-p3"):
-            yield option, "applies to a printer's profile only; omit it, or set profile to a file"
 
 
 def _unsupported_layout(output: Format, options: Mapping[str, object]) -> Iterator[tuple[str, str]]:

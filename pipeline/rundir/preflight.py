@@ -55,6 +55,7 @@ def resolved(config: Config) -> Config:
     if config.working_space == "auto":
         space = wanted_space(output_profile(config.export.profile, config.content))
         config = config.model_copy(update={"working_space": space})
+        config.model_fields_set.discard("working_space")  # not given: a refused resume then says what to add
     return config
 
 

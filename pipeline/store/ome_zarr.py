@@ -71,9 +71,19 @@ def _halve(fine: Any, coarse: Any, cancel: CancelToken) -> Any:
         block = np.asarray(fine[:, 2 * part.y0 : 2 * part.y1, 2 * part.x0 : 2 * part.x1], np.uint32)
         missing = (2 * part.height - block.shape[1], 2 * part.width - block.shape[2])  # if a side is 1 px
         block = np.pad(block, ((0, 0), (0, missing[0]), (0, missing[1])), mode="edge")
-        summed = block[:, 0::2, 0::2] + block[:, 0::2, 1::2] + block[:, 1::2, 0::2] + block[:, 1::2, 1::2]
-        coarse.set_block_selection((0, cy, cx), ((summed + 2) // 4).astype(coarse.dtype))
+        coarse.set_block_selection((0, cy, cx), _halved(block).astype(coarse.dtype))
     return coarse
+
+
+def _halved(block_CHW: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """The means of 2×2 squares. Colours count by their alpha: those of transparent pixels are not seen."""
+    corners = np.stack([block_CHW[:, y::2, x::2] for y in (0, 1) for x in (0, 1)]).astype(np.uint64)
+    means = (corners.sum(0) + 2) // 4
+    if len(block_CHW) == 4:
+        alpha = corners[:, 3:].sum(0)
+        weighted = (corners[:, :3] * corners[:, 3:]).sum(0)
+        means[:3] = np.where(alpha > 0, (weighted + alpha // 2) // np.maximum(alpha, 1), means[:3])
+    return np.asarray(means)
 
 
 def _grids(size: tuple[int, int], levels: int) -> list[tuple[list[float], list[float]]]:
