@@ -84,7 +84,8 @@ def export(
     try:
         with ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
             integrity.require_intact(planes, executor, progress("check"))
-        metadata = output_metadata(manifest, options.metadata, cancel, sink)
+        content = dict(manifest_inputs(manifest)).get("content")
+        metadata = output_metadata(manifest, content, options.metadata, cancel, sink)
         export_canvas(planes, output, options, cancel, progress("export"), metadata=metadata)
     except ChunkError:
         cancel.raise_if_set()  # chunks that an active run has overwritten are not damaged

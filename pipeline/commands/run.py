@@ -276,7 +276,7 @@ class _Rendering:
             cancel,
             lambda done, total: self.sink(WorkDone(last, "export", done, total)),
             self._record_picture,
-            output_metadata(manifest, settings.metadata, cancel, self.sink),
+            output_metadata(manifest, self.config.content, settings.metadata, cancel, self.sink),
         )
         written = self.position.pictures[str(output)][-1]
         self._commit(records.Exported(output=str(output), options=options, picture=written))

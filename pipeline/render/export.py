@@ -58,7 +58,7 @@ def export_canvas(
     height, width, _ = planes[0].shape
     kind = PixelKind(options.bits, alpha=len(planes) == 2)
     encoding = options.compression, options.quality, options.pyramid
-    image = writer.ImageSpec(output, width, height, kind, *encoding, metadata)
+    image = writer.ImageSpec(output, width, height, kind, *encoding, metadata=metadata)
     read = canvas_rows(planes, kind.bits)
 
     def read_rows(y0: int, y1: int) -> NDArray[Any]:
