@@ -94,7 +94,8 @@ def export(
     try:
         with ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
             integrity.require_intact(planes, executor, progress("check"))
-        metadata = output_metadata(manifest, options.metadata, cancel, sink)
+        source = dict(manifest_inputs(manifest)).get("content")
+        metadata = output_metadata(manifest, source, options.metadata, cancel, sink)
         for sheet in sheets:
             export_canvas(planes, sheet, options, colors, cancel, progress("export"), metadata=metadata)
     except ChunkError:

@@ -297,7 +297,8 @@ class _Rendering:
         )
         colors = output_colors(settings, self.config.canvas_space, self.config.content)
         manifest = read_manifest(manifest_path(self.config.work_dir))
-        metadata = output_metadata(manifest, settings.metadata, self.executor.cancel, self.sink)
+        cancel = self.executor.cancel
+        metadata = output_metadata(manifest, self.config.content, settings.metadata, cancel, self.sink)
         for sheet in sheets:
             export.export_canvas(
                 planes,

@@ -73,7 +73,7 @@ def read_metadata(path: Path, gps: bool) -> ImageMetadata:
     file = open_file(path)
     image = open_image(file, "sequential")
     properties = read_xmp(_blob(image, "xmp-data"), gps)
-    exif = _blob(image, "exif-data")[6:]  # after "Exif" and two zeros
+    exif = _blob(image, "exif-data").removeprefix(b"Exif\0\0")  # a PNG has none
     sources: list[Mapping[str, Sequence[str]]] = [read_iptc(_blob(image, _IPTC_FIELD))]
     places: tuple[Tag, ...] = ()
     for read_at in (lambda offset, count: exif[offset : offset + count], file.read_at):  # a TIFF has the tags itself

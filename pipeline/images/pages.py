@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.core.errors import InputError
+
 # What a file says that its pages are channels of one image: OME-XML, and ImageJ's text.
 _OME = re.compile(r"<Pixels\b[^>]*>")
 _IMAGEJ = re.compile(r"^ImageJ=.*\bimages=3\b.*\bchannels=3\b", re.DOTALL)
@@ -58,7 +60,10 @@ def note_of(image: Any, open_page: Callable[[int], Any]) -> str:
         return ""
     if is_joined(image):
         return f"its {pages} pages are read as red, green and blue"
-    second = open_page(1)
+    try:
+        second = open_page(1)
+    except InputError:  # of damage there, nothing is read
+        second = image
     if max(second.width / image.width, second.height / image.height) <= _LEVEL:
         return ""
     return f"has {pages} pages, of which the first alone is read; save the page that you want as a file of its own"

@@ -21,6 +21,8 @@ _TYPES |= {11: "f", 12: "d", 13: "I", 16: "Q", 17: "q", 18: "Q"}
 _MAX_ENTRIES = 4096
 # Longer values are pixels' offsets or thumbnails, which nothing here reads.
 _MAX_VALUE_BYTES = 2**20
+# Of a GPS directory: the standard has 32 tags of a few numbers or words, and EXIF in a JPEG ends at 64 KiB.
+_MAX_GPS_TAGS, _MAX_GPS_BYTES = 32, 256
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def read_gps(read_at: ReadAt, first: Mapping[int, Tag]) -> tuple[Tag, ...]:
         return ()
     pointer = first[GPS_POINTER]
     offset = int.from_bytes(pointer.data[: 8 if pointer.kind > 13 else 4], "little")
-    return tuple(_read_directory(read_at, _form_of(read_at), offset).values())
+    tags = _read_directory(read_at, _form_of(read_at), offset).values()
+    return tuple(tag for tag in tags if len(tag.data) <= _MAX_GPS_BYTES)[:_MAX_GPS_TAGS]
 
 
 def _read_directory(read_at: ReadAt, form: _Form, offset: int) -> dict[int, Tag]:

@@ -13,19 +13,19 @@ from pipeline.core.events import Note, Sink
 from pipeline.core.image_formats import MetadataKept
 from pipeline.images import ImageMetadata, read_metadata
 from pipeline.network import sha256_of
-from pipeline.rundir.manifest import manifest_inputs
 from pipeline.rundir.records import Manifest
 
 
-def output_metadata(manifest: Manifest, kept: MetadataKept, cancel: CancelToken, sink: Sink) -> ImageMetadata | None:
+def output_metadata(
+    manifest: Manifest, content: Path | None, kept: MetadataKept, cancel: CancelToken, sink: Sink
+) -> ImageMetadata | None:
     """The metadata for an image of a run, None for `none`. It does not depend on the time or on the stage.
 
-    Metadata of the content are read from its file: of a file that is gone or has changed they are left out, which is
-    reported. Raises Stopped soon after `cancel` is set.
+    `content`: where its file is now. Of a file that is gone or has changed nothing is kept, which is reported. Raises
+    Stopped soon after `cancel` is set.
     """
     if kept == "none":
         return None
-    content = dict(manifest_inputs(manifest)).get("content")
     found = ImageMetadata({})
     if content is not None and _is_unchanged(content, manifest.inputs["content"], cancel):
         found = read_metadata(content, kept == "keep-gps")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config.config import Config
@@ -27,7 +27,7 @@ class Header:
     scratch_bytes: int = 0
     notes: tuple[str, ...] = ()
     path: Path = Path("/c.png")
-    colors: ColorSource = ColorSource(3, None, 0, None)
+    colors: ColorSource = field(default=ColorSource(3, None, 0, None))
 
 
 def config_of(**values) -> Config:

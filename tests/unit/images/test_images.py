@@ -654,6 +654,19 @@ def test_unwritable_folder(tmp_path: Path) -> None:
         check_output(tmp_path / "b" / "a.tif", 10, 10, 8, "deflate")
 
 
+@pytest.mark.parametrize("name", ["Harbour [2024].dz", "photo[Q=1].dz", "a[b]c.dz"])
+def test_brackets_in_the_name_of_a_deepzoom_are_no_options(tmp_path: Path, name: str) -> None:
+    """dzsave cut them off: the viewer found no picture, and the run refused to replace its own."""
+    folder = tmp_path / "in [x=1]"
+    path, pixels = folder / name, picture(40, 60)
+    for _ in range(2):
+        write_image(ImageSpec(path, 60, 40), lambda y0, y1: pixels[y0:y1])
+    assert {entry.name for entry in path.iterdir()} == {f"{path.stem}.dzi", f"{path.stem}_files"}
+    assert not list(path.rglob("*properties*"))
+    top = pyvips.Image.new_from_file(str(path / f"{path.stem}_files" / "6" / "0_0.jpg"))
+    assert abs(float(top.avg()) - float(pixels.mean())) < 1
+
+
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
