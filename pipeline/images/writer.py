@@ -29,7 +29,7 @@ from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import StorageError, storage, storage_error
 from pipeline.core.files import new_partial, partial_name, remove, sync_file_system, sync_folder, taken
 from pipeline.core.image_formats import RGB8, PixelKind
-from pipeline.core.lengths import MM_PER_INCH
+from pipeline.core.lengths import DEFAULT_DPI, MM_PER_INCH
 from pipeline.core.tiling import Size
 from pipeline.images.jfif import JfifFile
 from pipeline.images.output_check import check_output, output_format
@@ -48,7 +48,7 @@ class ImageSpec:
 
     `compression`: of TIFF. `quality`: of JPEG, 1 to 100. `pyramid`: a TIFF also has smaller levels, which take their
     own size on the disk a second time until it is complete. `dpi`: the resolution on paper, where the format has a
-    place for it; None: unknown. Alpha is written unassociated (not premultiplied).
+    place for it. Alpha is written unassociated (not premultiplied).
     """
 
     path: Path
@@ -58,7 +58,7 @@ class ImageSpec:
     compression: str = "deflate"
     quality: int = 95
     pyramid: bool = True
-    dpi: float | None = None
+    dpi: float = DEFAULT_DPI
 
 
 def write_image(
@@ -189,8 +189,6 @@ class _Export:
 
     def _with_dpi(self, image: Any) -> Any:
         """The image with its resolution, which libvips counts in px per mm and writes in inches."""
-        if self._spec.dpi is None:
-            return image
         per_mm = self._spec.dpi / MM_PER_INCH
         image = image.copy(xres=per_mm, yres=per_mm)
         image.set_type(pyvips.GValue.gstr_type, "resolution-unit", "in")
@@ -218,14 +216,10 @@ class _Export:
                 raise AssertionError(f"{other} is written by another module")
 
     def _save_jpeg(self, image: Any) -> None:
-        options = {"Q": self._spec.quality, "keep": "icc"}
-        if self._spec.dpi is None:
-            image.jpegsave(str(self._partial), **options)
-            return
         with JfifFile(self._partial, self._spec.dpi) as file:
             target = pyvips.TargetCustom()
             target.on_write(file.write)
-            image.jpegsave_target(target, **options)
+            image.jpegsave_target(target, Q=self._spec.quality, keep="icc")
 
 
 def _saver_error(path: Path, words: str) -> OSError:
