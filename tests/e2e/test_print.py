@@ -124,9 +124,14 @@ def test_an_export_has_the_size_on_paper_of_the_run(tmp_path, call):
 def test_the_plan_says_how_large_it_prints(tmp_path, call):
     path = write_run(tmp_path, size={"width": "7mm", "dpi": 200}, initial_size=32)
     out = done(call("plan", "-c", path)).out
-    lines = {line.strip().split("  ")[0]: line for line in out.splitlines() if "cm" in line}
-    assert "200 dpi (export)" in lines and "0.7 × 0.5 cm" in lines["200 dpi (export)"]
-    assert "0.6 m" in lines["300 dpi"] and "1.2 m" in lines["150 dpi"] and "1.8 m" in lines["100 dpi"]
+    table = [line.split("  ") for line in out.splitlines() if "×" in line and line.endswith(" m")]
+    rows = [[cell.strip() for cell in row if cell] for row in table]
+    assert rows == [
+        ["200 (export)", "0.7 × 0.5", "0.9 m"],
+        ["300", "0.5 × 0.3", "0.6 m"],
+        ["150", "0.9 × 0.7", "1.2 m"],
+        ["100", "1.4 × 1.0", "1.8 m"],
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".zarr"])
