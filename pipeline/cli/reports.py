@@ -109,13 +109,13 @@ def _print_forecast(expected: Forecast) -> None:
 def _print_sizes(planned: Plan) -> None:
     """Print how large the picture is on paper, and from which distance it is sharp."""
     height, width = planned.stages[-1].size
-    own = f"{planned.dpi:g} dpi (export)"
-    resolutions = {own: planned.dpi} | {f"{dpi} dpi": dpi for dpi in _PRINT_DPI if dpi != planned.dpi}
+    own = f"{planned.dpi:g} (export)"
+    resolutions = {own: planned.dpi} | {str(dpi): dpi for dpi in _PRINT_DPI if dpi != planned.dpi}
     rows = [
-        (name, f"{cm_text(width, dpi)} × {cm_text(height, dpi)} cm", f"{sharp_from_m(dpi):.2g} m")
+        (name, f"{cm_text(width, dpi)} × {cm_text(height, dpi)}", f"{sharp_from_m(dpi):.2g} m")
         for name, dpi in resolutions.items()
     ]
-    _print_table(("printed at", "size", "sharp from"), rows)
+    _print_table(("dpi", "size cm", "sharp from"), rows)
     if list(planned.outputs.values()) != [(height, width)]:  # edges or panels
         _print_lines(
             f"{name}: {columns}×{rows} px, {cm_text(columns, planned.dpi)} × {cm_text(rows, planned.dpi)} cm"

@@ -29,7 +29,7 @@ from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import StorageError, storage, storage_error
 from pipeline.core.files import new_partial, partial_name, remove, sync_file_system, sync_folder, taken
 from pipeline.core.image_formats import RGB8, PixelKind
-from pipeline.core.lengths import MM_PER_INCH
+from pipeline.core.lengths import DEFAULT_DPI, MM_PER_INCH
 from pipeline.core.tiling import Size
 from pipeline.images import icc
 from pipeline.images.color import with_profile
@@ -54,7 +54,7 @@ class ImageSpec:
 
     `compression`: of TIFF. `quality`: of JPEG, 1 to 100. `pyramid`: a TIFF also has smaller levels, which take their
     own size on the disk a second time until it is complete. `layout`: how a TIFF is stored. `dpi`: the resolution on
-    paper, where the format has a place for it; None: unknown. `colors`: the profile, None: sRGB. `metadata`: None
+    paper, where the format has a place for it. `colors`: the profile, None: sRGB. `metadata`: None
     writes none, not even the program's name. Alpha is written unassociated (not premultiplied).
     """
 
@@ -66,7 +66,7 @@ class ImageSpec:
     quality: int = 95
     pyramid: bool = True
     layout: TiffLayout = TILES
-    dpi: float | None = None
+    dpi: float = DEFAULT_DPI
     colors: OutputColors | None = None
     metadata: ImageMetadata | None = None
 
@@ -207,8 +207,6 @@ class _Export:
 
     def _with_dpi(self, image: Any) -> Any:
         """The image with its resolution, which libvips counts in px per mm and writes in inches."""
-        if self._spec.dpi is None:
-            return image
         per_mm = self._spec.dpi / MM_PER_INCH
         image = image.copy(xres=per_mm, yres=per_mm)
         image.set_type(pyvips.GValue.gstr_type, "resolution-unit", "in")
@@ -253,14 +251,10 @@ class _Export:
                 raise AssertionError(f"{other} is written by another module")
 
     def _save_jpeg(self, image: Any) -> None:
-        options = {"Q": self._spec.quality, "keep": self._kept}
-        if self._spec.dpi is None:
-            image.jpegsave(str(self._partial), **options)
-            return
         with JfifFile(self._partial, self._spec.dpi) as file:
             target = pyvips.TargetCustom()
             target.on_write(file.write)
-            image.jpegsave_target(target, **options)
+            image.jpegsave_target(target, Q=self._spec.quality, keep=self._kept)
 
     def _save_deepzoom(self, image: Any) -> None:
         """Write the folder under fixed names, then rename: dzsave reads options in brackets from its file name."""

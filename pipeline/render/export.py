@@ -74,7 +74,7 @@ def export_canvas(
     `colors`: what the canvas is converted to. `on_whole`: as for write_image. Raises StorageError, ConfigError (format
     limits), Stopped; then nothing is left behind.
     """
-    assert options.bits != "auto"
+    assert options.bits != "auto" and options.dpi is not None
     height, width = sheet.size
     kind = PixelKind(options.bits, alpha=len(planes) == 2)
     image = writer.ImageSpec(

@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from PIL import Image
 
+import pipeline
+from pipeline.config import ExportConfig
+from pipeline.core.image_formats import PixelKind
 from tests.support.e2e import Outcome, journal, make_call, write_config, write_run
 
 
@@ -120,6 +124,34 @@ def test_an_export_has_the_size_on_paper_of_the_run(tmp_path, call):
 def test_the_plan_says_how_large_it_prints(tmp_path, call):
     path = write_run(tmp_path, size={"width": "7mm", "dpi": 200}, initial_size=32)
     out = done(call("plan", "-c", path)).out
-    lines = {line.strip().split("  ")[0]: line for line in out.splitlines() if "cm" in line}
-    assert "200 dpi (export)" in lines and "0.7 × 0.5 cm" in lines["200 dpi (export)"]
-    assert "0.6 m" in lines["300 dpi"] and "1.2 m" in lines["150 dpi"] and "1.8 m" in lines["100 dpi"]
+    table = [line.split("  ") for line in out.splitlines() if "×" in line and line.endswith(" m")]
+    rows = [[cell.strip() for cell in row if cell] for row in table]
+    assert rows == [
+        ["200 (export)", "0.7 × 0.5", "0.9 m"],
+        ["300", "0.5 × 0.3", "0.6 m"],
+        ["150", "0.9 × 0.7", "1.2 m"],
+        ["100", "1.4 × 1.0", "1.8 m"],
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".zarr"])
+def test_the_edges_of_16_bits_with_alpha(tmp_path, call, suffix):
+    """A transparent picture of 16 bits must not lose either where it is mirrored."""
+    path = write_run(tmp_path, (71, 53), content_kind=PixelKind(16, alpha=True), output=f"out{suffix}", size=71)
+    done(call("run", "-c", path))
+    options = ExportConfig.model_validate({"dpi": 254, "bleed": "0.7mm", "marks": True, "panels": "5mm"})
+    pipeline.export(tmp_path / "run", tmp_path / f"edges{suffix}", options=options)
+    whole = pixels_of(tmp_path / f"out{suffix}")
+    assert (whole.dtype, whole.shape) == (np.uint16, (53, 71, 4))
+    mirrored = np.pad(whole, [(7, 7), (7, 7), (0, 0)], mode="symmetric")
+    for number, columns in ((1, mirrored[:, :50]), (2, mirrored[:, 50:])):
+        panel = pixels_of(tmp_path / f"edges-{number}of2{suffix}")
+        np.testing.assert_array_equal(panel[80:-80, 80:-80], columns)
+        assert panel[0].min() == 65535  # the margin is white, and opaque
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    """(H, W, C) of a TIFF or an OME-Zarr."""
+    if path.suffix == ".tif":
+        return tifffile.imread(path, key=0)
+    return np.moveaxis(np.asarray(zarr.open_array(path / "0", mode="r")), 0, 2)
