@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Size
 
 _TILE_PX = 256
@@ -35,10 +34,10 @@ class TiffLayout:
 TILES = TiffLayout()
 
 
-def tiff_options(size: Size, kind: PixelKind, compression: str, pyramid: bool, layout: TiffLayout) -> dict[str, Any]:
-    """The options of libvips' tiffsave for an image of `size` (height, width)."""
+def tiff_options(size: Size, pixel_bytes: int, compression: str, pyramid: bool, layout: TiffLayout) -> dict[str, Any]:
+    """The options of libvips' tiffsave for an image of `size` (height, width) and bytes of a pixel."""
     assert not (layout.strips and pyramid), "a TIFF of strips has no levels"
-    big = largest_bytes(size, kind, compression, pyramid, layout) >= _CLASSIC_BYTES
+    big = largest_bytes(size, pixel_bytes, compression, pyramid, layout) >= _CLASSIC_BYTES
     options: dict[str, Any] = {"compression": compression, "bigtiff": big}
     if layout.strips:
         return {**options, "tile_height": _STRIP_ROWS}
@@ -46,13 +45,13 @@ def tiff_options(size: Size, kind: PixelKind, compression: str, pyramid: bool, l
     return {**options, **tiles, "pyramid": pyramid, "subifd": pyramid and layout.subifds}
 
 
-def largest_bytes(size: Size, kind: PixelKind, compression: str, pyramid: bool, layout: TiffLayout) -> int:
+def largest_bytes(size: Size, pixel_bytes: int, compression: str, pyramid: bool, layout: TiffLayout) -> int:
     """Upper bound of the size of the file, for any pixels."""
     block_height, block_width = (_STRIP_ROWS, size[1]) if layout.strips else (_TILE_PX, _TILE_PX)
     total = 0.0
     for height, width in _levels(size) if pyramid else (size,):
         blocks = -(-height // block_height) * -(-width // block_width)
-        pixels_bytes = block_height * block_width * kind.pixel_bytes
+        pixels_bytes = block_height * block_width * pixel_bytes
         total += blocks * (pixels_bytes * _GROWTH[compression] + _BLOCK_BYTES) + _DIRECTORY_BYTES
     return int(total)
 

@@ -238,8 +238,8 @@ class _Export:
         spec, name = self._spec, str(self._partial)
         match output_format(spec.path).name:
             case "TIFF":
-                size = spec.height_px, spec.width_px
-                layout = tiff_options(size, spec.kind, spec.compression, spec.pyramid, spec.layout)
+                size, pixel_bytes = (image.height, image.width), image.bands * (1 if image.format == "uchar" else 2)
+                layout = tiff_options(size, pixel_bytes, spec.compression, spec.pyramid, spec.layout)
                 image.tiffsave(name, keep="icc", resunit="inch", Q=spec.quality, **layout)
             case "PNG":
                 image.pngsave(name, keep=self._kept)

@@ -243,7 +243,7 @@ def test_the_configs_own_output_may_be_in_a_new_folder(tmp_path, call):
 
 UNHEEDED = [
     ("x.png", ["--compression", "jpeg"], "compression: PNG supports only deflate, not jpeg", ".tif or .jpg or .dz"),
-    ("x.jpg", ["--compression", "zstd"], "compression: JPEG supports only jpeg, not zstd", ".tif or .zarr"),
+    ("x.jpg", ["--compression", "zstd"], "compression: JPEG supports only jpeg, not zstd", "choose .zarr"),
     ("x.dz", ["--compression", "deflate"], "compression: DeepZoom supports only jpeg, not deflate", ".tif or .png"),
     ("x.zarr", ["--compression", "none"], "compression: OME-Zarr supports only zstd, not none", ".tif"),
     ("x.png", ["--quality", "95"], "quality: applies to JPEG only, and PNG does not", ".jpg or .dz, or .tif with"),

@@ -74,6 +74,7 @@ def by_tifffile(path: Path) -> Finding:
 
     with tifffile.TiffFile(path) as file:
         page: Any = file.pages[0]
+        page.asarray()  # raises for pixels that it cannot decode
         tags = {tag.name: tag.value for tag in page.tags.values()}
         blocks = f"tiles of {page.tilewidth} px" if page.is_tiled else f"strips of {page.rowsperstrip} rows"
         kind = "BigTIFF" if file.is_bigtiff else "classic"
@@ -92,6 +93,7 @@ def by_pillow(path: Path) -> Finding:
     from PIL import Image  # noqa: PLC0415
 
     with Image.open(_tile_of(path)) as image:
+        image.load()
         where = "a tile: " if path.is_dir() else ""
         geometry = f"{where}{image.size[0]}×{image.size[1]} {image.mode}"
         exif = image.getexif()
@@ -133,6 +135,8 @@ def by_openslide(path: Path) -> Finding:
     import openslide  # noqa: PLC0415
 
     with openslide.OpenSlide(path) as slide:
+        for level in range(slide.level_count):
+            slide.read_region((0, 0), level, (64, 64))  # raises for tiles that it cannot decode
         levels = ", ".join(f"{width}×{height}" for width, height in slide.level_dimensions)
         mpp = slide.properties.get("openslide.mpp-x")
         profile = slide.color_profile

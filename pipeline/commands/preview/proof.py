@@ -7,8 +7,8 @@ at full resolution as crops are (crop.py), before the run has come that far.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from pipeline.commands.preview.crop import Crops
-from pipeline.commands.preview.cut import cut_canvas, cut_file
-from pipeline.commands.preview.folder import claimed, folder_of
+from pipeline.commands.preview.cut import cut_canvas
+from pipeline.commands.preview.folder import Claim, claimed, folder_of
 from pipeline.config import Config
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
@@ -32,6 +32,7 @@ from pipeline.plan import BASE_BYTES
 from pipeline.rundir import refuse_missing_folder, store_path
 from pipeline.rundir.process_settings import process_settings
 
+_BAND_PX = 256
 _FILES = ("TIFF", "PNG", "JPEG")  # what can be read back
 _UNPRINTED = {"output", "work_dir", "compute", "memory", "limits", "store"}  # keys that do not change the image
 
@@ -65,60 +66,51 @@ def proof(
     sheet = ProofSheet(paper, dpi, len(centres), _title(config, size, dpi), ", ".join(_given(config)))
     _refuse_memory(sheet, config.memory.limit_bytes)
     rects = [_around(*point, sheet.cells[0], size) for point in centres]
-    claim_of = partial(claimed, config, target_file, force, PROOF_SUFFIXES)
     cancel = CancelToken(stop)
-    work = _Work(config, sheet, rects, cancel)
-    last = len(crops.plan.stages) - 1
-    if not store_path(config.work_dir).exists() and config.output.is_file():
-        _refuse_picture(config, size)
-        sink(Note(f"the state of the run is gone: the parts are cut from {config.output}"))
-        with claim_of() as claim:
-            pixels = work.from_file(size, claim.folder)
-            write_proof(sheet.draw(pixels), target_file, sheet, cancel, claim.record)
-            claim.done()
-        return target_file
-    with crops.rendered(rects, last, claim_of) as (canvases, claim, folder):
-        files = [folder / f"part_{index}.png" for index in range(len(rects))]
-        for canvas, rect, file in zip(canvases, rects, files, strict=True):
-            cut_canvas(canvas, rect, file, cancel, lambda _file: None)
-        write_proof(sheet.draw(work.captioned(files)), target_file, sheet, cancel, claim.record)
+    with _parts(crops, rects, partial(claimed, config, target_file, force, PROOF_SUFFIXES)) as (parts, claim):
+        drawn = sheet.draw([(part, _caption(rect, dpi)) for part, rect in zip(parts, rects, strict=True)])
+        write_proof(drawn, target_file, sheet, cancel, claim.record)
         claim.done()
     return target_file
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The parts of a sheet, which are cut into files first."""
-
-    config: Config
-    sheet: ProofSheet
-    rects: Sequence[Rect]
-    cancel: CancelToken
-
-    def from_file(self, size: Size, folder: Path) -> list[tuple[NDArray[np.uint8], str]]:
-        """The parts of the output image; `folder`: for temporary files."""
-        files = [folder / f"part_{index}.png" for index in range(len(self.rects))]
-        try:
-            for rect, file in zip(self.rects, files, strict=True):
-                cut_file(self.config.output, size, rect, file, self.cancel)
-            return self.captioned(files)
-        finally:
-            for file in files:
-                file.unlink(missing_ok=True)
-
-    def captioned(self, files: Sequence[Path]) -> list[tuple[NDArray[np.uint8], str]]:
-        """The pixels and the caption of each part."""
-        return [(_decoded(file, rect), self._caption(rect)) for file, rect in zip(files, self.rects, strict=True)]
-
-    def _caption(self, rect: Rect) -> str:
-        cm = " × ".join(f"{px * MM_PER_INCH / 10 / self.sheet.dpi:.1f}" for px in (rect.width, rect.height))
-        return f"x {rect.x0:,} to {rect.x1:,}, y {rect.y0:,} to {rect.y1:,} px; {cm} cm"
+@contextmanager
+def _parts(
+    crops: Crops, rects: Sequence[Rect], claim_of: Callable[[], AbstractContextManager[Claim]]
+) -> Iterator[tuple[list[NDArray[np.uint8]], Claim]]:
+    """The pixels of the finished image in each of `rects`, and the claim of the sheet."""
+    config, last, cancel = crops.config, len(crops.plan.stages) - 1, CancelToken(crops.stop)
+    if not store_path(config.work_dir).exists() and config.output.is_file():
+        _refuse_picture(config, crops.plan.stages[last].size)
+        crops.sink(Note(f"the state of the run is gone: the parts are cut from {config.output}"))
+        with claim_of() as claim:
+            yield _cut(config.output, crops.plan.stages[last].size, rects, cancel), claim
+        return
+    with crops.rendered(rects, last, claim_of) as (canvases, claim, folder):
+        parts = []
+        for canvas, rect in zip(canvases, rects, strict=True):
+            # Through a file, which has the canvas's colour profile: decoding converts it to sRGB, as the sheet has it.
+            cut_canvas(canvas, rect, folder / "part.png", cancel, lambda _file: None)
+            own = Rect(0, rect.height, 0, rect.width)
+            parts += _cut(folder / "part.png", (rect.height, rect.width), [own], cancel)
+        yield parts, claim
 
 
-def _decoded(file: Path, rect: Rect) -> NDArray[np.uint8]:
-    bands = stream_rgb(file, rect.width, rect.height, rect.height)
-    pixels: NDArray[np.uint8] = np.concatenate([rows for _, rows in bands])
-    return pixels
+def _cut(path: Path, size: Size, rects: Sequence[Rect], cancel: CancelToken) -> list[NDArray[np.uint8]]:
+    """The rectangles of an image file, which is decoded once."""
+    parts = [np.empty((rect.height, rect.width, 3), np.uint8) for rect in rects]
+    # Closed explicitly, as in cut.py: an error's traceback would keep the decoder's thread and the open file.
+    with closing(stream_rgb(path, size[1], size[0], min(_BAND_PX, size[0]), cancel)) as bands:
+        for y0, rows_HWC in bands:
+            for rect, part in zip(rects, parts, strict=True):
+                start, end = max(rect.y0, y0), min(rect.y1, y0 + len(rows_HWC))
+                if start < end:
+                    part[start - rect.y0 : end - rect.y0] = rows_HWC[start - y0 : end - y0, rect.x0 : rect.x1]
+    return parts
+
+
+def _caption(rect: Rect, dpi: float) -> str:
+    return f"x {rect.x0:,} to {rect.x1:,}, y {rect.y0:,} to {rect.y1:,} px; {_cm((rect.height, rect.width), dpi)}"
 
 
 def _around(x: int, y: int, cell: Rect, size: Size) -> Rect:
@@ -130,23 +122,28 @@ def _around(x: int, y: int, cell: Rect, size: Size) -> Rect:
 
 
 def _title(config: Config, size: Size, dpi: float) -> str:
-    cm = " × ".join(f"{side_px * MM_PER_INCH / 10 / dpi:.1f}" for side_px in (size[1], size[0]))
-    return f"{config.output.name}: proof at 1:1 for {dpi:g} dpi. All {size[1]:,} × {size[0]:,} px print at {cm} cm"
+    print_size = f"{size[1]:,} × {size[0]:,} px print at {_cm(size, dpi)}"
+    return f"{config.output.name}: proof at 1:1 for {dpi:g} dpi. All {print_size}"
+
+
+def _cm(size: Size, dpi: float) -> str:
+    """(height, width) in px as width × height on paper."""
+    return " × ".join(f"{side_px * MM_PER_INCH / 10 / dpi:.1f}" for side_px in (size[1], size[0])) + " cm"
 
 
 def _given(section: BaseModel, prefix: str = "") -> Iterator[str]:
     """`key value` of every key that the config gives and that may change the image."""
-    for name in type(section).model_fields:
-        value = getattr(section, name)
+    for name, model_field in type(section).model_fields.items():
+        key, value = f"{prefix}{model_field.alias or name}", getattr(section, name)
         if name not in section.model_fields_set or (not prefix and name in _UNPRINTED):
             continue
         if isinstance(value, BaseModel):
-            yield from _given(value, f"{prefix}{name}.")
+            yield from _given(value, f"{key}.")
         elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
             for index, entry in enumerate(value):
-                yield from _given(entry, f"{prefix}{name}.{index}.")
+                yield from _given(entry, f"{key}.{index}.")
         else:
-            yield f"{prefix}{name} {value.name if isinstance(value, Path) else value}"
+            yield f"{key} {value.name if isinstance(value, Path) else value}"
 
 
 def _refuse_points(points: Sequence[tuple[int, int]], size: Size) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import pyvips
 
-from pipeline.core.image_formats import TIFF_COMPRESSIONS, PixelKind
+from pipeline.core.image_formats import TIFF_COMPRESSIONS
 from pipeline.images.tiff_layout import TILES, TiffLayout, largest_bytes, tiff_options
 from tests.support.e2e import Outcome, journal, make_call, write_journal, write_run
 from tests.support.pictures import picture, write
@@ -67,7 +67,7 @@ def test_noise_is_not_larger_than_the_bound(tmp_path: Path, compression: str, la
     pixels = np.random.default_rng(0).integers(0, 256, (600, 500, 3)).astype(np.uint8)
     pyramid = not layout.strips
     write(tmp_path / "a.tif", pixels, compression=compression, quality=100, pyramid=pyramid, layout=layout)
-    bound = largest_bytes((600, 500), PixelKind(), compression, pyramid, layout)
+    bound = largest_bytes((600, 500), 3, compression, pyramid, layout)
     # Without what is reserved for the profiles and metadata of each page, which the file does not have.
     assert (tmp_path / "a.tif").stat().st_size <= bound - (3 if pyramid else 1) * 8 * 2**20 + 2**16
 
@@ -89,7 +89,7 @@ def test_only_what_may_exceed_4_gib_has_64_bit_offsets(
     size: tuple[int, int], bits: int, compression: str, layout: TiffLayout, big: bool
 ) -> None:
     """Layout programs do not open BigTIFF; a classic TIFF ends at 4 GiB."""
-    options = tiff_options(size, PixelKind(bits), compression, not layout.strips, layout)
+    options = tiff_options(size, 3 * bits // 8, compression, not layout.strips, layout)
     assert options["bigtiff"] == big
 
 
