@@ -91,7 +91,7 @@ class PlainSink(EventSink):
     def _show(self, event: Event) -> None:
         line, waited_s = line_of(event), time.monotonic() - self._printed_s
         if isinstance(event, WorkDone) and waited_s >= self._quiet_s:
-            line = f"  {event.what}: {100 * event.done // event.total} %"
+            line = f"  {event.what}: {100 * event.done // max(event.total, 1)} %"
             self._quiet_s = min(2 * self._quiet_s, _MAX_QUIET_S)
         elif line is not None:
             self._quiet_s = self._first_s

@@ -20,7 +20,7 @@ from pipeline.commands.preview.preview import Preview
 from pipeline.commands.queue import QueuedRun
 from pipeline.commands.verify.verify import Report
 from pipeline.config import Config
-from pipeline.core.errors import Stopped
+from pipeline.core.errors import PipelineError, Stopped
 from pipeline.core.lengths import cm_text, sharp_from_m
 from pipeline.core.text import (
     count,
@@ -175,7 +175,9 @@ def print_queue(runs: Sequence[QueuedRun]) -> None:
         elif one.exit_code == Stopped.exit_code:
             ended = "stopped; the same command resumes it"
         else:
-            ended = f"failed (exit code {one.exit_code}): {printable(one.message.strip().splitlines()[-1])}"
+            lines_of_error = one.message.strip().splitlines()
+            told = lines_of_error[-1] if one.exit_code == PipelineError.exit_code else lines_of_error[0]
+            ended = f"failed (exit code {one.exit_code}): {printable(told)}"  # of a bug the last line, below its frames
         lines.append(f"{one.config}: {ended}")
     done = sum(one.exit_code == 0 for one in runs)
     _print_lines([*lines, f"{done} of {count(len(runs), 'run')} done"])

@@ -62,7 +62,8 @@ def _lines(section: BaseModel, keys: Keys, given: Mapping[str, Any], columns: in
             continue
         inner, own = None if keys is None else keys.get(key) or {}, given.get(key)
         is_section = isinstance(value, BaseModel)
-        accepts = "" if is_section else f"; {expected(field.annotation, field.metadata)}"
+        always_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        accepts = "" if always_section else f"; {expected(field.annotation, field.metadata)}"
         if columns == _COLUMNS:
             yield ""
         yield from _comment(f"{field.description}{accepts}", columns)

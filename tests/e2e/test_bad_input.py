@@ -202,8 +202,8 @@ def make_nan(path: Path) -> None:
 
 
 WEIGHTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "missing": ("w.safetensors", lambda path: None, "not found"),
-    "missing_pth": ("w.pth", lambda path: None, "not found"),
+    "missing": ("w.safetensors", lambda path: None, "network.weights: no such file"),
+    "missing_pth": ("w.pth", lambda path: None, "network.weights: no such file"),
     "directory": ("w.safetensors", lambda path: path.mkdir(), "weights file"),
     "directory_pth": ("w.pth", lambda path: path.mkdir(), "weights file"),
     "text": ("w.safetensors", lambda path: path.write_text("soup " * 99), "weights file"),
