@@ -26,7 +26,9 @@ def clean_if_wanted(
         return
     if not yes:  # before the signal handlers: Ctrl-C ends the question
         if not sys.stdin.isatty():
-            raise click.UsageError("nobody can be asked here: give --yes, or --dry-run to see what would be deleted")
+            raise click.UsageError(
+                "there is no terminal to ask on: give --yes, or --dry-run to see what would be deleted"
+            )
         if not click.confirm("Delete it?"):
             click.echo("nothing was deleted")
             return

@@ -157,11 +157,13 @@ class LiveSink(EventSink):
 
     def _describe(self, event: IterationDone) -> str:
         """The longest description that leaves room for the bar and its numbers."""
-        stage, eta = self._stage, f", {duration(event.eta_s)} left in the run" if event.eta_s is not None else ""
-        short = stage_name(event.stage)
+        stage, short = self._stage, stage_name(event.stage)
         losses = f"content {event.content_loss:.3g} style {event.style_loss:.3g}"
         update = f"mean|u| {event.mean_abs_u:.3f}"
-        texts = (f"{stage}: {losses} {update}{eta}", f"{stage}: {update}{eta}", f"{stage}{eta}", f"{short}{eta}")
+        left = "" if event.eta_s is None else f"{duration(event.eta_s)} left"
+        run, eta = (f", run {left}", f", {left}") if left else ("", "")
+        texts = (f"{stage}: {losses} {update}{run}", f"{stage}: {update}{run}", f"{stage}{run}", f"{short}{run}")
+        texts = (*texts, f"{short}{eta}")
         numbers = f"{event.max_iterations}/{event.max_iterations}"
         width = self._progress.console.width - _FREE_COLUMNS - _BAR_COLUMNS - len(numbers)
         return next((text for text in texts if len(text) <= width), stage)

@@ -66,13 +66,13 @@ class PowerMeter:
         return Power(parts, ", ".join(sources))
 
     def _sample(self) -> None:
-        query = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-i", _gpu_name(self._device)]
-        while not self._ended.wait(_SAMPLE_S):
-            try:
-                answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
+        # without nvidia-smi, or with another maker's GPU, nothing is measured
+        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, AttributeError):
+            command = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+            command += ["-i", _gpu_name(self._device)]
+            while not self._ended.wait(_SAMPLE_S):
+                answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
                 self._samples_w.append(float(answer.stdout))
-            except (OSError, subprocess.SubprocessError, ValueError):
-                return
 
 
 def _gpu_name(device: str) -> str:
