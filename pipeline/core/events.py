@@ -128,10 +128,8 @@ def ignore(_event: Event) -> None:
     """A sink that discards events."""
 
 
-def in_order(
-    report: Callable[[int, int], None], total: int, then: Callable[[int], None] = lambda done: None
-) -> Callable[[], None]:
-    """A callback for finished tasks, on any thread: calls report(1, total), report(2, total), …, each time then `then`.
+def in_order(report: Callable[[int, int], None], total: int) -> Callable[[], None]:
+    """A callback for finished tasks, on any thread: calls report(1, total), report(2, total), …
 
     Counting and reporting are one atomic step. Otherwise a thread that is suspended between the two would move a
     progress bar backwards, or leave it unfinished.
@@ -140,8 +138,6 @@ def in_order(
 
     def finish_one() -> None:
         with lock:
-            done = next(numbers)
-            report(done, total)
-        then(done)
+            report(next(numbers), total)
 
     return finish_one

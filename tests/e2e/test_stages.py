@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 import pipeline
 from pipeline import images, load_config
 from pipeline.commands.status import status
-from pipeline.config.config import result_fields
+from pipeline.config.config import Config, result_fields
 from pipeline.core.cancel import NEVER
 from pipeline.core.errors import ConfigError, InputError, Stopped
 from pipeline.core.events import IterationDone
@@ -282,25 +283,24 @@ def test_a_style_too_small_for_the_network_is_refused_before_the_run():
 # --- starting point ---
 
 
-def test_a_run_may_start_from_an_image(tmp_path, narrow_weights):
-    """Artists start from a sketch or another program's result; a resume after a change of it would mix two images."""
-    content = write_image(tmp_path / "content.png", 48, 61, seed=1).astype(np.float64)
-    start = write_image(tmp_path / "start.png", 48, 61, seed=5).astype(np.float64)
+def assert_content_is_reconstructed(folder: Path, start: np.ndarray, **keys: Any) -> Config:
+    """Two iterations of the content loss alone, from `start`, are those of the literal algorithm; gives the config."""
+    content = write_image(folder / "content.png", 48, 61, seed=1).astype(np.float64)
     config = load_config(
-        write_config(
-            tmp_path,
-            styles=[],
-            init="start.png",
-            network={"weights": str(narrow_weights)},
-            loss={"style_weight": 0.0},
-            optimizer={"max_iterations": 2},
-            **EXACT,
-        )
+        write_config(folder, styles=[], loss={"style_weight": 0.0}, optimizer={"max_iterations": 2}, **EXACT, **keys)
     )
     (canvas,), _ = run_to_end(config)
-    problem = make_problem(config, content, [], load_file(narrow_weights))
+    problem = make_problem(config, content, [], load_file(Path(keys["network"]["weights"])))
     expected, _ = literal_stage(problem, start, config.optimizer)
     assert np.abs(canvas - expected).max() < 1e-6
+    return config
+
+
+def test_a_run_may_start_from_an_image(tmp_path, narrow_weights):
+    """Artists start from a sketch or another program's result; a resume after a change of it would mix two images."""
+    start = write_image(tmp_path / "start.png", 48, 61, seed=5).astype(np.float64)
+    network = {"weights": str(narrow_weights)}
+    config = assert_content_is_reconstructed(tmp_path, start, init="start.png", network=network)
     write_image(tmp_path / "start.png", 48, 61, seed=6)
     with pytest.raises(ConfigError, match="init: the content of the file has changed"):
         pipeline.run(config)
@@ -311,23 +311,9 @@ def test_a_run_may_start_from_an_image(tmp_path, narrow_weights):
 
 def test_a_gray_start_is_mid_gray_everywhere(tmp_path, narrow_weights):
     """Content reconstruction as in Gatys would be meaningless if the initial canvas held anything of the content."""
-    content = write_image(tmp_path / "content.png", 48, 61, seed=1).astype(np.float64)
-    config = load_config(
-        write_config(
-            tmp_path,
-            styles=[],
-            init="gray",
-            # max pooling: among equal neighbours, rounding would decide which is the largest
-            network={"weights": str(narrow_weights), "pooling": "average"},
-            loss={"style_weight": 0.0},
-            optimizer={"max_iterations": 2},
-            **EXACT,
-        )
-    )
-    (canvas,), _ = run_to_end(config)
-    problem = make_problem(config, content, [], load_file(narrow_weights))
-    expected, _ = literal_stage(problem, np.full_like(content, 127.5), config.optimizer)
-    assert np.abs(canvas - expected).max() < 1e-6
+    # max pooling: among equal neighbours, rounding would decide which is the largest
+    network = {"weights": str(narrow_weights), "pooling": "average"}
+    assert_content_is_reconstructed(tmp_path, np.full((48, 61, 3), 127.5), init="gray", network=network)
 
 
 def test_a_texture_needs_no_content(tmp_path, narrow_weights):

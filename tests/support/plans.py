@@ -41,7 +41,6 @@ def planned(
     widths=VGG19_WIDTHS,
     device="cpu",
     device_bytes=0,
-    weights_bytes=0,
     **values,
 ):
     values.setdefault("styles", [{"image": f"/s{index}.png"} for index in range(len(style_sizes))])
