@@ -162,8 +162,8 @@ class LiveSink(EventSink):
         update = f"mean|u| {event.mean_abs_u:.3f}"
         left = "" if event.eta_s is None else f"{duration(event.eta_s)} left"
         run, eta = (f", run {left}", f", {left}") if left else ("", "")
-        texts = (f"{stage}: {losses} {update}{run}", f"{stage}: {update}{run}", f"{stage}{run}", f"{short}{run}")
-        texts = (*texts, f"{short}{eta}")
+        long = f"{stage}: {losses} {update}{run}", f"{stage}: {update}{run}", f"{stage}{run}"
+        texts = (*long, f"{short}{run}", f"{short}{eta}")
         numbers = f"{event.max_iterations}/{event.max_iterations}"
         width = self._progress.console.width - _FREE_COLUMNS - _BAR_COLUMNS - len(numbers)
         return next((text for text in texts if len(text) <= width), stage)
