@@ -304,7 +304,7 @@ class ExportConfig(Section):
     """How the output image is written."""
 
     metadata: MetadataKept = Field(
-        "keep", description="keep: artist, copyright, captions, keywords of the content; keep-gps: and its place; none"
+        "keep", description="keep: author, rights and captions of the content; keep-gps: and its place; none"
     )
     bits: Bits = Field("auto", description="bits per channel; auto: 16 if content and format have 16, else 8")
     compression: Annotated[Compression, Expected(f"one of {', '.join(TIFF_COMPRESSIONS)}")] = Field(

@@ -352,6 +352,19 @@ def test_workers_that_cannot_start_end_the_run_with_their_output(tmp_path, monke
         executor.map(double, [1.0], tile=True)
 
 
+def test_without_a_loopback_device_the_run_says_so():
+    """In a container without network it waited for 30 s, and called itself a bug."""
+    if subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs a network namespace: run as root")
+    code = (
+        "from pipeline.executors.processes import ProcessExecutor\n"
+        "with ProcessExecutor(1, 1) as executor: executor.map(abs, [1], tile=True)"
+    )
+    command = ["unshare", "-n", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert "ConfigError" in done.stderr and "compute.workers: 0" in done.stderr
+
+
 # --- the port ---------------------------------------------------------------------------------------------------------
 
 
