@@ -128,7 +128,7 @@ def crop(
     check_output(target_file, own.width, own.height, 8, "deflate")
     claim_of = partial(claimed, crops.config, target_file, force)
     with crops.rendered([rect], target, claim_of) as (canvases, claim, _folder):
-        space = ingest.canvas_colors(crops.config).space
+        space = crops.config.canvas_space
         cut_canvas(canvases[0], own, target_file, CancelToken(stop), claim.record, space)
         claim.done()
     return target_file

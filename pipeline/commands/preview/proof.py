@@ -29,7 +29,7 @@ from pipeline.core.papers import MAX_PARTS, MAX_PROOF_DPI, MIN_PROOF_DPI, PROOF_
 from pipeline.core.tiling import Rect, Size
 from pipeline.images import ProofSheet, read_header, stream_rgb, write_proof
 from pipeline.plan import BASE_BYTES
-from pipeline.rundir import refuse_missing_folder, store_path
+from pipeline.rundir import refuse_missing_folder, resolved, store_path
 from pipeline.rundir.process_settings import process_settings
 
 _BAND_PX = 256
@@ -58,6 +58,7 @@ def proof(
     target_file = output or folder_of(config).with_name(f"{config.output.stem}.proof.pdf")
     if output is not None:
         refuse_missing_folder(output)
+    config = resolved(config)
     crops = Crops.of(config, sink, stop)
     size = crops.plan.stages[-1].size
     _refuse_points(points, size)
@@ -90,7 +91,7 @@ def _parts(
         parts = []
         for canvas, rect in zip(canvases, rects, strict=True):
             # Through a file, which has the canvas's colour profile: decoding converts it to sRGB, as the sheet has it.
-            cut_canvas(canvas, rect, folder / "part.png", cancel, lambda _file: None)
+            cut_canvas(canvas, rect, folder / "part.png", cancel, lambda _file: None, config.canvas_space)
             own = Rect(0, rect.height, 0, rect.width)
             parts += _cut(folder / "part.png", (rect.height, rect.width), [own], cancel)
         yield parts, claim
