@@ -74,6 +74,9 @@ class ColorSource:
         return self.profile is not None and self.profile.data == icc.builtin_profile("srgb").data
 
 
+PLAIN_RGB = ColorSource(3, None, 0, None)
+
+
 def color_source(file: FileSource, image: Any) -> ColorSource:
     """Read what an opened file says. Raises UnreadableColorsError."""
     loader, space = str(image.get("vips-loader")), str(image.interpretation)

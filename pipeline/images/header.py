@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.core.errors import MISPLACED, InputError, storage_error
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.text import bytes_text, shown
 from pipeline.images import tiff
-from pipeline.images.color import ColorSource, UnreadableColorsError, color_source, unreadable_lab
+from pipeline.images.color import PLAIN_RGB, ColorSource, UnreadableColorsError, color_source, unreadable_lab
 from pipeline.images.vips_streams import FileSource, reason
 
 # By format, the signatures (offset, bytes) that a file may begin with. libvips does not choose the loader itself: some
@@ -82,7 +82,7 @@ class ImageHeader:
     interlaced: bool
     decode_bytes: int  # host memory of a decoder that cannot work strip by strip; else 0
     kind: PixelKind  # bits and alpha that can be preserved: CIELAB becomes 8-bit RGB
-    colors: ColorSource = field(default=ColorSource(3, None, 0, None))
+    colors: ColorSource = PLAIN_RGB
 
 
 def read_header(path: Path, limits: LimitsConfig | None = None) -> ImageHeader:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.config.config import Config
 from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.core.vgg_layers import VGG19_WIDTHS
-from pipeline.images.color import ColorSource
+from pipeline.images.color import PLAIN_RGB, ColorSource
 from pipeline.plan.plan import make_plan
 from pipeline.plan.sizes import stage_sizes
 from tests.support.inputs import plain
@@ -23,7 +23,7 @@ class Header:
     bits: int = 8
     decode_bytes: int = 0
     kind: PixelKind = RGB8
-    colors: ColorSource = ColorSource(3, None, 0, None)
+    colors: ColorSource = PLAIN_RGB
 
 
 def config_of(**values) -> Config:
