@@ -18,7 +18,15 @@ import click
 from click.core import ParameterSource
 
 import pipeline
-from pipeline.cli.arguments import as_json_option, parse_rect, parse_share, with_config, with_log_format, with_run
+from pipeline.cli.arguments import (
+    as_json_option,
+    parse_profile,
+    parse_rect,
+    parse_share,
+    with_config,
+    with_log_format,
+    with_run,
+)
 from pipeline.cli.signals import discard_unwritable_stdout, stop_on_signals, tolerant_stderr
 from pipeline.core import profiler
 from pipeline.core.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
@@ -292,7 +300,11 @@ def verify(
 )
 @click.option("--quality", type=click.IntRange(1, 100), metavar="1-100", default=95, help="JPEG quality; default 95.")
 @click.option(
-    "--profile", metavar="NAME|FILE", default="srgb", help="srgb, adobe-rgb, display-p3, content, or FILE.icc."
+    "--profile",
+    metavar="NAME|FILE",
+    default="srgb",
+    callback=parse_profile,
+    help="srgb, adobe-rgb, display-p3, content, or FILE.icc.",
 )
 @click.option("--intent", type=click.Choice(INTENTS), default="relative", help="Intent of a printer's profile.")
 @click.option("--pyramid/--no-pyramid", default=True, show_default=True, help="Smaller levels in a TIFF, for viewers.")

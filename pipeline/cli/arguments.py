@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from pipeline.core.image_formats import PROFILE_SUFFIXES, PROFILES
 from pipeline.core.tiling import Rect
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -48,6 +49,15 @@ def parse_rect(_context: click.Context, _option: click.Parameter, value: str | N
         raise click.BadParameter(f"{value!r} is not x,y,width,height in whole px, such as 1200,800,400,300")
     x, y, width, height = map(int, match.groups())
     return Rect(y, y + height, x, x + width)
+
+
+def parse_profile(_context: click.Context, _option: click.Parameter, value: str) -> str:
+    """Accept the name of a profile, or that of a file of one. Raises BadParameter."""
+    if value not in PROFILES and not value.lower().endswith(PROFILE_SUFFIXES):
+        raise click.BadParameter(
+            f"{value!r} is none of {', '.join(PROFILES)}, and no {' or '.join(PROFILE_SUFFIXES)} file"
+        )
+    return value
 
 
 def parse_share(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:

@@ -12,6 +12,7 @@ Compression = Literal["deflate", "zstd", "jpeg", "none"]
 # The colours of an output; `content`: of the content's own profile. A file of a profile has one of the suffixes.
 ProfileName = Literal["srgb", "adobe-rgb", "display-p3", "content"]
 Intent = Literal["relative", "perceptual", "saturation", "absolute"]
+PROFILES: tuple[str, ...] = get_args(ProfileName)
 PROFILE_SUFFIXES = (".icc", ".icm")
 COMPRESSIONS: tuple[str, ...] = get_args(Compression)
 INTENTS: tuple[str, ...] = get_args(Intent)
