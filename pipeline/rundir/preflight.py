@@ -46,7 +46,7 @@ def with_working_space(config: Config) -> Config:
     """The config with the space that `working_space: auto` stands for. Raises ConfigError, InputError for a profile."""
     if config.working_space != "auto":
         return config
-    space = wanted_space(output_profile(config.export.profile, config.content))
+    space = wanted_space(output_profile(config.export.profile, config.content, config.limits))
     resolved = config.model_copy(update={"working_space": space})
     resolved.model_fields_set.discard("working_space")  # not given: a refused resume then says what to add
     return resolved
