@@ -21,6 +21,7 @@ from pipeline.cli.arguments import (
     as_json_option,
     parse_compression,
     parse_points,
+    parse_profile,
     parse_rect,
     parse_share,
     with_config,
@@ -32,6 +33,7 @@ from pipeline.cli.failures import report_bug, report_error
 from pipeline.cli.init import init
 from pipeline.cli.inputs import inputs_of, with_images
 from pipeline.cli.on_finish import OnFinish
+)
 from pipeline.cli.signals import discard_unwritable_stdout, stop_on_signals, tolerant_stderr
 from pipeline.core import profiler
 from pipeline.core.errors import DamagedStateError, PipelineError, Stopped, StorageError, storage_error
@@ -404,7 +406,11 @@ def verify(
     help="Resolution of the print in px per inch; default: that of the run.",
 )
 @click.option(
-    "--profile", metavar="NAME|FILE", default="srgb", help="srgb, adobe-rgb, display-p3, content, or FILE.icc."
+    "--profile",
+    metavar="NAME|FILE",
+    default="srgb",
+    callback=parse_profile,
+    help="srgb, adobe-rgb, display-p3, content, or FILE.icc.",
 )
 @click.option("--intent", type=click.Choice(INTENTS), default="relative", help="Intent of a printer's profile.")
 @click.option(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from pipeline.core.image_formats import COMPRESSIONS, TIFF_COMPRESSIONS
+from pipeline.core.image_formats import COMPRESSIONS, PROFILE_SUFFIXES, PROFILES, TIFF_COMPRESSIONS
 from pipeline.core.tiling import Rect
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -75,6 +75,15 @@ def parse_compression(_context: click.Context, _option: click.Parameter, value: 
     """A known compression; a wrong one is answered with those that every build can write. Raises BadParameter."""
     if value not in COMPRESSIONS:
         raise click.BadParameter(f"{value!r} is not one of {', '.join(TIFF_COMPRESSIONS)}")
+    return value
+
+
+def parse_profile(_context: click.Context, _option: click.Parameter, value: str) -> str:
+    """Accept the name of a profile, or that of a file of one. Raises BadParameter."""
+    if value not in PROFILES and not value.lower().endswith(PROFILE_SUFFIXES):
+        raise click.BadParameter(
+            f"{value!r} is none of {', '.join(PROFILES)}, and no {' or '.join(PROFILE_SUFFIXES)} file"
+        )
     return value
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, PlainSerializer, Strict, ValidationInfo
 
@@ -16,7 +16,7 @@ from pipeline.config.messages import Expected, allowed
 from pipeline.config.yaml_reader import CommandLineText
 from pipeline.core import image_formats, lengths
 from pipeline.core.files import path_fault
-from pipeline.core.image_formats import OUTPUT_SUFFIXES, PROFILE_SUFFIXES, ProfileName
+from pipeline.core.image_formats import OUTPUT_SUFFIXES, PROFILE_SUFFIXES, PROFILES, ProfileName
 from pipeline.core.text import BYTE_UNITS, bytes_text, shown
 from pipeline.core.vgg_layers import ALIGN_PX, CONV_NAMES
 
@@ -74,7 +74,7 @@ def _output_suffix(path: Path) -> Path:
 
 def _profile_suffix(path: Path) -> Path:
     if path.suffix.lower() not in PROFILE_SUFFIXES:
-        names = [*get_args(ProfileName), *PROFILE_SUFFIXES]
+        names = [*PROFILES, *PROFILE_SUFFIXES]
         raise ValueError(f"neither a known profile nor a file of one; {allowed(path.name, names)}")
     return path
 

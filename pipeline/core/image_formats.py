@@ -22,6 +22,7 @@ LEVELS: tuple[Levels, ...] = get_args(Levels)
 # The colours of an output; `content`: of the content's own profile. A file of a profile has one of the suffixes.
 ProfileName = Literal["srgb", "adobe-rgb", "display-p3", "content"]
 Intent = Literal["relative", "perceptual", "saturation", "absolute"]
+PROFILES: tuple[str, ...] = get_args(ProfileName)
 PROFILE_SUFFIXES = (".icc", ".icm")
 INTENTS: tuple[str, ...] = get_args(Intent)
 MetadataKept = Literal["keep", "keep-gps", "none"]

@@ -74,6 +74,9 @@ class ColorSource:
         return self.profile is not None and self.profile.data == icc.builtin_profile("srgb").data
 
 
+PLAIN_RGB = ColorSource(3, None, 0, None)
+
+
 def color_source(file: FileSource, image: Any) -> ColorSource:
     """Read what an opened file says. Raises UnreadableColorsError."""
     loader, space = str(image.get("vips-loader")), str(image.interpretation)
@@ -88,8 +91,9 @@ def color_source(file: FileSource, image: Any) -> ColorSource:
         stored = _tiff_channels(file)
         if stored is not None:
             icc_lab = stored.photometric == _ICCLAB
-            if extra and stored.extra is not None and not plain_rgb:
-                alpha = None if stored.alpha is None or stored.alpha >= extra else count + stored.alpha
+            if extra and stored.says_extra:
+                index = None if stored.alpha is None else (1 if plain_rgb else count) + stored.alpha
+                alpha = index if index is not None and count <= index < image.bands else None
     ignored = extra - (alpha is not None)
     if icc_lab or space in ("lab", "labs"):
         return ColorSource(count, alpha, ignored, None, icc_lab)

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.core.errors import MISPLACED, InputError, storage_error
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.text import bytes_text, shown, size_text
 from pipeline.images import tiff
-from pipeline.images.color import ColorSource, UnreadableColorsError, color_source, unreadable_lab
+from pipeline.images.color import PLAIN_RGB, ColorSource, UnreadableColorsError, color_source, unreadable_lab
 from pipeline.images.pages import COLORS, has_planes_as_pages, is_joined, joined_planes, note_of
 from pipeline.images.resolution import stated_dpi
 from pipeline.images.upright import SCRATCH_BYTES, TURNING_BYTES
@@ -87,7 +87,7 @@ class ImageHeader:
     decode_bytes: int  # host memory of a decoder that cannot work strip by strip; else 0
     kind: PixelKind  # bits and alpha that can be preserved: CIELAB becomes 8-bit RGB
     dpi: float | None  # as the file states it
-    colors: ColorSource = field(default=ColorSource(3, None, 0, None))
+    colors: ColorSource = PLAIN_RGB
     scratch_bytes: int = 0  # disk that turning it upright takes while it is read
     notes: tuple[str, ...] = ()  # what the user should know of how the file is read
 

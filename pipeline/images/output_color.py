@@ -14,12 +14,13 @@ import numpy as np
 import pyvips
 from numpy.typing import NDArray
 
+from pipeline.config import LimitsConfig
 from pipeline.core.color_spaces import SpaceName, smallest_space, space_matrix, srgb_decoded, to_d50
 from pipeline.core.errors import ConfigError
 from pipeline.core.image_formats import PixelKind, ProfileName, format_of
 from pipeline.images import icc
 from pipeline.images.color import VIPS_WHITE, recombined, with_profile
-from pipeline.images.header import read_header
+from pipeline.images.header import describe, open_file, open_image, read_header
 
 # CMYK profiles have up to 5 MB, some device links more.
 _MAX_PROFILE_BYTES = 64 * 2**20
@@ -86,16 +87,28 @@ def canvas_output(space: SpaceName) -> OutputColors:
     return OutputColors(icc.space_profile(space), space)
 
 
-def output_profile(profile: ProfileName | Path, content: Path | None) -> icc.Profile:
-    """The profile that `export.profile` names. Raises ConfigError for a file that cannot be used, InputError."""
+def output_profile(
+    profile: ProfileName | Path, content: Path | None, limits: LimitsConfig | None = None
+) -> icc.Profile:
+    """The profile that `export.profile` names. Raises ConfigError for a file that cannot be used, InputError.
+
+    `limits`: of the content, None if it was read before.
+    """
     if isinstance(profile, Path):
         return _profile_file(profile)
     if profile != "content":
         return icc.builtin_profile(profile)
-    found = None if content is None else read_header(content).colors.profile
+    found = None if content is None else _content_profile(content, limits)
     # grey holds none of the canvas's colours, and a picture without a profile counts as sRGB
     usable = found is not None and found.space in ("RGB", "CMYK") and found.writable
     return found if usable and found is not None else icc.builtin_profile("srgb")
+
+
+def _content_profile(content: Path, limits: LimitsConfig | None) -> icc.Profile | None:
+    if limits is not None:
+        return read_header(content, limits).colors.profile
+    file = open_file(content)
+    return describe(file, open_image(file, "sequential")).colors.profile
 
 
 def proof_profile(path: Path) -> icc.Profile:

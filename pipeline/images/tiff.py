@@ -50,13 +50,13 @@ def decode_bytes(read_at: ReadAt) -> int:
 class Channels:
     """How the channels are to be read. `photometric`: 1 grey, 2 RGB, 5 CMYK, 8 CIELAB, 9 ICC's L*a*b* …
 
-    `extra`: how many channels follow the colours by the file's own account, None if it does not say. `alpha`: which of
-    them is the alpha, counted from 0.
+    `says_extra`: whether the file says what the channels behind the colours are. `alpha`: which of them is the alpha,
+    counted from 0.
     """
 
     photometric: int
     bits: int
-    extra: int | None
+    says_extra: bool
     alpha: int | None
 
 
@@ -65,7 +65,7 @@ def channels(read_at: ReadAt) -> Channels:
     tags = _first_directory(read_at)
     extra = tags.get(_EXTRA_SAMPLES)
     alpha = next((index for index, kind in enumerate(extra or ()) if kind in (_ASSOCIATED, _UNASSOCIATED)), None)
-    return Channels(tags[_PHOTOMETRIC][0], tags[_BITS][0], None if extra is None else len(extra), alpha)
+    return Channels(tags[_PHOTOMETRIC][0], tags[_BITS][0], extra is not None, alpha)
 
 
 def _first_directory(read_at: ReadAt) -> dict[int, tuple[int, ...]]:

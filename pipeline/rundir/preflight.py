@@ -53,7 +53,7 @@ def resolved(config: Config) -> Config:
         content = read_header(config.content, config.limits) if config.content is not None else None
         config = with_size_in_px(config, (content.height_px, content.width_px) if content is not None else None)
     if config.working_space == "auto":
-        space = wanted_space(output_profile(config.export.profile, config.content))
+        space = wanted_space(output_profile(config.export.profile, config.content, config.limits))
         config = config.model_copy(update={"working_space": space})
         config.model_fields_set.discard("working_space")  # not given: a refused resume then says what to add
     return config

@@ -289,7 +289,7 @@ def test_options_that_say_what_a_format_does_are_taken(finished, call, name, opt
 
 def test_a_config_may_give_its_defaults_to_any_format(tmp_path, call):
     """`pipeline init` writes all keys, so every format must accept the defaults."""
-    export = {"bits": "auto", "compression": "deflate", "quality": 95, "pyramid": True}
+    export = {"bits": "auto", "compression": "deflate", "quality": 95, "pyramid": True, "profile": "srgb"}
     for suffix in (".tif", ".png", ".jpg", ".dz", ".zarr"):
         config = write_run(tmp_path, export=export, output=f"out{suffix}")
         outcome = call("plan", "-c", config)

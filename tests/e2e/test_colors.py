@@ -114,9 +114,10 @@ def test_a_wide_run_is_exported_as_srgb_and_previewed(tmp_path, call):
     assert np.array_equal(crop, whole[8:40, 8:40])
     outcome = call("export", "-c", config, "-o", tmp_path / "p3.tif", "--profile", "display-p3")
     assert outcome.code == 0, outcome.err
-    assert pyvips.Image.new_from_file(str(tmp_path / "p3.tif")).get("icc-profile-data") != pyvips.Operation.call(
-        "profile_load", "srgb"
-    )
+    profile = pyvips.Image.new_from_file(str(tmp_path / "p3.tif")).get("icc-profile-data")
+    assert profile == pyvips.Operation.call("profile_load", "p3")
+    outcome = call("export", "-c", config, "-o", tmp_path / "c.png", "--profile", "adobe")
+    assert outcome.code == 2 and "none of srgb, adobe-rgb" in outcome.err
 
 
 def test_a_print_shop_s_profile(tmp_path, call):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.config import Config
 from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.core.vgg_layers import VGG19_WIDTHS
-from pipeline.images.color import ColorSource
+from pipeline.images.color import PLAIN_RGB, ColorSource
 from pipeline.plan.plan import make_plan
 from pipeline.plan.sizes import stage_sizes
 from tests.support.inputs import plain
@@ -27,7 +27,7 @@ class Header:
     scratch_bytes: int = 0
     notes: tuple[str, ...] = ()
     path: Path = Path("/c.png")
-    colors: ColorSource = field(default=ColorSource(3, None, 0, None))
+    colors: ColorSource = PLAIN_RGB
 
 
 def config_of(**values) -> Config:

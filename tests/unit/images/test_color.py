@@ -142,10 +142,7 @@ def test_three_grey_channels_are_rgb(tmp_path: Path, samples: int) -> None:
     """Python's tools write RGB without saying so; one of its planes as a grey picture would be a silent loss."""
     pixels = noise(samples)
     reference.write_tiff(tmp_path / "a.tif", pixels, 1, (0,) * (samples - 1))
-    if samples == 3:
-        assert np.array_equal(read(tmp_path / "a.tif"), pixels)
-    else:
-        assert read(tmp_path / "a.tif").shape == (*SIZE, 3)
+    assert np.array_equal(read(tmp_path / "a.tif"), pixels[..., :3])
 
 
 # Lab ------------------------------------------------------------------------------------------------------------------
