@@ -521,6 +521,7 @@ HARMLESS = {
     "compute.device",
     "compute.tile_px",
     "memory.limit",
+    "export.metadata",
     "export.bits",
     "export.compression",
     "export.quality",
