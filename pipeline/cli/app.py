@@ -33,7 +33,6 @@ from pipeline.cli.failures import report_bug, report_error
 from pipeline.cli.init import init
 from pipeline.cli.inputs import inputs_of, with_images
 from pipeline.cli.on_finish import OnFinish
-)
 from pipeline.cli.signals import discard_unwritable_stdout, stop_on_signals, tolerant_stderr
 from pipeline.core import profiler
 from pipeline.core.errors import DamagedStateError, PipelineError, Stopped, StorageError, storage_error
