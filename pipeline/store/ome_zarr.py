@@ -21,10 +21,9 @@ def write_ome_zarr(
     size: tuple[int, int],
     kind: PixelKind,
     read_rows: Callable[[int, int], NDArray[Any]],
-    *,
-    dpi: float | None = None,
     chunk_px: int = 512,
     cancel: CancelToken = NEVER,
+    dpi: float | None = None,
 ) -> None:
     """Write an OME-Zarr 0.5 image pyramid, axes (c, y, x), each level the 2×2 means of the one before.
 
