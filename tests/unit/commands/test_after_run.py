@@ -15,6 +15,7 @@ import yaml
 import pipeline
 from pipeline.core.errors import ConfigError, Stopped
 from pipeline.core.events import IterationDone
+from pipeline.core.tiling import Rect
 from tests.support.e2e import PIPELINE, TIMEOUT_S, Outcome, journal, make_call, read_picture, run_until, write_run
 
 # One small stage, and no work_dir: it has the name of the output.
@@ -204,6 +205,29 @@ def test_more_iterations_are_for_finished_runs(tmp_path, call):
     with pytest.raises(ConfigError, match="not finished"):
         pipeline.run(pipeline.load_config(config), more_iterations=2)
     assert iterations(tmp_path / "out.run") == 1
+
+
+@pytest.mark.e2e
+def test_a_crop_of_a_continued_run_is_a_part_of_its_picture(finished, call):
+    """The crop of the stage before would look like a mistake of the run."""
+    assert call("run", "-c", finished, "--more-iterations", "3").code == 0
+    cut = pipeline.crop(pipeline.load_config(finished), Rect(4, 20, 8, 32))
+    assert (read_picture(cut) == read_picture(finished.parent / "out.png")[4:20, 8:32]).all()
+
+
+# --- status ---
+
+
+def test_status_says_how_far_the_run_is(tmp_path, call):
+    """Percent, time left and disk are what a user looks for; counts of iterations say little of unlike stages."""
+    config = write_run(tmp_path, SIZE, (32, 32), **{**TINY, "optimizer": {"max_iterations": 6}})
+    run_until(config, lambda event: isinstance(event, IterationDone) and event.iteration == 3)
+    shown = json.loads(call("status", "-c", config, "--json").out)
+    assert 0 < shown["percent"] < 100 and shown["run_left_s"] > 0 and shown["state_bytes"] > 0
+    text = call("status", "-c", config).out
+    assert "left to its end once it is resumed" in text and "on disk" in text
+    assert call("run", "-c", config).code == 0
+    assert json.loads(call("status", "-c", config, "--json").out)["percent"] == 100
 
 
 # --- another name of the output ---------------------------------------------------------------------------------------
