@@ -25,7 +25,6 @@ from tests.support.e2e import (
     canvases,
     journal,
     leftovers,
-    make_call,
     results,
     write_config,
     write_picture,
@@ -33,11 +32,6 @@ from tests.support.e2e import (
 )
 
 NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from tests.support.e2e import (
     canvases,
     journal,
     leftovers,
-    make_call,
     read_picture,
     results,
     run_pipeline,
@@ -27,11 +26,6 @@ from tests.support.e2e import (
     write_picture,
     write_run,
 )
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
 
 
 def iterations(work_dir: Path) -> list[dict[str, Any]]:

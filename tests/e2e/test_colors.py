@@ -13,18 +13,12 @@ import zarr
 import pipeline
 from pipeline.core.errors import ConfigError
 from tests.support import colors as reference
-from tests.support.e2e import make_call
 from tests.support.inputs import write_config
 
 SIZE = (48, 64)
 # Without a style the picture is the content as it was read.
 BARE = {"styles": [], "loss": {"style_weight": 0.0, "content_weight": 1.0}, "optimizer": {"max_iterations": 1}}
 BARE |= {"network": {"name": "vgg19-lite"}, "compute": {"device": "cpu"}}
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
 
 
 def noise(dtype: type, channels: int = 3) -> np.ndarray:

@@ -22,15 +22,10 @@ from pipeline.images.writer import ImageSpec, write_image
 from pipeline.render import color_tasks
 from pipeline.rundir.manifest import _manifest_text
 from tests.support.colors import P3_XYZ, in_srgb, profile
-from tests.support.e2e import make_call, read_picture, write_config, write_picture, write_run
+from tests.support.e2e import read_picture, write_config, write_picture, write_run
 
 RGB16, RGBA8, RGBA16 = PixelKind(16), PixelKind(8, alpha=True), PixelKind(16, alpha=True)
 KINDS = [RGB8, RGB16, RGBA8, RGBA16]
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
 
 
 def stream(path: Path, width: int, height: int, kind: PixelKind, band_px: int = 16) -> np.ndarray:

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from tests.support.e2e import make_call, write_config, write_run
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
+from tests.support.e2e import write_config, write_run
 
 
 def test_commands_refuse_them_with_force(tmp_path, call):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 
-import pytest
 import pyvips
 
 from pipeline.images import read_metadata
-from tests.support.e2e import make_call, write_run
+from tests.support.e2e import write_run
 
 
 def texts(path):
@@ -18,11 +17,6 @@ def texts(path):
 
 def packet(path) -> str:
     return bytes(pyvips.Image.new_from_file(str(path)).get("xmp-data")).decode()
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
 
 
 def test_a_run_and_its_exports_say_the_same(tmp_path, call):

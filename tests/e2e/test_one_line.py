@@ -14,18 +14,13 @@ from pipeline import load_config
 from pipeline.commands.queue import exit_code_of, run_queue
 from pipeline.config.one_line import OneLine, document_of
 from pipeline.core.events import IterationDone, QueuedRunStarted
-from tests.support.e2e import PIPELINE, journal, make_call, read_picture, write_config, write_picture, write_run
+from tests.support.e2e import PIPELINE, journal, read_picture, write_config, write_picture, write_run
 from tests.support.terminal import Terminal
 
 SMALL = [
     *("--set", "network.name=random", "--set", "optimizer.max_iterations=2", "--set", "initial_size=48"),
     *("--set", "store.chunk_px=32", "--set", "compute.device=cpu"),
 ]
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
 
 
 @pytest.fixture

@@ -34,7 +34,6 @@ from pipeline.rundir.manifest import read_manifest
 from tests.support.e2e import (
     canvases,
     journal,
-    make_call,
     read_picture,
     results,
     run_pipeline,
@@ -43,11 +42,6 @@ from tests.support.e2e import (
 )
 
 CONTENT_PX = (130, 100)
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
 
 
 @pytest.fixture

@@ -14,12 +14,7 @@ from PIL import Image
 import pipeline
 from pipeline.config import ExportConfig
 from pipeline.core.image_formats import PixelKind
-from tests.support.e2e import Outcome, journal, make_call, write_config, write_run
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
+from tests.support.e2e import Outcome, journal, write_config, write_run
 
 
 def iterations(folder: Path) -> int:

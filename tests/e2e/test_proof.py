@@ -12,15 +12,10 @@ import pytest
 from pipeline import crop, load_config, proof, run
 from pipeline.core.tiling import Rect
 from tests.support.crops import SHALLOW, stopped_before
-from tests.support.e2e import make_call, read_picture, write_run
+from tests.support.e2e import read_picture, write_run
 
 SIZE_PX = (300, 240)
 POINTS = [(0, 0), (150, 120), (299, 239), (200, 30)]
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
 
 
 @pytest.fixture

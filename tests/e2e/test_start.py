@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.e2e import PIPELINE, TIMEOUT_S, make_call, read_picture, write_run
+from tests.support.e2e import PIPELINE, TIMEOUT_S, read_picture, write_run
 from tests.support.terminal import Terminal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -57,11 +57,6 @@ def run_with(moment: int | str, number: int, *argv: object) -> subprocess.Comple
 
 def imports_of(done: subprocess.CompletedProcess[str]) -> int:
     return int(done.stdout.rpartition("imports: ")[2])
-
-
-@pytest.fixture
-def call(capfd, monkeypatch):
-    return make_call(capfd, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -16,16 +16,11 @@ import pipeline
 from pipeline.core.errors import ConfigError, Stopped
 from pipeline.core.events import IterationDone
 from pipeline.core.tiling import Rect
-from tests.support.e2e import PIPELINE, TIMEOUT_S, Outcome, journal, make_call, read_picture, run_until, write_run
+from tests.support.e2e import PIPELINE, TIMEOUT_S, Outcome, journal, read_picture, run_until, write_run
 
 # One small stage, and no work_dir: it has the name of the output.
 TINY = {"initial_size": 48, "style_stages": False, "work_dir": None, "optimizer": {"max_iterations": 2}}
 SIZE = (48, 40)
-
-
-@pytest.fixture
-def call(capfd, monkeypatch) -> Callable[..., Outcome]:
-    return make_call(capfd, monkeypatch)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,9 @@ import pipeline
 from pipeline.commands import measure
 from pipeline.core.events import Event, IterationDone, Note
 from pipeline.plan.power import PowerMeter
-from tests.support.e2e import Outcome, make_call, write_run
+from tests.support.e2e import write_run
 
 TWO_STAGES = {"initial_size": 48, "style_stages": False, "optimizer": {"max_iterations": 3}}
-
-
-@pytest.fixture
-def call(capfd, monkeypatch) -> Callable[..., Outcome]:
-    return make_call(capfd, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import pipeline
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Event, StageDone
 from pipeline.rundir.results import is_as_written, written_picture
-from tests.support.e2e import Nursery, Outcome, journal, make_call, write_journal, write_picture, write_run
+from tests.support.e2e import Nursery, journal, write_journal, write_picture, write_run
 
 # By format, an option that changes the image.
 OPTIONS = {
@@ -24,11 +23,6 @@ OPTIONS = {
     ".dz": "export.quality=50",
     ".zarr": "export.bits=16",
 }
-
-
-@pytest.fixture
-def call(capfd, monkeypatch) -> Callable[..., Outcome]:
-    return make_call(capfd, monkeypatch)
 
 
 @pytest.fixture(params=[".png", *(pytest.param(name, marks=pytest.mark.e2e) for name in OPTIONS if name != ".png")])
