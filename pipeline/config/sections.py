@@ -69,8 +69,8 @@ class PrintSize(Section):
     @model_validator(mode="before")
     @classmethod
     def _of_a_length(cls, data: object) -> object:
-        # digits alone are px in quotes, of which the whole union's message is clearer
-        return {"long_side": data} if isinstance(data, str) and not data.isdigit() else data
+        # digits alone are px in quotes, or 1_000, of which the whole union's message is clearer
+        return {"long_side": data} if isinstance(data, str) and not data.replace("_", "").isdigit() else data
 
 
 class StyleConfig(Section):

@@ -194,7 +194,7 @@ def test_numbers_are_whole_in_narrow_terminals(monkeypatch, columns):
         assert first.startswith("stage 1") and "2h 03m left" in first and first.endswith("12/40")
         assert second.startswith("content features") and second.endswith("12345/67890")
         assert ("stage 1 of 4" in first) == (columns >= 60)
-        assert ("mean|u| 0.510" in first) == (columns >= 60)
+        assert ("mean|u| 0.510" in first) == (columns >= 80)
         assert ("content 0.0123" in first) == (columns >= 120)
         assert max(map(len, (first, second))) <= columns - 4  # room for ^C, twice
     assert display.screen.bars == []
