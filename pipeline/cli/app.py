@@ -28,7 +28,15 @@ from pipeline.cli.init import init
 from pipeline.cli.on_finish import OnFinish
 from pipeline.cli.run import run
 from pipeline.cli.signals import discard_unwritable_stdout, tolerant_stderr
-from pipeline.cli.working import EXIT_CODES, check_run_options, chosen_run, echo_json, raise_if_stopped, working
+from pipeline.cli.working import (
+    EXIT_CODES,
+    check_run_options,
+    chosen_run,
+    config_of_run,
+    echo_json,
+    raise_if_stopped,
+    working,
+)
 from pipeline.core.errors import DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.core.image_formats import (
     MAX_SIDE_PX,
@@ -157,12 +165,12 @@ def preview(
     with working(log_format) as (sink, stop):
         common: dict[str, Any] = {"output": output and output.absolute(), "force": force, "sink": sink, "stop": stop}
         if rect is not None:
-            config, crop = pipeline.load_config(config_path, overrides), pipeline.crop
+            config, crop = config_of_run(config_path, overrides), pipeline.crop
             raise_if_stopped(stop)
             click.echo(crop(config, rect, stage=stage, **common))
             return
         if paper is not None:
-            config, proof = pipeline.load_config(config_path, overrides), pipeline.proof
+            config, proof = config_of_run(config_path, overrides), pipeline.proof
             raise_if_stopped(stop)
             click.echo(proof(config, points, paper=paper, dpi=150 if dpi is None else dpi, **common))
             return
@@ -201,7 +209,7 @@ def clean(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | 
     from pipeline.cli.cleaning import clean_if_wanted
 
     check_run_options(config_path, run_dir)
-    config = None if config_path is None else pipeline.load_config(config_path, overrides)
+    config = None if config_path is None else config_of_run(config_path, overrides)
     work_dir = cast(Path, run_dir) if config is None else config.work_dir
     clean_if_wanted(work_dir, None if config is None else config.output, working, **options)
 
@@ -232,7 +240,7 @@ def verify(
     with working("auto") as (sink, stop):
         from pipeline.cli import reports
 
-        config = pipeline.load_config(config_path, overrides) if config_path is not None else None
+        config = config_of_run(config_path, overrides) if config_path is not None else None
         work_dir, check = config.work_dir if config is not None else cast(Path, run_dir), pipeline.verify
         raise_if_stopped(stop)
         report = check(work_dir, config=config, share=share, seed=seed, repair=repair, sink=sink, stop=stop)

@@ -15,7 +15,7 @@ from pipeline.cli.arguments import (
     with_run,
     with_stage,
 )
-from pipeline.cli.working import check_run_options, raise_if_stopped, working
+from pipeline.cli.working import check_run_options, config_of_run, raise_if_stopped, working
 from pipeline.core.image_formats import (
     INTENTS,
     LEVELS,
@@ -98,6 +98,7 @@ def export(
     """Write the canvas of any stage as an image, at any time."""
     bits = options["bits"] if options["bits"] == "auto" else int(options["bits"])
     check_run_options(config_path, run_dir)
+    _refuse_export_keys(overrides)
     # An option that was given explicitly must not be ignored, even if its value is the default.
     given = [name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
     with working("auto") as (sink, stop):
@@ -106,7 +107,7 @@ def export(
         from pipeline.rundir import named_inputs, refuse_inputs
 
         export_config = ExportConfig.model_validate({**options, "bits": bits})
-        config = pipeline.load_config(config_path, overrides) if config_path is not None else None
+        config = config_of_run(config_path, overrides) if config_path is not None else None
         work_dir, write = config.work_dir if config is not None else cast(Path, run_dir), pipeline.export
         if config is not None:  # its files may be at other places than when the run began
             refuse_inputs(output, named_inputs(config))
@@ -114,3 +115,10 @@ def export(
         raise_if_stopped(stop)
         path = write(work_dir, output.absolute(), stage=stage, options=export_config, force=force, sink=sink, stop=stop)
     click.echo(path)
+
+
+def _refuse_export_keys(overrides: tuple[str, ...]) -> None:
+    """Raise UsageError for keys that would change nothing: this command has options for what it writes."""
+    for setting in overrides:
+        if setting.partition(".")[0].partition("=")[0].strip() == "export":
+            raise click.UsageError(f"--set {setting}: give options such as --dpi, or use pipeline run --set {setting}")

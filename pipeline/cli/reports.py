@@ -7,7 +7,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,7 @@ def print_plan(config: Config, planned: Plan, expected: Forecast | None, run: st
         f"memory   {size_text(planned.projected_mem_bytes)} of {limit} (memory.limit); {phases}",
         *([] if planned.device == "cpu" else [f"on {planned.device}  {size_text(planned.device_bytes)}"]),
         f"disk     {size_text(planned.disk_bytes)} in {config.work_dir}",
-        f"output   up to {size_text(planned.output_bytes)} for {config.output}, {planned.picture}{levels}",
+        f"output   up to {size_text(planned.output_bytes)} for {_named(planned.outputs)}, {planned.picture}{levels}",
         f"work     {work_text(planned.flop)} for {iterations} iterations per stage",
         *(f"note     {note}" for note in planned.notes),
     ]
@@ -93,6 +93,11 @@ def print_plan(config: Config, planned: Plan, expected: Forecast | None, run: st
     if expected is not None:
         _print_forecast(expected)
     _print_lines([f"run      {run}"])
+
+
+def _named(outputs: Collection[str]) -> str:
+    first, *others = outputs
+    return f"{first} to {Path(others[-1]).name}" if others else first
 
 
 def _print_forecast(expected: Forecast) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -16,6 +16,9 @@ import pipeline
 from pipeline.cli.signals import stop_on_signals
 from pipeline.core.errors import Stopped
 from pipeline.core.events import Note, Sink
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 EXIT_CODES = """\b
 Exit codes:
@@ -58,7 +61,14 @@ def check_run_options(config_path: Path | None, run_dir: Path | None) -> None:
 def chosen_run(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None) -> Path:
     """The run directory that a command is about. Raises UsageError, and ConfigError for the config."""
     check_run_options(config_path, run_dir)
-    return run_dir if run_dir is not None else pipeline.load_config(cast(Path, config_path), overrides).work_dir
+    return run_dir if run_dir is not None else config_of_run(cast(Path, config_path), overrides).work_dir
+
+
+def config_of_run(config_path: Path, overrides: tuple[str, ...]) -> Config:
+    """A config, in the run directory of the run that wrote its output. Raises ConfigError."""
+    from pipeline.commands.start import with_own_run
+
+    return with_own_run(pipeline.load_config(config_path, overrides))
 
 
 def echo_json(data: Any) -> None:

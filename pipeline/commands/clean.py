@@ -79,12 +79,27 @@ def _checked(work_dir: Path, position: Position, output: Path | None, force: boo
     paths = dict.fromkeys([*map(Path, sorted(position.exported)), *([] if output is None else [output])])
     images = tuple(str(path) for path in paths if is_one_of(path, position.results, cancel))
     finished = position.stage_done and position.stage == len(stages_of(manifest, position)) - 1
-    if not (force or position.cleaned or (finished and images)):
+    lost = _lost_panels(position, output, cancel)
+    if not (force or position.cleaned or (finished and images and not lost)):
         cause = "it is not finished"
         if finished:
-            cause = f"its image is not, or no longer, at {' or '.join(map(str, paths)) or manifest.config.output}"
+            where = " and ".join(map(str, lost)) or " or ".join(map(str, paths)) or manifest.config.output
+            cause = f"its image is not, or no longer, at {where}"
         raise ConfigError(
             f"{work_dir}: {cause}, and without the state all its work would be lost. Write it with `pipeline run`, or "
             "give --force."
         )
     return Cleaning(work_dir, state_bytes(work_dir), images)
+
+
+def _lost_panels(position: Position, output: Path | None, cancel: CancelToken) -> list[Path]:
+    """The panels of the newest export that are not there, or were never written. `output`: they may be beside it."""
+    if len(position.newest_export) < 2:
+        return []
+    moved = [] if output is None else [output.parent]
+    return [
+        path
+        for path, written in position.newest_export.items()
+        if not written
+        or not any(is_one_of(folder / path.name, position.results, cancel) for folder in (path.parent, *moved))
+    ]

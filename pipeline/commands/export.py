@@ -14,6 +14,7 @@ from pipeline.core.events import Sink, WorkDone, ignore
 from pipeline.core.files import taken
 from pipeline.core.image_formats import picture_kind
 from pipeline.core.lengths import DEFAULT_DPI, sensible_dpi
+from pipeline.core.tiling import Size
 from pipeline.executors import ThreadExecutor
 from pipeline.images import check_colors, check_output, refuse_unheeded
 from pipeline.plan import WORKERS, sheets_of
@@ -22,7 +23,6 @@ from pipeline.rundir import (
     Journal,
     Manifest,
     Position,
-    StageSizes,
     canvas_space,
     content_alpha,
     content_kind,
@@ -37,7 +37,6 @@ from pipeline.rundir import (
     refuse_missing_folder,
     refuse_own_state,
     refuse_unknown_stage,
-    stages_of,
     standing,
 )
 from pipeline.rundir.process_settings import process_settings
@@ -76,11 +75,11 @@ def export(
     check_colors(output, colors, options.compression)
     kind = colors.picture_kind(kind)
     refuse_unheeded(output, options.changed, kind.alpha)
-    dpi = options.dpi or _dpi_of(manifest, stages_of(manifest, position)[chosen])
-    options = options.model_copy(update={"bits": kind.bits, "dpi": dpi})
     canvas = newest_canvas(work_dir, position, chosen)
     alpha = content_alpha(work_dir, position, chosen) if kind.alpha else None
     _check_arrays(canvas, alpha, manifest)
+    dpi = options.dpi or _dpi_of(manifest, canvas.shape[:2])
+    options = options.model_copy(update={"bits": kind.bits, "dpi": dpi})
     sheets = sheets_of(output, canvas.shape[:2], options)
     for sheet in sheets:
         refuse_inputs(sheet.path, manifest_inputs(manifest))
@@ -108,11 +107,11 @@ def export(
     return sheets[0].path
 
 
-def _dpi_of(manifest: Manifest, stage: StageSizes) -> float:
-    """The resolution at which the stage's canvas has the size on paper that the run's result has."""
+def _dpi_of(manifest: Manifest, canvas: Size) -> float:
+    """The resolution at which a canvas of this (height, width) has the size on paper that the run's result has."""
     if manifest.dpi is None:
         return DEFAULT_DPI
-    scale = max(stage.size) / max(manifest.stages[-1].size)
+    scale = max(canvas) / max(manifest.stages[-1].size)
     return sensible_dpi(manifest.dpi * scale) or DEFAULT_DPI
 
 

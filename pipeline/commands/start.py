@@ -6,7 +6,7 @@ Nothing here writes: `run` passes through the same checks before it creates or c
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from pipeline.core.errors import ConfigError, PipelineError, Stopped
 from pipeline.core.events import Note, Sink, ignore
 from pipeline.core.files import taken
 from pipeline.network import find_weights, weights_path
-from pipeline.plan import Plan, Sheet, sheets_of, with_added_stages
+from pipeline.plan import Plan, Sheet, sheets_of, whole_of, with_added_stages
 from pipeline.rundir import (
     Identity,
     Iteration,
@@ -54,19 +54,14 @@ class Start:
     """The start of a run that is not refused.
 
     `planned`: with the stages that were added to the run, also by this start, which has to record that if `adds` is
-    not None. `position`: of the run on disk, as it is now.
+    not None. `position`: of the run on disk, as it is now. `missing`: the output images that are not there.
     """
 
     config: Config
     planned: Plan
     position: Position
     adds: int | None
-    picture_is_there: bool
-
-    @property
-    def outputs(self) -> str:
-        """The paths of the output images."""
-        return ", ".join(self.planned.outputs)
+    missing: tuple[Path, ...]
 
     @property
     def text(self) -> str:
@@ -77,9 +72,10 @@ class Start:
         if not at.is_fixed:
             return "starts from the beginning"
         if at.stage_done and at.stage == stages - 1:
-            if self.picture_is_there:
-                return f"does nothing: {self.outputs} is already there"
-            return f"writes {self.outputs} from the finished run, and renders nothing"
+            if not self.missing:
+                names = list(self.planned.outputs)
+                return f"does nothing: {', '.join(names)} {'is' if len(names) == 1 else 'are'} already there"
+            return f"writes {', '.join(map(str, self.missing))} from the finished run, and renders nothing"
         if at.stage_done:
             return f"resumes with stage {at.stage + 2} of {stages}"
         iterations = self.planned.stages[at.stage].max_iterations
@@ -111,14 +107,15 @@ def check_start(
     _, position = check_run(config, planned, identify)
     adds = _added(config, planned, position, more_iterations)
     extended = with_added_stages(planned, position.added if adds is None else (*position.added, adds))
-    there = adds is None and not missing_sheets(config, extended, position, cancel)
+    missing = missing_sheets(config, extended, position, cancel)
+    there = adds is None and not missing
     if not there:
         refuse_cleaned(config.work_dir, position)
         if not force:
             refuse_foreign_outputs(extended, position.pictures, cancel)
     if position.is_fixed and not there:
         check_stage_space(config, extended, position, position.stage + position.stage_done)
-    return Start(config, extended, position, adds, there)
+    return Start(config, extended, position, adds, tuple(sheet.path for sheet in missing))
 
 
 def check_stage_space(config: Config, planned: Plan, position: Position, stage: int) -> None:
@@ -158,20 +155,30 @@ def refuse_foreign_outputs(planned: Plan, pictures: Pictures, cancel: CancelToke
 def missing_sheets(config: Config, planned: Plan, position: Position, cancel: CancelToken) -> list[Sheet]:
     """The output images that are not there as an export of the last canvas with today's options would write them.
 
-    Without the state there is no other image, and the folder may have been moved since it was written.
+    Without the state an image counts wherever it is now: the folder may have been moved since it was written.
     """
     sheets = sheets_of(config.output, planned.stages[-1].size, config.export.model_copy(update={"dpi": planned.dpi}))
-    if position.cleaned:
-        return [sheet for sheet in sheets if not is_one_of(sheet.path, position.results, cancel)]
     options = export_options(config, planned)
+    if position.cleaned:
+        same = (path for path, before in position.exported.items() if before is None or _same(before, options))
+        pictures = [picture for path in same if (picture := position.pictures[path][-1]) is not None]
+        return [sheet for sheet in sheets if not is_one_of(sheet.path, pictures, cancel)]
     return [sheet for sheet in sheets if not _is_there(sheet.path, options, position, cancel)]
 
 
 def _is_there(output: Path, options: dict[str, object], position: Position, cancel: CancelToken) -> bool:
     before = position.exported.get(str(output))
+    if not before or not _same(before, options) or before.get("profile", "srgb") != options["profile"]:
+        return False
+    return is_as_written(output, position.pictures[str(output)][-1], cancel)
+
+
+def _same(before: Mapping[str, object], options: Mapping[str, object]) -> bool:
+    """Whether an image was written with these options, wherever the file of its profile was then."""
     # an image from before an option was written as with the option's default
-    same = before and {**ExportConfig().model_dump(mode="json"), **before} == options
-    return bool(same) and is_as_written(output, position.pictures[str(output)][-1], cancel)
+    written, wanted = ({**ExportConfig().model_dump(mode="json"), **given} for given in (before, options))
+    names = [Path(str(given.pop("profile"))).name for given in (written, wanted)]
+    return written == wanted and names[0] == names[1]
 
 
 def export_options(config: Config, planned: Plan) -> dict[str, object]:
@@ -195,9 +202,29 @@ def with_finished_run(config: Config, sink: Sink = ignore, cancel: CancelToken =
         except (PipelineError, OSError):
             continue  # another program's folder, or a run that cannot be read: it is of no use here
         # what was added to a finished run may be unfinished: the same command resumes it
-        finished = (position.stage, position.stage_done) >= (len(manifest.stages) - 1, True) and not position.cleaned
-        if finished and _is_run_of(config, manifest, identify):
+        finished = (position.stage, position.stage_done) >= (len(manifest.stages) - 1, True)
+        usable = finished and (not position.cleaned or has_written(position, config.output))
+        if usable and _is_run_of(config, manifest, identify):
             sink(Note(f"{work_dir} holds the finished run of this config: its image is written, nothing is rendered"))
+            return config.model_copy(update={"work_dir": work_dir})
+    return config
+
+
+def has_written(position: Position, output: Path) -> bool:
+    """Whether a run has written `output`, or panels of it."""
+    return any(output in (Path(name), whole_of(Path(name))[0]) for name in position.pictures)
+
+
+def with_own_run(config: Config) -> Config:
+    """The config in the run directory of the run that wrote its output, which may have begun under another name."""
+    if not is_default(config, ("work_dir",)) or has_begun(config.work_dir):
+        return config
+    for work_dir in sorted(config.output.parent.glob("*.run")):
+        try:
+            position = standing(Journal(journal_path(work_dir)))[1]
+        except (PipelineError, OSError):
+            continue  # as in with_finished_run
+        if has_written(position, config.output):
             return config.model_copy(update={"work_dir": work_dir})
     return config
 

@@ -41,7 +41,8 @@ def status(work_dir: Path) -> dict[str, Any]:
     refuse_unknown_stage(work_dir, manifest, position)
     iterations = [record for record in records if isinstance(record, Iteration)]
     owner, stages = running_owner(work_dir), stages_of(manifest, position)
-    finished = position.stage_done and position.stage == len(stages) - 1 and bool(position.exported)
+    written = position.newest_export.values()
+    finished = position.stage_done and position.stage == len(stages) - 1 and any(written) and all(written)
     left = 0.0 if finished else _left_s(iterations, owner is not None)
     return {
         "work_dir": str(work_dir),

@@ -74,6 +74,12 @@ def _output_suffix(path: Path) -> Path:
 
 def _profile_suffix(path: Path) -> Path:
     if path.suffix.lower() not in PROFILE_SUFFIXES:
+        raise ValueError(f"is not the file of a profile; {allowed(path.suffix, PROFILE_SUFFIXES)}")
+    return path
+
+
+def _known_profile(path: Path) -> Path:
+    if path.suffix.lower() not in PROFILE_SUFFIXES:
         names = [*PROFILES, *PROFILE_SUFFIXES]
         raise ValueError(f"neither a known profile nor a file of one; {allowed(path.name, names)}")
     return path
@@ -123,6 +129,7 @@ Length = Annotated[
     Expected(lengths.EXPECTED),
 ]
 Dpi = Annotated[Float, Field(ge=lengths.MIN_DPI, le=lengths.MAX_DPI)]
-Profile = Annotated[ProfileName | IccFile, Field(union_mode="left_to_right")]
+_KnownProfile = Annotated[File, AfterValidator(_known_profile), Expected("a path to a profile (.icc)")]
+Profile = Annotated[ProfileName | _KnownProfile, Field(union_mode="left_to_right")]
 Start = Annotated[Literal["content", "noise", "gray"] | File, Field(union_mode="left_to_right")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"), Expected("one of auto, cpu, cuda, cuda:N")]

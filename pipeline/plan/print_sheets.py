@@ -14,6 +14,7 @@ So a mirrored corner needs no case of its own, and the images are written row by
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +91,20 @@ def sheets_of(output: Path, canvas: Size, options: ExportConfig) -> tuple[Sheet,
         # at the seams a panel is cut at its own edge, where the next one overlaps it
         trim = (max(x0, bleed_px) - x0, min(x1, len(columns_W) - bleed_px) - x0)
         columns = _axis(columns_W[x0:x1], trim, dpi if options.marks else None)
-        digits = len(str(len(parts)))
-        name = f"{output.stem}-{number:0{digits}}of{len(parts)}{output.suffix}"
-        sheets.append(Sheet(output if len(parts) == 1 else output.with_name(name), rows, columns))
+        sheets.append(Sheet(output if len(parts) == 1 else _panel_path(output, number, len(parts)), rows, columns))
     return tuple(sheets)
+
+
+def _panel_path(output: Path, number: int, panels: int) -> Path:
+    return output.with_name(f"{output.stem}-{number:0{len(str(panels))}}of{panels}{output.suffix}")
+
+
+def whole_of(path: Path) -> tuple[Path, tuple[Path, ...]]:
+    """The output that a file is a panel of, by its name, and all panels of it; of another file itself."""
+    match = re.fullmatch(r"(.+)-[0-9]{1,4}of([0-9]{1,4})", path.stem)
+    output = path if match is None else path.with_name(f"{match[1]}{path.suffix}")
+    panels = () if match is None else tuple(_panel_path(output, 1 + n, int(match[2])) for n in range(int(match[2])))
+    return (output, panels) if path in panels else (path, (path,))
 
 
 def _check_sides(canvas: Size, options: ExportConfig) -> None:

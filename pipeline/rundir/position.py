@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.core.errors import DamagedStateError
 from pipeline.core.text import shown
+from pipeline.plan import whole_of
 from pipeline.rundir.records import (
     CanvasLost,
     Cleaned,
@@ -26,6 +27,8 @@ from pipeline.rundir.records import (
 )
 from pipeline.store import kept_files, unpacked
 
+K = TypeVar("K")
+
 
 @dataclass(frozen=True)
 class Position:
@@ -35,7 +38,8 @@ class Position:
     `mean_abs_u`, `max_abs_u`: of the stage's last iteration, None before its first. `alpha`: likewise, but carried from
     the stage before if the stage continues it, like `adam_steps`, the number of Adam's steps before the stage.
     `carrying`: the stages that keep m and v when they have ended. `stage_done`: the stage ended. `slots`: the slot of
-    the newest canvas of every stage. `exported`: the export options of every output image. `pictures`: by path, the
+    the newest canvas of every stage. `exported`: the export options of every output image, the
+    newest last. `pictures`: by path, the
     images written there, the newest last; None where an older version recorded the path alone. `checksums`: per stage,
     packed as in checksums.py, of the chunks of its arrays (the newest slot's) and of its metadata files. `tile_px`: the
     largest tile that fits in the device's memory, None while tiles of the plan have fitted. `added`: the iterations of
@@ -71,6 +75,16 @@ class Position:
         """The images of the last canvas, whatever their names are now."""
         newest = (self.pictures[output][-1] for output in self.exported)
         return tuple(picture for picture in newest if picture is not None)
+
+    @property
+    def newest_export(self) -> dict[Path, bool]:
+        """Whether each output image of the newest export is written: one, or all panels. Empty if none is."""
+        if not self.exported:
+            return {}
+        newest, options = list(self.exported.items())[-1]
+        panels = options is not None and (options.get("panels") or {}).get("width") is not None
+        paths = whole_of(Path(newest))[1] if panels else (Path(newest),)
+        return {path: str(path) in self.exported and self.exported[str(path)] == options for path in paths}
 
     @property
     def newest_slot(self) -> int:
@@ -126,7 +140,8 @@ class Position:
             return replace(self, pictures=pictures)
         if record.picture is not None:  # it has replaced the image of unknown hash
             pictures[record.output] = tuple(image for image in pictures[record.output] if image is not None)
-        return replace(self, exported={**self.exported, record.output: record.options}, pictures=pictures)
+        exported = {**_without(self.exported, record.output), record.output: record.options}
+        return replace(self, exported=exported, pictures=pictures)
 
     def _after_iteration(self, record: Iteration) -> Position:
         iteration = record.iteration + record.stepped
@@ -141,7 +156,7 @@ class Position:
         )
 
 
-def _without(mapping: Mapping[int, Any], key: int) -> dict[int, Any]:
+def _without(mapping: Mapping[K, Any], key: K) -> dict[K, Any]:
     return {other: value for other, value in mapping.items() if other != key}
 
 

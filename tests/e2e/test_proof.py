@@ -62,6 +62,19 @@ def test_parts_of_a_finished_run_are_its_pixels_around_the_points(config, call):
     assert sorted(path.name for path in (config.parent / "out.preview").iterdir()) == ["journal.jsonl", "lock"]
 
 
+def test_a_proof_of_an_image_with_edges_is_cut_from_inside_them(config, call):
+    """When the state is deleted, the image is all that is left; its border and marks are no part of the picture."""
+    edges = ("--set", "export.border=2mm", "--set", "export.wrap=1mm", "--set", "export.marks=true")
+    command = ("preview", "-c", config, "--proof", "a4", "--dpi", 72, *edges)
+    assert call("run", "-c", config, *edges).code == 0
+    assert call(*command).code == 0
+    sheet = sheet_of(config.parent / "out.proof.pdf")
+    shutil.rmtree(config.parent / "run" / "store.zarr")
+    outcome = call(*command)
+    assert outcome.code == 0 and "the state of the run is gone" in outcome.err, outcome.err
+    np.testing.assert_array_equal(sheet_of(config.parent / "out.proof.pdf"), sheet)
+
+
 def test_a_proof_before_the_run_is_done_has_the_crop(config, call):
     """A day of rendering can be spared only if the sheet shows what it will give."""
     stopped_before(config, 1)

@@ -82,10 +82,14 @@ def _parts(
     """The pixels of the finished image in each of `rects`, and the claim of the sheet."""
     config, last, cancel = crops.config, len(crops.plan.stages) - 1, CancelToken(crops.stop)
     if not store_path(config.work_dir).exists() and config.output.is_file():
-        _refuse_picture(config, crops.plan.stages[last].size)
+        written = crops.plan.outputs.get(str(config.output), crops.plan.stages[last].size)
+        _refuse_picture(config, written)
         crops.sink(Note(f"the state of the run is gone: the parts are cut from {config.output}"))
+        # what lies around the canvas is equally wide on opposite sides
+        y, x = ((whole - own) // 2 for whole, own in zip(written, crops.plan.stages[last].size, strict=True))
+        moved = [Rect(rect.y0 + y, rect.y1 + y, rect.x0 + x, rect.x1 + x) for rect in rects]
         with claim_of() as claim:
-            yield _cut(config.output, crops.plan.stages[last].size, rects, cancel), claim
+            yield _cut(config.output, written, moved, cancel), claim
         return
     with crops.rendered(rects, last, claim_of) as (canvases, claim, folder):
         parts = []

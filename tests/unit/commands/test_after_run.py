@@ -96,6 +96,39 @@ def test_clean_refuses_a_run_whose_work_would_be_lost(tmp_path, call):
     assert call("clean", "-c", config, "--yes", "--force").code == 0
 
 
+@pytest.mark.e2e
+def test_clean_refuses_while_a_panel_is_missing(tmp_path, call):
+    """A wall of which one panel is lost, or was not written before a crash, can only be completed from the state."""
+    panels = {"dpi": 254, "panels": {"width": "3mm", "overlap": "1mm"}}
+    config = write_run(tmp_path, SIZE, (32, 32), **TINY, output="wall.tif", export=panels)
+    assert call("run", "-c", config).code == 0
+    lost = tmp_path / "wall-1of2.tif"
+    before = lost.read_bytes()
+    lost.unlink()
+    refused = call("clean", "-c", config, "--yes")
+    assert refused.code == 3 and f"no longer, at {lost}" in refused.err
+    assert f"writes {lost} from the finished run" in outlook(call, config)
+    assert call("run", "-c", config).code == 0 and lost.read_bytes() == before
+    log = tmp_path / "wall.run" / "journal.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(b"".join(whole.splitlines(keepends=True)[:-4]))  # a crash before the second panel was written
+    assert json.loads(call("status", "-c", config, "--json").out)["state"] == "stopped"
+    assert call("clean", "-c", config, "--yes").code == 3
+    log.write_bytes(whole)
+    assert call("clean", "-c", config, "--yes").code == 0
+
+
+@pytest.mark.e2e
+def test_other_options_are_not_called_done_after_clean(finished, call):
+    """The user would send a file to the printer that has not the resolution, or the border, that the config names."""
+    assert call("clean", "-c", finished, "--yes").code == 0
+    assert "does nothing" in outlook(call, finished)
+    change(finished, export={"dpi": 100})
+    refused = call("run", "-c", finished)
+    assert refused.code == 3 and "pipeline clean" in refused.err
+    assert "is refused" in outlook(call, finished)
+
+
 def test_clean_refuses_while_a_run_is_active(tmp_path, call):
     """It would delete the arrays that the run writes."""
     config = write_run(tmp_path, SIZE, (32, 32), **TINY)
@@ -264,6 +297,33 @@ def test_more_iterations_under_a_new_name_are_resumed(finished, call):
         stop_after(finished, 1)
     assert call("run", "-c", finished).code == 0
     assert iterations(finished.parent / "out.run") == 5 and not (finished.parent / "poster.run").exists()
+
+
+@pytest.mark.e2e
+def test_every_command_finds_the_run_of_a_renamed_output(finished, call):
+    """`run` wrote poster.tif from out.run: the same config must not be told that there is no run."""
+    change(finished, output="poster.tif")
+    assert call("run", "-c", finished).code == 0
+    for command in (
+        ["status", "-c", finished],
+        ["verify", "-c", finished],
+        ["export", "-c", finished, "-o", finished.parent / "other.png"],
+        ["preview", "-c", finished, "--crop", "0,0,16,16"],
+        ["clean", "-c", finished, "--yes"],
+    ):
+        outcome = call(*command)
+        assert outcome.code == 0, outcome
+    assert "already there" in call("run", "-c", finished).err  # the state is gone, but the image is this run's
+    assert not (finished.parent / "poster.run").exists()
+
+
+@pytest.mark.e2e
+def test_an_added_stage_is_exported(finished, call):
+    """After more iterations the newest stage is none of those that the run began with."""
+    assert call("run", "-c", finished, "--more-iterations", "1").code == 0
+    outcome = call("export", "-c", finished, "-o", finished.parent / "other.png")
+    assert outcome.code == 0, outcome
+    assert (read_picture(finished.parent / "other.png") == read_picture(finished.parent / "out.png")).all()
 
 
 # --- what plan says ---------------------------------------------------------------------------------------------------
