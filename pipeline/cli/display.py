@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import threading
 import time
@@ -30,7 +31,7 @@ from pipeline.core.events import (
     StageStarted,
     WorkDone,
 )
-from pipeline.core.text import count, duration, end_text, printable, stage_name
+from pipeline.core.text import count, duration, end_text, printable, size_text, stage_name
 
 # Columns to the right of the bars: the terminal echoes ^C at the cursor, after the last bar. Without free columns the
 # echo would wrap to the next line, and rich would no longer erase the bars above it.
@@ -227,7 +228,9 @@ def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one per event type
             took = "reused" if event.seconds is None else duration(event.seconds)
             return f"image {event.picture} of {event.pictures}: {settings}: {took}"
         case RunDone():
-            return f"done in {duration(event.seconds)}: {event.output}"
+            done = f"done in {duration(event.seconds)}: {event.output}"
+            clean = f"`pipeline clean --run {shlex.quote(event.work_dir)}` frees {size_text(event.state_bytes)}"
+            return f"the image needs no state any more: {clean}\n{done}" if event.state_bytes else done
         case QueuedRunStarted():
             return f"run {event.run} of {event.runs}: {event.config}"
         case QueuedRunEnded() if event.exit_code not in (0, Stopped.exit_code):

@@ -22,6 +22,7 @@ from pipeline.rundir import (
     Journal,
     Manifest,
     Position,
+    StageSizes,
     canvas_space,
     content_alpha,
     content_kind,
@@ -35,6 +36,8 @@ from pipeline.rundir import (
     refuse_links,
     refuse_missing_folder,
     refuse_own_state,
+    refuse_unknown_stage,
+    stages_of,
     standing,
 )
 from pipeline.rundir.process_settings import process_settings
@@ -64,6 +67,7 @@ def export(
     journal = Journal(journal_path(work_dir))
     read_bytes = journal.size_bytes()  # before reading: a record that follows makes the export check again
     _, position = standing(journal)
+    refuse_unknown_stage(work_dir, manifest, position)
     chosen = choose_stage(work_dir, position, stage)
     refuse_links(work_dir)
     kind = picture_kind(output, options.bits, options.compression, content_kind(manifest))
@@ -72,7 +76,7 @@ def export(
     check_colors(output, colors, options.compression)
     kind = colors.picture_kind(kind)
     refuse_unheeded(output, options.changed, kind.alpha)
-    dpi = options.dpi or _dpi_of(manifest, chosen)
+    dpi = options.dpi or _dpi_of(manifest, stages_of(manifest, position)[chosen])
     options = options.model_copy(update={"bits": kind.bits, "dpi": dpi})
     canvas = newest_canvas(work_dir, position, chosen)
     alpha = content_alpha(work_dir, position, chosen) if kind.alpha else None
@@ -104,11 +108,11 @@ def export(
     return sheets[0].path
 
 
-def _dpi_of(manifest: Manifest, stage: int) -> float:
-    """The resolution at which a stage's canvas has the size on paper that the run's result has."""
+def _dpi_of(manifest: Manifest, stage: StageSizes) -> float:
+    """The resolution at which the stage's canvas has the size on paper that the run's result has."""
     if manifest.dpi is None:
         return DEFAULT_DPI
-    scale = max(manifest.stages[stage].size) / max(manifest.stages[-1].size)
+    scale = max(stage.size) / max(manifest.stages[-1].size)
     return sensible_dpi(manifest.dpi * scale) or DEFAULT_DPI
 
 

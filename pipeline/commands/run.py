@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shlex
 import threading
 import time
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from pipeline.core.allocator import trim_heap
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import DeviceMemoryError, storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
-from pipeline.core.text import count, size_text, stage_name
+from pipeline.core.text import count, stage_name
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.network import find_weights
 from pipeline.plan import Plan, Speed, StagePlan, resolve_device
@@ -117,11 +116,9 @@ def run(
         rendering = _Rendering(config, begin.planned, context, journal, force, speed)
         rendering.render()
         rendering.export()
-    if freed_bytes := state_bytes(config.work_dir):
-        command = f"pipeline clean --run {shlex.quote(str(config.work_dir))}"
-        sink(Note(f"the image needs no state any more: `{command}` frees {size_text(freed_bytes)}"))
     outputs = list(planned.outputs)
-    sink(RunDone(", ".join(outputs), time.monotonic() - started))
+    seconds = time.monotonic() - started
+    sink(RunDone(", ".join(outputs), seconds, str(config.work_dir), state_bytes(config.work_dir)))
     return Path(outputs[0])
 
 

@@ -81,10 +81,12 @@ class StageDone(Event):
 
 @dataclass(frozen=True)
 class RunDone(Event):
-    """The output image has been written to `output`."""
+    """The output image has been written to `output`. The state that it no longer needs takes `state_bytes`."""
 
     output: str
     seconds: float
+    work_dir: str
+    state_bytes: int
 
 
 @dataclass(frozen=True)

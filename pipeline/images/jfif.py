@@ -8,8 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.core.errors import storage_error
-
 _START = b"\xff\xd8"
 _PER_INCH = 1
 _VERSION = 0x0102
@@ -38,7 +36,7 @@ class JfifFile:
     ) -> None:
         os.close(self._descriptor)
         if self._failure is not None:
-            raise storage_error(self._path, self._failure)
+            raise self._failure
 
     def write(self, data: Any) -> int:
         """Write bytes of the JPEG; returning -1 makes libvips stop."""

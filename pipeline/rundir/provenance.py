@@ -15,6 +15,9 @@ from pipeline.images import ImageMetadata, read_metadata
 from pipeline.network import sha256_of
 from pipeline.rundir.records import Manifest
 
+# A resume cannot change these keys, but they do not change the image.
+_INDIFFERENT = ("store.codec",)
+
 
 def output_metadata(
     manifest: Manifest, content: Path | None, kept: MetadataKept, cancel: CancelToken, sink: Sink
@@ -43,7 +46,8 @@ def _is_unchanged(path: Path, sha256: str, cancel: CancelToken) -> bool:
 
 def _provenance(manifest: Manifest) -> dict[str, str]:
     """Facts that identify the run: with the same inputs and this digest, another run gives the same image."""
-    identity = {"config": manifest.result_fields, "inputs": manifest.inputs}
+    decisive = {key: value for key, value in manifest.result_fields.items() if key not in _INDIFFERENT}
+    identity = {"config": decisive, "inputs": manifest.inputs}
     config = manifest.config.model_dump()
     network = config.get("network")
     return {

@@ -71,7 +71,7 @@ def test_from_init_to_picture(tmp_path, call):
     done = run_pipeline("run", "-c", path, "--log-format", "json")
     assert (done.code, done.out) == (0, "")
     events = [json.loads(line) for line in done.err.splitlines()]
-    assert {"StageStarted", "WorkDone", "IterationDone", "StageDone", "RunDone", "Note"} == {event["event"] for event in events}
+    assert {"StageStarted", "WorkDone", "IterationDone", "StageDone", "RunDone"} == {event["event"] for event in events}
     assert [event["iteration"] for event in events if event["event"] == "IterationDone"] == [0, 1, 0, 1, 0, 1]
     picture = read_picture(tmp_path / "result.tif")
     assert picture.shape == (80, 100, 3)

@@ -156,11 +156,14 @@ def write_journal(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(lines))
 
 
+# Fields of the journal's records that differ between two runs.
+MEASURED = ("time", "seconds", "busy", "remaining_s")
+
+
 def results(work_dir: Path) -> list[dict[str, Any]]:
     """The journal's records of finished work, without the fields that differ between two runs, such as times."""
     done = [record for record in journal(work_dir) if record["type"] in ("stage_prepared", "iteration", "stage_done")]
-    measured = ("time", "seconds", "busy", "remaining_s")
-    return [{key: value for key, value in record.items() if key not in measured} for record in done]
+    return [{key: value for key, value in record.items() if key not in MEASURED} for record in done]
 
 
 # Runs a command line, and prints the peak of the process in KiB after its output.

@@ -28,7 +28,7 @@ from pipeline.rundir.journal import Journal
 from pipeline.rundir.position import position_of
 from pipeline.rundir.records import CanvasLost, as_json
 from pipeline.store.layout import result_name, slot_names
-from tests.support.e2e import canvases, write_run
+from tests.support.e2e import MEASURED, canvases, write_run
 from tests.support.reference import narrow_state
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -105,7 +105,7 @@ def results_of(work_dir: Path) -> list[dict[str, Any]]:
     """The records of stages and iterations that were not rolled back, without times."""
     records = map(as_json, Journal(work_dir / "journal.jsonl").read())
     work = [record for record in records if record["type"] in ("stage_prepared", "iteration", "stage_done")]
-    return [{key: record[key] for key in record if key not in ("time", "seconds", "busy")} for record in work]
+    return [{key: record[key] for key in record if key not in MEASURED} for record in work]
 
 
 class Watch:
