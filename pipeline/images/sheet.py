@@ -37,7 +37,7 @@ Label = tuple[tuple[str, str], ...]
 # The font comes with the package: on a machine without any font, libvips would draw boxes.
 _FONT, _FONT_FILE = "DejaVu Sans", Path(__file__).parents[1] / "assets" / "DejaVuSans.ttf"
 _KEY_COLOUR = "#6e6e6e"
-_BREAKS = re.compile(r"[._/,-]")  # a key or a path may be broken after these
+_BREAKS = re.compile(r"[._/,-](?!\d)")  # a key or a path may be broken after these, a number not
 _MAX_LINES = 2  # of a key or a value; the middle of a longer one is left out
 _CHAR_WIDTH = 0.62  # mean width of a character over the size of the font
 _WHITE = [255, 255, 255]

@@ -56,6 +56,7 @@ def test_parts_of_a_finished_run_are_its_pixels_around_the_points(config, call):
     outcome = call("preview", "-c", config, "--proof", "a4", "-o", config.parent / "sheet.png")
     assert outcome.code == 3 and "choose a name that ends in .pdf, .tif, .tiff" in outcome.err
     shutil.rmtree(config.parent / "run")
+    config.write_text(config.read_text() + "preset: null\n")  # is no setting to print
     outcome = call("preview", "-c", config, "--proof", "a4", "--dpi", 72, *at)
     assert outcome.code == 0 and "the state of the run is gone" in outcome.err, outcome.err
     np.testing.assert_array_equal(sheet_of(pdf), sheet)

@@ -6,6 +6,7 @@ kernel enforce `memory.limit`: `data` limits private memory (RLIMIT_DATA), `cgro
 included (this needs root and cgroup v1).
 
     python -m tools.bench.phases --sizes 4096,8192,16384 --limit 2GiB --json phases.json
+    python -m tools.bench.phases --sizes 30000 --ratio 15 --divide 64 --set export.bleed=5mm
 """
 
 from __future__ import annotations
@@ -143,19 +144,11 @@ def measure(folder: Path, size: int, options: dict[str, Any]) -> dict[str, Any]:
         ),
         encoding="utf-8",
     )
-    planned = pipeline.plan(pipeline.load_config(config))
+    planned = pipeline.plan(pipeline.load_config(config, options["settings"]))
     cap = cap_command(options["cap"], planned.memory_limit_bytes)
-    run, iterations = watch([*cap, str(PIPELINE), "run", "-c", str(config), "--log-format", "json"], f"{size:,} px")
-    export_command = [
-        *cap,
-        str(PIPELINE),
-        "export",
-        "-c",
-        str(config),
-        "-o",
-        str(folder / f"{size}.{separate}"),
-        "--force",
-    ]
+    given = ["-c", str(config), *(part for setting in options["settings"] for part in ("--set", setting))]
+    run, iterations = watch([*cap, str(PIPELINE), "run", *given, "--log-format", "json"], f"{size:,} px")
+    export_command = [*cap, str(PIPELINE), "export", *given, "-o", str(folder / f"{size}.{separate}"), "--force"]
     export, _ = watch(export_command, f"{size:,} px")
     export.done("export alone", True)  # it emits no events
     if not options["keep"]:
@@ -199,12 +192,16 @@ def show(rows: list[dict[str, Any]]) -> None:
 @click.option("--divide", type=int, help="Use random weights of VGG-19's widths divided by this, not vgg19-lite.")
 @click.option("--cap", type=click.Choice(["none", "data", "cgroup"]), default="none", show_default=True)
 @click.option("--deepzoom", is_flag=True, help="The run exports DeepZoom, the separate process TIFF.")
-@click.option("--content", type=click.Path(path_type=Path), help="Image file; default: a square of noise.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value of every config.")
+@click.option("--ratio", default=1.0, show_default=True, help="Width / height of the content of noise.")
+@click.option("--content", type=click.Path(path_type=Path), help="Image file; default: noise.")
 @click.option("--style", type=click.Path(path_type=Path), help="Image file; default: noise.")
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Working folder; default: temporary.")
 @click.option("--keep", is_flag=True, help="Work in --folder itself and keep its files; the same command resumes.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
-def main(sizes: str, folder: Path | None, json_path: Path | None, divide: int | None, **options: Any) -> None:
+def main(
+    sizes: str, folder: Path | None, json_path: Path | None, divide: int | None, ratio: float, **options: Any
+) -> None:
     """Print planned and measured memory of every phase."""
     if options["cap"] == "cgroup":
         CGROUP.mkdir(exist_ok=True)
@@ -214,8 +211,8 @@ def main(sizes: str, folder: Path | None, json_path: Path | None, divide: int | 
         raise click.UsageError("--keep needs --folder.")
     with contextlib.nullcontext(str(folder)) if options["keep"] else tempfile.TemporaryDirectory(dir=folder) as name:
         Path(name).mkdir(parents=True, exist_ok=True)
-        for image in ("content", "style"):
-            noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype="uint8")
+        for image, height in (("content", round(1024 / ratio)), ("style", 1024)):
+            noise = np.random.default_rng(0).integers(0, 256, (height, 1024, 3), dtype="uint8")
             pyvips.Image.new_from_array(noise).write_to_file(f"{name}/{image}.jpg")
         options["network"] = {"name": "vgg19-lite"}
         if divide:

@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 from pipeline.core.text import count
 
 # Tags of metadata, by what they are called in the table.
-_TIFF_TAGS = {"Artist": "Artist", "Copyright": "Copyright", "Software": "Software", "IPTCNAA": "IPTC", "XMP": "XMP"}
-_EXIF_NUMBERS = {315: "Artist", 33432: "Copyright", 305: "Software", 34853: "GPS"}
+_TEXTS = {315: "Artist", 33432: "Copyright", 270: "ImageDescription", 305: "Software"}
+_TIFF_TAGS = _TEXTS | {33723: "IPTC", 700: "XMP", 34853: "GPS"}
+_EXIF_TAGS = _TEXTS | {34853: "GPS"}
+# Pillow calls the XMP of a PNG by the name of its chunk.
+_PILLOW_BLOCKS = {"xmp": "XMP", "XML:com.adobe.xmp": "XMP", "photoshop": "IPTC"}
 
 
 class Finding(NamedTuple):
@@ -83,7 +86,7 @@ def by_tifffile(path: Path) -> Finding:
         pages = f"{len(file.pages)}{subifds}; {count(len(file.series[0].levels), 'level')}"
         per = {2: 1.0, 3: 2.54}.get(int(tags.get("ResolutionUnit", 1)))
         values = [tags[name][0] / tags[name][1] * per for name in ("XResolution", "YResolution")] if per else []
-        found = [name for tag, name in _TIFF_TAGS.items() if tag in tags]
+        found = [name for number, name in _TIFF_TAGS.items() if number in page.tags]
         return Finding(
             geometry, pages, _dpi(*values) if values else "none", _profile(tags.get("InterColorProfile")), _named(found)
         )
@@ -97,8 +100,8 @@ def by_pillow(path: Path) -> Finding:
         where = "a tile: " if path.is_dir() else ""
         geometry = f"{where}{image.size[0]}×{image.size[1]} {image.mode}"
         exif = image.getexif()
-        found = [name for number, name in _EXIF_NUMBERS.items() if number in exif]
-        found += [key.upper() for key in ("xmp", "photoshop") if image.info.get(key)]
+        found = [name for number, name in _EXIF_TAGS.items() if number in exif]
+        found += [name for key, name in _PILLOW_BLOCKS.items() if image.info.get(key)]
         dpi = image.info.get("dpi")
         shown = _dpi(*map(float, dpi)) if dpi else "none"
         return Finding(
@@ -110,7 +113,7 @@ def by_exiftool(path: Path) -> Finding:
     command = ["exiftool", "-j", "-G1", "-a", str(_tile_of(path))]
     (tags,) = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     plain = {name.rpartition(":")[2]: value for name, value in reversed(tags.items())}
-    wanted = ("Artist", "Copyright", "Software", "Caption-Abstract", "Keywords", "Title", "GPSLatitude")
+    wanted = (*_TEXTS.values(), "Caption-Abstract", "Keywords", "Title", "GPSLatitude")
     found = [f"{name} {plain[name]}" for name in wanted if name in plain]
     found += sorted({name.partition(":")[0] for name in tags if name.startswith("XMP-")})
     unit = {"cm": 2.54, "inches": 1.0}.get(plain.get("ResolutionUnit", ""), 0)
@@ -145,8 +148,7 @@ def by_openslide(path: Path) -> Finding:
             from PIL import ImageCms  # noqa: PLC0415
 
             description = ImageCms.getProfileDescription(profile).strip()
-        names = ("Artist", "Copyright", "Software")
-        found = [name for name in names if f"tiff.{name}" in slide.properties]
+        found = [name for name in _TEXTS.values() if f"tiff.{name}" in slide.properties]
         dpi = f"{25400 / float(mpp):.4g}" if mpp else "none"
         return Finding(levels, count(slide.level_count, "level"), dpi, description, _named(found))
 
@@ -155,7 +157,8 @@ def by_ome_zarr_models(path: Path) -> Finding:
     import zarr  # noqa: PLC0415
     from ome_zarr_models import open_ome_zarr  # noqa: PLC0415
 
-    group = open_ome_zarr(zarr.open_group(path, mode="r"))
+    stored = zarr.open_group(path, mode="r")
+    group = open_ome_zarr(stored)
     (image,) = group.ome_attributes.multiscales
     shapes = [group.members[dataset.path].shape for dataset in image.datasets]
     scales = [dataset.coordinateTransformations[0].scale for dataset in image.datasets]
@@ -163,8 +166,10 @@ def by_ome_zarr_models(path: Path) -> Finding:
     scale = f"{scales[0][-1]:.4g} {units.pop()}" if units else "none"
     geometry = ", ".join(f"{width}×{height}×{channels}" for channels, height, width in shapes)
     version = group.ome_attributes.version
-    extra = ["omero"] if getattr(group.ome_attributes, "omero", None) else []
-    return Finding(geometry, f"{count(len(shapes), 'level')}, version {version}", scale, "none", _named(extra))
+    found = ["omero"] if getattr(group.ome_attributes, "omero", None) else []
+    texts: Any = stored.attrs.get("xmp", {})  # beside what OME-Zarr knows
+    found += [f"{name} {', '.join(values)}" for name, values in texts.items() if name.startswith("dc:")]
+    return Finding(geometry, f"{count(len(shapes), 'level')}, version {version}", scale, "none", _named(found))
 
 
 def by_pdfinfo(path: Path) -> Finding:

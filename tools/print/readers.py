@@ -14,8 +14,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import click
 import numpy as np
@@ -25,6 +26,7 @@ import yaml
 from tools.print.opening import READERS, Finding, missing
 
 CONTENT_PX, OUTPUT_PX = (320, 240), 640
+CMYK_PROFILE = "cmyk.icc"
 BEGIN, END = "<!-- made by tools.print.readers: begin -->", "<!-- end -->"
 TAGS = {
     "EXIF:Artist": "A. Painter",
@@ -38,24 +40,33 @@ TAGS = {
 
 @dataclass(frozen=True)
 class Output:
-    """An output of `pipeline export`, or with `proof` of `pipeline preview --proof`."""
+    """An output of a command; `{folder}` in its options is where all files are."""
 
     label: str
     name: str
-    options: tuple[str, ...] = field(default=())
-    proof: bool = False
+    options: tuple[str, ...] = ()
+    command: Literal["run", "export", "preview"] = "export"
 
 
 OUTPUTS = (
     Output("TIFF, `for: print`", "print.tif", ("--for", "print")),
     Output("TIFF, `for: viewer`", "viewer.tif"),
     Output("TIFF, `levels: subifds`", "subifds.tif", ("--levels", "subifds")),
+    Output("TIFF, `bleed: 5mm`", "picture.tif", command="run"),
+    Output(
+        "TIFF, `profile: content`, `metadata: keep-gps`",
+        "wide.tif",
+        ("--profile", "content", "--metadata", "keep-gps"),
+    ),
+    Output(
+        "TIFF, `for: print`, `profile:` CMYK", "cmyk.tif", ("--for", "print", "--profile", f"{{folder}}/{CMYK_PROFILE}")
+    ),
     Output("PNG", "picture.png"),
     Output("JPEG", "picture.jpg"),
     Output("DeepZoom", "picture.dz"),
     Output("OME-Zarr", "picture.zarr"),
-    Output("proof sheet, PDF", "proof.pdf", proof=True),
-    Output("proof sheet, TIFF", "proof.tif", proof=True),
+    Output("proof sheet, PDF", "proof.pdf", command="preview"),
+    Output("proof sheet, TIFF", "proof.tif", command="preview"),
 )
 
 
@@ -80,6 +91,7 @@ def make_inputs(folder: Path) -> Path:
     pyvips.Image.new_from_array(np.roll(pixels >> 8, 99, 1).astype(np.uint8), interpretation="srgb").write_to_file(
         str(folder / "style.png")
     )
+    (folder / CMYK_PROFILE).write_bytes(pyvips.Operation.call("profile_load", "cmyk"))
     if not missing("exiftool"):
         tags = [f"-{name}={value}" for name, value in TAGS.items()]
         subprocess.run(["exiftool", "-q", "-overwrite_original", *tags, str(folder / "content.tif")], check=True)
@@ -91,6 +103,7 @@ def make_inputs(folder: Path) -> Path:
         "initial_size": OUTPUT_PX,
         "network": {"name": "vgg19-lite"},
         "optimizer": {"max_iterations": 1},
+        "export": {"bleed": "5mm"},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -104,10 +117,11 @@ def make_outputs(folder: Path, settings: tuple[str, ...]) -> None:
     pipeline("run", "-c", config, *values)
     for output in OUTPUTS:
         path = folder / output.name
-        if output.proof:
+        if output.command == "preview":
             pipeline("preview", "-c", config, *values, "--proof", "a4", "-o", path)
-        else:
-            pipeline("export", "-c", config, *values, "-o", path, *output.options)
+        elif output.command == "export":
+            options = (option.format(folder=folder) for option in output.options)
+            pipeline("export", "-c", config, *values, "-o", path, *options)
 
 
 def rows_of(folder: Path) -> list[tuple[str, ...]]:

@@ -147,7 +147,7 @@ def _given(section: BaseModel, prefix: str = "") -> Iterator[str]:
         elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
             for index, entry in enumerate(value):
                 yield from _given(entry, f"{key}.{index}.")
-        else:
+        elif value is not None:
             yield f"{key} {value.name if isinstance(value, Path) else value}"
 
 

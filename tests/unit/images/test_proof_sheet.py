@@ -11,6 +11,7 @@ import pyvips
 
 from pipeline.core.cancel import NEVER
 from pipeline.images.proof_sheet import ProofSheet, write_proof
+from pipeline.images.sheet import text_image
 
 MM = 150 / 25.4  # px
 
@@ -79,3 +80,12 @@ def test_patches_are_the_primaries_and_greys() -> None:
     row = pixels[len(pixels) - round(26 * MM)]
     for colour in ([0, 0, 0], [128, 128, 128], [255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 255, 255], [255, 255, 0]):
         assert (row == colour).all(1).sum() > 5 * MM, colour
+
+
+def test_a_number_is_not_broken_over_two_lines() -> None:
+    """A weight of 0.25 that is printed as 0. and 25 is read as another weight."""
+    whole = text_image([("", "weight 0.25")], 20)
+    first, word = (text_image([("", text)], 20, whole.width - 20) for text in ("weight 0.25", "weight"))
+    line = first.numpy()[: word.height, : word.width]
+    assert first.height == 2 * word.height
+    assert np.array_equal(line, word.numpy()) and (first.numpy()[: word.height, word.width :] == 255).all()
