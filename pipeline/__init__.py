@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from pipeline.commands.run import run
     from pipeline.commands.status import status
     from pipeline.commands.verify.verify import verify
+    from pipeline.commands.view import view
     from pipeline.config.config import Config, load_config
     from pipeline.core.allocator import set_up_process
     from pipeline.rundir.preflight import plan
 
-__all__ = ["Config", "crop", "export", "load_config", "plan", "preview", "run", "set_up_process", "status", "verify"]
+__all__ = ["Config", "crop", "export", "load_config", "plan", "preview", "run", "set_up_process", "status", "verify", "view"]
 
 # The module of each name.
 _HOMES = {
@@ -35,6 +36,7 @@ _HOMES = {
     "set_up_process": "core.allocator",
     "status": "commands.status",
     "verify": "commands.verify.verify",
+    "view": "commands.view",
 }
 
 

@@ -20,6 +20,7 @@ from click.core import ParameterSource
 import pipeline
 from pipeline.cli.arguments import as_json_option, parse_rect, parse_share, with_config, with_log_format, with_run
 from pipeline.cli.signals import discard_unwritable_stdout, stop_on_signals, tolerant_stderr
+from pipeline.cli.view import serve, with_view_options
 from pipeline.core import profiler
 from pipeline.core.errors import ConfigError, DamagedStateError, PipelineError, Stopped, StorageError, storage_error
 from pipeline.core.events import Note, Sink
@@ -231,6 +232,20 @@ def status(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path |
         _echo_json(progress)
     else:
         reports.print_status(progress)
+
+
+@cli.command()
+@with_run
+@with_view_options
+def view(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None, **options: Any) -> None:
+    """Show a run in a browser: before it starts, while it paints, and afterwards.
+
+    Only reads the run directory. Prints the page's address, which has a token, and works until Ctrl-C. From another
+    machine, use `ssh -L`. With --host beyond this machine, the page is sent unencrypted to everybody with the token.
+    """
+    _check_run_options(config_path, run_dir)
+    with _working("plain") as (sink, stop):
+        serve(config_path, overrides, run_dir, sink, stop, **options)
 
 
 @cli.command(epilog=_EXIT_CODES)
