@@ -22,7 +22,19 @@ if TYPE_CHECKING:
     from pipeline.core.allocator import set_up_process
     from pipeline.rundir.preflight import plan
 
-__all__ = ["Config", "crop", "export", "load_config", "plan", "preview", "run", "set_up_process", "status", "verify", "view"]
+__all__ = [
+    "Config",
+    "crop",
+    "export",
+    "load_config",
+    "plan",
+    "preview",
+    "run",
+    "set_up_process",
+    "status",
+    "verify",
+    "view",
+]
 
 # The module of each name.
 _HOMES = {

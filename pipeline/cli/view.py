@@ -19,7 +19,6 @@ import psutil
 import pipeline
 from pipeline.core.events import Sink
 
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = (
@@ -89,6 +88,8 @@ def _opened(address: str) -> Path:
     descriptor, name = tempfile.mkstemp(prefix="pipeline-view-", suffix=".html")
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         quoted = html.escape(address, quote=True)
-        file.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={quoted}"><a href="{quoted}">The page</a>')
+        file.write(
+            f'<!doctype html><meta http-equiv="refresh" content="0; url={quoted}"><a href="{quoted}">The page</a>'
+        )
     webbrowser.open(Path(name).as_uri())
     return Path(name)

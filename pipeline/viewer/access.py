@@ -27,7 +27,9 @@ def new_token() -> str:
 def check_token(token: str) -> None:
     """Raise ConfigError for a token that is short, or has characters that an address cannot."""
     if len(token) < MIN_TOKEN or not all(char.isascii() and (char.isalnum() or char in "-_") for char in token):
-        raise ConfigError(f"--token: give at least {MIN_TOKEN} letters, digits, - or _; it is all that protects the page.")
+        raise ConfigError(
+            f"--token: give at least {MIN_TOKEN} letters, digits, - or _; it is all that protects the page."
+        )
 
 
 def is_loopback(host: str) -> bool:

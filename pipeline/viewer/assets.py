@@ -28,9 +28,7 @@ VENDORED = (
         "BSD-3-Clause",
         "14d587cd3ee7c4861f1a41077ce642029364a21029956ba635bd8fb1202cf9ad",
     ),
-    Vendored(
-        "uplot.min.js", "uplot@1.6.32", "MIT", "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"
-    ),
+    Vendored("uplot.min.js", "uplot@1.6.32", "MIT", "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"),
     Vendored(
         "uplot.min.css", "uplot@1.6.32", "MIT", "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04"
     ),

@@ -103,9 +103,7 @@ class Canvas:
         sides = -(-self.height >> halvings), -(-self.width >> halvings)
         return self._shrunk(rect, shrink - halvings, *sides, self._coarse)
 
-    def _shrunk(
-        self, rect: Rect, halvings: int, height: int, width: int, read: Callable[[Rect], Pixels]
-    ) -> Pixels:
+    def _shrunk(self, rect: Rect, halvings: int, height: int, width: int, read: Callable[[Rect], Pixels]) -> Pixels:
         """A rectangle of a level, as means of what `read` gives from the (height, width) px that it is made of."""
         y0, y1, x0, x1 = (edge << halvings for edge in rect)
         return shrunk(read(Rect(y0, min(y1, height), x0, min(x1, width))), halvings)
@@ -147,10 +145,11 @@ class Canvas:
         values = stored[array.valid_part(cy, cx)]
         if array.encoding is not None:
             values = array.encoding.decoded(values)
-        if values.dtype == np.uint8:
-            return values
-        np.clip(values, 0, 255, out=values)
-        return np.rint(values, out=values).astype(np.uint8)
+        if values.dtype != np.uint8:
+            np.clip(values, 0, 255, out=values)
+            np.rint(values, out=values)
+        pixels: Pixels = values.astype(np.uint8, copy=False)
+        return pixels
 
 
 def max_level(height: int, width: int) -> int:
@@ -170,4 +169,5 @@ def shrunk(pixels_HWC: Pixels, halvings: int) -> Pixels:
     # the rows first: long contiguous sums, and little is left for the second step
     sums = pixels_HWC.reshape(rows, side, -1).sum(axis=1, dtype=np.uint32)
     sums = sums.reshape(rows, columns, side, channels).sum(axis=2, dtype=np.uint32)
-    return ((sums + side * side // 2) // (side * side)).astype(np.uint8)
+    means: Pixels = ((sums + side * side // 2) // (side * side)).astype(np.uint8)
+    return means

@@ -46,10 +46,11 @@ class Crops:
                 raise CropRefusedError("Another crop is being rendered; wait for it.")
             if len(self.entries) >= _KEPT:
                 raise CropRefusedError(f"A viewer keeps {_KEPT} crops; start it again for more.")
-            entry = {"number": len(self.entries), "rect": [x, y, width, height], "state": "rendering", "text": ""}
+            number = len(self.entries)
+            entry: dict[str, Any] = {"number": number, "rect": [x, y, width, height], "state": "rendering", "text": ""}
             self.entries.append(entry)
             self._folder = self._folder or tempfile.TemporaryDirectory(prefix="pipeline-view-crops-")
-            thread = threading.Thread(target=self._render, args=(entry, self._path(entry["number"])), daemon=True)
+            thread = threading.Thread(target=self._render, args=(entry, self._path(number)), daemon=True)
         thread.start()
 
     def image(self, number: int) -> bytes | None:
@@ -76,7 +77,17 @@ class Crops:
 
     def _render(self, entry: dict[str, Any], output: Path) -> None:
         rect = ",".join(map(str, entry["rect"]))
-        command = [sys.executable, "-m", "pipeline", "preview", *self._config_options, "--crop", rect, "-o", str(output)]
+        command = [
+            sys.executable,
+            "-m",
+            "pipeline",
+            "preview",
+            *self._config_options,
+            "--crop",
+            rect,
+            "-o",
+            str(output),
+        ]
         with self._lock:
             if self._closed:
                 return

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - tornado names the methods: get, post, prepare
 """The answers of the server. Every address starts with the token; nothing in an address is used as a path."""
 
 from __future__ import annotations
@@ -6,29 +7,31 @@ import asyncio
 import json
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from concurrent.futures import Executor
+from http.client import responses
+from typing import Any, Protocol, TypeVar
 
-from tornado import httputil, iostream, web
+from tornado import iostream, web
 
 from pipeline.core.errors import DamagedStateError, PipelineError
-from pipeline.core.events import Note
+from pipeline.core.events import Note, Sink
 from pipeline.core.text import printable, shown
 from pipeline.images.tile_codec import TILE_TYPES
 from pipeline.viewer import access, assets, maps
-from pipeline.viewer.crops import CropRefusedError
-from pipeline.viewer.pictures import NoPictureError, SupersededError, TileAddress
-
-if TYPE_CHECKING:
-    from pipeline.viewer.server import Viewer
+from pipeline.viewer.crops import CropRefusedError, Crops
+from pipeline.viewer.pictures import NoPictureError, Pictures, SupersededError, TileAddress
+from pipeline.viewer.snapshot import RunReader
 
 T = TypeVar("T")
 
 _ALIVE_S = 5.0  # an event stream says at least this often that it is alive
+# Of the style element that OpenSeadragon 6.1.1 adds for touch screens.
+_OPENSEADRAGON_STYLE = "'sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE='"
 _POLICY = "; ".join(
     (
         "default-src 'none'",
         "script-src 'self'",
-        "style-src 'self'",
+        f"style-src 'self' {_OPENSEADRAGON_STYLE}",
         "connect-src 'self'",
         "img-src 'self' data: blob:",
         "base-uri 'none'",
@@ -46,18 +49,44 @@ _HEADERS = {
 }
 
 
-class Refusal(web.HTTPError):
+class Site(Protocol):
+    """What the handlers need of the server. `number` grows with every change of the state."""
+
+    token: str
+    listening: str
+    number: int
+    closing: bool
+    sink: Sink
+    pool: Executor
+    reader: RunReader
+    pictures: Pictures
+    crops: Crops
+
+    async def state_text(self) -> str:
+        """The state as JSON in one line."""
+
+    async def wait_for_change(self, seen: int, timeout_s: float) -> None:
+        """Wait until `number` is another one than `seen`, or for a time."""
+
+    def changed(self) -> None:
+        """Wake the pages."""
+
+    def report_damage(self, text: str) -> None:
+        """Show that a chunk is damaged."""
+
+
+class RefusalError(web.HTTPError):
     """A request that is answered with a status and one line of text."""
 
     def __init__(self, status: int, text: str) -> None:
-        super().__init__(status, reason=None)
+        super().__init__(status)
         self.text = text
 
 
 class Handler(web.RequestHandler):
     """Base class: refuses wrong tokens and hosts, and answers errors with one line."""
 
-    def initialize(self, viewer: Viewer) -> None:
+    def initialize(self, viewer: Site) -> None:
         self.viewer = viewer
         self.gone = False
 
@@ -66,10 +95,10 @@ class Handler(web.RequestHandler):
             self.set_header(name, value)
 
     def prepare(self) -> None:
-        if not access.allowed_host(self.request.headers.get("Host"), self.viewer.options.host):
-            raise Refusal(403, "This name is not the viewer's. Open the address that `pipeline view` printed.")
+        if not access.allowed_host(self.request.headers.get("Host"), self.viewer.listening):
+            raise RefusalError(403, "This name is not the viewer's. Open the address that `pipeline view` printed.")
         if not access.right_token(self.viewer.token, self.path_kwargs.pop("token", "")):
-            raise Refusal(403, "The token in the address is missing or wrong. Open what `pipeline view` printed.")
+            raise RefusalError(403, "The token in the address is missing or wrong. Open what `pipeline view` printed.")
 
     def compute_etag(self) -> None:
         return None
@@ -82,14 +111,14 @@ class Handler(web.RequestHandler):
 
         def call() -> T:
             if self.gone:
-                raise Refusal(499, "the browser no longer waits")
+                raise RefusalError(499, "the browser no longer waits")
             return function(*arguments)
 
         return await asyncio.get_running_loop().run_in_executor(self.viewer.pool, call)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None, None))[1]
-        text = error.text if isinstance(error, Refusal) else httputil.responses.get(status_code, "error")
+        text = error.text if isinstance(error, RefusalError) else responses.get(status_code, "error")
         self.set_header("Content-Type", "text/plain; charset=utf-8")
         self.finish(f"{text}\n")
 
@@ -106,7 +135,7 @@ class Unknown(Handler):
         given = self.request.path.split("/")[1:2]
         self.path_kwargs["token"] = given[0] if given else ""
         super().prepare()
-        raise Refusal(404, "There is nothing at this address.")
+        raise RefusalError(404, "There is nothing at this address.")
 
 
 class Asset(Handler):
@@ -115,7 +144,7 @@ class Asset(Handler):
     def get(self, name: str = "index.html") -> None:
         data = assets.page_files().get(name or "index.html")
         if data is None:
-            raise Refusal(404, "The page has no such file.")
+            raise RefusalError(404, "The page has no such file.")
         self.set_header("Content-Type", assets.content_type(name or "index.html"))
         self.write(data)
 
@@ -156,14 +185,14 @@ class Tile(Handler):
         try:
             data = await self.in_thread(self.viewer.pictures.tile, address)
         except NoPictureError as error:
-            raise Refusal(404, str(error)) from None
+            raise RefusalError(404, str(error)) from None
         except SupersededError as error:
-            raise Refusal(410, str(error)) from None
+            raise RefusalError(410, str(error)) from None
         except DamagedStateError as error:
             self.viewer.report_damage(str(error))
-            raise Refusal(502, str(error)) from None
+            raise RefusalError(502, str(error)) from None
         except (PipelineError, OSError) as error:
-            raise Refusal(503, shown(str(error), 300)) from None
+            raise RefusalError(503, shown(str(error), 300)) from None
         self.set_header("Content-Type", TILE_TYPES[suffix])
         self.set_header("Cache-Control", "private, max-age=31536000, immutable")
         self.write(data)
@@ -176,7 +205,7 @@ class Map(Handler):
         try:
             data = await self.in_thread(maps.chunk_map, self.viewer.reader, kind)
         except (PipelineError, OSError) as error:
-            raise Refusal(404, shown(str(error), 300)) from None
+            raise RefusalError(404, shown(str(error), 300)) from None
         self.set_header("Content-Type", "application/json")
         self.write(json.dumps(data))
 
@@ -186,27 +215,27 @@ class Crop(Handler):
 
     async def post(self) -> None:
         if not access.same_origin(self.request.headers.get("Origin"), self.request.headers.get("Host")):
-            raise Refusal(403, "Crops are ordered from the page itself.")
+            raise RefusalError(403, "Crops are ordered from the page itself.")
         if self.request.headers.get("Content-Type") != "application/json":  # which no foreign form can send
-            raise Refusal(400, "Send x, y, width and height as JSON.")
+            raise RefusalError(400, "Send x, y, width and height as JSON.")
         try:
             rect = json.loads(self.request.body)
             numbers = [rect[name] for name in ("x", "y", "width", "height")]
         except (ValueError, LookupError, TypeError):
-            raise Refusal(400, "Send x, y, width and height as JSON.") from None
+            raise RefusalError(400, "Send x, y, width and height as JSON.") from None
         if not all(type(number) is int and 0 <= number < 10_000_000 for number in numbers):
-            raise Refusal(400, "x, y, width and height are whole px.")
+            raise RefusalError(400, "x, y, width and height are whole px.")
         try:
             self.viewer.crops.start(*numbers)
         except CropRefusedError as error:
-            raise Refusal(409, str(error)) from None
+            raise RefusalError(409, str(error)) from None
         self.viewer.changed()
         self.set_status(202)
 
     async def get(self, number: str) -> None:
         data = await self.in_thread(self.viewer.crops.image, int(number))
         if data is None:
-            raise Refusal(404, "There is no such crop.")
+            raise RefusalError(404, "There is no such crop.")
         self.set_header("Content-Type", "image/png")
         self.write(data)
 
@@ -217,7 +246,7 @@ _TILE_PATTERN = (
 )
 
 
-def routes(viewer: Viewer) -> list[Any]:
+def routes(viewer: Site) -> list[Any]:
     """The handlers by address."""
     token = r"/(?P<token>[A-Za-z0-9_-]+)/"
     patterns: list[tuple[str, type[Handler]]] = [

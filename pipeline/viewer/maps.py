@@ -6,6 +6,7 @@ checksums in the journal, so that a value may be of one iteration or the next. A
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -34,6 +35,7 @@ def chunk_map(reader: RunReader, kind: str) -> dict[str, Any]:
     at = snapshot.position
     gradient = _array(reader, snapshot, GRADIENT)
     newest, other = (_array(reader, snapshot, f"canvas_{slot}") for slot in (at.newest_slot, 1 - at.newest_slot))
+    values: Sequence[Sequence[float | None]]
     if kind == "progress":
         values = _progress(gradient, other, _committed_at(snapshot))
     elif kind == "gradient":
@@ -70,8 +72,8 @@ def _committed_at(snapshot: Snapshot) -> float:
     return datetime.fromisoformat(times[-1]).timestamp() if times else 0.0
 
 
-def _progress(gradient: StageArray, written: StageArray, since: float) -> list[list[int | None]]:
-    rows: dict[int, list[int | None]] = {}
+def _progress(gradient: StageArray, written: StageArray, since: float) -> list[list[int]]:
+    rows: dict[int, list[int]] = {}
     for cy, cx in gradient.chunk_indices():
         rows.setdefault(cy, []).append(
             2 if _is_newer(written, cy, cx, since) else 1 if _is_newer(gradient, cy, cx, since) else 0
@@ -86,7 +88,7 @@ def _is_newer(array: StageArray, cy: int, cx: int, since: float) -> bool:
         return False
 
 
-def _grid(array: StageArray, value: Any) -> list[list[float | None]]:
+def _grid(array: StageArray, value: Callable[[Rect], float | None]) -> list[list[float | None]]:
     height, width, _ = array.shape
     rows: dict[int, list[float | None]] = {}
     for cy, _, part in chunks_of(Rect(0, height, 0, width), array.chunk_px):

@@ -113,7 +113,9 @@ class Pictures:
         return canvas_of(self._reader, snapshot, int(picture.removeprefix("stage_")))
 
     def _newest_version(self, snapshot: Snapshot, picture: str) -> str | None:
-        return next((one["version"] for one in self.listing(snapshot) if one["id"] == picture and "version" in one), None)
+        return next(
+            (one["version"] for one in self.listing(snapshot) if one["id"] == picture and "version" in one), None
+        )
 
 
 def canvas_of(reader: RunReader, snapshot: Snapshot, stage: int) -> StageArray:
@@ -140,4 +142,13 @@ def _input_version(pixels: StageArray) -> str:
 
 
 def _picture(identity: str, version: str, height: int, width: int) -> dict[str, Any]:
-    return {"id": identity, "version": version, "height": height, "width": width, "tile_px": TILE_PX, "problem": ""}
+    return {
+        "id": identity,
+        "version": version,
+        "tiles": f"tiles/{identity}/{version}/",
+        "height": height,
+        "width": width,
+        "tile_px": TILE_PX,
+        "overlap": 0,
+        "problem": "",
+    }

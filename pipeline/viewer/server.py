@@ -7,7 +7,7 @@ import json
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,9 @@ class Viewer:
                 "a --token of your own to say that you mean it; `ssh -L` needs neither."
             )
         self.options, self.sink, self.config = options, sink, config
+        self.listening = options.host
         self.token = options.token or access.new_token()
+        self.pool: Executor
         self.reader = RunReader(work_dir)
         self.number, self.closing = 0, False
         self._session = secrets.token_hex(4)
@@ -73,7 +75,10 @@ class Viewer:
         self.crops = Crops(self.options.config_options, self.options.allow_crops, self._changed_on_thread)
         self.pictures = Pictures(self.reader, self.inputs)
         try:
-            with ThreadPoolExecutor(_TILE_THREADS, "tiles") as self.pool, ThreadPoolExecutor(1, "watch") as self._watcher:
+            with (
+                ThreadPoolExecutor(_TILE_THREADS, "tiles") as self.pool,
+                ThreadPoolExecutor(1, "watch") as self._watcher,
+            ):
                 asyncio.run(self._serve(stop, on_ready))
         finally:
             self.crops.close()
@@ -129,7 +134,7 @@ class Viewer:
 
     def changed(self) -> None:
         """Wake the pages; on the server's thread."""
-        asyncio.ensure_future(self._notify())
+        self._waking = asyncio.ensure_future(self._notify())  # kept: the loop itself holds tasks weakly
 
     def _changed_on_thread(self) -> None:
         if self._loop is not None and not self._loop.is_closed():

@@ -168,7 +168,7 @@ def _log(records: Sequence[Record]) -> list[dict[str, str]]:
     return lines[-_LOG_LINES:]
 
 
-def _line(record: Record) -> str:
+def _line(record: Record) -> str:  # noqa: PLR0911 - one for each kind
     match record:
         case Begun():
             return "the run began"
