@@ -8,6 +8,7 @@ contents, and browsers may keep it for ever.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,7 @@ class Pictures:
 
     def __init__(self, reader: RunReader, inputs: Inputs) -> None:
         self._reader, self._inputs = reader, inputs
+        self.busy_s = 0.0  # processor time of all tiles so far, nearly: two threads may add at once
         self._blocks: Recent[Pixels] = Recent(_BLOCK_BYTES, array_bytes)
         self._canvases: Recent[Canvas] = Recent(_OVERVIEW_BYTES, lambda canvas: canvas.overview_bytes + 2**16)
         self._tiles: Recent[bytes] = Recent(_TILE_BYTES, text_bytes)
@@ -82,6 +84,7 @@ class Pictures:
         """The file of one tile. Raises NoPictureError, SupersededError, ChunkError for damage, StorageError."""
         if (found := self._tiles.get(at)) is not None:
             return found
+        started = time.thread_time()
         canvas = self._canvas(at.picture, at.version)
         try:
             pixels = canvas.tile(at.level, at.column, at.row)
@@ -92,7 +95,9 @@ class Pictures:
             if at.version != self._newest_version(self._reader.read_again(), at.picture):
                 raise SupersededError(f"{at.picture}: {at.version} is gone, the run has gone on") from None
             raise
-        return self._tiles.put(at, encode_tile(pixels, at.suffix))
+        data = self._tiles.put(at, encode_tile(pixels, at.suffix))
+        self.busy_s += time.thread_time() - started
+        return data
 
     def _canvas(self, picture: str, version: str) -> Canvas:
         found = self._canvases.get((picture, version))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +29,10 @@ from pipeline.viewer.state import Usage, run_state
 
 _WATCH_S = 0.5
 _TILE_THREADS = 2
+# A new iteration is announced when the tiles of the one before have taken at most a hundredth of the machine since, but
+# within a minute: iterations of a canvas so large that its tiles take longer are far apart.
+_REST = 100
+_MIN_PAUSE_S, _MAX_PAUSE_S = 1.0, 60.0
 _MAX_REQUEST_BYTES = 10_000
 
 
@@ -61,6 +67,7 @@ class Viewer:
         self.pool: Executor
         self.reader = RunReader(work_dir)
         self.number, self.closing = 0, False
+        self._busy_s = self._pause_until_s = 0.0
         self._session = secrets.token_hex(4)
         self._snapshot = Snapshot()
         self._damage: list[str] = []
@@ -118,6 +125,11 @@ class Viewer:
         snapshot = await loop.run_in_executor(self._watcher, self.reader.latest)
         if snapshot is self._snapshot and self.number:
             return
+        if self._is_next_iteration(snapshot) and time.monotonic() < self._pause_until_s:
+            return
+        busy_s, self._busy_s = self.pictures.busy_s - self._busy_s, self.pictures.busy_s
+        pause_s = min(_MAX_PAUSE_S, max(_MIN_PAUSE_S, _REST * busy_s / (os.cpu_count() or 1)))
+        self._pause_until_s = time.monotonic() + pause_s
         if snapshot.position != self._snapshot.position:
             self._damage.clear()  # found at the position before; tiles of the new one will tell
         self._snapshot = snapshot
@@ -126,6 +138,16 @@ class Viewer:
         elif self.config is not None:
             self.inputs.want(inputs_of_config(self.config))
         await self._notify()
+
+    def _is_next_iteration(self, snapshot: Snapshot) -> bool:
+        """Whether only another iteration of the same stage is new: the pages can wait for it."""
+        old, new = self._snapshot, snapshot
+        same_run = (old.owner, old.problem, old.manifest) == (new.owner, new.problem, new.manifest)
+        return same_run and (old.position.stage, old.position.prepared, old.position.stage_done) == (
+            new.position.stage,
+            new.position.prepared,
+            new.position.stage_done,
+        )
 
     async def _notify(self) -> None:
         self.number += 1

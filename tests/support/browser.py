@@ -49,6 +49,10 @@ class Browser:
         """The value of a JavaScript expression."""
         return self.driver.execute_script(f"return {script}")
 
+    def do(self, script: str) -> None:
+        """Run a statement of JavaScript."""
+        self.driver.execute_script(script)
+
     def wait(self, script: str, timeout_s: float = 30) -> Any:
         """Wait until an expression is true, and give its value."""
         from selenium.webdriver.support.ui import WebDriverWait
