@@ -12,6 +12,7 @@ from types import ModuleType
 TYPE_CHECKING = False  # importing typing would be the slowest step before the signal handlers are installed
 if TYPE_CHECKING:
     from pipeline.commands.export import export
+    from pipeline.commands.gallery import gallery
     from pipeline.commands.preview.crop import crop
     from pipeline.commands.preview.preview import preview
     from pipeline.commands.run import run
@@ -26,6 +27,7 @@ __all__ = [
     "Config",
     "crop",
     "export",
+    "gallery",
     "load_config",
     "plan",
     "preview",
@@ -41,6 +43,7 @@ _HOMES = {
     "Config": "config.config",
     "crop": "commands.preview.crop",
     "export": "commands.export",
+    "gallery": "commands.gallery",
     "load_config": "config.config",
     "plan": "rundir.preflight",
     "preview": "commands.preview.preview",

@@ -288,7 +288,7 @@ def verify(
 
 @cli.command()
 @with_run
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Image file to write.")
+@click.option("-o", "--output", required=True, help="Image file to write, or a folder with / at its end: a gallery.")
 @click.option("--stage", type=int, metavar="N", help="Stage to export; default the newest.")
 @click.option(
     "--bits",
@@ -315,12 +315,15 @@ def export(
     config_path: Path | None,
     overrides: tuple[str, ...],
     run_dir: Path | None,
-    output: Path,
+    output: str,
     stage: int | None,
     force: bool,
     **options: Any,
 ) -> None:
-    """Write the canvas of any stage as an image, at any time."""
+    """Write the canvas of any stage as an image, at any time.
+
+    With / at its end the output is a gallery: a folder with a page and tiles, for any web host (docs/viewer.md).
+    """
     bits = options["bits"] if options["bits"] == "auto" else int(options["bits"])
     _check_run_options(config_path, run_dir)
     # An option that was given explicitly must not be ignored, even if its value is the default.
@@ -331,9 +334,16 @@ def export(
 
         export_config = ExportConfig.model_validate({**options, "bits": bits})
         work_dir, write = _work_dir(config_path, overrides, run_dir), pipeline.export
-        refuse_unheeded(output, {name: options[name] for name in given})
+        image = Path(output)
+        common: dict[str, Any] = {"stage": stage, "sink": sink, "stop": stop}
+        if output.endswith("/"):
+            if given or force:
+                raise click.UsageError("a gallery is a new folder, with its own options: omit those of image files")
+            click.echo(pipeline.gallery(work_dir, image.absolute(), **common))
+            return
+        refuse_unheeded(image, {name: options[name] for name in given})
         _raise_if_stopped(stop)
-        path = write(work_dir, output.absolute(), stage=stage, options=export_config, force=force, sink=sink, stop=stop)
+        path = write(work_dir, image.absolute(), options=export_config, force=force, **common)
     click.echo(path)
 
 

@@ -56,7 +56,7 @@ const find = (id) => shown().find((picture) => picture.id === id);
 const stages = () => shown().filter((picture) => picture.kind === "stage");
 
 function choosePictures() {
-  const newest = stages().at(-1);
+  const newest = stages().at(-1) ?? shown().find((picture) => picture.kind === "gallery");
   if (!find(page.a) || (page.following && newest)) page.a = (newest ?? find("content") ?? shown()[0])?.id ?? null;
   if (!find(page.b) || page.b === page.a) page.b = (page.a === "content" ? newest : find("content") ?? shown().find((picture) => picture.id !== page.a))?.id ?? null;
   for (const [element, chosen] of [[$("picture-a"), page.a], [$("picture-b"), page.b]]) {
@@ -150,7 +150,7 @@ const PHASES = { waiting: "waiting for the run", running: "painting", done: "don
 
 function writeHeader() {
   const { state } = page;
-  document.title = `${state.name} – pipeline view`;
+  document.title = document.documentElement.dataset.gallery ? state.name : `${state.name} – pipeline view`;
   $("name").textContent = state.name;
   $("name").title = state.work_dir;
   $("phase").textContent = PHASES[state.phase];
@@ -167,7 +167,7 @@ function writeFacts() {
   const total = state.stages.reduce((sum, stage) => sum + work(stage, stage.max_iterations), 0);
   const done = state.stages.reduce((sum, stage) => sum + work(stage, stage.state === "done" ? stage.max_iterations : stage.iterations), 0);
   $("bar").value = total ? done / total : 0;
-  const facts = [
+  const facts = document.documentElement.dataset.gallery ? [["picture", px(state.width, state.height)], ...(state.credit ? [["credit", state.credit]] : [])] : [
     ["picture", state.width ? px(state.width, state.height) : "not planned yet"],
     ...(state.dpi && state.width ? [["print", `${((state.width / state.dpi) * 2.54).toFixed(1)} × ${((state.height / state.dpi) * 2.54).toFixed(1)} cm at ${state.dpi} dpi`]] : []),
     ["time left", state.phase === "running" ? duration(state.eta_s) : "–"],
@@ -286,5 +286,6 @@ viewA.viewer.addHandler("update-viewport", writeScale);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => setTheme(event.matches ? "dark" : "light"));
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 writePanelButton();
-follow(receive, lost);
+if (document.documentElement.dataset.gallery) fetch("gallery.json").then((answer) => answer.json()).then(receive);
+else follow(receive, lost);
 window.pipelineView = { page, viewA, viewB, setMode, setSwipe, choose }; // for tests, and for the curious

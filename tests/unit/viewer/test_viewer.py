@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -306,3 +307,23 @@ def test_page_names_no_other_host() -> None:
     for name, data in own.items():
         text = data.decode().replace("http://www.w3.org/2000/svg", "")
         assert "http:" not in text and "https:" not in text and "//cdn" not in text, name
+
+
+def test_gallery_is_a_folder_that_any_host_serves(finished, tmp_path) -> None:
+    """Every file that the page names is there, with the exported pixels and the content for before and after."""
+    folder = pipeline.gallery(finished.parent / "run", tmp_path / "gallery")
+    state = json.loads((folder / "gallery.json").read_text())
+    assert [one["id"] for one in state["pictures"]] == ["picture", "content"]
+    page = (folder / "index.html").read_text()
+    assert 'data-gallery="yes"' in page
+    for name in re.findall(r'(?:src|href)="([^"]+)"', page):
+        assert (folder / name).is_file(), name
+    for one, file in zip(state["pictures"], ("out.png", "content.png"), strict=True):
+        top = (max(one["width"], one["height"]) - 1).bit_length()
+        tile = pyvips.Image.new_from_file(str(folder / f"{one['tiles']}{top}/0_0.jpg"))
+        image = pyvips.Image.new_from_file(str(finished.parent / file))
+        assert (tile.width, tile.height) == (image.width, image.height) == (one["width"], one["height"])
+        assert (tile.gaussblur(3).cast("double") - image.gaussblur(3)).abs().avg() < 4  # JPEG of noise
+    with pytest.raises(ConfigError, match="exists"):
+        pipeline.gallery(finished.parent / "run", tmp_path / "gallery")
+    assert [path.name for path in tmp_path.iterdir()] == ["gallery"]
