@@ -95,6 +95,7 @@ function label(picture) {
 }
 
 function setMode(mode) {
+  const half = (mode === "beside") !== (page.mode === "beside");
   page.mode = mode;
   document.querySelectorAll("[data-mode]").forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.mode === mode)));
   $("picture-b-row").hidden = mode === "single";
@@ -103,6 +104,7 @@ function setMode(mode) {
   $("swipe").hidden = mode !== "swipe";
   viewA.clipAt(mode === "swipe" ? swipeX() : null);
   if (page.state) showPictures();
+  if (half) setTimeout(() => viewA.home(), 100); // the width of a picture has changed: OpenSeadragon sees it a frame later
 }
 
 function choose(place, id) {
