@@ -13,6 +13,7 @@ TYPE_CHECKING = False  # importing typing would be the slowest step before the s
 if TYPE_CHECKING:
     from pipeline.commands.clean import clean
     from pipeline.commands.export import export
+    from pipeline.commands.gallery import gallery
     from pipeline.commands.measure import measured_time
     from pipeline.commands.preview.crop import crop
     from pipeline.commands.preview.preview import preview
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.commands.start import outlook
     from pipeline.commands.status import status
     from pipeline.commands.verify.verify import verify
+    from pipeline.commands.view import view
     from pipeline.config.config import Config, load_config
     from pipeline.core.allocator import set_up_process
     from pipeline.rundir.preflight import plan
@@ -30,6 +32,7 @@ __all__ = [
     "clean",
     "crop",
     "export",
+    "gallery",
     "load_config",
     "measured_time",
     "outlook",
@@ -40,6 +43,7 @@ __all__ = [
     "set_up_process",
     "status",
     "verify",
+    "view",
 ]
 
 # The module of each name.
@@ -48,6 +52,7 @@ _HOMES = {
     "clean": "commands.clean",
     "crop": "commands.preview.crop",
     "export": "commands.export",
+    "gallery": "commands.gallery",
     "load_config": "config.config",
     "measured_time": "commands.measure",
     "outlook": "commands.start",
@@ -58,6 +63,7 @@ _HOMES = {
     "set_up_process": "core.allocator",
     "status": "commands.status",
     "verify": "commands.verify.verify",
+    "view": "commands.view",
 }
 
 

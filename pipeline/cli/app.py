@@ -28,6 +28,7 @@ from pipeline.cli.init import init
 from pipeline.cli.on_finish import OnFinish
 from pipeline.cli.run import run
 from pipeline.cli.signals import discard_unwritable_stdout, tolerant_stderr
+from pipeline.cli.view import serve, with_view_options
 from pipeline.cli.working import (
     EXIT_CODES,
     check_run_options,
@@ -212,6 +213,20 @@ def clean(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | 
     config = None if config_path is None else config_of_run(config_path, overrides)
     work_dir = cast(Path, run_dir) if config is None else config.work_dir
     clean_if_wanted(work_dir, None if config is None else config.output, working, **options)
+
+
+@cli.command()
+@with_run
+@with_view_options
+def view(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None, **options: Any) -> None:
+    """Show a run in a browser: before it starts, while it paints, and afterwards.
+
+    Only reads the run directory. Prints the page's address, which has a token, and works until Ctrl-C. From another
+    machine, use `ssh -L`. With --host beyond this machine, the page is sent unencrypted to everybody with the token.
+    """
+    check_run_options(config_path, run_dir)
+    with working("plain") as (sink, stop):
+        serve(config_path, overrides, run_dir, sink, stop, **options)
 
 
 @cli.command(epilog=EXIT_CODES)

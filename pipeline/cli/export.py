@@ -28,7 +28,7 @@ from pipeline.core.lengths import MAX_DPI, MIN_DPI
 
 @click.command()
 @with_run
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Image file to write.")
+@click.option("-o", "--output", required=True, help="Image file to write, or a folder with / at its end: a gallery.")
 @with_stage("Stage to export, from 1; default the newest.")
 @click.option(
     "--bits",
@@ -90,12 +90,15 @@ def export(
     config_path: Path | None,
     overrides: tuple[str, ...],
     run_dir: Path | None,
-    output: Path,
+    output: str,
     stage: int | None,
     force: bool,
     **options: Any,
 ) -> None:
-    """Write the canvas of any stage as an image, at any time."""
+    """Write the canvas of any stage as an image, at any time.
+
+    With / at its end the output is a gallery: a folder with a page and tiles, for any web host (docs/viewer.md).
+    """
     bits = options["bits"] if options["bits"] == "auto" else int(options["bits"])
     check_run_options(config_path, run_dir)
     _refuse_export_keys(overrides)
@@ -109,11 +112,18 @@ def export(
         export_config = ExportConfig.model_validate({**options, "bits": bits})
         config = config_of_run(config_path, overrides) if config_path is not None else None
         work_dir, write = config.work_dir if config is not None else cast(Path, run_dir), pipeline.export
+        image = Path(output)
+        common: dict[str, Any] = {"stage": stage, "sink": sink, "stop": stop}
+        if output.endswith("/"):
+            if given or force:
+                raise click.UsageError("a gallery is a new folder, with its own options: omit those of image files")
+            click.echo(pipeline.gallery(work_dir, image.absolute(), **common))
+            return
         if config is not None:  # its files may be at other places than when the run began
-            refuse_inputs(output, named_inputs(config))
-        refuse_unheeded(output, {name: options[name] for name in given})
+            refuse_inputs(image, named_inputs(config))
+        refuse_unheeded(image, {name: options[name] for name in given})
         raise_if_stopped(stop)
-        path = write(work_dir, output.absolute(), stage=stage, options=export_config, force=force, sink=sink, stop=stop)
+        path = write(work_dir, image.absolute(), options=export_config, force=force, **common)
     click.echo(path)
 
 

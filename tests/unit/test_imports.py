@@ -56,7 +56,10 @@ def test_names_of_the_package_are_what_they_are_in_any_order_of_imports(first):
 import sys, pipeline
 from pipeline import *
 import pipeline.commands.verify.verify, pipeline.commands.preview.preview
-names = "Config clean crop export load_config measured_time outlook plan preview proof run set_up_process status verify"
+names = (
+    "Config clean crop export gallery load_config measured_time outlook plan preview proof run set_up_process status "
+    "verify view"
+)
 assert pipeline.__all__ == names.split()
 assert all(callable(getattr(pipeline, name)) for name in pipeline.__all__)
 assert pipeline.plan is plan is sys.modules["pipeline.rundir.preflight"].plan

@@ -1,0 +1,95 @@
+"""The `view` command's options, and the browser that it opens."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import os
+import sys
+import tempfile
+import threading
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import click
+import psutil
+
+import pipeline
+from pipeline.core.events import Sink
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Address to listen at; default 127.0.0.1."),
+    click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="N", help="Port; default any free one."),
+    click.option(
+        "--token",
+        envvar="PIPELINE_VIEW_TOKEN",
+        metavar="TEXT",
+        help="Token in the address; default a new one. Set PIPELINE_VIEW_TOKEN instead to hide it from `ps`.",
+    ),
+    click.option("--open", "open_browser", is_flag=True, help="Open the page in a browser."),
+    click.option("--allow-crops", is_flag=True, help="The page may render crops (needs --config)."),
+)
+
+
+def with_view_options(command: F) -> F:
+    """The options of `view` beside those that select the run."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def serve(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    sink: Sink,
+    stop: threading.Event,
+    *,
+    open_browser: bool,
+    **options: Any,
+) -> None:
+    """Serve the page of the run, and print its address, until `stop` is set."""
+    from pipeline.viewer import ViewerOptions  # noqa: PLC0415 - slow
+
+    if options["allow_crops"] and config_path is None:
+        raise click.UsageError("--allow-crops needs --config")
+    config = pipeline.load_config(config_path, overrides) if config_path is not None else None
+    given = [] if config_path is None else ["-c", str(config_path.absolute())]
+    given += [part for setting in overrides for part in ("--set", setting)]
+    work_dir = config.work_dir if config is not None else cast(Path, run_dir).absolute()
+    _be_quiet()
+    with contextlib.ExitStack() as stack:
+
+        def ready(address: str) -> None:
+            click.echo(address)
+            sys.stdout.flush()
+            if open_browser:
+                stack.callback(_opened(address).unlink, missing_ok=True)
+
+        chosen = ViewerOptions(config_options=given, **options)
+        if not stop.is_set():
+            pipeline.view(work_dir, config=config, options=chosen, on_ready=ready, sink=sink, stop=stop)
+
+
+def _be_quiet() -> None:
+    """Give way to the run: the lowest priority for the processor and the disk, where the system has one."""
+    with contextlib.suppress(OSError):
+        os.nice(10)
+    with contextlib.suppress(psutil.Error, OSError, AttributeError):
+        psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
+
+
+def _opened(address: str) -> Path:
+    """Open a file that leads to the page. On a command line, other users of the machine would see the token."""
+    descriptor, name = tempfile.mkstemp(prefix="pipeline-view-", suffix=".html")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        quoted = html.escape(address, quote=True)
+        file.write(
+            f'<!doctype html><meta http-equiv="refresh" content="0; url={quoted}"><a href="{quoted}">The page</a>'
+        )
+    webbrowser.open(Path(name).as_uri())
+    return Path(name)

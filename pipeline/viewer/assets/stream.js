@@ -1,0 +1,38 @@
+// The state of the run: server-sent events, or polling where a proxy holds them back. Reports when the viewer is gone.
+
+const SILENT_MS = 13000; // the server says at least every five seconds that it is alive
+const POLL_MS = 3000;
+
+export function follow(onState, onLost) {
+  let last = performance.now();
+  let polling = false;
+  let source;
+
+  function receive(text) {
+    last = performance.now();
+    onState(JSON.parse(text));
+  }
+
+  function open() {
+    source = new EventSource("events");
+    source.onmessage = (event) => { polling = false; receive(event.data); };
+    source.onerror = () => { onLost(); if (source.readyState === EventSource.CLOSED) polling = true; };
+  }
+
+  async function poll() {
+    try {
+      const answer = await fetch("state", { cache: "no-store" });
+      if (!answer.ok) { onLost(answer.status); return; }
+      receive(await answer.text());
+      if (source.readyState === EventSource.CLOSED) open();
+    } catch {
+      onLost();
+    }
+  }
+
+  open();
+  setInterval(() => {
+    // comments keep the connection open without a message: so a quiet stream is asked, not given up
+    if (polling || performance.now() - last > SILENT_MS) poll();
+  }, POLL_MS);
+}

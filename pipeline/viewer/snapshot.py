@@ -1,0 +1,102 @@
+"""Reads a run directory that another process may be writing: what is committed now, without a lock.
+
+The journal is the only source. It is read again when the file has changed. A run directory that is missing, damaged or
+being repaired is a state that the page shows, not an error: the next read may find it well.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.text import shown
+from pipeline.rundir import (
+    Iteration,
+    Journal,
+    Manifest,
+    Position,
+    Record,
+    journal_path,
+    manifest_path,
+    read_manifest,
+    refuse_links,
+    refuse_unknown_stage,
+    running_owner,
+    standing,
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the run directory holds. `problem`: why it cannot be read; the other fields are then the last ones read.
+
+    `number` grows with every change. `manifest` is None before the run begins. `owner`: the process id of the run.
+    """
+
+    number: int = 0
+    manifest: Manifest | None = None
+    records: Sequence[Record] = ()
+    position: Position = field(default_factory=Position)
+    owner: int | None = None
+    problem: str = ""
+
+    def iterations(self, stage: int) -> list[Iteration]:
+        """The records of the stage's iterations."""
+        return [record for record in self.records if isinstance(record, Iteration) and record.stage == stage]
+
+
+class RunReader:
+    """Gives the newest snapshot of a run directory. Safe to use from any thread."""
+
+    def __init__(self, work_dir: Path) -> None:
+        self.work_dir = work_dir
+        self._lock = threading.Lock()
+        self._seen: object = None
+        self._links_checked: object = None
+        self._latest = Snapshot()
+
+    def latest(self) -> Snapshot:
+        """The newest snapshot; the same object while nothing has changed."""
+        with self._lock:
+            seen = self._times()  # before reading: a record that follows is then read the next time
+            owner = running_owner(self.work_dir)
+            if seen != self._seen:
+                self._latest = replace(self._read(), number=self._latest.number + 1, owner=owner)
+                self._seen = seen
+            elif owner != self._latest.owner:
+                self._latest = replace(self._latest, number=self._latest.number + 1, owner=owner)
+            return self._latest
+
+    def read_again(self) -> Snapshot:
+        """The newest snapshot, read even if the journal looks unchanged: a chunk did not fit its checksum."""
+        with self._lock:
+            self._seen = None
+        return self.latest()
+
+    def _times(self) -> tuple[object, ...]:
+        times: list[object] = []
+        for path in (manifest_path(self.work_dir), journal_path(self.work_dir)):
+            try:
+                status = path.stat(follow_symlinks=False)
+            except OSError as error:
+                times.append(error.errno)
+            else:
+                times.append((status.st_size, status.st_mtime_ns, status.st_ino))
+        return tuple(times)
+
+    def _read(self) -> Snapshot:
+        try:
+            if not manifest_path(self.work_dir).exists():
+                return Snapshot()
+            manifest = read_manifest(manifest_path(self.work_dir))
+            records, position = standing(Journal(journal_path(self.work_dir)))
+            refuse_unknown_stage(self.work_dir, manifest, position)
+            if (stages := (position.stage, position.prepared)) != self._links_checked:
+                refuse_links(self.work_dir)  # of a stranger's run: a link could lead to files outside
+                self._links_checked = stages
+            return Snapshot(manifest=manifest, records=records, position=position)
+        except (PipelineError, OSError) as error:
+            return replace(self._latest, problem=shown(str(error), 500))

@@ -1,0 +1,188 @@
+"""What the page shows besides pictures, as JSON: progress, curves, disk, memory and the log of events."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.rundir import (
+    Begun,
+    CanvasLost,
+    Exported,
+    Iteration,
+    Manifest,
+    Position,
+    Record,
+    StageDone,
+    StagePrepared,
+)
+from pipeline.rundir.records import SmallerTile
+from pipeline.rundir.space import space_taken
+from pipeline.viewer.snapshot import Snapshot
+
+_POINTS = 300  # of a curve: more than a screen shows
+_LOG_LINES = 60
+_DISK_EVERY_S = 60.0  # counting the files of a large store takes a while
+
+
+class Usage:
+    """Disk space and memory of a run; the disk space is counted once a minute."""
+
+    def __init__(self, work_dir: Path) -> None:
+        self._work_dir = work_dir
+        self._used_bytes: int | None = None
+        self._counted_at = -_DISK_EVERY_S
+
+    def measured(self, owner: int | None) -> dict[str, int | None]:
+        """Bytes: `disk_used`, `disk_free`, and `memory` of the run's processes; None where there is none."""
+        if not self._work_dir.is_dir():
+            return {"disk_used": None, "disk_free": None, "memory": None}
+        if time.monotonic() - self._counted_at > _DISK_EVERY_S:
+            with contextlib.suppress(OSError):  # a run deletes files meanwhile
+                self._used_bytes = space_taken(self._work_dir).bytes
+            self._counted_at = time.monotonic()
+        free_bytes = None
+        with contextlib.suppress(OSError):
+            free_bytes = shutil.disk_usage(self._work_dir).free
+        return {"disk_used": self._used_bytes, "disk_free": free_bytes, "memory": _memory_bytes(owner)}
+
+
+def _memory_bytes(owner: int | None) -> int | None:
+    if owner is None:
+        return None
+    try:
+        process = psutil.Process(owner)
+        return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
+    except psutil.Error:
+        return None
+
+
+def run_state(snapshot: Snapshot) -> dict[str, Any]:
+    """The run's phase, stages with their curves, estimate of the remaining time, and log."""
+    manifest, position = snapshot.manifest, snapshot.position
+    if manifest is None:
+        return {"phase": "waiting", "problem": snapshot.problem, "pid": snapshot.owner, "stages": [], "log": []}
+    height, width = manifest.stages[-1].size
+    return {
+        "phase": phase(snapshot),
+        "problem": snapshot.problem,
+        "pid": snapshot.owner,
+        "width": width,
+        "height": height,
+        "stage": position.stage,
+        "iteration": position.iteration,
+        "eta_s": remaining_s(snapshot),
+        "stages": [_stage(snapshot, index) for index in range(len(manifest.stages))],
+        "log": _log(snapshot.records),
+    }
+
+
+def phase(snapshot: Snapshot) -> str:
+    """One of waiting, damaged, running, done, stopped."""
+    manifest, position = snapshot.manifest, snapshot.position
+    if manifest is None:
+        return "waiting"
+    if snapshot.problem:
+        return "damaged"
+    if snapshot.owner is not None:
+        return "running"
+    return "done" if _finished(manifest, position) else "stopped"
+
+
+def _finished(manifest: Manifest, position: Position) -> bool:
+    return position.stage_done and position.stage == len(manifest.stages) - 1
+
+
+def _iterations(manifest: Manifest, stage: int) -> int:
+    # older manifests have only the config's value
+    recorded = manifest.stages[stage].max_iterations
+    return manifest.config.optimizer.max_iterations if recorded is None else recorded
+
+
+def _stage(snapshot: Snapshot, stage: int) -> dict[str, Any]:
+    assert snapshot.manifest is not None
+    records = snapshot.iterations(stage)
+    height, width = snapshot.manifest.stages[stage].size
+    done = next((one for one in snapshot.records if isinstance(one, StageDone) and one.stage == stage), None)
+    prepared = any(isinstance(one, StagePrepared) and one.stage == stage for one in snapshot.records)
+    return {
+        "height": height,
+        "width": width,
+        "state": "done" if done else "painting" if prepared else "waiting",
+        "reason": done.reason if done else "",
+        "iterations": len(records),
+        "max_iterations": _iterations(snapshot.manifest, stage),
+        "seconds": round(sum(_seconds(one) for one in records), 3),
+        "curves": _curves(records),
+    }
+
+
+def _seconds(record: Iteration) -> float:
+    return sum(record.seconds.values())
+
+
+def _curves(records: Sequence[Iteration]) -> dict[str, Any]:
+    step = max(1, len(records) // _POINTS)
+    chosen = [*records[::-step]][::-1]  # from the end, so that the newest is among them
+    layers = sorted({name for record in chosen for name in record.layer_losses})
+    passes = sorted({name for record in chosen for name in record.seconds})
+    return {
+        "iteration": [one.iteration for one in chosen],
+        "objective": [one.objective for one in chosen],
+        "content loss": [one.content_loss for one in chosen],
+        "style loss": [one.style_loss for one in chosen],
+        "mean |u|": [one.mean_abs_u for one in chosen],
+        "layers": {name: [one.layer_losses.get(name) for one in chosen] for name in layers},
+        "passes": {name: [one.seconds.get(name) for one in chosen] for name in passes},
+    }
+
+
+def remaining_s(snapshot: Snapshot) -> float | None:
+    """The time of all iterations that are left, if no stage ends early; None before one was measured."""
+    manifest, position = snapshot.manifest, snapshot.position
+    measured = [one for one in snapshot.records if isinstance(one, Iteration)]
+    if manifest is None or not measured or _finished(manifest, position):
+        return None
+    last = measured[-1].stage
+    recent = [_seconds(one) for one in measured[-6:] if one.stage == last]
+    pixel_s = statistics.median(recent) / _pixels(manifest, last)
+    left = [max(0, _iterations(manifest, position.stage) - position.iteration) * (not position.stage_done)]
+    left += [_iterations(manifest, stage) for stage in range(position.stage + 1, len(manifest.stages))]
+    return sum(count * _pixels(manifest, stage) * pixel_s for stage, count in enumerate(left, start=position.stage))
+
+
+def _pixels(manifest: Manifest, stage: int) -> int:
+    height, width = manifest.stages[stage].size
+    return height * width
+
+
+def _log(records: Sequence[Record]) -> list[dict[str, str]]:
+    lines = [{"time": record.time, "text": text} for record in records if (text := _line(record))]
+    return lines[-_LOG_LINES:]
+
+
+def _line(record: Record) -> str:  # noqa: PLR0911 - one for each kind
+    match record:
+        case Begun():
+            return "the run began"
+        case StagePrepared():
+            return f"stage {record.stage} prepared"
+        case Iteration():
+            text = f"stage {record.stage}, iteration {record.iteration + 1}: objective {record.objective:.4g}"
+            return f"{text}, {_seconds(record):.3g} s"
+        case StageDone():
+            return f"stage {record.stage} done ({record.reason})"
+        case SmallerTile():
+            return f"tiles of {record.tile_px} px from here on: larger ones did not fit in memory"
+        case Exported():
+            return f"image written: {record.output}"
+        case CanvasLost():
+            return f"the canvas of stage {record.stage} was given up by a repair"
+    return ""
