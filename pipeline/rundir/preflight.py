@@ -81,7 +81,16 @@ def plan_on(config: Config, device: Device) -> Plan:
     if config.proof is not None:
         proof_profile(config.proof)
     notes = (*planned.notes, *color_notes(config, images, colors))
+    if colors.profile.space == "CMYK":
+        planned = _with_four_channels(planned)
     return replace(planned, picture=colors.picture_kind(planned.picture), notes=notes)
+
+
+def _with_four_channels(planned: Plan) -> Plan:
+    """The plan with the disk space of the inks: CMYK has a channel more than RGB, and as many as RGB with alpha."""
+    channels = planned.picture.channels
+    files, levels = (size_bytes * 4 // channels for size_bytes in (planned.output_bytes, planned.levels_bytes))
+    return replace(planned, output_bytes=files, levels_bytes=levels)
 
 
 def _check_outputs(config: Config, planned: Plan) -> None:

@@ -129,6 +129,10 @@ def test_a_print_shop_s_profile(tmp_path, call):
     assert outcome.code == 0, outcome.err
     picture = pyvips.Image.new_from_file(str(tmp_path / "out.tif"))
     assert (picture.interpretation, picture.bands, picture.format) == ("cmyk", 4, "ushort")
+    # noise hardly compresses: a plan that forgot the fourth ink would promise space that the disk does not have
+    plain = call("plan", "-c", config, "--set", "export.compression=none", "--set", "export.for=print", "--json")
+    bytes_of = json.loads(plain.out)["output_bytes"]
+    assert bytes_of >= picture.width * picture.height * 4 * 2 * 4 // 3
     outcome = call("run", "-c", config, "--set", "proof=null")
     assert outcome.code != 0 and "proof" in outcome.err
 

@@ -50,6 +50,12 @@ def config(tmp_path) -> Path:
     return write_run(tmp_path, CONTENT_PX, optimizer={"max_iterations": 1})
 
 
+def test_a_preview_says_nothing_of_cleaning(config, call):
+    """The runs of a preview are reused; advice to delete the state of each would bury the lines of its images."""
+    outcome = call("preview", "-c", config, "--size", "48")
+    assert outcome.code == 0 and "pipeline clean" not in outcome.err, outcome
+
+
 @pytest.mark.quick
 def test_the_sheet_names_every_set(config, tmp_path):
     """A sheet that is looked at a week later must say which settings all its images have."""

@@ -22,7 +22,17 @@ from pipeline.commands.preview.sweep import Axis, load_variations
 from pipeline.commands.run import run
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
-from pipeline.core.events import Event, IterationDone, Note, PictureDone, Sink, StageStarted, WorkDone, ignore
+from pipeline.core.events import (
+    Event,
+    IterationDone,
+    Note,
+    PictureDone,
+    Sink,
+    StageDone,
+    StageStarted,
+    WorkDone,
+    ignore,
+)
 from pipeline.core.image_formats import PREVIEW_PX
 from pipeline.core.text import count, shown, work_text
 from pipeline.core.tiling import Size
@@ -147,13 +157,18 @@ class _PreviewSink:
         flops = [stage.flop_per_iteration * stage.max_iterations for stage in plan.stages]
         self._shares = [flop / sum(flops) for flop in flops]
         self.rendering = False
+        self._rendered = False
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StageStarted):
             self.rendering = True
+        elif isinstance(event, StageDone):
+            self._rendered = event.stage == len(self._shares) - 1
         elif isinstance(event, IterationDone):
             share = sum(self._shares[: event.stage])
             share += self._shares[event.stage] * (event.iteration + 1) / event.max_iterations
             self._sink(WorkDone(event.stage, self._what, math.floor(100 * share), 100))
-        elif (isinstance(event, Note) and self.rendering) or (isinstance(event, WorkDone) and event.what == "download"):
+        elif isinstance(event, Note) and self.rendering and not self._rendered:
             self._sink(event)  # earlier notes, of what a resume found, would repeat the line of the image
+        elif isinstance(event, WorkDone) and event.what == "download":
+            self._sink(event)
