@@ -10,9 +10,11 @@ from pipeline.config import LimitsConfig
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink, WorkDone, ignore
+from pipeline.core.text import stage_name
 from pipeline.rundir import (
     Journal,
     Manifest,
+    canvas_space,
     journal_path,
     newest_canvas,
     refuse_links,
@@ -47,13 +49,13 @@ def gallery(
     _, position = standing(Journal(journal_path(work_dir)))
     chosen = choose_stage(work_dir, position, stage)
     if chosen == position.stage and not position.stage_done:
-        raise ConfigError(f"{work_dir}: stage {chosen} is being painted. Give a finished one with --stage.")
+        raise ConfigError(f"{work_dir}: {stage_name(chosen)} is being painted. Give a finished one with --stage.")
     refuse_links(work_dir)
     cancel, read = CancelToken(stop), threading.Event()
     title = Path(manifest.config.output).stem
     inputs = Inputs(LimitsConfig(), read.set)
     try:
-        pictures = [GalleryPicture("picture", title, newest_canvas(work_dir, position, chosen))]
+        pictures = [GalleryPicture("picture", title, newest_canvas(work_dir, position, chosen), canvas_space(manifest))]
         content = _content(inputs, manifest, read, cancel)
         if content is not None and content.pixels is not None:
             pictures.append(GalleryPicture("content", "before", content.pixels))

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.tiling import Rect, chunks_of
+from pipeline.images import OutputColors
 from pipeline.store import StageArray
 
 TILE_PX = 256
@@ -67,11 +68,14 @@ def text_bytes(data: Sized) -> int:
 
 
 class Canvas:
-    """The tiles of one array whose checksums are known. `blocks`: recently read chunks, which canvases share."""
+    """The tiles of one array whose checksums are known.
 
-    def __init__(self, array: StageArray, blocks: Recent[Pixels]) -> None:
+    `blocks`: recently read chunks, which canvases share. `colors`: from the array's colours to sRGB; None: it is sRGB.
+    """
+
+    def __init__(self, array: StageArray, blocks: Recent[Pixels], colors: OutputColors | None = None) -> None:
         assert array.checksums is not None
-        self.array, self._blocks = array, blocks
+        self.array, self._blocks, self._colors = array, blocks, colors
         self.height, self.width, self._channels = array.shape
         self.max_level = max_level(self.height, self.width)
         self._halvings = OVERVIEW
@@ -147,7 +151,9 @@ class Canvas:
             values = array.encoding.decoded(values)
         if values.dtype != np.uint8:
             np.clip(values, 0, 255, out=values)
-            np.rint(values, out=values)
+            if self._colors is not None:
+                values = self._colors.convert(values)
+            values = np.rint(values)
         pixels: Pixels = values.astype(np.uint8, copy=False)
         return pixels
 

@@ -17,8 +17,12 @@ from typing import Any
 
 from pipeline.config import ExportConfig
 from pipeline.core.cancel import CancelToken
+from pipeline.core.color_spaces import SpaceName
 from pipeline.core.errors import ConfigError, storage
 from pipeline.core.files import new_partial, sync_file_system, sync_folder, taken
+from pipeline.core.lengths import DEFAULT_DPI
+from pipeline.images import srgb_output
+from pipeline.plan import sheets_of
 from pipeline.render.export import export_canvas
 from pipeline.store import StageArray
 from pipeline.viewer import assets
@@ -29,11 +33,12 @@ _TILE_PX, _OVERLAP_PX = 254, 1
 
 @dataclass(frozen=True)
 class GalleryPicture:
-    """One picture of a gallery: a name for its folder, a title, and its pixels."""
+    """One picture of a gallery: a name for its folder, a title, and its pixels, in the colours of `space`."""
 
     name: str
     title: str
     pixels: StageArray
+    space: SpaceName = "srgb"
 
 
 def write_gallery(
@@ -57,7 +62,9 @@ def write_gallery(
             for number, picture in enumerate(pictures):
                 tiles = partial / "tiles" / f"{picture.name}.dz"
                 share = _part(on_progress, number, len(pictures))
-                export_canvas([picture.pixels], tiles, ExportConfig(bits=8, quality=90), cancel, share)
+                options = ExportConfig(bits=8, quality=90, dpi=DEFAULT_DPI)
+                (sheet,) = sheets_of(tiles, picture.pixels.shape[:2], options)
+                export_canvas([picture.pixels], sheet, options, srgb_output(picture.space), cancel, share)
             _write_page(partial, pictures, title, credit)
             sync_file_system(partial)
             partial.replace(output)

@@ -16,9 +16,10 @@ import numpy as np
 
 from pipeline.config import MAX_CHUNK_PX
 from pipeline.core.errors import PipelineError
-from pipeline.core.text import shown
+from pipeline.core.text import shown, stage_name
+from pipeline.images import srgb_output
 from pipeline.images.tile_codec import encode_tile
-from pipeline.rundir import Position, newest_canvas
+from pipeline.rundir import Position, canvas_space, newest_canvas
 from pipeline.store import METADATA, ChunkError, StageArray, checksum, result_name
 from pipeline.viewer.canvas import TILE_PX, Canvas, Pixels, Recent, array_bytes, text_bytes
 from pipeline.viewer.inputs import Inputs
@@ -63,13 +64,13 @@ class Pictures:
         """Every picture as the page's state has it, stages first."""
         manifest, position = snapshot.manifest, snapshot.position
         pictures = []
-        for stage in sorted(position.slots) if manifest else ():
+        for stage in sorted(position.slots) if manifest and not position.cleaned else ():
             height, width = manifest.stages[stage].size  # type: ignore[union-attr]
             running = stage == position.stage and not position.stage_done
             pictures.append(
                 {
                     **_picture(f"stage_{stage}", version_of(position, stage), height, width),
-                    "title": f"stage {stage}{', being painted' if running else ''}",
+                    "title": f"{stage_name(stage)}{', being painted' if running else ''}",
                     "kind": "stage",
                 }
             )
@@ -109,13 +110,15 @@ class Pictures:
             raise NoPictureError(f"there is no picture {shown(picture, 40)}")
         if newest != version:
             raise SupersededError(f"{picture}: {shown(version, 40)} is gone; {newest} is the newest")
-        return self._canvases.put((picture, version), Canvas(self._array(snapshot, picture), self._blocks))
+        return self._canvases.put((picture, version), self._opened(snapshot, picture))
 
-    def _array(self, snapshot: Snapshot, picture: str) -> StageArray:
+    def _opened(self, snapshot: Snapshot, picture: str) -> Canvas:
         for prepared in self._inputs.all():
             if prepared.file.id == picture and prepared.pixels is not None:
-                return prepared.pixels
-        return canvas_of(self._reader, snapshot, int(picture.removeprefix("stage_")))
+                return Canvas(prepared.pixels, self._blocks)
+        array = canvas_of(self._reader, snapshot, int(picture.removeprefix("stage_")))
+        assert snapshot.manifest is not None
+        return Canvas(array, self._blocks, srgb_output(canvas_space(snapshot.manifest)))
 
     def _newest_version(self, snapshot: Snapshot, picture: str) -> str | None:
         return next(

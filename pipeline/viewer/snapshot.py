@@ -25,6 +25,7 @@ from pipeline.rundir import (
     refuse_links,
     refuse_unknown_stage,
     running_owner,
+    stages_of,
     standing,
 )
 
@@ -97,6 +98,8 @@ class RunReader:
             if (stages := (position.stage, position.prepared)) != self._links_checked:
                 refuse_links(self.work_dir)  # of a stranger's run: a link could lead to files outside
                 self._links_checked = stages
+            # with the stages that were added since the run began
+            manifest = manifest.model_copy(update={"stages": tuple(stages_of(manifest, position))})
             return Snapshot(manifest=manifest, records=records, position=position)
         except (PipelineError, OSError) as error:
             return replace(self._latest, problem=shown(str(error), 500))

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from pipeline.core.text import end_text, stage_name
 from pipeline.rundir import (
     Begun,
     CanvasLost,
@@ -23,7 +24,7 @@ from pipeline.rundir import (
     StageDone,
     StagePrepared,
 )
-from pipeline.rundir.records import SmallerTile
+from pipeline.rundir.records import Cleaned, SmallerTile, StageAdded
 from pipeline.rundir.space import space_taken
 from pipeline.viewer.snapshot import Snapshot
 
@@ -173,16 +174,20 @@ def _line(record: Record) -> str:  # noqa: PLR0911 - one for each kind
         case Begun():
             return "the run began"
         case StagePrepared():
-            return f"stage {record.stage} prepared"
+            return f"{stage_name(record.stage)} prepared"
         case Iteration():
-            text = f"stage {record.stage}, iteration {record.iteration + 1}: objective {record.objective:.4g}"
+            text = f"{stage_name(record.stage)}, iteration {record.iteration + 1}: objective {record.objective:.4g}"
             return f"{text}, {_seconds(record):.3g} s"
         case StageDone():
-            return f"stage {record.stage} done ({record.reason})"
+            return f"{stage_name(record.stage)}: {end_text(record.reason)}"
+        case StageAdded():
+            return f"{record.iterations} more iterations were asked for"
+        case Cleaned():
+            return "the state was deleted"
         case SmallerTile():
             return f"tiles of {record.tile_px} px from here on: larger ones did not fit in memory"
         case Exported():
             return f"image written: {record.output}"
         case CanvasLost():
-            return f"the canvas of stage {record.stage} was given up by a repair"
+            return f"the canvas of {stage_name(record.stage)} was given up by a repair"
     return ""
