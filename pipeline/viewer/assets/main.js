@@ -159,7 +159,7 @@ function writeHeader() {
   $("phase").dataset.phase = state.phase;
   const stage = state.stages[state.stage];
   $("headline").textContent = stage && state.phase !== "done"
-    ? `stage ${state.stage} of 0–${state.stages.length - 1}, iteration ${state.iteration} of ${stage.max_iterations}` + (state.phase === "running" && state.eta_s !== null ? `, about ${duration(state.eta_s)} left` : "")
+    ? `stage ${state.stage + 1} of ${state.stages.length}, iteration ${state.iteration} of ${stage.max_iterations}` + (state.phase === "running" && state.eta_s !== null ? `, about ${duration(state.eta_s)} left` : "")
     : state.width ? px(state.width, state.height) : "";
 }
 
@@ -205,7 +205,7 @@ function writeStages() {
   const picture = all[Math.max(index, 0)];
   if (!picture) return;
   const stage = page.state.stages[Number(picture.id.slice("stage_".length))];
-  $("stage-text").textContent = `${index < 0 ? "–" : $("stage").value} · ${px(picture.width, picture.height)} · ${stage.iterations} of ${stage.max_iterations} iterations`;
+  $("stage-text").textContent = `${index < 0 ? "–" : index + 1} · ${px(picture.width, picture.height)} · ${stage.iterations} of ${stage.max_iterations} iterations`;
 }
 
 function writeScale() {

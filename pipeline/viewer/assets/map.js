@@ -62,7 +62,7 @@ export class MapOverlay {
     });
     context.putImageData(image, 0, 0);
     const counts = [0, 1, 2].map((state) => flat.filter((value) => value === state).length);
-    this.text.textContent = `Stage ${stage}: ${TEXT[kind]?.(counts) ?? `blue 0, yellow ${top.toPrecision(3)}${kind === "change" ? " levels" : ""}, mean of each chunk`}.`;
+    this.text.textContent = `Stage ${stage + 1}: ${TEXT[kind]?.(counts) ?? `blue 0, yellow ${top.toPrecision(3)}${kind === "change" ? " levels" : ""}, mean of each chunk`}.`;
     // chunks at the far border reach beyond the picture
     const area = new window.OpenSeadragon.Rect(0, 0, (columns * chunk_px) / width, (rows * chunk_px) / width);
     if (this.shown) this.view.viewer.updateOverlay(this.canvas, area);
