@@ -40,6 +40,7 @@ from pipeline.rundir import (
     refuse_foreign,
     refuse_links,
     refuse_locked,
+    refuse_misplaced,
     resolved,
     standing,
 )
@@ -100,6 +101,7 @@ def check_start(
 
     `more_iterations`: of a stage to add to a finished run. Raises the errors of errors.py.
     """
+    refuse_misplaced(config.work_dir)
     if config.work_dir.exists():
         refuse_links(config.work_dir)
     if not (force or has_begun(config.work_dir)):

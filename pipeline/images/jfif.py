@@ -19,8 +19,9 @@ class JfifFile:
     The segment must be the first: it is inserted behind the marker that every JPEG starts with.
     """
 
-    def __init__(self, path: Path, dpi: float) -> None:
-        self._path = path
+    def __init__(self, path: Path, dpi: float, output: Path | None = None) -> None:
+        """`output`: the name that the file gets when it is whole, which errors name."""
+        self._path, self._output = path, output or path
         density = min(max(1, round(dpi)), 2**16 - 1)  # the format has whole numbers
         fields = (b"\xff\xe0", 16, b"JFIF", _VERSION, _PER_INCH, density, density, 0, 0)
         self._segment = struct.pack(">2sH5sHBHHBB", *fields)
@@ -36,7 +37,7 @@ class JfifFile:
     ) -> None:
         os.close(self._descriptor)
         if self._failure is not None:
-            raise self._failure
+            raise storage_error(self._output, self._failure)
 
     def write(self, data: Any) -> int:
         """Write bytes of the JPEG; returning -1 makes libvips stop."""

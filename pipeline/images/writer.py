@@ -251,7 +251,7 @@ class _Export:
                 raise AssertionError(f"{other} is written by another module")
 
     def _save_jpeg(self, image: Any) -> None:
-        with JfifFile(self._partial, self._spec.dpi) as file:
+        with JfifFile(self._partial, self._spec.dpi, self._spec.path) as file:
             target = pyvips.TargetCustom()
             target.on_write(file.write)
             image.jpegsave_target(target, Q=self._spec.quality, keep=self._kept)

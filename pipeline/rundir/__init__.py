@@ -61,5 +61,5 @@ from pipeline.rundir.records import (
     as_json,
 )
 from pipeline.rundir.results import Pictures, is_as_written, is_one_of, refuse_foreign, written_picture
-from pipeline.rundir.run_folder import check_work_dir, locked_folder
+from pipeline.rundir.run_folder import check_work_dir, locked_folder, refuse_misplaced
 from pipeline.rundir.space import check_space, state_bytes

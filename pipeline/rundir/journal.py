@@ -11,7 +11,6 @@ stages and of iterations hold the checksums of all chunks that they commit. The 
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import os
@@ -25,8 +24,6 @@ from pipeline.core.files import read_regular, sync_folder, write_whole
 from pipeline.rundir.position import Position, checked_position, effective, no_runs_records
 from pipeline.rundir.records import MAX_JOURNAL_BYTES, OtherVersionError, Record, as_json, parse_json, parse_record
 from pipeline.store import checksum
-
-_NO_SUCH_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 
 
 @dataclass(frozen=True)
@@ -127,13 +124,9 @@ class Journal:
     def _bytes(self) -> bytes:
         with storage(self.path):
             try:
-                self.path.lstat()
-            except OSError as error:
-                if error.errno in _NO_SUCH_PLACE:  # other errors may hide a journal
-                    return b""
-                raise
-            try:
                 return read_regular(self.path, MAX_JOURNAL_BYTES)
+            except FileNotFoundError:
+                return b""
             except ValueError as error:
                 message = f"{self.path}: {error}, so it is not a journal. Restore it from a copy."
                 raise DamagedStateError(message) from error

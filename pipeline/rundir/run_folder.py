@@ -90,12 +90,24 @@ def make_work_dir(work_dir: Path) -> None:
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno not in MISPLACED:
-            raise storage_error(work_dir, error) from error
-        raise ConfigError(
-            f"work_dir {work_dir}: cannot be created ({error.strerror}). Choose another work_dir."
-        ) from error
+        raise _not_creatable(work_dir, error) from error
     check_work_dir(work_dir)
+
+
+def refuse_misplaced(work_dir: Path) -> None:
+    """Raise ConfigError if no folder can have this path, before anything is read from it."""
+    try:
+        work_dir.stat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _not_creatable(work_dir, error) from error
+
+
+def _not_creatable(work_dir: Path, error: OSError) -> Exception:
+    if error.errno not in MISPLACED:
+        return storage_error(work_dir, error)
+    return ConfigError(f"work_dir {work_dir}: cannot be created ({error.strerror}). Choose another work_dir.")
 
 
 def check_work_dir(work_dir: Path) -> None:
