@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pipeline.core.errors import storage_error
+
 _START = b"\xff\xd8"
 _PER_INCH = 1
 _VERSION = 0x0102

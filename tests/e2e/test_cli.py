@@ -310,7 +310,7 @@ def test_quality_of_tiles_that_are_png(tmp_path, call):
         assert "quality: applies to JPEG only, and DeepZoom with alpha does not" in outcome.err
     assert not (tmp_path / "run").exists()
     assert call("run", "-c", config, "--set", "export.quality=95").code == 0
-    outcome = call("export", "-c", config, "--set", "export.quality=95", "-o", tmp_path / "x.dz", "--quality", 50)
+    outcome = call("export", "--run", tmp_path / "run", "-o", tmp_path / "x.dz", "--quality", 50)
     assert outcome.code == 3 and "DeepZoom with alpha" in outcome.err
 
 
