@@ -70,16 +70,19 @@ def run(
         render = pipeline.run  # the attribute access imports it
         raise_if_stopped(stop)
         options: dict[str, Any] = {"force": force, "sink": with_profile(sink) if profile else sink, "stop": stop}
-        with profiler.recording(profile):
-            if inputs.line is not None:
-                with one_line.written_config(inputs.line, sink) as config:
-                    _refuse_profile(profile, config)
-                    render(config, more_iterations=more_iterations, **options)
-            elif len(inputs.configs) == 1:
-                config = pipeline.load_config(inputs.configs[0], overrides, check_inputs=True)
-                _refuse_profile(profile, config)
+
+        def render_one(config: Config) -> None:
+            _refuse_profile(profile, config)
+            with profiler.recording(profile):
                 render(config, more_iterations=more_iterations, **options)
-            else:
+
+        if inputs.line is not None:
+            with one_line.written_config(inputs.line, sink) as config:
+                render_one(config)
+        elif len(inputs.configs) == 1:
+            render_one(pipeline.load_config(inputs.configs[0], overrides, check_inputs=True))
+        else:
+            with profiler.recording(profile):
                 queued = queue.run_queue(inputs.configs, overrides=overrides, **options)
     if queued:
         from pipeline.cli import reports

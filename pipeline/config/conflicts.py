@@ -154,6 +154,9 @@ def _format(settings: Settings) -> Iterator[Conflict]:
     if export.bits == 16 and is_jpeg_inside(settings.output, export.compression):
         text = "jpeg stores 8 bits only; choose another compression, or export.bits 8"
         yield Conflict((compression, bits, output), text)
+    if export.panels.width is None and export.panels.overlap.mm:
+        text = "needs the width of a panel, export.panels.width; without it there is one file"
+        yield Conflict((("export", "panels", "overlap"),), text)
     if export.panels.width is not None and export.panels.overlap.mm >= export.panels.width.mm:
         text = f"{export.panels.overlap} is not less than export.panels.width ({export.panels.width})"
         yield Conflict((("export", "panels", "overlap"), ("export", "panels", "width")), text)

@@ -94,7 +94,7 @@ def test_a_wide_run_is_exported_as_srgb_and_previewed(tmp_path, call):
     reference.write_tagged(tmp_path / "content.png", pixels, None)
     config = write_config(tmp_path, **BARE, export={"profile": "adobe-rgb"})
     plan = json.loads(call("plan", "-c", config, "--json").out)
-    assert plan["colors"] == [
+    assert plan["notes"] == [
         "the canvas has the colours of adobe-rgb, with sRGB's tone curve",
         "the output has the profile Adobe RGB (1998) compatible",
     ]

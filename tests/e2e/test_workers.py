@@ -267,11 +267,10 @@ def test_the_workers_of_a_run_have_the_settings_of_the_run(tmp_path):
     """The executor of the test above is made by the test; that of a run must pass them on too."""
     from types import SimpleNamespace
 
-    from pipeline.commands.run import _executor
+    from pipeline.render.context import executor_for
 
     config = pipeline.load_config(write_two_stages(tmp_path, workers=1))
-    lock, device = SimpleNamespace(descriptor=None), SimpleNamespace(name="cpu")
-    with _executor(config, device, lock, lambda _event: None, CancelToken()) as executor:
+    with executor_for(config, SimpleNamespace(name="cpu"), None, lambda _event: None, CancelToken()) as executor:
         assert set(executor.map(settings_of, [0] * 2, tile=True)) == {(1, 0)}
 
 

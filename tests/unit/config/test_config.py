@@ -284,6 +284,7 @@ def test_missing_keys_are_named(write):
         ("styles=[a.jpg]", "write {image: a.jpg}"),
         ("styles=a.jpg", "write [{image: a.jpg}]"),
         ("loss=kind: gatys", "write {kind: gatys}"),
+        ("export.panels={overlap: 2cm}", "needs the width of a panel"),
         ("work_dir=0128", "put a name that looks like a number in quotes"),
         ("loss={content_weight: 0, style_weight: 0}", "0, like loss.content_weight"),
         ("network={content_layers: {}, style_layers: {}}", "no layers, and none in network.content_layers"),
@@ -542,8 +543,7 @@ def test_any_right_value_arrives_as_written(write, values):
         values.pop("export.levels", None)  # there are none
     unfit = not values.get("optimizer.clip", True) or values.get("compute.dtype") == "float64"
     assume(not unfit or values.get("store.state_dtype") != "compact")
-    if values.get("export.panels.width"):
-        values.pop("export.panels.overlap", None)  # which must be smaller
+    values.pop("export.panels.overlap", None)  # which needs a width, and must be smaller
     values.pop("preset", None)  # its values may contradict these: test_presets.py
     config = load_config(write(SMALL), _settings(values))
     for key, value in values.items():
