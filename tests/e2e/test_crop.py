@@ -64,7 +64,7 @@ def test_crop_of_everything_is_the_run(config):
 
 def test_crop_is_closer_to_the_run_with_the_whole_pictures_grams(config, monkeypatch):
     """Without the estimate, the whole style would be matched within the corner."""
-    module: Any = sys.modules["pipeline.commands.preview.crop"]
+    module: Any = sys.modules["pipeline.commands.preview.crop_rendering"]
     monkeypatch.setattr(module, "_SPREAD_PX", 0)
     rect = Rect(40, 72, 100, 150)
     with_whole = read_picture(crop(load_config(config), rect)).astype(float)

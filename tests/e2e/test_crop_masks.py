@@ -167,7 +167,7 @@ def test_crop_of_everything_with_masks_is_the_run(config, begun):
 )
 def test_corner_is_closer_to_the_run_with_every_masks_own_grams(config, begun, monkeypatch, rect, black):
     """Without the estimate, each style would be matched within the region's part of its mask."""
-    monkeypatch.setattr(sys.modules["pipeline.commands.preview.crop"], "_SPREAD_PX", 0)
+    monkeypatch.setattr(sys.modules["pipeline.commands.preview.crop_rendering"], "_SPREAD_PX", 0)
     areas: list[Any] = []
     iterations = Iterations.__post_init__
     monkeypatch.setattr(Iterations, "__post_init__", lambda self: (areas.append(self.areas), iterations(self))[1])
@@ -188,7 +188,7 @@ def test_content_map_alone(tmp_path, monkeypatch):
     config = write_run(tmp_path, CONTENT_PX, loss={"content_mask": content_mask, "content_weight": 0.5}, **KEYS)
     stopped_before(config, 1)
     result = read_picture(crop(load_config(config), EVERYTHING))
-    monkeypatch.setattr(sys.modules["pipeline.commands.preview.crop"], "_SPREAD_PX", 0)
+    monkeypatch.setattr(sys.modules["pipeline.commands.preview.crop_rendering"], "_SPREAD_PX", 0)
     rect = Rect(0, 30, 110, 150)
     with_whole = read_picture(crop(load_config(config), rect))
     alone(monkeypatch)
@@ -205,7 +205,7 @@ def test_content_map_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("tv_weight", "max_difference"), [(0.0, 0), (1.0, 3)])
 def test_part_that_nothing_paints_is_left_as_the_run_leaves_it(tmp_path, monkeypatch, tv_weight, max_difference):
     """Without style and content the gradient is 0: the crop must be neither NaN nor noise of Adam's first step."""
-    monkeypatch.setattr(sys.modules["pipeline.commands.preview.crop"], "_SPREAD_PX", 0)
+    monkeypatch.setattr(sys.modules["pipeline.commands.preview.crop_rendering"], "_SPREAD_PX", 0)
     write_picture(tmp_path / "start.png", *CONTENT_PX, seed=5)
     styles = [{"image": "style.png", "mask": write_mask(tmp_path, 255 - ramp(110, 150, 0.1, 0.2))}]
     loss = {"content_weight": 0.0, "tv_weight": tv_weight}
