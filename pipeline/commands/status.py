@@ -18,10 +18,10 @@ from pipeline.rundir import (
     Record,
     StageDone,
     StagePrepared,
-    StageSizes,
     as_json,
     journal_path,
     manifest_path,
+    max_iterations,
     read_manifest,
     refuse_unknown_stage,
     running_owner,
@@ -54,13 +54,13 @@ def status(work_dir: Path) -> dict[str, Any]:
                 "stage": index,
                 "height_px": stage.size[0],
                 "width_px": stage.size[1],
-                "max_iterations": _max_iterations(manifest, stage),
+                "max_iterations": max_iterations(manifest, stage),
                 **_stage_state(index, records),
             }
             for index, stage in enumerate(stages)
         ],
         "iteration": position.iteration,
-        "max_iterations": _max_iterations(manifest, stages[position.stage]),
+        "max_iterations": max_iterations(manifest, stages[position.stage]),
         "last": _without_checksums(iterations[-1]) if iterations else None,
         "seconds": _seconds(iterations),
         "percent": _percent(iterations, left),
@@ -70,11 +70,6 @@ def status(work_dir: Path) -> dict[str, Any]:
         "output": manifest.config.output,
         "exported": sorted(position.exported),
     }
-
-
-def _max_iterations(manifest: Manifest, stage: StageSizes) -> int:
-    # older manifests have only the config's value, which is that of stages without settings of their own
-    return manifest.config.optimizer.max_iterations if stage.max_iterations is None else stage.max_iterations
 
 
 def _left_s(iterations: Sequence[Iteration], is_running: bool) -> float | None:

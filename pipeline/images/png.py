@@ -1,4 +1,4 @@
-"""What a PNG says about its colours without an ICC profile, which libvips does not report: gamma and primaries."""
+"""What libvips does not report of a PNG: its chunks, and its colours without an ICC profile: gamma and primaries."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def profile(read_at: Callable[[int, int], bytes]) -> Profile | None:
 
     `read_at`: (offset, count) to at most count bytes.
     """
-    chunks = dict(_chunks(read_at))
-    if len(code := chunks.get(b"cICP", b"")) == 4 and code[0] in _PRIMARIES and code[1] in _GAMMAS:
+    found = dict(chunks(read_at))
+    if len(code := found.get(b"cICP", b"")) == 4 and code[0] in _PRIMARIES and code[1] in _GAMMAS:
         space, gamma = _PRIMARIES[code[0]], _GAMMAS[code[1]]
         if (space, gamma) == ("srgb", None):
             return None
         return parse(matrix_profile(f"cICP: {space}", space_matrix(space), gamma))
-    if b"iCCP" in chunks or b"sRGB" in chunks:
+    if b"iCCP" in found or b"sRGB" in found:
         return None
-    return _from_gamma(chunks.get(b"gAMA", b""), chunks.get(b"cHRM", b""))
+    return _from_gamma(found.get(b"gAMA", b""), found.get(b"cHRM", b""))
 
 
 def _from_gamma(gamma_chunk: bytes, primaries_chunk: bytes) -> Profile | None:
@@ -55,7 +55,7 @@ def _from_gamma(gamma_chunk: bytes, primaries_chunk: bytes) -> Profile | None:
     return parse(matrix_profile("gAMA and cHRM", matrix, gamma))
 
 
-def _chunks(read_at: Callable[[int, int], bytes]) -> Iterator[tuple[bytes, bytes]]:
+def chunks(read_at: Callable[[int, int], bytes]) -> Iterator[tuple[bytes, bytes]]:
     """(type, first 32 bytes) of the chunks before the pixels."""
     offset = _SIGNATURE_BYTES
     for _ in range(_MAX_CHUNKS):

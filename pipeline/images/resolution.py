@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from fractions import Fraction
 from typing import Any
 
 from pipeline.core.lengths import MM_PER_INCH, sensible_dpi
+from pipeline.images.png import chunks
 from pipeline.images.vips_streams import FileSource
 
-_PNG_SIGNATURE_BYTES = 8
 _PER_METRE = 1
 # A PNG has a dozen kinds of chunks before its pixels; a file with more of them is not searched to its end.
 _MAX_CHUNKS = 100
@@ -40,15 +41,10 @@ def _exif_dpi(image: Any) -> float | None:
 
 def _png_dpi(file: FileSource) -> float | None:
     """The resolution of the chunk pHYs, if it is one per metre."""
-    at = _PNG_SIGNATURE_BYTES
-    for _ in range(_MAX_CHUNKS):
-        head = file.read_at(at, 8)
-        if len(head) < 8 or head[4:] == b"IDAT":
-            return None
-        if head[4:] == b"pHYs" and len(data := file.read_at(at + 8, 9)) == 9:
+    for kind, data in itertools.islice(chunks(file.read_at), _MAX_CHUNKS):
+        if kind == b"pHYs" and len(data) == 9:
             per_metre, _, unit = struct.unpack(">IIB", data)
             return _whole_dpi(per_metre) if unit == _PER_METRE else None
-        at += 12 + int.from_bytes(head[:4], "big")
     return None
 
 

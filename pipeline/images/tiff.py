@@ -6,17 +6,15 @@ Both are in the file's first directory. A TIFF consists of tiles or strips of an
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-ReadAt = Callable[[int, int], bytes]  # (offset, count) to at most count bytes
+from pipeline.images.tiff_tags import ReadAt, first_entries
 
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLES, _STRIP_ROWS, _PLANAR = 256, 257, 258, 262, 277, 278, 284
 _TILE_WIDTH, _TILE_HEIGHT, _EXTRA_SAMPLES = 322, 323, 338
 _DEFAULTS = {_BITS: 1, _PHOTOMETRIC: 2, _SAMPLES: 1, _STRIP_ROWS: 2**32 - 1, _PLANAR: 1}
 _INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # field type to struct's letter
-_MAX_ENTRIES = 4096
 _SEPARATE = 2
 _YCBCR = 6
 _ASSOCIATED, _UNASSOCIATED = 1, 2
@@ -70,26 +68,16 @@ def channels(read_at: ReadAt) -> Channels:
 
 def _first_directory(read_at: ReadAt) -> dict[int, tuple[int, ...]]:
     """The first values of every integer tag, with defaults for some that are missing."""
-    head = read_at(0, 16)
-    order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
-    big = head[2:4] in (b"+\0", b"\0+")
-    if not order or len(head) < 16:
-        raise ValueError("no TIFF header")
-    skip, pointer, count_letter, entry = ("8x", "Q", "Q", "HHQ8s") if big else ("4x", "I", "H", "HHI4s")
-    (offset,) = _unpack(order + skip + pointer, head)
-    count_bytes, entry_bytes = struct.calcsize(order + count_letter), struct.calcsize(order + entry)
-    (count,) = _unpack(order + count_letter, read_at(offset, count_bytes))
-    if count > _MAX_ENTRIES:
-        raise ValueError(f"the directory has {count} entries")
-    data = read_at(offset + count_bytes, count * entry_bytes)
+    form, entries = first_entries(read_at)
     tags: dict[int, tuple[int, ...]] = {tag: (value,) for tag, value in _DEFAULTS.items()}
-    for start in range(0, count * entry_bytes, entry_bytes):
-        tag, kind, values, inline = _unpack(order + entry, data[start : start + entry_bytes])
-        if kind in _INTEGERS and values:
-            letters = f"{order}{min(values, _MAX_VALUES)}{_INTEGERS[kind]}"
-            fits = values * struct.calcsize(order + _INTEGERS[kind]) <= len(inline)
-            place = 0 if fits else _unpack(order + pointer, inline)[0]
-            tags[tag] = _unpack(letters, inline if fits else read_at(place, struct.calcsize(letters)))
+    for entry in entries:
+        tag, kind, count = struct.unpack(form.head, entry[: -form.value_bytes])
+        value = entry[-form.value_bytes :]
+        if kind in _INTEGERS and count:
+            letters = f"{form.order}{min(count, _MAX_VALUES)}{_INTEGERS[kind]}"
+            fits = count * struct.calcsize(form.order + _INTEGERS[kind]) <= form.value_bytes
+            place = 0 if fits else _unpack(form.offset, value)[0]
+            tags[tag] = _unpack(letters, value if fits else read_at(place, struct.calcsize(letters)))
     return tags
 
 

@@ -49,7 +49,7 @@ def text_tag(number: int, text: str) -> Tag:
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """The sizes and byte order of a file: classic TIFF, or BigTIFF."""
 
     order: str
@@ -57,10 +57,12 @@ class _Form:
 
     @property
     def offset(self) -> str:
+        """Struct's letter of an offset."""
         return self.order + ("Q" if self.big else "I")
 
     @property
     def count(self) -> str:
+        """Struct's letter of the number of entries."""
         return self.order + ("Q" if self.big else "H")
 
     @property
@@ -70,6 +72,7 @@ class _Form:
 
     @property
     def value_bytes(self) -> int:
+        """The bytes of a value, or its offset, in an entry."""
         return 8 if self.big else 4
 
     @property
@@ -78,21 +81,31 @@ class _Form:
         return 8 if self.big else 4
 
 
-_CLASSIC = _Form("<", False)
+_CLASSIC = Form("<", False)
 
 
-def _form_of(read_at: ReadAt) -> _Form:
+def _form_of(read_at: ReadAt) -> Form:
     head = read_at(0, 4)
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     if order is None or len(head) < 4:
         raise ValueError("no TIFF header")
-    return _Form(order, struct.unpack(order + "H", head[2:])[0] == 43)
+    return Form(order, struct.unpack(order + "H", head[2:])[0] == 43)
+
+
+def first_entries(read_at: ReadAt) -> tuple[Form, list[bytes]]:
+    """The form of a file, and the raw entries of its first directory. Raises ValueError for a damaged one."""
+    form = _form_of(read_at)
+    return form, _entries(read_at, form, _first_offset(read_at, form))[0]
+
+
+def _first_offset(read_at: ReadAt, form: Form) -> int:
+    return _unpack(form.offset, read_at(form.pointer_at, form.value_bytes))
 
 
 def read_first_directory(read_at: ReadAt) -> dict[int, Tag]:
     """The tags of the first directory, without the values that are too long. Raises ValueError for a damaged one."""
     form = _form_of(read_at)
-    return _read_directory(read_at, form, _unpack(form.offset, read_at(form.pointer_at, form.value_bytes)))
+    return _read_directory(read_at, form, _first_offset(read_at, form))
 
 
 def read_gps(read_at: ReadAt, first: Mapping[int, Tag]) -> tuple[Tag, ...]:
@@ -105,7 +118,7 @@ def read_gps(read_at: ReadAt, first: Mapping[int, Tag]) -> tuple[Tag, ...]:
     return tuple(tag for tag in tags if len(tag.data) <= _MAX_GPS_BYTES)[:_MAX_GPS_TAGS]
 
 
-def _read_directory(read_at: ReadAt, form: _Form, offset: int) -> dict[int, Tag]:
+def _read_directory(read_at: ReadAt, form: Form, offset: int) -> dict[int, Tag]:
     tags = {}
     for entry in _entries(read_at, form, offset)[0]:
         number, kind, count = struct.unpack(form.head, entry[: -form.value_bytes])
@@ -118,7 +131,7 @@ def _read_directory(read_at: ReadAt, form: _Form, offset: int) -> dict[int, Tag]
     return tags
 
 
-def _entries(read_at: ReadAt, form: _Form, offset: int) -> tuple[list[bytes], bytes]:
+def _entries(read_at: ReadAt, form: Form, offset: int) -> tuple[list[bytes], bytes]:
     """The raw entries of a directory, and the offset of the next one, as they are in the file."""
     count_bytes, entry_bytes = struct.calcsize(form.count), struct.calcsize(form.head) + form.value_bytes
     count = _unpack(form.count, read_at(offset, count_bytes))
@@ -163,8 +176,7 @@ def add_tags(path: Path, tags: Sequence[Tag], gps: Sequence[Tag]) -> None:
             return file.read(count)
 
         form = _form_of(read_at)
-        first = _unpack(form.offset, read_at(form.pointer_at, form.value_bytes))
-        entries, following = _entries(read_at, form, first)
+        entries, following = _entries(read_at, form, _first_offset(read_at, form))
         end = -(-file.seek(0, 2) // 16) * 16
         file.seek(end)
         file.write(_directory(form, end, entries, tags, gps, following))
@@ -173,7 +185,7 @@ def add_tags(path: Path, tags: Sequence[Tag], gps: Sequence[Tag]) -> None:
 
 
 def _directory(
-    form: _Form, start: int, entries: Sequence[bytes], tags: Sequence[Tag], gps: Sequence[Tag], following: bytes
+    form: Form, start: int, entries: Sequence[bytes], tags: Sequence[Tag], gps: Sequence[Tag], following: bytes
 ) -> bytes:
     """A directory at the offset `start`: `entries` as they are in the file, `tags`, and the GPS directory of `gps`.
 

@@ -8,6 +8,7 @@ from pipeline.rundir.manifest import (
     canvas_space,
     content_kind,
     manifest_inputs,
+    max_iterations,
     read_manifest,
     stages_of,
     trusted_manifest,

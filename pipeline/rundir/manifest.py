@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import undotted
 from pipeline.core.color_spaces import SpaceName
 from pipeline.core.errors import DamagedStateError, storage
 from pipeline.core.files import read_regular, write_whole
@@ -76,6 +78,12 @@ def stages_of(manifest: Manifest, position: Position) -> list[StageSizes]:
     return [*manifest.stages, *(last.model_copy(update={"max_iterations": number}) for number in position.added)]
 
 
+def max_iterations(manifest: Manifest, stage: StageSizes) -> int:
+    """The most iterations that a stage has."""
+    # older manifests have only the config's value, which is that of stages without settings of their own
+    return manifest.config.optimizer.max_iterations if stage.max_iterations is None else stage.max_iterations
+
+
 def content_kind(manifest: Manifest) -> PixelKind:
     """Bit depth and alpha of the run's content."""
     return PixelKind(manifest.content.bits, manifest.content.alpha)
@@ -86,13 +94,10 @@ def manifest_inputs(manifest: Manifest) -> Iterator[tuple[str, Path]]:
     config = manifest.config.model_dump()
     for key in manifest.inputs:
         value: Any = config
-        for part in key.split("."):
-            if isinstance(value, Mapping):
-                value = value.get(part)
-            elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
-                value = value[int(part)]
-            else:
-                value = None
+        with contextlib.suppress(LookupError, TypeError):  # a stranger's manifest may name what its config lacks
+            for part in undotted(key):
+                keyed = isinstance(value, Mapping) or (isinstance(value, list) and isinstance(part, int))
+                value = value[part] if keyed else None
         if isinstance(value, str):
             yield key, Path(value)
 

@@ -6,7 +6,6 @@ manifest could name any picture of this machine.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
 import tempfile
@@ -17,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import Config, LimitsConfig, dotted, input_files, undotted
+from pipeline.config import Config, LimitsConfig, dotted, input_files
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import PipelineError, Stopped
 from pipeline.core.text import shown
 from pipeline.core.tiling import Rect
 from pipeline.images import read_header, stream_rgb
 from pipeline.network import sha256_of
-from pipeline.rundir import Manifest
+from pipeline.rundir import Manifest, manifest_inputs
 from pipeline.store import ChunkSums, StageArray, create_array, create_stage, open_array
 
 _CHUNK_PX = 512
@@ -58,16 +57,7 @@ def inputs_of_config(config: Config) -> list[InputFile]:
 
 def inputs_of_run(manifest: Manifest) -> list[InputFile]:
     """The pictures that a run was begun with."""
-    config = manifest.config.model_dump()
-    paths: dict[str, Path] = {}
-    for key in manifest.inputs:
-        value: object = config
-        with contextlib.suppress(LookupError, TypeError):
-            for part in undotted(key):
-                value = value[part]  # type: ignore[index]
-            if isinstance(value, str):
-                paths[key] = Path(value)
-    return _named(paths, manifest.inputs)
+    return _named(dict(manifest_inputs(manifest)), manifest.inputs)
 
 
 def _named(paths: Mapping[str, Path], hashes: Mapping[str, str]) -> list[InputFile]:

@@ -23,6 +23,7 @@ from pipeline.rundir import (
     Record,
     StageDone,
     StagePrepared,
+    max_iterations,
 )
 from pipeline.rundir.records import Cleaned, SmallerTile, StageAdded
 from pipeline.rundir.space import space_taken
@@ -101,12 +102,6 @@ def _finished(manifest: Manifest, position: Position) -> bool:
     return position.stage_done and position.stage == len(manifest.stages) - 1
 
 
-def _iterations(manifest: Manifest, stage: int) -> int:
-    # older manifests have only the config's value
-    recorded = manifest.stages[stage].max_iterations
-    return manifest.config.optimizer.max_iterations if recorded is None else recorded
-
-
 def _stage(snapshot: Snapshot, stage: int) -> dict[str, Any]:
     assert snapshot.manifest is not None
     records = snapshot.iterations(stage)
@@ -119,7 +114,7 @@ def _stage(snapshot: Snapshot, stage: int) -> dict[str, Any]:
         "state": "done" if done else "painting" if prepared else "waiting",
         "reason": done.reason if done else "",
         "iterations": len(records),
-        "max_iterations": _iterations(snapshot.manifest, stage),
+        "max_iterations": max_iterations(snapshot.manifest, snapshot.manifest.stages[stage]),
         "seconds": round(sum(_seconds(one) for one in records), 3),
         "curves": _curves(records),
     }
@@ -154,8 +149,8 @@ def remaining_s(snapshot: Snapshot) -> float | None:
     last = measured[-1].stage
     recent = [_seconds(one) for one in measured[-6:] if one.stage == last]
     pixel_s = statistics.median(recent) / _pixels(manifest, last)
-    left = [max(0, _iterations(manifest, position.stage) - position.iteration) * (not position.stage_done)]
-    left += [_iterations(manifest, stage) for stage in range(position.stage + 1, len(manifest.stages))]
+    left = [max_iterations(manifest, stage) for stage in manifest.stages[position.stage :]]
+    left[0] = max(0, left[0] - position.iteration) * (not position.stage_done)
     return sum(count * _pixels(manifest, stage) * pixel_s for stage, count in enumerate(left, start=position.stage))
 
 

@@ -24,7 +24,7 @@ from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink, ignore
 from pipeline.core.image_formats import format_of
-from pipeline.core.lengths import MM_PER_INCH
+from pipeline.core.lengths import cm_text
 from pipeline.core.papers import MAX_PARTS, MAX_PROOF_DPI, MIN_PROOF_DPI, PROOF_SUFFIXES
 from pipeline.core.tiling import Rect, Size
 from pipeline.images import ProofSheet, read_header, stream_rgb, write_proof
@@ -133,7 +133,7 @@ def _title(config: Config, size: Size, dpi: float) -> str:
 
 def _cm(size: Size, dpi: float) -> str:
     """(height, width) in px as width × height on paper."""
-    return " × ".join(f"{side_px * MM_PER_INCH / 10 / dpi:.1f}" for side_px in (size[1], size[0])) + " cm"
+    return " × ".join(cm_text(side_px, dpi) for side_px in (size[1], size[0])) + " cm"
 
 
 def _given(section: BaseModel, prefix: str = "") -> Iterator[str]:
