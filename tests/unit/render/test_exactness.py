@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -24,6 +24,7 @@ import pipeline
 from pipeline.config.config import load_config
 from pipeline.core.vgg_layers import halo_px
 from pipeline.network.vgg import Network
+from pipeline.plan import fit
 from pipeline.render import tile_tasks, update
 from pipeline.render.tile_specs import GradientSpec, GramSpec
 from pipeline.rundir.journal import Journal
@@ -383,9 +384,11 @@ def cases(draw):
     least = max(reference.STRIDES[name] for name in style | content) * (2 if padding == "reflect" else 1)
     side = st.integers(max(16, least), 150)
     size, style_size = draw(st.tuples(side, side)), draw(st.tuples(side, side))
-    scales = draw(
-        st.sampled_from([n for n in (1, 2, 3) if n == 1 or min(*size, *style_size) >> n - 1 >= max(16, least)])
-    )
+    held = min(fit(style_size, min(max(style_size), max(size))))  # a style is held to the canvas
+    assume(held >= least)  # a smaller one is refused
+    sides = min(*size, *style_size)
+    fitting = [n for n in (1, 2, 3) if n == 1 or (sides >> n - 1 >= max(16, least) and held >> n - 1 >= least)]
+    scales = draw(st.sampled_from(fitting))
     tiles = [px for px in (16, 32, 48, 64, 96, 160) if size[0] * size[1] <= 14 * px * px and not px % (8 << scales)]
     tile_px = draw(st.sampled_from(tiles))
     return {
