@@ -95,7 +95,7 @@ def gram(features_CHW: Tensor) -> Tensor:
 def moments(features_CHW: Tensor, share_HW: Tensor) -> tuple[Tensor, Tensor]:
     """(Σ w·φ, Σ w·φφᵀ) / Σ w over positions with weights w: mean and raw second moment."""
     features_Cn, share_n = features_CHW.flatten(1), share_HW.flatten() / share_HW.sum()
-    return features_Cn @ share_n, features_Cn @ torch.diag(share_n) @ features_Cn.T
+    return features_Cn @ share_n, features_Cn * share_n @ features_Cn.T
 
 
 def wasserstein(mean: Tensor, second: Tensor, target_mean: Tensor, target_second: Tensor) -> Tensor:
