@@ -11,6 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+# Two pytest workers with a pool of threads each would wait for each other's threads on the same cores. Set before numpy
+# and torch are imported, and inherited by the processes that tests start (all but those of `user_environment`).
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from tests.support.inputs import write_config, write_image
 
 settings.register_profile("pipeline", deadline=None, print_blob=True)

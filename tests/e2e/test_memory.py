@@ -28,6 +28,7 @@ from tests.support.e2e import (
     peak_of_command,
     results,
     run_until,
+    user_environment,
     write_picture,
     write_run,
 )
@@ -158,7 +159,12 @@ def test_measured_memory_is_what_was_planned(tmp_path, make):
     config = make(tmp_path)
     planned = pipeline.plan(pipeline.load_config(config))
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED_RUN, config], capture_output=True, text=True, timeout=3 * TIMEOUT_S, check=False
+        [sys.executable, "-c", MEASURED_RUN, config],
+        capture_output=True,
+        text=True,
+        timeout=3 * TIMEOUT_S,
+        check=False,
+        env=user_environment(),  # threads take memory
     )
     assert done.returncode == 0, done.stderr
     peaks = json.loads(done.stdout)

@@ -30,6 +30,7 @@ from tests.support.e2e import (
     read_picture,
     results,
     run_pipeline,
+    user_environment,
     write_config,
     write_picture,
     write_run,
@@ -187,18 +188,19 @@ def test_killed_with_several_scales_it_ends_with_the_same_bits(nursery, tmp_path
 
 def test_installed_command_on_all_cores_is_killed_and_goes_on(tmp_path):
     """The other tests use one core and a forked process; this one uses the command of the user."""
+    env = user_environment()
     done = [write_run(tmp_path / name, (150, 110), output="out.tif") for name in ("unbroken", "broken")]
-    assert run_pipeline("run", "-c", done[0]).code == 0
+    assert run_pipeline("run", "-c", done[0], env=env).code == 0
     rng = random.Random(3)
     for records in (2, 6):
-        process = subprocess.Popen([PIPELINE, "run", "-c", done[1]], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([PIPELINE, "run", "-c", done[1]], stderr=subprocess.DEVNULL, env=env)
         deadline = time.monotonic() + TIMEOUT_S
         while len(journal(done[1].with_name("run"))) < records and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.1))
         process.kill()
         assert process.wait(TIMEOUT_S) == KILLED
-    assert run_pipeline("run", "-c", done[1]).code == 0
+    assert run_pipeline("run", "-c", done[1], env=env).code == 0
 
     assert results(done[1].with_name("run")) == results(done[0].with_name("run"))
     assert canvases(done[1].with_name("run")) == canvases(done[0].with_name("run"))

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -110,15 +110,20 @@ class Outcome:
     err: str
 
 
-def run_pipeline(*argv: object, **environment: str) -> Outcome:
-    """Run the installed command in a separate process."""
+def user_environment() -> dict[str, str]:
+    """The environment of a user, whose programs take all cores; pytest's workers have one thread (conftest.py)."""
+    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+
+
+def run_pipeline(*argv: object, env: Mapping[str, str] | None = None, **environment: str) -> Outcome:
+    """Run the installed command in a separate process. `env`: its environment, to which `environment` is added."""
     result = subprocess.run(
         [PIPELINE, *map(str, argv)],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
         check=False,
-        env={**os.environ, **environment},
+        env={**(os.environ if env is None else env), **environment},
     )
     return Outcome(result.returncode, result.stdout, result.stderr)
 
@@ -189,6 +194,7 @@ def peak_of_command(*arguments: object) -> int:
         text=True,
         timeout=3 * TIMEOUT_S,
         check=False,
+        env=user_environment(),  # threads take memory
     )
     assert result.returncode == 0, result.stderr
     return int(result.stdout.splitlines()[-1]) * 1024

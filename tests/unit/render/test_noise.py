@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pyvips
+import torch
 
 import pipeline
 from pipeline.config.config import load_config
@@ -19,6 +20,7 @@ from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
 from pipeline.store import open_array
+from tests.support import reference
 from tests.support.inputs import write_config, write_image
 from tests.support.stages import make_stage, read_whole
 
@@ -47,12 +49,17 @@ def test_noise_is_uniform_and_no_pattern():
     assert len(np.unique(noise)) > 0.9 * noise.size
 
 
-def flat_run(folder: Path, weights: Path, tile_px: int, **values) -> np.ndarray:
+def flat_picture() -> np.ndarray:
+    """A few flat areas, (H, W, 3)."""
+    rows, columns = np.mgrid[:211, :155]
+    return ((60 * ((rows // 30 + columns // 40) % 5))[:, :, None] * [1, 0.9, 0.8]).astype(np.uint8)
+
+
+def flat_run(folder: Path, weights: Path, tile_px: int) -> np.ndarray:
     """Four iterations from a picture of a few flat areas."""
     folder.mkdir()
-    rows, columns = np.mgrid[:211, :155]
-    flat = (60 * ((rows // 30 + columns // 40) % 5))[:, :, None] * [1, 0.9, 0.8]
-    pyvips.Image.new_from_array(flat.astype(np.uint8), interpretation="srgb").write_to_file(str(folder / "content.png"))
+    picture = pyvips.Image.new_from_array(flat_picture(), interpretation="srgb")
+    picture.write_to_file(str(folder / "content.png"))
     write_image(folder / "style.png", 60, 50, seed=2)
     config = load_config(
         write_config(
@@ -62,19 +69,28 @@ def flat_run(folder: Path, weights: Path, tile_px: int, **values) -> np.ndarray:
             optimizer={"max_iterations": 4},
             initial_size=211,
             store={"chunk_px": 48},
-            **values,
+            dequantize=True,
         )
     )
     pipeline.run(config)
     return read_whole(newest_canvas(config.work_dir, position_of(Journal(config.work_dir / "journal.jsonl").read()), 0))
 
 
+def tied(canvas: np.ndarray) -> float:
+    """The share of the first pooling's windows whose two largest values differ by no more than rounding."""
+    maps_CHW = reference.features(reference.narrow_state(), torch.from_numpy(canvas), "replicate", "max")["conv1_2"]
+    largest = maps_CHW.unfold(1, 2, 2).unfold(2, 2, 2).flatten(-2).topk(2).values
+    return float(((largest[..., 0] > 0) & (largest[..., 0] - largest[..., 1] < 1e-9)).double().mean())
+
+
 def test_without_ties_one_tile_and_many_give_the_same_picture(tmp_path, narrow_weights):
     """With max pooling, a flat sky would be painted otherwise on a machine with less memory."""
-    many, one = (flat_run(tmp_path / f"{px}", narrow_weights, px, dequantize=True) for px in (96, 240))
+    many, one = (flat_run(tmp_path / f"{px}", narrow_weights, px) for px in (96, 240))
     assert np.abs(many - one).max() < 1e-6
-    tied, untied = (flat_run(tmp_path / f"tied_{px}", narrow_weights, px, dequantize=False) for px in (96, 240))
-    assert np.abs(tied - untied).max() > 1e-3  # what the noise is for
+    flat = flat_picture().astype(np.float64)
+    noisy = np.clip(flat + dequantization(0, Rect(0, 211, 0, 155)), 0, 255)
+    # what the noise is for; which value of a tie the tiles take depends on the processor's kernels
+    assert tied(noisy) == 0 and tied(flat) > 0.5
 
 
 @pytest.mark.parametrize("init", ["content", "content.png"])
