@@ -84,9 +84,12 @@ def is_worth_measuring(planned: Plan) -> bool:
     return planned.flop > _WORTH_MEASURING_FLOP["cpu" if planned.device == "cpu" else "gpu"]
 
 
-def forecast(config: Config, planned: Plan, context: RenderContext) -> tuple[Speed, Forecast] | None:
+def forecast(
+    config: Config, planned: Plan, context: RenderContext, watts: float | None = None
+) -> tuple[Speed, Forecast] | None:
     """What was measured, and the time and energy of a whole run; None if nothing could be measured.
 
+    `watts`: the power of the machine while it works, measured or assumed if not given.
     Raises Stopped; whatever was written is deleted.
     """
     context.sink(Note(f"measuring the speed of {context.device.name} for {BUDGET_S:.0f} s"))
@@ -101,7 +104,8 @@ def forecast(config: Config, planned: Plan, context: RenderContext) -> tuple[Spe
         return None
     stages = [speed.stage_s(stage) for stage in planned.stages]
     known = tuple(seconds for seconds in stages if seconds is not None)
-    return (speed, Forecast(known, export_s(planned.stages[-1]), meter.power())) if known else None
+    power = meter.power() if watts is None else Power(watts, "as given")
+    return (speed, Forecast(known, export_s(planned.stages[-1]), power)) if known else None
 
 
 @process_settings()
@@ -121,11 +125,8 @@ def measured_time(
     config, cancel, device = resolved(config), CancelToken(stop), resolve_device(config.compute.device)
     weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
     with executor_for(config, device, None, sink, cancel) as executor:
-        found = forecast(config, planned, render_context(config, planned, device, weights, executor, sink))
-    if found is None:
-        return None
-    _, expected = found
-    return expected if watts is None else replace(expected, power=Power(watts, "as given"))
+        found = forecast(config, planned, render_context(config, planned, device, weights, executor, sink), watts)
+    return None if found is None else found[1]
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from pipeline.core.allocator import trim_heap
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import DeviceMemoryError, storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
-from pipeline.core.text import count, stage_name
+from pipeline.core.text import count, duration, energy_text, stage_name
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.network import find_weights
 from pipeline.plan import Plan, Speed, StagePlan, resolve_device
@@ -62,6 +62,7 @@ from pipeline.rundir import (
     records,
     refuse_links,
     resolved,
+    sheet_notes,
     stage_path,
     standing,
     state_bytes,
@@ -81,17 +82,19 @@ def run(
     *,
     force: bool = False,
     more_iterations: int | None = None,
+    watts: float | None = None,
     sink: Sink = ignore,
     stop: threading.Event | None = None,
 ) -> Path:
     """Render the output image of `config`, or resume an earlier run of the same config; returns the image's path.
 
     `force`: overwrite an output that this run did not make. `more_iterations`: continue a finished run with a stage of
-    its last size and this many iterations. `stop`: set it from any thread to stop between two tasks.
+    its last size and this many iterations. `watts`: the power of the machine while it works, for what is said of the
+    energy. `stop`: set it from any thread to stop between two tasks.
     Raises the errors of errors.py; after Stopped, or any crash, the same call resumes.
     """
     started, cancel = time.monotonic(), CancelToken(stop)
-    config = with_finished_run(resolved(config), sink, cancel)
+    config = with_finished_run(resolved(config), sink, cancel, more_iterations)
     with storage(config.work_dir), ExitStack() as stack:
         exists = config.work_dir.exists()
         if exists:  # before anything that takes long, so that a second run is refused at once
@@ -109,7 +112,7 @@ def run(
         executor = stack.enter_context(executor_for(config, device, lock.descriptor, sink, cancel))
         refuse_links(config.work_dir)
         context = render_context(config, planned, device, weights, executor, sink)
-        speed = _first_speed(config, planned, context) if not begin.position.is_fixed else Speed()
+        speed = _first_speed(config, planned, context, watts) if not begin.position.is_fixed else Speed()
         journal = open_run(config, planned, identify)
         if begin.adds is not None:
             journal.append(records.StageAdded(iterations=begin.adds, time=now()))
@@ -118,13 +121,15 @@ def run(
         rendering.export()
     outputs = list(planned.outputs)
     seconds = time.monotonic() - started
+    if watts is not None:
+        sink(Note(f"this took {duration(seconds)} and {energy_text(seconds * watts)}, at {watts:g} W (as given)"))
     sink(RunDone(", ".join(outputs), seconds, str(config.work_dir), state_bytes(config.work_dir)))
     return Path(outputs[0])
 
 
-def _first_speed(config: Config, planned: Plan, context: RenderContext) -> Speed:
+def _first_speed(config: Config, planned: Plan, context: RenderContext, watts: float | None) -> Speed:
     """The speed of this machine, of which the user is told what it means for the run, if the run takes long."""
-    if is_worth_measuring(planned) and (measured := forecast(config, planned, context)):
+    if is_worth_measuring(planned) and (measured := forecast(config, planned, context, watts)):
         speed, expected = measured
         context.sink(Note(expected.text))
         return speed
@@ -277,6 +282,8 @@ class _Rendering:
         settings = self.config.export.model_copy(update={"bits": self.plan.picture.bits})
         with_dpi = settings.model_copy(update={"dpi": self.plan.dpi})
         sheets = missing_sheets(self.config, self.plan, self.position, self.executor.cancel)
+        for note in sheet_notes(self.config.output, [Path(name) for name in self.plan.outputs]):
+            self.sink(Note(note))
         missing = {str(sheet.path) for sheet in sheets}
         for name in self.plan.outputs:
             if name not in missing:
