@@ -6,7 +6,7 @@ Nothing here writes: `run` passes through the same checks before it creates or c
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -294,7 +294,7 @@ def outlook_and_plan(
     return start.text, start.planned
 
 
-def measured_iterations(records: list[Record]) -> list[tuple[int, float]]:
-    """(stage, seconds) of every iteration that the journal records."""
+def measured_iterations(records: Sequence[Record]) -> list[tuple[int, int, float]]:
+    """(stage, iteration, seconds) of every iteration that the journal records."""
     iterations = [record for record in records if isinstance(record, Iteration)]
-    return [(record.stage, record.busy.get("wall", sum(record.seconds.values()))) for record in iterations]
+    return [(one.stage, one.iteration, one.busy.get("wall", sum(one.seconds.values()))) for one in iterations]
