@@ -90,13 +90,14 @@ def plan(config_path: Path, overrides: tuple[str, ...], with_time: bool, watts: 
     if watts is not None and not with_time:
         raise click.UsageError("--watts is for --time")
     from pipeline.cli import reports
+    from pipeline.commands.start import outlook_and_plan
 
     config = pipeline.load_config(config_path, overrides, check_inputs=True)
-    planned, expected = pipeline.plan(config), None
+    run, planned = outlook_and_plan(config, pipeline.plan(config))
+    expected = None
     if with_time:
         with working("auto") as (sink, stop):
             expected = pipeline.measured_time(config, planned, watts=watts, sink=sink, stop=stop)
-    run = pipeline.outlook(config, planned)
     if as_json:
         echo_json({**planned.as_dict(), "run": run, "time": expected and expected.as_dict()})
     else:
@@ -209,7 +210,7 @@ def clean(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | 
     """Delete the state of a finished run. Its image, config and journal stay."""
     from pipeline.cli.cleaning import clean_if_wanted
 
-    check_run_options(config_path, run_dir)
+    check_run_options(config_path, run_dir, overrides)
     config = None if config_path is None else config_of_run(config_path, overrides)
     work_dir = cast(Path, run_dir) if config is None else config.work_dir
     clean_if_wanted(work_dir, None if config is None else config.output, working, **options)
@@ -224,7 +225,7 @@ def view(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | N
     Only reads the run directory. Prints the page's address, which has a token, and works until Ctrl-C. From another
     machine, use `ssh -L`. With --host beyond this machine, the page is sent unencrypted to everybody with the token.
     """
-    check_run_options(config_path, run_dir)
+    check_run_options(config_path, run_dir, overrides)
     with working("plain") as (sink, stop):
         serve(config_path, overrides, run_dir, sink, stop, **options)
 
@@ -251,7 +252,7 @@ def verify(
     """
     if repair and share is not None:
         raise click.UsageError("--repair checks everything: omit --sample")
-    check_run_options(config_path, run_dir)
+    check_run_options(config_path, run_dir, overrides)
     with working("auto") as (sink, stop):
         from pipeline.cli import reports
 

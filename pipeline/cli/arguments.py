@@ -71,16 +71,16 @@ def parse_points(_context: click.Context, _option: click.Parameter, values: tupl
     return points
 
 
-def parse_compression(_context: click.Context, _option: click.Parameter, value: str) -> str:
+def parse_compression(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
     """A known compression; a wrong one is answered with those that every build can write. Raises BadParameter."""
-    if value not in COMPRESSIONS:
+    if value is not None and value not in COMPRESSIONS:
         raise click.BadParameter(f"{value!r} is not one of {', '.join(TIFF_COMPRESSIONS)}")
     return value
 
 
-def parse_profile(_context: click.Context, _option: click.Parameter, value: str) -> str:
+def parse_profile(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
     """Accept the name of a profile, or that of a file of one. Raises BadParameter."""
-    if value not in PROFILES and not value.lower().endswith(PROFILE_SUFFIXES):
+    if value is not None and value not in PROFILES and not value.lower().endswith(PROFILE_SUFFIXES):
         raise click.BadParameter(
             f"{value!r} is none of {', '.join(PROFILES)}, and no {' or '.join(PROFILE_SUFFIXES)} file"
         )

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import click
-from click.core import ParameterSource
 
 import pipeline
 from pipeline.cli.arguments import (
@@ -30,63 +29,37 @@ from pipeline.core.lengths import MAX_DPI, MIN_DPI
 @with_run
 @click.option("-o", "--output", required=True, help="Image file to write, or a folder with / at its end: a gallery.")
 @with_stage("Stage to export, from 1; default the newest.")
-@click.option(
-    "--bits",
-    type=click.Choice(["auto", "8", "16"]),
-    default="auto",
-    show_default=True,
-    help="Bits per channel; auto: 16 if content and format have 16.",
-)
+@click.option("--bits", type=click.Choice(["auto", "8", "16"]), help="Bits per channel.")
 @click.option(
     "--compression",
     callback=parse_compression,
     metavar="NAME",
-    default="deflate",
-    show_default=True,
     help=f"Compression of a TIFF: {', '.join(TIFF_COMPRESSIONS)}.",
 )
-@click.option("--quality", type=click.IntRange(1, 100), metavar="1-100", default=95, help="JPEG quality; default 95.")
+@click.option("--quality", type=click.IntRange(1, 100), metavar="1-100", help="JPEG quality.")
 @click.option(
-    "--dpi",
-    type=click.FloatRange(MIN_DPI, MAX_DPI),
-    metavar="N",
-    help="Resolution of the print in px per inch; default: that of the run.",
+    "--dpi", type=click.FloatRange(MIN_DPI, MAX_DPI), metavar="N", help="Resolution of the print, px per inch."
 )
 @click.option(
-    "--profile",
-    metavar="NAME|FILE",
-    default="srgb",
-    callback=parse_profile,
-    help="srgb, adobe-rgb, display-p3, content, or FILE.icc.",
+    "--profile", metavar="NAME|FILE", callback=parse_profile, help="srgb, adobe-rgb, display-p3, content, or FILE.icc."
 )
-@click.option("--intent", type=click.Choice(INTENTS), default="relative", help="Intent of a printer's profile.")
+@click.option("--intent", type=click.Choice(INTENTS), help="Intent of a printer's profile.")
 @click.option(
     "--metadata",
     type=click.Choice(METADATA_KEPT),
-    default="keep",
-    show_default=True,
     help="Artist, copyright, captions and keywords of the content, with its place, or nothing.",
 )
-@click.option("--pyramid/--no-pyramid", default=True, show_default=True, help="Smaller levels in a TIFF, for viewers.")
+@click.option("--pyramid/--no-pyramid", default=None, help="Smaller levels in a TIFF, for viewers.")
 @click.option(
     "--for",
     type=click.Choice(PURPOSES),
-    default="viewer",
-    show_default=True,
     help="Reader of a TIFF; print: strips without levels, for layout programs.",
 )
 @click.option(
-    "--levels",
-    type=click.Choice(LEVELS),
-    default="pages",
-    show_default=True,
-    help="Place of a TIFF's levels; subifds: for Bio-Formats (QuPath).",
+    "--levels", type=click.Choice(LEVELS), help="Place of a TIFF's levels; subifds: for Bio-Formats (QuPath)."
 )
 @click.option("--force", is_flag=True, help="Overwrite the output.")
-@click.pass_context
 def export(
-    context: click.Context,
-    /,
     config_path: Path | None,
     overrides: tuple[str, ...],
     run_dir: Path | None,
@@ -97,38 +70,38 @@ def export(
 ) -> None:
     """Write the canvas of any stage as an image, at any time.
 
+    Options that are not given are those of the run: of the section `export` of its config, or with --run of the config
+    that it began with. `--set export.KEY=VALUE` changes any of them, such as export.bleed=6mm, for this image only.
+
     With / at its end the output is a gallery: a folder with a page and tiles, for any web host (docs/viewer.md).
     """
-    bits = options["bits"] if options["bits"] == "auto" else int(options["bits"])
-    check_run_options(config_path, run_dir)
-    _refuse_export_keys(overrides)
-    # An option that was given explicitly must not be ignored, even if its value is the default.
-    given = [name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    changes = {name: value for name, value in options.items() if value is not None}
+    if changes.get("bits", "auto") != "auto":
+        changes["bits"] = int(changes["bits"])
+    settings = [setting for setting in overrides if _is_for_export(setting)]
+    others = tuple(setting for setting in overrides if setting not in settings)
+    check_run_options(config_path, run_dir, others)
     with working("auto") as (sink, stop):
-        from pipeline.config import ExportConfig
-        from pipeline.images import refuse_unheeded
+        from pipeline.commands.export import own_options
         from pipeline.rundir import named_inputs, refuse_inputs
 
-        export_config = ExportConfig.model_validate({**options, "bits": bits})
-        config = config_of_run(config_path, overrides) if config_path is not None else None
+        config = config_of_run(config_path, others) if config_path is not None else None
         work_dir, write = config.work_dir if config is not None else cast(Path, run_dir), pipeline.export
         image = Path(output)
         common: dict[str, Any] = {"stage": stage, "sink": sink, "stop": stop}
         if output.endswith("/"):
-            if given or force:
+            if changes or settings or force:
                 raise click.UsageError("a gallery is a new folder, with its own options: omit those of image files")
             click.echo(pipeline.gallery(work_dir, image.absolute(), **common))
             return
         if config is not None:  # its files may be at other places than when the run began
             refuse_inputs(image, named_inputs(config))
-        refuse_unheeded(image, {name: options[name] for name in given})
+        wanted, given = own_options(work_dir, config, settings, changes)
         raise_if_stopped(stop)
-        path = write(work_dir, image.absolute(), options=export_config, force=force, **common)
+        path = write(work_dir, image.absolute(), options=wanted, given=given, force=force, **common)
     click.echo(path)
 
 
-def _refuse_export_keys(overrides: tuple[str, ...]) -> None:
-    """Raise UsageError for keys that would change nothing: this command has options for what it writes."""
-    for setting in overrides:
-        if setting.partition(".")[0].partition("=")[0].strip() == "export":
-            raise click.UsageError(f"--set {setting}: give options such as --dpi, or use pipeline run --set {setting}")
+def _is_for_export(setting: str) -> bool:
+    """Whether a --set is about the image that is written, and not about which run it is of."""
+    return setting.partition("=")[0].strip().partition(".")[0] == "export"

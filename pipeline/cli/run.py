@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @with_images
 @click.option("--force", is_flag=True, help="Overwrite the output even if this run did not write it.")
 @click.option("--more-iterations", type=click.IntRange(1), metavar="N", help="Continue a finished run at its size.")
+@click.option("--watts", type=click.FloatRange(0), metavar="W", help="Power of the working machine, for the energy.")
 @click.option("--on-finish", metavar="CMD", help="Shell command to run at the end, unless stopped.")
 @with_log_format
 @click.option(
@@ -43,6 +44,7 @@ def run(
     overrides: tuple[str, ...],
     force: bool,
     more_iterations: int | None,
+    watts: float | None,
     on_finish: str | None,
     log_format: str,
     profile: Path | None,
@@ -69,7 +71,8 @@ def run(
 
         render = pipeline.run  # the attribute access imports it
         raise_if_stopped(stop)
-        options: dict[str, Any] = {"force": force, "sink": with_profile(sink) if profile else sink, "stop": stop}
+        log = with_profile(sink) if profile else sink
+        options: dict[str, Any] = {"force": force, "watts": watts, "sink": log, "stop": stop}
 
         def render_one(config: Config) -> None:
             _refuse_profile(profile, config)

@@ -52,15 +52,17 @@ def raise_if_stopped(stop: threading.Event) -> None:
         raise Stopped()
 
 
-def check_run_options(config_path: Path | None, run_dir: Path | None) -> None:
-    """Raise UsageError unless one of the two is given."""
+def check_run_options(config_path: Path | None, run_dir: Path | None, overrides: tuple[str, ...]) -> None:
+    """Raise UsageError unless one of the two is given, and --set only where there is a config to change."""
     if (config_path is None) == (run_dir is None):
         raise click.UsageError("give either --config or --run")
+    if run_dir is not None and overrides:
+        raise click.UsageError(f"--set {overrides[0]}: changes a value of a config: give --config")
 
 
 def chosen_run(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None) -> Path:
     """The run directory that a command is about. Raises UsageError, and ConfigError for the config."""
-    check_run_options(config_path, run_dir)
+    check_run_options(config_path, run_dir, overrides)
     return run_dir if run_dir is not None else config_of_run(cast(Path, config_path), overrides).work_dir
 
 

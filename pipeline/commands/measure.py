@@ -36,10 +36,11 @@ from pipeline.plan import (
     layers_in_use,
     plan_stage,
     resolve_device,
+    slowness,
 )
 from pipeline.plan.power import Power, PowerMeter
 from pipeline.render.context import RenderContext, executor_for, make_stage, render_context, settings_of
-from pipeline.rundir import resolved
+from pipeline.rundir import output_colors, resolved
 from pipeline.rundir.process_settings import process_settings
 
 if TYPE_CHECKING:
@@ -84,9 +85,12 @@ def is_worth_measuring(planned: Plan) -> bool:
     return planned.flop > _WORTH_MEASURING_FLOP["cpu" if planned.device == "cpu" else "gpu"]
 
 
-def forecast(config: Config, planned: Plan, context: RenderContext) -> tuple[Speed, Forecast] | None:
+def forecast(
+    config: Config, planned: Plan, context: RenderContext, watts: float | None = None
+) -> tuple[Speed, Forecast] | None:
     """What was measured, and the time and energy of a whole run; None if nothing could be measured.
 
+    `watts`: the power of the machine while it works, measured or assumed if not given.
     Raises Stopped; whatever was written is deleted.
     """
     context.sink(Note(f"measuring the speed of {context.device.name} for {BUDGET_S:.0f} s"))
@@ -101,7 +105,26 @@ def forecast(config: Config, planned: Plan, context: RenderContext) -> tuple[Spe
         return None
     stages = [speed.stage_s(stage) for stage in planned.stages]
     known = tuple(seconds for seconds in stages if seconds is not None)
-    return (speed, Forecast(known, export_s(planned.stages[-1]), meter.power())) if known else None
+    power = meter.power() if watts is None else Power(watts, "as given")
+    speed.export_s = _image_s(config, planned)
+    return (speed, Forecast(known, speed.export_s * slowness(), power)) if known else None
+
+
+def starting_speed(
+    config: Config, planned: Plan, context: RenderContext, watts: float | None, *, begins: bool
+) -> Speed:
+    """What is known of this machine's speed when a run starts: measured, and told, if the run `begins` and is long."""
+    if begins and is_worth_measuring(planned) and (measured := forecast(config, planned, context, watts)):
+        speed, expected = measured
+        context.sink(Note(expected.text))
+        return speed
+    return Speed(export_s=_image_s(config, planned))
+
+
+def _image_s(config: Config, planned: Plan) -> float:
+    """Seconds that writing the images of a run takes, if no other program runs."""
+    colors = output_colors(config.export, config.canvas_space, config.content)
+    return export_s(planned, config.export.compression, colors.by_tables)
 
 
 @process_settings()
@@ -121,11 +144,8 @@ def measured_time(
     config, cancel, device = resolved(config), CancelToken(stop), resolve_device(config.compute.device)
     weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
     with executor_for(config, device, None, sink, cancel) as executor:
-        found = forecast(config, planned, render_context(config, planned, device, weights, executor, sink))
-    if found is None:
-        return None
-    _, expected = found
-    return expected if watts is None else replace(expected, power=Power(watts, "as given"))
+        found = forecast(config, planned, render_context(config, planned, device, weights, executor, sink), watts)
+    return None if found is None else found[1]
 
 
 @contextmanager
@@ -202,9 +222,9 @@ def _stage(
 
 
 def _iterate(stage: Stage, speed: Speed, end: float, is_warm: bool) -> None:
-    """Iterate a few times, and count all iterations but the first, which compiles kernels.
+    """Iterate a few times, and count all iterations.
 
-    `is_warm`: the weights are loaded, so that the preparation counts too.
+    `is_warm`: the weights are loaded, and kernels compiled, so that the preparation and the first iteration count too.
     """
     from pipeline.render.iteration import Iterations  # noqa: PLC0415 - brings torch
     from pipeline.render.preparation import prepare  # noqa: PLC0415 - likewise
@@ -226,5 +246,6 @@ def _iterate(stage: Stage, speed: Speed, end: float, is_warm: bool) -> None:
         stage.executor.cancel.raise_if_set()
         iterations.iterate(len(results), alpha, checksums, commit)
         alpha, checksums = results[-1].alpha, {**checksums, **results[-1].checksums}
-        if len(results) > 1 or most == 1:
-            speed.iterations.add(stage.plan.flop_per_iteration, results[-1].busy["wall"])
+        is_first = len(results) == 1
+        if is_warm or not is_first or most == 1:
+            speed.iterations.add(stage.plan.flop_per_iteration, results[-1].busy["wall"], is_first and most > 1)

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.commands.run import run
 from pipeline.config import load_config
@@ -32,6 +33,7 @@ def run_queue(
     *,
     overrides: Sequence[str] = (),
     force: bool = False,
+    watts: float | None = None,
     sink: Sink = ignore,
     stop: threading.Event | None = None,
 ) -> list[QueuedRun]:
@@ -48,7 +50,7 @@ def run_queue(
     ended: list[QueuedRun] = []
     for number, path in enumerate(paths, start=1):
         sink(QueuedRunStarted(number, len(paths), str(path)))
-        one = _run_one(path, overrides, force, sink, stop)
+        one = _run_one(path, overrides, {"force": force, "watts": watts, "sink": sink, "stop": stop})
         sink(QueuedRunEnded(number, len(paths), str(path), one.exit_code or 0, one.message))
         ended.append(one)
         if one.exit_code == Stopped.exit_code:
@@ -57,10 +59,10 @@ def run_queue(
     return [*ended, *(QueuedRun(path, None) for path in paths[len(ended) :])]
 
 
-def _run_one(path: Path, overrides: Sequence[str], force: bool, sink: Sink, stop: threading.Event | None) -> QueuedRun:
+def _run_one(path: Path, overrides: Sequence[str], options: dict[str, Any]) -> QueuedRun:
     started = time.monotonic()
     try:
-        output = run(load_config(path, overrides, check_inputs=True), force=force, sink=sink, stop=stop)
+        output = run(load_config(path, overrides, check_inputs=True), **options)
     except PipelineError as error:
         return QueuedRun(path, error.exit_code, time.monotonic() - started, message=str(error))
     except Exception:  # a bug in one run is no reason to leave the others

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import store
-from pipeline.commands.measure import forecast, is_worth_measuring
+from pipeline.commands.measure import starting_speed
 from pipeline.commands.start import (
     check_stage_space,
     check_start,
@@ -30,7 +30,7 @@ from pipeline.core.allocator import trim_heap
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import DeviceMemoryError, storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
-from pipeline.core.text import count, stage_name
+from pipeline.core.text import count, duration, energy_text, stage_name
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.network import find_weights
 from pipeline.plan import Plan, Speed, StagePlan, resolve_device
@@ -62,6 +62,7 @@ from pipeline.rundir import (
     records,
     refuse_links,
     resolved,
+    sheet_notes,
     stage_path,
     standing,
     state_bytes,
@@ -81,17 +82,19 @@ def run(
     *,
     force: bool = False,
     more_iterations: int | None = None,
+    watts: float | None = None,
     sink: Sink = ignore,
     stop: threading.Event | None = None,
 ) -> Path:
     """Render the output image of `config`, or resume an earlier run of the same config; returns the image's path.
 
     `force`: overwrite an output that this run did not make. `more_iterations`: continue a finished run with a stage of
-    its last size and this many iterations. `stop`: set it from any thread to stop between two tasks.
+    its last size and this many iterations. `watts`: the power of the machine while it works, for what is said of the
+    energy. `stop`: set it from any thread to stop between two tasks.
     Raises the errors of errors.py; after Stopped, or any crash, the same call resumes.
     """
     started, cancel = time.monotonic(), CancelToken(stop)
-    config = with_finished_run(resolved(config), sink, cancel)
+    config = with_finished_run(resolved(config), sink, cancel, more_iterations)
     with storage(config.work_dir), ExitStack() as stack:
         exists = config.work_dir.exists()
         if exists:  # before anything that takes long, so that a second run is refused at once
@@ -109,7 +112,7 @@ def run(
         executor = stack.enter_context(executor_for(config, device, lock.descriptor, sink, cancel))
         refuse_links(config.work_dir)
         context = render_context(config, planned, device, weights, executor, sink)
-        speed = _first_speed(config, planned, context) if not begin.position.is_fixed else Speed()
+        speed = starting_speed(config, begin.planned, context, watts, begins=not begin.position.is_fixed)
         journal = open_run(config, planned, identify)
         if begin.adds is not None:
             journal.append(records.StageAdded(iterations=begin.adds, time=now()))
@@ -118,17 +121,10 @@ def run(
         rendering.export()
     outputs = list(planned.outputs)
     seconds = time.monotonic() - started
+    if watts is not None:
+        sink(Note(f"this took {duration(seconds)} and {energy_text(seconds * watts)}, at {watts:g} W (as given)"))
     sink(RunDone(", ".join(outputs), seconds, str(config.work_dir), state_bytes(config.work_dir)))
     return Path(outputs[0])
-
-
-def _first_speed(config: Config, planned: Plan, context: RenderContext) -> Speed:
-    """The speed of this machine, of which the user is told what it means for the run, if the run takes long."""
-    if is_worth_measuring(planned) and (measured := forecast(config, planned, context)):
-        speed, expected = measured
-        context.sink(Note(expected.text))
-        return speed
-    return Speed()
 
 
 @dataclass(frozen=True)
@@ -152,12 +148,13 @@ class _Rendering:
     _speed: Speed
     position: Position = field(init=False)
     _is_warm: bool = field(init=False)
+    _since: float = field(init=False)  # when what is being measured began
 
     def __post_init__(self) -> None:
         earlier, self.position = standing(self.journal)
         self._is_warm = False
-        for stage, seconds in measured_iterations(earlier):
-            self._speed.iterations.add(self.plan.stages[stage].flop_per_iteration, seconds)
+        for stage, iteration, seconds in measured_iterations(earlier):
+            self._speed.iterations.add(self.plan.stages[stage].flop_per_iteration, seconds, iteration == 0)
         self.sink, self.executor = self.context.sink, self.context.executor
 
     def refuse_foreign_output(self) -> None:
@@ -214,16 +211,17 @@ class _Rendering:
         if not prepared:
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
             before = self._carried(stage_plan) if index else None
-            begun = time.monotonic()
+            self._since = time.monotonic()
             started = prepare(stage, previous, moments=before.moments if before else ())
-            if self._is_warm:
-                self._speed.preparations.add(stage_plan.prepare_flop, time.monotonic() - begun)
             record = prepared_record(index, stage.tile_px, started)
             start = {"alpha": before.alpha, "adam_steps": before.steps} if before else {}
             self._commit(record.model_copy(update={**start, "carries": stage_plan.carries}))
+            if self._is_warm:
+                self._speed.preparations.add(stage_plan.prepare_flop, time.monotonic() - self._since)
         elif end_reason(self.position, settings) is None:
             stage.check(self.position.newest_slot, self.position.checksums[index])
         at = self.position
+        self._since = time.monotonic()
         iterations = Iterations(stage, at.content_energies, at.areas, adam_steps=at.adam_steps)
         while (reason := end_reason(self.position, settings)) is None:
             self.executor.cancel.raise_if_set()
@@ -244,9 +242,10 @@ class _Rendering:
 
     def _commit_iteration(self, stage_plan: StagePlan, iteration: int, result: IterationResult) -> bool:
         """Commit the iteration, and return whether another one follows."""
+        now_s = time.monotonic()
         if self._is_warm:  # the first iteration also loads weights and compiles kernels
-            self._speed.iterations.add(stage_plan.flop_per_iteration, result.busy["wall"])
-        self._is_warm = True
+            self._speed.iterations.add(stage_plan.flop_per_iteration, now_s - self._since, iteration == 0)
+        self._is_warm, self._since = True, now_s
         left = self._speed.remaining_s(self.plan.stages[stage_plan.index :], iteration + 1)
         record = iteration_record(stage_plan.index, iteration, result)
         self._commit(record.model_copy(update={"remaining_s": left}))
@@ -277,6 +276,8 @@ class _Rendering:
         settings = self.config.export.model_copy(update={"bits": self.plan.picture.bits})
         with_dpi = settings.model_copy(update={"dpi": self.plan.dpi})
         sheets = missing_sheets(self.config, self.plan, self.position, self.executor.cancel)
+        for note in sheet_notes(self.config.output, [Path(name) for name in self.plan.outputs]):
+            self.sink(Note(note))
         missing = {str(sheet.path) for sheet in sheets}
         for name in self.plan.outputs:
             if name not in missing:

@@ -6,7 +6,7 @@ Nothing here writes: `run` passes through the same checks before it creates or c
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import ConfigError, PipelineError, Stopped
 from pipeline.core.events import Note, Sink, ignore
 from pipeline.core.files import taken
-from pipeline.network import find_weights, weights_path
+from pipeline.network import find_weights, sha256_of, weights_path
 from pipeline.plan import Plan, Sheet, sheets_of, whole_of, with_added_stages
 from pipeline.rundir import (
     Identity,
@@ -48,6 +48,7 @@ from pipeline.rundir.process_settings import process_settings
 
 _FOREIGN = "this run did not make it"
 _MAX_STAGES = 64  # as in the journal
+_PROFILE_DIGEST = "profile_sha256"  # beside the export options of a record
 
 
 @dataclass(frozen=True)
@@ -180,15 +181,21 @@ def _same(before: Mapping[str, object], options: Mapping[str, object]) -> bool:
     # an image from before an option was written as with the option's default
     written, wanted = ({**ExportConfig().model_dump(mode="json"), **given} for given in (before, options))
     names = [Path(str(given.pop("profile"))).name for given in (written, wanted)]
+    if _PROFILE_DIGEST not in before:  # of a version that did not record it
+        wanted.pop(_PROFILE_DIGEST, None)
     return written == wanted and names[0] == names[1]
 
 
 def export_options(config: Config, planned: Plan) -> dict[str, object]:
-    """The options of the run's own export, as its record has them."""
-    return config.export.model_copy(update={"bits": planned.picture.bits}).model_dump(mode="json")
+    """The options of the run's own export, as its record has them: with the digest of a profile's file."""
+    options = config.export.model_copy(update={"bits": planned.picture.bits}).model_dump(mode="json")
+    profile = config.export.profile
+    return {**options, _PROFILE_DIGEST: sha256_of(profile)} if isinstance(profile, Path) else options
 
 
-def with_finished_run(config: Config, sink: Sink = ignore, cancel: CancelToken = NEVER) -> Config:
+def with_finished_run(
+    config: Config, sink: Sink = ignore, cancel: CancelToken = NEVER, more_iterations: int | None = None
+) -> Config:
     """The config in the run directory of a finished run that differs in nothing but the name of its output.
 
     Without `work_dir` in the config, another name of the output means another run directory, and the image would be
@@ -207,7 +214,8 @@ def with_finished_run(config: Config, sink: Sink = ignore, cancel: CancelToken =
         finished = (position.stage, position.stage_done) >= (len(manifest.stages) - 1, True)
         usable = finished and (not position.cleaned or has_written(position, config.output))
         if usable and _is_run_of(config, manifest, identify):
-            sink(Note(f"{work_dir} holds the finished run of this config: its image is written, nothing is rendered"))
+            then = "its image is written, nothing is rendered" if more_iterations is None else "it is continued"
+            sink(Note(f"{work_dir} holds the finished run of this config: {then}"))
             return config.model_copy(update={"work_dir": work_dir})
     return config
 
@@ -252,7 +260,6 @@ def identifier(config: Config, sink: Sink, cancel: CancelToken) -> Callable[[], 
     return identify
 
 
-@process_settings()
 def outlook(
     config: Config, planned: Plan, *, more_iterations: int | None = None, stop: threading.Event | None = None
 ) -> str:
@@ -260,14 +267,21 @@ def outlook(
 
     Raises Stopped soon after `stop` is set.
     """
-    cancel = CancelToken(stop)
+    return outlook_and_plan(config, planned, more_iterations, CancelToken(stop))[0]
+
+
+@process_settings()
+def outlook_and_plan(
+    config: Config, planned: Plan, more_iterations: int | None = None, cancel: CancelToken = NEVER
+) -> tuple[str, Plan]:
+    """What `outlook` says, and the plan with the stages that were added to the run on disk."""
     weights = weights_path(config.network.name, config.network.weights)
     if weights is not None and not weights.is_file() and has_begun(config.work_dir):
-        return "downloads the weights of the network first; whether it is refused is not known before"
+        return "downloads the weights of the network first; whether it is refused is not known before", planned
     try:
         config = resolved(config)
         if weights is None or weights.is_file():
-            config = with_finished_run(config, cancel=cancel)
+            config = with_finished_run(config, cancel=cancel, more_iterations=more_iterations)
         if config.work_dir.exists():
             refuse_locked(config.work_dir)
             check_work_dir(config.work_dir)
@@ -276,11 +290,11 @@ def outlook(
     except Stopped:
         raise
     except PipelineError as error:
-        return f"is refused: {error}"
-    return start.text
+        return f"is refused: {error}", planned
+    return start.text, start.planned
 
 
-def measured_iterations(records: list[Record]) -> list[tuple[int, float]]:
-    """(stage, seconds) of every iteration that the journal records."""
+def measured_iterations(records: Sequence[Record]) -> list[tuple[int, int, float]]:
+    """(stage, iteration, seconds) of every iteration that the journal records."""
     iterations = [record for record in records if isinstance(record, Iteration)]
-    return [(record.stage, record.busy.get("wall", sum(record.seconds.values()))) for record in iterations]
+    return [(one.stage, one.iteration, one.busy.get("wall", sum(one.seconds.values()))) for one in iterations]

@@ -1,6 +1,7 @@
 """The configuration: its fields, its YAML reader and its error messages."""
 
 from pipeline.config.config import Config, differing_keys, input_files, is_default, load_config, result_fields
+from pipeline.config.export_section import changed_export
 from pipeline.config.fields import MAX_BYTES, MAX_CHUNK_PX, MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
 from pipeline.config.messages import faults_in, field_at
 from pipeline.config.one_line import OneLine, config_and_text

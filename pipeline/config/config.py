@@ -18,7 +18,7 @@ from pipeline.config.sections import ADDED_LATER, COMPARED_BY_CONTENT, HARMLESS,
 from pipeline.config.settings import Settings
 from pipeline.config.yaml_reader import Document, Key, Problem, dotted, problem_lines, read
 from pipeline.core.errors import ConfigError
-from pipeline.core.files import names_in
+from pipeline.core.files import icc_fault, names_in
 from pipeline.core.text import shown
 
 
@@ -30,6 +30,9 @@ class Config(Settings):
         if conflicts := list(all_conflicts(self, input_files(self))):
             raise ConflictsError(conflicts)
         return self
+
+
+_PROFILES: tuple[Key, ...] = (("export", "profile"), ("proof",))
 
 
 def load_config(
@@ -66,10 +69,15 @@ def config_of(document: Document, base: Path, check_inputs: bool = False) -> Con
 
 
 def _missing_inputs(config: Config, document: Document) -> Iterator[Problem]:
-    """A problem for every input file that does not exist; other faults are found when the file is opened."""
-    for key, path in input_files(config):
+    """A problem for every file that does not exist, or is no profile; other faults are found when it is opened."""
+    profile = config.export.profile
+    profiles = [(("export", "profile"), profile)] if isinstance(profile, Path) else []
+    for key, path in (*input_files(config), *profiles):
         try:
-            path.stat()
+            if key in _PROFILES and (fault := icc_fault(path)) is not None:
+                yield Problem(document.place(key), dotted(key), f"{shown(str(path), 4096)}: {fault}")
+            else:
+                path.stat()
         except FileNotFoundError:
             close = difflib.get_close_matches(path.name, names_in(path.parent), n=1)
             hint = f"; did you mean {shown(close[0])!r}?" if close else ""

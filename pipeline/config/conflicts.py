@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config.messages import Conflict
 from pipeline.config.regions import regions_of
-from pipeline.config.sections import PrintSize
+from pipeline.config.sections import ExportConfig, PrintSize
 from pipeline.config.settings import Settings
 from pipeline.config.yaml_reader import Key, dotted
 from pipeline.core.files import real, same_file, would_replace
@@ -154,14 +154,19 @@ def _format(settings: Settings) -> Iterator[Conflict]:
     if export.bits == 16 and is_jpeg_inside(settings.output, export.compression):
         text = "jpeg stores 8 bits only; choose another compression, or export.bits 8"
         yield Conflict((compression, bits, output), text)
-    if export.panels.width is None and export.panels.overlap.mm:
-        text = "needs the width of a panel, export.panels.width; without it there is one file"
-        yield Conflict((("export", "panels", "overlap"),), text)
-    if export.panels.width is not None and export.panels.overlap.mm >= export.panels.width.mm:
-        text = f"{export.panels.overlap} is not less than export.panels.width ({export.panels.width})"
-        yield Conflict((("export", "panels", "overlap"), ("export", "panels", "width")), text)
+    yield from panel_conflicts(export)
     for option, reason in unsupported_options(settings.output, export.changed):
         yield Conflict((("export", option), output), reason)
+
+
+def panel_conflicts(export: ExportConfig) -> Iterator[Conflict]:
+    """Every conflict between the width of the panels and their overlap."""
+    panels, overlap, width = export.panels, ("export", "panels", "overlap"), ("export", "panels", "width")
+    if panels.width is None and panels.overlap.mm:
+        text = "needs the width of a panel, export.panels.width; without it there is one file"
+        yield Conflict((overlap,), text)
+    if panels.width is not None and panels.overlap.mm >= panels.width.mm:
+        yield Conflict((overlap, width), f"{panels.overlap} is not less than export.panels.width ({panels.width})")
 
 
 def _paths(settings: Settings, inputs: Iterable[tuple[Key, Path]]) -> Iterator[Conflict]:

@@ -135,6 +135,14 @@ def path_fault(path: Path) -> str:
     return ""
 
 
+def icc_fault(path: Path) -> str | None:
+    """Why a file cannot be an ICC profile; None if it looks like one. Raises OSError, FileNotFoundError if missing."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        return "is not a file"
+    with path.open("rb") as file:
+        return None if file.read(40)[36:] == b"acsp" else "is not an ICC profile"
+
+
 def real(path: Path) -> Path:
     """`path` with symbolic links resolved, as far as they can be."""
     try:

@@ -153,6 +153,23 @@ def _suffixes(formats: Iterable[Format]) -> str:
     return " or ".join(output.suffixes[0] for output in formats)
 
 
+def ineffective_options(path: Path, options: Mapping[str, object]) -> Iterator[str]:
+    """A sentence for every export option that the format accepts and that changes nothing there."""
+    output = format_of(path)
+    if output is None:
+        return
+    if options.get("for") == "print" and True not in output.pyramid:
+        yield f"export.for: print changes nothing in a {output.name}, which is written in one way"
+    if options.get("dpi") is not None and output.name == "DeepZoom":
+        yield f"export.dpi: {output.name} has no place for it, so the output does not state it"
+
+
+def is_too_deep(path: Path, bits: Bits, compression: str) -> bool:
+    """Whether the format of an output has fewer bits per channel than these."""
+    output = format_of(path)
+    return bits == 16 and output is not None and (16 not in output.bits or is_jpeg_inside(path, compression))
+
+
 def compressed_bytes(size_bytes: int, compression: str) -> int:
     """Upper bound of pixels' size in the file, before metadata: LZW makes noise larger."""
     return size_bytes * 3 // 2 if compression == "lzw" else size_bytes

@@ -95,7 +95,7 @@ def output_profile(
     `limits`: of the content, None if it was read before.
     """
     if isinstance(profile, Path):
-        return _profile_file(profile)
+        return _profile_file("export.profile", profile)
     if profile != "content":
         return icc.builtin_profile(profile)
     found = None if content is None else _content_profile(content, limits)
@@ -113,29 +113,29 @@ def _content_profile(content: Path, limits: LimitsConfig | None) -> icc.Profile 
 
 def proof_profile(path: Path) -> icc.Profile:
     """The profile that `proof` names. Raises ConfigError for a file that cannot be used."""
-    return _profile_file(path)
+    return _profile_file("proof", path)
 
 
-def _profile_file(path: Path) -> icc.Profile:
+def _profile_file(key: str, path: Path) -> icc.Profile:
     try:
         if path.stat().st_size > _MAX_PROFILE_BYTES:
-            raise ConfigError(f"{path}: is too large for an ICC profile.")
+            raise ConfigError(f"{key}: {path}: is too large for an ICC profile.")
         profile = icc.parse(path.read_bytes())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file.") from None
+        raise ConfigError(f"{key}: {path}: no such file.") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise ConfigError(f"{key}: {path}: cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: is not an ICC profile that can be used ({error}).") from error
+        raise ConfigError(f"{key}: {path}: is not an ICC profile that can be used ({error}).") from error
     if profile.space not in ("RGB", "CMYK") or profile.device in ("link", "abst", "nmcl"):
         raise ConfigError(
-            f"{path}: is a profile of {profile.space} colours and class {profile.device}. Use the profile of an RGB or "
-            "CMYK printer, screen or colour space."
+            f"{key}: {path}: is a profile of {profile.space} colours and class {profile.device}. Use the profile of an "
+            "RGB or CMYK printer, screen or colour space."
         )
     if not profile.writable:
         raise ConfigError(
-            f"{path}: {profile.name} only describes colours that a device has read, such as a scanner, and nothing can "
-            "be converted to it. Use the profile of a printer or of a colour space."
+            f"{key}: {path}: {profile.name} only describes colours that a device has read, such as a scanner, and "
+            "nothing can be converted to it. Use the profile of a printer or of a colour space."
         )
     return profile
 
@@ -152,6 +152,6 @@ def check_colors(path: Path, colors: OutputColors, compression: str) -> None:
     """Raise ConfigError if the format of `path` cannot hold the profile's colours."""
     form = format_of(path)
     if colors.profile.space == "CMYK" and (form is None or form.name != "TIFF"):
-        raise ConfigError(f"{path}: {colors.profile.name} is a profile of CMYK colours. Use .tif.")
+        raise ConfigError(f"{path}: {colors.profile.name} is a profile of CMYK colours. Use .tif, or another profile.")
     if colors.profile.space == "CMYK" and compression == "jpeg":
         raise ConfigError(f"{path}: JPEG in TIFF is written in RGB only. Use deflate for {colors.profile.name}.")

@@ -82,10 +82,15 @@ def _gpu_name(device: str) -> str:
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
+def _text(path: Path) -> str:
+    return path.read_text(encoding="ascii").strip()
+
+
 def _rapl_joule() -> float | None:
     """The energy counter of all processor packages; None where it cannot be read."""
     with contextlib.suppress(OSError, ValueError):
-        counters = [path / "energy_uj" for path in _RAPL.glob("intel-rapl:?")]
-        if counters:
-            return sum(int(counter.read_text(encoding="ascii")) for counter in counters) / 1e6
+        # other zones hold the packages too (psys, the whole board), or are parts of them
+        zones = [path for path in _RAPL.glob("intel-rapl:*") if _text(path / "name").startswith("package")]
+        if zones:
+            return sum(int(_text(zone / "energy_uj")) for zone in zones) / 1e6
     return None

@@ -29,6 +29,7 @@ from pipeline.rundir.open import (
     refuse_unknown_stage,
     stage_path,
 )
+from pipeline.rundir.output_notes import export_notes, sheet_notes
 from pipeline.rundir.paths import (
     SECOND_NAME,
     journal_path,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 import pipeline
 from pipeline.commands import measure
 from pipeline.core.events import Event, IterationDone, Note
+from pipeline.plan import power
 from pipeline.plan.power import PowerMeter
 from tests.support.e2e import write_run
 
@@ -85,6 +88,60 @@ def test_a_disk_without_space_for_it_prevents_only_the_measurement(tmp_path, mon
     notes: list[Event] = []
     assert pipeline.measured_time(config, pipeline.plan(config), sink=notes.append) is None
     assert "could not be measured" in str(notes[-1])
+
+
+def test_run_uses_the_watts_that_are_given(tmp_path, call, monkeypatch):
+    """At its start, if it measures, and at its end; a socket meter knows more than this program."""
+    config = write_run(tmp_path, (96, 64), (40, 40), **TWO_STAGES)
+    monkeypatch.setattr(measure, "_WORTH_MEASURING_FLOP", {"cpu": 0})
+    said = call("run", "-c", config, "--watts", "3600000")
+    assert said.code == 0 and "at 3600000 W (as given)" in said.err
+    took = re.search(r"this took ([0-9]+)s and ([0-9.]+) (k|M)Wh, at 3.6e\+06 W", " ".join(said.err.split()))
+    assert took and float(took[2]) * (1 if took[3] == "k" else 1000) == pytest.approx(float(took[1]), abs=0.6)
+
+
+def write_zone(folder: Path, zone: str, name: str, joule: float) -> None:
+    """A zone of RAPL as Linux shows it; `intel-rapl:0:0` is a part of `intel-rapl:0`."""
+    path = folder / zone
+    path.mkdir(exist_ok=True)
+    (path / "name").write_text(f"{name}\n")
+    (path / "energy_uj").write_text(f"{round(joule * 1e6)}\n")
+
+
+def test_a_processor_is_measured_by_the_counters_of_its_packages(tmp_path, monkeypatch):
+    """The board's counter has the packages too, and a core's is a part of them: they would count twice."""
+    monkeypatch.setattr(power, "_RAPL", tmp_path)
+    zones = {"0": "package-0", "1": "package-1", "2": "psys", "0:0": "core"}
+    for zone, name in zones.items():
+        write_zone(tmp_path, f"intel-rapl:{zone}", name, 1000)
+    with PowerMeter("cpu") as meter:
+        for zone, name in zones.items():
+            write_zone(tmp_path, f"intel-rapl:{zone}", name, 1500)
+    assert meter.power().watts == pytest.approx(power.REST_W + 2 * 500 / meter._seconds)
+    assert meter.power().source == "processor by RAPL, 60 W assumed for the rest"
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()  # as for who is not root
+    assert power._rapl_joule() is None
+
+
+def test_a_gpu_is_measured_by_nvidia_smi(tmp_path, monkeypatch):
+    """The median of its samples: one at the start is of a device that idles."""
+    program, asked = tmp_path / "nvidia-smi", tmp_path / "asked"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {asked}\ntest $(wc -l < {asked}) = 1 && echo 20.5 || echo 300.25\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(power, "_SAMPLE_S", 0.01)
+    monkeypatch.setattr(power, "_RAPL", tmp_path)
+    monkeypatch.setattr(power, "_gpu_name", lambda device: "GPU-1234")  # torch has no device to ask here
+    with PowerMeter("cuda:0") as meter:
+        while not asked.exists() or len(asked.read_text().splitlines()) < 4:
+            time.sleep(0.01)
+    assert meter.power().watts == pytest.approx(power.REST_W + 300.25)
+    assert meter.power().source == "GPU by nvidia-smi, 60 W assumed for the rest"
+    assert set(asked.read_text().splitlines()) == {"--query-gpu=power.draw --format=csv,noheader,nounits -i GPU-1234"}
+    program.write_text("#!/bin/sh\necho '[N/A]'\n")  # as for devices that do not measure
+    with PowerMeter("cuda:0") as meter:
+        meter._sampler.join()
+    assert "assumed" in meter.power().source
 
 
 def test_the_source_of_the_watts_is_said():
