@@ -126,6 +126,12 @@ def plan(config_path: Path, overrides: tuple[str, ...], with_time: bool, watts: 
     "--at", "points", multiple=True, callback=parse_points, metavar="X,Y", help="With --proof: centre of a part, in px."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Image file; default beside the config's output.")
+@click.option(
+    "--page",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Also write the images as a web page, in a new folder.",
+)
 @click.option("--force", is_flag=True, help="Overwrite the file even if no preview of this config wrote it.")
 @with_log_format
 @as_json_option
@@ -140,6 +146,7 @@ def preview(
     dpi: float | None,
     points: list[tuple[int, int]],
     output: Path | None,
+    page: Path | None,
     force: bool,
     log_format: str,
     as_json: bool,
@@ -162,6 +169,8 @@ def preview(
         raise click.UsageError("--stage requires --crop; use --size for a grid")
     if paper is not None and (rect is not None or vary or size_px is not None or as_json):
         raise click.UsageError("--proof makes one sheet: omit --crop, --vary, --size and --json")
+    if page is not None and (rect is not None or paper is not None):
+        raise click.UsageError("--page shows the images of a grid: omit --crop and --proof")
     if paper is None and (dpi is not None or points):
         raise click.UsageError("--dpi and --at require --proof")
     with working(log_format) as (sink, stop):
@@ -178,7 +187,8 @@ def preview(
             return
         render, size = pipeline.preview, PREVIEW_PX if size_px is None else size_px
         raise_if_stopped(stop)
-        result = render(config_path, vary=vary, overrides=overrides, size_px=size, **common)
+        folder = page and page.absolute()
+        result = render(config_path, vary=vary, overrides=overrides, size_px=size, page=folder, **common)
     if as_json:
         echo_json(result.as_dict())
     else:

@@ -58,6 +58,9 @@ from pipeline.core.lengths import MAX_DPI, MIN_DPI
 @click.option(
     "--levels", type=click.Choice(LEVELS), help="Place of a TIFF's levels; subifds: for Bio-Formats (QuPath)."
 )
+@click.option("--title", metavar="TEXT", help="Of a picture in a gallery; default the name of its image.")
+@click.option("--credit", metavar="TEXT", help="Of a picture in a gallery: who made it, and from what.")
+@click.option("--add", is_flag=True, help="Add the picture to a gallery that exists.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 def export(
     config_path: Path | None,
@@ -65,6 +68,9 @@ def export(
     run_dir: Path | None,
     output: str,
     stage: int | None,
+    title: str | None,
+    credit: str | None,
+    add: bool,
     force: bool,
     **options: Any,
 ) -> None:
@@ -91,9 +97,12 @@ def export(
         common: dict[str, Any] = {"stage": stage, "sink": sink, "stop": stop}
         if output.endswith("/"):
             if changes or settings or force:
-                raise click.UsageError("a gallery is a new folder, with its own options: omit those of image files")
+                raise click.UsageError("a gallery has its own options: omit those of image files, and --force")
+            common |= {"title": title, "credit": credit or "", "add": add}
             click.echo(pipeline.gallery(work_dir, image.absolute(), **common))
             return
+        if title is not None or credit is not None or add:
+            raise click.UsageError("--title, --credit and --add are for a gallery: give its folder with / at its end")
         if config is not None:  # its files may be at other places than when the run began
             refuse_inputs(image, named_inputs(config))
         wanted, given = own_options(work_dir, config, settings, changes)

@@ -190,7 +190,7 @@ def print_queue(runs: Sequence[QueuedRun]) -> None:
 
 def print_preview(preview: Preview) -> None:
     """Print the path of the sheet and, for each image, its path and the options that reproduce its settings."""
-    lines = [str(preview.sheet)]
+    lines = [str(preview.sheet), *([] if preview.page is None else [str(preview.page)])]
     for index, rendered in enumerate(preview.pictures):
         if len(preview.pictures) > 1:
             lines.append(f"row {index // preview.across + 1}, image {index % preview.across + 1}:")

@@ -15,6 +15,7 @@ from pipeline.rundir import (
     Journal,
     Manifest,
     canvas_space,
+    content_alpha,
     journal_path,
     newest_canvas,
     refuse_links,
@@ -23,8 +24,9 @@ from pipeline.rundir import (
     standing,
 )
 from pipeline.rundir.process_settings import process_settings
-from pipeline.viewer.gallery import GalleryPicture, write_gallery
+from pipeline.viewer.gallery import GalleryPicture, Work, read_works, write_gallery
 from pipeline.viewer.inputs import Inputs, PreparedInput, inputs_of_run
+from pipeline.viewer.state import print_dpi
 
 _POLL_S = 0.2
 
@@ -35,16 +37,22 @@ def gallery(
     output: Path,
     *,
     stage: int | None = None,
+    title: str | None = None,
+    credit: str = "",
+    add: bool = False,
     sink: Sink = ignore,
     stop: threading.Event | None = None,
 ) -> Path:
     """Write the folder `output` with the canvas of a finished stage (default: the newest), and return its path.
 
-    The content is beside it if its file is still the run's. Raises ConfigError if the stage is being painted, or
-    `output` exists; StorageError, Stopped.
+    `title`: default the name of the run's image. `add`: to the gallery that is there. The content is beside the picture
+    if its file is still the run's. Raises ConfigError if the stage is being painted, or `output` exists, or with `add`
+    is no gallery; StorageError, Stopped.
     """
     refuse_own_state(output, work_dir)
     refuse_missing_folder(output)
+    if add:
+        read_works(output)  # before the content is decoded
     manifest = manifest_of(work_dir)
     _, position = standing(Journal(journal_path(work_dir)))
     chosen = choose_stage(work_dir, position, stage)
@@ -52,20 +60,22 @@ def gallery(
         raise ConfigError(f"{work_dir}: {stage_name(chosen)} is being painted. Give a finished one with --stage.")
     refuse_links(work_dir)
     cancel, read = CancelToken(stop), threading.Event()
-    title = Path(manifest.config.output).stem
+    name = Path(manifest.config.output).stem
     inputs = Inputs(LimitsConfig(), read.set)
     try:
-        pictures = [GalleryPicture("picture", title, newest_canvas(work_dir, position, chosen), canvas_space(manifest))]
+        canvas, alpha = newest_canvas(work_dir, position, chosen), content_alpha(work_dir, position, chosen)
+        pictures = [GalleryPicture("picture", "after", canvas, alpha, canvas_space(manifest))]
         content = _content(inputs, manifest, read, cancel)
         if content is not None and content.pixels is not None:
-            pictures.append(GalleryPicture("content", "before", content.pixels))
+            pictures.append(GalleryPicture("content", "before", content.pixels, content.alpha))
         elif content is not None:
             sink(Note(f"the gallery has no picture of the content: {content.problem}"))
 
         def progress(done: int, total: int) -> None:
             sink(WorkDone(chosen, "gallery", done, total))
 
-        write_gallery(output, pictures, title, "", cancel, progress)
+        dpi = print_dpi(manifest) if chosen == len(manifest.stages) - 1 else None
+        write_gallery(output, Work(title or name, credit, pictures, dpi), cancel, progress, add=add)
     finally:
         inputs.close()
     return output

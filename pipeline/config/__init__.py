@@ -17,4 +17,5 @@ from pipeline.config.sections import (
     StageConfig,
     StyleConfig,
 )
+from pipeline.config.variation import variation_text
 from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, dotted, problem_lines, undotted

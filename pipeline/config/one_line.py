@@ -45,8 +45,8 @@ def config_and_text(line: OneLine, *, folder: Path | None = None, full: bool = F
     config = config_of(document, Path.cwd(), check_inputs=True)
     assert isinstance(given, dict)  # else the config would have been refused
     for key, path in paths_of(config):
-        _replace(given, key, _beside(path, folder or config.output.parent))
-    return config, template(given=_plain(given), full=full)
+        replace_at(given, key, beside(path, folder or config.output.parent))
+    return config, template(given=plain_data(given), full=full)
 
 
 def document_of(line: OneLine) -> Document:
@@ -87,7 +87,7 @@ def _style(text: str) -> dict[str, object]:
     return {"image": CommandLineText(match[1]), "weight": _value(match[2])}
 
 
-def _replace(data: Any, key: Key, text: str) -> None:
+def replace_at(data: Any, key: Key, text: str) -> None:
     """Set the value at `key` if it was given."""
     for part in key[:-1]:
         inside = isinstance(data, Mapping) or (isinstance(data, list) and part in range(len(data)))
@@ -96,16 +96,16 @@ def _replace(data: Any, key: Key, text: str) -> None:
         data[key[-1]] = text
 
 
-def _beside(path: Path, folder: Path) -> str:
+def beside(path: Path, folder: Path) -> str:
     """`path` as it is written in a config in `folder`, so that a project can be moved as a whole."""
     relative = os.path.relpath(path, folder)
     return str(path) if relative.split("/")[: _MAX_UP + 1] == [".."] * (_MAX_UP + 1) else relative
 
 
-def _plain(data: Any) -> Any:
+def plain_data(data: Any) -> Any:
     """The data with plain text in place of text that is marked as from the command line."""
     if isinstance(data, dict):
-        return {name: _plain(value) for name, value in data.items()}
+        return {name: plain_data(value) for name, value in data.items()}
     if isinstance(data, list):
-        return [_plain(value) for value in data]
+        return [plain_data(value) for value in data]
     return str(data) if isinstance(data, str) else data

@@ -17,9 +17,9 @@ TILE_TYPES = {"jpg": "image/jpeg", "webp": "image/webp"}
 
 
 def encode_tile(pixels_HWC: NDArray[np.uint8], suffix: str) -> bytes:
-    """The pixels, sRGB or one grey channel, as a file of TILE_TYPES in memory."""
+    """The pixels, sRGB with or without alpha or one grey channel, as a file of TILE_TYPES in memory."""
     height, width, channels = pixels_HWC.shape
     data = np.ascontiguousarray(pixels_HWC)
     image = pyvips.Image.new_from_memory(data.data, width, height, channels, "uchar")
-    image = image.copy(interpretation="srgb" if channels == 3 else "b-w")
+    image = image.copy(interpretation="srgb" if channels >= 3 else "b-w")
     return bytes(image.write_to_buffer(f".{suffix}", **_OPTIONS[suffix]))

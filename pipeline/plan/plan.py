@@ -22,7 +22,7 @@ from pipeline.plan.memory import StageWork, Workload
 from pipeline.plan.network_cost import LayerUse, layers_in_use
 from pipeline.plan.scales import scales_in_use
 from pipeline.plan.sizes import stage_sizes
-from pipeline.store import ArraySpec, StageLayout, kept_files
+from pipeline.store import ArraySpec, StageLayout, kept_files, overviews_bytes
 
 # With 160 px of halo on each side a larger tile would save less than 4 % of the work.
 MAX_AUTO_TILE_PX = 2**14
@@ -34,8 +34,8 @@ class StagePlan:
 
     `gram_px`, `gradient_px`: over all scales that the losses compare, of which there are `scales`. `kept_bytes`,
     `kept_chunks`: of the arrays that stay when the stage has ended. `carries`: m and v are among them, because the next
-    stage starts from them. `content`: the kind of the content's pixels, None without a content. `prepare_flop`: of the
-    style targets and the content's features.
+    stage starts from them. `overviews_bytes`: of the files for viewers. `content`: the kind of the content's pixels,
+    None without a content. `prepare_flop`: of the style targets and the content's features.
     """
 
     index: int
@@ -49,6 +49,7 @@ class StagePlan:
     store_chunks: int
     kept_bytes: int
     kept_chunks: int
+    overviews_bytes: int
     content: PixelKind | None
     prepare_flop: int
     flop_per_iteration: int
@@ -160,7 +161,8 @@ def with_added_stages(planned: Plan, added: Sequence[int]) -> Plan:
 
 def _disk_bytes(stages: Sequence[StagePlan]) -> int:
     """The most that the store has: a stage beside what the stages before it have kept."""
-    return max(stage.store_bytes + sum(before.kept_bytes for before in stages[: stage.index]) for stage in stages)
+    most = max(stage.store_bytes + sum(before.kept_bytes for before in stages[: stage.index]) for stage in stages)
+    return most + sum(stage.overviews_bytes for stage in stages)
 
 
 def _flop(stages: Sequence[StagePlan]) -> int:
@@ -233,6 +235,7 @@ def plan_stage(work: StageWork, index: int, tile_px: int, carries: bool = False)
         store_chunks=sum(spec.chunks for spec in stored) + targets[1],
         kept_bytes=_total_bytes(retained),
         kept_chunks=sum(spec.chunks for spec in retained),
+        overviews_bytes=overviews_bytes(size, chunk_px),
         content=work.content,
         prepare_flop=layer_use.flop_per_px() * prepared_px,
         # The backward pass to the pixels costs as much as the forward pass: no gradient of a weight is computed. A

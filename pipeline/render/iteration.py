@@ -35,6 +35,7 @@ from pipeline.render.measurements import (
     style_terms,
 )
 from pipeline.render.stage import Stage, content_scales, style_targets
+from pipeline.render.tile_losses import write_tile_losses
 from pipeline.store import is_averaged, slot_names
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class Iterations:
     known_grams: Mapping[str, tuple[Gram, Gram]] = field(default_factory=dict)
     least_max_u: float = 0.0
     adam_steps: int = 0
+    _at: int = 0
     _ahead: dict[int, Sums] = field(default_factory=dict)
     _clock: PassClock = field(default_factory=PassClock)
 
@@ -85,6 +87,7 @@ class Iterations:
         """
         # repeatable: nothing that is read here is overwritten, and the journal decides which slot counts
         self._clock.begin()
+        self._at = iteration
         graph = _IterationGraph(self, iteration, alpha, checksums)
         keys = [MEASURED, *graph.next_sums]
         _, *ahead = self.stage.executor.run(
@@ -109,6 +112,7 @@ class Iterations:
         style = {key: term.loss for key, term in value.terms.items()}
         content_loss, style_loss = math.fsum(content.values()), math.fsum(style.values())
         loss, variation = stage.config.loss, value.gradient.variation
+        write_tile_losses(stage, self._at, value.gradient, scales, style_loss)
         stage.executor.collect_profile()  # before the profiler is read: workers measure for themselves
         return IterationResult(
             objective=objective.objective(

@@ -48,11 +48,15 @@ class IterationResult:
 
 @dataclass(frozen=True)
 class GradientTotals:
-    """The gradient pass over the whole canvas: Σ(φ_l(p) − φ_l(o))² by layer key, Ltv and max|g|."""
+    """The gradient pass over the whole canvas: Σ(φ_l(p) − φ_l(o))² by layer key, Ltv and max|g|.
+
+    `tiles`: (the squares, the share of 3N·Ltv, the style's pull) of each tile.
+    """
 
     squares: Mapping[str, float]
     variation: float
     max_abs_gradient: float
+    tiles: Sequence[tuple[Mapping[str, float], float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ def gradient_totals(content_keys: Sequence[str], pixels: int, *tiles: GradientRe
     # fsum rounds once: the losses in the journal do not depend on the number of tiles
     squares = {key: math.fsum(tile.content_squares.get(key, 0.0) for tile in tiles) for key in content_keys}
     tv_sum = math.fsum(tile.variation for tile in tiles) / (CHANNELS * pixels)
-    return GradientTotals(squares, tv_sum, max(tile.max_abs_gradient for tile in tiles))
+    parts = [(tile.content_squares, tile.variation, tile.style_pull) for tile in tiles]
+    return GradientTotals(squares, tv_sum, max(tile.max_abs_gradient for tile in tiles), parts)
 
 
 def adam_step(

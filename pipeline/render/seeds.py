@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from pipeline.core.tiling import Rect
@@ -16,6 +17,8 @@ from pipeline.losses.objective import Gram
 from pipeline.network.vgg import FeatureMap
 from pipeline.render.tile_specs import SeedSpec, Window
 
+_PULL_ROWS = 16
+
 
 @dataclass
 class Seeds:
@@ -24,6 +27,7 @@ class Seeds:
     `of` is called once per layer and frees the layer's content.
 
     `maps`: the masks, None without. `squares`: Σ(φ(p) − φ(o))² over the inner positions, of the content layers so far.
+    `style_pulls`: of the style terms so far, ⟨dJ/dG, G of the inner positions⟩, estimated from a few rows.
     """
 
     spec: SeedSpec
@@ -32,6 +36,7 @@ class Seeds:
     content: dict[str, tuple[Tensor, Rect]]
     maps: GuideMaps | None = None
     squares: dict[str, Tensor] = field(default_factory=dict)
+    style_pulls: list[Tensor] = field(default_factory=list)
 
     def of(self, feature_map: FeatureMap) -> Tensor | None:
         """dJ/dφ, of the shape of the features; None for a layer that J does not use."""
@@ -62,5 +67,19 @@ class Seeds:
                 seed_1CHW = objective.style_seed(features_1CHW, self.style_CM[key])
                 if shares_RHW is not None:
                     seed_1CHW *= shares_RHW[region]
+                self.style_pulls.append(self._pull(feature_map, seed_1CHW, self.style_CM[key]))
                 total = seed_1CHW if total is None else total.add_(seed_1CHW)
         return total
+
+    def _pull(self, feature_map: FeatureMap, seed_1CHW: Tensor, seed_CM: Gram) -> Tensor:
+        """⟨dJ/dG, G of the inner positions⟩ of one style term, for the map of the losses (tile_losses.py)."""
+        rows, columns = self.window.tile.inner.positions(feature_map.layer).within(feature_map.region)
+        # a few rows are enough for a map, and all would take a hundredth of the pass
+        chosen = slice(rows.start, rows.stop, max(1, (rows.stop - rows.start) // _PULL_ROWS))
+        features_CHW = feature_map.features_1CHW[0, :, chosen, columns]
+        count = max(1, features_CHW.shape[1])
+        factor_CHW = seed_1CHW[0, :, chosen, columns]
+        if seed_CM.shape[1] > len(features_CHW):  # dJ/dφ has the term of the mean once, ⟨dJ/dG, G⟩ twice
+            factor_CHW = factor_CHW + torch.from_numpy(seed_CM[:, -1]).to(features_CHW)[:, None, None]
+        total: Tensor = (features_CHW * factor_CHW).sum(dtype=torch.float64) * (rows.stop - rows.start)
+        return total / (2 * count)

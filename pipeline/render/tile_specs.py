@@ -204,13 +204,15 @@ class ContentResult:
 class GradientResult:
     """By layer key Σ(φ(p) − φ(o))² over the inner rectangle, max|g| there, and the checksums of its chunks.
 
-    `variation`: the tile's share of 3N·Ltv; 0 without that term.
+    `variation`: the tile's share of 3N·Ltv; 0 without that term. `style_pull`: ⟨dJ/dG, the tile's G⟩ over all style
+    terms, estimated, for the map of the losses.
     """
 
     content_squares: Mapping[str, float]
     max_abs_gradient: float
     sums: ChunkSums
     variation: float = 0.0
+    style_pull: float = 0.0
 
 
 @dataclass(frozen=True)

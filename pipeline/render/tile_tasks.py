@@ -6,9 +6,11 @@ C channels, H rows, W columns.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -175,7 +177,8 @@ def _gradient(
                 total_CHW = total_CHW + spec.tv_weight * smoothing_CHW
         gradient_CHW = _in_coordinates(spec, total_CHW)
     squares = {key: float(value) for seeds in scales for key, value in seeds.squares.items()}
-    return _written(spec, gradient_CHW, squares, tv_sum)
+    pull = math.fsum(float(value) for seeds in scales for value in seeds.style_pulls)
+    return replace(_written(spec, gradient_CHW, squares, tv_sum), style_pull=pull)
 
 
 def _scale_gradient(

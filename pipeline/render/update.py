@@ -22,6 +22,7 @@ from pipeline.core import profiler
 from pipeline.core.tiling import Tile, chunks_of
 from pipeline.plan import update_values
 from pipeline.render import adam
+from pipeline.render.overview import CanvasOverview
 from pipeline.store import (
     BFLOAT16,
     FIXED16,
@@ -103,10 +104,12 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
             writers = [opened.enter_context(ChunkWriter(target, chunk)) for target in targets]
             random = RoundingBytes(*spec.rounding, chunk) if sources[0].encoding else None
             blocks = _blocks(sources, spec.block_values)
-            update_block = partial(_update_block, spec.step, random)
+            overview = CanvasOverview(targets, chunk)
+            update_block = overview.watching(partial(_update_block, spec.step, random))
             total, most = _update_chunk(readers, writers, blocks, sources[0].valid_part(*chunk), chunk, update_block)
         for target, writer in zip(targets, writers, strict=True):
             written[target.path.name][chunk] = writer.checksum
+        overview.write(written)
         sums.append(total)
         largest = max(largest, most)
     return UpdateResult(tuple(sums), largest, written)

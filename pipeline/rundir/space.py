@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.core.errors import SpaceError
 from pipeline.core.text import size_text, stage_name
-from pipeline.plan import Plan
+from pipeline.plan import Plan, StagePlan
 from pipeline.rundir.paths import store_path
 
 _BLOCK_BYTES = 4096  # of nearly every file system
@@ -34,14 +34,11 @@ def check_space(config: Config, planned: Plan, stage: int) -> None:
     """
     later = planned.stages[stage:]
     used = space_taken(config.work_dir)
-    results = [_array_space(plan.kept_bytes, plan.kept_chunks) for plan in planned.stages]
+    results = [_array_space(plan.kept_bytes + plan.overviews_bytes, plan.kept_chunks) for plan in planned.stages]
     peak = after = DiskSpace(0, 0)
     if later:
         after = _missing(results, used)
-        peaks = [
-            _missing([*results[: plan.index], _array_space(plan.store_bytes, plan.store_chunks)], used)
-            for plan in later
-        ]
+        peaks = [_missing([*results[: plan.index], _stage_space(plan)], used) for plan in later]
         peak = DiskSpace(max(need.bytes for need in peaks), max(need.files for need in peaks))
     what = f"rendering from {stage_name(stage)} on" if later else "the output image"
     image_bytes = planned.output_bytes + planned.levels_bytes
@@ -55,6 +52,10 @@ def check_space(config: Config, planned: Plan, stage: int) -> None:
 def _array_space(array_bytes: int, chunks: int) -> DiskSpace:
     """The space of arrays of this size. Every chunk is a file in a folder of its own, which takes a block."""
     return DiskSpace(array_bytes + (chunks + _METADATA_FILES) * _BLOCK_BYTES, 3 * chunks + _METADATA_FILES)
+
+
+def _stage_space(plan: StagePlan) -> DiskSpace:
+    return _array_space(plan.store_bytes + plan.overviews_bytes, plan.store_chunks)
 
 
 def _missing(needs: Sequence[DiskSpace], used: DiskSpace) -> DiskSpace:

@@ -14,6 +14,7 @@ from pipeline.core.errors import storage
 from pipeline.store.array import open_array
 from pipeline.store.chunk_file import preallocate, replace_compressed
 from pipeline.store.encodings import ENCODINGS
+from pipeline.store.layout import OVERVIEW
 
 
 def create_array(stage_dir: Path, name: str, shape: tuple[int, int, int], chunk_px: int, form: str, codec: str) -> None:
@@ -79,8 +80,10 @@ def delete_array(stage_dir: Path, name: str) -> None:
 
 
 def delete_arrays(stage_dir: Path, keep: set[str]) -> None:
-    """Delete all arrays of a stage but those named in `keep`. Raises StorageError."""
+    """Delete all arrays of a stage, and their overviews, but those named in `keep`. Raises StorageError."""
     with storage(stage_dir):
         for path in stage_dir.iterdir() if stage_dir.exists() else ():
             if path.is_dir() and path.name not in keep:
                 shutil.rmtree(path)
+            elif path.name.endswith(OVERVIEW) and path.name.removesuffix(OVERVIEW) not in keep:
+                path.unlink(missing_ok=True)

@@ -19,6 +19,11 @@ ALPHA = "alpha"  # of the content, if it has alpha: (H, W, 1)
 STYLE = "style"  # only while the stage is prepared
 METADATA = "zarr.json"  # of an array, and of the stage
 CONTENT_GUIDE = "guide_content"
+# Aids for viewers, beside the arrays: no state, and no run or check depends on them.
+OVERVIEW = ".overview"  # behind the name of a canvas: the file with its overview, at 1/OVERVIEW_PX
+OVERVIEW_PX = 8
+OVERVIEW_SUMS_BYTES = 8  # at the start of each of its records
+TILE_LOSSES = "tile_losses.json"  # the losses of the newest iteration, tile by tile
 COLOR_AND_ALPHA = (slice(3), slice(3, 4))  # the channels of CONTENT and of ALPHA in an RGBA image
 _LAYER = r"(conv[1-5]_[1-9])(_s[1-9])?"  # a layer key
 _GRAM = re.compile(rf"gram_({_LAYER}(_r[0-9]+)?)")
@@ -48,6 +53,17 @@ class ArraySpec:
         """Number of chunks, each a file."""
         height, width, _ = self.shape
         return ceil_to(height, self.chunk_px) * ceil_to(width, self.chunk_px) // self.chunk_px**2
+
+
+def is_aid(name: str) -> bool:
+    """Whether a stage can have an aid for viewers of this name."""
+    return name == TILE_LOSSES or (name.endswith(OVERVIEW) and is_stage_array(name.removesuffix(OVERVIEW)))
+
+
+def overviews_bytes(size: tuple[int, int], chunk_px: int) -> int:
+    """Bytes of both overviews of a stage with a canvas of this (height, width)."""
+    chunks = ceil_to(size[0], chunk_px) * ceil_to(size[1], chunk_px) // chunk_px**2
+    return 2 * chunks * (OVERVIEW_SUMS_BYTES + 3 * (chunk_px // OVERVIEW_PX) ** 2)
 
 
 def slot_names(slot: int, *, averaged: bool = False) -> tuple[str, ...]:

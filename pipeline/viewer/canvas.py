@@ -2,7 +2,8 @@
 
     level = max_level       tiles of 256 px of the array itself
     one or two below        the mean of 2×2 or 4×4 px, from the chunks under the tile
-    three or more below     from an overview at 1/8 in memory, which each chunk that is read fills in
+    three or more below     from an overview at 1/8 in memory: the one that the update pass has written beside the
+                            canvas, and where that has no good record of a chunk, the chunk itself
 
 Chunks are read whole, so that each is compared with its checksum: a chunk that a run overwrites meanwhile raises
 ChunkError and is never shown half old, half new. Levels are numbered as in DeepZoom: level 0 is one pixel.
@@ -20,10 +21,10 @@ from numpy.typing import NDArray
 
 from pipeline.core.tiling import Rect, chunks_of
 from pipeline.images import OutputColors
-from pipeline.store import StageArray
+from pipeline.store import OVERVIEW_PX, Overview, StageArray
 
 TILE_PX = 256
-OVERVIEW = 3  # halvings of the overview
+OVERVIEW = OVERVIEW_PX.bit_length() - 1  # halvings of the overview
 _MAX_OVERVIEW_BYTES = 48 * 2**20
 Pixels = NDArray[np.uint8]
 V = TypeVar("V")
@@ -128,11 +129,14 @@ class Canvas:
                 sides = -(-self.height >> self._halvings), -(-self.width >> self._halvings)
                 self._overview = np.zeros((*sides, self._channels), np.uint8)
             overview = self._overview
-        for cy, cx, _ in chunks_of(rect, step):
-            if (cy, cx) not in self._filled:
+        missing = [(cy, cx) for cy, cx, _ in chunks_of(rect, step) if (cy, cx) not in self._filled]
+        for (cy, cx), written in Overview(self.array).chunks(missing):
+            if written is None:
                 small = shrunk(self._read(cy, cx), self._halvings)
-                overview[cy * step : cy * step + len(small), cx * step : cx * step + small.shape[1]] = small
-                self._filled.add((cy, cx))
+            else:
+                small = shrunk(self._shown(written), self._halvings - OVERVIEW)
+            overview[cy * step : cy * step + len(small), cx * step : cx * step + small.shape[1]] = small
+            self._filled.add((cy, cx))
         return overview[rect.y0 : rect.y1, rect.x0 : rect.x1]
 
     def _block(self, cy: int, cx: int) -> Pixels:
@@ -151,8 +155,13 @@ class Canvas:
             values = array.encoding.decoded(values)
         if values.dtype != np.uint8:
             np.clip(values, 0, 255, out=values)
-            if self._colors is not None:
-                values = self._colors.convert(values)
+        return self._shown(values)
+
+    def _shown(self, values: NDArray[Any]) -> Pixels:
+        """Values of the array in sRGB, rounded."""
+        if self._colors is not None:
+            values = self._colors.convert(values)
+        if values.dtype != np.uint8:
             values = np.rint(values)
         pixels: Pixels = values.astype(np.uint8, copy=False)
         return pixels

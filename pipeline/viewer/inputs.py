@@ -13,12 +13,15 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.config import Config, LimitsConfig, dotted, input_files
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import PipelineError, Stopped
+from pipeline.core.image_formats import PixelKind
 from pipeline.core.text import shown
 from pipeline.core.tiling import Rect
 from pipeline.images import read_header, stream_rgb
@@ -43,10 +46,14 @@ class InputFile:
 
 @dataclass(frozen=True)
 class PreparedInput:
-    """What became of a file: its pixels, or why there are none; neither while it is being read."""
+    """What became of a file: its pixels, or why there are none; neither while it is being read.
+
+    Like a canvas, the pixels lie over white. `alpha`: (H, W, 1), of a file that has alpha.
+    """
 
     file: InputFile
     pixels: StageArray | None = None
+    alpha: StageArray | None = None
     problem: str = ""
 
 
@@ -128,25 +135,42 @@ class Inputs:
 
     def _prepared(self, one: PreparedInput, name: str) -> PreparedInput:
         try:
-            return replace(one, pixels=self._read(one.file, self._folder / name))
+            pixels, alpha = self._read(one.file, self._folder / name)
+            return replace(one, pixels=pixels, alpha=alpha)
         except Stopped:
             return replace(one, problem="stopped")
         except (PipelineError, OSError) as error:
             return replace(one, problem=shown(str(error), 300))
 
-    def _read(self, file: InputFile, stage_dir: Path) -> StageArray:
+    def _read(self, file: InputFile, stage_dir: Path) -> tuple[StageArray, StageArray | None]:
         cancel = CancelToken(self._stop)
         header = read_header(file.path, self._limits)
         if file.sha256 is not None and sha256_of(file.path, cancel) != file.sha256:
             raise PipelineError(f"{file.path}: has changed since the run began, so it is not shown.")
-        height, width = header.height_px, header.width_px
-        need_bytes = 3 * (height + _CHUNK_PX) * (width + _CHUNK_PX)
+        height, width, kind = header.height_px, header.width_px, PixelKind(8, header.kind.alpha)
+        need_bytes = kind.channels * (height + _CHUNK_PX) * (width + _CHUNK_PX)
         if shutil.disk_usage(self._folder).free < 2 * need_bytes:
             raise PipelineError(f"{self._folder}: has no room for {file.path.name} ({need_bytes:,} bytes). Set TMPDIR.")
         create_stage(stage_dir)
-        create_array(stage_dir, "pixels", (height, width, 3), _CHUNK_PX, "uint8", "none")
-        array, sums = open_array(stage_dir, "pixels"), ChunkSums()
-        for y0, rows in stream_rgb(file.path, width, height, _CHUNK_PX, cancel):
-            sums.update(array.write_window(Rect(y0, y0 + len(rows), 0, width), rows.astype(np.uint8, copy=False)))
+        planes = {"pixels": slice(3), **({"alpha": slice(3, 4)} if kind.alpha else {})}
+        for name, channels in planes.items():
+            shape = height, width, channels.stop - (channels.start or 0)
+            create_array(stage_dir, name, shape, _CHUNK_PX, "uint8", "none")
+        arrays = {name: open_array(stage_dir, name) for name in planes}
+        sums: dict[str, ChunkSums] = {name: {} for name in planes}
+        for y0, rows in stream_rgb(file.path, width, height, _CHUNK_PX, cancel, kind):
+            rect, over_white = Rect(y0, y0 + len(rows), 0, width), _over_white(rows)
+            for name, channels in planes.items():
+                sums[name].update(arrays[name].write_window(rect, over_white[..., channels]))
             cancel.raise_if_set()
-        return open_array(stage_dir, "pixels", array.packed(sums))
+        opened = {name: open_array(stage_dir, name, arrays[name].packed(sums[name])) for name in planes}
+        return opened["pixels"], opened.get("alpha")
+
+
+def _over_white(rows: NDArray[Any]) -> NDArray[np.uint8]:
+    """The colours over white, with the alpha, if there is one, as it was."""
+    rows = rows.astype(np.uint8, copy=False)
+    if rows.shape[2] == 4:
+        share = rows[..., 3:].astype(np.float32) / 255
+        rows = np.dstack([np.rint(255 - (255 - rows[..., :3]) * share).astype(np.uint8), rows[..., 3]])
+    return rows

@@ -19,8 +19,9 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.text import shown, stage_name
 from pipeline.images import srgb_output
 from pipeline.images.tile_codec import encode_tile
-from pipeline.rundir import Position, canvas_space, newest_canvas
-from pipeline.store import METADATA, ChunkError, StageArray, checksum, result_name
+from pipeline.render.export import without_white
+from pipeline.rundir import Position, canvas_space, content_alpha, newest_canvas
+from pipeline.store import ALPHA, METADATA, ChunkError, StageArray, checksum, result_name
 from pipeline.viewer.canvas import TILE_PX, Canvas, Pixels, Recent, array_bytes, text_bytes
 from pipeline.viewer.inputs import Inputs
 from pipeline.viewer.snapshot import RunReader, Snapshot
@@ -28,6 +29,8 @@ from pipeline.viewer.snapshot import RunReader, Snapshot
 _BLOCK_BYTES = 64 * 2**20  # recently read chunks: those under one screen at 100 %
 _OVERVIEW_BYTES = 64 * 2**20
 _TILE_BYTES = 32 * 2**20
+_WITH_ALPHA = ("webp",)
+Layers = tuple[Canvas, Canvas | None]  # the colours and the alpha of a picture
 
 
 class SupersededError(PipelineError):
@@ -57,7 +60,8 @@ class Pictures:
         self._reader, self._inputs = reader, inputs
         self.busy_s = 0.0  # processor time of all tiles so far, nearly: two threads may add at once
         self._blocks: Recent[Pixels] = Recent(_BLOCK_BYTES, array_bytes)
-        self._canvases: Recent[Canvas] = Recent(_OVERVIEW_BYTES, lambda canvas: canvas.overview_bytes + 2**16)
+        self._canvases: Recent[Layers] = Recent(_OVERVIEW_BYTES, lambda layers: layers[0].overview_bytes + 2**16)
+        self._alphas: Recent[Canvas] = Recent(_OVERVIEW_BYTES // 3, lambda canvas: canvas.overview_bytes + 2**16)
         self._tiles: Recent[bytes] = Recent(_TILE_BYTES, text_bytes)
 
     def listing(self, snapshot: Snapshot) -> list[dict[str, Any]]:
@@ -67,9 +71,10 @@ class Pictures:
         for stage in sorted(position.slots) if manifest and not position.cleaned else ():
             height, width = manifest.stages[stage].size  # type: ignore[union-attr]
             running = stage == position.stage and not position.stage_done
+            has_alpha = ALPHA in position.checksums[stage]
             pictures.append(
                 {
-                    **_picture(f"stage_{stage}", version_of(position, stage), height, width),
+                    **_picture(f"stage_{stage}", version_of(position, stage), height, width, has_alpha),
                     "title": f"{stage_name(stage)}{', being painted' if running else ''}",
                     "kind": "stage",
                 }
@@ -77,7 +82,8 @@ class Pictures:
         for prepared in self._inputs.all():
             entry = {"id": prepared.file.id, "title": prepared.file.title, "kind": "input", "problem": prepared.problem}
             if prepared.pixels is not None:
-                entry |= _picture(prepared.file.id, _input_version(prepared.pixels), *prepared.pixels.shape[:2])
+                version, (height, width, _) = _input_version(prepared.pixels), prepared.pixels.shape
+                entry |= _picture(prepared.file.id, version, height, width, prepared.alpha is not None)
             pictures.append(entry)
         return pictures
 
@@ -86,9 +92,11 @@ class Pictures:
         if (found := self._tiles.get(at)) is not None:
             return found
         started = time.thread_time()
-        canvas = self._canvas(at.picture, at.version)
+        canvas, alpha = self._canvas(at.picture, at.version)
         try:
             pixels = canvas.tile(at.level, at.column, at.row)
+            if alpha is not None and at.suffix in _WITH_ALPHA:
+                pixels = _transparent(pixels, alpha.tile(at.level, at.column, at.row))
         except LookupError as error:
             raise NoPictureError(str(error.args[0])) from error
         except ChunkError:
@@ -100,7 +108,7 @@ class Pictures:
         self.busy_s += time.thread_time() - started
         return data
 
-    def _canvas(self, picture: str, version: str) -> Canvas:
+    def _canvas(self, picture: str, version: str) -> Layers:
         found = self._canvases.get((picture, version))
         if found is not None:
             return found
@@ -112,13 +120,27 @@ class Pictures:
             raise SupersededError(f"{picture}: {shown(version, 40)} is gone; {newest} is the newest")
         return self._canvases.put((picture, version), self._opened(snapshot, picture))
 
-    def _opened(self, snapshot: Snapshot, picture: str) -> Canvas:
+    def _opened(self, snapshot: Snapshot, picture: str) -> Layers:
         for prepared in self._inputs.all():
             if prepared.file.id == picture and prepared.pixels is not None:
-                return Canvas(prepared.pixels, self._blocks)
-        array = canvas_of(self._reader, snapshot, int(picture.removeprefix("stage_")))
+                return Canvas(prepared.pixels, self._blocks), self._alpha(prepared.alpha)
+        stage = int(picture.removeprefix("stage_"))
+        array = canvas_of(self._reader, snapshot, stage)
         assert snapshot.manifest is not None
-        return Canvas(array, self._blocks, srgb_output(canvas_space(snapshot.manifest)))
+        alpha = content_alpha(self._reader.work_dir, snapshot.position, stage)
+        if alpha is not None:
+            refuse_other_size(alpha, (*array.shape[:2], 1))
+        colors = srgb_output(canvas_space(snapshot.manifest))
+        return Canvas(array, self._blocks, colors), self._alpha(alpha)
+
+    def _alpha(self, array: StageArray | None) -> Canvas | None:
+        """The alpha, which all iterations of a stage share: its overview is made once."""
+        if array is None:
+            return None
+        key = array.path, checksum(np.ascontiguousarray(array.checksums))
+        if (found := self._alphas.get(key)) is not None:
+            return found
+        return self._alphas.put(key, Canvas(array, self._blocks))
 
     def _newest_version(self, snapshot: Snapshot, picture: str) -> str | None:
         return next(
@@ -130,12 +152,21 @@ def canvas_of(reader: RunReader, snapshot: Snapshot, stage: int) -> StageArray:
     """The committed canvas of a stage. Raises ChunkError, also for a size that the manifest does not have."""
     assert snapshot.manifest is not None
     array = newest_canvas(reader.work_dir, snapshot.position, stage)
-    # a stranger's metadata could make a read take all memory
-    fits = array.shape == (*snapshot.manifest.stages[stage].size, 3) and array.chunk_px <= MAX_CHUNK_PX
-    if not fits or array.dtype.kind not in "fu":
+    refuse_other_size(array, (*snapshot.manifest.stages[stage].size, 3))
+    return array
+
+
+def refuse_other_size(array: StageArray, shape: tuple[int, int, int]) -> None:
+    """Raise ChunkError for another size: a stranger's metadata could make a read take all memory."""
+    if array.shape != shape or array.chunk_px > MAX_CHUNK_PX or array.dtype.kind not in "fu":
         what = f"describes {array.shape} {array.dtype}, which this stage does not have"
         raise ChunkError(array.path / METADATA, "changed", what)
-    return array
+
+
+def _transparent(pixels_HW3: Pixels, alpha_HW1: Pixels) -> Pixels:
+    """Pixels that lie over white, as (H, W, 4): the same over white, and transparent."""
+    colors = without_white(pixels_HW3.astype(np.float32), alpha_HW1)
+    return np.dstack([np.rint(colors).astype(np.uint8), alpha_HW1])
 
 
 def version_of(position: Position, stage: int) -> str:
@@ -149,7 +180,7 @@ def _input_version(pixels: StageArray) -> str:
     return f"file-{checksum(np.ascontiguousarray(pixels.checksums)):08x}"
 
 
-def _picture(identity: str, version: str, height: int, width: int) -> dict[str, Any]:
+def _picture(identity: str, version: str, height: int, width: int, has_alpha: bool) -> dict[str, Any]:
     return {
         "id": identity,
         "version": version,
@@ -158,5 +189,6 @@ def _picture(identity: str, version: str, height: int, width: int) -> dict[str, 
         "width": width,
         "tile_px": TILE_PX,
         "overlap": 0,
+        "format": "webp" if has_alpha else "jpg",
         "problem": "",
     }

@@ -25,7 +25,7 @@ from pipeline.viewer.handlers import Unknown, routes
 from pipeline.viewer.inputs import Inputs, inputs_of_config, inputs_of_run
 from pipeline.viewer.pictures import Pictures
 from pipeline.viewer.snapshot import RunReader, Snapshot
-from pipeline.viewer.state import Usage, run_state
+from pipeline.viewer.state import Usage, print_dpi, run_state
 
 _WATCH_S = 0.5
 _TILE_THREADS = 2
@@ -200,16 +200,9 @@ class Viewer:
             "page": assets.page_version(),
             "name": self.reader.work_dir.name,
             "work_dir": str(self.reader.work_dir),
-            "dpi": _dpi(snapshot),
+            "dpi": print_dpi(snapshot.manifest),
             "pictures": self.pictures.listing(snapshot),
             "config_options": list(self.options.config_options),
             "crops": list(self.crops.entries),
             "allow_crops": self.crops.allowed,
         }
-
-
-def _dpi(snapshot: Snapshot) -> float | None:
-    """The resolution that the run's config sets for the print, or None."""
-    section = snapshot.manifest.config.model_dump().get("export") if snapshot.manifest else None
-    value = section.get("dpi") if isinstance(section, dict) else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,22 +140,11 @@ def _curves(records: Sequence[Iteration]) -> dict[str, Any]:
 
 
 def remaining_s(snapshot: Snapshot) -> float | None:
-    """The time of all iterations that are left, if no stage ends early; None before one was measured."""
-    manifest, position = snapshot.manifest, snapshot.position
-    measured = [one for one in snapshot.records if isinstance(one, Iteration)]
-    if manifest is None or not measured or _finished(manifest, position):
+    """What the run itself expected after its newest iteration; None if it could not tell, or is done."""
+    if snapshot.manifest is None or _finished(snapshot.manifest, snapshot.position):
         return None
-    last = measured[-1].stage
-    recent = [_seconds(one) for one in measured[-6:] if one.stage == last]
-    pixel_s = statistics.median(recent) / _pixels(manifest, last)
-    left = [max_iterations(manifest, stage) for stage in manifest.stages[position.stage :]]
-    left[0] = max(0, left[0] - position.iteration) * (not position.stage_done)
-    return sum(count * _pixels(manifest, stage) * pixel_s for stage, count in enumerate(left, start=position.stage))
-
-
-def _pixels(manifest: Manifest, stage: int) -> int:
-    height, width = manifest.stages[stage].size
-    return height * width
+    newest = next((one for one in reversed(snapshot.records) if isinstance(one, Iteration)), None)
+    return None if newest is None else newest.remaining_s
 
 
 def _log(records: Sequence[Record]) -> list[dict[str, str]]:
@@ -186,3 +174,10 @@ def _line(record: Record) -> str:  # noqa: PLR0911 - one for each kind
         case CanvasLost():
             return f"the canvas of {stage_name(record.stage)} was given up by a repair"
     return ""
+
+
+def print_dpi(manifest: Manifest | None) -> float | None:
+    """The resolution that the run's config sets for the print, or None."""
+    section = manifest.config.model_dump().get("export") if manifest else None
+    value = section.get("dpi") if isinstance(section, dict) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None

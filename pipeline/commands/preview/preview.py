@@ -9,6 +9,7 @@ that the run adds at larger sizes, finer than the pixels of a preview, is missin
 from __future__ import annotations
 
 import math
+import shlex
 import threading
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pipeline.commands.preview.folder import claimed, folder_of
 from pipeline.commands.preview.grid import Grid, PlannedImage
 from pipeline.commands.preview.sweep import Axis, load_variations
 from pipeline.commands.run import run
+from pipeline.config import variation_text
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import (
@@ -40,6 +42,7 @@ from pipeline.images import check_output
 from pipeline.plan import Plan, resolve_device
 from pipeline.rundir import named_inputs, refuse_inputs, refuse_missing_folder
 from pipeline.rundir.process_settings import process_settings
+from pipeline.viewer.comparison import ComparedPicture, refuse_taken, write_comparison
 
 # Keys that the preview sets itself.
 _FIXED = {
@@ -60,12 +63,13 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Preview:
-    """A contact sheet, and its images row by row, `across` in each."""
+    """A contact sheet, and its images row by row, `across` in each. `page`: the folder of a web page of them."""
 
     sheet: Path
     pictures: tuple[Rendered, ...]
     across: int
     size_px: int
+    page: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The preview as JSON-able data."""
@@ -80,7 +84,8 @@ class Preview:
             }
             for index, rendered in enumerate(self.pictures)
         ]
-        return {"sheet": str(self.sheet), "shown_px": self.size_px, "pictures": pictures}
+        page = {} if self.page is None else {"page": str(self.page)}
+        return {"sheet": str(self.sheet), **page, "shown_px": self.size_px, "pictures": pictures}
 
 
 @process_settings()
@@ -91,6 +96,7 @@ def preview(
     overrides: Sequence[str] = (),
     size_px: int = PREVIEW_PX,
     output: Path | None = None,
+    page: Path | None = None,
     force: bool = False,
     sink: Sink = ignore,
     stop: threading.Event | None = None,
@@ -98,7 +104,8 @@ def preview(
     """Render every combination of the values in `vary` at low resolution, onto one contact sheet.
 
     `path`, `overrides`: of the config, as in load_config. `vary`: `key=value,value`, one key each. `size_px`: long side
-    of each image as shown. `output`: the sheet; default beside the config's output. `force`: overwrite a sheet that no
+    of each image as shown. `output`: the sheet; default beside the config's output. `page`: a new
+    folder, for a web page of the images. `force`: overwrite a sheet that no
     preview of this config wrote. Raises the errors of errors.py. After Stopped, or any crash, the same call resumes;
     finished images are not rendered again.
     """
@@ -111,8 +118,10 @@ def preview(
     grid.plan(folder_of(first), cancel)
     contact_sheet = grid.sheet(Path(path).name, overrides)
     height, width = contact_sheet.size
-    if output is not None:
-        refuse_missing_folder(output)
+    for path_given in filter(None, (output, page)):
+        refuse_missing_folder(path_given)
+    if page is not None:
+        refuse_taken(page)
     check_output(sheet, width, height, 8, "deflate")
     for variation in variations:  # each may have a content or styles of its own
         refuse_inputs(sheet, named_inputs(variation.config))
@@ -123,10 +132,23 @@ def preview(
             sheet, cancel, lambda share: sink(WorkDone(0, "contact sheet", math.floor(share * 100), 100)), claim.record
         )
         claim.done()
+    if page is not None:
+        compared = [_compared(Path(path), overrides, image) for image in grid.images]
+        write_comparison(page, contact_sheet.title, compared, grid.across)
     pictures = (
         Rendered(image.variation.settings, image.config.output, image.plan.stages[-1].size) for image in grid.images
     )
-    return Preview(sheet, tuple(pictures), grid.across, size_px)
+    return Preview(sheet, tuple(pictures), grid.across, size_px, page)
+
+
+def _compared(path: Path, overrides: Sequence[str], image: PlannedImage) -> ComparedPicture:
+    """An image of the page, with what renders it as a run."""
+    settings = image.variation.settings
+    options = [part for setting in (*overrides, *settings) for part in ("--set", setting)]
+    command = shlex.join(["pipeline", "run", "-c", str(path), *options])
+    text = f"# {path.name} as chosen from a preview: {shown(', '.join(settings) or 'as it was', 500)}\n"
+    text += variation_text(path, [*overrides, *settings])
+    return ComparedPicture(image.config.output, image.plan.stages[-1].size, settings, command, text)
 
 
 def _refuse_fixed(axes: Sequence[Axis]) -> None:

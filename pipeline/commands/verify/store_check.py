@@ -27,6 +27,7 @@ from pipeline.store import (
     gram_key,
     group_metadata,
     integrity,
+    is_aid,
     is_stage_array,
     kept_files,
     packed,
@@ -247,7 +248,7 @@ def _check_stage_names(
                 _check_array_names(path, {*files, path / METADATA}, stage.stage, damage)
         elif _is_left_over(path) or (newest and is_stage_array(path.name)):
             damage.leftovers.append(path)  # the stage has ended, and the next run deletes its other arrays
-        elif path.name != METADATA:
+        elif path.name != METADATA and not (is_aid(path.name) and path.is_file()):
             damage.problems.append(_foreign(path, stage.stage, None))
 
 

@@ -1,6 +1,6 @@
 // "Crop here": the command that renders the clicked place in full resolution, and the crops that were rendered from here.
 
-import { shell } from "./format.js";
+import { copyText, shell } from "./format.js";
 
 const SIDE_PX = 512;
 const $ = (id) => document.getElementById(id);
@@ -15,7 +15,7 @@ export class Crops {
     this.marked = false;
     this.drawn = "";
     view.viewer.addHandler("canvas-click", (event) => { if (event.quick) this.at(event.position); });
-    $("crop-copy").addEventListener("click", () => this.copy());
+    $("crop-copy").addEventListener("click", () => copyText($("crop-command"), $("crop-copy")));
     $("crop-render").addEventListener("click", () => this.render());
   }
 
@@ -45,17 +45,6 @@ export class Crops {
     if (this.marked) this.view.viewer.updateOverlay(this.mark, area);
     else this.view.viewer.addOverlay(this.mark, area);
     this.marked = true;
-  }
-
-  async copy() {
-    try {
-      await navigator.clipboard.writeText($("crop-command").textContent);
-      $("crop-copy").textContent = "Copied";
-    } catch { // without https the browser may not give the clipboard: the text is selected instead
-      getSelection().selectAllChildren($("crop-command"));
-      $("crop-copy").textContent = "Selected: Ctrl-C";
-    }
-    setTimeout(() => { $("crop-copy").textContent = "Copy"; }, 2000);
   }
 
   async render() {

@@ -31,3 +31,16 @@ export function clock(iso) {
 
 // Quotes a word for a POSIX shell.
 export const shell = (word) => (/^[A-Za-z0-9_./:=,@%+-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`);
+
+// Copies the text of an element, and says so on the button.
+export async function copyText(element, button) {
+  const before = button.dataset.label ??= button.textContent;
+  try {
+    await navigator.clipboard.writeText(element.textContent);
+    button.textContent = "Copied";
+  } catch { // without https the browser may not give the clipboard: the text is selected instead
+    getSelection().selectAllChildren(element);
+    button.textContent = "Selected: Ctrl-C";
+  }
+  setTimeout(() => { button.textContent = before; }, 2000);
+}

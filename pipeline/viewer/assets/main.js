@@ -6,6 +6,7 @@ import { bytes, clock, duration, px } from "./format.js";
 import { MapOverlay } from "./map.js";
 import { follow } from "./stream.js";
 import { View, link } from "./view.js";
+import { Works } from "./works.js";
 
 const $ = (id) => document.getElementById(id);
 const UNDER_PX = 4096; // above this side, a finished smaller stage lies below until the tiles are there
@@ -14,7 +15,7 @@ const page = { state: null, a: null, b: null, mode: "single", following: true, s
 const viewA = new View($("view-a"), true);
 const viewB = new View($("view-b"), false);
 const curves = new Curves($("curve"));
-const map = new MapOverlay(viewA, $("map-text"));
+const map = new MapOverlay(viewA, $("map-text"), $("map-ramp"));
 const crops = new Crops(viewA);
 link(viewA, viewB);
 
@@ -54,6 +55,7 @@ function notice(text) {
 const shown = () => (page.state?.pictures ?? []).filter((picture) => picture.version);
 const find = (id) => shown().find((picture) => picture.id === id);
 const stages = () => shown().filter((picture) => picture.kind === "stage");
+const gallery = Boolean(document.documentElement.dataset.gallery);
 
 function choosePictures() {
   const newest = stages().at(-1) ?? shown().find((picture) => picture.kind === "gallery");
@@ -104,7 +106,7 @@ function setMode(mode) {
   $("swipe").hidden = mode !== "swipe";
   viewA.clipAt(mode === "swipe" ? swipeX() : null);
   if (page.state) showPictures();
-  if (half) setTimeout(() => viewA.home(), 100); // the width of a picture has changed: OpenSeadragon sees it a frame later
+  if (half) { viewA.refit(); viewB.refit(); }
 }
 
 function choose(place, id) {
@@ -152,7 +154,7 @@ const PHASES = { waiting: "waiting for the run", running: "painting", done: "don
 
 function writeHeader() {
   const { state } = page;
-  document.title = document.documentElement.dataset.gallery ? state.name : `${state.name} – pipeline view`;
+  document.title = gallery ? state.name : `${state.name} – pipeline view`;
   $("name").textContent = state.name;
   $("name").title = state.work_dir;
   $("phase").textContent = PHASES[state.phase];
@@ -169,7 +171,7 @@ function writeFacts() {
   const total = state.stages.reduce((sum, stage) => sum + work(stage, stage.max_iterations), 0);
   const done = state.stages.reduce((sum, stage) => sum + work(stage, stage.state === "done" ? stage.max_iterations : stage.iterations), 0);
   $("bar").value = total ? done / total : 0;
-  const facts = document.documentElement.dataset.gallery ? [["picture", px(state.width, state.height)], ...(state.credit ? [["credit", state.credit]] : [])] : [
+  const facts = gallery ? [["picture", px(state.width, state.height)], ...(state.credit ? [["credit", state.credit]] : [])] : [
     ["picture", state.width ? px(state.width, state.height) : "not planned yet"],
     ...(state.dpi && state.width ? [["print", `${((state.width / state.dpi) * 2.54).toFixed(1)} × ${((state.height / state.dpi) * 2.54).toFixed(1)} cm at ${state.dpi} dpi`]] : []),
     ["time left", state.phase === "running" ? duration(state.eta_s) : "–"],
@@ -244,6 +246,7 @@ const KEYS = { "+": "in", "=": "in", "-": "out", 0: "home", 1: "full", f: "scree
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 function step(by) {
+  if (gallery) { works.step(by); return; }
   const all = stages();
   const index = all.findIndex((picture) => picture.id === page.a);
   const next = all[Math.min(Math.max((index < 0 ? all.length : index) + by, 0), all.length - 1)];
@@ -288,6 +291,7 @@ viewA.viewer.addHandler("update-viewport", writeScale);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => setTheme(event.matches ? "dark" : "light"));
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 writePanelButton();
-if (document.documentElement.dataset.gallery) fetch("gallery.json").then((answer) => answer.json()).then(receive);
+const works = new Works((state) => { page.a = page.b = null; receive(state); }, () => viewA.home());
+if (gallery) works.open();
 else follow(receive, lost);
-window.pipelineView = { page, viewA, viewB, setMode, setSwipe, choose }; // for tests, and for the curious
+window.pipelineView = { page, works, viewA, viewB, setMode, setSwipe, choose }; // for tests, and for the curious

@@ -1,6 +1,9 @@
-// A map with one value per chunk, drawn over the picture.
+// A map with one value per chunk or tile, drawn over the picture.
+
+import { number } from "./format.js";
 
 const EVERY_MS = 4000;
+const LOSSES = ["losses", "content", "style", "variation"];
 const TEXT = {
   progress: ([waiting, gradient, updated]) => `${updated} of ${waiting + gradient + updated} chunks updated in this iteration, ${gradient} more have their gradient`,
 };
@@ -14,9 +17,10 @@ function color(share) {
 }
 
 export class MapOverlay {
-  constructor(view, text) {
+  constructor(view, text, ramp) {
     this.view = view;
     this.text = text;
+    this.ramp = ramp;
     this.kind = "";
     this.canvas = document.createElement("canvas");
     this.canvas.className = "map";
@@ -46,25 +50,31 @@ export class MapOverlay {
 
   hide(text) {
     this.text.textContent = text;
+    this.ramp.hidden = true;
     if (this.shown) this.view.viewer.removeOverlay(this.canvas);
     this.shown = false;
   }
 
-  draw({ kind, stage, values, width, height, chunk_px }) {
+  draw({ kind, stage, iteration, values, width, cell_px }) {
     const flat = values.flat().filter((value) => value !== null);
-    const top = kind === "progress" ? 2 : Math.max(...flat, Number.MIN_VALUE);
+    // losses of tiles differ by less than their mean, and a tile may be better than the whole
+    const low = LOSSES.includes(kind) ? Math.min(...flat) : 0;
+    const top = kind === "progress" ? 2 : Math.max(...flat, low + Number.MIN_VALUE);
     const [rows, columns] = [values.length, values[0].length];
     Object.assign(this.canvas, { width: columns, height: rows });
     const context = this.canvas.getContext("2d");
     const image = context.createImageData(columns, rows);
     values.flat().forEach((value, index) => {
-      image.data.set(value === null ? [0, 0, 0, 0] : [...color(value / top), 255], 4 * index);
+      image.data.set(value === null ? [0, 0, 0, 0] : [...color((value - low) / (top - low)), 255], 4 * index);
     });
     context.putImageData(image, 0, 0);
     const counts = [0, 1, 2].map((state) => flat.filter((value) => value === state).length);
-    this.text.textContent = `Stage ${stage + 1}: ${TEXT[kind]?.(counts) ?? `blue 0, yellow ${top.toPrecision(3)}${kind === "change" ? " levels" : ""}, mean of each chunk`}.`;
-    // chunks at the far border reach beyond the picture
-    const area = new window.OpenSeadragon.Rect(0, 0, (columns * chunk_px) / width, (rows * chunk_px) / width);
+    const of = LOSSES.includes(kind) ? `weighted loss of each tile in iteration ${iteration}` : `mean of each chunk${kind === "change" ? " in levels" : ""}`;
+    this.text.textContent = `Stage ${stage + 1}: ${TEXT[kind]?.(counts) ?? of}.`;
+    this.ramp.hidden = kind === "progress";
+    [this.ramp.firstElementChild.textContent, this.ramp.lastElementChild.textContent] = [low, top].map(number);
+    // those at the far border reach beyond the picture
+    const area = new window.OpenSeadragon.Rect(0, 0, (columns * cell_px) / width, (rows * cell_px) / width);
     if (this.shown) this.view.viewer.updateOverlay(this.canvas, area);
     else this.view.viewer.addOverlay(this.canvas, area);
     this.shown = true;

@@ -10,7 +10,7 @@ export function sourceOf(picture) {
     tileOverlap: picture.overlap,
     minLevel: 0,
     // The version is in the address: the same address never means another picture, so that browsers may keep tiles.
-    getTileUrl: (level, column, row) => `${picture.tiles}${level}/${column}_${row}.jpg`,
+    getTileUrl: (level, column, row) => `${picture.tiles}${level}/${column}_${row}.${picture.format}`,
   };
 }
 
@@ -37,6 +37,12 @@ export class View {
     });
     this.layers = new Map(); // place → { picture, item, coming }
     this.clipX = null; // screen px; what is left of it is cut off the layer "b"
+    // shows where the picture is transparent; the canvas of OpenSeadragon lies over it
+    this.checks = document.createElement("div");
+    this.checks.className = "checks";
+    this.checks.hidden = true;
+    this.viewer.canvas.prepend(this.checks);
+    this.viewer.addHandler("update-viewport", () => this.placeChecks());
     this.viewer.addHandler("animation", () => this.reclip());
     this.viewer.addHandler("resize", () => this.reclip());
   }
@@ -107,6 +113,21 @@ export class View {
       item.setOpacity(cut >= width ? 0 : 1); // a rectangle without width would be no clip at all
       if (cut < width) item.setClip(cut <= 0 ? null : new OSD.Rect(cut, 0, width - cut, height));
     }
+  }
+
+  placeChecks() {
+    const picture = ["a", "b"].map((place) => this.layers.get(place)?.picture).find((one) => ["webp", "png"].includes(one?.format));
+    this.checks.hidden = !picture;
+    if (!picture) return;
+    const viewport = this.viewer.viewport;
+    const [low, high] = [[0, 0], [1, picture.height / picture.width]].map(([x, y]) => viewport.pixelFromPoint(new OSD.Point(x, y), true));
+    Object.assign(this.checks.style, { left: `${low.x}px`, top: `${low.y}px`, width: `${high.x - low.x}px`, height: `${high.y - low.y}px` });
+  }
+
+  // Fits the whole picture into an element whose size has just changed.
+  refit() {
+    this.viewer.forceResize();
+    this.viewer.viewport.goHome(true);
   }
 
   home() { this.viewer.viewport.goHome(); }
