@@ -21,7 +21,6 @@ from pipeline.network import find_weights, weights_path
 from pipeline.plan import Plan, Sheet, sheets_of, whole_of, with_added_stages
 from pipeline.rundir import (
     Identity,
-    Iteration,
     Journal,
     Manifest,
     Pictures,
@@ -33,6 +32,7 @@ from pipeline.rundir import (
     identity,
     is_as_written,
     is_one_of,
+    iterations_of,
     journal_path,
     manifest_path,
     read_manifest,
@@ -282,5 +282,4 @@ def outlook(
 
 def measured_iterations(records: list[Record]) -> list[tuple[int, float]]:
     """(stage, seconds) of every iteration that the journal records."""
-    iterations = [record for record in records if isinstance(record, Iteration)]
-    return [(record.stage, record.busy.get("wall", sum(record.seconds.values()))) for record in iterations]
+    return [(record.stage, record.busy.get("wall", sum(record.seconds.values()))) for record in iterations_of(records)]

@@ -23,6 +23,7 @@ from pipeline.rundir import (
     Record,
     StageDone,
     StagePrepared,
+    iterations_of,
     max_iterations,
 )
 from pipeline.rundir.records import Cleaned, SmallerTile, StageAdded
@@ -143,7 +144,7 @@ def _curves(records: Sequence[Iteration]) -> dict[str, Any]:
 def remaining_s(snapshot: Snapshot) -> float | None:
     """The time of all iterations that are left, if no stage ends early; None before one was measured."""
     manifest, position = snapshot.manifest, snapshot.position
-    measured = [one for one in snapshot.records if isinstance(one, Iteration)]
+    measured = iterations_of(snapshot.records)
     if manifest is None or not measured or _finished(manifest, position):
         return None
     last = measured[-1].stage
