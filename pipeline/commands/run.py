@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import store
+from pipeline.commands.commits import Commits, end_reason
 from pipeline.commands.measure import starting_speed
 from pipeline.commands.start import (
     check_stage_space,
@@ -66,11 +67,10 @@ from pipeline.rundir import (
     stage_path,
     standing,
     state_bytes,
-    store_path,
     written_picture,
 )
 from pipeline.rundir.process_settings import process_settings
-from pipeline.store import integrity, kept_files, metadata
+from pipeline.store import integrity, kept_files
 
 if TYPE_CHECKING:
     from pipeline.render.measurements import IterationResult
@@ -146,16 +146,22 @@ class _Rendering:
     journal: Journal
     force: bool
     _speed: Speed
-    position: Position = field(init=False)
-    _is_warm: bool = field(init=False)
-    _since: float = field(init=False)  # when what is being measured began
+    _commits: Commits = field(init=False)
+    _is_warm: bool = False
+    _may_be_resident: bool = True
+    _since: float = 0.0  # when what is being measured began
 
     def __post_init__(self) -> None:
-        earlier, self.position = standing(self.journal)
-        self._is_warm = False
+        earlier, position = standing(self.journal)
+        self._commits = Commits(self.config, self.journal, position)
         for stage, iteration, seconds in measured_iterations(earlier):
             self._speed.iterations.add(self.plan.stages[stage].flop_per_iteration, seconds, iteration == 0)
         self.sink, self.executor = self.context.sink, self.context.executor
+
+    @property
+    def position(self) -> Position:
+        """What is done. The iterations of a stage in memory count before they are committed."""
+        return self._commits.position
 
     def refuse_foreign_output(self) -> None:
         """Raise ConfigError if an output path has a file that this run did not write.
@@ -187,9 +193,14 @@ class _Rendering:
                 self._render_in_tiles(stage_plan, tile_px)
                 return
             except DeviceMemoryError:
-                if tile_px == step_px:
+                if tile_px == step_px and not self._is_resident(stage_plan):
                     raise
             gc.collect()  # the error's frames refer to each other, and to the tile's tensors
+            if self._is_resident(stage_plan):  # smaller tiles would change the last bits
+                self._may_be_resident = False
+                name = self.context.device.name
+                self.sink(Note(f"{name} is out of memory: stages no longer stay there, but are read from the disk"))
+                continue
             smaller = max(step_px, tile_px // 2 // step_px * step_px)
             # recorded: the bits depend on the tiles, and a resume must take the same
             self._commit(records.SmallerTile(tile_px=smaller))
@@ -223,13 +234,17 @@ class _Rendering:
         at = self.position
         self._since = time.monotonic()
         iterations = Iterations(stage, at.content_energies, at.areas, adam_steps=at.adam_steps)
-        while (reason := end_reason(self.position, settings)) is None:
-            self.executor.cancel.raise_if_set()
-            commit = partial(self._commit_iteration, stage_plan, self.position.iteration)
-            iterations.iterate(self.position.iteration, self.position.alpha, self.position.checksums[index], commit)
+        with self._commits.in_memory(stage) if self._is_resident(stage_plan) else nullcontext():
+            while (reason := end_reason(self.position, settings)) is None:
+                self.executor.cancel.raise_if_set()
+                commit = partial(self._commit_iteration, stage_plan, self.position.iteration)
+                iterations.iterate(self.position.iteration, self.position.alpha, self.position.checksums[index], commit)
         self._commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
         self._free_arrays(index)
         self.sink(StageDone(index, self.position.iteration, reason))
+
+    def _is_resident(self, stage_plan: StagePlan) -> bool:
+        return self._may_be_resident and stage_plan.resident_bytes > 0
 
     def _carried(self, stage_plan: StagePlan) -> _Carried | None:
         """What the stage continues of the finished stage before it; None if it starts afresh."""
@@ -248,7 +263,7 @@ class _Rendering:
         self._is_warm, self._since = True, now_s
         left = self._speed.remaining_s(self.plan.stages[stage_plan.index :], iteration + 1)
         record = iteration_record(stage_plan.index, iteration, result)
-        self._commit(record.model_copy(update={"remaining_s": left}))
+        self._commits.add(record.model_copy(update={"remaining_s": left}))
         self.sink(
             IterationDone(
                 stage=stage_plan.index,
@@ -323,18 +338,4 @@ class _Rendering:
         store.delete_arrays(stage_path(self.config.work_dir, stage), retained)
 
     def _commit(self, record: records.Record) -> None:
-        has_pixels = isinstance(record, records.StagePrepared | records.Iteration)
-        # the chunks must be on the disk before the record that commits them
-        if has_pixels and self.config.store.durability == "power":
-            metadata.sync(store_path(self.config.work_dir))
-        self.journal.append(record.model_copy(update={"time": now()}))
-        self.position = self.position.after(record)
-
-
-def end_reason(position: Position, settings: OptimizerConfig) -> str | None:
-    """Why the stage ends at this position, or None if it continues."""
-    if position.max_abs_u == 0:
-        return "converged"
-    if position.mean_abs_u is not None and position.mean_abs_u < settings.stop_condition:
-        return "stop_condition"
-    return "max_iterations" if position.iteration >= settings.max_iterations else None
+        self._commits.commit(record)

@@ -21,7 +21,6 @@ from pipeline.network import find_weights, sha256_of, weights_path
 from pipeline.plan import Plan, Sheet, sheets_of, whole_of, with_added_stages
 from pipeline.rundir import (
     Identity,
-    Iteration,
     Journal,
     Manifest,
     Pictures,
@@ -33,6 +32,7 @@ from pipeline.rundir import (
     identity,
     is_as_written,
     is_one_of,
+    iterations_of,
     journal_path,
     manifest_path,
     read_manifest,
@@ -296,5 +296,6 @@ def outlook_and_plan(
 
 def measured_iterations(records: Sequence[Record]) -> list[tuple[int, int, float]]:
     """(stage, iteration, seconds) of every iteration that the journal records."""
-    iterations = [record for record in records if isinstance(record, Iteration)]
-    return [(one.stage, one.iteration, one.busy.get("wall", sum(one.seconds.values()))) for one in iterations]
+    return [
+        (one.stage, one.iteration, one.busy.get("wall", sum(one.seconds.values()))) for one in iterations_of(records)
+    ]

@@ -19,6 +19,7 @@ from pipeline.rundir import (
     StageDone,
     StagePrepared,
     as_json,
+    iterations_of,
     journal_path,
     manifest_path,
     max_iterations,
@@ -39,7 +40,7 @@ def status(work_dir: Path) -> dict[str, Any]:
     manifest = manifest_of(work_dir)
     records, position = standing(Journal(journal_path(work_dir)))
     refuse_unknown_stage(work_dir, manifest, position)
-    iterations = [record for record in records if isinstance(record, Iteration)]
+    iterations = iterations_of(records)
     owner, stages = running_owner(work_dir), stages_of(manifest, position)
     written = position.newest_export.values()
     finished = position.stage_done and position.stage == len(stages) - 1 and any(written) and all(written)
@@ -106,7 +107,7 @@ def _seconds(iterations: Sequence[Iteration]) -> float:
 def _stage_state(stage: int, records: Sequence[Record]) -> dict[str, Any]:
     prepared = any(isinstance(record, StagePrepared) and record.stage == stage for record in records)
     done = next((record for record in records if isinstance(record, StageDone) and record.stage == stage), None)
-    iterations = [record for record in records if isinstance(record, Iteration) and record.stage == stage]
+    iterations = iterations_of(records, stage)
     return {
         "state": "done" if done else "prepared" if prepared else "waiting",
         "iterations": len(iterations),

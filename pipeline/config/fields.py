@@ -17,7 +17,7 @@ from pipeline.config.yaml_reader import CommandLineText
 from pipeline.core import image_formats, lengths
 from pipeline.core.files import path_fault
 from pipeline.core.image_formats import OUTPUT_SUFFIXES, PROFILE_SUFFIXES, PROFILES, ProfileName
-from pipeline.core.text import BYTE_UNITS, bytes_text, shown
+from pipeline.core.text import BYTE_UNITS, TIME_UNITS, bytes_text, seconds_text, shown
 from pipeline.core.vgg_layers import ALIGN_PX, CONV_NAMES
 
 MAX_SIDE_PX = image_formats.MAX_SIDE_PX
@@ -36,6 +36,7 @@ MAX_ITERATIONS = 100_000
 # Far below where the square of a sum of float64 overflows.
 MAX_WEIGHT = 1e12
 MAX_BYTES = 2**60
+MAX_SECONDS = 24 * 3600
 # The limits of Linux and its file systems. Longer names that are derived from a path are checked before the run.
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 
@@ -94,6 +95,14 @@ def _parse_bytes(value: object) -> object:
     return int(float(match[1]) * factors[match[2].lower()])
 
 
+def _parse_seconds(value: object) -> object:
+    """`value` in seconds if it is text such as 30s or 5min, or a whole number."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)", value) if isinstance(value, str) else None
+    if match is None or match[2].lower() not in TIME_UNITS:
+        return float(value) if type(value) is int else value
+    return float(match[1]) * TIME_UNITS[match[2].lower()]
+
+
 def parse_px(value: object) -> object:
     """`value` as a number if it is text such as 4096px. Anything else is left for the type check."""
     match = re.fullmatch(r"([0-9]{1,9}) ?px", value) if isinstance(value, str) else None
@@ -121,6 +130,13 @@ Bytes = Annotated[
     BeforeValidator(_parse_bytes),
     PlainSerializer(bytes_text),
     Expected(f"a size such as 4GiB, or a number of bytes, up to {bytes_text(MAX_BYTES)}"),
+]
+Seconds = Annotated[
+    Float,
+    Field(ge=0, le=MAX_SECONDS),
+    BeforeValidator(_parse_seconds),
+    PlainSerializer(seconds_text),
+    Expected(f"a time such as 30s, 5min or 1h, up to {seconds_text(MAX_SECONDS)}"),
 ]
 Length = Annotated[
     InstanceOf[lengths.Length],

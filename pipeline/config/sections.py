@@ -28,6 +28,7 @@ from pipeline.config.fields import (
     Length,
     Pixels,
     Profile,
+    Seconds,
     Share,
     SidePx,
 )
@@ -235,7 +236,7 @@ class MemoryConfig(Section):
 
 
 class StoreConfig(Section):
-    """Format of the state on disk. It cannot change during a run, except for `durability`."""
+    """Format of the state on disk. It cannot change during a run, except for `durability` and `commit_interval`."""
 
     chunk_px: Int = Field(512, ge=ALIGN_PX, le=MAX_CHUNK_PX, multiple_of=ALIGN_PX, description="side of a chunk in px")
     codec: Literal["none", "zstd", "lz4"] = Field("none", description="compression of the state, for slow disks")
@@ -245,6 +246,11 @@ class StoreConfig(Section):
     durability: Literal["process", "power"] = Field(
         "process",
         description="what the state survives; process: any crash of the program; power: also a power failure",
+        json_schema_extra=HARMLESS,
+    )
+    commit_interval: Seconds = Field(
+        30.0,
+        description="how often a stage that fits in memory goes to the disk; 0: every iteration, of every stage",
         json_schema_extra=HARMLESS,
     )
 

@@ -32,6 +32,16 @@ def bytes_text(size_bytes: int) -> str | int:
     return f"{size_bytes // factor}{unit}"
 
 
+# Longest first: the shortest notation of a number of seconds has the largest unit that divides it.
+TIME_UNITS = {"h": 3600, "min": 60, "s": 1}
+
+
+def seconds_text(seconds: float) -> str:
+    """The shortest exact notation of a time that the config accepts."""
+    unit, factor = next((unit, factor) for unit, factor in TIME_UNITS.items() if factor == 1 or seconds % factor == 0)
+    return f"{seconds / factor:g}{unit}" if seconds else "0s"
+
+
 def size_text(size_bytes: float) -> str:
     """A size in the largest unit of which there is one: "needs 0.00 GiB, 0.00 are free" explains nothing."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):

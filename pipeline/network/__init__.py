@@ -3,6 +3,7 @@
 from pipeline.network.weights import (
     NetworkSpec,
     WeightsSource,
+    bounded_gpu_bytes,
     find_weights,
     sha256_of,
     weights_bytes,

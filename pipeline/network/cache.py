@@ -13,7 +13,7 @@ import torch
 from pipeline.core import callers
 from pipeline.core.errors import ConfigError
 from pipeline.network.vgg import Network, random_state
-from pipeline.network.weights import NetworkSpec
+from pipeline.network.weights import NetworkSpec, bounded_gpu_bytes
 from pipeline.network.weights_file import load_state
 
 _DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -42,11 +42,15 @@ class _TorchSettings:
 
 @dataclass
 class _Cache:
-    """Networks, the least recently used first; torch's settings before the first; GPUs whose memory is bounded."""
+    """Networks, the least recently used first; torch's settings before the first; GPUs whose memory is bounded.
+
+    `held_bytes`: GPU memory that is used beside the tiles, by a stage that stays in memory.
+    """
 
     networks: list[tuple[NetworkSpec, Network]] = field(default_factory=list)
     original_settings: _TorchSettings | None = None
     bounded_devices: set[str] = field(default_factory=set)
+    held_bytes: int = 0
 
 
 _cache = _Cache()
@@ -88,6 +92,12 @@ def _build(spec: NetworkSpec) -> Network:
     )
 
 
+def hold(size_bytes: int) -> None:
+    """Let this process use so much GPU memory beside its tiles, from the next call of `get_network` on."""
+    with _lock:
+        _cache.held_bytes = size_bytes
+
+
 def release() -> None:
     """Drop all networks and restore torch's settings. Call it when no thread computes any more."""
     with _lock:
@@ -101,15 +111,11 @@ def release() -> None:
 
 
 def _bound_memory(spec: NetworkSpec) -> None:
-    """Limit this process to the GPU memory that was planned for it, and a quarter or 2 GiB more.
-
-    Without a limit cuDNN tries kernels whose workspace is as large as the device (132 GiB for a tile of 1,024 px in
-    float32). They are slow, and whether one is available, and with it the last bits, would change from run to run.
-    """
+    """Limit this process to the GPU memory that its tiles need, and what a stage in memory holds."""
     if not (spec.on_gpu and spec.gpu_bytes):
         return
     total = torch.cuda.get_device_properties(spec.device).total_memory
-    allowed = max(spec.gpu_bytes * 5 // 4, spec.gpu_bytes + 2 * 2**30)
+    allowed = bounded_gpu_bytes(spec.gpu_bytes) + _cache.held_bytes
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), spec.device)
     _cache.bounded_devices.add(spec.device)
 

@@ -43,6 +43,15 @@ class WeightsSource:
     sha256: str
 
 
+def bounded_gpu_bytes(planned_bytes: int) -> int:
+    """GPU memory that one process may use for the passes over tiles: what is planned, and a quarter or 2 GiB more.
+
+    Without a limit cuDNN tries kernels whose workspace is as large as the device (132 GiB for a tile of 1,024 px in
+    float32). They are slow, and whether one is available, and with it the last bits, would change from run to run.
+    """
+    return max(planned_bytes * 5 // 4, planned_bytes + 2 * 2**30)
+
+
 @dataclass(frozen=True)
 class NetworkSpec:
     """Everything that is needed to build a network in any process; picklable.

@@ -39,6 +39,8 @@ MAX_UPDATE_THREADS = 8
 BLOCK_VALUES = 98_304
 # The passes over tiles, as phases of the plan: over the styles for their Grams, the Gram pass, and the gradient pass.
 TILE_PHASES = ("style statistics", "Gram pass", "gradient pass")
+# Those in which a stage's arrays may stay in memory (plan/residency.py).
+ITERATION_PHASES = ("Gram pass", "gradient pass", "update pass")
 # GPU memory of CUDA's context and its libraries' kernels, in every worker process.
 CONTEXT_BYTES = 700 * MIB
 # Kernels' workspaces and the allocator's rounding add up to 12 % to the feature maps (tools/bench/memory.py).

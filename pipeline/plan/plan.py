@@ -20,6 +20,7 @@ from pipeline.images import ImageHeader
 from pipeline.plan import checks
 from pipeline.plan.memory import StageWork, Workload
 from pipeline.plan.network_cost import LayerUse, layers_in_use
+from pipeline.plan.residency import resident_bytes, room_bytes, with_resident
 from pipeline.plan.scales import scales_in_use
 from pipeline.plan.sizes import stage_sizes
 from pipeline.store import ArraySpec, StageLayout, kept_files, overviews_bytes
@@ -34,8 +35,9 @@ class StagePlan:
 
     `gram_px`, `gradient_px`: over all scales that the losses compare, of which there are `scales`. `kept_bytes`,
     `kept_chunks`: of the arrays that stay when the stage has ended. `carries`: m and v are among them, because the next
-    stage starts from them. `overviews_bytes`: of the files for viewers. `content`: the kind of the content's pixels,
-    None without a content. `prepare_flop`: of the style targets and the content's features.
+    stage starts from them. `overviews_bytes`: of the files for viewers. `resident_bytes`: memory that the stage takes
+    to stay there between two commits; 0 if it is read from the disk and written there. `content`: the kind of the
+    content's pixels, None without a content. `prepare_flop`: of the style targets and the content's features.
     """
 
     index: int
@@ -50,6 +52,7 @@ class StagePlan:
     kept_bytes: int
     kept_chunks: int
     overviews_bytes: int
+    resident_bytes: int
     content: PixelKind | None
     prepare_flop: int
     flop_per_iteration: int
@@ -74,6 +77,7 @@ class Plan:
     `tile_step_px`: tiles of another size would be a multiple of it. `picture`: the kind of the output image's pixels.
     `dpi`: the resolution of the print. `outputs`: (height, width) of each output image by its path, several if they are
     panels.
+    `tile_device_bytes`: of `device_bytes`, what the passes over tiles take.
     `notes`: what the user should know of how inputs are read, and colours converted.
     """
 
@@ -84,6 +88,7 @@ class Plan:
     halo_px: int
     device: str
     host_bytes: Mapping[str, int]
+    tile_device_bytes: int
     device_bytes: int
     disk_bytes: int
     picture: PixelKind
@@ -123,7 +128,9 @@ def make_plan(
     work = Workload(config, works, images, weights_bytes, device)
     tile_px = _choose_tile(work, device_memory_bytes)
     carries = [*(stage.config.optimizer.carry for stage in works[1:]), False]
-    stages = tuple(plan_stage(stage, index, tile_px, carries[index]) for index, stage in enumerate(works))
+    room = room_bytes(work, tile_px, device_memory_bytes)
+    stages = tuple(plan_stage(stage, index, tile_px, carries[index], room) for index, stage in enumerate(works))
+    resident = [stage.resident_bytes for stage in stages]
     output_px = sum(height * width for height, width in work.output_sizes.values())
     return Plan(
         stages=stages,
@@ -132,8 +139,9 @@ def make_plan(
         chunk_px=config.store.chunk_px,
         halo_px=max(stage.layer_use.halo_px for stage in works),
         device=device,
-        host_bytes=work.host_bytes(tile_px),
-        device_bytes=work.gpu_bytes(tile_px),
+        host_bytes=with_resident(work.host_bytes(tile_px), resident if device == "cpu" else ()),
+        tile_device_bytes=work.gpu_bytes(tile_px),
+        device_bytes=0 if device == "cpu" else work.gpu_bytes(tile_px) + max(resident),
         disk_bytes=_disk_bytes(stages),
         picture=work.picture,
         dpi=work.output_dpi,
@@ -203,8 +211,11 @@ def _layer_use(config: Config, widths: Mapping[str, int], sizes: tuple[int, Size
     return replace(layer_use, scales=scales_in_use(config, layer_use, *sizes))
 
 
-def plan_stage(work: StageWork, index: int, tile_px: int, carries: bool = False) -> StagePlan:
-    """The plan of one stage in tiles of `tile_px`. `carries`: its m and v are kept."""
+def plan_stage(work: StageWork, index: int, tile_px: int, carries: bool = False, room_bytes: int = 0) -> StagePlan:
+    """The plan of one stage in tiles of `tile_px`. `carries`: its m and v are kept.
+
+    `room_bytes`: the stage stays in memory if it does not take more.
+    """
     size, layer_use, chunk_px = work.canvas, work.layer_use, work.config.store.chunk_px
     arrays = arrays_of(work.config, size, layer_use, work.content)
     retained = [arrays[name] for name in kept_files(0, arrays, moments=carries) if name in arrays]
@@ -236,6 +247,7 @@ def plan_stage(work: StageWork, index: int, tile_px: int, carries: bool = False)
         kept_bytes=_total_bytes(retained),
         kept_chunks=sum(spec.chunks for spec in retained),
         overviews_bytes=overviews_bytes(size, chunk_px),
+        resident_bytes=held if (held := resident_bytes(arrays)) <= room_bytes else 0,
         content=work.content,
         prepare_flop=layer_use.flop_per_px() * prepared_px,
         # The backward pass to the pixels costs as much as the forward pass: no gradient of a weight is computed. A

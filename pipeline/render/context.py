@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RenderContext:
-    """Device, weights, executor and event sink. `gpu_bytes`: GPU memory that one process may use."""
+    """Device, weights, executor and event sink. `gpu_bytes`: GPU memory of the tiles of one process."""
 
     device: Device
     weights: WeightsSource
@@ -35,7 +35,7 @@ def render_context(
     config: Config, planned: Plan, device: Device, weights: WeightsSource, executor: Executor, sink: Sink
 ) -> RenderContext:
     """The context of a run of `config`; the plan's device memory is shared by all its worker processes."""
-    return RenderContext(device, weights, executor, sink, planned.device_bytes // max(1, config.compute.workers))
+    return RenderContext(device, weights, executor, sink, planned.tile_device_bytes // max(1, config.compute.workers))
 
 
 def executor_for(config: Config, device: Device, lock: int | None, sink: Sink, cancel: CancelToken) -> Executor:

@@ -116,6 +116,10 @@ class Position:
                 return replace(self, cleaned=True, slots={}, checksums={})
         return self
 
+    def with_checksums(self, stage: int, checksums: Mapping[str, str]) -> Position:
+        """The position with these checksums of a stage's arrays and metadata."""
+        return replace(self, checksums={**self.checksums, stage: checksums})
+
     def _after_preparation(self, record: StagePrepared) -> Position:
         return Position(
             stage=record.stage,

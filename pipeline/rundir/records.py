@@ -10,7 +10,7 @@ Files may come from a stranger, and a checksum is not a signature: values of the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -19,7 +19,7 @@ from pipeline.config import MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
 from pipeline.core.color_spaces import WorkingSpace
 from pipeline.core.text import shown
 
-VERSION = 3
+VERSION = 4
 FORMAT = 2  # of a run directory, as the manifest says
 MAX_MANIFEST_BYTES = 2**20  # a hundred styles take 0.2 MB
 MAX_JOURNAL_BYTES = 2**30  # 100,000² px and 1,000 iterations take 0.6 GB, nearly all of it checksums
@@ -143,15 +143,12 @@ class StagePrepared(Record):
     carries: bool = False
 
 
-class Iteration(Record):
-    """An iteration is complete. Losses: of the canvas that it read. `checksums`: of the arrays that it wrote.
+class MeasuredIteration(_Strict):
+    """What an iteration measured. Losses: of the canvas that it read.
 
     `remaining_s`: the seconds from here to the end of the run as they were estimated then; None: there was no estimate.
     """
 
-    version: Literal[1, 3] = 3  # type: ignore[assignment]  # 1: without remaining_s
-    type: Literal["iteration"] = "iteration"
-    stage: _Stage
     iteration: _Count
     objective: float
     content_loss: float
@@ -163,8 +160,39 @@ class Iteration(Record):
     seconds: _Numbers
     busy: _Numbers = {}
     stepped: bool
-    checksums: _Sums
     remaining_s: Annotated[float, Field(ge=0, le=1e18)] | None = None
+
+
+class Iteration(MeasuredIteration, Record):
+    """An iteration is complete. `checksums`: of the arrays that it wrote.
+
+    `before`: the iterations between the last commit and this one, of a stage in memory, in their order. Their arrays
+    are not on the disk: one record commits all, so that no crash leaves a part of them.
+    """
+
+    version: Literal[1, 3, 4] = 4  # type: ignore[assignment]  # 1: without remaining_s; 3: without before
+    type: Literal["iteration"] = "iteration"
+    stage: _Stage
+    checksums: _Sums
+    before: tuple[MeasuredIteration, ...] = Field((), strict=False, max_length=MAX_ITERATIONS)
+
+    @property
+    def each(self) -> list[Iteration]:
+        """A record of each iteration; those of `before` have no checksums."""
+        stage, time = self.stage, self.time
+        earlier = [Iteration(stage=stage, checksums={}, time=time, **vars(measured)) for measured in self.before]
+        return [*earlier, self.model_copy(update={"before": ()})]
+
+
+def measured_alone(record: Iteration) -> MeasuredIteration:
+    """What the record measured, without what it commits."""
+    return MeasuredIteration(**{name: getattr(record, name) for name in MeasuredIteration.model_fields})
+
+
+def iterations_of(records: Iterable[Record], stage: int | None = None) -> list[Iteration]:
+    """A record of each iteration, of one stage or of all, whether it was committed alone or with others."""
+    commits = (record for record in records if isinstance(record, Iteration) and stage in (None, record.stage))
+    return [iteration for commit in commits for iteration in commit.each]
 
 
 class StageDone(Record):

@@ -34,9 +34,12 @@ from pipeline.store.layout import (
     layer_key,
     layer_of,
     overviews_bytes,
+    resident_names,
     result_name,
     scale_of,
     slot_names,
 )
+from pipeline.store.memory import HostMemory, Memory
 from pipeline.store.metadata import check_metadata, group_metadata, make_room_again, read_gram, write_metadata
 from pipeline.store.overview import Overview, OverviewChunk, overview_path
+from pipeline.store.resident import RESIDENT_THREADS, ResidentStage

@@ -38,6 +38,7 @@ from pipeline.store.chunk_file import (
 )
 from pipeline.store.encodings import ENCODINGS, Encoding
 from pipeline.store.layout import METADATA
+from pipeline.store.memory import Memory, memory_of
 
 MAX_METADATA_BYTES = 2**20  # zarr.json of an array has about 700
 
@@ -48,6 +49,7 @@ class StageArray:
 
     `codec`: a numcodecs codec; None: the file of a chunk is its memory, byte for byte. `encoding`: how float32 values
     are stored in 16 bits; None: as they are. `checksums`: by (chunk row, chunk column); None: reads are not verified.
+    `memory`: holds the chunks instead of the files, which have an older state; None: they are on the disk.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class StageArray:
     chunk_keys: str
     encoding: Encoding | None = None
     checksums: NDArray[np.uint32] | ChunkSums | None = field(default=None, compare=False)
+    memory: Memory | None = field(default=None, compare=False)
 
     @property
     def rect(self) -> Rect:
@@ -66,8 +69,13 @@ class StageArray:
 
     @property
     def raw(self) -> bool:
-        """Whether the chunks are uncompressed."""
-        return self.codec is None
+        """Whether the chunks are uncompressed files, which are read and written in parts."""
+        return self.codec is None and self.memory is None
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether the chunks are compressed files, which are read and written whole."""
+        return self.codec is not None and self.memory is None
 
     @property
     def chunk_shape(self) -> tuple[int, int, int]:
@@ -131,7 +139,9 @@ class StageArray:
         for cy, cx, part in chunks_of(rect, self.chunk_px):
             chunk = Rect(cy * self.chunk_px, (cy + 1) * self.chunk_px, cx * self.chunk_px, (cx + 1) * self.chunk_px)
             rows, columns = part.within(chunk)
-            if strips and self.raw and 2 * part.width <= self.chunk_px and columns != self.valid_part(cy, cx)[1]:
+            if self.memory is not None:  # in place, and not verified: the update verifies what is written
+                yield part, self.memory.get(cy, cx)[rows], columns
+            elif strips and self.raw and 2 * part.width <= self.chunk_px and columns != self.valid_part(cy, cx)[1]:
                 yield part, self._read_strip(cy, cx, rows, columns, scratch()), slice(None)
             else:
                 yield part, self._read_rows(cy, cx, rows, scratch()), columns
@@ -171,7 +181,9 @@ class StageArray:
         """
         path = self.chunk_path(cy, cx)
         with storage(path):
-            if self.raw:
+            if self.memory is not None:
+                np.copyto(out, self.memory.get(cy, cx))
+            elif self.raw:
                 with self.opened_chunk(path, os.O_RDONLY) as descriptor:
                     read_all(descriptor, path, out, 0)
             else:
@@ -198,7 +210,9 @@ class StageArray:
             data = padded
         data, path = np.ascontiguousarray(data), self.chunk_path(cy, cx)
         with storage(path):
-            if self.raw:
+            if self.memory is not None:
+                self.memory.put(cy, cx, data)
+            elif self.raw:
                 with self.opened_chunk(path, os.O_WRONLY) as descriptor:
                     write_all(descriptor, data, 0)
             else:
@@ -219,6 +233,8 @@ class StageArray:
     def check_size(self, cy: int, cx: int) -> None:
         """Raise ChunkError for a missing chunk, or an uncompressed one of another size; its content is not read."""
         path = self.chunk_path(cy, cx)
+        if self.memory is not None:
+            return
         if self.raw:
             with self.opened_chunk(path, os.O_RDONLY):
                 pass
@@ -253,6 +269,8 @@ def open_array(stage_dir: Path, name: str, checksums: str | None = None) -> Stag
             if metadata.st_size > MAX_METADATA_BYTES:
                 raise ValueError(f"it has {metadata.st_size:,} bytes")
             array = _open_array(path, metadata.st_mtime_ns)
+            if (memory := memory_of(path)) is not None:
+                array = replace(array, memory=memory)
             if checksums is None:
                 return array
             return replace(array, checksums=grid_of(checksums, [-(-n // array.chunk_px) for n in array.shape[:2]]))

@@ -1,7 +1,7 @@
 """Reading or writing one chunk in pieces, from its first row to its last.
 
 A piece fits in the processor's cache while it is read, checksummed, updated and written; a chunk does not. A compressed
-chunk is one block to its codec, so it is held in memory whole.
+chunk is one block to its codec, so it is held in memory whole. Of an array in memory the chunk itself is used.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ class _ChunkStream:
         if array.raw:
             with storage(self._path):
                 self._descriptor = self._opened.enter_context(array.opened_chunk(self._path, flags))
+        elif array.memory is not None:
+            self._whole = array.memory.get(*chunk)
         else:
             self._whole = np.empty(array.chunk_shape, array.dtype)
 
     def _next(self, piece: Array) -> Array:
-        """The view of the next piece in a compressed chunk."""
+        """The view of the next piece in a chunk in memory."""
         start = self._offset // piece.itemsize
         return self._whole.reshape(-1)[start : start + piece.size].reshape(piece.shape)
 
@@ -55,7 +57,7 @@ class ChunkReader(_ChunkStream):
         super().__init__(array, chunk, os.O_RDONLY)
 
     def __enter__(self) -> ChunkReader:
-        if not self._array.raw:
+        if self._array.is_compressed:
             self._array.read_chunk(*self._chunk, self._whole)
         return self
 
@@ -103,5 +105,5 @@ class ChunkWriter(_ChunkStream):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._close()
-        if kind is None and not self._array.raw:
+        if kind is None and self._array.is_compressed:
             self._array.write_chunk(*self._chunk, self._whole)

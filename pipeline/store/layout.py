@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +78,12 @@ def slot_names(slot: int, *, averaged: bool = False) -> tuple[str, ...]:
 def is_averaged(names: Container[str]) -> bool:
     """Whether an unfinished stage with arrays or checksums of these names averages its canvases."""
     return "average_0" in names
+
+
+def resident_names(names: Iterable[str]) -> list[str]:
+    """The arrays among `names` that an iteration reads or writes, except for masks: what a stage in memory holds."""
+    state = {*slot_names(0, averaged=True), *slot_names(1, averaged=True), GRADIENT}
+    return [name for name in names if name in state or _FEATURES.fullmatch(name)]
 
 
 def result_name(slot: int, names: Container[str]) -> str:

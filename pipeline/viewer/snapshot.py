@@ -19,6 +19,7 @@ from pipeline.rundir import (
     Manifest,
     Position,
     Record,
+    iterations_of,
     journal_path,
     manifest_path,
     read_manifest,
@@ -45,8 +46,8 @@ class Snapshot:
     problem: str = ""
 
     def iterations(self, stage: int) -> list[Iteration]:
-        """The records of the stage's iterations."""
-        return [record for record in self.records if isinstance(record, Iteration) and record.stage == stage]
+        """A record of each of the stage's iterations."""
+        return iterations_of(self.records, stage)
 
 
 class RunReader:

@@ -22,6 +22,7 @@ from pipeline.rundir import (
     Record,
     StageDone,
     StagePrepared,
+    iterations_of,
     max_iterations,
 )
 from pipeline.rundir.records import Cleaned, SmallerTile, StageAdded
@@ -143,8 +144,8 @@ def remaining_s(snapshot: Snapshot) -> float | None:
     """What the run itself expected after its newest iteration; None if it could not tell, or is done."""
     if snapshot.manifest is None or _finished(snapshot.manifest, snapshot.position):
         return None
-    newest = next((one for one in reversed(snapshot.records) if isinstance(one, Iteration)), None)
-    return None if newest is None else newest.remaining_s
+    measured = iterations_of(snapshot.records)
+    return measured[-1].remaining_s if measured else None
 
 
 def _log(records: Sequence[Record]) -> list[dict[str, str]]:

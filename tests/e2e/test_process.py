@@ -187,7 +187,7 @@ def bounds(monkeypatch) -> list[int]:
     gpu_bytes: list[int] = []
 
     def planned(config: Any, device: Device) -> Any:
-        return replace(plan_on(config, device), device_bytes=GPU_BYTES)
+        return replace(plan_on(config, device), tile_device_bytes=GPU_BYTES)
 
     def get_network(spec: NetworkSpec) -> vgg.Network:
         gpu_bytes.append(spec.gpu_bytes)
@@ -218,7 +218,7 @@ def test_worker_processes_share_what_was_planned(make_config, workers, each):
 
     config = make_config(compute={"device": "cpu", "workers": workers, "threads": 1}, initial_size=64)
     device = Device("cpu", "CPU", 2**33)
-    planned = replace(plan_on(config, device), device_bytes=GPU_BYTES)
+    planned = replace(plan_on(config, device), tile_device_bytes=GPU_BYTES)
     weights = find_weights(config.network.name, config.network.weights, 0)
     with ThreadExecutor(1) as executor:
         tools = render_context(config, planned, device, weights, executor, ignore)

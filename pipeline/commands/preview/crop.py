@@ -32,9 +32,9 @@ from pipeline.render.context import (
 )
 from pipeline.render.resample import Region
 from pipeline.rundir import (
-    Iteration,
     Journal,
     identity,
+    iterations_of,
     journal_path,
     manifest_path,
     newest_canvas,
@@ -204,6 +204,6 @@ def _finished(config: Config, planned: Plan, weights: WeightsSource, target: int
     refuse_links(config.work_dir)
     newest = max(stages)
     canvas = newest_canvas(config.work_dir, position, newest)
-    iterations = [record for record in records if isinstance(record, Iteration) and record.stage == newest]
+    iterations = iterations_of(records, newest)
     first_max_u = next((record.max_abs_u for record in reversed(iterations) if record.iteration == 0), 0.0)
     return Finished(newest, canvas, first_max_u, manifest.threads, position.tile_px)

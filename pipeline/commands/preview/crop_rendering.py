@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import store
+from pipeline.commands.commits import end_reason
 from pipeline.commands.preview.cut import cut_file
 from pipeline.commands.preview.regions import aligned, regions, scaled
-from pipeline.commands.run import end_reason
 from pipeline.config import Config
 from pipeline.core.events import Note, WorkDone
 from pipeline.core.image_formats import RGB8

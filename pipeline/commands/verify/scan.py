@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pipeline.commands.run import end_reason
+from pipeline.commands.commits import end_reason
 from pipeline.commands.verify.store_check import (
     ExpectedStage,
     Problem,

@@ -452,7 +452,12 @@ def test_memory_does_not_grow_with_the_image():
 def test_every_worker_process_is_counted():
     """Eight workers with a tile each take eight times the memory; the limit is for all of them together."""
     one, two, eight = (
-        planned((8192, 8192), memory={"limit": "64GiB"}, compute={"tile_px": 512, "device": "cpu", "workers": workers})
+        planned(
+            (8192, 8192),
+            memory={"limit": "64GiB"},
+            compute={"tile_px": 512, "device": "cpu", "workers": workers},
+            store={"commit_interval": 0},
+        )
         for workers in (0, 2, 8)
     )
     for phase in one.host_bytes:

@@ -473,6 +473,7 @@ def test_old_journals_are_understood():
             {"iteration": 0.0},
         ),
         *({"alpha": "0.5"}, {"objective": None}, {"checksums": {"../x": ""}}, {"busy": [1]}, {"time": 3}),
+        *({"before": [{"iteration": 0}]}, {"before": [as_json(iteration(0))]}, {"before": 1}),
         *({"note": "of a version that is not there"}, {"version": "1"}, {"version": 0}, {"version": None}),
     ],
 )
@@ -505,7 +506,7 @@ def test_the_names_on_disk_are_those_of_the_schema():
     names = (
         (
             iteration(0),
-            f"{both} iteration {losses} mean_abs_u max_abs_u alpha seconds busy stepped checksums remaining_s",
+            f"{both} iteration {losses} mean_abs_u max_abs_u alpha seconds busy stepped checksums remaining_s before",
         ),
         (prepared(0), f"{both} tile_px content_energies areas checksums alpha adam_steps carries"),
         (done(0), f"{both} iterations reason"),
@@ -515,7 +516,7 @@ def test_the_names_on_disk_are_those_of_the_schema():
     )
     for record, fields in names:
         assert sorted(as_json(record)) == sorted(fields.split())
-    assert VERSION == 3  # adding or removing a field takes a new version
+    assert VERSION == 4  # adding or removing a field takes a new version
 
 
 def test_records_of_a_later_version_are_named_as_such(tmp_path):
