@@ -233,6 +233,11 @@ class ComputeConfig(Section):
         json_schema_extra=HARMLESS,
     )
 
+    @property
+    def tile_processes(self) -> int:
+        """Worker processes on this machine that compute tiles, as far as the config says; 0: none."""
+        return self.workers if self.devices == "auto" else len(self.devices)
+
 
 class MemoryConfig(Section):
     """Host memory of the run."""

@@ -69,8 +69,8 @@ def _address_in(file: Path) -> str:
             raise ValueError("no address")
     except FileNotFoundError as error:
         raise ConfigError(
-            f"compute.scheduler: there is no scheduler file {file}. `pipeline scheduler FOLDER` starts a scheduler, and "
-            "writes it there."
+            f"compute.scheduler: there is no scheduler file {file}. `pipeline scheduler FOLDER` starts a "
+            "scheduler, and writes it there."
         ) from error
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"compute.scheduler: {file} is not the file of a scheduler.") from error
@@ -102,13 +102,14 @@ def read_key(file: Path) -> Security:
             text = read_regular(file, _MAX_BYTES).decode("ascii", errors="replace")
             mode = file.stat().st_mode
         except FileNotFoundError as error:
-            raise ConfigError(
-                f"the key of the cluster, {file}, does not exist. `pipeline scheduler` makes it."
-            ) from error
+            text = f"the key of the cluster, {file}, does not exist. `pipeline scheduler` makes it."
+            raise ConfigError(text) from error
+        except ValueError as error:
+            raise ConfigError(f"the key of the cluster, {file}, cannot be used: {error}.") from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ConfigError(
-            f"the key of the cluster, {file}, can be read by others: with it they could run programs as you. Make a new "
-            f"one: delete it, and start `pipeline scheduler` again (or, if nobody has read it, `chmod 600`)."
+            f"the key of the cluster, {file}, can be read by others: with it they could run programs as you. "
+            "Delete it and start `pipeline scheduler` again, which makes a new one (or `chmod 600`, if nobody read it)."
         )
     blocks = [(match[1], match[0]) for match in _PEM_BLOCK.finditer(text)]
     keys = [block for kind, block in blocks if kind.endswith("PRIVATE KEY")]

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import dask.config
 from distributed import Scheduler
 
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, Stopped
 from pipeline.core.text import shown
 from pipeline.executors.addresses import (
     KEY_FILE,
@@ -34,6 +34,7 @@ _ALLOWED_DEATHS = 10
 _SILENT_S = "120s"
 # A process that lived for this long did not fail at its start. The longest pause before the next start.
 _LIVED_S, _LONGEST_PAUSE_S = 60.0, 15.0
+_POLL_S = 0.5
 # How long a worker that is to end may hand over results that others need.
 GRACE_S = 20.0
 
@@ -58,15 +59,15 @@ def serve_scheduler(
 
     async def serve() -> None:
         try:
-            scheduler = await Scheduler(  # type: ignore[no-untyped-call]
-                host=host, port=port, protocol="tls", security=security, dashboard=False
-            )
+            scheduler = await Scheduler(host=host, port=port, protocol="tls", security=security, dashboard=False)
         except (OSError, ValueError) as error:
             raise ConfigError(f"a scheduler cannot listen at port {port} ({shown(str(error), 200)}).") from error
         async with scheduler:
-            ready(scheduler.address, write_scheduler_file(folder, scheduler.address))
+            file = write_scheduler_file(folder, scheduler.address)
+            ready(scheduler.address, file)
             while not stop.is_set():
                 await asyncio.sleep(0.1)
+            file.unlink(missing_ok=True)
 
     with dask.config.set(settings):
         asyncio.run(serve())
@@ -132,25 +133,26 @@ class _Workers:
         )
 
     def _find(self) -> ClusterAddress:
-        """The scheduler; waits for its file."""
+        """The scheduler, as soon as it is there. Raises ConfigError for an unusable file or key."""
         while True:
             try:
                 where = find_scheduler(self._scheduler, self._key)
             except ConfigError as error:
-                if not isinstance(self._scheduler, Path) or isinstance(error.__cause__, FileNotFoundError) is False:
+                if not isinstance(error.__cause__, FileNotFoundError):
                     raise
                 self._say(f"waiting for a scheduler: {error}")
-                if self._stop.wait(1):
-                    raise
             else:
-                return where
+                if _answers(where):
+                    self._is_told = False
+                    return where
+                self._say(f"waiting for the scheduler at {where.address}")
+            if self._stop.wait(_POLL_S):
+                raise Stopped
 
     def ended(self, pid: int, code: int, failed: int) -> int:
         """Pause before the next start, the longer the more often it failed; gives how often."""
         lived = time.monotonic() - self._begun[threading.get_ident()] > _LIVED_S
-        if code == NO_SCHEDULER:
-            self._say("the scheduler is gone: its workers return when it does")
-        else:
+        if code != NO_SCHEDULER:
             self._note(f"worker process {pid} {ending(code)}; a new one takes its place")
         failed = 1 if lived or code == NO_SCHEDULER else failed + 1
         self._stop.wait(min(_LONGEST_PAUSE_S, 2.0 ** (failed - 1) / 2))
@@ -162,3 +164,13 @@ class _Workers:
             if not self._is_told:
                 self._note(message)
             self._is_told = True
+
+
+def _answers(where: ClusterAddress) -> bool:
+    """Whether something listens at the address."""
+    parts = urlsplit(where.address)
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=5):
+            return True
+    except OSError:
+        return False

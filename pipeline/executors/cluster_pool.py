@@ -69,7 +69,7 @@ class ClusterPool:
         """
         if self._opened is None:
             with ExitStack() as opened:
-                self._client = opened.enter_context(connected(self._where))
+                self._client: Any = opened.enter_context(connected(self._where))
                 self._loop: asyncio.AbstractEventLoop = cast(Any, self._client.loop).asyncio_loop
                 self._opened = opened.pop_all()
         self._bar()
@@ -92,10 +92,10 @@ class ClusterPool:
         """As in WorkerPool. A future of every node says when it is done, and is released then."""
         with _reported(self._where):
             every: list[Future[Any]] = self._client.get(graph, list(graph), sync=False, resources=resources)
-        by_name = dict(zip(graph, every, strict=True))
+        by_name: dict[str, Any] = dict(zip(graph, every, strict=True))
         with self._state:
             self._pending = dict(by_name)
-        for future in every:
+        for future in by_name.values():
             future.add_done_callback(self._done)
         return [by_name[key] for key in keys]
 

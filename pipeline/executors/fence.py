@@ -84,8 +84,8 @@ def bar_earlier_tasks(folder: Path, token: str, cancel: CancelToken, note: Calla
                 is_told = True
             if waited > _WAIT_S:
                 raise LockedError(
-                    f"{folder}: tasks of an earlier start have been running on a worker for {_WAIT_S / 60:.0f} minutes. "
-                    "They would write into this run. End the workers that the scheduler has lost, and run the same "
+                    f"{folder}: tasks of an earlier start have been running for {_WAIT_S / 60:.0f} minutes. They "
+                    "would write into this run. End the workers that the scheduler has lost, and run the same "
                     "command again."
                 )
             time.sleep(_POLL_S)

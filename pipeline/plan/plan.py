@@ -18,6 +18,7 @@ from pipeline.core.tiling import Size, grid
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.images import ImageHeader
 from pipeline.plan import checks
+from pipeline.plan.device import Device
 from pipeline.plan.memory import StageWork, Workload
 from pipeline.plan.network_cost import LayerUse, layers_in_use
 from pipeline.plan.scales import scales_in_use
@@ -73,7 +74,9 @@ class Plan:
     `tile_step_px`: tiles of another size would be a multiple of it. `picture`: the kind of the output image's pixels.
     `dpi`: the resolution of the print. `outputs`: (height, width) of each output image by its path, several if they are
     panels.
-    `notes`: what the user should know of how inputs are read, and colours converted.
+    `devices`: what computes, where that is more than one device; `cluster`: the scheduler of the workers that do, whose
+    memory is then that of the largest single process. `notes`: what the user should know of how inputs are read, and
+    colours converted.
     """
 
     stages: tuple[StagePlan, ...]
@@ -82,6 +85,8 @@ class Plan:
     chunk_px: int
     halo_px: int
     device: str
+    devices: str
+    cluster: str
     host_bytes: Mapping[str, int]
     device_bytes: int
     disk_bytes: int
@@ -109,18 +114,16 @@ def make_plan(
     images: Mapping[Path, ImageHeader],
     widths: Mapping[str, int],
     weights_bytes: int,
-    device: str,
-    device_memory_bytes: int,
+    device: Device,
 ) -> Plan:
     """Plan the run of `config`.
 
     `images`, `weights_bytes`, `device`: see memory.Workload. `widths`: channels of every convolution.
-    `device_memory_bytes`: free memory of a GPU; ignored on a CPU, where memory.limit applies.
     Raises ConfigError if the run cannot fit into memory, InputError if an image or the weights cannot be used.
     """
     works = _stage_works(config, images, widths)
     work = Workload(config, works, images, weights_bytes, device)
-    tile_px = _choose_tile(work, device_memory_bytes)
+    tile_px = _choose_tile(work)
     carries = [*(stage.config.optimizer.carry for stage in works[1:]), False]
     stages = tuple(plan_stage(stage, index, tile_px, carries[index]) for index, stage in enumerate(works))
     output_px = sum(height * width for height, width in work.output_sizes.values())
@@ -130,7 +133,9 @@ def make_plan(
         tile_step_px=work.tile_step_px,
         chunk_px=config.store.chunk_px,
         halo_px=max(stage.layer_use.halo_px for stage in works),
-        device=device,
+        device=device.name,
+        devices=device.label if device.processes or device.cluster else "",
+        cluster=device.cluster,
         host_bytes=work.host_bytes(tile_px),
         device_bytes=work.gpu_bytes(tile_px),
         disk_bytes=_disk_bytes(stages),
@@ -268,30 +273,31 @@ def arrays_of(config: Config, size: Size, layer_use: LayerUse, content: PixelKin
     return layout.arrays()
 
 
-def _choose_tile(work: Workload, device_memory_bytes: int) -> int:
+def _choose_tile(work: Workload) -> int:
     """The largest tile that fits the limits, or the one that the config asks for. Raises ConfigError if none fits."""
     step_px, limit = work.tile_step_px, work.config.memory.limit_bytes
     largest = ceil_to(min(max(max(stage.canvas) for stage in work.stages), MAX_AUTO_TILE_PX), step_px)
     requested = work.config.compute.tile_px
     checks.check_tile(work.config, step_px)
     candidates = list(range(largest, 0, -step_px)) if requested == "auto" else [int(requested)]
-    if work.device != "cpu":
+    device = work.device
+    if device.name != "cpu":
         candidates = [tile_px for tile_px in candidates if work.has_gpu_sizes(tile_px)] or candidates[-1:]
     for tile_px in candidates:
         host, device_bytes = work.host_bytes(tile_px), work.gpu_bytes(tile_px)
-        if max(host.values()) <= limit and device_bytes <= device_memory_bytes:
+        if max(host.values()) <= limit and device_bytes <= device.memory_bytes:
             return tile_px
     phase = max(host, key=lambda name: host[name])
     memory, need, have, remedy = (
         (f"host memory (phase: {phase})", host[phase], limit, "raise memory.limit")
         if host[phase] > limit
-        else (f"memory of {work.device}", device_bytes, device_memory_bytes, "use a device with more memory")
+        else (f"memory of {device.name}", device_bytes, device.memory_bytes, "use a device with more memory")
     )
     raise ConfigError(
         f"compute.tile_px: {requested} needs {size_text(need)} of {memory}, but {size_text(have)} is the limit"
         + (f", even with the smallest tile ({step_px} px)" if requested == "auto" else "")
         + f". To continue, {remedy}, or use "
         + ("a smaller store.chunk_px" if requested == "auto" else "compute.tile_px: auto")
-        + (", fewer compute.workers" if work.config.compute.workers else "")
+        + work.fewer_processes
         + " or a narrower network."
     )
