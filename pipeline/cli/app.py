@@ -22,6 +22,7 @@ from pipeline.cli.arguments import (
     with_run,
     with_stage,
 )
+from pipeline.cli.cluster import scheduler, worker
 from pipeline.cli.export import export
 from pipeline.cli.failures import report_bug, report_error
 from pipeline.cli.init import init
@@ -286,5 +287,5 @@ def doctor() -> None:
     reports.print_doctor()
 
 
-for command in (run, export, init):
+for command in (run, export, init, scheduler, worker):
     cli.add_command(command)

@@ -80,7 +80,8 @@ def print_plan(config: Config, planned: Plan, expected: Forecast | None, run: st
     numbers = [stage.max_iterations for stage in planned.stages]
     iterations = "–".join(map(str, dict.fromkeys((min(numbers), max(numbers)))))  # one number if they are equal
     lines = [
-        f"device   {planned.device}; {tile}",
+        f"device   {planned.devices or planned.device}; {tile}",
+        *([f"cluster  {planned.cluster}; memory is that of the largest process"] if planned.cluster else []),
         f"memory   {size_text(planned.projected_mem_bytes)} of {limit} (memory.limit); {phases}",
         *([] if planned.device == "cpu" else [f"on {planned.device}  {size_text(planned.device_bytes)}"]),
         f"disk     {size_text(planned.disk_bytes)} in {config.work_dir}",

@@ -29,7 +29,7 @@ Exit codes:
   4   run directory locked by another process
   5   disk full, read-only or failing
   6   damaged state
-  75  stopped by Ctrl-C, TERM or HUP; resumable
+  75  stopped by Ctrl-C, TERM or HUP, or its cluster is gone; resumable
   130, 143, 129  aborted by a second signal"""
 
 

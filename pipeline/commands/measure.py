@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.config import Config, StyleConfig
 from pipeline.core.cancel import CancelToken
-from pipeline.core.errors import PipelineError, Stopped
+from pipeline.core.errors import ConfigError, PipelineError, Stopped
 from pipeline.core.events import Note, Sink, ignore
 from pipeline.core.files import new_partial, remove
 from pipeline.core.image_formats import RGB8
@@ -35,7 +35,7 @@ from pipeline.plan import (
     export_s,
     layers_in_use,
     plan_stage,
-    resolve_device,
+    run_device,
     slowness,
 )
 from pipeline.plan.power import Power, PowerMeter
@@ -141,9 +141,13 @@ def measured_time(
     `watts`: the power of the machine while it works, for the energy; measured or assumed if not given.
     Raises Stopped, and InputError for weights that cannot be used.
     """
-    config, cancel, device = resolved(config), CancelToken(stop), resolve_device(config.compute.device)
+    if config.compute.scheduler != "none":
+        raise ConfigError(
+            "--time measures this machine, and compute.scheduler names a cluster: start the run, which measures it."
+        )
+    config, cancel, device = resolved(config), CancelToken(stop), run_device(config.compute, CancelToken(stop))
     weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
-    with executor_for(config, device, None, sink, cancel) as executor:
+    with executor_for(config, device, weights, None, sink, cancel) as executor:
         found = forecast(config, planned, render_context(config, planned, device, weights, executor, sink), watts)
     return None if found is None else found[1]
 
@@ -201,7 +205,9 @@ def _stage(
     noise = np.random.default_rng(0).integers(0, 256, (side_px, side_px, 3), np.uint8)
     write_rows(iter([noise]), image, size, context.executor.cancel)
     own = settings_of(config, stage_plan)
-    threads = default_threads(config.compute.workers) if config.compute.threads == "auto" else config.compute.threads
+    threads = (
+        default_threads(config.compute.tile_processes) if config.compute.threads == "auto" else config.compute.threads
+    )
     own = own.model_copy(
         update={
             "content": None if config.content is None else image,

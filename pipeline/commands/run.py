@@ -34,7 +34,7 @@ from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, 
 from pipeline.core.text import count, duration, energy_text, stage_name
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.network import find_weights
-from pipeline.plan import Plan, Speed, StagePlan, resolve_device
+from pipeline.plan import Plan, Speed, StagePlan, run_device
 from pipeline.render import export
 from pipeline.render.context import (
     RenderContext,
@@ -99,7 +99,7 @@ def run(
         exists = config.work_dir.exists()
         if exists:  # before anything that takes long, so that a second run is refused at once
             lock = stack.enter_context(locked_folder(config.work_dir))
-        device = resolve_device(config.compute.device)
+        device = run_device(config.compute, cancel, lambda message: sink(Note(message)))
         planned = plan_on(config, device)
         for note in planned.notes:
             sink(Note(note))
@@ -109,7 +109,7 @@ def run(
         if not exists:  # after all refusals, so that a refused start creates nothing
             lock = stack.enter_context(locked_folder(config.work_dir))
         # inside the lock: its tasks have ended before another run can lock the directory
-        executor = stack.enter_context(executor_for(config, device, lock.descriptor, sink, cancel))
+        executor = stack.enter_context(executor_for(config, device, weights, lock.descriptor, sink, cancel))
         refuse_links(config.work_dir)
         context = render_context(config, planned, device, weights, executor, sink)
         speed = starting_speed(config, begin.planned, context, watts, begins=not begin.position.is_fixed)

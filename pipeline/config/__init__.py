@@ -9,6 +9,7 @@ from pipeline.config.overrides import listed
 from pipeline.config.regions import regions_of
 from pipeline.config.sections import (
     ADDED_LATER,
+    ComputeConfig,
     EdgeConfig,
     ExportConfig,
     LimitsConfig,

@@ -29,6 +29,7 @@ def all_conflicts(settings: Settings, inputs: Iterable[tuple[Key, Path]]) -> Ite
     yield from _start(settings)
     yield from _grid(settings)
     yield from _state(settings)
+    yield from _compute(settings)
     yield from _format(settings)
     yield from _paths(settings, inputs)
 
@@ -131,6 +132,22 @@ def _grid(settings: Settings) -> Iterator[Conflict]:
     if tile_px != "auto" and tile_px % chunk_px:
         text = f"{tile_px} is not a multiple of store.chunk_px = {chunk_px}; tiles are written as whole chunks"
         yield Conflict((("compute", "tile_px"), ("store", "chunk_px")), text)
+
+
+def _compute(settings: Settings) -> Iterator[Conflict]:
+    compute, devices, scheduler = settings.compute, ("compute", "devices"), ("compute", "scheduler")
+    if compute.devices != "auto":
+        kinds = {name.partition(":")[0] for name in compute.devices}
+        if len(kinds) > 1:
+            yield Conflict((devices,), "CPU and GPU round differently, so they cannot share a run; list one kind")
+        if compute.device not in ("auto", *kinds):
+            yield Conflict((devices, ("compute", "device")), "compute.device is for a single one; give one of the two")
+    if compute.scheduler != "none":
+        text = "computes on the cluster's workers, and {} is for this machine; give one of the two"
+        if compute.devices != "auto":
+            yield Conflict((scheduler, devices), text.format("compute.devices"))
+        if compute.workers:
+            yield Conflict((scheduler, ("compute", "workers")), text.format("compute.workers"))
 
 
 def _state(settings: Settings) -> Iterator[Conflict]:

@@ -149,3 +149,17 @@ _KnownProfile = Annotated[File, AfterValidator(_known_profile), Expected("a path
 Profile = Annotated[ProfileName | _KnownProfile, Field(union_mode="left_to_right")]
 Start = Annotated[Literal["content", "noise", "gray"] | File, Field(union_mode="left_to_right")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"), Expected("one of auto, cpu, cuda, cuda:N")]
+Devices = Annotated[
+    Literal["auto"]
+    | Annotated[
+        tuple[Annotated[str, Field(pattern=r"^(cpu|cuda:[0-9]{1,3})$")], ...],
+        Field(min_length=1, max_length=MAX_WORKERS),
+    ],
+    Expected("auto, or a list of devices, as in [cuda:0, cuda:1]"),
+]
+_Address = Annotated[str, Field(pattern=r"^(tcp|tls)://[^/\s]+:[0-9]{1,5}$")]
+Scheduler = Annotated[
+    Literal["none"] | _Address | File,
+    Field(union_mode="left_to_right"),
+    Expected("none, an address such as tls://host:8786, or a path to a scheduler file"),
+]

@@ -20,6 +20,7 @@ from pipeline.config.fields import (
     Bool,
     Bytes,
     Device,
+    Devices,
     Dpi,
     File,
     Float,
@@ -28,6 +29,7 @@ from pipeline.config.fields import (
     Length,
     Pixels,
     Profile,
+    Scheduler,
     Seconds,
     Share,
     SidePx,
@@ -217,11 +219,25 @@ class ComputeConfig(Section):
         "auto", description="side of a tile in px, a multiple of store.chunk_px", json_schema_extra=HARMLESS
     )
     workers: Int = Field(0, ge=0, le=MAX_WORKERS, description="worker processes; 0: none", json_schema_extra=HARMLESS)
+    devices: Devices = Field(
+        "auto", description="a process for each device listed; auto: all GPUs if alike", json_schema_extra=HARMLESS
+    )
+    scheduler: Scheduler = Field(
+        "none", description="cluster to compute on: address of a scheduler, or its file", json_schema_extra=HARMLESS
+    )
+    cluster_key: File | None = Field(
+        None, description="key of the cluster; null: cluster.pem beside its scheduler file", json_schema_extra=HARMLESS
+    )
     threads: Annotated[Int, Field(ge=1, le=MAX_THREADS)] | Literal["auto"] = Field(
         "auto",
         description="CPU threads per tile; auto chooses at the start and keeps the number on resume",
         json_schema_extra=HARMLESS,
     )
+
+    @property
+    def tile_processes(self) -> int:
+        """Worker processes on this machine that compute tiles, as far as the config says; 0: none."""
+        return self.workers if self.devices == "auto" else len(self.devices)
 
 
 class MemoryConfig(Section):

@@ -8,6 +8,7 @@
     ├── StorageError (OSError)         5   a disk is read-only, fails or cannot be reached
     │   └── SpaceError                 5   the disk is full, or too small for the plan
     ├── DamagedStateError              6   the state on disk contradicts the journal
+    ├── ClusterError                  75   the scheduler of the cluster cannot be reached; the same command resumes
     └── Stopped                       75   stopped on request; the same command resumes
 
 Every message names the cause, the danger, the remedy and the place.
@@ -64,6 +65,12 @@ class DamagedStateError(PipelineError):
     """The state on disk contradicts the journal."""
 
     exit_code = 6
+
+
+class ClusterError(PipelineError):
+    """The scheduler of the cluster cannot be reached, or was lost. The run can be resumed."""
+
+    exit_code = 75
 
 
 class Stopped(PipelineError):  # noqa: N818 - an outcome, not an error

@@ -1,4 +1,4 @@
-"""A worker process: it runs tasks for the process that started it, and does not outlive it (worker_pool.py)."""
+"""A worker process: it runs tasks for a scheduler, and does not outlive the process that started it (keepers.py)."""
 
 from __future__ import annotations
 
@@ -36,22 +36,52 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.large-graph-warning-threshold": "1 GiB",
 }
+# How long a worker tries to reach its scheduler, and the code with which it ends then.
+REACH_S, NO_SCHEDULER = 60, 69
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+# The resources that nodes take: a place for a tile on a GPU, for one on a CPU, and for a task without a tile.
+GPU_TILE, CPU_TILE, OTHER = "GPU", "TILE", "CPU"
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a worker process does: `tiles` in flight, and `others`, tasks without a tile, at once.
+
+    `device`: the only one that it sees, None: all. A tile is computed at a time, while others are read and written.
+    """
+
+    tiles: int
+    others: int
+    device: str | None = None
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether it computes on a GPU of its own."""
+        return self.device not in (None, "cpu")
+
+    def resources(self) -> dict[str, float]:
+        """Its places for tasks."""
+        tile = GPU_TILE if self.is_on_gpu else CPU_TILE
+        return {name: places for name, places in ((tile, self.tiles), (OTHER, self.others)) if places}
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
     """What a worker process is told on its standard input, where no other process can read the key.
 
-    `tiles`: in flight at once, and threads for other tasks. `folder`: for files of distributed's own.
+    `name`: how the scheduler calls it; None: by its process id. `host`: address that it serves; None: that by which it
+    reaches the scheduler. `folder`: for files of distributed's own.
     """
 
     scheduler: str
     parent: int
-    tiles: int
+    role: Role
     folder: str
     security: Security
     initialize: Callable[[], None]
+    name: str | None = None
+    host: str | None = "127.0.0.1"
 
 
 def main() -> None:
@@ -62,8 +92,8 @@ def main() -> None:
     dask.config.set(SETTINGS)
     logging.getLogger("distributed").setLevel(logging.WARNING)  # so that the last lines of the log say why it ended
     spec.initialize()
-    asyncio.run(_serve(spec))
-    os._exit(0)  # without waiting for tasks that still run: the scheduler has given them to others, or is gone
+    code = asyncio.run(_serve(spec))
+    os._exit(code)  # without waiting for tasks that still run: the scheduler has given them to others, or is gone
 
 
 def _die_with(parent: int) -> None:
@@ -73,19 +103,30 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-async def _serve(spec: WorkerSpec) -> None:
+async def _serve(spec: WorkerSpec) -> int:
+    """Serve until the scheduler ends the worker, or is lost; gives the exit code."""
+    role = spec.role
     worker = Worker(
         spec.scheduler,
-        nthreads=2 * spec.tiles,
-        resources={"tile": spec.tiles, "other": spec.tiles},
-        name=os.getpid(),
-        host="127.0.0.1",
-        protocol="tls",
+        nthreads=role.tiles + role.others,
+        resources=role.resources(),
+        name=os.getpid() if spec.name is None else f"{spec.name}-{os.getpid()}",
+        host=spec.host,
+        protocol=spec.scheduler.partition("://")[0],
         security=spec.security,
         dashboard_address="127.0.0.1:0",
         memory_limit=0,
         local_directory=spec.folder,
-        death_timeout=60,
+        death_timeout=REACH_S,
     )
-    async with worker:
-        await worker.finished()  # type: ignore[no-untyped-call]
+    leaving: list[asyncio.Task[Any]] = []
+    asyncio.get_running_loop().add_signal_handler(
+        signal.SIGUSR1, lambda: leaving.append(asyncio.ensure_future(worker.close_gracefully()))
+    )
+    try:
+        await worker
+    except (TimeoutError, OSError) as error:
+        logging.getLogger("distributed").error("cannot reach %s: %s", spec.scheduler, error)
+        return NO_SCHEDULER
+    await worker.finished()  # type: ignore[no-untyped-call]
+    return 0 if leaving else NO_SCHEDULER

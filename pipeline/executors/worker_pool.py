@@ -14,63 +14,56 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import pickle
-import signal
 import socket
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent import futures
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import dask.config
 from distributed import Client, Future, LocalCluster, Scheduler, Security
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from pipeline.core.errors import ConfigError
-from pipeline.core.isolation import own_environment
 from pipeline.core.text import shown
 from pipeline.executors import worker
+from pipeline.executors.keepers import Keepers, ending, environment
 
-# What a worker process runs. The settings come first: distributed heeds them while it is imported.
-_WORKER = """
-from pipeline.executors.library import enter_dask_settings
-enter_dask_settings()
-from pipeline.executors.worker import main
-main()
-"""
 # How many workers in a row may die before one is ready for tasks.
 _STARTS = 3
-# Ctrl-C and the end of a terminal signal the whole process group, but only the parent stops workers.
-_PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class WorkerPool:
-    """A scheduler and a client in this process, and the worker processes, each watched by a keeper thread."""
+    """A scheduler and a client in this process, and the worker processes, one for each of `roles`."""
+
+    tile_resource = worker.CPU_TILE
 
     def __init__(
         self,
-        processes: int,
-        tiles: int,
+        roles: Sequence[worker.Role],
         lock: int | None,
         note: Callable[[str], None],
         initialize: Callable[[], None],
     ):
-        self._processes, self._tiles, self._lock, self._note = processes, tiles, lock, note
+        self._roles, self._lock, self._note = roles, lock, note
         self._initialize = initialize
-        self._environment = own_environment(os.environ)  # a worker that is started later computes as the first ones do
+        if any(role.is_on_gpu for role in roles):
+            self.tile_resource = worker.GPU_TILE
+        self._environment = environment()
         self._opened: ExitStack | None = None
-        self._keepers: list[threading.Thread] = []
-        self._state = threading.Lock()  # guards the attributes below
-        self._workers: dict[int, subprocess.Popen[bytes]] = {}
-        self._dropped: set[int] = set()
-        self._closing = False
+        self._keepers: Keepers | None = None
         self._last_end = ""
-        self._broken: Exception | None = None
+
+    @property
+    def name_prefix(self) -> str:
+        """What the names of this pool's tasks begin with."""
+        return ""
+
+    def task(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What a worker calls for `function`."""
+        return function
 
     def submit(
         self, graph: Mapping[str, Any], keys: Sequence[str], resources: Callable[[str], Mapping[str, int]]
@@ -102,21 +95,19 @@ class WorkerPool:
 
     def drop(self, calls: Sequence[Future[Any]]) -> None:
         """Kill all workers, with what they run; new ones are started at once. `calls` are not computed again."""
-        if self._opened is None:
+        if self._opened is None or self._keepers is None:
             return
         self._client.cancel(list(calls), force=True)
-        with self._state:
-            killed = list(self._workers.values())
-            for process in killed:
-                self._dropped.add(process.pid)
-                process.kill()
-        for process in killed:
-            process.wait()
+        self._keepers.drop()
 
     def raise_if_broken(self) -> None:
         """Raise the error that prevents workers from being started."""
-        if self._broken is not None:
-            raise self._broken
+        if self._keepers is not None and self._keepers.broken is not None:
+            raise self._start_error(self._keepers.broken)
+
+    def lost_error(self) -> Exception:
+        """The error of tasks that the scheduler has lost; it is in this process."""
+        return AssertionError("tasks were cancelled")
 
     def killer_error(self) -> ConfigError:
         """The error of a task during which several workers died."""
@@ -129,12 +120,8 @@ class WorkerPool:
 
     def close(self) -> None:
         """Kill the workers, wait for their end, and close the scheduler."""
-        with self._state:
-            self._closing = True
-            for process in self._workers.values():
-                process.kill()
-        for keeper in self._keepers:
-            keeper.join()
+        if self._keepers is not None:
+            self._keepers.close()
         if self._opened is not None:
             self._opened.close()
 
@@ -151,9 +138,9 @@ class WorkerPool:
                 f"compute.workers: their scheduler could not be started on 127.0.0.1 ({shown(str(cause), 200)}). "
                 "Nothing is lost: correct the cause, or use compute.workers: 0, which computes in one process."
             ) from error
-        self._keepers = [threading.Thread(target=self._keep, daemon=True) for _ in range(self._processes)]
-        for keeper in self._keepers:
-            keeper.start()
+        self._keepers = Keepers(
+            self._roles, self._folder, self._lock, self._spec_of, self._worker_ended, self._environment
+        )
 
     def _start_scheduler(self) -> None:
         with ExitStack() as opened:
@@ -179,69 +166,40 @@ class WorkerPool:
             cast(Scheduler, cluster.scheduler).add_plugin(self._register)
             self._opened = opened.pop_all()
 
-    def _keep(self) -> None:
-        """Start a worker, wait for its end, start the next. The kernel kills the worker if this thread ends."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)  # inherited by the worker
-        failed_starts = 0
-        try:
-            while (process := self._start_worker()) is not None:
-                ending = _ending(process.wait())
-                with self._state:
-                    del self._workers[process.pid]
-                    if self._closing or process.pid in self._dropped:
-                        continue
-                    self._last_end = ending
-                failed_starts = 0 if process.pid in self._register.pids else failed_starts + 1
-                if failed_starts == _STARTS:
-                    raise self._start_error(
-                        f"{_STARTS} worker processes ended before they could work; the last {ending}"
-                    )
-                self._note(f"worker process {process.pid} {ending}; a new one repeats its tasks")
-        except OSError as error:
-            self._broken = self._start_error(f"a worker process could not be started ({error.strerror})")
-        except Exception as error:  # whatever it is: the thread that waits for tasks has to raise it
-            self._broken = error
+    def _spec_of(self, role: worker.Role) -> worker.WorkerSpec:
+        return worker.WorkerSpec(self._address, os.getpid(), role, str(self._folder), self._security, self._initialize)
 
-    def _start_worker(self) -> subprocess.Popen[bytes] | None:
-        """A new worker process, or None if the cluster closes."""
-        # everything that tasks can be imported from here; -P keeps the current folder out
-        path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
-        spec = worker.WorkerSpec(
-            self._address, os.getpid(), self._tiles, str(self._folder), self._security, self._initialize
-        )
-        with self._state, self._log.open("ab") as log:
-            if self._closing:
-                return None
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _WORKER],
-                env={**self._environment, "PYTHONPATH": path},
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                pass_fds=() if self._lock is None else (self._lock,),
+    def _worker_ended(self, pid: int, code: int, failed_starts: int) -> int:
+        """Report it; gives the failed starts in a row. Raises _DeadAtStartError when they are too many."""
+        self._last_end = ending(code)
+        failed_starts = 0 if pid in self._register.pids else failed_starts + 1
+        if failed_starts == _STARTS:
+            raise _DeadAtStartError(
+                f"{_STARTS} worker processes ended before they could work; the last {self._last_end}"
             )
-            self._workers[process.pid] = process
-        with suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as stdin:  # it may have ended already
-            stdin.write(pickle.dumps(spec))
-        return process
+        self._note(f"worker process {pid} {self._last_end}; a new one repeats its tasks")
+        return failed_starts
 
-    @property
-    def _log(self) -> Path:
-        """The log that workers write: distributed says there why one ended."""
-        return self._folder / "workers.log"
-
-    def _start_error(self, what: str) -> ConfigError:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        said = next((f" Their last words: {line.strip()}" for line in reversed(lines) if line.strip()), "")
+    def _start_error(self, error: Exception) -> Exception:
+        """The error of a keeper that starts no more workers."""
+        if isinstance(error, OSError):
+            what, said = f"a worker process could not be started ({error.strerror})", ""
+        elif isinstance(error, _DeadAtStartError):
+            what, said = str(error), cast(Keepers, self._keepers).last_words()
+        else:
+            return error
         return ConfigError(
             f"compute.workers: {what}.{said} Nothing is lost: correct the cause, or use compute.workers: 0, which "
             "computes in one process."
         )
 
     def _kill(self, pid: int) -> None:
-        with self._state:
-            if pid in self._workers:
-                self._workers[pid].kill()
+        if self._keepers is not None:
+            self._keepers.kill(pid)
+
+
+class _DeadAtStartError(Exception):
+    """Worker processes end before they can work."""
 
 
 class _Register(SchedulerPlugin):
@@ -279,11 +237,3 @@ def _check_loopback() -> None:
     """Raise OSError if this machine, or its container, has no loopback device: distributed would try for 30 s."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
         pass
-
-
-def _ending(code: int) -> str:
-    """Describes how a process ended."""
-    if code >= 0:
-        return f"ended with code {code}"
-    hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-code).name}{hint}"

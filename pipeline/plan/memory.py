@@ -16,7 +16,7 @@ from pipeline.core.image_formats import RGB8, PixelKind, format_of, picture_kind
 from pipeline.core.tiling import Size, tile_step_px
 from pipeline.core.vgg_layers import LAYER_BY_NAME
 from pipeline.images import ImageHeader
-from pipeline.plan.device import STAGING_THREADS
+from pipeline.plan.device import STAGING_THREADS, Device
 from pipeline.plan.image_memory import MIB, export_bytes, ingest_bytes, levels_on_disk_bytes
 from pipeline.plan.network_cost import LayerUse
 from pipeline.plan.print_sheets import has_edges, sheets_of
@@ -60,10 +60,21 @@ def update_values(device: str, chunk_px: int) -> int:
     return min(chunk_values, BLOCK_VALUES) if device == "cpu" else chunk_values
 
 
-def update_threads(device: str) -> int:
-    """Threads of the update pass in the run's own process. On a CPU the network needs the cores too."""
+def update_threads(device: str, processes: int = 1) -> int:
+    """Threads of the update pass in each process that updates. On a CPU the network needs the cores too."""
     spare = 0 if device == "cpu" else len(os.sched_getaffinity(0)) - WORKERS
-    return max(WORKERS, min(spare, MAX_UPDATE_THREADS))
+    return max(WORKERS, min(spare, MAX_UPDATE_THREADS) // processes)
+
+
+def update_processes(config: Config, device: Device) -> int:
+    """Worker processes that only update: beside those of the listed devices, compute.workers or as many."""
+    return (config.compute.workers or len(device.processes)) if device.processes else 0
+
+
+def most_ahead(device: Device) -> int:
+    """Tiles that a cluster computes before the one that a sum waits for; one waits at every worker."""
+    # workers may join later, and the number is part of each graph
+    return (WORKERS + 1) * max(4, device.cluster_workers)
 
 
 @dataclass(frozen=True)
@@ -156,14 +167,26 @@ class Workload:
     """Everything that memory depends on, except the tile size.
 
     `images`: the header of every input image. `weights_bytes`: size of the weights file, which is in memory while it
-    is read. `device`: torch's name of it.
+    is read.
     """
 
     config: Config
     stages: Sequence[StageWork]
     images: Mapping[Path, ImageHeader]
     weights_bytes: int
-    device: str
+    device: Device
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether tiles are computed on a CPU."""
+        return self.device.name == "cpu"
+
+    @property
+    def fewer_processes(self) -> str:
+        """A remedy for a plan that does not fit: what a run with several processes can do without."""
+        if self.device.processes:
+            return ", fewer compute.devices"
+        return ", fewer compute.workers" if self.config.compute.workers else ""
 
     @property
     def picture(self) -> PixelKind:
@@ -212,10 +235,12 @@ class Workload:
         return self.stages[0].layer_use.itemsize
 
     def gpu_bytes(self, tile_px: int) -> int:
-        """Peak bytes on the GPU, which all worker processes share; 0 on a CPU."""
-        if self.device == "cpu":
+        """Peak bytes on a GPU: of its process, or of all worker processes, which share it; 0 on a CPU."""
+        if self.on_cpu:
             return 0
         process = max(stage.gpu_bytes(tile_px) for stage in self.stages)
+        if self.device.processes:  # the free memory was measured without their contexts
+            return process + CONTEXT_BYTES
         workers = self.config.compute.workers
         return workers * (process + CONTEXT_BYTES) if workers else process
 
@@ -228,18 +253,22 @@ class Workload:
     def host_bytes(self, tile_px: int) -> dict[str, int]:
         """Projected resident bytes of every phase of the run, over all its processes, without the page cache.
 
-        Tasks run in the run's own process, or in each of its worker processes; all else runs in its own process.
+        Tasks run in the run's own process, or in each of its worker processes; all else runs in its own process. Of a
+        run on a cluster: bytes of the largest process, which may be on any machine.
         """
-        base = BASE_BYTES["cpu" if self.device == "cpu" else "gpu"]
+        base = BASE_BYTES["cpu" if self.on_cpu else "gpu"]
         chunk = self.config.store.chunk_px**2 * 3 * self._itemsize
         workers = self.config.compute.workers
-        update = self.update_bytes() * (
-            2 if workers else 1
-        )  # a worker keeps threads, and their buffers, for two passes
+        # a worker that also computes tiles has threads for both, and buffers in each
+        update = self.update_bytes() * (2 if (workers and not self.device.processes) or self.device.cluster else 1)
         own = {
             "ingest": self._ingest_bytes(),
             "export": self._export_bytes(),
         }
+        tiles = {"weights": self.weights_bytes, **self._tiles_bytes(tile_px)}
+        if self.device.processes or self.device.cluster:
+            own["upsample"] = WORKERS * 6 * chunk
+            return self._spread_bytes(own, tiles, update)
         in_tasks = {
             "weights": self.weights_bytes,
             "upsample": WORKERS * 6 * chunk,
@@ -248,7 +277,7 @@ class Workload:
         }
         if workers == 0:
             phases = {phase: base + size for phase, size in {**own, **in_tasks}.items()}
-            trimmed = TRIMMED_BYTES if self.device == "cpu" else 0
+            trimmed = TRIMMED_BYTES if self.on_cpu else 0
             return phases | {phase: phases[phase] - trimmed for phase in TRIMMED_PHASES}
         idle = base + max(stage.layer_use.parameters_bytes() for stage in self.stages)  # of a worker process
         processes = {phase: base + size + workers * idle for phase, size in own.items()}
@@ -259,8 +288,29 @@ class Workload:
             processes[phase] += (workers * (WORKERS + 1) + 4) * grams
         return processes
 
+    def _spread_bytes(self, own: Mapping[str, int], tiles: Mapping[str, int], update: int) -> dict[str, int]:
+        """Bytes of each phase where tiles and updates have processes of their own, or a cluster.
+
+        `own`: of the run's process; `tiles`: of each process that computes; `update`: of each that updates.
+        """
+        base, small = BASE_BYTES["cpu" if self.on_cpu else "gpu"], BASE_BYTES["cpu"]
+        idle = base + max(stage.layer_use.parameters_bytes() for stage in self.stages)
+        grams = max(stage.layer_use.grams_bytes() for stage in self.stages)
+        if self.device.cluster:
+            waiting = (most_ahead(self.device) + 4) * grams
+            processes = {phase: small + size for phase, size in own.items()}
+            processes |= {phase: idle + size + update + waiting for phase, size in tiles.items()}
+            return processes | {"update pass": idle + update + waiting}
+        computing, updating = len(self.device.processes), update_processes(self.config, self.device)
+        resting = base + computing * idle + updating * small
+        processes = {phase: resting + size for phase, size in own.items()}
+        # Grams of finished tiles wait for those of earlier tiles: sums are in tile order
+        waiting = (computing * (WORKERS + 1) + 4) * grams
+        processes |= {phase: resting + computing * size + updating * update + waiting for phase, size in tiles.items()}
+        return processes | {"update pass": resting + updating * update}
+
     def update_bytes(self) -> int:
-        """Peak bytes of the update pass's threads, which they keep into the next pass.
+        """Peak bytes of the update pass's threads of a process, which they keep into the next pass.
 
         A thread holds a block of gradient, canvas, m, v and |u|, and of the canvases' average in a run that has one.
         """
@@ -273,12 +323,15 @@ class Workload:
             stored, per_value = 2, (4 + averages) * 2 + (5 + 2) * 4
         # A compressed chunk is held whole: four are read, three written, and one of them is in its codec.
         whole = 0 if store.codec == "none" else (7 + 2 * averages + 2) * values * stored
-        threads = WORKERS if self.config.compute.workers else update_threads(self.device)
-        return threads * (update_values(self.device, store.chunk_px) * per_value + whole)
+        device = self.device
+        threads = update_threads(device.name, update_processes(self.config, device) or 1)
+        if device.cluster or (self.config.compute.workers and not device.processes):
+            threads = WORKERS
+        return threads * (update_values(device.name, store.chunk_px) * per_value + whole)
 
     def _tiles_bytes(self, tile_px: int) -> dict[str, int]:
         """Peak bytes of each pass over tiles: one tile that is computed, and the windows of those in flight."""
-        if self.device != "cpu":
+        if not self.on_cpu:
             return dict.fromkeys(TILE_PHASES, max(stage.staged_bytes() for stage in self.stages))
         passes = [
             (

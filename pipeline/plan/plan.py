@@ -18,6 +18,7 @@ from pipeline.core.tiling import Size, grid
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.images import ImageHeader
 from pipeline.plan import checks
+from pipeline.plan.device import Device
 from pipeline.plan.memory import StageWork, Workload
 from pipeline.plan.network_cost import LayerUse, layers_in_use
 from pipeline.plan.residency import resident_bytes, room_bytes, with_resident
@@ -77,8 +78,9 @@ class Plan:
     `tile_step_px`: tiles of another size would be a multiple of it. `picture`: the kind of the output image's pixels.
     `dpi`: the resolution of the print. `outputs`: (height, width) of each output image by its path, several if they are
     panels.
-    `tile_device_bytes`: of `device_bytes`, what the passes over tiles take.
-    `notes`: what the user should know of how inputs are read, and colours converted.
+    `devices`: what computes, where that is more than one device; `cluster`: the scheduler of the workers that do, whose
+    memory is then that of the largest single process. `tile_device_bytes`: of `device_bytes`, what the passes over
+    tiles take. `notes`: what the user should know of how inputs are read, and colours converted.
     """
 
     stages: tuple[StagePlan, ...]
@@ -87,6 +89,8 @@ class Plan:
     chunk_px: int
     halo_px: int
     device: str
+    devices: str
+    cluster: str
     host_bytes: Mapping[str, int]
     tile_device_bytes: int
     device_bytes: int
@@ -115,20 +119,18 @@ def make_plan(
     images: Mapping[Path, ImageHeader],
     widths: Mapping[str, int],
     weights_bytes: int,
-    device: str,
-    device_memory_bytes: int,
+    device: Device,
 ) -> Plan:
     """Plan the run of `config`.
 
     `images`, `weights_bytes`, `device`: see memory.Workload. `widths`: channels of every convolution.
-    `device_memory_bytes`: free memory of a GPU; ignored on a CPU, where memory.limit applies.
     Raises ConfigError if the run cannot fit into memory, InputError if an image or the weights cannot be used.
     """
     works = _stage_works(config, images, widths)
     work = Workload(config, works, images, weights_bytes, device)
-    tile_px = _choose_tile(work, device_memory_bytes)
+    tile_px = _choose_tile(work)
     carries = [*(stage.config.optimizer.carry for stage in works[1:]), False]
-    room = room_bytes(work, tile_px, device_memory_bytes)
+    room = room_bytes(work, tile_px)
     stages = tuple(plan_stage(stage, index, tile_px, carries[index], room) for index, stage in enumerate(works))
     resident = [stage.resident_bytes for stage in stages]
     output_px = sum(height * width for height, width in work.output_sizes.values())
@@ -138,10 +140,12 @@ def make_plan(
         tile_step_px=work.tile_step_px,
         chunk_px=config.store.chunk_px,
         halo_px=max(stage.layer_use.halo_px for stage in works),
-        device=device,
-        host_bytes=with_resident(work.host_bytes(tile_px), resident if device == "cpu" else ()),
+        device=device.name,
+        devices=device.label if device.processes or device.cluster else "",
+        cluster=device.cluster,
+        host_bytes=with_resident(work.host_bytes(tile_px), resident if device.name == "cpu" else ()),
         tile_device_bytes=work.gpu_bytes(tile_px),
-        device_bytes=0 if device == "cpu" else work.gpu_bytes(tile_px) + max(resident),
+        device_bytes=0 if device.name == "cpu" else work.gpu_bytes(tile_px) + max(resident),
         disk_bytes=_disk_bytes(stages),
         picture=work.picture,
         dpi=work.output_dpi,
@@ -283,30 +287,31 @@ def arrays_of(config: Config, size: Size, layer_use: LayerUse, content: PixelKin
     return layout.arrays()
 
 
-def _choose_tile(work: Workload, device_memory_bytes: int) -> int:
+def _choose_tile(work: Workload) -> int:
     """The largest tile that fits the limits, or the one that the config asks for. Raises ConfigError if none fits."""
     step_px, limit = work.tile_step_px, work.config.memory.limit_bytes
     largest = ceil_to(min(max(max(stage.canvas) for stage in work.stages), MAX_AUTO_TILE_PX), step_px)
     requested = work.config.compute.tile_px
     checks.check_tile(work.config, step_px)
     candidates = list(range(largest, 0, -step_px)) if requested == "auto" else [int(requested)]
-    if work.device != "cpu":
+    device = work.device
+    if device.name != "cpu":
         candidates = [tile_px for tile_px in candidates if work.has_gpu_sizes(tile_px)] or candidates[-1:]
     for tile_px in candidates:
         host, device_bytes = work.host_bytes(tile_px), work.gpu_bytes(tile_px)
-        if max(host.values()) <= limit and device_bytes <= device_memory_bytes:
+        if max(host.values()) <= limit and device_bytes <= device.memory_bytes:
             return tile_px
     phase = max(host, key=lambda name: host[name])
     memory, need, have, remedy = (
         (f"host memory (phase: {phase})", host[phase], limit, "raise memory.limit")
         if host[phase] > limit
-        else (f"memory of {work.device}", device_bytes, device_memory_bytes, "use a device with more memory")
+        else (f"memory of {device.name}", device_bytes, device.memory_bytes, "use a device with more memory")
     )
     raise ConfigError(
         f"compute.tile_px: {requested} needs {size_text(need)} of {memory}, but {size_text(have)} is the limit"
         + (f", even with the smallest tile ({step_px} px)" if requested == "auto" else "")
         + f". To continue, {remedy}, or use "
         + ("a smaller store.chunk_px" if requested == "auto" else "compute.tile_px: auto")
-        + (", fewer compute.workers" if work.config.compute.workers else "")
+        + work.fewer_processes
         + " or a narrower network."
     )

@@ -19,18 +19,19 @@ def resident_bytes(arrays: Mapping[str, ArraySpec]) -> int:
     return sum(spec.stored_bytes for spec in held) + buffers
 
 
-def room_bytes(work: Workload, tile_px: int, device_memory_bytes: int) -> int:
+def room_bytes(work: Workload, tile_px: int) -> int:
     """Memory that the passes leave to a stage that stays there; 0 where none does."""
-    config = work.config
-    if config.compute.workers or not config.store.commit_interval:
-        return 0  # worker processes share the disk, not memory
-    if work.device == "cpu":
+    config, device = work.config, work.device
+    shares_disk = config.compute.workers or device.processes or device.cluster  # worker processes share no memory
+    if shares_disk or not config.store.commit_interval:
+        return 0
+    if device.name == "cpu":
         host = work.host_bytes(tile_px)
         return max(0, config.memory.limit_bytes - max(host[phase] for phase in ITERATION_PHASES))
     if config.store.state_dtype == "compact":
         return 0  # its random bits come from a generator on the CPU
     # the workspaces of kernels keep what they have without: whether one fits selects the kernel, and so the last bits
-    return max(0, device_memory_bytes - bounded_gpu_bytes(work.gpu_bytes(tile_px)))
+    return max(0, device.memory_bytes - bounded_gpu_bytes(work.gpu_bytes(tile_px)))
 
 
 def with_resident(host: Mapping[str, int], stages: Iterable[int]) -> dict[str, int]:

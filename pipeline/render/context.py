@@ -10,7 +10,16 @@ from pipeline.core.cancel import CancelToken
 from pipeline.core.events import Note, Sink
 from pipeline.executors import Executor, ThreadExecutor
 from pipeline.network import NetworkSpec, WeightsSource
-from pipeline.plan import WORKERS, Device, Plan, StagePlan, layers_in_use, update_threads
+from pipeline.plan import (
+    WORKERS,
+    Device,
+    Plan,
+    StagePlan,
+    layers_in_use,
+    most_ahead,
+    update_processes,
+    update_threads,
+)
 from pipeline.rundir import Iteration, StagePrepared, manifest_path, read_manifest, stage_path
 from pipeline.rundir.process_settings import enter_process_settings
 
@@ -35,23 +44,44 @@ def render_context(
     config: Config, planned: Plan, device: Device, weights: WeightsSource, executor: Executor, sink: Sink
 ) -> RenderContext:
     """The context of a run of `config`; the plan's device memory is shared by all its worker processes."""
-    return RenderContext(device, weights, executor, sink, planned.tile_device_bytes // max(1, config.compute.workers))
+    sharing = 1 if device.processes else max(1, config.compute.workers)
+    return RenderContext(device, weights, executor, sink, planned.tile_device_bytes // sharing)
 
 
-def executor_for(config: Config, device: Device, lock: int | None, sink: Sink, cancel: CancelToken) -> Executor:
-    """The threads of this process, or worker processes, which inherit the descriptor `lock` of a run's lock."""
-    if config.compute.workers == 0:
+def executor_for(
+    config: Config, device: Device, weights: WeightsSource, lock: int | None, sink: Sink, cancel: CancelToken
+) -> Executor:
+    """The threads of this process, worker processes, which inherit the descriptor `lock` of a run's lock, or a cluster.
+
+    A cluster's workers share the run directory, which exists. Raises ConfigError for an unusable scheduler.
+    """
+    if not (config.compute.workers or device.processes or device.cluster):
         return ThreadExecutor(WORKERS, cancel, update_threads(device.name))
-    from pipeline.executors.processes import ProcessExecutor  # noqa: PLC0415 - brings distributed, for this case only
+    # they bring distributed, for these cases only
+    from pipeline.executors.addresses import find_scheduler  # noqa: PLC0415
+    from pipeline.executors.processes import ClusterExecutor, ProcessExecutor  # noqa: PLC0415
+    from pipeline.executors.worker import Role  # noqa: PLC0415
 
-    return ProcessExecutor(
-        config.compute.workers,
-        WORKERS,
-        cancel,
-        lock,
-        lambda message: sink(Note(message)),
-        enter_process_settings,
-    )
+    def note(message: str) -> None:
+        sink(Note(message))
+
+    if device.cluster:
+        return ClusterExecutor(
+            find_scheduler(config.compute.scheduler, config.compute.cluster_key),
+            config.work_dir,
+            () if weights.path is None else ((weights.path, weights.sha256),),
+            WORKERS,
+            most_ahead(device),
+            device.name != "cpu",
+            cancel,
+            note,
+        )
+    roles: int | list[Role] = config.compute.workers
+    if device.processes:
+        updating = update_processes(config, device)
+        updates = Role(0, update_threads(device.name, updating), "cpu")
+        roles = [*(Role(WORKERS, 0, name) for name in device.processes), *[updates] * updating]
+    return ProcessExecutor(roles, WORKERS, cancel, lock, note, enter_process_settings)
 
 
 def settings_of(config: Config, plan: StagePlan) -> Config:

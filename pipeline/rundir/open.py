@@ -120,7 +120,7 @@ def _new_manifest(config: Config, planned: Plan, identity_now: Identity) -> Mani
         stages=_stage_sizes(planned),
         content=ContentKind(**asdict(planned.stages[-1].content or RGB8)),
         dpi=planned.dpi,
-        threads=default_threads(compute.workers) if compute.threads == "auto" else compute.threads,
+        threads=default_threads(compute.tile_processes) if compute.threads == "auto" else compute.threads,
         result_fields=identity_now.result_fields,
         inputs=identity_now.inputs,
     )

@@ -21,7 +21,7 @@ from pipeline.images import (
     wanted_space,
 )
 from pipeline.network import weights_bytes, widths_for_plan
-from pipeline.plan import Device, Plan, initial_px, make_plan, resolve_device, with_size_in_px
+from pipeline.plan import Device, Plan, initial_px, make_plan, run_device, with_size_in_px
 from pipeline.rundir.color_notes import color_notes
 from pipeline.rundir.output_notes import export_notes
 from pipeline.rundir.paths import refuse_own_state
@@ -35,7 +35,7 @@ def plan(config: Config) -> Plan:
     Raises ConfigError if the run does not fit in memory or the output format cannot store the image, InputError for an
     image or weights that cannot be used.
     """
-    return plan_on(resolved(config), resolve_device(config.compute.device))
+    return plan_on(resolved(config), run_device(config.compute))
 
 
 def with_initial_size(config: Config) -> Config:
@@ -72,7 +72,7 @@ def plan_on(config: Config, device: Device) -> Plan:
     weights = weights_bytes(config.network.name, config.network.weights)
     # all that can be refused is refused here, because a run finds the rest only after hours
     refuse_own_state(config.output, config.work_dir)
-    planned = make_plan(config, images, widths, weights, device.name, device.memory_bytes)
+    planned = make_plan(config, images, widths, weights, device)
     for name, (height, width) in planned.outputs.items():
         check_output(Path(name), width, height, planned.picture.bits, config.export.compression)
     _check_outputs(config, planned)

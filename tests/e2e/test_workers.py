@@ -29,6 +29,7 @@ from pipeline.executors.graph import Node
 from pipeline.executors.processes import ProcessExecutor
 from pipeline.executors.worker import ALLOWED_DEATHS
 from pipeline.images.writer import _libvips_files_in
+from pipeline.plan import Device
 from pipeline.rundir.process_settings import enter_process_settings
 from pipeline.store.array import ChunkError
 from tests.support.e2e import TIMEOUT_S, Child, Nursery, canvases, results, write_run
@@ -270,7 +271,8 @@ def test_the_workers_of_a_run_have_the_settings_of_the_run(tmp_path):
     from pipeline.render.context import executor_for
 
     config = pipeline.load_config(write_two_stages(tmp_path, workers=1))
-    with executor_for(config, SimpleNamespace(name="cpu"), None, lambda _event: None, CancelToken()) as executor:
+    device = Device("cpu", "CPU", 0)
+    with executor_for(config, device, SimpleNamespace(path=None), None, lambda _event: None, CancelToken()) as executor:
         assert set(executor.map(settings_of, [0] * 2, tile=True)) == {(1, 0)}
 
 

@@ -9,6 +9,7 @@ from pipeline.config.config import Config
 from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.core.vgg_layers import VGG19_WIDTHS
 from pipeline.images.color import PLAIN_RGB, ColorSource
+from pipeline.plan import Device
 from pipeline.plan.plan import make_plan
 from pipeline.plan.sizes import stage_sizes
 from tests.support.inputs import plain
@@ -44,7 +45,9 @@ def planned(
     **values,
 ):
     values.setdefault("styles", [{"image": f"/s{index}.png"} for index in range(len(style_sizes))])
-    return make_plan(config_of(**values), headers(content_size, style_sizes), widths, 0, device, device_bytes)
+    return make_plan(
+        config_of(**values), headers(content_size, style_sizes), widths, 0, Device(device, device, device_bytes)
+    )
 
 
 def headers(content, styles) -> dict[Path, Header]:

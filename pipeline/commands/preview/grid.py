@@ -46,7 +46,8 @@ class Grid:
     def __init__(self, axes: Sequence[Axis], variations: Sequence[Variation], size_px: int, device: Device) -> None:
         self._axes = axes
         self._variations = [
-            replace(variation, config=with_initial_size(resolved(variation.config))) for variation in variations
+            replace(variation, config=with_initial_size(resolved(_on_this_machine(variation.config))))
+            for variation in variations
         ]
         self._size_px = size_px
         self._device = device
@@ -194,3 +195,8 @@ def _shortened_list(texts: Sequence[str], max_texts: int = 3) -> str:
 
 def _label(axes: Sequence[Axis], settings: Sequence[str]) -> Label:
     return tuple((axis.key, setting.removeprefix(f"{axis.key}=")) for axis, setting in zip(axes, settings, strict=True))
+
+
+def _on_this_machine(config: Config) -> Config:
+    """A preview is too small for a cluster."""
+    return config.model_copy(update={"compute": config.compute.model_copy(update={"scheduler": "none"})})

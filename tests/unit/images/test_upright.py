@@ -12,6 +12,7 @@ import pyvips
 from pipeline.core.errors import SpaceError
 from pipeline.core.vgg_layers import VGG19_WIDTHS
 from pipeline.images import read_header, stream_rgb, upright
+from pipeline.plan import Device
 from pipeline.plan.plan import make_plan
 from tests.support.plans import Header, config_of
 from tests.unit.images.test_images import UPRIGHT
@@ -66,5 +67,5 @@ def test_the_scratch_file_is_planned(tmp_path: Path, monkeypatch) -> None:
     disk_bytes = []
     for scratch_bytes in (0, 10**9):
         images = {Path("/c.png"): Header(90, 41, scratch_bytes=scratch_bytes), Path("/s0.png"): Header(70, 90)}
-        disk_bytes.append(make_plan(config, images, VGG19_WIDTHS, 0, "cpu", 0).disk_bytes)
+        disk_bytes.append(make_plan(config, images, VGG19_WIDTHS, 0, Device("cpu", "cpu", 0)).disk_bytes)
     assert disk_bytes[1] - disk_bytes[0] == 10**9
