@@ -15,6 +15,7 @@ from pipeline.config.config import Config, input_files, read_overridden, validat
 from pipeline.config.conflicts import picture_conflicts
 from pipeline.config.fields import File, Output, Share, SidePx, parse_px
 from pipeline.config.messages import Conflict, ConflictsError, Expected
+from pipeline.config.overrides import override
 from pipeline.config.sections import (
     COMPARED_BY_CONTENT,
     HARMLESS,
@@ -27,9 +28,10 @@ from pipeline.config.sections import (
     StoreConfig,
 )
 from pipeline.config.settings import OnPaper, default_work_dir
-from pipeline.config.yaml_reader import Key
+from pipeline.config.yaml_reader import CommandLineText, Document, Key, Place, plain_value, read
 from pipeline.core.color_spaces import SpaceName, WorkingSpace
 from pipeline.core.image_formats import OUTPUT_SUFFIXES
+from pipeline.core.text import shown
 
 _MAX_NETWORKS = 16
 Styles = dict[Annotated[str, Field(max_length=200)], Share]
@@ -124,12 +126,10 @@ class ApplyConfig(Section):
 
 
 def _networks(config: ApplyConfig) -> Iterator[Conflict]:
-    masks = [network.mask is not None for network in config.networks]
-    if len(masks) > 1 and not all(masks):
-        key: Key = ("networks", masks.index(False), "mask")
-        yield Conflict((key,), "missing; of several networks each needs a mask, which says where it applies")
-    if masks == [True]:
-        yield Conflict((("networks", 0, "mask"),), "there is one network, which applies everywhere; leave it out")
+    unmasked = [index for index, network in enumerate(config.networks) if network.mask is None]
+    if len(unmasked) > 1:
+        key: Key = ("networks", unmasked[1], "mask")
+        yield Conflict((key,), "missing; of several networks only one applies where the masks of the others are black")
     for index, network in enumerate(config.networks):
         if network.styles is not None and not sum(network.styles.values()) > 0:
             yield Conflict((("networks", index, "styles"),), "the weights sum to 0, so they cannot be normalised")
@@ -139,6 +139,28 @@ def load_apply_config(path: str | Path, overrides: Sequence[str] = ()) -> ApplyC
     """The config of `pipeline apply` in the YAML file `path`; otherwise as load_config, with inputs checked."""
     file = Path(path)
     return validated(ApplyConfig, read_overridden(file, overrides), Path.cwd() / file.parent, check_inputs=True)
+
+
+def is_apply_file(path: str | Path) -> bool:
+    """Whether a YAML file is a config of `pipeline apply`: no other has networks."""
+    data = read(Path(path)).data
+    return isinstance(data, dict) and "networks" in data
+
+
+def apply_config_of_line(
+    network: str, content: str, output: str, size: str | None = None, overrides: Sequence[str] = ()
+) -> ApplyConfig:
+    """The config of a command line. Raises ConfigError with every problem and the argument that causes it."""
+    document = Document("the command line", {})
+    for number, (key, text) in enumerate([("networks", network), ("content", content), ("output", output)]):
+        document.put([key], CommandLineText(text), Place(1 + number, 0, shown(text)))
+    if size is not None:
+        value = plain_value(size.strip())
+        number_or_text = CommandLineText(value) if isinstance(value, str) else value
+        document.put(["size"], number_or_text, Place(4, 0, f"--size {shown(size)}"))
+    for number, setting in enumerate(overrides):
+        override(document, number, setting)
+    return validated(ApplyConfig, document, Path.cwd(), check_inputs=True)
 
 
 # The config of anything that has a run directory.

@@ -62,6 +62,12 @@ def held_of(conv: Conv, wanted: Range, size: int) -> Range:
     return lo // conv.enlargement, -(-hi // conv.enlargement)
 
 
+def held_rect(conv: Conv, wanted: Rect, size: Size) -> Rect:
+    """`held_of` in both axes."""
+    rows, columns = (held_of(conv, part, side) for part, side in zip((wanted[:2], wanted[2:]), size, strict=True))
+    return Rect(*rows, *columns)
+
+
 def skip_margin(block: Residual) -> int:
     """Positions of a block's input beyond each side of its output; 0 with padding."""
     return sum(conv.kernel // 2 - conv.padding_px for conv in block.convs)

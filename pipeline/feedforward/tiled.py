@@ -35,6 +35,11 @@ class Moments:
         """The sums over both."""
         return Moments(self.count + other.count, self.sum_C + other.sum_C, self.squares_C + other.squares_C)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no feature was infinite or not a number."""
+        return bool(np.isfinite(self.sum_C).all() and np.isfinite(self.squares_C).all())
+
     def statistics(self) -> Statistics:
         """Mean and variance."""
         mean_C = self.sum_C / self.count
@@ -88,10 +93,9 @@ class TiledNetwork:
     ) -> Tensor:
         first, second = block.convs
         inner_size = first.size(size[0]), first.size(size[1])
-        inner = _held(second, wanted, inner_size)
-        y = self._conv(
-            first, _cut(x, held, _held(first, inner, size)), _held(first, inner, size), inner, size, statistics
-        )
+        inner = geometry.held_rect(second, wanted, inner_size)
+        source = geometry.held_rect(first, inner, size)
+        y = self._conv(first, _cut(x, held, source), source, inner, size, statistics)
         y = self._conv(second, y, inner, wanted, inner_size, statistics)
         margin = geometry.skip_margin(block)
         kept = Rect(*(edge + margin for edge in wanted))
@@ -148,13 +152,6 @@ def norm_window(spec: TransformSpec, size: Size, inner: Rect, conv: Conv) -> Win
     canvas = size[0] * spec.factor, size[1] * spec.factor
     wanted = geometry.owned(inner, canvas, geometry.grid_size(spec, size, layers))
     return geometry.window(spec, size, layers, wanted) if wanted.area else None
-
-
-def _held(conv: Conv, wanted: Rect, size: Size) -> Rect:
-    rows, columns = (
-        geometry.held_of(conv, part, side) for part, side in zip((wanted[:2], wanted[2:]), size, strict=True)
-    )
-    return Rect(*rows, *columns)
 
 
 def _cut(x: Tensor, held: Rect, kept: Rect) -> Tensor:
