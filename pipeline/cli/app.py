@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import click
 
 import pipeline
+from pipeline.cli.apply import apply
 from pipeline.cli.arguments import (
     as_json_option,
     parse_points,
@@ -92,7 +93,13 @@ def plan(config_path: Path, overrides: tuple[str, ...], with_time: bool, watts: 
         raise click.UsageError("--watts is for --time")
     from pipeline.cli import reports
     from pipeline.commands.start import outlook_and_plan
+    from pipeline.config import is_apply_file
 
+    if is_apply_file(config_path):
+        if with_time:
+            raise click.UsageError("--time is for runs")
+        _plan_apply(config_path, overrides, as_json)
+        return
     config = pipeline.load_config(config_path, overrides, check_inputs=True)
     run, planned = outlook_and_plan(config, pipeline.plan(config))
     expected = None
@@ -103,6 +110,20 @@ def plan(config_path: Path, overrides: tuple[str, ...], with_time: bool, watts: 
         echo_json({**planned.as_dict(), "run": run, "time": expected and expected.as_dict()})
     else:
         reports.print_plan(config, planned, expected, run)
+
+
+def _plan_apply(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    from pipeline.cli import reports
+    from pipeline.commands.apply import apply_outlook, apply_plan
+    from pipeline.config import load_apply_config
+
+    config = load_apply_config(config_path, overrides)
+    planned = apply_plan(config)
+    what = apply_outlook(config, planned)
+    if as_json:
+        echo_json({**planned.plan.as_dict(), "run": what})
+    else:
+        reports.print_plan(config, planned.plan, None, what)
 
 
 @cli.command(epilog=EXIT_CODES)
@@ -287,5 +308,5 @@ def doctor() -> None:
     reports.print_doctor()
 
 
-for command in (run, export, init, scheduler, worker):
+for command in (run, apply, export, init, scheduler, worker):
     cli.add_command(command)

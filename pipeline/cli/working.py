@@ -63,7 +63,14 @@ def check_run_options(config_path: Path | None, run_dir: Path | None, overrides:
 def chosen_run(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None) -> Path:
     """The run directory that a command is about. Raises UsageError, and ConfigError for the config."""
     check_run_options(config_path, run_dir, overrides)
-    return run_dir if run_dir is not None else config_of_run(cast(Path, config_path), overrides).work_dir
+    if run_dir is not None:
+        return run_dir
+    from pipeline.config import is_apply_file, load_apply_config
+
+    path = cast(Path, config_path)
+    if is_apply_file(path):
+        return load_apply_config(path, overrides).work_dir
+    return config_of_run(path, overrides).work_dir
 
 
 def config_of_run(config_path: Path, overrides: tuple[str, ...]) -> Config:

@@ -147,7 +147,7 @@ def measured_time(
         )
     config, cancel, device = resolved(config), CancelToken(stop), run_device(config.compute, CancelToken(stop))
     weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
-    with executor_for(config, device, weights, None, sink, cancel) as executor:
+    with executor_for(config, device, weights.files, None, sink, cancel) as executor:
         found = forecast(config, planned, render_context(config, planned, device, weights, executor, sink), watts)
     return None if found is None else found[1]
 

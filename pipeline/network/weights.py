@@ -42,6 +42,11 @@ class WeightsSource:
     widths: Mapping[str, int]
     sha256: str
 
+    @property
+    def files(self) -> tuple[tuple[Path, str], ...]:
+        """(path, SHA-256) of the file, if there is one."""
+        return () if self.path is None else ((self.path, self.sha256),)
+
 
 def bounded_gpu_bytes(planned_bytes: int) -> int:
     """GPU memory that one process may use for the passes over tiles: what is planned, and a quarter or 2 GiB more.

@@ -143,12 +143,22 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
     Raises InputError if the file cannot be read, holds anything but tensors, or is not of a VGG-19-shaped network.
     """
+    state = load_tensors(path)
+    check_shapes({key: tuple(value.shape) for key, value in state.items()}, path)
+    return state
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file of any network.
+
+    Raises InputError if the file cannot be read, or holds anything but tensors.
+    """
     from safetensors.torch import load_file  # noqa: PLC0415 - loads torch, which the shapes of a file do not need
 
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
     except FileNotFoundError as error:
-        raise InputError(f"weights file {path}: not found. Correct network.weights.") from error
+        raise InputError(f"weights file {path}: not found. Correct its path.") from error
     except Exception as error:  # damaged bytes make the unpickler raise nearly everything, AssertionError included
         raise InputError(f"weights file {path}: cannot be read as weights ({_reason(error)}).") from error
     if not isinstance(state, dict) or not all(_is_plain(key, value) for key, value in state.items()):
@@ -158,7 +168,6 @@ def load_state(path: Path) -> dict[str, Tensor]:
     # A pickle can describe a tensor whose stride is 0: a few bytes that claim to be terabytes.
     if sum(value.nbytes for value in state.values()) > path.stat().st_size:
         raise InputError(f"weights file {path}: describes more weights than it has bytes. Use an intact copy.")
-    check_shapes({key: tuple(value.shape) for key, value in state.items()}, path)
     return state
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config import ComputeConfig, Config
 from pipeline.core.image_formats import RGB8, PixelKind, format_of, picture_kind
 from pipeline.core.tiling import Size, tile_step_px
 from pipeline.core.vgg_layers import LAYER_BY_NAME
@@ -66,9 +66,9 @@ def update_threads(device: str, processes: int = 1) -> int:
     return max(WORKERS, min(spare, MAX_UPDATE_THREADS) // processes)
 
 
-def update_processes(config: Config, device: Device) -> int:
+def update_processes(compute: ComputeConfig, device: Device) -> int:
     """Worker processes that only update: beside those of the listed devices, compute.workers or as many."""
-    return (config.compute.workers or len(device.processes)) if device.processes else 0
+    return (compute.workers or len(device.processes)) if device.processes else 0
 
 
 def most_ahead(device: Device) -> int:
@@ -301,7 +301,7 @@ class Workload:
             processes = {phase: small + size for phase, size in own.items()}
             processes |= {phase: idle + size + update + waiting for phase, size in tiles.items()}
             return processes | {"update pass": idle + update + waiting}
-        computing, updating = len(self.device.processes), update_processes(self.config, self.device)
+        computing, updating = len(self.device.processes), update_processes(self.config.compute, self.device)
         resting = base + computing * idle + updating * small
         processes = {phase: resting + size for phase, size in own.items()}
         # Grams of finished tiles wait for those of earlier tiles: sums are in tile order
@@ -324,7 +324,7 @@ class Workload:
         # A compressed chunk is held whole: four are read, three written, and one of them is in its codec.
         whole = 0 if store.codec == "none" else (7 + 2 * averages + 2) * values * stored
         device = self.device
-        threads = update_threads(device.name, update_processes(self.config, device) or 1)
+        threads = update_threads(device.name, update_processes(self.config.compute, device) or 1)
         if device.cluster or (self.config.compute.workers and not device.processes):
             threads = WORKERS
         return threads * (update_values(device.name, store.chunk_px) * per_value + whole)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config
+from pipeline.config import AnyConfig, Config
 from pipeline.core.cancel import CancelToken
 from pipeline.core.events import Note, Sink
 from pipeline.executors import Executor, ThreadExecutor
@@ -49,11 +51,17 @@ def render_context(
 
 
 def executor_for(
-    config: Config, device: Device, weights: WeightsSource, lock: int | None, sink: Sink, cancel: CancelToken
+    config: AnyConfig,
+    device: Device,
+    files: Sequence[tuple[Path, str]],
+    lock: int | None,
+    sink: Sink,
+    cancel: CancelToken,
 ) -> Executor:
     """The threads of this process, worker processes, which inherit the descriptor `lock` of a run's lock, or a cluster.
 
-    A cluster's workers share the run directory, which exists. Raises ConfigError for an unusable scheduler.
+    A cluster's workers share the run directory, which exists, and `files`: path and SHA-256 of each network.
+    Raises ConfigError for an unusable scheduler.
     """
     if not (config.compute.workers or device.processes or device.cluster):
         return ThreadExecutor(WORKERS, cancel, update_threads(device.name))
@@ -69,7 +77,7 @@ def executor_for(
         return ClusterExecutor(
             find_scheduler(config.compute.scheduler, config.compute.cluster_key),
             config.work_dir,
-            () if weights.path is None else ((weights.path, weights.sha256),),
+            tuple(files),
             WORKERS,
             most_ahead(device),
             device.name != "cpu",
@@ -78,7 +86,7 @@ def executor_for(
         )
     roles: int | list[Role] = config.compute.workers
     if device.processes:
-        updating = update_processes(config, device)
+        updating = update_processes(config.compute, device)
         updates = Role(0, update_threads(device.name, updating), "cpu")
         roles = [*(Role(WORKERS, 0, name) for name in device.processes), *[updates] * updating]
     return ProcessExecutor(roles, WORKERS, cancel, lock, note, enter_process_settings)
@@ -105,7 +113,7 @@ def make_stage(config: Config, plan: StagePlan, context: RenderContext, tile_px:
         config.network.pooling,
         config.compute.dtype,
         context.device.name,
-        _threads(config),
+        threads_of(config),
         context.gpu_bytes,
         config.network.pooling_scale,
     )
@@ -121,7 +129,7 @@ def make_stage(config: Config, plan: StagePlan, context: RenderContext, tile_px:
     )
 
 
-def _threads(config: Config) -> int:
+def threads_of(config: AnyConfig) -> int:
     """CPU threads per tile: those that the run began with, because results depend on their number in the last bit."""
     asked = config.compute.threads
     return read_manifest(manifest_path(config.work_dir)).threads if asked == "auto" else asked

@@ -54,6 +54,7 @@ from pipeline.rundir.records import (
     Exporting,
     Iteration,
     Manifest,
+    Pass,
     Record,
     RolledBack,
     StageAdded,

@@ -266,13 +266,12 @@ def test_tasks_in_workers_find_the_settings_of_the_run(executor):
 
 def test_the_workers_of_a_run_have_the_settings_of_the_run(tmp_path):
     """The executor of the test above is made by the test; that of a run must pass them on too."""
-    from types import SimpleNamespace
 
     from pipeline.render.context import executor_for
 
     config = pipeline.load_config(write_two_stages(tmp_path, workers=1))
     device = Device("cpu", "CPU", 0)
-    with executor_for(config, device, SimpleNamespace(path=None), None, lambda _event: None, CancelToken()) as executor:
+    with executor_for(config, device, (), None, lambda _event: None, CancelToken()) as executor:
         assert set(executor.map(settings_of, [0] * 2, tile=True)) == {(1, 0)}
 
 
