@@ -28,6 +28,7 @@ from pipeline.cli.init import init
 from pipeline.cli.on_finish import OnFinish
 from pipeline.cli.run import run
 from pipeline.cli.signals import discard_unwritable_stdout, tolerant_stderr
+from pipeline.cli.train import train
 from pipeline.cli.view import serve, with_view_options
 from pipeline.cli.working import (
     EXIT_CODES,
@@ -275,5 +276,5 @@ def doctor() -> None:
     reports.print_doctor()
 
 
-for command in (run, export, init):
+for command in (run, export, init, train):
     cli.add_command(command)
