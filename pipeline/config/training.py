@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.config.fields import MAX_THREADS, Device, File, Float, Int, Layers, Share, SidePx
+from pipeline.config.fields import MAX_THREADS, Device, File, Float, Int, Layers, Share
 from pipeline.config.messages import Conflict, ConflictsError, allowed, validate
 from pipeline.config.overrides import override
 from pipeline.config.sections import HARMLESS, LimitsConfig, NetworkConfig, Section
@@ -24,6 +24,8 @@ NETWORK_SUFFIX = ".safetensors"
 # Crops of style transfer and of super-resolution, in the paper.
 _CROP_PX = {"style": 256, "super-resolution": 288}
 _MAX_TRAINED_STYLES = 64
+# Crops and styles go through the loss network as a whole, without tiles.
+_WholePx = Annotated[Int, Field(ge=ALIGN_PX, le=4096)]
 
 
 def _network_suffix(path: Path) -> Path:
@@ -36,7 +38,7 @@ class TrainedStyle(Section):
     """A style that the network learns."""
 
     image: File = Field(description="style image")
-    size: SidePx = Field(
+    size: _WholePx = Field(
         512, description="its long side in px, at which it is compared: the size of the strokes in the result"
     )
     name: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
@@ -92,7 +94,7 @@ class ScheduleConfig(Section):
         40_000, ge=1, le=10_000_000, description="steps of Adam, of a batch each", json_schema_extra=HARMLESS
     )
     batch: Int = Field(4, ge=1, le=256, description="photographs in a step")
-    crop_px: SidePx | None = Field(
+    crop_px: _WholePx | None = Field(
         None, description="side of a crop in px; null: 256 for a style, 288 for super-resolution"
     )
     learning_rate: Float = Field(1e-3, gt=0, le=1, description="learning rate of Adam")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 from pipeline.config import LimitsConfig
 from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import ConfigError, InputError, storage
-from pipeline.core.events import Note, Sink, ignore
+from pipeline.core.events import Note, Sink, WorkDone, ignore
 from pipeline.core.files import is_of_the_system
 from pipeline.core.image_formats import RGB8
 from pipeline.core.text import count, shown
@@ -62,7 +62,9 @@ def find_photographs(
     if not folder.is_dir():
         raise ConfigError(f"photographs: {folder} is not a folder. Name one with photographs ({' '.join(SUFFIXES)}).")
     found, skipped = [], []
-    for path in _image_files(folder):
+    paths = _image_files(folder)
+    for number, path in enumerate(paths, start=1):
+        sink(WorkDone(0, "photographs", number, len(paths)))
         cancel.raise_if_set()
         try:
             header = read_header(path, limits)
@@ -84,12 +86,12 @@ def find_photographs(
     return found
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
+def _image_files(folder: Path) -> list[Path]:
     """Files with the suffix of an image, in an order that does not depend on the file system."""
     with storage(folder):
         paths = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
     wanted = [path for path in paths if path.suffix.lower() in SUFFIXES and not is_of_the_system(path.name)]
-    yield from sorted(wanted, key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(wanted, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def read_picture(

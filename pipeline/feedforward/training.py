@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import TrainConfig
-from pipeline.core.errors import ConfigError, DamagedStateError
+from pipeline.core.errors import ConfigError, DamagedStateError, DeviceMemoryError
 from pipeline.feedforward.network import TransformNetwork
 from pipeline.feedforward.objective import Losses, LossWeights, TrainingObjective
 from pipeline.feedforward.photographs import lowered
@@ -97,19 +97,30 @@ class Trainer:
         return Batch(lowered(crops, self._config.factor), crops)
 
     def train_step(self, batch: Batch) -> Losses:
-        """One step of Adam. Raises ConfigError if the losses are no longer finite."""
-        styles = self.styles_of(self.step, len(batch.input_BCHW))
-        output_BCHW = self._run(batch.input_BCHW, styles)
-        losses, gradient_BCHW = self.objective.evaluate(output_BCHW.detach(), batch.target_BCHW, styles)
+        """One step of Adam. Raises ConfigError if the losses are not finite, DeviceMemoryError."""
+        try:
+            losses = self._gradients(batch)
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"{self._device} is out of memory for {len(batch.input_BCHW)} crops of {self._config.crop_px} px. Use "
+                "a smaller training.batch or training.crop_px, in another work_dir."
+            ) from error
         if not np.isfinite(losses.objective):
             raise ConfigError(
                 f"the losses are not finite at step {self.step + 1:,}: the training diverged. Use a smaller "
                 "training.learning_rate, in another work_dir."
             )
-        self.optimizer.zero_grad()
-        torch.autograd.backward(output_BCHW, gradient_BCHW)
         self.optimizer.step()
         self.step += 1
+        return losses
+
+    def _gradients(self, batch: Batch) -> Losses:
+        """The losses of a batch, whose gradients are those of the parameters afterwards."""
+        styles = self.styles_of(self.step, len(batch.input_BCHW))
+        self.optimizer.zero_grad()
+        output_BCHW = self._run(batch.input_BCHW, styles)
+        losses, gradient_BCHW = self.objective.evaluate(output_BCHW.detach(), batch.target_BCHW, styles)
+        torch.autograd.backward(output_BCHW, gradient_BCHW)
         return losses
 
     def styles_of(self, step: int, batch: int) -> list[int]:
