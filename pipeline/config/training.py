@@ -82,9 +82,9 @@ class TrainingLossConfig(Section):
     kind: Literal["wasserstein", "normalized", "gatys"] = Field(
         "wasserstein", description="style loss; wasserstein compares mean and covariance; others: Gram matrices"
     )
-    content_weight: Share = Field(1.0, description="weight of the content loss")
+    content_weight: Share = Field(0.3, description="weight of the content loss")
     style_weight: Share = Field(1.0, description="weight of the style loss")
-    tv_weight: Share = Field(1.0, description="total variation, against grain; 0: off")
+    tv_weight: Share = Field(0.2, description="total variation, against grain; 0: off")
 
 
 class ScheduleConfig(Section):
