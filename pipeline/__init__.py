@@ -22,19 +22,23 @@ if TYPE_CHECKING:
     from pipeline.commands.run import run
     from pipeline.commands.start import outlook
     from pipeline.commands.status import status
+    from pipeline.commands.train import train
     from pipeline.commands.verify.verify import verify
     from pipeline.commands.view import view
     from pipeline.config.config import Config, load_config
+    from pipeline.config.training import TrainConfig, load_train_config
     from pipeline.core.allocator import set_up_process
     from pipeline.rundir.preflight import plan
 
 __all__ = [
     "Config",
+    "TrainConfig",
     "clean",
     "crop",
     "export",
     "gallery",
     "load_config",
+    "load_train_config",
     "measured_time",
     "outlook",
     "plan",
@@ -45,6 +49,7 @@ __all__ = [
     "serve_workers",
     "set_up_process",
     "status",
+    "train",
     "verify",
     "view",
 ]
@@ -52,11 +57,13 @@ __all__ = [
 # The module of each name.
 _HOMES = {
     "Config": "config.config",
+    "TrainConfig": "config.training",
     "clean": "commands.clean",
     "crop": "commands.preview.crop",
     "export": "commands.export",
     "gallery": "commands.gallery",
     "load_config": "config.config",
+    "load_train_config": "config.training",
     "measured_time": "commands.measure",
     "outlook": "commands.start",
     "plan": "rundir.preflight",
@@ -67,6 +74,7 @@ _HOMES = {
     "serve_workers": "commands.cluster",
     "set_up_process": "core.allocator",
     "status": "commands.status",
+    "train": "commands.train",
     "verify": "commands.verify.verify",
     "view": "commands.view",
 }

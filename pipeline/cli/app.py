@@ -30,6 +30,7 @@ from pipeline.cli.init import init
 from pipeline.cli.on_finish import OnFinish
 from pipeline.cli.run import run
 from pipeline.cli.signals import discard_unwritable_stdout, tolerant_stderr
+from pipeline.cli.train import train
 from pipeline.cli.view import serve, with_view_options
 from pipeline.cli.working import (
     EXIT_CODES,
@@ -308,5 +309,5 @@ def doctor() -> None:
     reports.print_doctor()
 
 
-for command in (run, apply, export, init, scheduler, worker):
+for command in (run, apply, train, export, init, scheduler, worker):
     cli.add_command(command)
