@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pipeline import store
 from pipeline.commands.measure import forecast, is_worth_measuring
 from pipeline.commands.start import (
+    Start,
     check_stage_space,
     check_start,
     export_options,
@@ -63,7 +64,6 @@ from pipeline.rundir import (
     refuse_links,
     resolved,
     stage_path,
-    standing,
     state_bytes,
     store_path,
     written_picture,
@@ -102,18 +102,23 @@ def run(
             sink(Note(note))
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
         identify = identifier(config, sink, cancel)
-        begin = check_start(config, planned, identify, force=force, more_iterations=more_iterations, cancel=cancel)
+        check = partial(
+            check_start, config, planned, identify, force=force, more_iterations=more_iterations, cancel=cancel
+        )
+        begin = check()
         if not exists:  # after all refusals, so that a refused start creates nothing
             lock = stack.enter_context(locked_folder(config.work_dir))
+            begin = check()  # until it was locked, another run may have begun there
         # inside the lock: its tasks have ended before another run can lock the directory
         executor = stack.enter_context(executor_for(config, device, lock.descriptor, sink, cancel))
         refuse_links(config.work_dir)
         context = render_context(config, planned, device, weights, executor, sink)
-        speed = _first_speed(config, planned, context) if not begin.position.is_fixed else Speed()
-        journal = open_run(config, planned, identify)
+        speed = _first_speed(config, begin, context)
+        open_run(config, planned, identify, begin.state)
+        rendering = _Rendering(config, begin.planned, context, begin.state.journal, force, speed, begin.state.position)
         if begin.adds is not None:
-            journal.append(records.StageAdded(iterations=begin.adds, time=now()))
-        rendering = _Rendering(config, begin.planned, context, journal, force, speed)
+            rendering.commit(records.StageAdded(iterations=begin.adds, time=now()))
+        del begin  # its records of a long run would take memory that the plan does not count
         rendering.render()
         rendering.export()
     outputs = list(planned.outputs)
@@ -122,13 +127,17 @@ def run(
     return Path(outputs[0])
 
 
-def _first_speed(config: Config, planned: Plan, context: RenderContext) -> Speed:
-    """The speed of this machine, of which the user is told what it means for the run, if the run takes long."""
-    if is_worth_measuring(planned) and (measured := forecast(config, planned, context)):
-        speed, expected = measured
-        context.sink(Note(expected.text))
+def _first_speed(config: Config, begin: Start, context: RenderContext) -> Speed:
+    """The speed of this machine: of the iterations so far, or measured, and reported, before a run that takes long."""
+    planned, speed = begin.planned, Speed()
+    if not begin.state.position.is_fixed and is_worth_measuring(planned):
+        if measured := forecast(config, planned, context):
+            speed, expected = measured
+            context.sink(Note(expected.text))
         return speed
-    return Speed()
+    for stage, seconds in measured_iterations(begin.state.records):
+        speed.iterations.add(planned.stages[stage].flop_per_iteration, seconds)
+    return speed
 
 
 @dataclass(frozen=True)
@@ -150,14 +159,10 @@ class _Rendering:
     journal: Journal
     force: bool
     _speed: Speed
-    position: Position = field(init=False)
-    _is_warm: bool = field(init=False)
+    position: Position
+    _is_warm: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        earlier, self.position = standing(self.journal)
-        self._is_warm = False
-        for stage, seconds in measured_iterations(earlier):
-            self._speed.iterations.add(self.plan.stages[stage].flop_per_iteration, seconds)
         self.sink, self.executor = self.context.sink, self.context.executor
 
     def refuse_foreign_output(self) -> None:
@@ -195,7 +200,7 @@ class _Rendering:
             gc.collect()  # the error's frames refer to each other, and to the tile's tensors
             smaller = max(step_px, tile_px // 2 // step_px * step_px)
             # recorded: the bits depend on the tiles, and a resume must take the same
-            self._commit(records.SmallerTile(tile_px=smaller))
+            self.commit(records.SmallerTile(tile_px=smaller))
             cause = f"{self.context.device.name} is out of memory for tiles of {tile_px} px"
             self.sink(Note(f"{cause}: resuming with tiles of {smaller} px from the last iteration"))
 
@@ -220,7 +225,7 @@ class _Rendering:
                 self._speed.preparations.add(stage_plan.prepare_flop, time.monotonic() - begun)
             record = prepared_record(index, stage.tile_px, started)
             start = {"alpha": before.alpha, "adam_steps": before.steps} if before else {}
-            self._commit(record.model_copy(update={**start, "carries": stage_plan.carries}))
+            self.commit(record.model_copy(update={**start, "carries": stage_plan.carries}))
         elif end_reason(self.position, settings) is None:
             stage.check(self.position.newest_slot, self.position.checksums[index])
         at = self.position
@@ -229,7 +234,7 @@ class _Rendering:
             self.executor.cancel.raise_if_set()
             commit = partial(self._commit_iteration, stage_plan, self.position.iteration)
             iterations.iterate(self.position.iteration, self.position.alpha, self.position.checksums[index], commit)
-        self._commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
+        self.commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
         self._free_arrays(index)
         self.sink(StageDone(index, self.position.iteration, reason))
 
@@ -249,7 +254,7 @@ class _Rendering:
         self._is_warm = True
         left = self._speed.remaining_s(self.plan.stages[stage_plan.index :], iteration + 1)
         record = iteration_record(stage_plan.index, iteration, result)
-        self._commit(record.model_copy(update={"remaining_s": left}))
+        self.commit(record.model_copy(update={"remaining_s": left}))
         self.sink(
             IterationDone(
                 stage=stage_plan.index,
@@ -308,20 +313,20 @@ class _Rendering:
                 metadata,
             )
             written = self.position.pictures[str(sheet.path)][-1]
-            self._commit(records.Exported(output=str(sheet.path), options=options, picture=written))
+            self.commit(records.Exported(output=str(sheet.path), options=options, picture=written))
 
     def _record_picture(self, output: str, whole: Path) -> None:
         """Record the image before it is renamed: after a crash between the two, the run would not recognise it."""
         written = written_picture(whole, self.executor.cancel)
         self.refuse_foreign_output()
-        self._commit(records.Exporting(output=output, picture=written))
+        self.commit(records.Exporting(output=output, picture=written))
 
     def _free_arrays(self, stage: int) -> None:
         at = self.position
         retained = set(kept_files(at.slots[stage], at.checksums[stage], moments=stage in at.carrying))
         store.delete_arrays(stage_path(self.config.work_dir, stage), retained)
 
-    def _commit(self, record: records.Record) -> None:
+    def commit(self, record: records.Record) -> None:
         has_pixels = isinstance(record, records.StagePrepared | records.Iteration)
         # the chunks must be on the disk before the record that commits them
         if has_pixels and self.config.store.durability == "power":
