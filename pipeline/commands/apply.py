@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +37,6 @@ from pipeline.rundir import (
     refuse_locked,
     resolved,
     stage_path,
-    standing,
     state_bytes,
     store_path,
 )
@@ -74,16 +73,17 @@ def apply(
         for note in planned.plan.notes:
             sink(Note(note))
         identify = cache(lambda: _identity(config, cancel))
-        check_start(config, planned.plan, identify, force=force, cancel=cancel)
+        begin = check_start(config, planned.plan, identify, force=force, cancel=cancel)
         if not exists:  # after all refusals, so that a refused start creates nothing
             lock = stack.enter_context(locked_folder(config.work_dir))
+            begin = check_start(config, planned.plan, identify, force=force, cancel=cancel)  # as in `run`
         executor = stack.enter_context(executor_for(config, device, (), lock.descriptor, sink, cancel))
         refuse_links(config.work_dir)
-        journal = open_run(config, planned.plan, identify)
-        application = _Application(config, planned, device, executor, journal, identify(), sink)
+        open_run(config, planned.plan, identify, begin.state)
+        journal, position = begin.state.journal, begin.state.position
+        application = _Application(config, planned, device, executor, journal, position, identify(), sink)
         application.apply()
-        commit, position = application.commit, lambda: application.position
-        Outputs(config, planned.plan, executor, sink, force, commit, position).write()
+        Outputs(config, planned.plan, executor, sink, force, application.commit, lambda: application.position).write()
     outputs = list(planned.plan.outputs)
     sink(RunDone(", ".join(outputs), time.monotonic() - started, str(config.work_dir), state_bytes(config.work_dir)))
     return Path(outputs[0])
@@ -118,12 +118,9 @@ class _Application:
     device: Device
     executor: Executor
     journal: Journal
+    position: Position
     identity: Identity
     sink: Sink
-    position: Position = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.position = standing(self.journal)[1]
 
     def apply(self) -> None:
         """Run every pass that is not done, in smaller tiles if those of the plan do not fit in the device's memory."""

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -42,7 +42,6 @@ from pipeline.render.context import (
     settings_of,
 )
 from pipeline.rundir import (
-    Journal,
     Position,
     locked_folder,
     newest_canvas,
@@ -54,7 +53,6 @@ from pipeline.rundir import (
     refuse_links,
     resolved,
     stage_path,
-    standing,
     state_bytes,
 )
 from pipeline.rundir.process_settings import process_settings
@@ -93,18 +91,26 @@ def run(
             sink(Note(note))
         weights = find_weights(config.network.name, config.network.weights, config.seed, sink, cancel)
         identify = identifier(config, sink, cancel)
-        begin = check_start(config, planned, identify, force=force, more_iterations=more_iterations, cancel=cancel)
+        check = partial(
+            check_start, config, planned, identify, force=force, more_iterations=more_iterations, cancel=cancel
+        )
+        begin = check()
         if not exists:  # after all refusals, so that a refused start creates nothing
             lock = stack.enter_context(locked_folder(config.work_dir))
+            begin = check()  # until it was locked, another run may have begun there
         # inside the lock: its tasks have ended before another run can lock the directory
         executor = stack.enter_context(executor_for(config, device, weights.files, lock.descriptor, sink, cancel))
         refuse_links(config.work_dir)
         context = render_context(config, planned, device, weights, executor, sink)
-        speed = starting_speed(config, begin.planned, context, watts, begins=not begin.position.is_fixed)
-        journal = open_run(config, planned, identify)
+        speed = starting_speed(config, begin.planned, context, watts, begins=not begin.state.position.is_fixed)
+        for number, iteration, seconds in measured_iterations(begin.state.records):
+            speed.iterations.add(begin.planned.stages[number].flop_per_iteration, seconds, iteration == 0)
+        open_run(config, planned, identify, begin.state)
+        commits = Commits(config, begin.state.journal, begin.state.position)
+        rendering = _Rendering(config, begin.planned, context, commits, force, speed)
         if begin.adds is not None:
-            journal.append(records.StageAdded(iterations=begin.adds, time=now()))
-        rendering = _Rendering(config, begin.planned, context, journal, force, speed)
+            rendering.commit(records.StageAdded(iterations=begin.adds, time=now()))
+        del begin  # its records of a long run would take memory that the plan does not count
         rendering.render()
         rendering.export()
     outputs = list(planned.outputs)
@@ -131,19 +137,14 @@ class _Rendering:
     config: Config
     plan: Plan
     context: RenderContext
-    journal: Journal
+    _commits: Commits
     force: bool
     _speed: Speed
-    _commits: Commits = field(init=False)
     _is_warm: bool = False
     _may_be_resident: bool = True
     _since: float = 0.0  # when what is being measured began
 
     def __post_init__(self) -> None:
-        earlier, position = standing(self.journal)
-        self._commits = Commits(self.config, self.journal, position)
-        for stage, iteration, seconds in measured_iterations(earlier):
-            self._speed.iterations.add(self.plan.stages[stage].flop_per_iteration, seconds, iteration == 0)
         self.sink, self.executor = self.context.sink, self.context.executor
 
     @property
@@ -183,7 +184,7 @@ class _Rendering:
                 continue
             smaller = max(step_px, tile_px // 2 // step_px * step_px)
             # recorded: the bits depend on the tiles, and a resume must take the same
-            self._commit(records.SmallerTile(tile_px=smaller))
+            self.commit(records.SmallerTile(tile_px=smaller))
             cause = f"{self.context.device.name} is out of memory for tiles of {tile_px} px"
             self.sink(Note(f"{cause}: resuming with tiles of {smaller} px from the last iteration"))
 
@@ -206,7 +207,7 @@ class _Rendering:
             started = prepare(stage, previous, moments=before.moments if before else ())
             record = prepared_record(index, stage.tile_px, started)
             start = {"alpha": before.alpha, "adam_steps": before.steps} if before else {}
-            self._commit(record.model_copy(update={**start, "carries": stage_plan.carries}))
+            self.commit(record.model_copy(update={**start, "carries": stage_plan.carries}))
             if self._is_warm:
                 self._speed.preparations.add(stage_plan.prepare_flop, time.monotonic() - self._since)
         elif end_reason(self.position, settings) is None:
@@ -219,7 +220,7 @@ class _Rendering:
                 self.executor.cancel.raise_if_set()
                 commit = partial(self._commit_iteration, stage_plan, self.position.iteration)
                 iterations.iterate(self.position.iteration, self.position.alpha, self.position.checksums[index], commit)
-        self._commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
+        self.commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
         self._free_arrays(index)
         self.sink(StageDone(index, self.position.iteration, reason))
 
@@ -267,7 +268,7 @@ class _Rendering:
 
     def export(self) -> None:
         """Write the last stage's canvas as the output images, except for those that are there already."""
-        commit, position = self._commit, lambda: self.position
+        commit, position = self.commit, lambda: self.position
         Outputs(self.config, self.plan, self.executor, self.sink, self.force, commit, position).write()
 
     def _free_arrays(self, stage: int) -> None:
@@ -275,5 +276,6 @@ class _Rendering:
         retained = set(kept_files(at.slots[stage], at.checksums[stage], moments=stage in at.carrying))
         store.delete_arrays(stage_path(self.config.work_dir, stage), retained)
 
-    def _commit(self, record: records.Record) -> None:
+    def commit(self, record: records.Record) -> None:
+        """Append a record to the journal."""
         self._commits.commit(record)

@@ -26,6 +26,7 @@ from pipeline.rundir import (
     Pictures,
     Position,
     Record,
+    RunState,
     check_run,
     check_space,
     check_work_dir,
@@ -56,19 +57,19 @@ class Start:
     """The start of a run that is not refused.
 
     `planned`: with the stages that were added to the run, also by this start, which has to record that if `adds` is
-    not None. `position`: of the run on disk, as it is now. `missing`: the output images that are not there.
+    not None. `state`: of the run on disk, as it is now. `missing`: the output images that are not there.
     """
 
     config: AnyConfig
     planned: Plan
-    position: Position
+    state: RunState
     adds: int | None
     missing: tuple[Path, ...]
 
     @property
     def text(self) -> str:  # noqa: PLR0911 - one for each kind of start
         """What `pipeline run` does, in words."""
-        at, stages = self.position, len(self.planned.stages)
+        at, stages = self.state.position, len(self.planned.stages)
         if self.adds is not None:
             return f"adds a stage of {self.adds} iterations to the finished run"
         if not at.is_fixed:
@@ -109,7 +110,8 @@ def check_start(
         refuse_links(config.work_dir)
     if not (force or has_begun(config.work_dir)):
         refuse_foreign_outputs(planned, {})
-    _, position = check_run(config, planned, identify)
+    state = check_run(config, planned, identify)
+    position = state.position
     adds = _added(config, planned, position, more_iterations)
     extended = with_added_stages(planned, position.added if adds is None else (*position.added, adds))
     missing = missing_sheets(config, extended, position, cancel)
@@ -120,7 +122,7 @@ def check_start(
             refuse_foreign_outputs(extended, position.pictures, cancel)
     if position.is_fixed and not there:
         check_stage_space(config, extended, position, position.stage + position.stage_done)
-    return Start(config, extended, position, adds, tuple(sheet.path for sheet in missing))
+    return Start(config, extended, state, adds, tuple(sheet.path for sheet in missing))
 
 
 def check_stage_space(config: AnyConfig, planned: Plan, position: Position, stage: int) -> None:

@@ -16,6 +16,7 @@ from pipeline.rundir.manifest import (
 )
 from pipeline.rundir.open import (
     Identity,
+    RunState,
     check_run,
     content_alpha,
     identity,

@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,16 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self._crc: int | None = None
+        self._last_read: _Lines | None = None
 
     def read(self) -> list[Record]:
         """All committed records, without those that a repair rolled back.
 
         Raises DamagedStateError for a damaged line, an invalid record, and a record of a later version.
         """
-        return self._typed(self._intact_lines())
+        lines = self._intact_lines()
+        self._last_read = replace(lines, records=[])  # a long run's records are large
+        return self._typed(lines)
 
     def inspect(self) -> JournalState:
         """The state of the file up to its first damage. Raises DamagedStateError for invalid records."""
@@ -78,8 +81,11 @@ class Journal:
             return self.path.stat().st_size if self.path.exists() else 0
 
     def repair_tail(self) -> None:
-        """Cut off an incomplete last line, so that the next record starts on a line of its own."""
-        self._cut(self._intact_lines())
+        """Cut off an incomplete last line, so that the next record starts on a line of its own.
+
+        If this object has read the file, the caller holds the run's lock since then, so that it is not read again.
+        """
+        self._cut(self._last_read or self._intact_lines())
 
     def set_damage_aside(self) -> Path:
         """Move everything from the first damaged line on to a new file, and return its path."""

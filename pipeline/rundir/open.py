@@ -68,20 +68,30 @@ def _checked(work_dir: Path, position: Position, stage: int, name: str) -> store
     return store.open_array(folder, name, checksums[name])
 
 
-def check_run(config: AnyConfig, planned: Plan, identify: Callable[[], Identity]) -> tuple[list[Record], Position]:
-    """The records and the position of the run in the run directory, of which there may be none. Writes nothing.
+@dataclass(frozen=True)
+class RunState:
+    """The run in a run directory, as its journal was read, with its records and its position."""
+
+    journal: Journal
+    records: list[Record]
+    position: Position
+
+
+def check_run(config: AnyConfig, planned: Plan, identify: Callable[[], Identity]) -> RunState:
+    """Read the run in the run directory, of which there may be none. Writes nothing.
 
     `identify`: called only if there is a run, because it reads all inputs. Raises ConfigError that lists every change
     that would change the output image, DamagedStateError, SpaceError.
     """
     journal = Journal(journal_path(config.work_dir))
     records, position = standing(journal)
+    state = RunState(journal, records, position)
     if position.is_fixed:  # stages were rendered, which must have been from the same config and inputs
         manifest = trusted_manifest(manifest_path(config.work_dir), records)
         refuse_changes(config, manifest, identify())
         refuse_other_stages(config, manifest, planned)
         refuse_unknown_stage(config.work_dir, manifest, position)
-        return records, position
+        return state
     if lost_its_stages(config.work_dir, records):
         raise DamagedStateError(
             f"{journal.path}: records no stage, but {store_path(config.work_dir)} holds one, which would be "
@@ -89,28 +99,24 @@ def check_run(config: AnyConfig, planned: Plan, identify: Callable[[], Identity]
             "aside."
         )
     check_space(config, planned, 0)
-    return records, position
+    return state
 
 
-def open_run(config: AnyConfig, planned: Plan, identify: Callable[[], Identity]) -> Journal:
-    """The journal of the run directory, in which a run is begun unless it holds one of this config.
+def open_run(config: AnyConfig, planned: Plan, identify: Callable[[], Identity], state: RunState) -> None:
+    """Make a checked run directory ready to append to, and begin a run there unless it holds one of this config.
 
-    Raises as check_run.
+    `state`: from check_run, under the lock. Raises StorageError.
     """
-    journal, path = Journal(journal_path(config.work_dir)), manifest_path(config.work_dir)
-    records, position = check_run(config, planned, identify)
-    if position.is_fixed:
-        journal.repair_tail()
-        return journal
+    state.journal.repair_tail()
+    if state.position.is_fixed:
+        return
     # Nothing is prepared yet, so that a config or an image may be corrected after an error. The manifest is written
     # before the store: a folder with files but without a manifest is refused as not a run's.
-    journal.repair_tail()
-    manifest = _new_manifest(config, planned, identify())
-    if not (_same_manifest(begun_manifest(records), manifest) and _same_manifest(_manifest_at(path), manifest)):
+    path, manifest = manifest_path(config.work_dir), _new_manifest(config, planned, identify())
+    if not (_same_manifest(begun_manifest(state.records), manifest) and _same_manifest(_manifest_at(path), manifest)):
         write_manifest(path, manifest)
-        journal.append(Begun(manifest=manifest, time=now()))
+        state.journal.append(Begun(manifest=manifest, time=now()))
     metadata.create_store(store_path(config.work_dir))
-    return journal
 
 
 def _new_manifest(config: AnyConfig, planned: Plan, identity_now: Identity) -> Manifest:

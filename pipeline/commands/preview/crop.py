@@ -27,12 +27,12 @@ from pipeline.executors import Executor, ThreadExecutor
 from pipeline.images import check_output
 from pipeline.network import WeightsSource, find_weights, widths_for_plan
 from pipeline.plan import WORKERS, Device, Plan, layers_in_use, resolve_device, with_added_stages
-from pipeline.render.context import (
-    render_context,
-)
+from pipeline.render.context import render_context
 from pipeline.render.resample import Region
 from pipeline.rundir import (
     Journal,
+    Position,
+    Record,
     identity,
     iterations_of,
     journal_path,
@@ -93,12 +93,14 @@ class Crops:
     """Renders parts of the image of a run.
 
     `plan`: with less memory than the run's own, and with the stages that were added to it; `begun_with`: without those.
+    `run`: its records and its position, None if it has not begun.
     """
 
     config: Config
     device: Device
     plan: Plan
     begun_with: Plan
+    run: tuple[list[Record], Position] | None
     sink: Sink
     stop: threading.Event | None
 
@@ -107,8 +109,9 @@ class Crops:
         """Plan the crops of a config. Raises ConfigError, InputError."""
         device = resolve_device(config.compute.device)
         begun_with = _planned(config, device)
-        plan = with_added_stages(begun_with, _added(config.work_dir))
-        return cls(config, device, plan, begun_with, sink, stop)
+        run = standing(Journal(journal_path(config.work_dir))) if taken(manifest_path(config.work_dir)) else None
+        plan = begun_with if run is None else with_added_stages(begun_with, run[1].added)
+        return cls(config, device, plan, begun_with, run, sink, stop)
 
     @contextmanager
     def rendered(
@@ -122,7 +125,7 @@ class Crops:
         config = self.config
         with ThreadExecutor(WORKERS, CancelToken(self.stop)) as executor:
             weights = find_weights(config.network.name, config.network.weights, config.seed, self.sink, executor.cancel)
-            finished = _finished(config, self.begun_with, weights, target, executor)
+            finished = self._finished(weights, target, executor)
             if finished.stage < target:
                 _refuse_carried(config, self.plan)
             with claim_of() as claim, _temporary_folder(claim.folder / "crop") as folder:
@@ -137,10 +140,28 @@ class Crops:
                     canvases.append(Crop(config, self.plan, context, finished, own_folder).render(rect, target))
                 yield canvases, claim, folder
 
-
-def _added(work_dir: Path) -> tuple[int, ...]:
-    """The iterations of the stages that were added to the run, if there is one."""
-    return standing(Journal(journal_path(work_dir)))[1].added if taken(manifest_path(work_dir)) else ()
+    def _finished(self, weights: WeightsSource, target: int, executor: Executor) -> Finished:
+        """The last finished stage, up to `target`. Raises ConfigError if there is none or the config differs."""
+        work_dir = self.config.work_dir
+        remedy = (
+            "A crop starts from a finished stage: start `pipeline run`, and stop it with Ctrl-C after its first stage."
+        )
+        if self.run is None:
+            raise ConfigError(f"{work_dir}: there is no run of this config yet, so no stage is finished. {remedy}")
+        records, position = self.run
+        stages = [index for index in position.slots if finished_stage(position, index) and index <= target]
+        refuse_cleaned(work_dir, position)
+        if not stages:
+            raise ConfigError(f"{work_dir}: the run has not finished its first stage yet. {remedy}")
+        manifest = trusted_manifest(manifest_path(work_dir), records)
+        refuse_changes(self.config, manifest, identity(self.config, weights, executor.cancel))
+        refuse_other_stages(self.config, manifest, self.begun_with)
+        refuse_links(work_dir)
+        newest = max(stages)
+        canvas = newest_canvas(work_dir, position, newest)
+        iterations = iterations_of(records, newest)
+        first_max_u = next((record.max_abs_u for record in reversed(iterations) if record.iteration == 0), 0.0)
+        return Finished(newest, canvas, first_max_u, manifest.threads, position.tile_px)
 
 
 def _refuse_outside(rect: Rect, size: Size) -> None:
@@ -186,24 +207,3 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _finished(config: Config, planned: Plan, weights: WeightsSource, target: int, executor: Executor) -> Finished:
-    """The last finished stage of the run, up to `target`. Raises ConfigError if there is none or the config differs."""
-    remedy = "A crop starts from a finished stage: start `pipeline run`, and stop it with Ctrl-C after its first stage."
-    if not taken(manifest_path(config.work_dir)):
-        raise ConfigError(f"{config.work_dir}: there is no run of this config yet, so no stage is finished. {remedy}")
-    records, position = standing(Journal(journal_path(config.work_dir)))
-    stages = [index for index in position.slots if finished_stage(position, index) and index <= target]
-    refuse_cleaned(config.work_dir, position)
-    if not stages:
-        raise ConfigError(f"{config.work_dir}: the run has not finished its first stage yet. {remedy}")
-    manifest = trusted_manifest(manifest_path(config.work_dir), records)
-    refuse_changes(config, manifest, identity(config, weights, executor.cancel))
-    refuse_other_stages(config, manifest, planned)
-    refuse_links(config.work_dir)
-    newest = max(stages)
-    canvas = newest_canvas(config.work_dir, position, newest)
-    iterations = iterations_of(records, newest)
-    first_max_u = next((record.max_abs_u for record in reversed(iterations) if record.iteration == 0), 0.0)
-    return Finished(newest, canvas, first_max_u, manifest.threads, position.tile_px)

@@ -16,6 +16,7 @@ import pipeline
 from pipeline.core.errors import ConfigError, Stopped
 from pipeline.core.events import IterationDone
 from pipeline.core.tiling import Rect
+from pipeline.rundir.journal import Journal
 from tests.support.e2e import PIPELINE, TIMEOUT_S, Outcome, journal, read_picture, run_until, write_run
 
 # One small stage, and no work_dir: it has the name of the output.
@@ -45,6 +46,15 @@ def outlook(call: Callable[..., Outcome], config: Path) -> str:
     shown = call("plan", "-c", config)
     assert shown.code == 0, shown
     return next(line for line in shown.out.splitlines() if line.startswith("run ")).removeprefix("run").strip()
+
+
+@pytest.mark.parametrize("command", [["run"], ["preview", "--crop", "0,0,16,16"]], ids=lambda command: command[0])
+def test_a_start_reads_the_journal_once(finished, call, monkeypatch, command):
+    """It holds the checksums of all chunks for every iteration: the start of a long run would take minutes."""
+    read, parse = list[Path](), Journal._parse
+    monkeypatch.setattr(Journal, "_parse", lambda journal: read.append(journal.path) or parse(journal))
+    assert call(*command, "-c", finished).code == 0
+    assert read.count(finished.parent / "out.run" / "journal.jsonl") == 1
 
 
 # --- clean ----------------------------------------------------------------------------------------------------------
