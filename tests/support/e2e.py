@@ -73,7 +73,8 @@ SMALL: dict[str, Any] = {
     "loss": {"tv_weight": 0.0},
     "optimizer": {"max_iterations": 2},
     "compute": {"device": "cpu", "tile_px": 64},
-    "store": {"chunk_px": 32},
+    # a kill costs one iteration; stages in memory have tests of their own
+    "store": {"chunk_px": 32, "commit_interval": 0},
 }
 
 
