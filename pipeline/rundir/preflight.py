@@ -28,7 +28,7 @@ from pipeline.rundir.color_notes import color_notes
 from pipeline.rundir.paths import refuse_own_state
 from pipeline.rundir.process_settings import process_settings
 
-C = TypeVar("C", Config, ApplyConfig)
+C = TypeVar("C", Config, ApplyConfig, AnyConfig)
 
 
 @process_settings()
