@@ -34,6 +34,7 @@ from pipeline.cli.train import train
 from pipeline.cli.view import serve, with_view_options
 from pipeline.cli.working import (
     EXIT_CODES,
+    any_config,
     check_run_options,
     chosen_run,
     config_of_run,
@@ -244,7 +245,7 @@ def clean(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | 
     from pipeline.cli.cleaning import clean_if_wanted
 
     check_run_options(config_path, run_dir, overrides)
-    config = None if config_path is None else config_of_run(config_path, overrides)
+    config = None if config_path is None else any_config(config_path, overrides)
     work_dir = cast(Path, run_dir) if config is None else config.work_dir
     clean_if_wanted(work_dir, None if config is None else config.output, working, **options)
 
@@ -289,7 +290,7 @@ def verify(
     with working("auto") as (sink, stop):
         from pipeline.cli import reports
 
-        config = config_of_run(config_path, overrides) if config_path is not None else None
+        config = any_config(config_path, overrides) if config_path is not None else None
         work_dir, check = config.work_dir if config is not None else cast(Path, run_dir), pipeline.verify
         raise_if_stopped(stop)
         report = check(work_dir, config=config, share=share, seed=seed, repair=repair, sink=sink, stop=stop)

@@ -18,7 +18,7 @@ from pipeline.core.errors import Stopped
 from pipeline.core.events import Note, Sink
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.config import AnyConfig, Config
 
 EXIT_CODES = """\b
 Exit codes:
@@ -65,12 +65,14 @@ def chosen_run(config_path: Path | None, overrides: tuple[str, ...], run_dir: Pa
     check_run_options(config_path, run_dir, overrides)
     if run_dir is not None:
         return run_dir
+    return any_config(cast(Path, config_path), overrides).work_dir
+
+
+def any_config(path: Path, overrides: tuple[str, ...]) -> AnyConfig:
+    """A config of `run` or of `apply`; otherwise as config_of_run."""
     from pipeline.config import is_apply_file, load_apply_config
 
-    path = cast(Path, config_path)
-    if is_apply_file(path):
-        return load_apply_config(path, overrides).work_dir
-    return config_of_run(path, overrides).work_dir
+    return load_apply_config(path, overrides) if is_apply_file(path) else config_of_run(path, overrides)
 
 
 def config_of_run(config_path: Path, overrides: tuple[str, ...]) -> Config:

@@ -20,7 +20,7 @@ _LEAST_STEP = 1.1
 # The least short side of an automatic first stage: a panorama has a composition there too.
 _LEAST_SHORT_PX = 64
 
-C = TypeVar("C", Config, ApplyConfig)
+C = TypeVar("C", Config, ApplyConfig, AnyConfig)
 
 
 def fit(size: Size, long_px: int) -> Size:

@@ -29,7 +29,7 @@ from pipeline.rundir.output_notes import export_notes
 from pipeline.rundir.paths import refuse_own_state
 from pipeline.rundir.process_settings import process_settings
 
-C = TypeVar("C", Config, ApplyConfig)
+C = TypeVar("C", Config, ApplyConfig, AnyConfig)
 
 
 @process_settings()
