@@ -250,7 +250,7 @@ class _Training:
             "loss_network": f"{self.config.loss_network.name}, SHA-256 {self.weights.sha256}",
             "preview": preview_text(self.trainer, self.config, self._samples[0]),
         }
-        recent = self.folder.last_losses(_LAST_STEPS)
-        means = {name: sum(vars(losses)[name] for losses in recent) / len(recent) for name in vars(recent[0])}
-        notes["losses"] = json.dumps({f"mean of the last {count(len(recent), 'step')}": means})
+        if recent := self.folder.last_losses(_LAST_STEPS):
+            means = {name: sum(vars(losses)[name] for losses in recent) / len(recent) for name in vars(recent[0])}
+            notes["losses"] = json.dumps({f"mean of the last {count(len(recent), 'step')}": means})
         return notes

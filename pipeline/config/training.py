@@ -17,6 +17,7 @@ from pipeline.config.overrides import override
 from pipeline.config.sections import HARMLESS, LimitsConfig, NetworkConfig, Section
 from pipeline.config.yaml_reader import problem_lines, read
 from pipeline.core.errors import ConfigError
+from pipeline.core.files import real, same_file
 from pipeline.core.text import shown
 from pipeline.core.vgg_layers import ALIGN_PX, min_side_px
 
@@ -215,6 +216,7 @@ def _conflicts(config: TrainConfig) -> Iterator[Conflict]:
     if config.crop_px % ALIGN_PX:
         text = f"a crop must be a multiple of {ALIGN_PX} px, to which the layers of the losses are aligned"
         yield Conflict((("training", "crop_px"),), text)
+    yield from _place_conflicts(config)
     loss, network = config.loss, config.loss_network
     layers = {**network.content_layers, **network.style_layers}
     least = min_side_px(tuple(layers), network.padding)
@@ -224,6 +226,16 @@ def _conflicts(config: TrainConfig) -> Iterator[Conflict]:
     weights = (loss.content_weight, loss.style_weight if config.task == "style" else 0.0)
     if not any(weights):
         yield Conflict((("loss",),), "content and style have no weight, so there is nothing to learn")
+
+
+def _place_conflicts(config: TrainConfig) -> Iterator[Conflict]:
+    folder, work_dir = real(config.photographs), real(config.work_dir)
+    if work_dir == folder or folder in work_dir.parents:
+        text = "is inside the folder of the photographs, and its samples would be taken for such; choose another folder"
+        yield Conflict((("work_dir",), ("photographs",), ("output",)), text)
+    if config.loss_network.weights is not None and same_file(config.output, config.loss_network.weights):
+        text = "the trained network would replace the weights of the loss network; choose another name"
+        yield Conflict((("output",), ("loss_network", "weights")), text)
 
 
 def _style_conflicts(config: TrainConfig) -> Iterator[Conflict]:

@@ -137,17 +137,19 @@ def test_the_file_has_its_config_provenance_and_preview_and_learns(make, tmp_pat
     assert all(torch.equal(value, before[key]) for key, value in again.state.items())
 
 
-@pytest.mark.parametrize(("factor", "content"), [(4, "features"), (8, "pixels")])
-def test_super_resolution(make, factor, content):
-    """The network enlarges by its factor, with either loss."""
+@pytest.mark.parametrize(("factor", "content", "dtype"), [(4, "features", "bfloat16"), (8, "pixels", "float32")])
+def test_super_resolution(make, factor, content, dtype):
+    """The network enlarges by its factor, with either loss, in either number format; its weights are float32."""
     path = make(
         styles=None,
         task="super-resolution",
         factor=factor,
         loss={"content": content, "tv_weight": 0.0},
         training={**TINY["training"], "steps": 2},
+        compute={**TINY["compute"], "dtype": dtype},
     )
     file = load_network(trained(path))
+    assert {value.dtype for value in file.state.values()} == {torch.float32, torch.int64}
     assert (file.spec.task, file.spec.factor, file.spec.norm) == ("super-resolution", factor, "batch")
     with torch.no_grad():
         assert file.network()(torch.rand(1, 3, 12, 16) * 255).shape == (1, 3, 12 * factor, 16 * factor)
@@ -167,6 +169,7 @@ def test_what_is_refused(make, tmp_path):
         ("training.crop_px=70",): "multiple of 16",
         ("task=super-resolution",): "has no styles",
         ("loss.content=pixels",): "use features",
+        (f"work_dir={tmp_path / 'photographs' / 'state'}",): "inside the folder of the photographs",
         ("network.norm=batch", "styles=[{image: style.png}, {image: style.png}]"): "need norm: instance",
         ("styles=[{image: style.png}, {image: style.png}]",): "two styles have the name 'style'",
         ("loss_network.style_layers={conv9_1: 1}",): "unknown layer",
