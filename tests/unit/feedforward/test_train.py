@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
 import yaml
 
 import pipeline
-from pipeline.core.errors import ConfigError, DamagedStateError, LockedError, Stopped
+from pipeline.core.errors import ConfigError, DamagedStateError, LockedError, SpaceError, Stopped
 from pipeline.core.events import Note, TrainingStep
 from pipeline.feedforward.network_file import load_network
 from pipeline.rundir.lock import RunLock
@@ -98,6 +99,26 @@ def test_a_stopped_and_a_killed_training_end_with_the_weights_of_one_that_was_no
     assert ours.notes == theirs.notes  # the bytes differ: safetensors writes metadata in any order
     assert all(torch.equal(value, theirs.state[key]) for key, value in ours.state.items())
     assert steps_of(work_dir) == list(range(1, killed_at + 4))
+
+
+def test_a_full_disk_costs_no_more_than_the_steps_since_the_checkpoint(make, small_disk):
+    """Refused with what to do; the same command then ends with the weights of a training that had space."""
+    path, filler = make(), small_disk / "filler"
+
+    def fill(event):
+        if isinstance(event, TrainingStep) and event.step == 3:
+            with filler.open("wb") as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+                    file.flush()
+
+    places = f"work_dir={small_disk / 'work'}", f"output={small_disk / 'net.safetensors'}"
+    with pytest.raises(SpaceError, match="Free disk space"):
+        trained(path, *places, sink=fill)
+    filler.unlink()
+    assert load_step(small_disk / "work") == 2
+    ours, theirs = load_network(trained(path, *places)), load_network(trained(path))
+    assert all(torch.equal(value, theirs.state[key]) for key, value in ours.state.items())
 
 
 def load_step(folder):
