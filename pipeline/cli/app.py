@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import click
 
 import pipeline
+from pipeline.cli.apply import apply
 from pipeline.cli.arguments import (
     as_json_option,
     parse_points,
@@ -32,6 +33,7 @@ from pipeline.cli.train import train
 from pipeline.cli.view import serve, with_view_options
 from pipeline.cli.working import (
     EXIT_CODES,
+    any_config,
     check_run_options,
     chosen_run,
     config_of_run,
@@ -91,7 +93,13 @@ def plan(config_path: Path, overrides: tuple[str, ...], with_time: bool, watts: 
     if watts is not None and not with_time:
         raise click.UsageError("--watts is for --time")
     from pipeline.cli import reports
+    from pipeline.config import is_apply_file
 
+    if is_apply_file(config_path):
+        if with_time:
+            raise click.UsageError("--time is for runs")
+        _plan_apply(config_path, overrides, as_json)
+        return
     config = pipeline.load_config(config_path, overrides, check_inputs=True)
     planned, expected = pipeline.plan(config), None
     if with_time:
@@ -102,6 +110,20 @@ def plan(config_path: Path, overrides: tuple[str, ...], with_time: bool, watts: 
         echo_json({**planned.as_dict(), "run": run, "time": expected and expected.as_dict()})
     else:
         reports.print_plan(config, planned, expected, run)
+
+
+def _plan_apply(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    from pipeline.cli import reports
+    from pipeline.commands.apply import apply_outlook, apply_plan
+    from pipeline.config import load_apply_config
+
+    config = load_apply_config(config_path, overrides)
+    planned = apply_plan(config)
+    what = apply_outlook(config, planned)
+    if as_json:
+        echo_json({**planned.plan.as_dict(), "run": what})
+    else:
+        reports.print_plan(config, planned.plan, None, what)
 
 
 @cli.command(epilog=EXIT_CODES)
@@ -211,7 +233,7 @@ def clean(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | 
     from pipeline.cli.cleaning import clean_if_wanted
 
     check_run_options(config_path, run_dir)
-    config = None if config_path is None else config_of_run(config_path, overrides)
+    config = None if config_path is None else any_config(config_path, overrides)
     work_dir = cast(Path, run_dir) if config is None else config.work_dir
     clean_if_wanted(work_dir, None if config is None else config.output, working, **options)
 
@@ -256,7 +278,7 @@ def verify(
     with working("auto") as (sink, stop):
         from pipeline.cli import reports
 
-        config = config_of_run(config_path, overrides) if config_path is not None else None
+        config = any_config(config_path, overrides) if config_path is not None else None
         work_dir, check = config.work_dir if config is not None else cast(Path, run_dir), pipeline.verify
         raise_if_stopped(stop)
         report = check(work_dir, config=config, share=share, seed=seed, repair=repair, sink=sink, stop=stop)
@@ -276,5 +298,5 @@ def doctor() -> None:
     reports.print_doctor()
 
 
-for command in (run, export, init, train):
+for command in (run, apply, export, init, train):
     cli.add_command(command)

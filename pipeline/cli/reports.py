@@ -19,7 +19,7 @@ from rich.table import Table
 from pipeline.commands.preview.preview import Preview
 from pipeline.commands.queue import QueuedRun
 from pipeline.commands.verify.verify import Report
-from pipeline.config import Config
+from pipeline.config import AnyConfig, ApplyConfig
 from pipeline.core.errors import PipelineError, Stopped
 from pipeline.core.lengths import cm_text, sharp_from_m
 from pipeline.core.text import (
@@ -59,7 +59,7 @@ def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> N
     _console(width=1000).print(table)
 
 
-def print_plan(config: Config, planned: Plan, expected: Forecast | None, run: str) -> None:
+def print_plan(config: AnyConfig, planned: Plan, expected: Forecast | None, run: str) -> None:
     """Print the stages, tiles, memory, disk space and work of a run, its time if measured, and what `run` would do."""
     rows = [
         (
@@ -72,7 +72,9 @@ def print_plan(config: Config, planned: Plan, expected: Forecast | None, run: st
         )
         for stage in planned.stages
     ]
-    _print_table(("stage", "size px", "tiles", "halo", "store", "work/iteration"), rows)
+    is_apply = isinstance(config, ApplyConfig)
+    step, steps = ("pass", "passes") if is_apply else ("iteration", "iterations per stage")
+    _print_table(("stage", "size px", "tiles", "halo", "store", f"work/{step}"), rows)
     limit = size_text(planned.memory_limit_bytes)
     phases = ", ".join(f"{phase} {size_text(size)}" for phase, size in planned.host_bytes.items())
     tile = f"tiles of {planned.tile_px} px, chunks of {planned.chunk_px} px, halo {planned.halo_px} px"
@@ -85,7 +87,7 @@ def print_plan(config: Config, planned: Plan, expected: Forecast | None, run: st
         *([] if planned.device == "cpu" else [f"on {planned.device}  {size_text(planned.device_bytes)}"]),
         f"disk     {size_text(planned.disk_bytes)} in {config.work_dir}",
         f"output   up to {size_text(planned.output_bytes)} for {_named(planned.outputs)}, {planned.picture}{levels}",
-        f"work     {work_text(planned.flop)} for {iterations} iterations per stage",
+        f"work     {work_text(planned.flop)} for {iterations} {steps}",
         *(f"note     {note}" for note in planned.notes),
     ]
     _print_lines(lines)
@@ -149,9 +151,10 @@ def print_status(status: dict[str, Any]) -> None:
         )
         for stage in status["stages"]
     ]
-    _print_table(("stage", "size px", "state", "iterations", "ended by", "time"), rows)
+    steps = "passes" if status["command"] == "apply" else "iterations"
+    _print_table(("stage", "size px", "state", steps, "ended by", "time"), rows)
     lines = [_progress_line(status)]
-    if last := status["last"]:
+    if (last := status["last"]) and "content_loss" in last:
         losses = f"content {last['content_loss']:.4g}, style {last['style_loss']:.4g}"
         lines.append(f"last iteration: {losses}, mean|u| {last['mean_abs_u']:.3f}")
     _print_lines([*lines, *(f"output: {output}" for output in status["exported"])])

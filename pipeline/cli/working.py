@@ -18,7 +18,7 @@ from pipeline.core.errors import Stopped
 from pipeline.core.events import Note, Sink
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.config import AnyConfig, Config
 
 EXIT_CODES = """\b
 Exit codes:
@@ -61,7 +61,16 @@ def check_run_options(config_path: Path | None, run_dir: Path | None) -> None:
 def chosen_run(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | None) -> Path:
     """The run directory that a command is about. Raises UsageError, and ConfigError for the config."""
     check_run_options(config_path, run_dir)
-    return run_dir if run_dir is not None else config_of_run(cast(Path, config_path), overrides).work_dir
+    if run_dir is not None:
+        return run_dir
+    return any_config(cast(Path, config_path), overrides).work_dir
+
+
+def any_config(path: Path, overrides: tuple[str, ...]) -> AnyConfig:
+    """A config of `run` or of `apply`; otherwise as config_of_run."""
+    from pipeline.config import is_apply_file, load_apply_config
+
+    return load_apply_config(path, overrides) if is_apply_file(path) else config_of_run(path, overrides)
 
 
 def config_of_run(config_path: Path, overrides: tuple[str, ...]) -> Config:

@@ -15,26 +15,22 @@ from typing import TYPE_CHECKING
 
 from pipeline import store
 from pipeline.commands.measure import forecast, is_worth_measuring
+from pipeline.commands.outputs import Outputs
 from pipeline.commands.start import (
     check_stage_space,
     check_start,
-    export_options,
     identifier,
     measured_iterations,
-    missing_sheets,
-    refuse_foreign_outputs,
     with_finished_run,
 )
 from pipeline.config import Config, OptimizerConfig
-from pipeline.core.allocator import trim_heap
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import DeviceMemoryError, storage
-from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, WorkDone, ignore
+from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, ignore
 from pipeline.core.text import count, stage_name
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.network import find_weights
 from pipeline.plan import Plan, Speed, StagePlan, resolve_device
-from pipeline.render import export
 from pipeline.render.context import (
     RenderContext,
     executor_for,
@@ -47,18 +43,12 @@ from pipeline.render.context import (
 from pipeline.rundir import (
     Journal,
     Position,
-    check_space,
-    content_alpha,
     locked_folder,
-    manifest_path,
     newest_canvas,
     newest_moments,
     now,
     open_run,
-    output_colors,
-    output_metadata,
     plan_on,
-    read_manifest,
     records,
     refuse_links,
     resolved,
@@ -66,10 +56,9 @@ from pipeline.rundir import (
     standing,
     state_bytes,
     store_path,
-    written_picture,
 )
 from pipeline.rundir.process_settings import process_settings
-from pipeline.store import integrity, kept_files, metadata
+from pipeline.store import kept_files, metadata
 
 if TYPE_CHECKING:
     from pipeline.render.measurements import IterationResult
@@ -159,14 +148,6 @@ class _Rendering:
         for stage, seconds in measured_iterations(earlier):
             self._speed.iterations.add(self.plan.stages[stage].flop_per_iteration, seconds)
         self.sink, self.executor = self.context.sink, self.context.executor
-
-    def refuse_foreign_output(self) -> None:
-        """Raise ConfigError if an output path has a file that this run did not write.
-
-        Checked again before the export, because a run may take days.
-        """
-        if not self.force:
-            refuse_foreign_outputs(self.plan, self.position.pictures, self.executor.cancel)
 
     def render(self) -> None:
         """Render every stage that is not done."""
@@ -273,48 +254,8 @@ class _Rendering:
 
     def export(self) -> None:
         """Write the last stage's canvas as the output images, except for those that are there already."""
-        options = export_options(self.config, self.plan)
-        settings = self.config.export.model_copy(update={"bits": self.plan.picture.bits})
-        with_dpi = settings.model_copy(update={"dpi": self.plan.dpi})
-        sheets = missing_sheets(self.config, self.plan, self.position, self.executor.cancel)
-        missing = {str(sheet.path) for sheet in sheets}
-        for name in self.plan.outputs:
-            if name not in missing:
-                self.sink(Note(f"{name} is already there"))
-        if not sheets:
-            return
-        check_space(self.config, self.plan, len(self.plan.stages))
-        trim_heap()
-        last = self.plan.stages[-1].index
-        canvas = newest_canvas(self.config.work_dir, self.position, last)
-        alpha = content_alpha(self.config.work_dir, self.position, last) if self.plan.picture.alpha else None
-        planes = [canvas] if alpha is None else [canvas, alpha]
-        integrity.require_intact(
-            planes, self.executor, lambda done, total: self.sink(WorkDone(last, "check", done, total))
-        )
-        colors = output_colors(settings, self.config.canvas_space, self.config.content)
-        manifest = read_manifest(manifest_path(self.config.work_dir))
-        cancel = self.executor.cancel
-        metadata = output_metadata(manifest, self.config.content, settings.metadata, cancel, self.sink)
-        for sheet in sheets:
-            export.export_canvas(
-                planes,
-                sheet,
-                with_dpi,
-                colors,
-                self.executor.cancel,
-                lambda done, total: self.sink(WorkDone(last, "export", done, total)),
-                partial(self._record_picture, str(sheet.path)),
-                metadata,
-            )
-            written = self.position.pictures[str(sheet.path)][-1]
-            self._commit(records.Exported(output=str(sheet.path), options=options, picture=written))
-
-    def _record_picture(self, output: str, whole: Path) -> None:
-        """Record the image before it is renamed: after a crash between the two, the run would not recognise it."""
-        written = written_picture(whole, self.executor.cancel)
-        self.refuse_foreign_output()
-        self._commit(records.Exporting(output=output, picture=written))
+        commit, position = self._commit, lambda: self.position
+        Outputs(self.config, self.plan, self.executor, self.sink, self.force, commit, position).write()
 
     def _free_arrays(self, stage: int) -> None:
         at = self.position

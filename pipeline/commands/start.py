@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from pipeline.commands.status import refuse_cleaned
-from pipeline.config import MAX_ITERATIONS, Config, ExportConfig, is_default, result_fields
+from pipeline.config import MAX_ITERATIONS, AnyConfig, ApplyConfig, Config, ExportConfig, is_default, result_fields
 from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import ConfigError, PipelineError, Stopped
 from pipeline.core.events import Note, Sink, ignore
@@ -58,14 +58,14 @@ class Start:
     not None. `position`: of the run on disk, as it is now. `missing`: the output images that are not there.
     """
 
-    config: Config
+    config: AnyConfig
     planned: Plan
     position: Position
     adds: int | None
     missing: tuple[Path, ...]
 
     @property
-    def text(self) -> str:
+    def text(self) -> str:  # noqa: PLR0911 - one for each kind of start
         """What `pipeline run` does, in words."""
         at, stages = self.position, len(self.planned.stages)
         if self.adds is not None:
@@ -80,6 +80,8 @@ class Start:
         if at.stage_done:
             return f"resumes with stage {at.stage + 2} of {stages}"
         iterations = self.planned.stages[at.stage].max_iterations
+        if isinstance(self.config, ApplyConfig):
+            return f"resumes after {at.iteration} of {iterations} passes"
         return f"resumes in stage {at.stage + 1} of {stages}, after {at.iteration} of {iterations} iterations"
 
 
@@ -89,7 +91,7 @@ def has_begun(work_dir: Path) -> bool:
 
 
 def check_start(
-    config: Config,
+    config: AnyConfig,
     planned: Plan,
     identify: Callable[[], Identity],
     *,
@@ -120,7 +122,7 @@ def check_start(
     return Start(config, extended, position, adds, tuple(sheet.path for sheet in missing))
 
 
-def check_stage_space(config: Config, planned: Plan, position: Position, stage: int) -> None:
+def check_stage_space(config: AnyConfig, planned: Plan, position: Position, stage: int) -> None:
     """Raise SpaceError if the disks lack space from this stage on, which may be prepared already."""
     prepared = position.prepared and position.stage == stage
     # uncompressed arrays are allocated when the stage is prepared, and overwritten in place
@@ -128,7 +130,7 @@ def check_stage_space(config: Config, planned: Plan, position: Position, stage: 
     check_space(config, planned, stage + allocated)
 
 
-def _added(config: Config, planned: Plan, position: Position, more_iterations: int | None) -> int | None:
+def _added(config: AnyConfig, planned: Plan, position: Position, more_iterations: int | None) -> int | None:
     """The iterations of a stage to add now. None: none is asked for, or the one that is asked for is being rendered."""
     if more_iterations is None:
         return None
@@ -154,7 +156,7 @@ def refuse_foreign_outputs(planned: Plan, pictures: Pictures, cancel: CancelToke
         refuse_foreign(Path(output), pictures, _FOREIGN, cancel)
 
 
-def missing_sheets(config: Config, planned: Plan, position: Position, cancel: CancelToken) -> list[Sheet]:
+def missing_sheets(config: AnyConfig, planned: Plan, position: Position, cancel: CancelToken) -> list[Sheet]:
     """The output images that are not there as an export of the last canvas with today's options would write them.
 
     Without the state an image counts wherever it is now: the folder may have been moved since it was written.
@@ -183,7 +185,7 @@ def _same(before: Mapping[str, object], options: Mapping[str, object]) -> bool:
     return written == wanted and names[0] == names[1]
 
 
-def export_options(config: Config, planned: Plan) -> dict[str, object]:
+def export_options(config: AnyConfig, planned: Plan) -> dict[str, object]:
     """The options of the run's own export, as its record has them."""
     return config.export.model_copy(update={"bits": planned.picture.bits}).model_dump(mode="json")
 

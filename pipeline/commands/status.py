@@ -14,6 +14,7 @@ from pipeline.rundir import (
     Iteration,
     Journal,
     Manifest,
+    Pass,
     Position,
     Record,
     StageDone,
@@ -39,13 +40,14 @@ def status(work_dir: Path) -> dict[str, Any]:
     manifest = manifest_of(work_dir)
     records, position = standing(Journal(journal_path(work_dir)))
     refuse_unknown_stage(work_dir, manifest, position)
-    iterations = [record for record in records if isinstance(record, Iteration)]
+    iterations = [record for record in records if isinstance(record, Iteration | Pass)]
     owner, stages = running_owner(work_dir), stages_of(manifest, position)
     written = position.newest_export.values()
     finished = position.stage_done and position.stage == len(stages) - 1 and any(written) and all(written)
     left = 0.0 if finished else _left_s(iterations, owner is not None)
     return {
         "work_dir": str(work_dir),
+        "command": manifest.command,
         "state": "running" if owner else "done" if finished else "stopped",
         "pid": owner,
         "stage": position.stage,
@@ -72,7 +74,7 @@ def status(work_dir: Path) -> dict[str, Any]:
     }
 
 
-def _left_s(iterations: Sequence[Iteration], is_running: bool) -> float | None:
+def _left_s(iterations: Sequence[Iteration | Pass], is_running: bool) -> float | None:
     """Seconds to the end of the run, by the estimate of its last iteration; None: there was none."""
     if not iterations or (left := iterations[-1].remaining_s) is None:
         return None
@@ -87,7 +89,7 @@ def _age_s(record: Record) -> float:
         return 0.0
 
 
-def _percent(iterations: Sequence[Iteration], left_s: float | None) -> float | None:
+def _percent(iterations: Sequence[Iteration | Pass], left_s: float | None) -> float | None:
     """The share of the run's time that is over."""
     if left_s is None:
         return None if iterations else 0.0
@@ -99,14 +101,14 @@ def _without_checksums(record: Record) -> dict[str, Any]:
     return {key: value for key, value in as_json(record).items() if key != "checksums"}
 
 
-def _seconds(iterations: Sequence[Iteration]) -> float:
+def _seconds(iterations: Sequence[Iteration | Pass]) -> float:
     return round(sum(sum(record.seconds.values()) for record in iterations), 3)
 
 
 def _stage_state(stage: int, records: Sequence[Record]) -> dict[str, Any]:
     prepared = any(isinstance(record, StagePrepared) and record.stage == stage for record in records)
     done = next((record for record in records if isinstance(record, StageDone) and record.stage == stage), None)
-    iterations = [record for record in records if isinstance(record, Iteration) and record.stage == stage]
+    iterations = [record for record in records if isinstance(record, Iteration | Pass) and record.stage == stage]
     return {
         "state": "done" if done else "prepared" if prepared else "waiting",
         "iterations": len(iterations),

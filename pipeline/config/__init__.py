@@ -1,5 +1,13 @@
 """The configuration: its fields, its YAML reader and its error messages."""
 
+from pipeline.config.apply import (
+    AnyConfig,
+    ApplyConfig,
+    ApplyNetwork,
+    apply_config_of_line,
+    is_apply_file,
+    load_apply_config,
+)
 from pipeline.config.config import Config, differing_keys, input_files, is_default, load_config, result_fields
 from pipeline.config.fields import MAX_BYTES, MAX_CHUNK_PX, MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
 from pipeline.config.messages import faults_in, field_at

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, model_validator
 
@@ -14,12 +14,14 @@ from pipeline.config.messages import ConflictsError, fields_of, validate
 from pipeline.config.overrides import override
 from pipeline.config.presets import with_preset
 from pipeline.config.regions import shared_masks
-from pipeline.config.sections import ADDED_LATER, COMPARED_BY_CONTENT, HARMLESS, StageConfig
+from pipeline.config.sections import ADDED_LATER, COMPARED_BY_CONTENT, HARMLESS, Section, StageConfig
 from pipeline.config.settings import Settings
 from pipeline.config.yaml_reader import Document, Key, Problem, dotted, problem_lines, read
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import names_in
 from pipeline.core.text import shown
+
+S = TypeVar("S", bound=Section)
 
 
 class Config(Settings):
@@ -44,20 +46,29 @@ def load_config(
     StorageError if the disk fails.
     """
     file = Path(path)
+    document = read_overridden(file, overrides, varied)
+    return config_of(document, Path.cwd() / file.parent, check_inputs)
+
+
+def read_overridden(file: Path, overrides: Sequence[str], varied: Sequence[str] = ()) -> Document:
+    """The document of a YAML file, with overrides applied."""
     document = read(file)
     settings = [*(("--set", setting) for setting in overrides), *(("--vary", setting) for setting in varied)]
     for number, (option, setting) in enumerate(settings):
         override(document, number, setting, option)
-    return config_of(document, Path.cwd() / file.parent, check_inputs)
+    return document
 
 
 def config_of(document: Document, base: Path, check_inputs: bool = False) -> Config:
     """The config of a document whose relative paths start at `base`. Raises ConfigError with every problem."""
-    config = None
-    if document.readable:
-        if isinstance(document.data, dict):
-            document.data = with_preset(document.data)
-        config = validate(Config, document, base)
+    if document.readable and isinstance(document.data, dict):
+        document.data = with_preset(document.data)
+    return validated(Config, document, base, check_inputs)
+
+
+def validated(model: type[S], document: Document, base: Path, check_inputs: bool) -> S:
+    """A document as the config `model`; otherwise as config_of."""
+    config = validate(model, document, base) if document.readable else None
     if config is not None and check_inputs:
         document.problems += _missing_inputs(config, document)
     if config is None or document.problems:
@@ -65,7 +76,7 @@ def config_of(document: Document, base: Path, check_inputs: bool = False) -> Con
     return config
 
 
-def _missing_inputs(config: Config, document: Document) -> Iterator[Problem]:
+def _missing_inputs(config: Section, document: Document) -> Iterator[Problem]:
     """A problem for every input file that does not exist; other faults are found when the file is opened."""
     for key, path in input_files(config):
         try:
@@ -78,7 +89,7 @@ def _missing_inputs(config: Config, document: Document) -> Iterator[Problem]:
             continue
 
 
-def result_fields(config: Config) -> dict[str, object]:
+def result_fields(config: Section) -> dict[str, object]:
     """The JSON-able value of every key that decides the output, by dotted key.
 
     A resume with another value would mix two results in one image. Keys marked HARMLESS are left out, and so are files,
@@ -90,6 +101,8 @@ def result_fields(config: Config) -> dict[str, object]:
         for key, value, mark in _values(config)
         if mark is None or (mark == by_content and isinstance(value, str))  # a keyword of `init`, which may be a file
     }
+    if not isinstance(config, Settings):
+        return fields
     fields |= shared_masks(config.styles, "")
     for index, stage in enumerate(config.stages):
         fields |= shared_masks(stage.styles or (), f"stages.{index}.")
@@ -103,7 +116,7 @@ def differing_keys(first: Config, second: Config) -> list[str]:
     return [key for key in {**before, **after} if before.get(key, missing) != after.get(key, missing)]
 
 
-def input_files(config: Settings) -> Iterator[tuple[Key, Path]]:
+def input_files(config: Section) -> Iterator[tuple[Key, Path]]:
     """(key, path) of every file that the config reads."""
     for key, value, mark in _values(config):
         if mark == COMPARED_BY_CONTENT["resume"] and isinstance(value, Path):
@@ -117,7 +130,7 @@ def paths_of(config: Config) -> Iterator[tuple[Key, Path]]:
             yield key, value
 
 
-def is_default(config: Config, key: Key) -> bool:
+def is_default(config: Section, key: Key) -> bool:
     """Whether a key that is not given in the config has its default."""
     inner: object = config
     for part in key[:-1]:

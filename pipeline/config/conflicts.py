@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config.messages import Conflict
 from pipeline.config.regions import regions_of
-from pipeline.config.sections import PrintSize
+from pipeline.config.sections import ExportConfig, PrintSize
 from pipeline.config.settings import Settings
 from pipeline.config.yaml_reader import Key, dotted
 from pipeline.core.files import real, same_file, would_replace
@@ -29,8 +29,7 @@ def all_conflicts(settings: Settings, inputs: Iterable[tuple[Key, Path]]) -> Ite
     yield from _start(settings)
     yield from _grid(settings)
     yield from _state(settings)
-    yield from _format(settings)
-    yield from _paths(settings, inputs)
+    yield from picture_conflicts(settings.output, settings.work_dir, settings.export, inputs)
 
 
 def _stages(settings: Settings) -> Iterator[Conflict]:
@@ -145,13 +144,21 @@ def _state(settings: Settings) -> Iterator[Conflict]:
         yield Conflict((key, ("compute", "dtype")), text)
 
 
-def _format(settings: Settings) -> Iterator[Conflict]:
-    image_format, export = format_of(settings.output), settings.export
+def picture_conflicts(
+    output: Path, work_dir: Path, export: ExportConfig, inputs: Iterable[tuple[Key, Path]]
+) -> Iterator[Conflict]:
+    """Conflicts of the files that any command reads and writes."""
+    yield from _format(output, export)
+    yield from _paths(output, work_dir, inputs)
+
+
+def _format(path: Path, export: ExportConfig) -> Iterator[Conflict]:
+    image_format = format_of(path)
     bits, compression, output = ("export", "bits"), ("export", "compression"), ("output",)
     if export.bits == 16 and image_format is not None and 16 not in image_format.bits:
         text = f"{image_format.suffixes[0]} images have 8 bits; choose 8, or a .tif, .png or .zarr output"
         yield Conflict((bits, output), text)
-    if export.bits == 16 and is_jpeg_inside(settings.output, export.compression):
+    if export.bits == 16 and is_jpeg_inside(path, export.compression):
         text = "jpeg stores 8 bits only; choose another compression, or export.bits 8"
         yield Conflict((compression, bits, output), text)
     if export.panels.width is None and export.panels.overlap.mm:
@@ -160,22 +167,22 @@ def _format(settings: Settings) -> Iterator[Conflict]:
     if export.panels.width is not None and export.panels.overlap.mm >= export.panels.width.mm:
         text = f"{export.panels.overlap} is not less than export.panels.width ({export.panels.width})"
         yield Conflict((("export", "panels", "overlap"), ("export", "panels", "width")), text)
-    for option, reason in unsupported_options(settings.output, export.changed):
+    for option, reason in unsupported_options(path, export.changed):
         yield Conflict((("export", option), output), reason)
 
 
-def _paths(settings: Settings, inputs: Iterable[tuple[Key, Path]]) -> Iterator[Conflict]:
+def _paths(output: Path, work_dir: Path, inputs: Iterable[tuple[Key, Path]]) -> Iterator[Conflict]:
     output_key, work_dir_key = ("output",), ("work_dir",)
     for key, path in inputs:
-        if same_file(path, settings.output):
+        if same_file(path, output):
             yield Conflict((output_key, key), f"the same file as {dotted(key)}, which would be overwritten")
-        elif would_replace(settings.output, path):
+        elif would_replace(output, path):
             text = f"a folder that holds {dotted(key)}, which would be lost when it is replaced; choose another name"
             yield Conflict((output_key, key), text)
-        if same_file(path, settings.work_dir):
+        if same_file(path, work_dir):
             text = f"the same path as {dotted(key)}; choose a folder for the run directory"
             yield Conflict((work_dir_key, key, output_key), text)
-    output, work_dir = real(settings.output), real(settings.work_dir)
+    output, work_dir = real(output), real(work_dir)
     if output == work_dir or output in work_dir.parents:
         text = "at or inside the output, which is replaced as a whole at the end; choose another folder"
         yield Conflict((work_dir_key, output_key), text)

@@ -49,7 +49,8 @@ from pipeline.core.presets import PresetName
 OnPaper = Annotated[PrintSize, Expected("a length such as 60cm or {width: 60cm, dpi: 150}")]
 
 
-def _default_work_dir(data: dict[str, Any]) -> Path:
+def default_work_dir(data: dict[str, Any]) -> Path:
+    """The run directory beside the output."""
     # `output` is absent if it was invalid; then the whole config is refused, and this value is never used.
     output: Path = data.get("output", Path("refused"))
     return output.with_name(f"{output.stem}.run")
@@ -82,7 +83,7 @@ class Settings(Section):
         description=f"output image, {' '.join(OUTPUT_SUFFIXES)}", examples=["result.tif"], json_schema_extra=HARMLESS
     )
     work_dir: File = Field(
-        default_factory=_default_work_dir,
+        default_factory=default_work_dir,
         description="run directory, which holds the state; by default beside the output",
         json_schema_extra=HARMLESS,
     )

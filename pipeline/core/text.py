@@ -69,6 +69,7 @@ def stage_name(index: int, stages: int | None = None) -> str:
 
 # Why a stage ended, for a person; the keys are those of the journal.
 _REASONS = {
+    "applied": "all passes done",
     "max_iterations": "all iterations done",
     "stop_condition": "change below stop_condition",
     "converged": "nothing left to change",

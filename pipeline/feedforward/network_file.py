@@ -47,6 +47,23 @@ class TransformFile:
         return network.eval()
 
 
+@dataclass(frozen=True)
+class NetworkHeader:
+    """What is known of a network's file without its weights."""
+
+    path: Path
+    spec: TransformSpec
+    size_bytes: int
+
+
+def read_network_header(path: Path, max_bytes: int = MAX_FILE_BYTES) -> NetworkHeader:
+    """The spec of a network's file; of ours without loading torch. Raises as load_network."""
+    check_file(path, max_bytes)
+    notes = _metadata(path)
+    spec = _own_spec(path, notes) if SPEC_KEY in notes else load_network(path).spec
+    return NetworkHeader(path, spec, path.stat().st_size)
+
+
 def save_network(path: Path, network: TransformNetwork, notes: Mapping[str, str]) -> None:
     """Write a network's file, atomically. The same weights and notes give the same bytes. Raises StorageError."""
     from safetensors.torch import save  # noqa: PLC0415 - loads torch
@@ -66,16 +83,20 @@ def load_network(path: Path) -> TransformFile:
     state = load_tensors(path)
     if SPEC_KEY not in notes:
         return TransformFile(*_of_examples(path, state))
+    spec = _own_spec(path, notes)
+    _check_shapes(path, spec, state)
+    return TransformFile(spec, state, {key: value for key, value in notes.items() if key != SPEC_KEY})
+
+
+def _own_spec(path: Path, notes: Mapping[str, str]) -> TransformSpec:
     try:
-        spec = TransformSpec.model_validate_json(notes.pop(SPEC_KEY))
+        return TransformSpec.model_validate_json(notes[SPEC_KEY])
     except ValidationError as error:
         cause = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise InputError(
             f"network file {path}: its description is not of this version of pipeline ({shown(cause, 300)}). Use an "
             "intact copy, or the version that wrote it."
         ) from error
-    _check_shapes(path, spec, state)
-    return TransformFile(spec, state, notes)
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -6,7 +6,10 @@ Networks and torch's settings belong to the whole process; `release` drops the f
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -16,7 +19,22 @@ from pipeline.network.vgg import Network, random_state
 from pipeline.network.weights import NetworkSpec
 from pipeline.network.weights_file import load_state
 
-_DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+N = TypeVar("N")
+
+
+class ComputeSpec(Protocol):
+    """What identifies a network in memory, and how it computes; see NetworkSpec."""
+
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+    @property
+    def device(self) -> str: ...  # noqa: D102
+    @property
+    def threads(self) -> int: ...  # noqa: D102
+    @property
+    def gpu_bytes(self) -> int: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -44,7 +62,7 @@ class _TorchSettings:
 class _Cache:
     """Networks, the least recently used first; torch's settings before the first; GPUs whose memory is bounded."""
 
-    networks: list[tuple[NetworkSpec, Network]] = field(default_factory=list)
+    networks: list[tuple[ComputeSpec, Any]] = field(default_factory=list)
     original_settings: _TorchSettings | None = None
     bounded_devices: set[str] = field(default_factory=set)
 
@@ -54,7 +72,12 @@ _lock = threading.Lock()
 
 
 def get_network(spec: NetworkSpec) -> Network:
-    """The network of `spec`, built on the first call and cached until another is requested or `release` is called.
+    """The network of `spec`; otherwise as `cached`."""
+    return cached(spec, partial(_build, spec))
+
+
+def cached(spec: ComputeSpec, build: Callable[[], N]) -> N:
+    """What `build` gives for `spec`, cached from the first call until another is requested or `release` is called.
 
     The cache holds one network, as the memory plan counts; with several calls of the library on several threads, one
     for each. Raises InputError for unusable weights, ConfigError for a dtype that the device does not support.
@@ -62,11 +85,11 @@ def get_network(spec: NetworkSpec) -> Network:
     with _lock:
         _cache.original_settings = _cache.original_settings or _TorchSettings.current()
         _bound_memory(spec)
-        network = next((network for cached, network in _cache.networks if cached == spec), None)
+        network: N | None = next((network for key, network in _cache.networks if key == spec), None)
         if network is None:
             # The old network is dropped before the new one is built: both together would exceed the plan.
             del _cache.networks[: max(0, len(_cache.networks) + 1 - max(1, callers.number()))]
-            network = _build(spec)
+            network = build()
         else:
             _cache.networks.remove((spec, network))  # and appended again, as the most recently used
         _cache.networks.append((spec, network))
@@ -82,7 +105,7 @@ def _build(spec: NetworkSpec) -> Network:
         state,
         padding=spec.padding,
         pooling=spec.pooling,
-        dtype=_DTYPES[spec.dtype],
+        dtype=DTYPES[spec.dtype],
         device=spec.device,
         pooling_scale=spec.pooling_scale,
     )
@@ -100,13 +123,13 @@ def release() -> None:
             _cache.original_settings = None
 
 
-def _bound_memory(spec: NetworkSpec) -> None:
+def _bound_memory(spec: ComputeSpec) -> None:
     """Limit this process to the GPU memory that was planned for it, and a quarter or 2 GiB more.
 
     Without a limit cuDNN tries kernels whose workspace is as large as the device (132 GiB for a tile of 1,024 px in
     float32). They are slow, and whether one is available, and with it the last bits, would change from run to run.
     """
-    if not (spec.on_gpu and spec.gpu_bytes):
+    if not (spec.device != "cpu" and spec.gpu_bytes):
         return
     total = torch.cuda.get_device_properties(spec.device).total_memory
     allowed = max(spec.gpu_bytes * 5 // 4, spec.gpu_bytes + 2 * 2**30)
@@ -114,7 +137,7 @@ def _bound_memory(spec: NetworkSpec) -> None:
     _cache.bounded_devices.add(spec.device)
 
 
-def _set_precision(spec: NetworkSpec) -> None:
+def _set_precision(spec: ComputeSpec) -> None:
     """Make CUDA compute in the requested precision, by the same algorithm every time: exact resume needs both."""
     on_cuda = torch.device(spec.device).type == "cuda"
     if spec.dtype == "tf32" and not (on_cuda and torch.cuda.get_device_capability(spec.device) >= (8, 0)):

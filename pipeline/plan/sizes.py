@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
+from typing import TypeVar
 
-from pipeline.config import MAX_SIDE_PX, Config, PrintSize, StyleConfig
+from pipeline.config import MAX_SIDE_PX, AnyConfig, ApplyConfig, Config, PrintSize, StyleConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.lengths import DEFAULT_DPI, sensible_dpi
 from pipeline.core.tiling import Size
@@ -18,6 +19,8 @@ from pipeline.plan.network_cost import layer_names
 _LEAST_STEP = 1.1
 # The least short side of an automatic first stage: a panorama has a composition there too.
 _LEAST_SHORT_PX = 64
+
+C = TypeVar("C", Config, ApplyConfig, AnyConfig)
 
 
 def fit(size: Size, long_px: int) -> Size:
@@ -47,7 +50,7 @@ def stage_sizes(config: Config, images: Mapping[Path, ImageHeader]) -> Sequence[
     return stages
 
 
-def with_size_in_px(config: Config, content: Size | None) -> Config:
+def with_size_in_px(config: C, content: Size | None) -> C:
     """The config with `size` in px, and the resolution of a size on paper as export.dpi.
 
     `content`: its (height, width), None without a content. Raises ConfigError for a size that no image can have.
@@ -86,7 +89,7 @@ def _long_side_px(name: str, side_px: int, content: Size) -> int:
     return round(side_px * width / height) if name == "height" and height < width else side_px
 
 
-def output_dpi(config: Config, canvas: Size, images: Mapping[Path, ImageHeader]) -> float:
+def output_dpi(config: AnyConfig, canvas: Size, images: Mapping[Path, ImageHeader]) -> float:
     """The resolution of the output images: export.dpi, else that which gives the canvas the content's size on paper."""
     if config.export.dpi is not None:
         return config.export.dpi

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config
+from pipeline.config import AnyConfig, Config
 from pipeline.core.cancel import CancelToken
 from pipeline.core.events import Note, Sink
 from pipeline.executors import Executor, ThreadExecutor
@@ -38,7 +38,7 @@ def render_context(
     return RenderContext(device, weights, executor, sink, planned.device_bytes // max(1, config.compute.workers))
 
 
-def executor_for(config: Config, device: Device, lock: int | None, sink: Sink, cancel: CancelToken) -> Executor:
+def executor_for(config: AnyConfig, device: Device, lock: int | None, sink: Sink, cancel: CancelToken) -> Executor:
     """The threads of this process, or worker processes, which inherit the descriptor `lock` of a run's lock."""
     if config.compute.workers == 0:
         return ThreadExecutor(WORKERS, cancel, update_threads(device.name))
@@ -75,7 +75,7 @@ def make_stage(config: Config, plan: StagePlan, context: RenderContext, tile_px:
         config.network.pooling,
         config.compute.dtype,
         context.device.name,
-        _threads(config),
+        threads_of(config),
         context.gpu_bytes,
         config.network.pooling_scale,
     )
@@ -91,7 +91,7 @@ def make_stage(config: Config, plan: StagePlan, context: RenderContext, tile_px:
     )
 
 
-def _threads(config: Config) -> int:
+def threads_of(config: AnyConfig) -> int:
     """CPU threads per tile: those that the run began with, because results depend on their number in the last bit."""
     asked = config.compute.threads
     return read_manifest(manifest_path(config.work_dir)).threads if asked == "auto" else asked

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import images
-from pipeline.config import Config
+from pipeline.config import AnyConfig
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
 from pipeline.executors import Executor
@@ -17,7 +17,7 @@ from pipeline.render.resample import OnProgress
 from pipeline.store import COLOR_AND_ALPHA, ChunkSums, StageArray
 
 
-def canvas_colors(config: Config) -> images.Colors:
+def canvas_colors(config: AnyConfig) -> images.Colors:
     """What content and styles of a run are converted to. Raises ConfigError for a proof that cannot be used."""
     return images.Colors(config.canvas_space, None if config.proof is None else images.proof_profile(config.proof))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -44,8 +44,21 @@ from pipeline.store import (
 _NO_MEMORY = re.compile(r"can't allocate memory|could not create a (primitive|memory)")
 
 
+class TileTask(Protocol):
+    """A task on a tile that computes on a device."""
+
+    @property
+    def stage_dir(self) -> Path: ...  # noqa: D102
+    @property
+    def array(self) -> str: ...  # noqa: D102
+    @property
+    def tile(self) -> Tile: ...  # noqa: D102
+    @property
+    def device(self) -> str: ...  # noqa: D102
+
+
 @contextmanager
-def device_memory(spec: TileSpec) -> Iterator[None]:
+def device_memory(spec: TileTask) -> Iterator[None]:
     """Raise DeviceMemoryError where the block runs out of memory."""
     try:
         yield
@@ -54,7 +67,7 @@ def device_memory(spec: TileSpec) -> Iterator[None]:
             raise
         inner = spec.tile.inner
         raise DeviceMemoryError(
-            f"{spec.network.device} has no memory for tile {spec.tile.index} of {spec.stage_dir.name}, "
+            f"{spec.device} has no memory for tile {spec.tile.index} of {spec.stage_dir.name}, "
             f"{inner.width}×{inner.height} px and its halo: another program uses it, or the plan is wrong. Nothing is "
             "lost: run the same command again when there is more memory, or use a smaller store.chunk_px in a new "
             "work_dir."
@@ -79,6 +92,11 @@ class TileSpec:
     guides: Guides = field(default=UNGUIDED, kw_only=True)
     guides_dir: Path | None = field(default=None, kw_only=True)
     scales: int = field(default=1, kw_only=True)
+
+    @property
+    def device(self) -> str:
+        """Torch's name of the device that computes."""
+        return self.network.device
 
     def open(self, name: str) -> StageArray:
         """Open an array for reading; its chunks are checked."""

@@ -36,6 +36,7 @@ from pipeline.render.tile_specs import (
     GramSpec,
     SeedSpec,
     TileSpec,
+    TileTask,
     WholeResult,
     WholeSpec,
     Window,
@@ -48,7 +49,7 @@ _COMPUTE = threading.Semaphore(1)
 
 
 @contextmanager
-def _computing(spec: TileSpec) -> Iterator[None]:
+def computing(spec: TileTask) -> Iterator[None]:
     """Reserve the device for one tile until all its kernels have finished. Raises DeviceMemoryError."""
     with device_memory(spec):
         with profiler.span("wait"):
@@ -56,8 +57,8 @@ def _computing(spec: TileSpec) -> Iterator[None]:
         try:
             with profiler.span("compute", tile=spec.tile.index, array=spec.array), torch.no_grad():
                 yield
-                if spec.network.on_gpu:
-                    torch.cuda.current_stream(spec.network.device).synchronize()
+                if spec.device != "cpu":
+                    torch.cuda.current_stream(spec.device).synchronize()
         finally:
             _COMPUTE.release()
 
@@ -67,7 +68,7 @@ def gram_task(spec: GramSpec) -> dict[str, Gram]:
     # the forward halo is enough: no gradient flows back, so the features of the inner rectangle are exact
     windows = spec.windows(halo_px(spec.layers, spec.network.pooling), 0)
     sums: dict[str, Gram] = {}
-    with _computing(spec):
+    with computing(spec):
         for window in windows:
             network_input_1CHW = _network_input(spec, window)
             maps = window.guide_maps(spec.guides, network_input_1CHW)
@@ -101,7 +102,7 @@ def content_task(spec: ContentSpec) -> ContentResult:
     """Write the content's features of the inner rectangle."""
     windows = spec.windows(halo_px(spec.layers, spec.network.pooling), 0)
     computed: dict[str, tuple[Rect, Tensor]] = {}
-    with _computing(spec):
+    with computing(spec):
         for window in windows:
             network_input_1CHW = _network_input(spec, window)
             for feature_map in _features(spec, window, network_input_1CHW, set(spec.layers), window.tile.inner):
@@ -161,7 +162,7 @@ def _gradient(
     # read before the device is reserved, while another tile computes
     scales = [Seeds(spec, window, dict(style_CM), spec.read_content(window)) for window in windows]
     tv_sum = 0.0
-    with _computing(spec):
+    with computing(spec):
         total_CHW = torch.empty(0)
         for seeds in scales:
             network_input_1CHW, window = _network_input(spec, seeds.window), seeds.window

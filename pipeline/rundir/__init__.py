@@ -53,6 +53,7 @@ from pipeline.rundir.records import (
     Exporting,
     Iteration,
     Manifest,
+    Pass,
     Record,
     RolledBack,
     StageAdded,

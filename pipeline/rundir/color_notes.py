@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config import AnyConfig
 from pipeline.core.color_spaces import SPACES, SpaceName
 from pipeline.core.text import count
 from pipeline.images import ImageHeader, OutputColors, wanted_space
 
 
-def color_notes(config: Config, images: Mapping[Path, ImageHeader], colors: OutputColors) -> tuple[str, ...]:
+def color_notes(config: AnyConfig, images: Mapping[Path, ImageHeader], colors: OutputColors) -> tuple[str, ...]:
     """The notes of a plan. `images`: the headers of all input images."""
     masks = set(config.masks)
     notes = [note for path, header in images.items() if path not in masks for note in _of_image(header, colors.space)]

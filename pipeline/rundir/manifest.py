@@ -81,7 +81,9 @@ def stages_of(manifest: Manifest, position: Position) -> list[StageSizes]:
 def max_iterations(manifest: Manifest, stage: StageSizes) -> int:
     """The most iterations that a stage has."""
     # older manifests have only the config's value, which is that of stages without settings of their own
-    return manifest.config.optimizer.max_iterations if stage.max_iterations is None else stage.max_iterations
+    if stage.max_iterations is None:
+        return manifest.config.optimizer.max_iterations if manifest.config.optimizer is not None else 0
+    return stage.max_iterations
 
 
 def content_kind(manifest: Manifest) -> PixelKind:

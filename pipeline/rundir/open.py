@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline import store
 from pipeline.config import (
     ADDED_LATER,
+    AnyConfig,
+    ApplyConfig,
     Config,
     dotted,
     field_at,
@@ -66,7 +68,7 @@ def _checked(work_dir: Path, position: Position, stage: int, name: str) -> store
     return store.open_array(folder, name, checksums[name])
 
 
-def check_run(config: Config, planned: Plan, identify: Callable[[], Identity]) -> tuple[list[Record], Position]:
+def check_run(config: AnyConfig, planned: Plan, identify: Callable[[], Identity]) -> tuple[list[Record], Position]:
     """The records and the position of the run in the run directory, of which there may be none. Writes nothing.
 
     `identify`: called only if there is a run, because it reads all inputs. Raises ConfigError that lists every change
@@ -90,7 +92,7 @@ def check_run(config: Config, planned: Plan, identify: Callable[[], Identity]) -
     return records, position
 
 
-def open_run(config: Config, planned: Plan, identify: Callable[[], Identity]) -> Journal:
+def open_run(config: AnyConfig, planned: Plan, identify: Callable[[], Identity]) -> Journal:
     """The journal of the run directory, in which a run is begun unless it holds one of this config.
 
     Raises as check_run.
@@ -111,10 +113,11 @@ def open_run(config: Config, planned: Plan, identify: Callable[[], Identity]) ->
     return journal
 
 
-def _new_manifest(config: Config, planned: Plan, identity_now: Identity) -> Manifest:
+def _new_manifest(config: AnyConfig, planned: Plan, identity_now: Identity) -> Manifest:
     compute = config.compute
     return Manifest(
         format=FORMAT,
+        command=command_of(config),
         created=now(),
         config=KeptConfig.model_validate(config.model_dump(mode="json")),
         stages=_stage_sizes(planned),
@@ -174,13 +177,20 @@ def refuse_unknown_stage(work_dir: Path, manifest: Manifest, position: Position)
         )
 
 
-def refuse_changes(config: Config, manifest: Manifest, identity_now: Identity) -> None:
+def refuse_changes(config: AnyConfig, manifest: Manifest, identity_now: Identity) -> None:
     """Raise ConfigError with every field of `identity_now` that differs from the manifest."""
+    if manifest.command != command_of(config):
+        raise ConfigError(
+            f"{config.work_dir} was begun by `pipeline {manifest.command}`, and to resume with `pipeline "
+            f"{command_of(config)}` would mix two images. Give the new config its own work_dir, or delete the old one."
+        )
     old, new = manifest.result_fields, identity_now.result_fields
     old_config, new_config = manifest.config.model_dump(), config.model_dump(mode="json")
     changes: list[str] = []
     for key in sorted(old.keys() | new.keys()):
-        old_value, new_value = _value(key, old, old_config), _value(key, new, new_config)
+        old_value, new_value = (
+            _value(key, fields, values, type(config)) for fields, values in ((old, old_config), (new, new_config))
+        )
         if old_value != new_value:
             changes.append(f"  {key}: was {old_value}, is {new_value}{_remedy(config, key, old_value)}")
     files, files_now = manifest.inputs, identity_now.inputs
@@ -194,8 +204,8 @@ def refuse_changes(config: Config, manifest: Manifest, identity_now: Identity) -
         )
 
 
-def _what_changed(key: str, config: Config) -> str:
-    if key == "network.weights" and config.network.weights is None:
+def _what_changed(key: str, config: AnyConfig) -> str:
+    if isinstance(config, Config) and key == "network.weights" and config.network.weights is None:
         return (
             f"the run's weights of {config.network.name} are not those that this version uses. Resume with the version "
             "that began the run, or name a copy of its weights file here"
@@ -206,7 +216,7 @@ def _what_changed(key: str, config: Config) -> str:
 _NOT_GIVEN = "not given"
 
 
-def _remedy(config: Config, key: str, old_value: object) -> str:
+def _remedy(config: AnyConfig, key: str, old_value: object) -> str:
     """What to add to a config that does not have the key, whose default has changed since the run began."""
     if old_value == _NOT_GIVEN or not is_default(config, undotted(key)):
         return ""
@@ -215,7 +225,7 @@ def _remedy(config: Config, key: str, old_value: object) -> str:
     return f"; to resume, add `{name}: {value}`" + (f" under `{'.'.join(sections)}`" if sections else " to the config")
 
 
-def _value(key: str, fields: Mapping[str, Any], config: object) -> object:
+def _value(key: str, fields: Mapping[str, Any], config: object, model: type[AnyConfig]) -> object:
     """The value of a dotted key in a run, whose result fields leave out some keys that have their default.
 
     `config`: as in a manifest. Keys that newer versions added have in old runs the value that these had before; keys
@@ -233,9 +243,9 @@ def _value(key: str, fields: Mapping[str, Any], config: object) -> object:
         elif isinstance(inner, list) and part in range(len(inner)):
             inner = inner[int(part)]
         elif parts[0] == "stages" and depth in (2, 3) and parts[2] != "styles":
-            return _value(dotted(parts[2:]), fields, config)
+            return _value(dotted(parts[2:]), fields, config, model)
         elif isinstance(inner, Mapping) and depth == len(parts) - 1:
-            field = field_at(Config, parts)
+            field = field_at(model, parts)
             marks = field.json_schema_extra
             return marks["before"] if isinstance(marks, dict) and marks.get("resume") == ADDED_LATER else _NOT_GIVEN
         else:
@@ -243,7 +253,7 @@ def _value(key: str, fields: Mapping[str, Any], config: object) -> object:
     return inner if inner is None or isinstance(inner, int | float) else shown(str(inner), 200)
 
 
-def refuse_other_stages(config: Config, manifest: Manifest, planned: Plan) -> None:
+def refuse_other_stages(config: AnyConfig, manifest: Manifest, planned: Plan) -> None:
     """Raise ConfigError if the plan has other stages than the manifest, which has the sizes of the arrays on disk."""
     for number, (stage, plan) in enumerate(itertools.zip_longest(manifest.stages, _stage_sizes(planned))):
         old, new = _stage_text(stage), _stage_text(plan)
@@ -261,6 +271,11 @@ def _stage_text(stage: StageSizes | None) -> str:
     height, width = stage.size
     styles = ", ".join(f"{style_width}×{style_height}" for style_height, style_width in stage.style_sizes)
     return f"{width}×{height} px" + (f" with styles of {styles} px" if styles else "")
+
+
+def command_of(config: AnyConfig) -> Literal["run", "apply"]:
+    """The command that a config is for."""
+    return "apply" if isinstance(config, ApplyConfig) else "run"
 
 
 def now() -> str:

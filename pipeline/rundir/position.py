@@ -17,6 +17,7 @@ from pipeline.rundir.records import (
     Exported,
     Exporting,
     Iteration,
+    Pass,
     Record,
     RolledBack,
     SmallerTile,
@@ -44,6 +45,7 @@ class Position:
     packed as in checksums.py, of the chunks of its arrays (the newest slot's) and of its metadata files. `tile_px`: the
     largest tile that fits in the device's memory, None while tiles of the plan have fitted. `added`: the iterations of
     each stage that was added after the planned ones. `cleaned`: the state was deleted, so that no stage has a slot.
+    `statistics`: of `apply`, mean and variance by channel of each (number of a network, norm).
     """
 
     stage: int = 0
@@ -64,6 +66,7 @@ class Position:
     carrying: frozenset[int] = frozenset()
     added: tuple[int, ...] = ()
     cleaned: bool = False
+    statistics: Mapping[tuple[int, str], tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
 
     @property
     def is_fixed(self) -> bool:
@@ -98,6 +101,8 @@ class Position:
                 return self._after_iteration(record)
             case StagePrepared():
                 return self._after_preparation(record)
+            case Pass():
+                return self._after_pass(record)
             case StageDone():
                 sums = self.checksums[self.stage]
                 moments = self.stage in self.carrying
@@ -152,6 +157,17 @@ class Position:
             mean_abs_u=record.mean_abs_u,
             max_abs_u=record.max_abs_u,
             slots={**self.slots, self.stage: iteration % 2},
+            checksums={**self.checksums, self.stage: {**self.checksums[self.stage], **record.checksums}},
+        )
+
+    def _after_pass(self, record: Pass) -> Position:
+        if record.norm is not None:
+            measured = {(record.network, record.norm): (tuple(record.mean), tuple(record.variance))}
+            return replace(self, iteration=record.iteration + 1, statistics={**self.statistics, **measured})
+        return replace(
+            self,
+            iteration=record.iteration + 1,
+            slots={**self.slots, self.stage: 1},
             checksums={**self.checksums, self.stage: {**self.checksums[self.stage], **record.checksums}},
         )
 

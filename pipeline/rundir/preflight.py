@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
-from pipeline.config import Config, ExportConfig, PrintSize, dotted, input_files
+from pipeline.config import AnyConfig, ApplyConfig, Config, ExportConfig, PrintSize, dotted, input_files
 from pipeline.core.color_spaces import SpaceName
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import same_file
@@ -26,6 +28,8 @@ from pipeline.rundir.color_notes import color_notes
 from pipeline.rundir.paths import refuse_own_state
 from pipeline.rundir.process_settings import process_settings
 
+C = TypeVar("C", Config, ApplyConfig, AnyConfig)
+
 
 @process_settings()
 def plan(config: Config) -> Plan:
@@ -44,7 +48,7 @@ def with_initial_size(config: Config) -> Config:
     return config.model_copy(update={"initial_size": initial_px(config, _headers(config))})
 
 
-def resolved(config: Config) -> Config:
+def resolved(config: C) -> C:
     """The config as a run renders it and a resume compares it: `size` in px, and a working space for `auto`.
 
     Raises ConfigError for a size that no image can have, InputError for an unusable content or profile.
@@ -72,6 +76,14 @@ def plan_on(config: Config, device: Device) -> Plan:
     # all that can be refused is refused here, because a run finds the rest only after hours
     refuse_own_state(config.output, config.work_dir)
     planned = make_plan(config, images, widths, weights, device.name, device.memory_bytes)
+    return with_checked_output(config, planned, images)
+
+
+def with_checked_output(config: AnyConfig, planned: Plan, images: Mapping[Path, ImageHeader]) -> Plan:
+    """The plan with the kind of its output images, and notes on colours.
+
+    Raises ConfigError for what cannot be written.
+    """
     for name, (height, width) in planned.outputs.items():
         check_output(Path(name), width, height, planned.picture.bits, config.export.compression)
     _check_outputs(config, planned)
@@ -93,7 +105,7 @@ def _with_four_channels(planned: Plan) -> Plan:
     return replace(planned, output_bytes=files, levels_bytes=levels)
 
 
-def _check_outputs(config: Config, planned: Plan) -> None:
+def _check_outputs(config: AnyConfig, planned: Plan) -> None:
     """Raise ConfigError for output images that have too many px with their edges, or the name of an input."""
     pixels = sum(height * width for height, width in planned.outputs.values())
     if pixels > config.limits.max_result_pixels:

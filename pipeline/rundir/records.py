@@ -19,12 +19,13 @@ from pipeline.config import MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
 from pipeline.core.color_spaces import WorkingSpace
 from pipeline.core.text import shown
 
-VERSION = 3
+VERSION = 4
 FORMAT = 2  # of a run directory, as the manifest says
 MAX_MANIFEST_BYTES = 2**20  # a hundred styles take 0.2 MB
 MAX_JOURNAL_BYTES = 2**30  # 100,000² px and 1,000 iterations take 0.6 GB, nearly all of it checksums
 MAX_OWNER_BYTES = 1000
 _MAX_STAGES = 64  # as in a config
+_MAX_CHANNELS = 100_000
 
 _Count = Annotated[int, Field(ge=0, le=MAX_ITERATIONS)]
 _Stage = Annotated[int, Field(ge=0, lt=_MAX_STAGES)]
@@ -64,7 +65,7 @@ class KeptConfig(_Kept):
     """The config that a run began with, with the keys of the version that wrote it."""
 
     output: _Line
-    optimizer: KeptOptimizer
+    optimizer: KeptOptimizer | None = None  # `apply` has none
     working_space: WorkingSpace = "srgb"
 
 
@@ -86,10 +87,12 @@ class ContentKind(_Strict):
 class Manifest(_Strict):
     """What a run began with. `threads`: CPU threads of one tile. `inputs`: SHA-256 by config key.
 
-    `dpi`: the resolution of the last stage's canvas on paper.
+    `dpi`: the resolution of the last stage's canvas on paper. `command`: what began it.
     """
 
-    version: Literal[1, 3] = 3  # 1: without dpi; manifests older than versions have the fields of 1
+    # 1: without dpi, as manifests older than versions; 3: without command
+    version: Literal[1, 3, 4] = 4
+    command: Literal["run", "apply"] = "run"
     format: int
     created: _Line
     config: KeptConfig
@@ -167,6 +170,28 @@ class Iteration(Record):
     remaining_s: Annotated[float, Field(ge=0, le=1e18)] | None = None
 
 
+class Pass(Record):
+    """A pass of `apply` over the whole picture is complete.
+
+    `network`: its number in the config; `norm`: the norm whose statistics it has measured: mean and variance by
+    channel. None for the last pass, which has written the canvas; `checksums`: of what it wrote. `remaining_s`: as in
+    Iteration.
+    """
+
+    version: Literal[4] = 4  # type: ignore[assignment]
+    type: Literal["pass"] = "pass"
+    stage: _Stage
+    iteration: _Count
+    network: _Count = 0
+    norm: _Line | None = None
+    mean: Annotated[list[float], Field(max_length=_MAX_CHANNELS)] = []
+    variance: Annotated[list[float], Field(max_length=_MAX_CHANNELS)] = []
+    seconds: _Numbers
+    busy: _Numbers = {}
+    checksums: _Sums = {}
+    remaining_s: Annotated[float, Field(ge=0, le=1e18)] | None = None
+
+
 class StageDone(Record):
     """A stage ended after `iterations`."""
 
@@ -230,7 +255,7 @@ class Cleaned(Record):
 
 
 _KINDS = (
-    *(Begun, StagePrepared, Iteration, StageDone, SmallerTile, Exporting, Exported, CanvasLost, RolledBack),
+    *(Begun, StagePrepared, Iteration, Pass, StageDone, SmallerTile, Exporting, Exported, CanvasLost, RolledBack),
     *(StageAdded, Cleaned),
 )
 _BY_TYPE: Mapping[str, type[Record]] = {str(kind.model_fields["type"].default): kind for kind in _KINDS}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config import AnyConfig
 from pipeline.core.errors import SpaceError
 from pipeline.core.text import size_text, stage_name
 from pipeline.plan import Plan
@@ -26,7 +26,7 @@ class DiskSpace:
     files: int
 
 
-def check_space(config: Config, planned: Plan, stage: int) -> None:
+def check_space(config: AnyConfig, planned: Plan, stage: int) -> None:
     """Raise SpaceError if the disks lack space for what is written from `stage` on, or, after the last, for the image.
 
     Files that the run already has count as space: when a stage starts, earlier ones have freed all but their result,

@@ -65,9 +65,14 @@ def is_averaged(names: Container[str]) -> bool:
 
 
 def result_name(slot: int, names: Container[str]) -> str:
-    """The array with a stage's result: the average of the newest slot if it is among `names`, else its canvas."""
-    average = f"average_{slot}"
-    return average if average in names else f"canvas_{slot}"
+    """The array with a stage's result: the average of the newest slot if it is among `names`, else its canvas.
+
+    Of `apply` it is the content, until its last pass has written a canvas: to slot 1.
+    """
+    average, canvas = f"average_{slot}", f"canvas_{slot}"
+    if average in names:
+        return average
+    return CONTENT if slot == 0 and canvas not in names and CONTENT in names else canvas
 
 
 def kept_files(slot: int, names: Container[str], *, moments: bool = False) -> tuple[str, ...]:

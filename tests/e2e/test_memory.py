@@ -335,7 +335,7 @@ class Card:
         from pipeline.render import tile_tasks
 
         self.stop, self.tiles = threading.Event(), 0
-        self._full, self._stop_at, computing = False, stop_at, tile_tasks._computing
+        self._full, self._stop_at, computing = False, stop_at, tile_tasks.computing
 
         @contextmanager
         def crowded(spec: Any) -> Iterator[None]:
@@ -344,7 +344,7 @@ class Card:
                     raise torch.OutOfMemoryError("CUDA out of memory")
                 yield
 
-        monkeypatch.setattr(tile_tasks, "_computing", crowded)
+        monkeypatch.setattr(tile_tasks, "computing", crowded)
 
     def __call__(self, event: Any) -> None:
         """Fills the device once the second stage computes, and counts the tiles of the gradient pass."""

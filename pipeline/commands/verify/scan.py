@@ -17,7 +17,7 @@ from pipeline.commands.verify.store_check import (
     foreign_at_the_top,
     store_damage,
 )
-from pipeline.config import Config, dotted, faults_in, input_files, result_fields
+from pipeline.config import AnyConfig, ApplyConfig, Config, dotted, faults_in, input_files, result_fields
 from pipeline.core.errors import DamagedStateError
 from pipeline.core.events import Sink, WorkDone
 from pipeline.executors import Executor
@@ -89,7 +89,7 @@ def input_task(spec: _InputSpec) -> Problem | None:
 
 
 def scan(
-    work_dir: Path, config: Config | None, sample: SampleSpec | None, executor: Executor, sink: Sink
+    work_dir: Path, config: AnyConfig | None, sample: SampleSpec | None, executor: Executor, sink: Sink
 ) -> ScanResult:
     """Compare everything in a run directory with the journal and the manifest.
 
@@ -165,7 +165,7 @@ def _manifest(path: Path, journal: JournalState, position: Position) -> tuple[Ma
     return manifest, []
 
 
-def _config(work_dir: Path, given: Config | None, manifest: Manifest | None, position: Position) -> Config | None:
+def _config(work_dir: Path, given: AnyConfig | None, manifest: Manifest | None, position: Position) -> AnyConfig | None:
     """The given config, else the manifest's; None without a manifest.
 
     Raises DamagedStateError if the manifest's config is invalid on this machine or in this version, or if the journal
@@ -177,23 +177,30 @@ def _config(work_dir: Path, given: Config | None, manifest: Manifest | None, pos
     if given is not None:
         given = resolved(given)
         if position.is_fixed:
-            keys = {dotted(key) for key, _ in input_files(given)} | {"network.weights"}
+            keys = {dotted(key) for key, _ in input_files(given)}
+            keys |= {"network.weights"} if isinstance(given, Config) else set()
             # the content of the files is compared later, where a difference is damage and not another config
             hashes = {key: manifest.inputs.get(key, "not there") for key in keys}
             refuse_changes(given, manifest, Identity(result_fields(given), hashes))
         return given
+    model: type[AnyConfig] = ApplyConfig if manifest.command == "apply" else Config
     try:
         # export options are no part of the state, and may be corrected at any time
-        return Config.model_validate({**manifest.config.model_dump(), "export": {}})
+        values = {**manifest.config.model_dump(), "export": {}}
+        if model is ApplyConfig:
+            values.pop("optimizer")
+        return model.model_validate(values)
     except ValidationError as error:
         raise DamagedStateError(
             f"{manifest_path(work_dir)}: the run's config in it does not work here and now "
-            f"({faults_in(error, Config)}), so nothing can be checked against it. Correct the cause, or give the run's "
+            f"({faults_in(error, model)}), so nothing can be checked against it. Correct the cause, or give the run's "
             "config with --config."
         ) from error
 
 
-def _ended(position: Position, config: Config, manifest: Manifest) -> bool:
+def _ended(position: Position, config: AnyConfig, manifest: Manifest) -> bool:
+    if not isinstance(config, Config):
+        return False
     stage = stages_of(manifest, position)[position.stage]
     settings = config.for_stage(max(stage.size)).optimizer
     if position.stage >= len(manifest.stages):  # it was added, with a number of iterations of its own
@@ -201,11 +208,12 @@ def _ended(position: Position, config: Config, manifest: Manifest) -> bool:
     return position.prepared and end_reason(position, settings) is not None
 
 
-def _input_specs(work_dir: Path, manifest: Manifest, config: Config) -> list[_InputSpec]:
+def _input_specs(work_dir: Path, manifest: Manifest, config: AnyConfig) -> list[_InputSpec]:
     """Raises DamagedStateError if the config reads a file of which the manifest has no hash."""
     files = {dotted(key): path for key, path in input_files(config)}
-    if (weights := weights_path(config.network.name, config.network.weights)) is not None:
-        files["network.weights"] = weights
+    if isinstance(config, Config):
+        weights = weights_path(config.network.name, config.network.weights)
+        files |= {} if weights is None else {"network.weights": weights}
     if missing := files.keys() - manifest.inputs.keys():
         raise DamagedStateError(
             f"{manifest_path(work_dir)}: has no hash of what its config reads as {', '.join(sorted(missing))}, so the "
@@ -214,7 +222,7 @@ def _input_specs(work_dir: Path, manifest: Manifest, config: Config) -> list[_In
     return [_InputSpec(key, path, manifest.inputs[key]) for key, path in files.items()]
 
 
-def _is_own(path: Path, config: Config | None, position: Position) -> bool:
+def _is_own(path: Path, config: AnyConfig | None, position: Position) -> bool:
     """Whether a path in the run directory is an output image, a part of one, or an input."""
     outputs = {Path(output) for output in position.pictures} | ({config.output} if config else set())
     if any(path.name.startswith(output.stem) and path.parent == output.parent for output in outputs):

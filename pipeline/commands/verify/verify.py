@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.commands.verify.repair import Step, repair_steps
 from pipeline.commands.verify.scan import ScanResult, scan
 from pipeline.commands.verify.store_check import Problem, SampleSpec, as_dict
-from pipeline.config import Config
+from pipeline.config import AnyConfig
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink, ignore
@@ -75,7 +75,7 @@ class Report:
 def verify(
     work_dir: Path,
     *,
-    config: Config | None = None,
+    config: AnyConfig | None = None,
     share: float | None = None,
     seed: int | None = None,
     repair: bool = False,

@@ -1,0 +1,214 @@
+"""The `apply` command: a picture through image transformation networks, exact in tiles, and its resume."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import store
+from pipeline.commands.outputs import Outputs
+from pipeline.commands.start import check_stage_space, check_start
+from pipeline.config import ApplyConfig, dotted, input_files, result_fields
+from pipeline.core.cancel import CancelToken
+from pipeline.core.errors import DeviceMemoryError, PipelineError, Stopped, storage
+from pipeline.core.events import Note, RunDone, Sink, StageDone, StageStarted, ignore
+from pipeline.core.text import count
+from pipeline.executors import Executor
+from pipeline.feedforward.plan import ApplyPlan, plan_apply
+from pipeline.network import sha256_of
+from pipeline.plan import Device, resolve_device
+from pipeline.render.context import executor_for, threads_of
+from pipeline.rundir import (
+    Identity,
+    Journal,
+    Position,
+    check_work_dir,
+    locked_folder,
+    now,
+    open_run,
+    records,
+    refuse_links,
+    refuse_locked,
+    resolved,
+    stage_path,
+    standing,
+    state_bytes,
+    store_path,
+)
+from pipeline.rundir.process_settings import process_settings
+from pipeline.store import kept_files, metadata
+
+if TYPE_CHECKING:
+    from pipeline.feedforward.passes import Passes
+    from pipeline.feedforward.spec import Conv
+
+
+@process_settings()
+def apply_plan(config: ApplyConfig) -> ApplyPlan:
+    """What `apply` will compute and need, from the headers of its files. Raises ConfigError, InputError."""
+    return plan_apply(resolved(config), resolve_device(config.compute.device))
+
+
+@process_settings()
+def apply(
+    config: ApplyConfig, *, force: bool = False, sink: Sink = ignore, stop: threading.Event | None = None
+) -> Path:
+    """Write the output image of `config`, or resume an earlier run of the same config; returns the image's path.
+
+    `force`, `stop`, and the errors: as in `run`.
+    """
+    started, cancel = time.monotonic(), CancelToken(stop)
+    config = resolved(config)
+    with storage(config.work_dir), ExitStack() as stack:
+        exists = config.work_dir.exists()
+        if exists:
+            lock = stack.enter_context(locked_folder(config.work_dir))
+        device = resolve_device(config.compute.device)
+        planned = plan_apply(config, device)
+        for note in planned.plan.notes:
+            sink(Note(note))
+        identify = cache(lambda: _identity(config, cancel))
+        check_start(config, planned.plan, identify, force=force, cancel=cancel)
+        if not exists:  # after all refusals, so that a refused start creates nothing
+            lock = stack.enter_context(locked_folder(config.work_dir))
+        executor = stack.enter_context(executor_for(config, device, lock.descriptor, sink, cancel))
+        refuse_links(config.work_dir)
+        journal = open_run(config, planned.plan, identify)
+        application = _Application(config, planned, device, executor, journal, identify(), sink)
+        application.apply()
+        commit, position = application.commit, lambda: application.position
+        Outputs(config, planned.plan, executor, sink, force, commit, position).write()
+    outputs = list(planned.plan.outputs)
+    sink(RunDone(", ".join(outputs), time.monotonic() - started, str(config.work_dir), state_bytes(config.work_dir)))
+    return Path(outputs[0])
+
+
+@process_settings()
+def apply_outlook(config: ApplyConfig, planned: ApplyPlan, *, stop: threading.Event | None = None) -> str:
+    """What `apply` would do with this config now, in words, or why it would refuse; as `outlook` of a run."""
+    cancel = CancelToken(stop)
+    try:
+        config = resolved(config)
+        if config.work_dir.exists():
+            refuse_locked(config.work_dir)
+            check_work_dir(config.work_dir)
+        return check_start(config, planned.plan, lambda: _identity(config, cancel), cancel=cancel).text
+    except Stopped:
+        raise
+    except PipelineError as error:
+        return f"is refused: {error}"
+
+
+def _identity(config: ApplyConfig, cancel: CancelToken) -> Identity:
+    return Identity(result_fields(config), {dotted(key): sha256_of(path, cancel) for key, path in input_files(config)})
+
+
+@dataclass
+class _Application:
+    """The state of a run of `apply` in this process."""
+
+    config: ApplyConfig
+    planned: ApplyPlan
+    device: Device
+    executor: Executor
+    journal: Journal
+    identity: Identity
+    sink: Sink
+    position: Position = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.position = standing(self.journal)[1]
+
+    def apply(self) -> None:
+        """Run every pass that is not done, in smaller tiles if those of the plan do not fit in the device's memory."""
+        if self.position.stage_done:
+            return
+        step_px = self.planned.plan.tile_step_px
+        while True:
+            tile_px = min(self.position.tile_px or self.planned.plan.tile_px, self.planned.plan.tile_px)
+            try:
+                self._apply_in_tiles(tile_px)
+                return
+            except DeviceMemoryError:
+                if tile_px == step_px:
+                    raise
+            gc.collect()  # the error's frames refer to each other, and to the tile's tensors
+            smaller = max(step_px, tile_px // 2 // step_px * step_px)
+            self.commit(records.SmallerTile(tile_px=smaller))
+            cause = f"{self.device.name} is out of memory for tiles of {tile_px} px"
+            self.sink(Note(f"{cause}: resuming with tiles of {smaller} px from the last pass"))
+
+    def _apply_in_tiles(self, tile_px: int) -> None:
+        passes, stage = self._passes(tile_px), self.planned.stage
+        done = self.position.iteration
+        check_stage_space(self.config, self.planned.plan, self.position, 0)
+        self.sink(StageStarted(0, 1, *stage.size, len(passes.tiles), done, stage.max_iterations))
+        if not self.position.prepared:
+            sums = passes.prepare()
+            self.commit(records.StagePrepared(stage=0, tile_px=tile_px, content_energies={}, checksums=sums))
+        else:
+            if done:
+                self.sink(Note(f"resuming after {count(done, 'pass')} of {stage.max_iterations}"))
+            passes.check(self.position.checksums[0])
+        for number, (network, conv) in enumerate(self.planned.passes):
+            if number >= self.position.iteration:
+                self.executor.cancel.raise_if_set()
+                self._pass(passes, number, network, conv)
+        self.commit(records.StageDone(stage=0, iterations=stage.max_iterations, reason="applied"))
+        at = self.position
+        store.delete_arrays(passes.stage_dir, set(kept_files(at.slots[0], at.checksums[0])))
+        self.sink(StageDone(0, stage.max_iterations, "applied"))
+
+    def _pass(self, passes: Passes, number: int, network: int, conv: Conv | None) -> None:
+        begun, known, checksums = time.monotonic(), self.position.statistics, self.position.checksums[0]
+        what = f"pass {number + 1} of {self.planned.stage.max_iterations}"
+        if conv is None:
+            written = passes.output(what, known, checksums)
+            record = records.Pass(stage=0, iteration=number, seconds={}, checksums=written)
+        else:
+            measured = passes.statistics(what, network, conv, known, checksums)
+            record = records.Pass(
+                stage=0,
+                iteration=number,
+                network=network,
+                norm=conv.name,
+                mean=list(measured.mean_C),
+                variance=list(measured.variance_C),
+                seconds={},
+            )
+        wall = {"wall": time.monotonic() - begun}
+        self.commit(record.model_copy(update={"seconds": wall, "busy": wall}))
+
+    def _passes(self, tile_px: int) -> Passes:
+        # these import torch, which other commands start without
+        from pipeline.feedforward.passes import Passes  # noqa: PLC0415
+        from pipeline.feedforward.tile_tasks import NetworksSpec  # noqa: PLC0415
+
+        config, uses = self.config, self.planned.networks
+        workers = max(1, config.compute.workers)
+        networks = NetworksSpec(
+            tuple(use.header.path for use in uses),
+            tuple(self.identity.inputs[f"networks.{index}.file"] for index in range(len(uses))),
+            tuple(use.style_S for use in uses),
+            config.compute.dtype,
+            self.device.name,
+            threads_of(config),
+            self.planned.plan.device_bytes // workers,
+        )
+        stage_dir = stage_path(config.work_dir, 0)
+        return Passes(config, self.planned, networks, stage_dir, self.executor, self.sink, tile_px)
+
+    def commit(self, record: records.Record) -> None:
+        """Append a record to the journal."""
+        has_pixels = isinstance(record, records.StagePrepared | records.Pass)
+        # the chunks must be on the disk before the record that commits them
+        if has_pixels and self.config.store.durability == "power":
+            metadata.sync(store_path(self.config.work_dir))
+        self.journal.append(record.model_copy(update={"time": now()}))
+        self.position = self.position.after(record)

@@ -1,0 +1,199 @@
+"""Windows through an image transformation network, exact at any size: statistics of norms, and output pixels.
+
+A norm is a scale and a shift of each channel once its statistics are known, so that it is part of the convolution
+before it. Axes in names: 1 batch, C channels, H rows, W columns, S styles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.core.tiling import Rect, Size
+from pipeline.feedforward import geometry
+from pipeline.feedforward.geometry import Range, Source, Window
+from pipeline.feedforward.network import NORM_EPS, to_network, to_pixels, upsampled
+from pipeline.feedforward.network_file import TransformFile
+from pipeline.feedforward.spec import Conv, Padding, Residual, TransformSpec
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over positions, by channel, in float64: Σx and Σx², and how many positions."""
+
+    count: int
+    sum_C: NDArray[np.float64]
+    squares_C: NDArray[np.float64]
+
+    def plus(self, other: Moments) -> Moments:
+        """The sums over both."""
+        return Moments(self.count + other.count, self.sum_C + other.sum_C, self.squares_C + other.squares_C)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no feature was infinite or not a number."""
+        return bool(np.isfinite(self.sum_C).all() and np.isfinite(self.squares_C).all())
+
+    def statistics(self) -> Statistics:
+        """Mean and variance."""
+        mean_C = self.sum_C / self.count
+        return Statistics(mean_C.tolist(), np.maximum(self.squares_C / self.count - mean_C**2, 0).tolist())
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and variance of each channel before a norm, over all positions of an image."""
+
+    mean_C: Sequence[float]
+    variance_C: Sequence[float]
+
+
+class TiledNetwork:
+    """A network's weights on a device. `style_S`: the share of each of its styles."""
+
+    def __init__(self, file: TransformFile, style_S: Sequence[float], dtype: torch.dtype, device: str) -> None:
+        self.spec = file.spec
+        self._state = {key: value.to(torch.float64) for key, value in file.state.items()}
+        self._style_S = torch.tensor(style_S, dtype=torch.float64)
+        self._dtype, self._device = dtype, device
+
+    def output(self, window: Window, pixels_1CHW: Tensor, statistics: Mapping[str, Statistics]) -> Tensor:
+        """RGB 0..255 of the window, not clamped, (1, 3, H, W). `pixels_1CHW`: those of `window.pixels`."""
+        return to_pixels(self._run(window, pixels_1CHW, statistics, None), self.spec)
+
+    def moments(self, window: Window, pixels_1CHW: Tensor, statistics: Mapping[str, Statistics], conv: Conv) -> Moments:
+        """The sums before the norm of `conv` over the window, which ends there. `statistics`: of the norms before."""
+        return _moments(self._run(window, pixels_1CHW, statistics, conv))
+
+    def _run(
+        self, window: Window, pixels_1CHW: Tensor, statistics: Mapping[str, Statistics], raw: Conv | None
+    ) -> Tensor:
+        """The output of the window's last layer; of `raw` without norm and ReLU."""
+        x = to_network(pixels_1CHW.to(self._dtype), self.spec)
+        size = tuple(side - 2 * self.spec.start_padding_px for side in window.sizes[0])
+        offset = self.spec.start_padding_px
+        padded = Rect(*(edge - offset for edge in window.held[0]))
+        x = _taken(x, window.pixels, padded, (size[0], size[1]), "reflect")
+        for index, layer in enumerate(window.layers):
+            held, wanted, before = window.held[index], window.held[index + 1], window.sizes[index]
+            if isinstance(layer, Residual):
+                x = self._block(layer, x, held, wanted, before, statistics)
+            else:
+                x = self._conv(layer, x, held, wanted, before, None if layer == raw else statistics)
+        return x
+
+    def _block(
+        self, block: Residual, x: Tensor, held: Rect, wanted: Rect, size: Size, statistics: Mapping[str, Statistics]
+    ) -> Tensor:
+        first, second = block.convs
+        inner_size = first.size(size[0]), first.size(size[1])
+        inner = geometry.held_rect(second, wanted, inner_size)
+        source = geometry.held_rect(first, inner, size)
+        y = self._conv(first, _cut(x, held, source), source, inner, size, statistics)
+        y = self._conv(second, y, inner, wanted, inner_size, statistics)
+        margin = geometry.skip_margin(block)
+        kept = Rect(*(edge + margin for edge in wanted))
+        return y.add_(_cut(x, held, kept))
+
+    def _conv(
+        self, conv: Conv, x: Tensor, held: Rect, wanted: Rect, size: Size, statistics: Mapping[str, Statistics] | None
+    ) -> Tensor:
+        """`wanted` of a convolution's output from `held` of its input. Without statistics: before norm and ReLU."""
+        times = conv.enlargement
+        x = upsampled(x, conv.upsampling)
+        raw = Rect(*geometry.raw_of(conv, wanted[:2]), *geometry.raw_of(conv, wanted[2:]))
+        enlarged = Rect(*(edge * times for edge in held))
+        x = _taken(x, enlarged, raw, (size[0] * times, size[1] * times), conv.padding)
+        weight, bias = self._parameters(conv, statistics)
+        x = F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, conv.stride)
+        return F.relu_(x) if conv.has_relu and statistics is not None else x
+
+    def _parameters(self, conv: Conv, statistics: Mapping[str, Statistics] | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias, with the norm in them; computed in float64."""
+        stem = f"layers.{conv.name}"
+        weight, bias = self._state[f"{stem}.conv.weight"], self._state[f"{stem}.conv.bias"]
+        if statistics is not None and conv.has_norm and self.spec.norm != "none":
+            gamma, beta, mean, variance = self._norm(conv, statistics)
+            factor = gamma / torch.sqrt(variance + NORM_EPS)
+            weight, bias = weight * factor[:, None, None, None], (bias - mean) * factor + beta
+        weight = weight.to(self._device, self._dtype).contiguous(memory_format=torch.channels_last)
+        return weight, bias.to(self._device, self._dtype)
+
+    def _norm(self, conv: Conv, statistics: Mapping[str, Statistics]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scale, shift, mean and variance of a norm."""
+        stem = f"layers.{conv.name}.norm"
+        weight, bias = self._state[f"{stem}.weight"], self._state[f"{stem}.bias"]
+        if self.spec.norm == "batch":
+            return weight, bias, self._state[f"{stem}.running_mean"], self._state[f"{stem}.running_var"]
+        own = statistics[conv.name]
+        mean, variance = (torch.tensor(values, dtype=torch.float64) for values in (own.mean_C, own.variance_C))
+        return self._style_S @ weight, self._style_S @ bias, mean, variance
+
+
+def norms_with_statistics(spec: TransformSpec) -> list[Conv]:
+    """The convolutions whose norms need a pass over the image, in order; none with batch norm."""
+    return spec.norms() if spec.norm == "instance" else []
+
+
+def output_window(spec: TransformSpec, size: Size, inner: Rect) -> Window:
+    """The window of the output pixels `inner`. `size`: (height, width) of the input."""
+    return geometry.window(spec, size, spec.layers, inner)
+
+
+def norm_window(spec: TransformSpec, size: Size, inner: Rect, conv: Conv) -> Window | None:
+    """The window of a tile's own positions before the norm of `conv`; None where it has none."""
+    layers = geometry.layers_until(spec, conv)
+    canvas = size[0] * spec.factor, size[1] * spec.factor
+    wanted = geometry.owned(inner, canvas, geometry.grid_size(spec, size, layers))
+    return geometry.window(spec, size, layers, wanted) if wanted.area else None
+
+
+def _cut(x: Tensor, held: Rect, kept: Rect) -> Tensor:
+    rows, columns = kept.within(held)
+    return x[:, :, rows, columns]
+
+
+def _taken(x: Tensor, held: Rect, raw: Rect, size: Size, padding: Padding) -> Tensor:
+    """`raw` of a map of which `held` is there: cut, and padded where it reaches beyond the map of `size`."""
+    for axis, (lo, hi), wanted, side in (
+        (2, held[:2], raw[:2], size[0]),
+        (3, held[2:], raw[2:], size[1]),
+    ):
+        if wanted != (lo, hi):
+            x = _taken_axis(x, axis, lo, geometry.source(wanted, side), side, padding)
+    return x
+
+
+def _taken_axis(x: Tensor, axis: int, start: int, parts: Source, size: int, padding: Padding) -> Tensor:
+    def read(part: Range) -> Tensor:
+        return x.narrow(axis, part[0] - start, part[1] - part[0])
+
+    def beyond(part: Range) -> Tensor:
+        if padding == "reflect":
+            return read(geometry.mirrored(part, size)).flip(axis)
+        shape = list(x.shape)
+        shape[axis] = part[1] - part[0]
+        return x.new_zeros(shape)
+
+    pieces = [
+        beyond(part) if outside else read(part)
+        for part, outside in ((parts.before, True), (parts.inside, False), (parts.after, True))
+        if part[0] < part[1]
+    ]
+    return torch.cat(pieces, axis) if len(pieces) > 1 else pieces[0]
+
+
+def _moments(x_1CHW: Tensor) -> Moments:
+    """Channel by channel: a float64 copy of all channels would be larger than the map."""
+    sums, squares = [], []
+    for x_HW in x_1CHW[0]:
+        x = x_HW.to(torch.float64)
+        sums.append(float(x.sum()))
+        squares.append(float((x * x).sum()))
+    return Moments(x_1CHW.shape[2] * x_1CHW.shape[3], np.array(sums), np.array(squares))
