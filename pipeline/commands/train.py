@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import TrainConfig, deciding_fields
+from pipeline.config import TrainConfig, result_fields
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError, InputError, Stopped, storage
 from pipeline.core.events import Note, Sink, TrainingDone, TrainingStep, ignore
@@ -91,7 +91,7 @@ def _identity(
     """What decides the weights, by the words that a refused resume is told in."""
     names = [f"{photo.path.relative_to(config.photographs).as_posix()}\0{photo.size_bytes}" for photo in photographs]
     return {
-        **deciding_fields(config),
+        **result_fields(config),
         "compute.device": device.name,
         "compute.dtype": _dtype(config, device),
         "the photographs": f"{len(names)}, {hashlib.sha256(chr(10).join(names).encode()).hexdigest()[:16]}",

@@ -11,12 +11,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from pipeline.config.config import read_overridden, validated
 from pipeline.config.fields import MAX_THREADS, Device, File, Float, Int, Layers, Share
-from pipeline.config.messages import Conflict, ConflictsError, allowed, validate
-from pipeline.config.overrides import override
-from pipeline.config.sections import HARMLESS, LimitsConfig, NetworkConfig, Section
-from pipeline.config.yaml_reader import problem_lines, read
-from pipeline.core.errors import ConfigError
+from pipeline.config.messages import Conflict, ConflictsError, allowed
+from pipeline.config.sections import COMPARED_BY_CONTENT, HARMLESS, LimitsConfig, NetworkConfig, Section
 from pipeline.core.files import real, same_file
 from pipeline.core.text import shown
 from pipeline.core.vgg_layers import ALIGN_PX, min_side_px
@@ -38,12 +36,12 @@ def _network_suffix(path: Path) -> Path:
 class TrainedStyle(Section):
     """A style that the network learns."""
 
-    image: File = Field(description="style image")
+    image: File = Field(description="style image", json_schema_extra=COMPARED_BY_CONTENT)
     size: _WholePx = Field(
         512, description="its long side in px, at which it is compared: the size of the strokes in the result"
     )
     name: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
-        None, description="name by which `apply` selects it; null: that of the file"
+        None, description="name by which `apply` selects it; null: that of the file", json_schema_extra=HARMLESS
     )
 
 
@@ -110,7 +108,7 @@ class ScheduleConfig(Section):
 class TrainingComputeConfig(Section):
     """Device, precision and threads."""
 
-    device: Device = Field("auto", description="device")
+    device: Device = Field("auto", description="device", json_schema_extra=HARMLESS)  # the device itself is compared
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="number format of the convolutions; auto: bfloat16 on CUDA, float32 on a CPU"
     )
@@ -134,7 +132,11 @@ class TrainConfig(Section):
     styles: tuple[TrainedStyle, ...] = Field(
         (), max_length=_MAX_TRAINED_STYLES, description="styles; several share one network, by conditional norm"
     )
-    photographs: File = Field(description="folder of photographs, read with its subfolders", examples=["photographs"])
+    photographs: File = Field(
+        description="folder of photographs, read with its subfolders",
+        examples=["photographs"],
+        json_schema_extra=COMPARED_BY_CONTENT,
+    )
     output: Annotated[File, AfterValidator(_network_suffix)] = Field(
         description="trained network, .safetensors", examples=["style.safetensors"], json_schema_extra=HARMLESS
     )
@@ -175,37 +177,9 @@ class TrainConfig(Section):
 
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The training's config in the YAML file `path`, with `key.inner=value` overrides applied, all paths absolute.
-
-    Raises ConfigError with every problem, one per line, as load_config does; StorageError if the disk fails.
-    """
+    """The config of a training in the YAML file `path`; otherwise as load_config, with inputs checked."""
     file = Path(path)
-    document = read(file)
-    for number, setting in enumerate(overrides):
-        override(document, number, setting)
-    config = validate(TrainConfig, document, Path.cwd() / file.parent) if document.readable else None
-    if config is None or document.problems:
-        raise ConfigError(problem_lines(document.problems))
-    return config
-
-
-def deciding_fields(config: TrainConfig) -> dict[str, object]:
-    """The JSON-able value of every key that decides the weights, by dotted key; files are compared by content."""
-    return dict(_deciding(config, ""))
-
-
-def _deciding(section: Section, prefix: str) -> Iterator[tuple[str, object]]:
-    for name, field in type(section).model_fields.items():
-        marks, value = field.json_schema_extra, getattr(section, name)
-        if marks == HARMLESS or isinstance(value, Path) or name == "weights":  # files are compared by content
-            continue
-        if isinstance(value, Section):
-            yield from _deciding(value, f"{prefix}{name}.")
-        elif name == "styles":
-            for index, style in enumerate(value):
-                yield f"styles.{index}.size", style.size
-        else:
-            yield f"{prefix}{name}", value
+    return validated(TrainConfig, read_overridden(file, overrides), Path.cwd() / file.parent, check_inputs=True)
 
 
 def _conflicts(config: TrainConfig) -> Iterator[Conflict]:

@@ -183,7 +183,8 @@ def test_what_is_refused(make, tmp_path):
     empty.mkdir()
     for overrides, error in {
         (f"photographs={empty}",): "empty has no usable photograph",
-        ("photographs=nowhere",): "is not a folder",
+        ("photographs=nowhere",): "no such file",
+        ("photographs=style.png",): "is not a folder",
         ("training.crop_px=112",): "all 3 were skipped",
         ("styles=[]",): "needs a style",
         ("output=net.png",): "is a .safetensors file",
