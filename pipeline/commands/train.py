@@ -138,17 +138,15 @@ class _Training:
     _saved_step: int = 0
 
     def __post_init__(self) -> None:
-        checkpoint = self._earlier()
-        threads = self.config.compute.threads
+        checkpoint, threads = self._earlier(), self.config.compute.threads
         self.threads = default_threads(0) if threads == "auto" else threads
-        if checkpoint is not None and checkpoint.threads != self.threads:
+        if checkpoint is not None:
             self.threads = checkpoint.threads  # on which the last bits depend
         self.trainer = self._trainer()
         if checkpoint is not None:
             self.trainer.restore(checkpoint.step, checkpoint.tensors)
             self._saved_step = checkpoint.step
             self.sink(Note(f"resuming after step {checkpoint.step:,}"))
-
         self._samples: list[Tensor] = sample_pictures(self.config, self.photographs, self.cancel)
 
     def _earlier(self) -> Checkpoint | None:
@@ -171,7 +169,6 @@ class _Training:
         return checkpoint
 
     def _trainer(self) -> Trainer:
-
         network, dtype = self.config.loss_network, _dtype(self.config, self.device)
         spec = NetworkSpec(
             self.weights,
@@ -218,7 +215,6 @@ class _Training:
         self._checkpoint()
 
     def _checkpoint(self) -> None:
-
         step = self.trainer.step
         if step == self._saved_step:
             return
@@ -227,7 +223,6 @@ class _Training:
         self._saved_step = step
 
     def _sample(self) -> None:
-
         self.folder.write_sample(self.trainer.step, sample_sheet(self.trainer, self.config, self._samples))
 
     def write_network(self) -> None:
@@ -238,7 +233,6 @@ class _Training:
         save_network(self.config.output, self.trainer.network, self._notes())
 
     def _notes(self) -> dict[str, str]:
-
         named = {key: value for key, value in self.identity.items() if not key.startswith("the ")}
         notes = {
             _IDENTITY: _digest(self.identity),
