@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import TrainConfig, deciding_fields
+from pipeline.config import TrainConfig, result_fields
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError, InputError, Stopped, storage
 from pipeline.core.events import Note, Sink, TrainingDone, TrainingStep, ignore
@@ -91,7 +91,7 @@ def _identity(
     """What decides the weights, by the words that a refused resume is told in."""
     names = [f"{photo.path.relative_to(config.photographs).as_posix()}\0{photo.size_bytes}" for photo in photographs]
     return {
-        **deciding_fields(config),
+        **result_fields(config),
         "compute.device": device.name,
         "compute.dtype": _dtype(config, device),
         "the photographs": f"{len(names)}, {hashlib.sha256(chr(10).join(names).encode()).hexdigest()[:16]}",
@@ -138,17 +138,15 @@ class _Training:
     _saved_step: int = 0
 
     def __post_init__(self) -> None:
-        checkpoint = self._earlier()
-        threads = self.config.compute.threads
+        checkpoint, threads = self._earlier(), self.config.compute.threads
         self.threads = default_threads(0) if threads == "auto" else threads
-        if checkpoint is not None and checkpoint.threads != self.threads:
+        if checkpoint is not None:
             self.threads = checkpoint.threads  # on which the last bits depend
         self.trainer = self._trainer()
         if checkpoint is not None:
             self.trainer.restore(checkpoint.step, checkpoint.tensors)
             self._saved_step = checkpoint.step
             self.sink(Note(f"resuming after step {checkpoint.step:,}"))
-
         self._samples: list[Tensor] = sample_pictures(self.config, self.photographs, self.cancel)
 
     def _earlier(self) -> Checkpoint | None:
@@ -171,7 +169,6 @@ class _Training:
         return checkpoint
 
     def _trainer(self) -> Trainer:
-
         network, dtype = self.config.loss_network, _dtype(self.config, self.device)
         spec = NetworkSpec(
             self.weights,
@@ -218,7 +215,6 @@ class _Training:
         self._checkpoint()
 
     def _checkpoint(self) -> None:
-
         step = self.trainer.step
         if step == self._saved_step:
             return
@@ -227,7 +223,6 @@ class _Training:
         self._saved_step = step
 
     def _sample(self) -> None:
-
         self.folder.write_sample(self.trainer.step, sample_sheet(self.trainer, self.config, self._samples))
 
     def write_network(self) -> None:
@@ -238,7 +233,6 @@ class _Training:
         save_network(self.config.output, self.trainer.network, self._notes())
 
     def _notes(self) -> dict[str, str]:
-
         named = {key: value for key, value in self.identity.items() if not key.startswith("the ")}
         notes = {
             _IDENTITY: _digest(self.identity),
@@ -250,7 +244,7 @@ class _Training:
             "loss_network": f"{self.config.loss_network.name}, SHA-256 {self.weights.sha256}",
             "preview": preview_text(self.trainer, self.config, self._samples[0]),
         }
-        recent = self.folder.last_losses(_LAST_STEPS)
-        means = {name: sum(vars(losses)[name] for losses in recent) / len(recent) for name in vars(recent[0])}
-        notes["losses"] = json.dumps({f"mean of the last {count(len(recent), 'step')}": means})
+        if recent := self.folder.last_losses(_LAST_STEPS):
+            means = {name: sum(vars(losses)[name] for losses in recent) / len(recent) for name in vars(recent[0])}
+            notes["losses"] = json.dumps({f"mean of the last {count(len(recent), 'step')}": means})
         return notes

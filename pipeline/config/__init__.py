@@ -26,6 +26,6 @@ from pipeline.config.sections import (
     StageConfig,
     StyleConfig,
 )
-from pipeline.config.training import TrainConfig, deciding_fields, load_train_config
+from pipeline.config.training import TrainConfig, load_train_config
 from pipeline.config.variation import variation_text
 from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, dotted, problem_lines, undotted

@@ -11,12 +11,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from pipeline.config.config import read_overridden, validated
 from pipeline.config.fields import MAX_THREADS, Device, File, Float, Int, Layers, Share
-from pipeline.config.messages import Conflict, ConflictsError, allowed, validate
-from pipeline.config.overrides import override
-from pipeline.config.sections import HARMLESS, LimitsConfig, NetworkConfig, Section
-from pipeline.config.yaml_reader import problem_lines, read
-from pipeline.core.errors import ConfigError
+from pipeline.config.messages import Conflict, ConflictsError, allowed
+from pipeline.config.sections import COMPARED_BY_CONTENT, HARMLESS, LimitsConfig, NetworkConfig, Section
+from pipeline.core.files import real, same_file
 from pipeline.core.text import shown
 from pipeline.core.vgg_layers import ALIGN_PX, min_side_px
 
@@ -37,12 +36,12 @@ def _network_suffix(path: Path) -> Path:
 class TrainedStyle(Section):
     """A style that the network learns."""
 
-    image: File = Field(description="style image")
+    image: File = Field(description="style image", json_schema_extra=COMPARED_BY_CONTENT)
     size: _WholePx = Field(
         512, description="its long side in px, at which it is compared: the size of the strokes in the result"
     )
     name: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
-        None, description="name by which `apply` selects it; null: that of the file"
+        None, description="name by which `apply` selects it; null: that of the file", json_schema_extra=HARMLESS
     )
 
 
@@ -109,7 +108,7 @@ class ScheduleConfig(Section):
 class TrainingComputeConfig(Section):
     """Device, precision and threads."""
 
-    device: Device = Field("auto", description="device")
+    device: Device = Field("auto", description="device", json_schema_extra=HARMLESS)  # the device itself is compared
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="number format of the convolutions; auto: bfloat16 on CUDA, float32 on a CPU"
     )
@@ -133,7 +132,11 @@ class TrainConfig(Section):
     styles: tuple[TrainedStyle, ...] = Field(
         (), max_length=_MAX_TRAINED_STYLES, description="styles; several share one network, by conditional norm"
     )
-    photographs: File = Field(description="folder of photographs, read with its subfolders", examples=["photographs"])
+    photographs: File = Field(
+        description="folder of photographs, read with its subfolders",
+        examples=["photographs"],
+        json_schema_extra=COMPARED_BY_CONTENT,
+    )
     output: Annotated[File, AfterValidator(_network_suffix)] = Field(
         description="trained network, .safetensors", examples=["style.safetensors"], json_schema_extra=HARMLESS
     )
@@ -174,37 +177,9 @@ class TrainConfig(Section):
 
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The training's config in the YAML file `path`, with `key.inner=value` overrides applied, all paths absolute.
-
-    Raises ConfigError with every problem, one per line, as load_config does; StorageError if the disk fails.
-    """
+    """The config of a training in the YAML file `path`; otherwise as load_config, with inputs checked."""
     file = Path(path)
-    document = read(file)
-    for number, setting in enumerate(overrides):
-        override(document, number, setting)
-    config = validate(TrainConfig, document, Path.cwd() / file.parent) if document.readable else None
-    if config is None or document.problems:
-        raise ConfigError(problem_lines(document.problems))
-    return config
-
-
-def deciding_fields(config: TrainConfig) -> dict[str, object]:
-    """The JSON-able value of every key that decides the weights, by dotted key; files are compared by content."""
-    return dict(_deciding(config, ""))
-
-
-def _deciding(section: Section, prefix: str) -> Iterator[tuple[str, object]]:
-    for name, field in type(section).model_fields.items():
-        marks, value = field.json_schema_extra, getattr(section, name)
-        if marks == HARMLESS or isinstance(value, Path) or name == "weights":  # files are compared by content
-            continue
-        if isinstance(value, Section):
-            yield from _deciding(value, f"{prefix}{name}.")
-        elif name == "styles":
-            for index, style in enumerate(value):
-                yield f"styles.{index}.size", style.size
-        else:
-            yield f"{prefix}{name}", value
+    return validated(TrainConfig, read_overridden(file, overrides), Path.cwd() / file.parent, check_inputs=True)
 
 
 def _conflicts(config: TrainConfig) -> Iterator[Conflict]:
@@ -215,6 +190,7 @@ def _conflicts(config: TrainConfig) -> Iterator[Conflict]:
     if config.crop_px % ALIGN_PX:
         text = f"a crop must be a multiple of {ALIGN_PX} px, to which the layers of the losses are aligned"
         yield Conflict((("training", "crop_px"),), text)
+    yield from _place_conflicts(config)
     loss, network = config.loss, config.loss_network
     layers = {**network.content_layers, **network.style_layers}
     least = min_side_px(tuple(layers), network.padding)
@@ -224,6 +200,16 @@ def _conflicts(config: TrainConfig) -> Iterator[Conflict]:
     weights = (loss.content_weight, loss.style_weight if config.task == "style" else 0.0)
     if not any(weights):
         yield Conflict((("loss",),), "content and style have no weight, so there is nothing to learn")
+
+
+def _place_conflicts(config: TrainConfig) -> Iterator[Conflict]:
+    folder, work_dir = real(config.photographs), real(config.work_dir)
+    if work_dir == folder or folder in work_dir.parents:
+        text = "is inside the folder of the photographs, and its samples would be taken for such; choose another folder"
+        yield Conflict((("work_dir",), ("photographs",), ("output",)), text)
+    if config.loss_network.weights is not None and same_file(config.output, config.loss_network.weights):
+        text = "the trained network would replace the weights of the loss network; choose another name"
+        yield Conflict((("output",), ("loss_network", "weights")), text)
 
 
 def _style_conflicts(config: TrainConfig) -> Iterator[Conflict]:

@@ -22,6 +22,8 @@ from pipeline.losses.total_variation import CHANNELS, variation
 from pipeline.network.vgg import FeatureMap, Network, Step
 
 _PIXEL_ENERGY = 255.0**2
+# The content features of a crop are divided by their energy, and by no less than this part of the batch's mean.
+_LEAST_ENERGY = 0.01
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,14 @@ class TrainingObjective:
 
     def _content_seed(self, name: str, features_BCHW: Tensor, target_BCHW: Tensor, sums: _Sums) -> Tensor:
         weight, seeds = self._weights.content_layers[name], []
-        for features_CHW, target_CHW in zip(features_BCHW, target_BCHW, strict=True):
+        energies = [energy(target_CHW) for target_CHW in target_BCHW]
+        # a crop of a black sky has next to no features, and divided by its own energy it would be all that counts
+        least = _LEAST_ENERGY * sum(energies) / sums.batch
+        if least == 0:
+            return torch.zeros_like(features_BCHW)
+        for features_CHW, target_CHW, own in zip(features_BCHW, target_BCHW, energies, strict=True):
             channels, positions = len(target_CHW), target_CHW[0].numel()
-            # a crop without features (a black sky) would divide by 0, and has nothing to compare
-            target_energy = max(energy(target_CHW), torch.finfo(torch.float32).tiny)
-            scale = content_scale(self._weights.kind, target_energy, channels, positions, weight)
+            scale = content_scale(self._weights.kind, max(own, least), channels, positions, weight)
             difference_CHW = features_CHW - target_CHW
             sums.content += scale * float(squares(difference_CHW)) / sums.batch
             seeds.append(self._weights.content / sums.batch * 2 * scale * difference_CHW)

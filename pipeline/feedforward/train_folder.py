@@ -59,6 +59,7 @@ class TrainFolder:
         values: Mapping[str, float] = {"step": step, **vars(losses), "seconds": round(seconds, 4)}
         with storage(self.losses):
             self._file.write(json.dumps(values).encode() + b"\n")
+            self._file.flush()
 
     def last_losses(self, number: int) -> list[Losses]:
         """The losses of the last steps, at most `number`."""

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
 import yaml
 
 import pipeline
-from pipeline.core.errors import ConfigError, DamagedStateError, LockedError, Stopped
+from pipeline.core.errors import ConfigError, DamagedStateError, LockedError, SpaceError, Stopped
 from pipeline.core.events import Note, TrainingStep
 from pipeline.feedforward.network_file import load_network
 from pipeline.rundir.lock import RunLock
@@ -100,6 +101,26 @@ def test_a_stopped_and_a_killed_training_end_with_the_weights_of_one_that_was_no
     assert steps_of(work_dir) == list(range(1, killed_at + 4))
 
 
+def test_a_full_disk_costs_no_more_than_the_steps_since_the_checkpoint(make, small_disk):
+    """Refused with what to do; the same command then ends with the weights of a training that had space."""
+    path, filler = make(), small_disk / "filler"
+
+    def fill(event):
+        if isinstance(event, TrainingStep) and event.step == 3:
+            with filler.open("wb") as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+                    file.flush()
+
+    places = f"work_dir={small_disk / 'work'}", f"output={small_disk / 'net.safetensors'}"
+    with pytest.raises(SpaceError, match="Free disk space"):
+        trained(path, *places, sink=fill)
+    filler.unlink()
+    assert load_step(small_disk / "work") == 2
+    ours, theirs = load_network(trained(path, *places)), load_network(trained(path))
+    assert all(torch.equal(value, theirs.state[key]) for key, value in ours.state.items())
+
+
 def load_step(folder):
     from pipeline.feedforward.checkpoint import load_checkpoint
 
@@ -137,17 +158,19 @@ def test_the_file_has_its_config_provenance_and_preview_and_learns(make, tmp_pat
     assert all(torch.equal(value, before[key]) for key, value in again.state.items())
 
 
-@pytest.mark.parametrize(("factor", "content"), [(4, "features"), (8, "pixels")])
-def test_super_resolution(make, factor, content):
-    """The network enlarges by its factor, with either loss."""
+@pytest.mark.parametrize(("factor", "content", "dtype"), [(4, "features", "bfloat16"), (8, "pixels", "float32")])
+def test_super_resolution(make, factor, content, dtype):
+    """The network enlarges by its factor, with either loss, in either number format; its weights are float32."""
     path = make(
         styles=None,
         task="super-resolution",
         factor=factor,
         loss={"content": content, "tv_weight": 0.0},
         training={**TINY["training"], "steps": 2},
+        compute={**TINY["compute"], "dtype": dtype},
     )
     file = load_network(trained(path))
+    assert {value.dtype for value in file.state.values()} == {torch.float32, torch.int64}
     assert (file.spec.task, file.spec.factor, file.spec.norm) == ("super-resolution", factor, "batch")
     with torch.no_grad():
         assert file.network()(torch.rand(1, 3, 12, 16) * 255).shape == (1, 3, 12 * factor, 16 * factor)
@@ -160,13 +183,15 @@ def test_what_is_refused(make, tmp_path):
     empty.mkdir()
     for overrides, error in {
         (f"photographs={empty}",): "empty has no usable photograph",
-        ("photographs=nowhere",): "is not a folder",
+        ("photographs=nowhere",): "no such file",
+        ("photographs=style.png",): "is not a folder",
         ("training.crop_px=112",): "all 3 were skipped",
         ("styles=[]",): "needs a style",
         ("output=net.png",): "is a .safetensors file",
         ("training.crop_px=70",): "multiple of 16",
         ("task=super-resolution",): "has no styles",
         ("loss.content=pixels",): "use features",
+        (f"work_dir={tmp_path / 'photographs' / 'state'}",): "inside the folder of the photographs",
         ("network.norm=batch", "styles=[{image: style.png}, {image: style.png}]"): "need norm: instance",
         ("styles=[{image: style.png}, {image: style.png}]",): "two styles have the name 'style'",
         ("loss_network.style_layers={conv9_1: 1}",): "unknown layer",
