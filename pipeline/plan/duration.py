@@ -99,7 +99,7 @@ def _level(times: Sequence[float]) -> float:
 
 
 def _curve(seconds: dict[int, float]) -> tuple[float, float]:
-    """(a, b) of a + b·FLOP, but for a factor, through these times by least squares of the relative errors; both >= 0."""
+    """(a, b) of a + b·FLOP, but for a factor: least squares of the relative errors of these times. None is negative."""
     sizes = sorted(seconds, reverse=True)[:_SIZES]
     uu = uv = vv = u1 = v1 = 0.0
     for size in sizes:
