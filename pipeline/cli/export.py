@@ -89,6 +89,7 @@ def export(
     check_run_options(config_path, run_dir, others)
     with working("auto") as (sink, stop):
         from pipeline.commands.export import own_options
+        from pipeline.plan import whole_of
         from pipeline.rundir import named_inputs, refuse_inputs
 
         config = config_of_run(config_path, others) if config_path is not None else None
@@ -108,7 +109,8 @@ def export(
         wanted, given = own_options(work_dir, config, settings, changes)
         raise_if_stopped(stop)
         path = write(work_dir, image.absolute(), options=wanted, given=given, force=force, **common)
-    click.echo(path)
+    for name in (path,) if path == image.absolute() else whole_of(path)[1]:  # one image, or all panels
+        click.echo(name)
 
 
 def _is_for_export(setting: str) -> bool:

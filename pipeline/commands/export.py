@@ -79,7 +79,7 @@ def export(
     refuse_unknown_stage(work_dir, manifest, position)
     chosen = choose_stage(work_dir, position, stage)
     refuse_links(work_dir)
-    options = heeded(output, options, given, content_kind(manifest), sink)
+    options = _heeded(output, options, given, content_kind(manifest), sink)
     kind = picture_kind(output, options.bits, options.compression, content_kind(manifest))
     content = manifest.config.model_dump().get("content")
     colors = output_colors(options, canvas_space(manifest), Path(content) if content else None)
@@ -138,7 +138,7 @@ def own_options(
     return changed_export(str(manifest_path(work_dir)), section, settings, changes or {})
 
 
-def heeded(
+def _heeded(
     output: Path, options: ExportConfig, given: frozenset[str], content: PixelKind, sink: Sink = ignore
 ) -> ExportConfig:
     """The options without those of the run that the format of `output` would ignore; a note says each.

@@ -51,8 +51,9 @@ BUDGET_S = 5.0
 # A larger canvas would take more of the disk than a measurement should, and a GPU is busy with this one.
 _LARGEST_PX = 1536
 _ITERATIONS = 3  # of each size at least, of which the first does not count
-# A run of less work is over before a measurement of it is worth its time: a minute on a large CPU, five on a GPU.
-_WORTH_MEASURING_FLOP = {"cpu": 1e14, "gpu": 1e16}
+# A run of fewer seconds, with a guess of the speed, is over before a measurement of it is worth its time.
+_WORTH_MEASURING_S = 60.0
+_FLOP_PER_S, _ITERATION_S = {"cpu": 3e10, "gpu": 2e13}, 0.1
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ class Forecast:
 
 def is_worth_measuring(planned: Plan) -> bool:
     """Whether a run takes so long that its start may take a few seconds more."""
-    return planned.flop > _WORTH_MEASURING_FLOP["cpu" if planned.device == "cpu" else "gpu"]
+    iterations = sum(stage.max_iterations for stage in planned.stages)
+    work_s = planned.flop / _FLOP_PER_S["cpu" if planned.device == "cpu" else "gpu"]
+    return work_s + _ITERATION_S * iterations > _WORTH_MEASURING_S
 
 
 def forecast(

@@ -56,7 +56,7 @@ def work_text(flop: float) -> str:
 
 
 def energy_text(joule: float) -> str:
-    """Energy: 3.2 kWh, 12 Wh, 0.4 Wh; below that in joule."""
+    """Energy: 3.2 kWh, 12 Wh; below 1 Wh in joule."""
     return _in_units(joule, {"MWh": 3.6e9, "kWh": 3.6e6, "Wh": 3.6e3}, "J")
 
 

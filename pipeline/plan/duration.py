@@ -27,6 +27,9 @@ _OUTLIER = 3.0
 # Smaller sizes beside the largest that count for the curve, and how fast their weight falls with their FLOP.
 _SIZES, _FALL = 4, 0.5
 _FIRST_RATIOS = (0.5, 5.0)
+# a / b where it is not known: what an iteration of a small picture costs (vgg19-lite, 144 to 560 px, 2 cores). On a GPU
+# it is more. It counts as one measurement of this weight.
+_OVERHEAD_FLOP, _DOUBT = 4e9, 0.1
 # So many measurements of a size need no extrapolation from others.
 _ENOUGH = 4
 # Writing the image, seconds of a core per pixel (2 cores, 2026-11-30): a deflated TIFF with pyramid 1.3e-7, PNG 1.0e-7,
@@ -96,7 +99,7 @@ def _level(times: Sequence[float]) -> float:
 
 
 def _curve(seconds: dict[int, float]) -> tuple[float, float]:
-    """(a, b) of a + b·FLOP through these times by least squares of the relative errors; neither is negative."""
+    """(a, b) of a + b·FLOP, but for a factor: least squares of the relative errors of these times. None is negative."""
     sizes = sorted(seconds, reverse=True)[:_SIZES]
     uu = uv = vv = u1 = v1 = 0.0
     for size in sizes:
@@ -104,12 +107,15 @@ def _curve(seconds: dict[int, float]) -> tuple[float, float]:
         u, v = 1 / seconds[size], relative / seconds[size]
         uu, uv, vv = uu + weight * u * u, uv + weight * u * v, vv + weight * v * v
         u1, v1 = u1 + weight * u, v1 + weight * v
+    # between small sizes that were measured under unlike loads the slope says little
+    doubt, ratio = _DOUBT / seconds[sizes[0]] ** 2, _OVERHEAD_FLOP / sizes[0]
+    uu, uv, vv = uu + doubt, uv - doubt * ratio, vv + doubt * ratio**2
     determinant = uu * vv - uv * uv
     if len(sizes) > 1 and determinant > 1e-9 * uu * vv:
         a, b = (u1 * vv - v1 * uv) / determinant, (v1 * uu - u1 * uv) / determinant
         if a >= 0 and b > 0:
             return a, b / sizes[0]
-    return 0.0, v1 / vv / sizes[0]  # noise, or a device that is slower at the larger size
+    return _OVERHEAD_FLOP, 1.0  # one size, or noise, or a device that is slower at the larger size
 
 
 @dataclass

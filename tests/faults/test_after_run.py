@@ -132,8 +132,8 @@ def test_a_run_that_was_measured_has_the_same_bytes(tmp_path, monkeypatch):
     import pipeline
 
     endings = []
-    for name, flop in (("measured", 0), ("as it is", math.inf)):
-        monkeypatch.setattr(measure, "_WORTH_MEASURING_FLOP", {"cpu": flop})
+    for name, seconds in (("measured", 0.0), ("as it is", math.inf)):
+        monkeypatch.setattr(measure, "_WORTH_MEASURING_S", seconds)
         config = write_run(tmp_path / name / "run", (64, 64), (48, 40), **ONE_STAGE)
         pipeline.run(pipeline.load_config(config))
         endings.append(Ending.of(config))

@@ -64,7 +64,10 @@ def _time(record: Record) -> float:
 @click.argument("work_dir", type=click.Path(path_type=Path, exists=True))
 def main(work_dir: Path) -> None:
     """Print what was said and what was true, and the largest error after a tenth of the time."""
-    found = estimates(Journal(journal_path(work_dir)).read())
+    records = Journal(journal_path(work_dir)).read()
+    if not any(isinstance(record, Exported) for record in records):
+        raise click.UsageError(f"{work_dir}: the run has not ended")
+    found = estimates(records)
     for one in found:
         print(
             f"{one.share:6.1%}  stage {one.stage + 1}, iteration {one.iteration + 1}: said {one.said_s:.0f} s, was "

@@ -3,7 +3,7 @@
 The canvas is made up: a run directory whose journal says that its only stage is done, and whose chunks are noise, which
 no codec makes smaller. The export is `pipeline run` itself, in a process of its own.
 
-    TEST_TIMEOUT_S=1200 python -m tools.bench.full_export --size 30000 --set store.state_dtype=compact \\
+    TEST_TIMEOUT_S=3600 python -m tools.bench.full_export --size 30000 --set store.state_dtype=compact \\
         --set export.bleed=5mm --set export.profile=adobe-rgb
 """
 

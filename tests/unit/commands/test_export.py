@@ -74,8 +74,9 @@ def test_panels_of_a_former_count_are_named(tmp_path, call):
     assert "wall-1of2.tif, wall-1of3.tif, wall-2of2.tif and 2 more" in said
     for panel in tmp_path.glob("wall-*"):
         panel.unlink()
-    said = notes(call("export", "-c", config, "-o", tmp_path / "wall.tif", "--set", "export.panels=3mm"))
-    assert "the 2 images of this export lie others that are not part of it: wall.tif" in said
+    exported = call("export", "-c", config, "-o", tmp_path / "wall.tif", "--set", "export.panels=3mm")
+    assert exported.out.split() == [str(tmp_path / f"wall-{number}of2.tif") for number in (1, 2)]
+    assert "the 2 images of this export lie others that are not part of it: wall.tif" in notes(exported)
 
 
 def test_a_profile_that_is_replaced_under_its_name_means_another_export(tmp_path, call):

@@ -66,7 +66,7 @@ def test_a_long_run_says_its_time_at_its_start(tmp_path, monkeypatch):
     assert not any("the run takes" in event.message for event in events if isinstance(event, Note))  # it is short
     first = next(event for event in events if isinstance(event, IterationDone))
     assert first.eta_s is None
-    monkeypatch.setattr(measure, "_WORTH_MEASURING_FLOP", {"cpu": 0})
+    monkeypatch.setattr(measure, "_WORTH_MEASURING_S", 0.0)
     events.clear()
     longer = config.model_copy(update={"work_dir": tmp_path / "other", "output": tmp_path / "other.png"})
     pipeline.run(longer, sink=events.append)
@@ -93,7 +93,7 @@ def test_a_disk_without_space_for_it_prevents_only_the_measurement(tmp_path, mon
 def test_run_uses_the_watts_that_are_given(tmp_path, call, monkeypatch):
     """At its start, if it measures, and at its end; a socket meter knows more than this program."""
     config = write_run(tmp_path, (96, 64), (40, 40), **TWO_STAGES)
-    monkeypatch.setattr(measure, "_WORTH_MEASURING_FLOP", {"cpu": 0})
+    monkeypatch.setattr(measure, "_WORTH_MEASURING_S", 0.0)
     said = call("run", "-c", config, "--watts", "3600000")
     assert said.code == 0 and "at 3600000 W (as given)" in said.err
     took = re.search(r"this took ([0-9]+)s and ([0-9.]+) (k|M)Wh, at 3.6e\+06 W", " ".join(said.err.split()))

@@ -93,7 +93,7 @@ def test_the_time_of_a_size_is_that_of_its_newest_measurements():
     for seconds in [50.0] * 20 + [10.0] * 9:
         costs.add(10**12, seconds)
     assert costs.seconds_for(10**12) == 10
-    assert costs.seconds_for(2 * 10**12) == 20
+    assert costs.seconds_for(2 * 10**12) == pytest.approx(20, rel=0.01)
 
 
 def test_noise_between_two_sizes_does_not_turn_an_estimate_over():
@@ -101,7 +101,7 @@ def test_noise_between_two_sizes_does_not_turn_an_estimate_over():
     costs = Costs()
     for flop, seconds in [(10**10, 1.0)] * 4 + [(10**11, 0.9)] * 4:
         costs.add(flop, seconds)
-    assert costs.seconds_for(10**12) == pytest.approx(9.0)
+    assert 1.0 < costs.seconds_for(10**12) < 9.0  # all of it overhead, or all of it work
 
 
 def test_nothing_is_said_before_anything_is_measured():
