@@ -106,7 +106,8 @@ function setMode(mode) {
   $("swipe").hidden = mode !== "swipe";
   viewA.clipAt(mode === "swipe" ? swipeX() : null);
   if (page.state) showPictures();
-  if (half) { viewA.refit(); viewB.refit(); }
+  // the browser lays out the halves before the next frame
+  if (half) requestAnimationFrame(() => { viewA.refit(); viewB.refit(); });
 }
 
 function choose(place, id) {
@@ -294,4 +295,4 @@ writePanelButton();
 const works = new Works((state) => { page.a = page.b = null; receive(state); }, () => viewA.home());
 if (gallery) works.open();
 else follow(receive, lost);
-window.pipelineView = { page, works, viewA, viewB, setMode, setSwipe, choose }; // for tests, and for the curious
+window.pipelineView = { page, works, map, viewA, viewB, setMode, setSwipe, choose }; // for tests, and for the curious

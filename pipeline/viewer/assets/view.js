@@ -66,7 +66,7 @@ export class View {
       success: ({ item }) => {
         if (this.layers.get(place) !== next) { this.drop(item); return; } // another picture was chosen meanwhile
         next.coming = item;
-        if (first) this.viewer.viewport.goHome(true);
+        if (first) this.refit();
         this.reclip();
         if (!next.item) { this.settle(next); return; }
         // Removing the old picture at once would flicker: it stays below until the new one has all tiles on the screen.
