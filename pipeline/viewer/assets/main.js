@@ -3,9 +3,10 @@
 import { Crops } from "./crop.js";
 import { Curves } from "./curves.js";
 import { bytes, clock, duration, px } from "./format.js";
+import { link } from "./link.js";
 import { MapOverlay } from "./map.js";
 import { follow } from "./stream.js";
-import { View, link } from "./view.js";
+import { View } from "./view.js";
 import { Works } from "./works.js";
 
 const $ = (id) => document.getElementById(id);
@@ -17,7 +18,7 @@ const viewB = new View($("view-b"), false);
 const curves = new Curves($("curve"));
 const map = new MapOverlay(viewA, $("map-text"), $("map-ramp"));
 const crops = new Crops(viewA);
-link(viewA, viewB);
+link([viewA.viewer, viewB.viewer]);
 
 // ---- state ----------------------------------------------------------------------------------------------------------
 
@@ -106,8 +107,7 @@ function setMode(mode) {
   $("swipe").hidden = mode !== "swipe";
   viewA.clipAt(mode === "swipe" ? swipeX() : null);
   if (page.state) showPictures();
-  // the browser lays out the halves before the next frame
-  if (half) requestAnimationFrame(() => { viewA.refit(); viewB.refit(); });
+  if (half) { viewA.refit(); viewB.refit(); }
 }
 
 function choose(place, id) {
