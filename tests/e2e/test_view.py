@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +32,13 @@ def page() -> Iterator[Browser]:
 class Server:
     """`pipeline view` as a process, which can be killed and started again at the same address."""
 
-    def __init__(self, work_dir: Path) -> None:
-        self._work_dir, self._port = work_dir, 0
+    def __init__(self, work_dir: Path, *options: object) -> None:
+        self._run = options or ("--run", work_dir)
+        self._port = 0
         self.start()
 
     def start(self) -> None:
-        command = [PIPELINE, "view", "--run", self._work_dir, "--token", TOKEN, "--port", str(self._port)]
+        command = [PIPELINE, "view", *map(str, self._run), "--token", TOKEN, "--port", str(self._port)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.address = self._process.stdout.readline().strip()
         assert self.address, self._process.stderr.read()
@@ -132,3 +137,115 @@ def test_follows_a_run_and_survives_the_viewers_death(page, tmp_path) -> None:
     finally:
         code, text = server.end()
     assert (code, "Traceback" in text) == (0, False)
+
+
+def test_chooses_stages_shows_maps_and_renders_a_crop(page, tmp_path) -> None:
+    """While a stage is painted: its maps have data, every stage can be chosen, and a crop comes from a click."""
+    config = write_run(tmp_path, content_px=(100, 80), optimizer={"max_iterations": 3})
+    run_until(config, lambda event: isinstance(event, IterationDone) and (event.stage, event.iteration) == (1, 0))
+    server = Server(tmp_path / "run", "-c", config, "--allow-crops")
+    try:
+        opened(page, server.address)
+        for kind in ("progress", "change", "gradient", "losses", "style"):
+            page.do(f"pipelineView.map.choose('{kind}')")
+            page.wait(f"pipelineView.map.drawn?.kind === '{kind}'")
+            values = page.run("pipelineView.map.drawn.values.flat()")
+            assert None not in values
+            assert kind == "progress" or len(set(values)) > 1
+        assert page.run("document.querySelector('.map').getBoundingClientRect().width") > 100
+        slider = page.driver.find_element("id", "stage")
+        assert page.run("pipelineView.page.a") == "stage_1"
+        slider.send_keys("\ue012")  # arrow to the left
+        shown = "(({picture, item}) => picture.id === '%s' && item?.getContentSize().x === picture.width)"
+        page.wait(shown % "stage_0" + "(pipelineView.viewA.layers.get('a'))")
+        assert page.run("document.getElementById('label-a').textContent").startswith("stage 1")
+        slider.send_keys("\ue014")
+        page.wait(shown % "stage_1" + "(pipelineView.viewA.layers.get('a'))")
+        page.driver.find_element("css selector", "#view-a .openseadragon-canvas").click()
+        page.wait("document.getElementById('crop-command').textContent.includes('--crop 0,0,100,80')")
+        page.do("document.getElementById('crop-render').click()")
+        page.wait("document.querySelector('#crops img')?.naturalWidth === 100", 60)
+        assert page.errors() == []
+    finally:
+        assert server.end()[0] == 0
+
+
+def test_says_that_a_run_was_killed_or_damaged_and_recovers(page, nursery, tmp_path) -> None:
+    """The page stays open while the run dies, is damaged, repaired and resumed."""
+    config = write_run(tmp_path, optimizer={"max_iterations": 200})
+    run, phase = tmp_path / "run", "document.getElementById('phase').dataset.phase"
+    child = nursery.start("run", "-c", config)
+    server = Server(run)
+    try:
+        page.errors(), page.hosts()
+        page.driver.get(server.address)
+        page.driver.execute_script("window.stayed = true")
+        page.wait("/left/.test(document.getElementById('headline').textContent)", 60)
+        assert page.run(phase) == "running"
+        page.wait("pipelineView.page.state.stage === 1 && pipelineView.page.state.iteration > 1", 60)
+        child.kill()
+        page.wait(f"{phase} === 'stopped'")
+        for chunk in run.glob("store.zarr/stage_0/canvas_*/c/0/0/0"):  # which the page has not shown yet
+            chunk.write_bytes(chunk.read_bytes()[::-1])
+        page.do("pipelineView.choose('a', 'stage_0')")
+        page.wait("document.getElementById('notice').textContent.includes('verify')")
+        report = pipeline.verify(run, repair=True)
+        assert (report.repaired, report.remaining) == (True, ())
+        page.wait("document.getElementById('notice').hidden")
+        child = nursery.start("run", "-c", config)
+        page.wait(f"{phase} === 'running'")
+        before = page.run("pipelineView.page.state.iteration")
+        page.wait(f"pipelineView.page.state.iteration > {before}", 60)
+        assert page.run("window.stayed")
+    finally:
+        child.kill()
+        code, text = server.end()
+    assert (code, "Traceback" in text) == (0, False)
+
+
+@contextmanager
+def hosted(folder: Path) -> Iterator[str]:
+    """The address of a folder on a web server that knows nothing of it."""
+
+    class Silent(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_gallery_and_page_of_a_preview_work_on_any_host(page, finished, tmp_path) -> None:
+    gallery = pipeline.gallery(finished / "run", tmp_path / "gallery", title="Small", stage=0, credit="by me")
+    pipeline.gallery(finished / "run", gallery, title="Large", add=True)
+    with hosted(gallery) as address:
+        page.errors(), page.hosts()
+        page.driver.get(address)
+        page.wait("pipelineView.viewA.layers.get('a')?.item?.getContentSize().x === 150")
+        assert "by me" in page.run("document.getElementById('facts').textContent")
+        page.do("pipelineView.setMode('beside')")
+        page.do("document.querySelectorAll('#works button')[1].click()")
+        page.wait("pipelineView.viewA.layers.get('a').item.getContentSize().x === 300")
+        page.wait_for_tiles()
+        for view in ("A", "B"):  # the whole picture fits each half
+            bounds = f"pipelineView.view{view}.viewer.viewport.getBounds(true)"
+            page.wait(f"((box) => box.x <= 0.001 && box.x + box.width >= 0.999)({bounds})")
+        assert (page.run("document.title"), page.errors(), page.hosts()) == ("Large", [], {"127.0.0.1"})
+    config, vary = finished / "config.yaml", ["loss.style_weight=0.5,2"]
+    pipeline.preview(config, vary=vary, size_px=150, overrides=["optimizer.max_iterations=1"], page=tmp_path / "grid")
+    with hosted(tmp_path / "grid") as address:
+        page.driver.get(address)
+        page.wait("window.previewGrid?.views.every(({world}) => world.getItemCount() === 1)")
+        page.do("previewGrid.views[0].viewport.zoomTo(3, null, true)")
+        page.wait("Math.abs(previewGrid.views[1].viewport.getZoom(true) - 3) < 1e-6")
+        page.driver.find_elements("css selector", "figcaption button")[1].click()
+        assert "--set loss.style_weight=2" in page.run("document.getElementById('command').textContent")
+        text = page.run("fetch(document.getElementById('download').href).then((answer) => answer.text())")
+        assert "style_weight: 2" in text
+        assert (page.errors(), page.hosts()) == ([], {"127.0.0.1"})

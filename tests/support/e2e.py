@@ -25,6 +25,7 @@ import numpy as np
 import yaml
 
 from pipeline.core.image_formats import RGB8, PixelKind
+from pipeline.store import is_aid
 from pipeline.store.checksums import checksum
 from tests.support.syscalls import Watch, be_watched
 
@@ -215,10 +216,11 @@ def run_until(config: Path, last: Callable[[Any], bool]) -> None:
 def canvases(work_dir: Path) -> dict[str, bytes]:
     """Every file of the store by its path; a finished run retains one canvas per stage.
 
-    Temporary files that a killed run has not renamed are left out: nothing reads them.
+    Temporary files that a killed run has not renamed, and aids for viewers, are left out: no run reads them.
     """
     store = work_dir / "store.zarr"
     files = [path for path in sorted(store.rglob("*")) if path.is_file() and path.suffix != ".partial"]
+    files = [path for path in files if not is_aid(path.name)]
     return {str(path.relative_to(store)): path.read_bytes() for path in files}
 
 

@@ -1,14 +1,13 @@
 // The images of a preview beside each other: they zoom together, and each leads to the command and config that make it.
 
 import { copyText, px } from "./format.js";
+import { link } from "./link.js";
 
 const OSD = window.OpenSeadragon;
 const $ = (id) => document.getElementById(id);
-const views = [];
-let moving = false;
 
 function viewOf(element, { picture }) {
-  const viewer = new OSD.Viewer({
+  return new OSD.Viewer({
     element,
     prefixUrl: "",
     drawer: "canvas",
@@ -20,18 +19,6 @@ function viewOf(element, { picture }) {
     gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: true, scrollToZoom: true },
     gestureSettingsTouch: { clickToZoom: false, dblClickToZoom: true },
   });
-  viewer.addHandler("viewport-change", () => {
-    if (moving) return;
-    moving = true;
-    const [zoom, center] = [viewer.viewport.getZoom(true), viewer.viewport.getCenter(true)];
-    for (const other of views) {
-      if (other === viewer || !other.world.getItemCount()) continue;
-      other.viewport.zoomTo(zoom, null, true);
-      other.viewport.panTo(center, true);
-    }
-    moving = false;
-  });
-  views.push(viewer);
 }
 
 const lines = ({ settings }) => (settings.length ? settings.map((setting) => `--set ${setting}`).join("\n") : "as the config is");
@@ -69,13 +56,12 @@ function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
 }
 
-const home = () => views[0]?.viewport.goHome();
-$("home").addEventListener("click", home);
+$("home").addEventListener("click", () => views[0].viewport.goHome());
 $("close").addEventListener("click", () => choose(null, null));
 $("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
 document.querySelectorAll("[data-copy]").forEach((button) => button.addEventListener("click", () => copyText($(button.dataset.copy), button)));
 document.addEventListener("keydown", (event) => {
-  if (event.key === "0") home();
+  if (event.key === "0") $("home").click();
   if (event.key === "Escape") choose(null, null);
 });
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
@@ -86,6 +72,7 @@ $("headline").textContent = `${data.pictures.length} × ${px(data.pictures[0].wi
 $("grid").style.setProperty("--across", data.across);
 const figures = data.pictures.map(figureOf);
 $("grid").replaceChildren(...figures);
-figures.forEach((figure, index) => viewOf(figure.querySelector(".picture"), data.pictures[index]));
+const views = figures.map((figure, index) => viewOf(figure.querySelector(".picture"), data.pictures[index]));
+link(views);
 document.body.dataset.ready = "yes";
 window.previewGrid = { views, data }; // for tests, and for the curious

@@ -3,9 +3,10 @@
 import { Crops } from "./crop.js";
 import { Curves } from "./curves.js";
 import { bytes, clock, duration, px } from "./format.js";
+import { link } from "./link.js";
 import { MapOverlay } from "./map.js";
 import { follow } from "./stream.js";
-import { View, link } from "./view.js";
+import { View } from "./view.js";
 import { Works } from "./works.js";
 
 const $ = (id) => document.getElementById(id);
@@ -17,7 +18,7 @@ const viewB = new View($("view-b"), false);
 const curves = new Curves($("curve"));
 const map = new MapOverlay(viewA, $("map-text"), $("map-ramp"));
 const crops = new Crops(viewA);
-link(viewA, viewB);
+link([viewA.viewer, viewB.viewer]);
 
 // ---- state ----------------------------------------------------------------------------------------------------------
 
@@ -294,4 +295,4 @@ writePanelButton();
 const works = new Works((state) => { page.a = page.b = null; receive(state); }, () => viewA.home());
 if (gallery) works.open();
 else follow(receive, lost);
-window.pipelineView = { page, works, viewA, viewB, setMode, setSwipe, choose }; // for tests, and for the curious
+window.pipelineView = { page, works, map, viewA, viewB, setMode, setSwipe, choose }; // for tests, and for the curious

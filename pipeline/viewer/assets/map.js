@@ -55,7 +55,8 @@ export class MapOverlay {
     this.shown = false;
   }
 
-  draw({ kind, stage, iteration, values, width, cell_px }) {
+  draw(map) {
+    const { kind, stage, iteration, values, width, cell_px } = map;
     const flat = values.flat().filter((value) => value !== null);
     // losses of tiles differ by less than their mean, and a tile may be better than the whole
     const low = LOSSES.includes(kind) ? Math.min(...flat) : 0;
@@ -78,5 +79,6 @@ export class MapOverlay {
     if (this.shown) this.view.viewer.updateOverlay(this.canvas, area);
     else this.view.viewer.addOverlay(this.canvas, area);
     this.shown = true;
+    this.drawn = map; // for tests
   }
 }

@@ -45,6 +45,10 @@ export class View {
     this.viewer.addHandler("update-viewport", () => this.placeChecks());
     this.viewer.addHandler("animation", () => this.reclip());
     this.viewer.addHandler("resize", () => this.reclip());
+    this.viewer.addHandler("after-resize", () => {
+      if (this.fitting) queueMicrotask(() => this.viewer.viewport.goHome(true)); // after it has kept the old zoom
+      this.fitting = false;
+    });
   }
 
   // Shows a picture at a place: "under", "a" or "b", from the bottom to the top. null takes it away.
@@ -66,7 +70,7 @@ export class View {
       success: ({ item }) => {
         if (this.layers.get(place) !== next) { this.drop(item); return; } // another picture was chosen meanwhile
         next.coming = item;
-        if (first) this.viewer.viewport.goHome(true);
+        if (first) { this.viewer.viewport.goHome(true); this.refit(); }
         this.reclip();
         if (!next.item) { this.settle(next); return; }
         // Removing the old picture at once would flicker: it stays below until the new one has all tiles on the screen.
@@ -126,8 +130,8 @@ export class View {
 
   // Fits the whole picture into an element whose size has just changed.
   refit() {
+    this.fitting = true; // OpenSeadragon sees the new size in its next frame
     this.viewer.forceResize();
-    this.viewer.viewport.goHome(true);
   }
 
   home() { this.viewer.viewport.goHome(); }
@@ -144,18 +148,4 @@ export class View {
     const layer = this.layers.get("a");
     return layer ? (this.viewer.viewport.getZoom(true) * this.viewer.viewport.getContainerSize().x) / layer.picture.width : null;
   }
-}
-
-// Moves two views together.
-export function link(first, second) {
-  let moving = false;
-  const couple = (from, to) => from.viewer.addHandler("viewport-change", () => {
-    if (moving || !to.viewer.world.getItemCount()) return;
-    moving = true;
-    to.viewer.viewport.zoomTo(from.viewer.viewport.getZoom(true), null, true);
-    to.viewer.viewport.panTo(from.viewer.viewport.getCenter(true), true);
-    moving = false;
-  });
-  couple(first, second);
-  couple(second, first);
 }

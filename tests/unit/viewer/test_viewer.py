@@ -114,6 +114,7 @@ def test_state_has_stages_curves_and_every_picture(served) -> None:
         ("../../../../etc/passwd", 404),
         ("%00", 404),
         ("maps/gradient", 404),
+        ("maps/style/../../state", 404),
         ("maps/other", 404),
         ("crops/0.png", 404),
     ],
@@ -312,7 +313,7 @@ def test_page_names_no_other_host() -> None:
 def test_gallery_is_a_folder_that_any_host_serves(finished, tmp_path) -> None:
     """Every file that the page names is there, with the exported pixels and the content for before and after."""
     folder = pipeline.gallery(finished.parent / "run", tmp_path / "gallery")
-    state = json.loads((folder / "gallery.json").read_text())
+    (state,) = json.loads((folder / "gallery.json").read_text())["works"]
     assert [one["id"] for one in state["pictures"]] == ["picture", "content"]
     page = (folder / "index.html").read_text()
     assert 'data-gallery="yes"' in page
@@ -327,3 +328,14 @@ def test_gallery_is_a_folder_that_any_host_serves(finished, tmp_path) -> None:
     with pytest.raises(ConfigError, match="exists"):
         pipeline.gallery(finished.parent / "run", tmp_path / "gallery")
     assert [path.name for path in tmp_path.iterdir()] == ["gallery"]
+    before = {path: path.read_bytes() for path in (folder / "tiles").rglob("*.jpg")}
+    pipeline.gallery(finished.parent / "run", folder, stage=0, title="small", credit="by me", add=True)
+    works = json.loads((folder / "gallery.json").read_text())["works"]
+    assert works[0] == state
+    assert (works[1]["title"], works[1]["credit"]) == ("small", "by me")
+    for one in (picture for work in works for picture in work["pictures"]):
+        assert (folder / one["tiles"] / "0" / "0_0.jpg").is_file()
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["gallery"]
+    with pytest.raises(ConfigError, match="is no gallery"):
+        pipeline.gallery(finished.parent / "run", tmp_path / "other", add=True)
