@@ -506,8 +506,7 @@ def test_the_names_on_disk_are_those_of_the_schema():
     names = (
         (
             iteration(0),
-            f"{both} iteration {losses} mean_abs_u max_abs_u alpha seconds busy stepped checksums remaining_s "
-            "before",
+            f"{both} iteration {losses} mean_abs_u max_abs_u alpha seconds busy stepped checksums remaining_s before",
         ),
         (prepared(0), f"{both} tile_px content_energies areas checksums alpha adam_steps carries"),
         (done(0), f"{both} iterations reason"),
