@@ -174,10 +174,11 @@ class _Rendering:
                 self._render_in_tiles(stage_plan, tile_px)
                 return
             except DeviceMemoryError:
-                if tile_px == step_px and not self._is_resident(stage_plan):
+                was_resident = self._is_resident(stage_plan) and self._is_prepared(stage_plan)
+                if tile_px == step_px and not was_resident:
                     raise
             gc.collect()  # the error's frames refer to each other, and to the tile's tensors
-            if self._is_resident(stage_plan):  # smaller tiles would change the last bits
+            if was_resident:  # smaller tiles would change the last bits
                 self._may_be_resident = False
                 name = self.context.device.name
                 self.sink(Note(f"{name} is out of memory: stages no longer stay there, but are read from the disk"))
@@ -197,7 +198,7 @@ class _Rendering:
         stage = make_stage(self.config, stage_plan, self.context, tile_px)
         iteration = self.position.iteration if self.position.stage == index else 0
         stages, (height, width) = len(self.plan.stages), stage_plan.size
-        prepared = self.position.prepared and self.position.stage == index
+        prepared = self._is_prepared(stage_plan)
         check_stage_space(self.config, self.plan, self.position, index)
         self.sink(StageStarted(index, stages, height, width, len(stage.tiles), iteration, settings.max_iterations))
         if not prepared:
@@ -223,6 +224,9 @@ class _Rendering:
         self.commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
         self._free_arrays(index)
         self.sink(StageDone(index, self.position.iteration, reason))
+
+    def _is_prepared(self, stage_plan: StagePlan) -> bool:
+        return self.position.prepared and self.position.stage == stage_plan.index
 
     def _is_resident(self, stage_plan: StagePlan) -> bool:
         return self._may_be_resident and stage_plan.resident_bytes > 0

@@ -115,10 +115,11 @@ def _build(spec: NetworkSpec) -> Network:
     )
 
 
-def hold(size_bytes: int) -> None:
-    """Let this process use so much GPU memory beside its tiles, from the next call of `get_network` on."""
+def hold(spec: NetworkSpec, size_bytes: int) -> None:
+    """Let this process use so much memory of the GPU of `spec` beside its tiles."""
     with _lock:
         _cache.held_bytes = size_bytes
+        _bound_memory(spec)
 
 
 def release() -> None:

@@ -14,5 +14,6 @@ from pipeline.plan.memory import (
 from pipeline.plan.network_cost import LayerUse, layers_in_use
 from pipeline.plan.plan import Plan, StagePlan, arrays_of, make_plan, plan_stage, with_added_stages
 from pipeline.plan.print_sheets import Sheet, has_edges, sheets_of, whole_of
+from pipeline.plan.residency import CHUNKS_PER_KERNEL
 from pipeline.plan.scales import fitting_scales
 from pipeline.plan.sizes import fit, initial_px, long_sides, with_size_in_px

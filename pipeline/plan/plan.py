@@ -21,7 +21,7 @@ from pipeline.plan import checks
 from pipeline.plan.device import Device
 from pipeline.plan.memory import StageWork, Workload
 from pipeline.plan.network_cost import LayerUse, layers_in_use
-from pipeline.plan.residency import resident_bytes, room_bytes, with_resident
+from pipeline.plan.residency import buffer_bytes, resident_bytes, room_bytes, with_resident
 from pipeline.plan.scales import scales_in_use
 from pipeline.plan.sizes import stage_sizes
 from pipeline.store import ArraySpec, StageLayout, kept_files, overviews_bytes
@@ -131,8 +131,16 @@ def make_plan(
     tile_px = _choose_tile(work)
     carries = [*(stage.config.optimizer.carry for stage in works[1:]), False]
     room = room_bytes(work, tile_px)
-    stages = tuple(plan_stage(stage, index, tile_px, carries[index], room) for index, stage in enumerate(works))
-    resident = [stage.resident_bytes for stage in stages]
+    arrays = [arrays_of(stage.config, stage.canvas, stage.layer_use, stage.content) for stage in works]
+    resident = [held if (held := resident_bytes(each, device.name)) <= room else 0 for each in arrays]
+    on_host = [
+        size if device.name == "cpu" else buffer_bytes(each)
+        for size, each in zip(resident, arrays, strict=True)
+        if size
+    ]
+    stages = tuple(
+        plan_stage(stage, index, tile_px, carries[index], resident[index]) for index, stage in enumerate(works)
+    )
     output_px = sum(height * width for height, width in work.output_sizes.values())
     return Plan(
         stages=stages,
@@ -143,7 +151,7 @@ def make_plan(
         device=device.name,
         devices=device.label if device.processes or device.cluster else "",
         cluster=device.cluster,
-        host_bytes=with_resident(work.host_bytes(tile_px), resident if device.name == "cpu" else ()),
+        host_bytes=with_resident(work.host_bytes(tile_px), on_host),
         tile_device_bytes=work.gpu_bytes(tile_px),
         device_bytes=0 if device.name == "cpu" else work.gpu_bytes(tile_px) + max(resident),
         disk_bytes=_disk_bytes(stages),
@@ -215,10 +223,10 @@ def _layer_use(config: Config, widths: Mapping[str, int], sizes: tuple[int, Size
     return replace(layer_use, scales=scales_in_use(config, layer_use, *sizes))
 
 
-def plan_stage(work: StageWork, index: int, tile_px: int, carries: bool = False, room_bytes: int = 0) -> StagePlan:
+def plan_stage(work: StageWork, index: int, tile_px: int, carries: bool = False, resident: int = 0) -> StagePlan:
     """The plan of one stage in tiles of `tile_px`. `carries`: its m and v are kept.
 
-    `room_bytes`: the stage stays in memory if it does not take more.
+    `resident`: bytes of memory that it stays in, if it does.
     """
     size, layer_use, chunk_px = work.canvas, work.layer_use, work.config.store.chunk_px
     arrays = arrays_of(work.config, size, layer_use, work.content)
@@ -251,7 +259,7 @@ def plan_stage(work: StageWork, index: int, tile_px: int, carries: bool = False,
         kept_bytes=_total_bytes(retained),
         kept_chunks=sum(spec.chunks for spec in retained),
         overviews_bytes=overviews_bytes(size, chunk_px),
-        resident_bytes=held if (held := resident_bytes(arrays)) <= room_bytes else 0,
+        resident_bytes=resident,
         content=work.content,
         prepare_flop=layer_use.flop_per_px() * prepared_px,
         # The backward pass to the pixels costs as much as the forward pass: no gradient of a weight is computed. A

@@ -9,21 +9,20 @@ Axes in names: 1 batch, C channels, H rows, W columns.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.core.tiling import Rect, bands, chunks_of
 from pipeline.plan import STAGING_THREADS
+from pipeline.render.device_state import on_device
+from pipeline.render.lanes import LANES
 from pipeline.store import BFLOAT16, FIXED16, ChunkSums, StageArray, merged
 
 R = TypeVar("R")
@@ -34,6 +33,9 @@ def load(array: StageArray, rect: Rect, device: str, dtype: torch.dtype, scale: 
 
     `scale`: shrunk by 2^scale.
     """
+    if (memory := on_device(array.memory)) is not None:
+        with LANES.of(memory.device).running():
+            return shrunk(memory.read(array, rect, dtype).permute(2, 0, 1)[None], scale)
     if torch.device(device).type == "cpu":
         return shrunk(torch.from_numpy(array.read_window(rect)).to(dtype).permute(2, 0, 1)[None], scale)
     return load_staged(array, rect, torch.device(device), dtype, scale)
@@ -41,12 +43,12 @@ def load(array: StageArray, rect: Rect, device: str, dtype: torch.dtype, scale: 
 
 def load_staged(array: StageArray, rect: Rect, device: torch.device, dtype: torch.dtype, scale: int = 0) -> Tensor:
     """The same through the pinned buffers, for any device."""
-    with _LANES.of(device).running():
+    with LANES.of(device).running():
         out = torch.empty((rect.height, rect.width, array.shape[2]), dtype=dtype, device=device)
     _of_every_band(lambda band: _load_band(array, band, out[band.within(rect)]), rect, array.chunk_px)
     if scale == 0:
         return out.permute(2, 0, 1)[None]
-    with _LANES.of(device).running():  # on the stream of `out`, whose memory is used again afterwards
+    with LANES.of(device).running():  # on the stream of `out`, whose memory is used again afterwards
         return shrunk(out.permute(2, 0, 1)[None], scale)
 
 
@@ -57,7 +59,7 @@ def shrunk(x_1CHW: Tensor, scale: int) -> Tensor:
 
 def _load_band(array: StageArray, band: Rect, out_HWC: Tensor) -> None:
     """Copy one band into `out_HWC`, on the calling thread's stream."""
-    lane = _LANES.of(out_HWC.device)
+    lane = LANES.of(out_HWC.device)
     decode = _DECODERS[array.encoding.name] if array.encoding else None
     with lane.running():
         buffer = partial(lane.buffer, array.chunk_shape, array.dtype)
@@ -69,8 +71,14 @@ def _load_band(array: StageArray, band: Rect, out_HWC: Tensor) -> None:
 
 
 def save(array: StageArray, rect: Rect, tensor_CHW: Tensor) -> ChunkSums:
-    """Write a rectangle of whole chunks (or up to the array's border); gives their checksums. Raises StorageError."""
+    """Write a rectangle of whole chunks (or up to the array's border); gives their checksums. Raises StorageError.
+
+    Chunks in a device's memory have no checksums.
+    """
     tensor_HWC = tensor_CHW.permute(1, 2, 0)
+    if (memory := on_device(array.memory)) is not None:
+        memory.write(array, rect, tensor_HWC)
+        return {}
     if tensor_CHW.device.type == "cpu":
         if tensor_CHW.dtype == torch.bfloat16:
             tensor_HWC = tensor_HWC.float()
@@ -102,7 +110,7 @@ def _of_every_band(work: Callable[[Rect], R], rect: Rect, chunk_px: int) -> list
 
 
 def _save_band(array: StageArray, band: Rect, tensor_HWC: Tensor) -> ChunkSums:
-    lane = _LANES.of(tensor_HWC.device)
+    lane = LANES.of(tensor_HWC.device)
     sums: ChunkSums = {}
     with lane.running():
         for cy, cx, part in chunks_of(band, array.chunk_px):
@@ -128,61 +136,5 @@ _DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class _Lane:
-    """A thread's CUDA stream to one device, and two pinned buffers that are used in turn."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
-        self._sent: list[torch.cuda.Event | None] = [None, None]
-        self._turn = 0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Kernels and copies of the block run on this stream, and have finished when it is left."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            try:
-                yield
-            finally:
-                self._stream.synchronize()
-
-    def buffer(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
-        """The other buffer as an uninitialised array, once the device has copied its previous content."""
-        self._turn = 1 - self._turn
-        if (sent := self._sent[self._turn]) is not None:
-            sent.synchronize()
-        size = int(np.prod(shape)) * dtype.itemsize
-        if self._buffers[self._turn].numel() < size:
-            self._buffers[self._turn] = torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None)
-        buffer: NDArray[np.generic] = self._buffers[self._turn].numpy()[:size].view(dtype).reshape(shape)
-        return buffer
-
-    def sent(self) -> None:
-        """Record that the device copies from the buffer that was given last."""
-        if self._stream is not None:
-            event = self._sent[self._turn] = self._sent[self._turn] or torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
-
-    def wait(self) -> None:
-        """Wait until the device has finished what this thread has started."""
-        if self._stream is not None:
-            self._stream.synchronize()
-
-
-class _Lanes(threading.local):
-    def __init__(self) -> None:
-        self._lanes: dict[torch.device, _Lane] = {}
-
-    def of(self, device: torch.device) -> _Lane:
-        """This thread's lane to `device`."""
-        if device not in self._lanes:
-            self._lanes[device] = _Lane(device)
-        return self._lanes[device]
-
-
-_LANES = _Lanes()
 # Few threads, whose buffers are pinned once: pinning memory for every tile would be slow.
 _READERS = ThreadPoolExecutor(STAGING_THREADS, thread_name_prefix="staging")

@@ -314,7 +314,8 @@ def _update(
     """None where there is nothing to optimise."""
     if alpha is None:
         return None
-    sums = {chunk: gradient.sums[chunk] for chunk in spec.chunks}
+    # none of chunks in a device's memory; the update does not check those
+    sums = {chunk: gradient.sums[chunk] for chunk in spec.chunks} if gradient.sums else {}
     return task(replace(spec, step=step(alpha), checksums=checksums, gradient_sums=sums))
 
 

@@ -170,6 +170,7 @@ def measured(
     packed = {
         name: store.open_array(stage_dir, name).packed(merged(update.sums[name] for update in updates))
         for name in written
+        if all(name in update.sums for update in updates)  # not where the arrays are in a device's memory
     }
     largest = max(update.max_abs_u for update in updates)
     return Measured(terms, gradient, alpha, UpdateTotals(total / (3 * pixels), largest, packed))

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from pipeline.core import profiler
 from pipeline.core.tiling import Tile, chunks_of
-from pipeline.plan import update_values
+from pipeline.plan import CHUNKS_PER_KERNEL, update_values
 from pipeline.render import adam
+from pipeline.render.device_state import on_device, update_chunks
 from pipeline.render.overview import CanvasOverview
 from pipeline.store import (
     BFLOAT16,
@@ -63,7 +64,10 @@ class UpdateSpec:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """Σ|u| of every chunk, max|u| over all of them, and the checksums of the chunks written, by array."""
+    """Σ|u| of every chunk, max|u| over all of them, and the checksums of the chunks written, by array.
+
+    Chunks in a device's memory have no checksums.
+    """
 
     sums_abs_u: tuple[float, ...]
     max_abs_u: float
@@ -72,9 +76,12 @@ class UpdateResult:
 
 def update_specs(update: UpdateSpec, tiles: Sequence[Tile], device: str = "cpu") -> list[UpdateSpec]:
     """The tasks of `update` in these tiles, a few chunks each, for a run on `device`; without `gradient_sums`."""
-    chunk_px = open_array(update.stage_dir, GRADIENT).chunk_px
+    gradient = open_array(update.stage_dir, GRADIENT)
+    chunk_px = gradient.chunk_px
     update = replace(update, block_values=update_values(device, chunk_px))
     each = CHUNKS_PER_TASK if device == "cpu" else CHUNKS_PER_TASK // 4  # more threads have to be kept busy
+    if on_device(gradient.memory):
+        each = 4 * CHUNKS_PER_KERNEL
     specs = []
     for tile in tiles:
         chunks = [(cy, cx) for cy, cx, _ in chunks_of(tile.inner, chunk_px)]
@@ -91,8 +98,11 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
     averaged = spec.step.average_weight is not None
     read, write = (slot_names(slot, averaged=averaged) for slot in (spec.slot, 1 - spec.slot))
     gradient = replace(open_array(spec.stage_dir, GRADIENT), checksums=spec.gradient_sums)
-    sources = [gradient, *(open_array(spec.stage_dir, name, spec.checksums[name]) for name in read)]
+    sources = [gradient, *(_source(spec, name) for name in read)]
     targets = [open_array(spec.stage_dir, name) for name in write]
+    if on_device(gradient.memory):
+        totals, most = update_chunks(sources, targets, spec.chunks, spec.step)
+        return UpdateResult(tuple(totals), most, {})
     written: dict[str, ChunkSums] = {name: {} for name in write}
     sums: list[float] = []
     largest = 0.0
@@ -115,6 +125,12 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
     return UpdateResult(tuple(sums), largest, written)
 
 
+def _source(spec: UpdateSpec, name: str) -> StageArray:
+    """An array that is read, verified; those in a device's memory have no checksums before a commit."""
+    array = open_array(spec.stage_dir, name)
+    return array if on_device(array.memory) else open_array(spec.stage_dir, name, spec.checksums[name])
+
+
 def _update_chunk(
     readers: Sequence[ChunkReader],
     writers: Sequence[ChunkWriter],
@@ -133,13 +149,15 @@ def _update_chunk(
         with profiler.span("update", chunk=chunk):
             abs_u = update_block(stored)
             inside = abs_u[: max(0, rows.stop - y0), columns]
+            largest = max(largest, float(inside.max(initial=0)))
+            inside *= adam.SUM_SCALE
+            np.rint(inside, out=inside)
             # in float64: over 10⁹ pixels a float32 sum would lose what the stop condition compares
             total += float(inside.sum(dtype=np.float64))
-            largest = max(largest, float(inside.max(initial=0)))
         with profiler.span("write", chunk=chunk):
             for writer, data in zip(writers, stored[1:], strict=True):
                 writer.write(data)
-    return total, largest
+    return total / adam.SUM_SCALE, largest
 
 
 def _blocks(sources: Sequence[StageArray], values: int) -> Iterator[tuple[int, list[Array]]]:

@@ -88,7 +88,8 @@ def one_tile(folder: Path) -> Path:
 
 
 def many_tiles(folder: Path) -> Path:
-    keys = {"initial_size": 384, "compute": {"tile_px": 256}, "store": {"chunk_px": 64}}
+    store = {"chunk_px": 64, "commit_interval": "1h"}  # in memory, 75 MiB in the last stage
+    keys = {"initial_size": 384, "compute": {"tile_px": 256}, "store": store}
     return write_run(folder, (768, 700), (384, 300), optimizer={"max_iterations": 1}, output="out.tif", **keys)
 
 
@@ -99,6 +100,7 @@ def two_workers(folder: Path) -> Path:
 
 def compressed(folder: Path) -> Path:
     keys = {"initial_size": 400, "compute": {"tile_px": 256}, "store": {"codec": "zstd", "chunk_px": 128}}
+    keys["store"] |= {"commit_interval": "1h"}  # in memory too
     return write_run(folder, (400, 300), (300, 400), optimizer={"max_iterations": 2}, **keys)
 
 
