@@ -249,8 +249,7 @@ class _Fenced:
 @contextmanager
 def connected(where: ClusterAddress) -> Iterator[Client]:
     """A client of the scheduler. Raises ClusterError if it cannot be reached."""
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # the errors say it in a sentence
-    with dask.config.set(worker.SETTINGS):
+    with dask.config.set(worker.SETTINGS), _silent():
         try:
             client = Client(  # type: ignore[no-untyped-call]
                 where.address, security=where.security, set_as_default=False, timeout=_CONNECT_S
@@ -266,6 +265,20 @@ def connected(where: ClusterAddress) -> Iterator[Client]:
         finally:
             with suppress(Exception):
                 client.close(timeout=2)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Inside, distributed does not log that a connection ended: the error says it in a sentence."""
+    names = ("distributed", "distributed.client", "tornado.application", "asyncio")
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def survey(

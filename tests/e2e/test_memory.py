@@ -98,6 +98,13 @@ def two_workers(folder: Path) -> Path:
     return write_run(folder, (768, 700), (384, 300), optimizer={"max_iterations": 1}, output="out.tif", **keys)
 
 
+def two_devices(folder: Path) -> Path:
+    """Two processes that compute tiles, and one that updates."""
+    keys = {"initial_size": 384, "store": {"chunk_px": 256}}
+    compute = {"tile_px": 256, "devices": ["cpu", "cpu"], "workers": 1}
+    return write_run(folder, (768, 700), (384, 300), optimizer={"max_iterations": 1}, compute=compute, **keys)
+
+
 def compressed(folder: Path) -> Path:
     keys = {"initial_size": 400, "compute": {"tile_px": 256}, "store": {"codec": "zstd", "chunk_px": 128}}
     keys["store"] |= {"commit_interval": "1h"}  # in memory too
@@ -151,7 +158,19 @@ def large_input(folder: Path) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
     "make",
-    [one_tile, many_tiles, two_workers, compressed, float64, masked, tent, l2, several_scales, large_input],
+    [
+        one_tile,
+        many_tiles,
+        two_workers,
+        two_devices,
+        compressed,
+        float64,
+        masked,
+        tent,
+        l2,
+        several_scales,
+        large_input,
+    ],
     ids=lambda make: make.__name__,
 )
 def test_measured_memory_is_what_was_planned(tmp_path, make):

@@ -429,11 +429,11 @@ def unbroken(tmp_path_factory) -> Unbroken:
     return Unbroken((folder / "out.tif").read_bytes(), canvases(folder / "run"), results(folder / "run"))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_make_the_same_bytes(tmp_path, unbroken, workers):
-    """The output image would depend on the number of processes."""
+@pytest.mark.parametrize("compute", [{"workers": 1}, {"workers": 2}, {"devices": ["cpu"] * 4, "workers": 1}], ids=str)
+def test_worker_processes_make_the_same_bytes(tmp_path, unbroken, compute):
+    """The output image would depend on the number of processes, or of devices."""
     others = set(workers_of())
-    pipeline.run(pipeline.load_config(write_two_stages(tmp_path, workers=workers)))
+    pipeline.run(pipeline.load_config(write_two_stages(tmp_path, **compute)))
     unbroken.assert_same(tmp_path)
     assert set(workers_of()) == others
 

@@ -248,6 +248,8 @@ def test_missing_keys_are_named(write):
         ("styles.0.weight=0", "the weights sum to 0.0"),
         ("memory.limit=4Gi", "a size such as 4GiB"),
         ("memory.limit=0", "a size such as 4GiB"),
+        ("compute.devices=[gpu]", "expected auto, or a list of devices, as in [cuda:0, cuda:1], found"),
+        ("compute.devices=[]", "expected auto, or a list of devices, as in [cuda:0, cuda:1], found"),
         ("compute.device=gpu", "expected one of auto, cpu, cuda, cuda:N, found"),
         ("compute.tile_px=automatic", "or auto, found"),
         ("compute.tile_px=768", "not a multiple of store.chunk_px = 512"),
@@ -312,6 +314,10 @@ def test_wrong_values(write, setting, message):
         (["output=r.zarr", "work_dir=r.zarr"], "work_dir: at or inside the output"),
         (["output=r.zarr", "work_dir=r.zarr/run"], "work_dir: at or inside the output"),
         (["content=c", "work_dir=c"], "work_dir: the same path as content"),
+        (["compute.devices=[cpu, cuda:0]"], "compute.devices: CPU and GPU round differently"),
+        (["compute.devices=[cpu]", "compute.device=cuda:1"], "compute.devices: compute.device is for a single one"),
+        (["compute.scheduler=tls://a:1", "compute.workers=2"], "compute.scheduler: computes on the cluster's workers"),
+        (["compute.scheduler=tls://a:1", "compute.devices=[cpu]"], "compute.scheduler: computes on the cluster's"),
     ],
 )
 def test_values_that_do_not_go_together(write, overrides, message):
@@ -503,8 +509,8 @@ def _leaves(model: type[BaseModel], start: str = "") -> Iterator[tuple[str, Any]
             yield "stage_ratio", Literal[2, 3]  # limits that other numbers do not have
         elif name == "dpi":
             yield start + name, Literal[72, 299.5]
-        elif name == "stages":
-            continue  # a list of sections
+        elif name in ("stages", "devices"):
+            continue  # a list of sections; a list that has to fit compute.device
         elif "path" not in expected(field.annotation, field.metadata):
             yield start + name, field.annotation
 
@@ -606,6 +612,7 @@ HARMLESS = {
     "memory.limit",
 }
 HARMLESS |= {"compute.workers", "compute.threads", "store.durability"}
+HARMLESS |= {"compute.devices", "compute.scheduler", "compute.cluster_key"}
 HARMLESS |= {*(key for key in LEAVES if key.startswith(("export.", "limits.")))}
 
 
@@ -617,6 +624,8 @@ def test_harmless_changes_let_a_run_go_on(write):
         "compute.tile_px=1024",
         "compute.workers=2",
         "compute.threads=3",
+        "compute.devices=[cpu, cpu]",
+        "compute.cluster_key=key.pem",
         "memory.limit=1GiB",
         "limits.max_pixels=7",
         "export.pyramid=false",
