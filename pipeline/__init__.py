@@ -21,19 +21,23 @@ if TYPE_CHECKING:
     from pipeline.commands.run import run
     from pipeline.commands.start import outlook
     from pipeline.commands.status import status
+    from pipeline.commands.train import train
     from pipeline.commands.verify.verify import verify
     from pipeline.commands.view import view
     from pipeline.config.config import Config, load_config
+    from pipeline.config.training import TrainConfig, load_train_config
     from pipeline.core.allocator import set_up_process
     from pipeline.rundir.preflight import plan
 
 __all__ = [
     "Config",
+    "TrainConfig",
     "clean",
     "crop",
     "export",
     "gallery",
     "load_config",
+    "load_train_config",
     "measured_time",
     "outlook",
     "plan",
@@ -42,6 +46,7 @@ __all__ = [
     "run",
     "set_up_process",
     "status",
+    "train",
     "verify",
     "view",
 ]
@@ -49,11 +54,13 @@ __all__ = [
 # The module of each name.
 _HOMES = {
     "Config": "config.config",
+    "TrainConfig": "config.training",
     "clean": "commands.clean",
     "crop": "commands.preview.crop",
     "export": "commands.export",
     "gallery": "commands.gallery",
     "load_config": "config.config",
+    "load_train_config": "config.training",
     "measured_time": "commands.measure",
     "outlook": "commands.start",
     "plan": "rundir.preflight",
@@ -62,6 +69,7 @@ _HOMES = {
     "run": "commands.run",
     "set_up_process": "core.allocator",
     "status": "commands.status",
+    "train": "commands.train",
     "verify": "commands.verify.verify",
     "view": "commands.view",
 }

@@ -29,6 +29,7 @@ from pipeline.cli.init import init
 from pipeline.cli.on_finish import OnFinish
 from pipeline.cli.run import run
 from pipeline.cli.signals import discard_unwritable_stdout, tolerant_stderr
+from pipeline.cli.train import train
 from pipeline.cli.view import serve, with_view_options
 from pipeline.cli.working import (
     EXIT_CODES,
@@ -297,5 +298,5 @@ def doctor() -> None:
     reports.print_doctor()
 
 
-for command in (run, apply, export, init):
+for command in (run, apply, export, init, train):
     cli.add_command(command)

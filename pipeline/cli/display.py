@@ -29,6 +29,8 @@ from pipeline.core.events import (
     Sink,
     StageDone,
     StageStarted,
+    TrainingDone,
+    TrainingStep,
     WorkDone,
 )
 from pipeline.core.text import count, duration, end_text, printable, size_text, stage_name
@@ -94,6 +96,9 @@ class PlainSink(EventSink):
         if isinstance(event, WorkDone) and waited_s >= self._quiet_s:
             line = f"  {event.what}: {100 * event.done // max(event.total, 1)} %"
             self._quiet_s = min(2 * self._quiet_s, _MAX_QUIET_S)
+        elif isinstance(event, TrainingStep) and waited_s >= self._quiet_s:
+            line = f"  step {event.step:,}/{event.steps:,}: {_training_text(event)}"
+            self._quiet_s = min(2 * self._quiet_s, _MAX_QUIET_S)
         elif line is not None:
             self._quiet_s = self._first_s
         if line is not None:
@@ -141,6 +146,10 @@ class LiveSink(EventSink):
         """Update a bar, or print a line above the bars."""
         if isinstance(event, WorkDone):
             self._show_work(event)
+        elif isinstance(event, TrainingStep):
+            if self._iterations is None:
+                self._iterations = self._progress.add_task("training", total=event.steps, completed=event.step)
+            self._progress.update(self._iterations, completed=event.step, description=_training_text(event))
         elif isinstance(event, IterationDone):
             if self._iterations is not None:
                 text = self._describe(event)
@@ -148,7 +157,7 @@ class LiveSink(EventSink):
         else:
             if (line := line_of(event)) is not None:
                 self._progress.console.print(line, highlight=False, soft_wrap=True)
-            if isinstance(event, StageStarted | StageDone | PictureDone | RunDone | QueuedRunEnded):
+            if isinstance(event, StageStarted | StageDone | PictureDone | RunDone | TrainingDone | QueuedRunEnded):
                 self._clear()
             if isinstance(event, StageStarted):
                 self._stage = stage_name(event.stage, event.stages)
@@ -231,11 +240,18 @@ def line_of(event: Event) -> str | None:  # noqa: PLR0911 - one per event type
             done = f"done in {duration(event.seconds)}: {event.output}"
             clean = f"`pipeline clean --run {shlex.quote(event.work_dir)}` frees {size_text(event.state_bytes)}"
             return f"the image needs no state any more: {clean}\n{done}" if event.state_bytes else done
+        case TrainingDone():
+            return f"done in {duration(event.seconds)}: {event.output}"
         case QueuedRunStarted():
             return f"run {event.run} of {event.runs}: {event.config}"
         case QueuedRunEnded() if event.exit_code not in (0, Stopped.exit_code):
             return f"run {event.run} of {event.runs} failed: {printable(event.message)}"
     return None
+
+
+def _training_text(event: TrainingStep) -> str:
+    losses = f"content {event.content_loss:.3g} style {event.style_loss:.3g}"
+    return f"{losses}, {duration(event.eta_s)} left"
 
 
 def with_profile(sink: Sink) -> Sink:

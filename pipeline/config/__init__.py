@@ -24,4 +24,5 @@ from pipeline.config.sections import (
     StageConfig,
     StyleConfig,
 )
+from pipeline.config.training import TrainConfig, load_train_config
 from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, dotted, problem_lines, undotted

@@ -123,6 +123,27 @@ class QueuedRunEnded(Event):
     message: str
 
 
+@dataclass(frozen=True)
+class TrainingStep(Event):
+    """Number `step` of the `steps` of a training is done. The losses are means over its batch, before the step."""
+
+    step: int
+    steps: int
+    objective: float
+    content_loss: float
+    style_loss: float
+    eta_s: float
+
+
+@dataclass(frozen=True)
+class TrainingDone(Event):
+    """The trained network has been written to `output`."""
+
+    output: str
+    seconds: float
+    work_dir: str
+
+
 Sink = Callable[[Event], None]
 
 

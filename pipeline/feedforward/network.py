@@ -40,6 +40,7 @@ class TransformNetwork(nn.Module):
             style_BS = F.one_hot(torch.zeros(1, dtype=torch.int64), len(self.spec.styles)).to(x)
         for layer in self.layers.values():
             x = layer(x, style_BS)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16, of autocast, has no levels above 128
         # strides of 2 round sizes up: the map may be larger than the image
         return to_pixels(x, self.spec)[:, :, :height, :width]
 
