@@ -57,8 +57,8 @@ import sys, pipeline
 from pipeline import *
 import pipeline.commands.verify.verify, pipeline.commands.preview.preview
 names = (
-    "Config clean crop export gallery load_config measured_time outlook plan preview proof run set_up_process status "
-    "verify view"
+    "Config CropSpec GridSpec ProofSpec SampleSpec clean crop export gallery load_config measured_time outlook plan "
+    "preview proof run set_up_process status verify view"
 )
 assert pipeline.__all__ == names.split()
 assert all(callable(getattr(pipeline, name)) for name in pipeline.__all__)
