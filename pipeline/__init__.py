@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from pipeline.commands.export import export
     from pipeline.commands.gallery import gallery
     from pipeline.commands.measure import measured_time
-    from pipeline.commands.preview.crop import crop
-    from pipeline.commands.preview.preview import preview
-    from pipeline.commands.preview.proof import proof
+    from pipeline.commands.preview.crop import CropSpec, crop
+    from pipeline.commands.preview.preview import GridSpec, preview
+    from pipeline.commands.preview.proof import ProofSpec, proof
     from pipeline.commands.run import run
     from pipeline.commands.start import outlook
     from pipeline.commands.status import status
     from pipeline.commands.train import train
+    from pipeline.commands.verify.store_check import SampleSpec
     from pipeline.commands.verify.verify import verify
     from pipeline.commands.view import view
     from pipeline.config.config import Config, load_config
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Config",
+    "CropSpec",
+    "GridSpec",
+    "ProofSpec",
+    "SampleSpec",
     "TrainConfig",
     "clean",
     "crop",
@@ -57,6 +62,10 @@ __all__ = [
 # The module of each name.
 _HOMES = {
     "Config": "config.config",
+    "CropSpec": "commands.preview.crop",
+    "GridSpec": "commands.preview.preview",
+    "ProofSpec": "commands.preview.proof",
+    "SampleSpec": "commands.verify.store_check",
     "TrainConfig": "config.training",
     "clean": "commands.clean",
     "crop": "commands.preview.crop",

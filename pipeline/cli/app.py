@@ -198,21 +198,23 @@ def preview(
     if paper is None and (dpi is not None or points):
         raise click.UsageError("--dpi and --at require --proof")
     with working(log_format) as (sink, stop):
-        common: dict[str, Any] = {"output": output and output.absolute(), "force": force, "sink": sink, "stop": stop}
+        output = output and output.absolute()
         if rect is not None:
             config, crop = config_of_run(config_path, overrides), pipeline.crop
             raise_if_stopped(stop)
-            click.echo(crop(config, rect, stage=stage, **common))
+            click.echo(crop(config, pipeline.CropSpec(rect, stage, output, force), sink=sink, stop=stop))
             return
         if paper is not None:
             config, proof = config_of_run(config_path, overrides), pipeline.proof
             raise_if_stopped(stop)
-            click.echo(proof(config, points, paper=paper, dpi=150 if dpi is None else dpi, **common))
+            spec = pipeline.ProofSpec(points, paper, 150 if dpi is None else dpi, output, force)
+            click.echo(proof(config, spec, sink=sink, stop=stop))
             return
-        render, size = pipeline.preview, PREVIEW_PX if size_px is None else size_px
+        render = pipeline.preview
         raise_if_stopped(stop)
-        folder = page and page.absolute()
-        result = render(config_path, vary=vary, overrides=overrides, size_px=size, page=folder, **common)
+        shown_px = PREVIEW_PX if size_px is None else size_px
+        grid = pipeline.GridSpec(vary, overrides, shown_px, output, page and page.absolute(), force)
+        result = render(config_path, grid, sink=sink, stop=stop)
     if as_json:
         echo_json(result.as_dict())
     else:
@@ -292,8 +294,10 @@ def verify(
 
         config = any_config(config_path, overrides) if config_path is not None else None
         work_dir, check = config.work_dir if config is not None else cast(Path, run_dir), pipeline.verify
+        chosen = {} if seed is None else {"seed": seed}
+        sample = None if share is None else pipeline.SampleSpec(share, **chosen)
         raise_if_stopped(stop)
-        report = check(work_dir, config=config, share=share, seed=seed, repair=repair, sink=sink, stop=stop)
+        report = check(work_dir, config=config, sample=sample, repair=repair, sink=sink, stop=stop)
     if as_json:
         echo_json(report.as_dict())
     else:

@@ -83,9 +83,10 @@ class Journal:
     def repair_tail(self) -> None:
         """Cut off an incomplete last line, so that the next record starts on a line of its own.
 
-        If this object has read the file, the caller holds the run's lock since then, so that it is not read again.
+        If this object has read the file as it is now, it is not read again.
         """
-        self._cut(self._last_read or self._intact_lines())
+        known = self._last_read
+        self._cut(known if known is not None and known.file_bytes == self.size_bytes() else self._intact_lines())
 
     def set_damage_aside(self) -> Path:
         """Move everything from the first damaged line on to a new file, and return its path."""
@@ -152,7 +153,8 @@ class Journal:
         records: list[Mapping[str, Any]] = []
         good_bytes = crc = 0
         damaged_line = None
-        lines = self._bytes().splitlines(keepends=True)
+        data = self._bytes()
+        lines = data.splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             record = _record_of(line, crc)
             if record is None:
@@ -161,7 +163,7 @@ class Journal:
                 break
             records.append(record)
             good_bytes, crc = good_bytes + len(line), _crc_of(line)
-        return _Lines(records, good_bytes, crc, damaged_line)
+        return _Lines(records, good_bytes, len(data), crc, damaged_line)
 
 
 def standing(journal: Journal) -> tuple[list[Record], Position]:
@@ -175,10 +177,14 @@ def standing(journal: Journal) -> tuple[list[Record], Position]:
 
 @dataclass(frozen=True)
 class _Lines:
-    """The intact lines at the start of a journal: their records and size, and the CRC that the next line continues."""
+    """The intact lines at the start of a journal: their records and size, and the CRC that the next line continues.
+
+    `file_bytes`: the size of the file.
+    """
 
     records: list[Mapping[str, Any]]
     good_bytes: int
+    file_bytes: int
     crc: int
     damaged_line: int | None
 

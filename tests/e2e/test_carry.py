@@ -141,4 +141,4 @@ def test_a_crop_of_carried_stages_is_refused(tmp_path, narrow_weights):
     """It would show a picture that the run does not make."""
     config = load_config(write_run(tmp_path, narrow_weights, **CARRY, **FLOAT64))
     with pytest.raises(ConfigError, match=r"--crop.*: .* optimizer\.carry"):
-        pipeline.crop(config, Rect(0, 16, 0, 16))
+        pipeline.crop(config, pipeline.CropSpec(Rect(0, 16, 0, 16)))

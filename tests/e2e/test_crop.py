@@ -14,7 +14,7 @@ import pyvips
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import crop, images, load_config, run
+from pipeline import CropSpec, crop, images, load_config, run
 from pipeline.commands.preview.regions import regions, scaled
 from pipeline.commands.preview.whole_image import WholeImage
 from pipeline.core.errors import Stopped
@@ -57,7 +57,7 @@ def config(begun, tmp_path) -> Path:
 
 def test_crop_of_everything_is_the_run(config):
     """With nothing to estimate, the crop must be the run's result bit for bit."""
-    result = read_picture(crop(load_config(config), Rect(0, 110, 0, 150)))
+    result = read_picture(crop(load_config(config), CropSpec(Rect(0, 110, 0, 150))))
     run(load_config(config))
     np.testing.assert_array_equal(result, read_picture(config.parent / "out.png"))
 
@@ -67,9 +67,9 @@ def test_crop_is_closer_to_the_run_with_the_whole_pictures_grams(config, monkeyp
     module: Any = sys.modules["pipeline.commands.preview.crop_rendering"]
     monkeypatch.setattr(module, "_SPREAD_PX", 0)
     rect = Rect(40, 72, 100, 150)
-    with_whole = read_picture(crop(load_config(config), rect)).astype(float)
+    with_whole = read_picture(crop(load_config(config), CropSpec(rect))).astype(float)
     monkeypatch.setattr(WholeImage, "estimate", no_estimate)
-    alone = read_picture(crop(load_config(config), rect)).astype(float)
+    alone = read_picture(crop(load_config(config), CropSpec(rect))).astype(float)
     run(load_config(config))
     real = read_picture(config.parent / "out.png")[40:72, 100:150].astype(float)
     assert with_whole.shape == real.shape == (32, 50, 3)
@@ -82,18 +82,18 @@ def test_crop_has_the_colours_of_the_whole(tmp_path, color):
     config = write_run(tmp_path, CONTENT_PX, initial_size=76, network=SHALLOW)
     stopped_before(config, 1, f"color={color}")
     settings = load_config(config, (f"color={color}",))
-    result = read_picture(crop(settings, Rect(0, 110, 0, 150)))
+    result = read_picture(crop(settings, CropSpec(Rect(0, 110, 0, 150))))
     run(settings)
     np.testing.assert_array_equal(result, read_picture(config.parent / "out.png"))
-    assert crop(settings, Rect(0, 30, 0, 40)).exists()  # a part has no reference to compare with
+    assert crop(settings, CropSpec(Rect(0, 30, 0, 40))).exists()  # a part has no reference to compare with
 
 
 def test_crop_through_several_stages_goes_on_from_its_own(config, begun):
     """If several stages are missing, the crop must render all of them."""
     shutil.rmtree(config.parent / "run")
     stopped_before(config, 1)
-    assert read_picture(crop(load_config(config), Rect(10, 40, 20, 60))).shape == (30, 40, 3)
-    result = read_picture(crop(load_config(config), Rect(0, 110, 0, 150)))
+    assert read_picture(crop(load_config(config), CropSpec(Rect(10, 40, 20, 60)))).shape == (30, 40, 3)
+    result = read_picture(crop(load_config(config), CropSpec(Rect(0, 110, 0, 150))))
     run(load_config(config))
     np.testing.assert_array_equal(result, read_picture(config.parent / "out.png"))
 
@@ -103,7 +103,7 @@ def test_crop_of_a_run_with_several_scales(tmp_path):
     config = write_run(tmp_path, CONTENT_PX, initial_size=38, network=SHALLOW, loss={"scales": 3})
     stopped_before(config, 1)
     settings, rect = load_config(config), Rect(40, 72, 100, 150)
-    everything, part = (read_picture(crop(settings, wanted)) for wanted in (Rect(0, 110, 0, 150), rect))
+    everything, part = (read_picture(crop(settings, CropSpec(wanted))) for wanted in (Rect(0, 110, 0, 150), rect))
     run(settings)
     result = read_picture(config.parent / "out.png")
     np.testing.assert_array_equal(everything, result)
@@ -138,7 +138,7 @@ def test_stopped_crop_leaves_nothing(config):
     """A stopped crop must leave neither temporary files nor an incomplete image."""
     stop = threading.Event()
     with pytest.raises(Stopped):
-        crop(load_config(config), Rect(20, 61, 60, 110), sink=lambda event: stop.set(), stop=stop)
+        crop(load_config(config), CropSpec(Rect(20, 61, 60, 110)), sink=lambda event: stop.set(), stop=stop)
     assert not (config.parent / "out.preview" / "crop").exists()
     assert not (config.parent / "out.crop.png").exists()
 

@@ -13,7 +13,7 @@ import pytest
 import pyvips
 
 import pipeline
-from pipeline import crop, load_config, run
+from pipeline import CropSpec, crop, load_config, run
 from pipeline.commands.preview.whole_image import WholeImage
 from pipeline.core.errors import ConfigError
 from pipeline.core.tiling import Rect
@@ -157,7 +157,7 @@ def config(begun, tmp_path) -> Path:
 
 def test_crop_of_everything_with_masks_is_the_run(config, begun):
     """Masks must be where they are in the run, to the pixel."""
-    np.testing.assert_array_equal(read_picture(crop(load_config(config), EVERYTHING)), begun[1])
+    np.testing.assert_array_equal(read_picture(crop(load_config(config), CropSpec(EVERYTHING))), begun[1])
 
 
 @pytest.mark.parametrize(
@@ -171,13 +171,13 @@ def test_corner_is_closer_to_the_run_with_every_masks_own_grams(config, begun, m
     areas: list[Any] = []
     iterations = Iterations.__post_init__
     monkeypatch.setattr(Iterations, "__post_init__", lambda self: (areas.append(self.areas), iterations(self))[1])
-    with_whole = read_picture(crop(load_config(config), rect))
+    with_whole = read_picture(crop(load_config(config), CropSpec(rect)))
     (own,) = areas
     assert {key for key, area in own.items() if area == 0} == {
         f"{layer}_r{number}" for layer in SHALLOW["style_layers"] for number in black
     }
     alone(monkeypatch)
-    without = read_picture(crop(load_config(config), rect))
+    without = read_picture(crop(load_config(config), CropSpec(rect)))
     real = begun[1][rect.y0 : rect.y1, rect.x0 : rect.x1]
     assert squares(with_whole, real) < 0.7 * squares(without, real)
 
@@ -187,12 +187,12 @@ def test_content_map_alone(tmp_path, monkeypatch):
     content_mask = write_mask(tmp_path, ramp(110, 150, 0.4, 0.7))
     config = write_run(tmp_path, CONTENT_PX, loss={"content_mask": content_mask, "content_weight": 0.5}, **KEYS)
     stopped_before(config, 1)
-    result = read_picture(crop(load_config(config), EVERYTHING))
+    result = read_picture(crop(load_config(config), CropSpec(EVERYTHING)))
     monkeypatch.setattr(sys.modules["pipeline.commands.preview.crop_rendering"], "_SPREAD_PX", 0)
     rect = Rect(0, 30, 110, 150)
-    with_whole = read_picture(crop(load_config(config), rect))
+    with_whole = read_picture(crop(load_config(config), CropSpec(rect)))
     alone(monkeypatch)
-    without = read_picture(crop(load_config(config), rect))
+    without = read_picture(crop(load_config(config), CropSpec(rect)))
     real = read_picture(run(load_config(config)))
     np.testing.assert_array_equal(result, real)
     part = real[rect.y0 : rect.y1, rect.x0 : rect.x1]
@@ -213,7 +213,7 @@ def test_part_that_nothing_paints_is_left_as_the_run_leaves_it(tmp_path, monkeyp
     config = write_run(tmp_path, CONTENT_PX, styles=styles, **{**KEYS, **texture})
     stopped_before(config, 1)
     rect = Rect(20, 80, 110, 150)
-    result = read_picture(crop(load_config(config), rect))
+    result = read_picture(crop(load_config(config), CropSpec(rect)))
     real = read_picture(run(load_config(config)))[rect.y0 : rect.y1, rect.x0 : rect.x1]
     assert np.abs(result.astype(int) - real).max() <= max_difference
 
@@ -226,7 +226,7 @@ def test_mask_that_the_finished_stage_has_nothing_of(tmp_path):
     styles = [{"image": "style.png"}, {"image": "content.png", "mask": write_mask(tmp_path, faint)}]
     config = write_run(tmp_path, CONTENT_PX, styles=styles, stages=[early], **KEYS)
     stopped_before(config, 1)
-    result = read_picture(crop(load_config(config), EVERYTHING))
+    result = read_picture(crop(load_config(config), CropSpec(EVERYTHING)))
     np.testing.assert_array_equal(result, read_picture(run(load_config(config))))
 
 

@@ -17,7 +17,7 @@ import pyvips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import load_config, plan, preview, run
+from pipeline import GridSpec, load_config, plan, preview, run
 from pipeline.commands.preview.at_size import at_size
 from pipeline.commands.preview.grid import Grid
 from pipeline.commands.preview.sweep import MAX_VARIATIONS, load_variations
@@ -159,7 +159,7 @@ def test_preview_is_the_runs_own_stage_of_that_size(config, call):
         "-o",
         config.parent / "stage.png",
     )
-    result = preview(config, vary=(f"{settings[0]},3",), overrides=settings[1:], size_px=96)
+    result = preview(config, GridSpec(vary=(f"{settings[0]},3",), overrides=settings[1:], size_px=96))
     assert result.pictures[0].size == (74, 96)
     np.testing.assert_array_equal(read_picture(result.pictures[0].picture), read_picture(config.parent / "stage.png"))
     assert (read_picture(result.pictures[0].picture) != read_picture(result.pictures[1].picture)).any()
@@ -180,10 +180,10 @@ def test_preview_is_the_run(config, call, monkeypatch, style_px, settings):
     monkeypatch.chdir(config.parent)
     write_picture(config.parent / "style.png", *style_px, seed=5)
     run(load_config(config, settings))
-    whole = preview(config, overrides=settings, size_px=130).pictures[0].picture
+    whole = preview(config, GridSpec(overrides=settings, size_px=130)).pictures[0].picture
     np.testing.assert_array_equal(read_picture(whole), read_picture(config.parent / "out.png"))
     call("export", "-c", config, *(f"--set={setting}" for setting in settings), "--stage", 2, "-o", "stage.png")
-    part = preview(config, overrides=settings, size_px=96).pictures[0].picture
+    part = preview(config, GridSpec(overrides=settings, size_px=96)).pictures[0].picture
     np.testing.assert_array_equal(read_picture(part), read_picture(config.parent / "stage.png"))
     mine, runs = results(part.parent / "run"), results(config.parent / "run")
     assert mine == runs[: len(mine)]  # every number of every iteration, and the checksum of every chunk
@@ -192,7 +192,7 @@ def test_preview_is_the_run(config, call, monkeypatch, style_px, settings):
 def test_stages_that_a_large_style_adds_are_there(config, call):
     """A key that has an effect only at larger sizes must not be called ineffective in the run."""
     write_picture(config.parent / "style.png", 400, 300, seed=5)
-    result = preview(config, vary=("styles.0.max_size=100,6400",), size_px=130)
+    result = preview(config, GridSpec(vary=("styles.0.max_size=100,6400",), size_px=130))
     for rendered in result.pictures:
         run(load_config(config, (*rendered.settings, f"work_dir={rendered.picture.parent}/whole")), force=True)
         np.testing.assert_array_equal(read_picture(rendered.picture), read_picture(config.parent / "out.png"))
@@ -282,7 +282,7 @@ def test_initial_size_above_the_shown_size_has_its_effect(config, call):
 def test_an_automatic_first_stage_is_the_runs(config):
     """A preview has other sizes than the run: from these another first stage would follow, and another picture."""
     automatic = ("initial_size=auto", "loss.style_weight=0", "network.content_layers={conv2_1: 1.0}")
-    result = preview(config, overrides=automatic, size_px=110)
+    result = preview(config, GridSpec(overrides=automatic, size_px=110))
     (run_dir,) = (rendered.picture.parent / "run" for rendered in result.pictures)
     assert [tuple(stage.size) for stage in read_manifest(run_dir / "manifest.json").stages] == [(65, 84), (85, 110)]
     assert plan(load_config(config, automatic)).stages[0].size == (65, 84)
@@ -291,13 +291,13 @@ def test_an_automatic_first_stage_is_the_runs(config):
 def test_no_picture_is_larger_than_the_run_would_make_it(config):
     """A preview of a small image would show an enlargement that no run makes."""
     assert preview(config).pictures[0].size == (100, 130)
-    assert preview(config, overrides=("size=64",)).pictures[0].size == (49, 64)
+    assert preview(config, GridSpec(overrides=("size=64",))).pictures[0].size == (49, 64)
 
 
 def test_texture_without_content_has_a_preview(config):
     """Textures, which have no content, must have previews too."""
     texture = ("content=null", "loss.content_weight=0", "size=[300, 150]", "initial_size=64")
-    assert preview(config, overrides=texture, size_px=64).pictures[0].size == (32, 64)
+    assert preview(config, GridSpec(overrides=texture, size_px=64)).pictures[0].size == (32, 64)
 
 
 def test_masks_are_varied_like_all_else(config, monkeypatch):
@@ -306,7 +306,9 @@ def test_masks_are_varied_like_all_else(config, monkeypatch):
     pyvips.Image.new_from_array(ramp, interpretation="b-w").write_to_file(str(config.parent / "mask.png"))
     monkeypatch.chdir(config.parent)
     values = ("[{image: style.png}]", "[{image: style.png, mask: mask.png}]")
-    result = preview(config, vary=(f"styles={','.join(values)}", "loss.content_mask=null,mask.png"), size_px=96)
+    result = preview(
+        config, GridSpec(vary=(f"styles={','.join(values)}", "loss.content_mask=null,mask.png"), size_px=96)
+    )
     assert [rendered.size for rendered in result.pictures] == [(74, 96)] * 4
     pixels = [read_picture(rendered.picture) for rendered in result.pictures]
     assert all((pixels[0] != other).any() for other in pixels[1:])
@@ -336,7 +338,7 @@ def test_a_seed_that_nothing_is_drawn_from_is_refused(tmp_path, narrow_weights, 
     config = write_run(tmp_path, store={"chunk_px": 32, "state_dtype": state}, **keys)
     matters = init == "noise" or network == "random" or state == "compact"
     try:
-        result = preview(config, vary=("seed=1,2",), size_px=48)
+        result = preview(config, GridSpec(vary=("seed=1,2",), size_px=48))
     except ConfigError as error:
         assert "--vary seed: does not change the image" in str(error)
         assert not matters and not (tmp_path / "out.preview").exists()
@@ -354,9 +356,7 @@ def test_keys_that_made_no_difference_are_told(config, narrow_weights):
     notes: list[str] = []
     preview(
         config,
-        vary=vary,
-        overrides=(f"network={{name: vgg19, weights: {narrow_weights}}}",),
-        size_px=48,
+        GridSpec(vary=vary, overrides=(f"network={{name: vgg19, weights: {narrow_weights}}}",), size_px=48),
         sink=lambda event: notes.append(event.message) if isinstance(event, Note) else None,
     )
     (weight,) = (note for note in notes if note.startswith("styles.0.weight"))
@@ -380,28 +380,30 @@ def test_stopped_preview_goes_on(config):
 
     arguments = {"vary": ("seed=1,2,3",), "size_px": 64}
     with pytest.raises(Stopped):
-        preview(config, **arguments, sink=sink, stop=stop)
+        preview(config, GridSpec(**arguments), sink=sink, stop=stop)
     sheet = config.parent / "out.preview.png"
     assert not sheet.exists()
     first = Path(message[0].output)
     before = (first.parent / "run" / "journal.jsonl").read_bytes(), first.stat().st_mtime_ns
 
     message.clear()
-    result = preview(config, **arguments, sink=sink)
+    result = preview(config, GridSpec(**arguments), sink=sink)
     assert result.sheet == sheet and sheet.exists()
     assert [event.seconds is None for event in message] == [True, False, False]
     assert ((first.parent / "run" / "journal.jsonl").read_bytes(), first.stat().st_mtime_ns) == before
 
     message.clear()
-    preview(config, vary=("seed=2,4",), size_px=64, sink=sink)  # another grid reuses the images that it shares
+    preview(
+        config, GridSpec(vary=("seed=2,4",), size_px=64), sink=sink
+    )  # another grid reuses the images that it shares
     assert [event.seconds is None for event in message] == [True, False]
 
 
 def test_changed_input_is_rendered_anew(config):
     """Otherwise the sheet would show the result of the old content."""
-    old = preview(config, size_px=64).pictures[0].picture
+    old = preview(config, GridSpec(size_px=64)).pictures[0].picture
     write_picture(config.parent / "content.png", *CONTENT_PX, seed=9)
-    new = preview(config, size_px=64).pictures[0].picture
+    new = preview(config, GridSpec(size_px=64)).pictures[0].picture
     assert (read_picture(old) != read_picture(new)).any()
 
 
@@ -423,7 +425,7 @@ def test_killed_preview_goes_on(config):
 
 def test_two_previews_of_one_config_are_kept_apart(config, call):
     """Two previews of one config must not write the same sheet."""
-    preview(config, size_px=64)
+    preview(config, GridSpec(size_px=64))
     with RunLock(config.parent / "out.preview"):
         outcome = call("preview", "-c", config, "--size", 64)
     assert outcome.code == 4 and "out.preview" in outcome.err
@@ -476,7 +478,7 @@ def test_the_runs_own_state_stays_as_it_is(config):
     """A preview must not change a stopped run."""
     run(load_config(config))
     before = canvases(config.parent / "run"), (config.parent / "run" / "journal.jsonl").read_bytes()
-    preview(config, size_px=64)
+    preview(config, GridSpec(size_px=64))
     assert (canvases(config.parent / "run"), (config.parent / "run" / "journal.jsonl").read_bytes()) == before
 
 
@@ -539,7 +541,7 @@ def test_pictures_stand_whole_in_rows_and_columns_with_their_labels(tmp_path, te
 
 def test_long_list_of_values_is_wrapped(config):
     """Twelve images side by side would not fit on a screen."""
-    result = preview(config, vary=(f"seed={','.join('1' * 12)}",), size_px=32)
+    result = preview(config, GridSpec(vary=(f"seed={','.join('1' * 12)}",), size_px=32))
     height, width, _ = read_picture(result.sheet).shape
     assert result.across == 5 and len(result.pictures) == 12
     assert width < 2 * height
@@ -549,7 +551,7 @@ def test_pictures_of_other_proportions_fit(config):
     """Contents of different aspect ratios must be neither cropped nor distorted."""
     write_picture(config.parent / "tall.png", 60, 120, seed=4)
     result = preview(
-        config, vary=(f"content={config.parent / 'content.png'},{config.parent / 'tall.png'}",), size_px=64
+        config, GridSpec(vary=(f"content={config.parent / 'content.png'},{config.parent / 'tall.png'}",), size_px=64)
     )
     assert [rendered.size for rendered in result.pictures] == [(49, 64), (64, 32)]
 

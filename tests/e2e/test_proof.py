@@ -9,7 +9,7 @@ import numpy as np
 import pikepdf
 import pytest
 
-from pipeline import crop, load_config, proof, run
+from pipeline import CropSpec, ProofSpec, crop, load_config, proof, run
 from pipeline.core.tiling import Rect
 from tests.support.crops import SHALLOW, stopped_before
 from tests.support.e2e import read_picture, write_run
@@ -79,8 +79,10 @@ def test_a_proof_of_an_image_with_edges_is_cut_from_inside_them(config, call):
 def test_a_proof_before_the_run_is_done_has_the_crop(config, call):
     """A day of rendering can be spared only if the sheet shows what it will give."""
     stopped_before(config, 1)
-    sheet = sheet_of(proof(load_config(config), [(100, 100)], dpi=72))
-    expected = read_picture(crop(load_config(config), Rect(0, 240, 0, 300)))  # a sheet has room for the whole image
+    sheet = sheet_of(proof(load_config(config), ProofSpec([(100, 100)], dpi=72)))
+    expected = read_picture(
+        crop(load_config(config), CropSpec(Rect(0, 240, 0, 300)))
+    )  # a sheet has room for the whole image
     assert len(places(sheet, expected)) == 1
 
 

@@ -238,7 +238,7 @@ def test_gallery_and_page_of_a_preview_work_on_any_host(page, finished, tmp_path
             page.wait(f"((box) => box.x <= 0.001 && box.x + box.width >= 0.999)({bounds})")
         assert (page.run("document.title"), page.errors(), page.hosts()) == ("Large", [], {"127.0.0.1"})
     config, vary = finished / "config.yaml", ["loss.style_weight=0.5,2"]
-    pipeline.preview(config, vary=vary, size_px=150, overrides=["optimizer.max_iterations=1"], page=tmp_path / "grid")
+    pipeline.preview(config, pipeline.GridSpec(vary, ["optimizer.max_iterations=1"], 150, page=tmp_path / "grid"))
     with hosted(tmp_path / "grid") as address:
         page.driver.get(address)
         page.wait("window.previewGrid?.views.every(({world}) => world.getItemCount() === 1)")

@@ -450,14 +450,17 @@ def test_a_sample_reads_a_part_and_says_so(base, call):
     assert outcome.code == 0 and "no damage in the sample" in outcome.out and "--seed" in outcome.out
 
     flip_in(base, newest(base, "canvas"))
-    clean_by_seed = {seed: pipeline.verify(base.work_dir, share=0.3, seed=seed).clean for seed in range(20)}
+    clean_by_seed = {
+        seed: pipeline.verify(base.work_dir, sample=pipeline.SampleSpec(0.3, seed)).clean for seed in range(20)
+    }
     assert {True, False} == set(clean_by_seed.values())
     assert all(
-        pipeline.verify(base.work_dir, share=0.3, seed=seed).clean == clean for seed, clean in clean_by_seed.items()
+        pipeline.verify(base.work_dir, sample=pipeline.SampleSpec(0.3, seed)).clean == clean
+        for seed, clean in clean_by_seed.items()
     )
-    assert not pipeline.verify(base.work_dir, share=1.0).clean
+    assert not pipeline.verify(base.work_dir, sample=pipeline.SampleSpec(1.0)).clean
     os.truncate(base.work_dir / "store.zarr" / newest(base, "v"), 9)  # what costs nothing is looked at in any sample
-    assert not any(pipeline.verify(base.work_dir, share=0.05, seed=seed).clean for seed in range(5))
+    assert not any(pipeline.verify(base.work_dir, sample=pipeline.SampleSpec(0.05, seed)).clean for seed in range(5))
 
 
 @pytest.mark.parametrize("options", ["--sample 0%", "--sample 101%", "--sample five", "--sample 5% --repair"])

@@ -72,7 +72,7 @@ def cropped(path: Path, rect: Rect, name: str, alone: bool) -> np.ndarray:
         WholeImage.estimate = _no_estimate  # type: ignore[method-assign]
     try:
         config = pipeline.load_config(path, [f"work_dir={path.parent / 'stopped'}"])
-        return pixels_of(pipeline.crop(config, rect, output=path.parent / f"{name}.png"))
+        return pixels_of(pipeline.crop(config, pipeline.CropSpec(rect, output=path.parent / f"{name}.png")))
     finally:
         WholeImage.estimate = estimate
 

@@ -50,37 +50,41 @@ from pipeline.rundir import (
 from pipeline.rundir.process_settings import process_settings
 
 
+@dataclass(frozen=True)
+class CropSpec:
+    """What to crop, and the file to write.
+
+    `rect`: in px of the finished image. `stage`: index of the last stage to render; default the run's last. `output`:
+    default beside the config's output. `force`: overwrite a file that no preview of this config wrote.
+    """
+
+    rect: Rect
+    stage: int | None = None
+    output: Path | None = None
+    force: bool = False
+
+
 @process_settings()
-def crop(
-    config: Config,
-    rect: Rect,
-    *,
-    stage: int | None = None,
-    output: Path | None = None,
-    force: bool = False,
-    sink: Sink = ignore,
-    stop: threading.Event | None = None,
-) -> Path:
+def crop(config: Config, spec: CropSpec, *, sink: Sink = ignore, stop: threading.Event | None = None) -> Path:
     """Render a part of the image as the run of `config` will, starting from the last stage that it has finished.
 
-    `rect`: in px of the finished image. `stage`: index of the last stage to render; default the run's last. The
-    result has the size of `rect` at that stage. `output`: default beside the config's output. `force`: overwrite a file
-    that no preview of this config wrote. Raises ConfigError if no stage of the run is finished, and the errors of
-    errors.py.
+    The result has the size of the part at the last stage that is rendered. Raises ConfigError if no stage of the run is
+    finished, and the errors of errors.py.
     """
-    target_file = output or folder_of(config).with_name(f"{config.output.stem}.crop.png")
+    rect = spec.rect
+    target_file = spec.output or folder_of(config).with_name(f"{config.output.stem}.crop.png")
     crops = Crops.of(resolved(config), sink, stop)
     last = len(crops.plan.stages) - 1
-    target = last if stage is None else stage
+    target = last if spec.stage is None else spec.stage
     if not 0 <= target <= last:
         raise ConfigError(f"--stage {target + 1}: the run's stages are 1 to {last + 1}.")
     _refuse_outside(rect, crops.plan.stages[last].size)
     _refuse_carried(config, crops.plan)
     own = scaled(rect, crops.plan.stages[last].size, crops.plan.stages[target].size)
-    if output is not None:
-        refuse_missing_folder(output)
+    if spec.output is not None:
+        refuse_missing_folder(spec.output)
     check_output(target_file, own.width, own.height, 8, "deflate")
-    claim_of = partial(claimed, crops.config, target_file, force)
+    claim_of = partial(claimed, crops.config, target_file, spec.force)
     with crops.rendered([rect], target, claim_of) as (canvases, claim, _folder):
         space = crops.config.canvas_space
         cut_canvas(canvases[0], own, target_file, CancelToken(stop), claim.record, space)

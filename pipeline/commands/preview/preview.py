@@ -88,57 +88,62 @@ class Preview:
         return {"sheet": str(self.sheet), **page, "shown_px": self.size_px, "pictures": pictures}
 
 
+@dataclass(frozen=True)
+class GridSpec:
+    """The images of a preview: every combination of the values in `vary`.
+
+    `vary`: `key=value,value`, one key each. `overrides`: of the config, as in load_config. `size_px`: long side of each
+    image as shown. `output`: the sheet; default beside the config's output. `page`: a new folder, for a web page of the
+    images. `force`: overwrite a sheet that no preview of this config wrote.
+    """
+
+    vary: Sequence[str] = ()
+    overrides: Sequence[str] = ()
+    size_px: int = PREVIEW_PX
+    output: Path | None = None
+    page: Path | None = None
+    force: bool = False
+
+
 @process_settings()
 def preview(
-    path: str | Path,
-    *,
-    vary: Sequence[str] = (),
-    overrides: Sequence[str] = (),
-    size_px: int = PREVIEW_PX,
-    output: Path | None = None,
-    page: Path | None = None,
-    force: bool = False,
-    sink: Sink = ignore,
-    stop: threading.Event | None = None,
+    path: str | Path, spec: GridSpec = GridSpec(), *, sink: Sink = ignore, stop: threading.Event | None = None
 ) -> Preview:
-    """Render every combination of the values in `vary` at low resolution, onto one contact sheet.
+    """Render the images of a config at low resolution, onto one contact sheet.
 
-    `path`, `overrides`: of the config, as in load_config. `vary`: `key=value,value`, one key each. `size_px`: long side
-    of each image as shown. `output`: the sheet; default beside the config's output. `page`: a new
-    folder, for a web page of the images. `force`: overwrite a sheet that no
-    preview of this config wrote. Raises the errors of errors.py. After Stopped, or any crash, the same call resumes;
-    finished images are not rendered again.
+    Raises the errors of errors.py. After Stopped, or any crash, the same call resumes; finished images are not rendered
+    again.
     """
-    axes, variations = load_variations(path, overrides, vary, check_inputs=True)
+    axes, variations = load_variations(path, spec.overrides, spec.vary, check_inputs=True)
     first = variations[0].config
-    sheet = output or folder_of(first).with_name(f"{folder_of(first).name}.png")
+    sheet = spec.output or folder_of(first).with_name(f"{folder_of(first).name}.png")
     _refuse_fixed(axes)
     cancel = CancelToken(stop)
-    grid = Grid(axes, variations, size_px, resolve_device(first.compute.device))
+    grid = Grid(axes, variations, spec.size_px, resolve_device(first.compute.device))
     grid.plan(folder_of(first), cancel)
-    contact_sheet = grid.sheet(Path(path).name, overrides)
+    contact_sheet = grid.sheet(Path(path).name, spec.overrides)
     height, width = contact_sheet.size
-    for path_given in filter(None, (output, page)):
+    for path_given in filter(None, (spec.output, spec.page)):
         refuse_missing_folder(path_given)
-    if page is not None:
-        refuse_taken(page)
+    if spec.page is not None:
+        refuse_taken(spec.page)
     check_output(sheet, width, height, 8, "deflate")
     for variation in variations:  # each may have a content or styles of its own
         refuse_inputs(sheet, named_inputs(variation.config))
-    with claimed(first, sheet, force) as claim:
+    with claimed(first, sheet, spec.force) as claim:
         _render(grid.images, sink, stop)
         grid.report_ineffective(sink, cancel)
         contact_sheet.write(
             sheet, cancel, lambda share: sink(WorkDone(0, "contact sheet", math.floor(share * 100), 100)), claim.record
         )
         claim.done()
-    if page is not None:
-        compared = [_compared(Path(path), overrides, image) for image in grid.images]
-        write_comparison(page, contact_sheet.title, compared, grid.across)
+    if spec.page is not None:
+        compared = [_compared(Path(path), spec.overrides, image) for image in grid.images]
+        write_comparison(spec.page, contact_sheet.title, compared, grid.across)
     pictures = (
         Rendered(image.variation.settings, image.config.output, image.plan.stages[-1].size) for image in grid.images
     )
-    return Preview(sheet, tuple(pictures), grid.across, size_px, page)
+    return Preview(sheet, tuple(pictures), grid.across, spec.size_px, spec.page)
 
 
 def _compared(path: Path, overrides: Sequence[str], image: PlannedImage) -> ComparedPicture:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -37,38 +38,45 @@ _FILES = ("TIFF", "PNG", "JPEG")  # what can be read back
 _UNPRINTED = {"output", "work_dir", "compute", "memory", "limits", "store"}  # keys that do not change the image
 
 
-@process_settings()
-def proof(
-    config: Config,
-    points: Sequence[tuple[int, int]] = (),
-    *,
-    paper: str = "a4",
-    dpi: float = 150,
-    output: Path | None = None,
-    force: bool = False,
-    sink: Sink = ignore,
-    stop: threading.Event | None = None,
-) -> Path:
-    """Write a sheet of paper with parts of the image at the scale of a print at `dpi`, as PDF or TIFF.
+@dataclass(frozen=True)
+class ProofSpec:
+    """A sheet of paper with parts of the image, and the file to write.
 
     `points`: (x, y) in px of the finished image, the centre of each part; default the centre of the image. `paper`: a
-    key of PAPERS_MM. `output`: default beside the config's output. `force`: overwrite a file that no preview of this
-    config wrote. Raises ConfigError if no stage of the run is finished, and the errors of errors.py.
+    key of PAPERS_MM. `dpi`: of the print. `output`: default beside the config's output. `force`: overwrite a file that
+    no preview of this config wrote.
     """
+
+    points: Sequence[tuple[int, int]] = ()
+    paper: str = "a4"
+    dpi: float = 150
+    output: Path | None = None
+    force: bool = False
+
+
+@process_settings()
+def proof(
+    config: Config, spec: ProofSpec = ProofSpec(), *, sink: Sink = ignore, stop: threading.Event | None = None
+) -> Path:
+    """Write a sheet of paper with parts of the image at the scale of the print, as PDF or TIFF.
+
+    Raises ConfigError if no stage of the run is finished, and the errors of errors.py.
+    """
+    dpi, output = spec.dpi, spec.output
     target_file = output or folder_of(config).with_name(f"{config.output.stem}.proof.pdf")
     if output is not None:
         refuse_missing_folder(output)
     config = resolved(config)
     crops = Crops.of(config, sink, stop)
     size = crops.plan.stages[-1].size
-    _refuse_points(points, size)
+    _refuse_points(spec.points, size)
     _refuse_dpi(dpi)
-    centres = points or [(size[1] // 2, size[0] // 2)]
-    sheet = ProofSheet(paper, dpi, len(centres), _title(config, size, dpi), ", ".join(_given(config)))
+    centres = spec.points or [(size[1] // 2, size[0] // 2)]
+    sheet = ProofSheet(spec.paper, dpi, len(centres), _title(config, size, dpi), ", ".join(_given(config)))
     _refuse_memory(sheet, config.memory.limit_bytes)
     rects = [_around(*point, sheet.cells[0], size) for point in centres]
     cancel = CancelToken(stop)
-    with _parts(crops, rects, partial(claimed, config, target_file, force, PROOF_SUFFIXES)) as (parts, claim):
+    with _parts(crops, rects, partial(claimed, config, target_file, spec.force, PROOF_SUFFIXES)) as (parts, claim):
         drawn = sheet.draw([(part, _caption(rect, dpi)) for part, rect in zip(parts, rects, strict=True)])
         write_proof(drawn, target_file, sheet, cancel, claim.record)
         claim.done()

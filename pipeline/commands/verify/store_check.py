@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,10 +95,10 @@ class StoreDamage:
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """Read only this share of every array's chunks, at least one."""
+    """Read only this share of every array's chunks, at least one. `seed`: which ones."""
 
     share: float
-    seed: int
+    seed: int = field(default_factory=lambda: secrets.randbits(32))
 
 
 def expected_stages(work_dir: Path, position: Position, ended: bool) -> list[ExpectedStage]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -76,15 +75,14 @@ def verify(
     work_dir: Path,
     *,
     config: AnyConfig | None = None,
-    share: float | None = None,
-    seed: int | None = None,
+    sample: SampleSpec | None = None,
     repair: bool = False,
     sink: Sink = ignore,
     stop: threading.Event | None = None,
 ) -> Report:
     """Check everything that a run stores against its checksums; with `repair`, roll back to the newest intact state.
 
-    `config`: gives the paths of inputs that have moved. `share`: read only this share of the chunks, chosen by `seed`.
+    `config`: gives the paths of inputs that have moved. `sample`: read only some of the chunks.
     Raises ConfigError if there is no run or it is another config's, LockedError while a run works there,
     OtherFormatError for a run of another version, Stopped, StorageError.
     """
@@ -92,7 +90,6 @@ def verify(
         raise ConfigError(f"{work_dir}: there is no run here. Give the work_dir of one, or the config that began it.")
     work_dir = work_dir.resolve()
     refuse_links_at_top(work_dir)
-    sample = None if share is None else SampleSpec(share, secrets.randbits(32) if seed is None else seed)
     with _lock(work_dir, repair), ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
         first = last = scan(work_dir, config, sample, executor, sink)
         steps = repair_steps(first, executor)

@@ -249,7 +249,7 @@ def test_more_iterations_are_for_finished_runs(tmp_path, call):
 def test_a_crop_of_a_continued_run_is_a_part_of_its_picture(finished, call):
     """The crop of the stage before would look like a mistake of the run."""
     assert call("run", "-c", finished, "--more-iterations", "3").code == 0
-    cut = pipeline.crop(pipeline.load_config(finished), Rect(4, 20, 8, 32))
+    cut = pipeline.crop(pipeline.load_config(finished), pipeline.CropSpec(Rect(4, 20, 8, 32)))
     assert (read_picture(cut) == read_picture(finished.parent / "out.png")[4:20, 8:32]).all()
 
 

@@ -186,6 +186,15 @@ def test_a_tail_of_zeros_is_dropped(tmp_path):
     assert journal.read() == [*RECORDS, RECORDS[0]]
 
 
+def test_a_repair_keeps_what_was_appended_since_the_last_read(tmp_path):
+    """A start that remembers where the file ended would cut off what was committed after that."""
+    journal = written(tmp_path / "journal.jsonl")
+    assert journal.read() == RECORDS
+    Journal(journal.path).append(RECORDS[0])
+    journal.repair_tail()
+    assert journal.read() == [*RECORDS, RECORDS[0]]
+
+
 @given(st.data())
 @SAME_FOLDER
 def test_a_last_line_without_some_of_its_sectors_is_dropped(tmp_path, data):

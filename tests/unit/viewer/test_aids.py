@@ -144,7 +144,7 @@ def test_page_of_a_preview_has_every_image_and_its_config(tmp_path) -> None:
     write_picture(tmp_path / "job" / "other style.png", 40, 40, seed=5)
     vary = ["loss.style_weight=0.5,2", f"styles.0.image={tmp_path}/job/style.png,{tmp_path}/job/other style.png"]
     overrides = ["optimizer.max_iterations=1"]
-    preview = pipeline.preview(config, vary=vary, overrides=overrides, size_px=48, page=tmp_path / "grid")
+    preview = pipeline.preview(config, pipeline.GridSpec(vary, overrides, 48, page=tmp_path / "grid"))
     data = json.loads((tmp_path / "grid" / "grid.json").read_text())
     assert (len(data["pictures"]), data["across"]) == (4, 2)
     assert (tmp_path / "grid" / "assets" / "grid.js").is_file()
@@ -156,4 +156,4 @@ def test_page_of_a_preview_has_every_image_and_its_config(tmp_path) -> None:
         expected = pipeline.load_config(config, [*overrides, *rendered.settings])
         assert pipeline.load_config(chosen) == expected
     with pytest.raises(ConfigError, match="exists"):
-        pipeline.preview(config, vary=vary, overrides=overrides, size_px=48, page=tmp_path / "grid")
+        pipeline.preview(config, pipeline.GridSpec(vary, overrides, 48, page=tmp_path / "grid"))
