@@ -121,7 +121,7 @@ def make_outputs(folder: Path, settings: tuple[str, ...]) -> None:
             pipeline("preview", "-c", config, *values, "--proof", "a4", "-o", path)
         elif output.command == "export":
             options = (option.format(folder=folder) for option in output.options)
-            pipeline("export", "-c", config, *values, "-o", path, *options)
+            pipeline("export", "-c", config, *values, "-o", path, "--set", "export.bleed=0mm", *options)
 
 
 def rows_of(folder: Path) -> list[tuple[str, ...]]:
