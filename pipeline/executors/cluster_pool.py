@@ -217,7 +217,8 @@ class ClusterPool:
                         "cluster have to share it under the same path, with file locks (NFS version 4 with its "
                         "default options will do). Nothing is lost: correct it, or end that worker."
                     )
-        self._remove_answers(len(new))
+        for path in self._folder.glob(f"{fence.PROBE_NAME}*"):
+            path.unlink(missing_ok=True)
         self._checked |= set(new)
 
     def _ask(self, question: str, asked: Mapping[str, tuple[str, str]]) -> dict[str, str]:
@@ -230,10 +231,6 @@ class ClusterPool:
             if isinstance(result, str):
                 said[address] = result
         return said
-
-    def _remove_answers(self, number: int) -> None:
-        for name in (fence.PROBE_NAME, *(f"{fence.PROBE_NAME}.{index}" for index in range(number))):
-            (self._folder / name).unlink(missing_ok=True)
 
 
 class _Fenced:

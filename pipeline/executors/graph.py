@@ -28,12 +28,14 @@ _BATCH = 1024
 class Node:
     """Calls `function` with the values of the nodes `needs`, in that order.
 
-    `tile`: it holds a tile in memory, and counts among the tiles in flight.
+    `tile`: it holds a tile in memory, and counts among the tiles in flight. `near_tiles`: it takes no time, and
+    megabytes from a tile: it runs in a process that computes tiles.
     """
 
     function: Callable[..., Any]
     needs: tuple[Key, ...] = ()
     tile: bool = False
+    near_tiles: bool = False
 
 
 Graph = Mapping[Key, Node]
@@ -135,13 +137,15 @@ def add_sum(
     kind, parts = kinds
     for number in range(count):
         if number:
-            graph[kind, number] = Node(combine, ((kind, number - 1), (parts, number)))
+            graph[kind, number] = Node(combine, ((kind, number - 1), (parts, number)), near_tiles=True)
         else:
-            graph[kind, number] = Node(partial(combine, initial), ((parts, number),))
+            graph[kind, number] = Node(partial(combine, initial), ((parts, number),), near_tiles=True)
         # an edge back from the sum to a later tile, which then waits for it
         if most_ahead is not None and number + most_ahead < count:
             gate, later = (f"{kind} done", number), (parts, number + most_ahead)
-            graph[gate] = Node(_no_value, ((kind, number),))  # the sum itself would be sent to every worker
+            graph[gate] = Node(
+                _no_value, ((kind, number),), near_tiles=True
+            )  # the sum itself would be sent to every worker
             node = graph[later]
             graph[later] = Node(partial(_gated, node.function), (*node.needs, gate), node.tile)
     return kind, count - 1

@@ -15,9 +15,9 @@ from pipeline.core import profiler
 from pipeline.core.cancel import CancelToken
 from pipeline.executors.addresses import ClusterAddress
 from pipeline.executors.cluster_pool import ClusterPool
-from pipeline.executors.graph import Executor, Graph, Key, dask_names, ignore
+from pipeline.executors.graph import Executor, Graph, Key, Node, dask_names, ignore
 from pipeline.executors.threads import ThreadExecutor
-from pipeline.executors.worker import CPU_TILE, GPU_TILE, OTHER, Role
+from pipeline.executors.worker import CPU_TILE, GPU_TILE, OTHER, SUM, Role
 from pipeline.executors.worker_pool import WorkerPool
 
 # How long a stop, or workers that do not start, may go unnoticed.
@@ -97,10 +97,12 @@ class PoolExecutor(Executor):
     def _names(self, graph: Graph) -> dict[Key, str]:
         """New names, because the scheduler may still know those of the run before, and what each node needs."""
         prefix = f"{self._workers.name_prefix}{next(self._runs)}-"
-        return {
-            key: f"{name}-{self._workers.tile_resource if graph[key].tile else OTHER}"
-            for key, name in dask_names(graph, prefix).items()
-        }
+        return {key: f"{name}-{self._resource(graph[key])}" for key, name in dask_names(graph, prefix).items()}
+
+    def _resource(self, node: Node) -> str:
+        if node.tile:
+            return self._workers.tile_resource
+        return SUM if node.near_tiles else OTHER
 
     def collect_profile(self) -> None:
         """As in Executor."""

@@ -40,8 +40,9 @@ SETTINGS: Mapping[str, Any] = {
 REACH_S, NO_SCHEDULER = 60, 69
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
-# The resources that nodes take: a place for a tile on a GPU, for one on a CPU, and for a task without a tile.
-GPU_TILE, CPU_TILE, OTHER = "GPU", "TILE", "CPU"
+# The resources that nodes take: a place for a tile on a GPU, for one on a CPU, for a sum of what tiles left, and for
+# any other task.
+GPU_TILE, CPU_TILE, SUM, OTHER = "GPU", "TILE", "SUM", "CPU"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Role:
     def resources(self) -> dict[str, float]:
         """Its places for tasks."""
         tile = GPU_TILE if self.is_on_gpu else CPU_TILE
-        return {name: places for name, places in ((tile, self.tiles), (OTHER, self.others)) if places}
+        places = ((tile, self.tiles), (SUM, min(1, self.tiles)), (OTHER, self.others))
+        return {name: number for name, number in places if number}
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ async def _serve(spec: WorkerSpec) -> int:
     role = spec.role
     worker = Worker(
         spec.scheduler,
-        nthreads=role.tiles + role.others,
+        nthreads=int(sum(role.resources().values())),
         resources=role.resources(),
         name=os.getpid() if spec.name is None else f"{spec.name}-{os.getpid()}",
         host=spec.host,

@@ -6,13 +6,16 @@ import contextlib
 import fcntl
 import json
 import os
+import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from pipeline.core.errors import LockedError, SpaceError, storage
 from pipeline.core.files import read_regular
+from pipeline.core.text import shown
 from pipeline.rundir.records import MAX_OWNER_BYTES, parse_json
 
 # How long a start waits for the worker processes of a killed run: the system kills them within a moment.
@@ -48,7 +51,7 @@ class RunLock:
             os.close(self.descriptor)
             raise
         process = psutil.Process()
-        owner_text = json.dumps({"pid": process.pid, "started": process.create_time()})
+        owner_text = json.dumps({"pid": process.pid, "started": process.create_time(), "host": socket.gethostname()})
         try:
             with storage(self._owner):
                 self._owner.write_text(owner_text, encoding="utf-8")
@@ -98,7 +101,9 @@ def refuse_locked(work_dir: Path) -> None:
 
 def _locked(work_dir: Path, owner: int | None) -> LockedError:
     cause = "the worker processes of a run that was killed have not ended yet"
-    if owner is not None:
+    if (host := _owner_in(work_dir).get("host")) not in (None, socket.gethostname()):
+        cause = f"the run directory is locked by a run on another machine, {shown(str(host))}"
+    elif owner is not None:
         cause = f"the run directory is locked by another run (process {owner})"
     return LockedError(
         f"{work_dir}: {cause}. Two runs would destroy each other's state: wait for it, stop it, or choose another "
@@ -109,10 +114,21 @@ def _locked(work_dir: Path, owner: int | None) -> LockedError:
 def running_owner(work_dir: Path) -> int | None:
     """The process id of the run that holds the lock of `work_dir`, or None. Takes no lock itself."""
     try:
-        owner = parse_json(read_regular(work_dir / "lock.owner", MAX_OWNER_BYTES))
+        owner = _owner_in(work_dir)
+        if owner.get("host", socket.gethostname()) != socket.gethostname():
+            return None  # on another machine, whose processes cannot be seen from here
         process = psutil.Process(owner["pid"])
         # a process id may be in use again, by another process with another start time
         alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner["started"]) < 1
         return int(owner["pid"]) if alive else None
     except (OSError, ValueError, LookupError, TypeError, OverflowError, psutil.Error):
         return None
+
+
+def _owner_in(work_dir: Path) -> dict[str, Any]:
+    """What the file of the owner says; empty if it cannot be read."""
+    try:
+        owner = parse_json(read_regular(work_dir / "lock.owner", MAX_OWNER_BYTES))
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return owner if isinstance(owner, dict) else {}

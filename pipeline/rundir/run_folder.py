@@ -25,7 +25,9 @@ from pipeline.rundir.paths import STORE, journal_path, manifest_path, refuse_lin
 
 # What a start creates before it renders. The lock is last, so that it is deleted after everything that it protects.
 _LOCK = ("lock.owner", "lock")
-_BEGUN = ("manifest.json", "manifest.json.partial", "journal.jsonl", f"{STORE}.partial", STORE, *_LOCK)
+# The files of a cluster's fence (executors/fence.py).
+_FENCE = ("tasks.probe", "tasks.token", "tasks.lock")
+_BEGUN = ("manifest.json", "manifest.json.partial", "journal.jsonl", f"{STORE}.partial", STORE, *_FENCE, *_LOCK)
 
 
 @contextmanager
@@ -117,7 +119,7 @@ def check_work_dir(work_dir: Path) -> None:
             raise storage_error(work_dir, refusal)
         raise ConfigError(f"work_dir {work_dir}: cannot be written to. Change its permissions or choose another.")
     refuse_links_at_top(work_dir)
-    ours = {"lock", "lock.owner", "manifest.json.partial"}
+    ours = {"manifest.json.partial", *_FENCE, *_LOCK}
     names = names_in(work_dir)
     run_files = names & {"manifest.json", "journal.jsonl"}
     if (names - ours and not run_files) or (run_files and not _is_a_runs(work_dir)):

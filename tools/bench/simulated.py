@@ -5,8 +5,8 @@
 
 The network sleeps for as long as a device of that rate (in TFLOP/s) would compute, and holds no lock meanwhile; all
 else is the product: reading tiles, writing gradients, the update, the scheduler. `--devices 0` is one process with
-threads. A machine with few cores updates fewer pixels than a fast device computes: `bound` is the share of waiting that
-its update alone causes, measured with `--devices 0` and a rate of 0 (no sleep).
+threads. A machine with few cores updates fewer pixels than a fast device computes, and waits
+for that: CPU s is the processor time of an iteration over all processes, which the cores have to find beside it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import click
 import numpy as np
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -139,7 +140,14 @@ def measure(folder: Path, rate: float, tiles: int, devices: int, options: dict[s
             "memory": {"limit": "1TiB"},  # of a tile that is not computed, there are no feature maps
             "store": {"chunk_px": options["chunk"]},
         },
+        _cpu_s,
     )
+
+
+def _cpu_s() -> float:
+    """Processor time of this process and its workers so far, which other programs on the machine do not change."""
+    processes = [psutil.Process(), *psutil.Process().children()]
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
 def row(rate: float, tiles: int, devices: int, taken: Taken) -> dict[str, Any]:
@@ -151,6 +159,7 @@ def row(rate: float, tiles: int, devices: int, taken: Taken) -> dict[str, Any]:
         "devices": devices,
         "wall_s": wall,
         "compute_s": computed,
+        "cpu_s": float(np.median(np.diff(taken.last["counted"][:-1]))),
         "waiting": 1 - computed / (wall * max(1, devices)),
         "taken": asdict(taken),
     }
@@ -181,10 +190,10 @@ def main(rates: str, tiles: str, devices: str, folder: Path | None, json_path: P
                     rows.append(row(rate, number, count, measure(Path(name), rate * 1e12, number, count, options)))
                     print({key: value for key, value in rows[-1].items() if key != "taken"}, flush=True)
     table = Table(title="a simulated device: seconds per iteration")
-    for column in ("TFLOP/s", "tiles", "devices", "s/it", "computing s", "waiting"):
+    for column in ("TFLOP/s", "tiles", "devices", "s/it", "computing s", "CPU s", "waiting"):
         table.add_column(column, justify="right")
     for one in rows:
-        figures = (f"{one['wall_s']:.3f}", f"{one['compute_s']:.3f}", f"{one['waiting']:.0%}")
+        figures = (f"{one['wall_s']:.3f}", f"{one['compute_s']:.3f}", f"{one['cpu_s']:.3f}", f"{one['waiting']:.0%}")
         table.add_row(f"{one['rate']:g}", str(one["tiles"]), str(one["devices"]), *figures)
     Console(width=120).print(table)
     if json_path:

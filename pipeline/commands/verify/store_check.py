@@ -38,7 +38,9 @@ from pipeline.store import (
 
 # The folder to which a repair moves unknown files, in the run directory.
 FOREIGN = "foreign-files"
-_ROOT = re.compile(rf"manifest\.json|journal\.jsonl|lock|lock\.owner|store\.zarr|{FOREIGN}|.*\.damaged-[0-9]+")
+_ROOT = re.compile(
+    rf"manifest\.json|journal\.jsonl|lock|lock\.owner|tasks\.(?:lock|token|probe.*)|store\.zarr|{FOREIGN}|.*\.damaged-[0-9]+"
+)
 _STAGE = re.compile(r"stage_([0-9]+)")
 
 
