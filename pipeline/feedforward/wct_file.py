@@ -1,7 +1,8 @@
 """The file of encoder–decoder pairs for whitening and colouring, and their layers. Loads no torch.
 
-Keys `encoder3.conv2_1.weight`, `decoder3.conv2_1.bias`, …: encoder l is VGG-19's topology up to convl_1 with max pooling,
-and `encoderl.input`, a 1×1 convolution on RGB 0..1; decoder l mirrors it, with ×2 enlargements in place of poolings.
+Keys `encoder3.conv2_1.weight`, `decoder3.conv2_1.bias`, …: encoder l is VGG-19's topology up to convl_1 with max
+pooling, and `encoderl.input`, a 1×1 convolution on RGB 0..1; decoder l mirrors it, with ×2
+enlargements in place of poolings.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class WctLevel:
     @property
     def least_side_px(self) -> int:
         """The least side of an image, of which the deepest map has two positions to reflect."""
-        return 2 ** (self.number - 1) + 1
+        return (1 << self.number - 1) + 1
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,8 @@ def read_wct_header(path: Path, max_bytes: int) -> WctHeader:
 
 
 def _level(path: Path, shapes: Mapping[str, tuple[int, ...]], level: int) -> WctLevel:
-    names = [
-        f"conv{block}_{number}" for block in range(1, level) for number in range(1, _CONVS_PER_BLOCK[block - 1] + 1)
-    ]
-    names.append(f"conv{level}_1")
+    counts = [*_CONVS_PER_BLOCK[: level - 1], 1]
+    names = [f"conv{block}_{number + 1}" for block, count in enumerate(counts, start=1) for number in range(count)]
     encoder: list[Layer] = []
     for name in names:
         if name.endswith("_1") and encoder:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from pipeline.feedforward.network import TransformNetwork
 from pipeline.feedforward.network_file import save_network
@@ -27,6 +28,30 @@ def random_network(seed: int = 0, **spec: Any) -> TransformNetwork:
             elif name.endswith("running_var"):
                 buffer.copy_(torch.rand_like(buffer) + 0.5)
     return network.eval()
+
+
+def write_wct(path: Path, seed: int = 0, levels: int = 3) -> None:
+    """A file of encoder-decoder pairs with random weights and few channels."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = {1: 4, 2: 6, 3: 8}
+    state: dict[str, torch.Tensor] = {}
+
+    def conv(name: str, before: int, after: int, side: int = 3) -> None:
+        weight = torch.randn(after, before, side, side, generator=generator) * (2 / (side * side * before)) ** 0.5
+        state[f"{name}.weight"] = weight
+        state[f"{name}.bias"] = torch.randn(after, generator=generator) * 0.1
+
+    for level in range(1, levels + 1):
+        names = [
+            f"conv{block}_{number}" for block in range(1, level) for number in range(1, (2, 2, 4, 4)[block - 1] + 1)
+        ]
+        names.append(f"conv{level}_1")
+        channels = [3, *(widths[int(name[4])] for name in names)]
+        conv(f"encoder{level}.input", 3, 3, 1)
+        for name, before, after in zip(names, channels, channels[1:], strict=False):
+            conv(f"encoder{level}.{name}", before, after)
+            conv(f"decoder{level}.{name}", after, before)
+    save_file(state, path)
 
 
 def write_network(path: Path, seed: int = 0, **spec: Any) -> TransformNetwork:
