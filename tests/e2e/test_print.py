@@ -114,7 +114,7 @@ def test_an_export_has_the_size_on_paper_of_the_run(tmp_path, call):
     assert size_and_dpi(tmp_path / "last.tif") == ((70, 52), 254)
     assert size_and_dpi(tmp_path / "first.jpg") == ((48, 36), 174)  # 254·48/70 = 174.2
     assert size_and_dpi(tmp_path / "other.jpg") == ((70, 52), 120)
-    write_config(tmp_path, size={"width": "7mm", "dpi": 254}, export={"dpi": 127})  # of the result, as `run` has it
+    write_config(tmp_path, size=70, export={"dpi": 127})  # of the result, as `run` has it
     done(call("export", "-c", path, "-o", tmp_path / "coarse.jpg", "--stage", "1"))
     assert size_and_dpi(tmp_path / "coarse.jpg") == ((48, 36), 87)
 
