@@ -114,13 +114,9 @@ def test_an_export_has_the_size_on_paper_of_the_run(tmp_path, call):
     assert size_and_dpi(tmp_path / "last.tif") == ((70, 52), 254)
     assert size_and_dpi(tmp_path / "first.jpg") == ((48, 36), 174)  # 254·48/70 = 174.2
     assert size_and_dpi(tmp_path / "other.jpg") == ((70, 52), 120)
-
-
-def test_export_refuses_keys_that_it_does_not_read(tmp_path, call):
-    """The file would be without the bleed that was asked for, and nobody would notice before it is cut."""
-    path = write_run(tmp_path)
-    refused = call("export", "-c", path, "-o", tmp_path / "other.png", "--set", "export.bleed=3mm")
-    assert refused.code == 2 and "pipeline run --set export.bleed=3mm" in refused.err
+    write_config(tmp_path, size=70, export={"dpi": 127})  # of the result, as `run` has it
+    done(call("export", "-c", path, "-o", tmp_path / "coarse.jpg", "--stage", "1"))
+    assert size_and_dpi(tmp_path / "coarse.jpg") == ((48, 36), 87)
 
 
 def test_the_plan_says_how_large_it_prints(tmp_path, call):
