@@ -5,7 +5,7 @@ Keys that `run` has too mean the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -34,14 +34,21 @@ from pipeline.core.image_formats import OUTPUT_SUFFIXES
 from pipeline.core.text import shown
 
 _MAX_NETWORKS = 16
+# Networks that come with the package, by name; docs/feedforward.md says how each was trained.
+PACKAGED_NETWORKS: Mapping[str, Path] = {"strokes": Path(__file__).parents[1] / "assets" / "strokes.safetensors"}
 Styles = dict[Annotated[str, Field(max_length=200)], Share]
+
+
+def _packaged(value: object) -> object:
+    """The file of a packaged network, if `value` is its name."""
+    return PACKAGED_NETWORKS.get(value, value) if isinstance(value, str) else value
 
 
 class ApplyNetwork(Section):
     """A network, the style that it applies, and where."""
 
-    file: File = Field(
-        description="network: .safetensors of `pipeline train`, or .pth of pytorch/examples",
+    file: Annotated[File, BeforeValidator(_packaged)] = Field(
+        description="network: .safetensors of `pipeline train`, .pth of pytorch/examples, or strokes, a packaged one",
         examples=["net.safetensors"],
         json_schema_extra=COMPARED_BY_CONTENT,
     )
