@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @with_config(required=False)
 @click.option("-o", "--output", metavar="FILE", help="With files: the image to write.")
 @click.option("--size", metavar="SIZE", help="With files: long side, such as 30000 or 60cm.")
+@click.option("--style", metavar="FILE", help="With files: the style, for a file of encoder-decoder pairs.")
 @click.option("--force", is_flag=True, help="Overwrite the output even if this run did not write it.")
 @with_log_format
 def apply(
@@ -27,6 +28,7 @@ def apply(
     overrides: tuple[str, ...],
     output: str | None,
     size: str | None,
+    style: str | None,
     force: bool,
     log_format: str,
 ) -> None:
@@ -40,20 +42,20 @@ def apply(
     with working(log_format) as (sink, stop):
         from pipeline.commands.apply import apply as run_apply
 
-        config = _config(files, config_path, output, size, overrides)
+        config = _config(files, config_path, {"output": output, "size": size, "style": style}, overrides)
         raise_if_stopped(stop)
         run_apply(config, force=force, sink=sink, stop=stop)
 
 
 def _config(
-    files: tuple[str, ...], config_path: Path | None, output: str | None, size: str | None, overrides: tuple[str, ...]
+    files: tuple[str, ...], config_path: Path | None, options: dict[str, str | None], overrides: tuple[str, ...]
 ) -> ApplyConfig:
     from pipeline.config import apply_config_of_line, load_apply_config
 
     if config_path is not None:
-        if files or output is not None or size is not None:
-            raise click.UsageError("give either --config, or files with -o and --size")
+        if files or any(options.values()):
+            raise click.UsageError("give either --config, or files with -o, --size and --style")
         return load_apply_config(config_path, overrides)
-    if len(files) != 2 or output is None:
+    if len(files) != 2 or (output := options["output"]) is None:
         raise click.UsageError("give a network and an image, and the image to write with -o; or --config")
-    return apply_config_of_line(files[0], files[1], output, size, overrides)
+    return apply_config_of_line(files[0], files[1], output, options["size"], overrides, options["style"])

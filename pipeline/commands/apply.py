@@ -46,7 +46,6 @@ from pipeline.store import kept_files, metadata
 
 if TYPE_CHECKING:
     from pipeline.feedforward.passes import Passes
-    from pipeline.feedforward.spec import Conv
 
 
 @process_settings()
@@ -156,53 +155,51 @@ class _Application:
             if done:
                 self.sink(Note(f"resuming after {count(done, 'pass')} of {stage.max_iterations}"))
             passes.check(self.position.checksums[0])
-        for number, (network, conv) in enumerate(self.planned.passes):
-            if number >= self.position.iteration:
-                self.executor.cancel.raise_if_set()
-                self._pass(passes, number, network, conv)
+        for number in range(self.position.iteration, stage.max_iterations):
+            self.executor.cancel.raise_if_set()
+            self._pass(passes, number)
         self.commit(records.StageDone(stage=0, iterations=stage.max_iterations, reason="applied"))
         at = self.position
         store.delete_arrays(passes.stage_dir, set(kept_files(at.slots[0], at.checksums[0])))
         self.sink(StageDone(0, stage.max_iterations, "applied"))
 
-    def _pass(self, passes: Passes, number: int, network: int, conv: Conv | None) -> None:
-        begun, known, checksums = time.monotonic(), self.position.statistics, self.position.checksums[0]
-        what = f"pass {number + 1} of {self.planned.stage.max_iterations}"
-        if conv is None:
-            written = passes.output(what, known, checksums)
-            record = records.Pass(stage=0, iteration=number, seconds={}, checksums=written)
-        else:
-            measured = passes.statistics(what, network, conv, known, checksums)
-            record = records.Pass(
+    def _pass(self, passes: Passes, number: int) -> None:
+        begun = time.monotonic()
+        result = passes.run(number, self.position.statistics, self.position.checksums[0])
+        wall = {"wall": time.monotonic() - begun}
+        self.commit(
+            records.Pass(
                 stage=0,
                 iteration=number,
-                network=network,
-                norm=conv.name,
-                mean=list(measured.mean_C),
-                variance=list(measured.variance_C),
-                seconds={},
+                network=result.network,
+                norm=result.norm,
+                mean=list(result.mean),
+                variance=list(result.variance),
+                checksums=dict(result.checksums),
+                seconds=wall,
+                busy=wall,
             )
-        wall = {"wall": time.monotonic() - begun}
-        self.commit(record.model_copy(update={"seconds": wall, "busy": wall}))
+        )
 
     def _passes(self, tile_px: int) -> Passes:
         # these import torch, which other commands start without
-        from pipeline.feedforward.passes import Passes  # noqa: PLC0415
-        from pipeline.feedforward.tile_tasks import NetworksSpec  # noqa: PLC0415
+        from pipeline.feedforward.passes import NetworkPasses  # noqa: PLC0415
+        from pipeline.feedforward.wct_passes import WctPasses  # noqa: PLC0415
 
-        config, uses = self.config, self.planned.networks
-        workers = max(1, config.compute.workers)
-        networks = NetworksSpec(
-            tuple(use.header.path for use in uses),
-            tuple(self.identity.inputs[f"networks.{index}.file"] for index in range(len(uses))),
-            tuple(use.style_S for use in uses),
-            config.compute.dtype,
+        config, inputs = self.config, self.identity.inputs
+        kind = NetworkPasses if self.planned.wct is None else WctPasses
+        return kind(
+            config,
+            self.planned,
+            tuple(inputs[f"networks.{index}.file"] for index in range(len(config.networks))),
             self.device.name,
             threads_of(config),
-            self.planned.plan.device_bytes // workers,
+            self.planned.plan.device_bytes // max(1, config.compute.workers),
+            stage_path(config.work_dir, 0),
+            self.executor,
+            self.sink,
+            tile_px,
         )
-        stage_dir = stage_path(config.work_dir, 0)
-        return Passes(config, self.planned, networks, stage_dir, self.executor, self.sink, tile_px)
 
     def commit(self, record: records.Record) -> None:
         """Append a record to the journal."""

@@ -23,7 +23,7 @@ from pipeline.commands.start import (
     measured_iterations,
     with_finished_run,
 )
-from pipeline.config import Config, OptimizerConfig
+from pipeline.config import Config, InitNetwork, OptimizerConfig
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import DeviceMemoryError, storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, ignore
@@ -182,6 +182,7 @@ class _Rendering:
 
     def _render_in_tiles(self, stage_plan: StagePlan, tile_px: int) -> None:
         # these import torch, which other commands start without
+        from pipeline.feedforward.start import start_picture  # noqa: PLC0415
         from pipeline.render.iteration import Iterations  # noqa: PLC0415
         from pipeline.render.preparation import prepare  # noqa: PLC0415
 
@@ -196,7 +197,8 @@ class _Rendering:
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
             before = self._carried(stage_plan) if index else None
             begun = time.monotonic()
-            started = prepare(stage, previous, moments=before.moments if before else ())
+            first = start_picture(stage) if not index and isinstance(self.config.init, InitNetwork) else None
+            started = prepare(stage, previous, moments=before.moments if before else (), first_canvas=first)
             if self._is_warm:
                 self._speed.preparations.add(stage_plan.prepare_flop, time.monotonic() - begun)
             record = prepared_record(index, stage.tile_px, started)

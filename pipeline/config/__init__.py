@@ -18,6 +18,7 @@ from pipeline.config.sections import (
     ADDED_LATER,
     EdgeConfig,
     ExportConfig,
+    InitNetwork,
     LimitsConfig,
     OptimizerConfig,
     PrintSize,

@@ -62,6 +62,17 @@ class ApplyNetwork(Section):
     )
 
 
+class WctConfig(Section):
+    """Whitening and colouring: any style through encoder–decoder pairs."""
+
+    levels: Annotated[tuple[Annotated[int, Field(ge=1, le=5)], ...], Expected("a list of levels from 5 to 1")] = Field(
+        (5, 4, 3, 2, 1), min_length=1, max_length=5, description="levels, in order; 5: the coarsest"
+    )
+    strength: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.6, description="0: the content's features, 1: the style's; the paper: 0.6"
+    )
+
+
 def _as_networks(value: object) -> object:
     """One file is a list of one network."""
     return [{"file": value}] if isinstance(value, str | Path) else value
@@ -79,6 +90,12 @@ class ApplyConfig(Section):
         examples=[[{"file": "net.safetensors"}]],
     )
     content: File = Field(description="content image", examples=["content.jpg"], json_schema_extra=COMPARED_BY_CONTENT)
+    style: File | None = Field(
+        None,
+        description="style image, for a file of encoder–decoder pairs (whitening and colouring)",
+        json_schema_extra=COMPARED_BY_CONTENT,
+    )
+    wct: WctConfig = Field(WctConfig(), description="whitening and colouring")
     output: Output = Field(
         description=f"output image, {' '.join(OUTPUT_SUFFIXES)}", examples=["result.tif"], json_schema_extra=HARMLESS
     )
@@ -155,16 +172,23 @@ def is_apply_file(path: str | Path) -> bool:
 
 
 def apply_config_of_line(
-    network: str, content: str, output: str, size: str | None = None, overrides: Sequence[str] = ()
+    network: str,
+    content: str,
+    output: str,
+    size: str | None = None,
+    overrides: Sequence[str] = (),
+    style: str | None = None,
 ) -> ApplyConfig:
     """The config of a command line. Raises ConfigError with every problem and the argument that causes it."""
     document = Document("the command line", {})
     for number, (key, text) in enumerate([("networks", network), ("content", content), ("output", output)]):
         document.put([key], CommandLineText(text), Place(1 + number, 0, shown(text)))
+    if style is not None:
+        document.put(["style"], CommandLineText(style), Place(4, 0, f"--style {shown(style)}"))
     if size is not None:
         value = plain_value(size.strip())
         number_or_text = CommandLineText(value) if isinstance(value, str) else value
-        document.put(["size"], number_or_text, Place(4, 0, f"--size {shown(size)}"))
+        document.put(["size"], number_or_text, Place(5, 0, f"--size {shown(size)}"))
     for number, setting in enumerate(overrides):
         override(document, number, setting)
     return validated(ApplyConfig, document, Path.cwd(), check_inputs=True)

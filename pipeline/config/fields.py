@@ -131,5 +131,5 @@ Length = Annotated[
 Dpi = Annotated[Float, Field(ge=lengths.MIN_DPI, le=lengths.MAX_DPI)]
 _KnownProfile = Annotated[File, AfterValidator(_known_profile), Expected("a path to a profile (.icc)")]
 Profile = Annotated[ProfileName | _KnownProfile, Field(union_mode="left_to_right")]
-Start = Annotated[Literal["content", "noise", "gray"] | File, Field(union_mode="left_to_right")]
+StartName = Literal["content", "noise", "gray"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"), Expected("one of auto, cpu, cuda, cuda:N")]

@@ -91,6 +91,19 @@ class StyleConfig(Section):
     )
 
 
+class InitNetwork(Section):
+    """A start picture: the content through an image transformation network. Written `apply:net.safetensors`."""
+
+    apply: File = Field(description="network, as for `pipeline apply`", json_schema_extra=COMPARED_BY_CONTENT)
+
+
+def parse_init(value: object) -> object:
+    """`apply:net.safetensors` as the section that it stands for."""
+    if isinstance(value, str) and value.startswith("apply:"):
+        return {"apply": type(value)(value.removeprefix("apply:").strip())}
+    return value
+
+
 class NetworkConfig(Section):
     """The feature network, and the layers that the losses use."""
 

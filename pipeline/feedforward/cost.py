@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from pipeline.core.tiling import Rect, Size, grid
 from pipeline.feedforward import geometry
 from pipeline.feedforward.geometry import Window
-from pipeline.feedforward.spec import Conv, Layer, TransformSpec
+from pipeline.feedforward.spec import Conv, Layer, Layered, Pool, convs_of
 
 
-def tile_bytes(spec: TransformSpec, size: Size, tile_px: int, itemsize: int) -> int:
+def tile_bytes(spec: Layered, size: Size, tile_px: int, itemsize: int) -> int:
     """Peak bytes of the feature maps of one tile of any pass. `size`: (height, width) of the input."""
     return max(
         _window_bytes(spec, geometry.window(spec, size, spec.layers, rect), itemsize)
@@ -18,12 +16,12 @@ def tile_bytes(spec: TransformSpec, size: Size, tile_px: int, itemsize: int) -> 
     )
 
 
-def window_px(spec: TransformSpec, size: Size, tile_px: int) -> int:
+def window_px(spec: Layered, size: Size, tile_px: int) -> int:
     """The most input pixels that a tile reads."""
     return max(geometry.window(spec, size, spec.layers, rect).pixels.area for rect in _tiles(spec, size, tile_px))
 
 
-def halo_overhead(spec: TransformSpec, size: Size, tile_px: int) -> float:
+def halo_overhead(spec: Layered, size: Size, tile_px: int) -> float:
     """Input pixels that the last pass reads, over all pixels of the input: what tiles cost."""
     canvas = [side * spec.factor for side in size]
     sums = []
@@ -36,27 +34,25 @@ def halo_overhead(spec: TransformSpec, size: Size, tile_px: int) -> float:
     return sums[0] * sums[1] / (size[0] * size[1])
 
 
-def flop(spec: TransformSpec, size: Size, layers: tuple[Layer, ...]) -> int:
+def flop(spec: Layered, size: Size, layers: tuple[Layer, ...]) -> int:
     """Floating-point operations of these layers over a whole image."""
     height, width = (side + 2 * spec.start_padding_px for side in size)
     total = 0
-    for conv in _convs(layers):
-        height, width = conv.size(height), conv.size(width)
-        total += 2 * conv.kernel**2 * conv.channels_in * conv.channels_out * height * width
+    for layer in layers:
+        for conv in convs_of([layer]):
+            height, width = conv.size(height), conv.size(width)
+            total += 2 * conv.kernel**2 * conv.channels_in * conv.channels_out * height * width
+        if isinstance(layer, Pool):
+            height, width = layer.size(height), layer.size(width)
     return total
 
 
-def parameters_bytes(spec: TransformSpec) -> int:
+def parameters_bytes(spec: Layered) -> int:
     """Bytes of the weights in float64, as they are kept, and once more as they are used."""
-    return 2 * 8 * sum(conv.kernel**2 * conv.channels_in * conv.channels_out for conv in spec.convs())
+    return 2 * 8 * sum(conv.kernel**2 * conv.channels_in * conv.channels_out for conv in convs_of(spec.layers))
 
 
-def _convs(layers: tuple[Layer, ...]) -> Iterator[Conv]:
-    for layer in layers:
-        yield from (layer,) if isinstance(layer, Conv) else layer.convs
-
-
-def _tiles(spec: TransformSpec, size: Size, tile_px: int) -> list[Rect]:
+def _tiles(spec: Layered, size: Size, tile_px: int) -> list[Rect]:
     """Of each axis the first tile, the second (which has a halo on both sides, if any has) and the last."""
     height, width = (side * spec.factor for side in size)
     rows, columns = ([tile.inner[:2] for tile in grid(side, 1, tile_px)] for side in (height, width))
@@ -64,10 +60,12 @@ def _tiles(spec: TransformSpec, size: Size, tile_px: int) -> list[Rect]:
     return [Rect(*row, *column) for row in chosen[0] for column in chosen[1]]
 
 
-def _window_bytes(spec: TransformSpec, window: Window, itemsize: int) -> int:
+def _window_bytes(spec: Layered, window: Window, itemsize: int) -> int:
     peak = 0
     for index, layer in enumerate(window.layers):
         held, wanted, size = window.held[index], window.held[index + 1], window.sizes[index]
+        if isinstance(layer, Pool):
+            continue  # its input was the output of a convolution, which needs more
         if isinstance(layer, Conv):
             peak = max(peak, _conv_values(layer, held, wanted, itemsize))
             continue

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.core.tiling import Rect, Size
-from pipeline.feedforward.spec import Conv, Layer, Padding, Residual, TransformSpec
+from pipeline.feedforward.spec import Conv, Layer, Layered, Padding, Pool, Residual
 
 Range = tuple[int, int]
 
@@ -77,6 +77,8 @@ def held_of_layer(layer: Layer, wanted: Range, size: int) -> Range:
     """The positions of its input that a layer reads."""
     if isinstance(layer, Conv):
         return held_of(layer, wanted, size)
+    if isinstance(layer, Pool):
+        return 2 * wanted[0], min(2 * wanted[1], size)
     first, second = layer.convs
     lo, hi = held_of(first, held_of(second, wanted, first.size(size)), size)
     margin = skip_margin(layer)
@@ -96,7 +98,7 @@ class Window:
     sizes: tuple[Size, ...]
 
 
-def window(spec: TransformSpec, size: Size, layers: Sequence[Layer], wanted: Rect) -> Window:
+def window(spec: Layered, size: Size, layers: Sequence[Layer], wanted: Rect) -> Window:
     """The window that gives `wanted` of the output of the last of `layers`. `size`: (height, width) of the image."""
     axes = [_axis(spec, side, layers, part) for side, part in zip(size, (wanted[:2], wanted[2:]), strict=True)]
     (rows, heights), (columns, widths) = axes
@@ -104,7 +106,7 @@ def window(spec: TransformSpec, size: Size, layers: Sequence[Layer], wanted: Rec
     return Window(tuple(layers), rects[0], tuple(rects[1:]), tuple(zip(heights, widths, strict=True)))
 
 
-def _axis(spec: TransformSpec, side: int, layers: Sequence[Layer], wanted: Range) -> tuple[list[Range], list[int]]:
+def _axis(spec: Layered, side: int, layers: Sequence[Layer], wanted: Range) -> tuple[list[Range], list[int]]:
     """The range of pixels, then of the input of each layer and of the last output; and the size of these grids."""
     sizes = [side + 2 * spec.start_padding_px]
     for layer in layers:
@@ -118,7 +120,7 @@ def _axis(spec: TransformSpec, side: int, layers: Sequence[Layer], wanted: Range
     return held[::-1], sizes
 
 
-def layers_until(spec: TransformSpec, conv: Conv) -> tuple[Layer, ...]:
+def layers_until(spec: Layered, conv: Conv) -> tuple[Layer, ...]:
     """The layers before the norm of `conv`: whole ones, and of its residual block only the convolutions up to it."""
     before: list[Layer] = []
     for layer in spec.layers:
@@ -130,7 +132,7 @@ def layers_until(spec: TransformSpec, conv: Conv) -> tuple[Layer, ...]:
     raise ValueError(f"{conv.name} is no layer of this network")
 
 
-def grid_size(spec: TransformSpec, size: Size, layers: Sequence[Layer]) -> Size:
+def grid_size(spec: Layered, size: Size, layers: Sequence[Layer]) -> Size:
     """(height, width) of the output of the last of `layers`."""
     height, width = (side + 2 * spec.start_padding_px for side in size)
     for layer in layers:

@@ -5,11 +5,13 @@ Ours holds the module's state dict; its metadata hold the spec as JSON under SPE
 
 from __future__ import annotations
 
+import json
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -69,9 +71,19 @@ def save_network(path: Path, network: TransformNetwork, notes: Mapping[str, str]
     from safetensors.torch import save  # noqa: PLC0415 - loads torch
 
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    metadata = {**dict(sorted(notes.items())), SPEC_KEY: network.spec.model_dump_json()}
+    metadata = {**notes, SPEC_KEY: network.spec.model_dump_json()}
     with storage(path):
-        write_whole(path, save(state, metadata))
+        write_whole(path, _in_order(save(state, metadata)))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with its metadata in the order of their keys: safetensors writes them in a random one."""
+    (length,) = struct.unpack_from("<Q", data)
+    header: dict[str, Any] = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
 def load_network(path: Path) -> TransformFile:

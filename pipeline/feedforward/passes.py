@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline import store
+from pipeline import images, store
 from pipeline.config import ApplyConfig
 from pipeline.core.allocator import trim_heap
 from pipeline.core.errors import InputError, storage
@@ -15,27 +16,52 @@ from pipeline.core.tiling import Tile, grid
 from pipeline.executors import Executor
 from pipeline.feedforward import tile_tasks
 from pipeline.feedforward.plan import CANVAS, ApplyPlan, arrays_of, mask_arrays
-from pipeline.feedforward.spec import Conv
 from pipeline.feedforward.tile_tasks import NetworksSpec
 from pipeline.feedforward.tiled import Moments, Statistics
 from pipeline.render import ingest
-from pipeline.store import ALPHA, CONTENT, METADATA, guide_name, integrity, merged, metadata
+from pipeline.store import ALPHA, CONTENT, METADATA, STYLE, ArraySpec, guide_name, integrity, merged, metadata
 
 # By number of a network and name of a norm, mean and variance by channel; as in the position of a run.
 Known = Mapping[tuple[int, str], tuple[tuple[float, ...], tuple[float, ...]]]
 
 
 @dataclass(frozen=True)
-class Passes:
-    """The passes of one run, in tiles of `tile_px`."""
+class PassResult:
+    """What a pass has measured or written; the fields are those of its record."""
+
+    network: int = 0
+    norm: str | None = None
+    mean: tuple[float, ...] = ()
+    variance: tuple[float, ...] = ()
+    checksums: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Passes(ABC):
+    """The passes of one run, in tiles of `tile_px`. `sha256`: of the networks' files. `gpu_bytes`: of one process."""
 
     config: ApplyConfig
     plan: ApplyPlan
-    networks: NetworksSpec
+    sha256: tuple[str, ...]
+    device: str
+    threads: int
+    gpu_bytes: int
     stage_dir: Path
     executor: Executor
     sink: Sink
     tile_px: int
+
+    @abstractmethod
+    def run(self, number: int, known: Known, checksums: Mapping[str, str]) -> PassResult:
+        """Run one pass, given what those before it have measured and written."""
+
+    @abstractmethod
+    def arrays(self) -> dict[str, ArraySpec]:
+        """All arrays of the stage."""
+
+    @abstractmethod
+    def _images(self) -> dict[str, Path]:
+        """The images beside the content, by the array that they are read into."""
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -51,8 +77,7 @@ class Passes:
         folder = self.stage_dir.with_name(self.stage_dir.name + ".partial")
         with storage(folder):
             store.create_stage(folder)
-            canvas = self.plan.stage.size
-            for name, array in arrays_of(self.config, self.plan.content_size, canvas, self.plan.content).items():
+            for name, array in self.arrays().items():
                 store.create_array(folder, name, array.shape, array.chunk_px, array.form, self.config.store.codec)
             sums = self._ingest(folder)
             sums |= metadata.metadata_checksums(folder)
@@ -66,9 +91,10 @@ class Passes:
         colors = ingest.canvas_colors(self.config)
         packed = ingest.ingest_planes(self.config.content, planes, self.executor, self._reporter("content"), colors)
         sums = dict(zip(names, packed, strict=True))
-        for index, path in enumerate(self.config.masks):
-            array = store.open_array(folder, guide_name(index))
-            sums[guide_name(index)] = ingest.ingest(path, array, self.executor, self._reporter("mask"))
+        for name, path in self._images().items():
+            array = store.open_array(folder, name)
+            own = colors if name == STYLE else images.SRGB  # a mask has no colours
+            sums[name] = ingest.ingest(path, array, self.executor, self._reporter(name.partition("_")[0]), own)
         return sums
 
     def check(self, checksums: Mapping[str, str]) -> None:
@@ -76,54 +102,80 @@ class Passes:
         for name in checksums:
             if name.endswith(METADATA):
                 metadata.check_metadata(self.stage_dir, name, checksums[name])
-        names = [name for name in checksums if not name.endswith(METADATA) and name != CANVAS]
+        names = [name for name in checksums if not name.endswith(METADATA)]
         arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in names]
-        arrays.append(store.open_array(self.stage_dir, CANVAS))
+        # without checksums: their content is unused, but their chunks must exist to be overwritten in place
+        arrays += [store.open_array(self.stage_dir, name) for name in self.arrays() if name not in names]
         integrity.require_intact(arrays, self.executor, self._reporter("check"))
-
-    def statistics(self, what: str, network: int, conv: Conv, known: Known, checksums: Mapping[str, str]) -> Statistics:
-        """Mean and variance before the norm of `conv`, over the whole picture; the sums are in tile order.
-
-        Raises InputError for features that are not finite.
-        """
-        measured = statistics_by_network(known)
-        specs = [
-            tile_tasks.MomentsSpec(self.stage_dir, tile, self.networks, checksums, measured, network, conv.name)
-            for tile in self.tiles
-        ]
-        initial: Moments | None = None
-        counter = in_order(self._reporter(what), len(specs))
-        total = self.executor.fold(tile_tasks.moments_task, specs, tile_tasks.add_moments, initial, counter)
-        assert total is not None  # every position belongs to a tile
-        if not total.is_finite:
-            raise InputError(
-                f"{self.networks.paths[network]}: its features at {conv.name} are not finite, so that the picture "
-                "would be empty. Use compute.dtype: float32, or another network."
-            )
-        return total.statistics()
-
-    def output(self, what: str, known: Known, checksums: Mapping[str, str]) -> dict[str, str]:
-        """Write the canvas; gives its checksums."""
-        measured = statistics_by_network(known)
-        specs = [
-            tile_tasks.OutputSpec(
-                self.stage_dir,
-                tile,
-                self.networks,
-                checksums,
-                measured,
-                CANVAS,
-                mask_arrays(self.config),
-                self.config.color == "luminance",
-            )
-            for tile in self.tiles
-        ]
-        counter = in_order(self._reporter(what), len(specs))
-        sums = self.executor.map(tile_tasks.output_task, specs, counter, tile=True)
-        return {CANVAS: store.open_array(self.stage_dir, CANVAS).packed(merged(sums))}
 
     def _reporter(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self.sink(WorkDone(0, what, done, total))
+
+    def _counter(self, number: int, total: int) -> Callable[[], None]:
+        return in_order(self._reporter(f"pass {number + 1} of {self.plan.stage.max_iterations}"), total)
+
+
+class NetworkPasses(Passes):
+    """Statistics of each norm of each network, and the canvas."""
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """As in Passes."""
+        return arrays_of(self.config, self.plan.content_size, self.plan.stage.size, self.plan.content)
+
+    def _images(self) -> dict[str, Path]:
+        return {guide_name(index): path for index, path in enumerate(self.config.masks)}
+
+    @property
+    def _networks(self) -> NetworksSpec:
+        uses = self.plan.networks
+        return NetworksSpec(
+            tuple(use.header.path for use in uses),
+            self.sha256,
+            tuple(use.style_S for use in uses),
+            self.config.compute.dtype,
+            self.device,
+            self.threads,
+            self.gpu_bytes,
+        )
+
+    def run(self, number: int, known: Known, checksums: Mapping[str, str]) -> PassResult:
+        """As in Passes. Raises InputError for features that are not finite."""
+        measured, norms = statistics_by_network(known), self.plan.norms
+        if number == len(norms):
+            return self._output(number, measured, checksums)
+        network, conv = norms[number]
+        specs = [
+            tile_tasks.MomentsSpec(self.stage_dir, tile, self._networks, checksums, measured, network, conv.name)
+            for tile in self.tiles
+        ]
+        initial: Moments | None = None
+        counter = self._counter(number, len(specs))
+        total = self.executor.fold(tile_tasks.moments_task, specs, tile_tasks.add_moments, initial, counter)
+        assert total is not None  # every position belongs to a tile
+        if not total.is_finite:
+            raise not_finite(self.plan.networks[network].header.path, conv.name)
+        own = total.statistics()
+        return PassResult(network, conv.name, tuple(own.mean_C), tuple(own.variance_C))
+
+    def _output(
+        self, number: int, measured: Mapping[int, Mapping[str, Statistics]], checksums: Mapping[str, str]
+    ) -> PassResult:
+        masks, keeps_color = mask_arrays(self.config), self.config.color == "luminance"
+        specs = [
+            tile_tasks.OutputSpec(self.stage_dir, tile, self._networks, checksums, measured, CANVAS, masks, keeps_color)
+            for tile in self.tiles
+        ]
+        sums = self.executor.map(tile_tasks.output_task, specs, self._counter(number, len(specs)), tile=True)
+        packed = store.open_array(self.stage_dir, CANVAS).packed(merged(sums))
+        return PassResult(checksums={CANVAS: packed})
+
+
+def not_finite(path: Path, layer: str) -> InputError:
+    """The error of a network whose features overflow."""
+    return InputError(
+        f"{path}: its features at {layer} are not finite, so that the picture would be empty. Use compute.dtype: "
+        "float32, or another network."
+    )
 
 
 def statistics_by_network(known: Known) -> dict[int, dict[str, Statistics]]:

@@ -14,7 +14,8 @@ from pipeline.core.tiling import Rect, Size
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.feedforward import cost, geometry
 from pipeline.feedforward.network_file import NetworkHeader, read_network_header
-from pipeline.feedforward.spec import Conv
+from pipeline.feedforward.spec import Conv, Layered
+from pipeline.feedforward.wct_file import WctHeader, WctLevel, is_wct_file, read_wct_header
 from pipeline.images import ImageHeader, read_header
 from pipeline.plan import BASE_BYTES, STAGING_THREADS, WORKERS, Device, Plan, Sheet, StagePlan, fit, sheets_of
 from pipeline.plan.image_memory import export_bytes, ingest_bytes, levels_on_disk_bytes
@@ -27,6 +28,7 @@ from pipeline.store import (
     ALPHA,
     CONTENT,
     FIXED16,
+    STYLE,
     ArraySpec,
     guide_name,
 )
@@ -52,11 +54,21 @@ class NetworkUse:
 
 
 @dataclass(frozen=True)
+class WctUse:
+    """The levels that are applied, in order, and the size of the style."""
+
+    header: WctHeader
+    levels: tuple[WctLevel, ...]
+    style_size: Size
+
+
+@dataclass(frozen=True)
 class ApplyPlan:
     """The plan as all commands show it, and what the passes need. `content_size`: as the networks see it."""
 
     plan: Plan
     networks: tuple[NetworkUse, ...]
+    wct: WctUse | None
     content_size: Size
     content: PixelKind
 
@@ -66,15 +78,21 @@ class ApplyPlan:
         return self.plan.stages[0]
 
     @property
-    def passes(self) -> list[tuple[int, Conv | None]]:
-        """(number of a network, the convolution before its norm) of each pass; (0, None) is the last."""
-        norms = [(index, conv) for index, use in enumerate(self.networks) for conv in use.norms]
-        return [*norms, (0, None)]
+    def norms(self) -> list[tuple[int, Conv]]:
+        """(number of a network, the convolution before its norm) of each pass but the last."""
+        return [(index, conv) for index, use in enumerate(self.networks) for conv in use.norms]
 
 
 def plan_apply(config: ApplyConfig, device: Device) -> ApplyPlan:
     """Plan `config`, which is from `resolved`. Raises ConfigError, InputError."""
     images = {path: read_header(path, config.limits) for key, path in input_files(config) if key[-1] != "file"}
+    if is_wct_file(config.networks[0].file):
+        return _plan_wct(config, device, images)
+    if config.style is not None:
+        raise ConfigError(
+            f"style: {config.networks[0].file} has its style in it; leave this key out, or name a file of "
+            "encoder-decoder pairs in networks."
+        )
     networks = _networks(config)
     factor = networks[0].header.spec.factor
     content_size = _content_size(config, size_of(images[config.content]), factor)
@@ -82,10 +100,48 @@ def plan_apply(config: ApplyConfig, device: Device) -> ApplyPlan:
     _check_sizes(config, networks, content_size, images)
     source = images[config.content].kind
     content = PixelKind(source.bits, source.alpha and factor == 1)
-    refuse_own_state(config.output, config.work_dir)
-    work = _Work(config, networks, content_size, canvas, content, images, device)
-    planned = with_checked_output(config, work.plan(), images)
-    return ApplyPlan(planned, networks, content_size, content)
+    specs = tuple(use.header.spec for use in networks)
+    parts = [[geometry.layers_until(use.header.spec, conv) for conv in use.norms] for use in networks]
+    flop = sum(
+        cost.flop(spec, content_size, layers)
+        for spec, until in zip(specs, parts, strict=True)
+        for layers in (*until, spec.layers)
+    )
+    file_bytes = sum(use.header.size_bytes for use in networks)
+    passes = 1 + sum(len(use.norms) for use in networks)
+    arrays = arrays_of(config, content_size, canvas, content)
+    work = _Work(config, specs, content_size, canvas, content, images, device, arrays, passes, flop, file_bytes)
+    return ApplyPlan(work.checked_plan(), networks, None, content_size, content)
+
+
+def _plan_wct(config: ApplyConfig, device: Device, images: Mapping[Path, ImageHeader]) -> ApplyPlan:
+    network = config.networks[0]
+    header = read_wct_header(network.file, config.limits.max_weights_bytes)
+    if len(config.networks) > 1 or network.mask is not None or network.styles is not None:
+        raise ConfigError("networks: with a file of encoder-decoder pairs it is the only one, without mask and styles.")
+    if config.style is None:
+        raise ConfigError(f"style: missing; {network.file} applies the style of an image. Name one (--style).")
+    there = {level.number: level for level in header.levels}
+    if missing := [level for level in config.wct.levels if level not in there]:
+        raise ConfigError(f"wct.levels: {network.file} has no level {missing[0]}, but {', '.join(map(str, there))}.")
+    levels = tuple(there[number] for number in config.wct.levels)
+    content_size = _content_size(config, size_of(images[config.content]), 1)
+    style = size_of(images[config.style])
+    style_size = fit(style, min(max(style), max(content_size)))
+    least = max(level.least_side_px for level in levels)
+    for role, path, size in (("content", config.content, content_size), ("style", config.style, style_size)):
+        if min(size) < least:
+            raise InputError(f"{role} {path}: at {size[1]}×{size[0]} px it is too small; {least} px are needed.")
+    content = images[config.content].kind
+    flop = sum(cost.flop(level, content_size, layers) for level in levels for layers in (level.encoder, level.layers))
+    arrays = arrays_of(config, content_size, content_size, content)
+    arrays |= {STYLE: ArraySpec((*style_size, 3), config.store.chunk_px, "uint8")}
+    arrays |= {"canvas_0": arrays[CANVAS]} if len(levels) > 1 else {}
+    work = _Work(
+        config, levels, content_size, content_size, content, images, device, arrays, 3 * len(levels), flop,
+        header.size_bytes, one_at_a_time=True,
+    )  # fmt: skip
+    return ApplyPlan(work.checked_plan(), (), WctUse(header, levels, style_size), content_size, content)
 
 
 def _networks(config: ApplyConfig) -> tuple[NetworkUse, ...]:
@@ -152,12 +208,22 @@ class _Work:
     """Everything that the plan depends on."""
 
     config: ApplyConfig
-    networks: tuple[NetworkUse, ...]
+    specs: tuple[Layered, ...]
     content_size: Size
     canvas: Size
     content: PixelKind
     images: Mapping[Path, ImageHeader]
     device: Device
+    arrays: Mapping[str, ArraySpec]
+    passes: int
+    flop: int
+    file_bytes: int
+    one_at_a_time: bool = False
+
+    def checked_plan(self) -> Plan:
+        """The plan, once all that can be refused is refused."""
+        refuse_own_state(self.config.output, self.config.work_dir)
+        return with_checked_output(self.config, self.plan(), self.images)
 
     @property
     def _itemsize(self) -> int:
@@ -171,7 +237,7 @@ class _Work:
         tile_px = self._tile_px(sheets, picture)
         stage = self._stage(tile_px)
         output_px = sum(sheet.size[0] * sheet.size[1] for sheet in sheets)
-        spec = self.networks[0].header.spec
+        spec = max(self.specs, key=lambda one: len(one.layers))
         window = geometry.window(spec, (10**6, 10**6), spec.layers, _MIDDLE)
         return Plan(
             stages=(stage,),
@@ -199,19 +265,10 @@ class _Work:
             notes.append("the content's transparent parts are laid on white: super-resolution keeps no alpha")
         return tuple(notes)
 
-    def arrays(self) -> dict[str, ArraySpec]:
-        return arrays_of(self.config, self.content_size, self.canvas, self.content)
-
     def _stage(self, tile_px: int) -> StagePlan:
-        arrays = self.arrays()
+        arrays = self.arrays
         kept = [arrays[name] for name in (CANVAS, ALPHA) if name in arrays]
-        spec, passes = self.networks[0].header.spec, 1 + sum(len(use.norms) for use in self.networks)
-        total = 0
-        for use in self.networks:
-            own = use.header.spec
-            parts = [geometry.layers_until(own, conv) for conv in use.norms]
-            total += sum(cost.flop(own, self.content_size, layers) for layers in (*parts, own.layers))
-        overhead = cost.halo_overhead(spec, self.content_size, tile_px)
+        overhead = max(cost.halo_overhead(spec, self.content_size, tile_px) for spec in self.specs)
         height, width = self.canvas
         return StagePlan(
             index=0,
@@ -228,8 +285,8 @@ class _Work:
             kept_chunks=sum(array.chunks for array in kept),
             content=self.content,
             prepare_flop=0,
-            flop_per_iteration=int(total * overhead) // passes,
-            max_iterations=passes,
+            flop_per_iteration=int(self.flop * overhead) // self.passes,
+            max_iterations=self.passes,
             carries=False,
         )
 
@@ -255,15 +312,14 @@ class _Work:
 
     def _tile_bytes(self, tile_px: int) -> int:
         """Peak bytes of one tile that is computed: feature maps and weights."""
-        maps = max(
-            cost.tile_bytes(use.header.spec, self.content_size, tile_px, self._itemsize) for use in self.networks
-        )
-        weights = sum(cost.parameters_bytes(use.header.spec) for use in self.networks)
+        maps = max(cost.tile_bytes(spec, self.content_size, tile_px, self._itemsize) for spec in self.specs)
+        weights = sum(cost.parameters_bytes(spec) for spec in self.specs)
         return int(maps * ACTIVATION_OVERHEAD) + weights
 
     def _flight_bytes(self, tile_px: int) -> int:
         """Windows and results of the tiles in flight: as stored, as floats, and the output with its mask."""
-        window = sum(cost.window_px(use.header.spec, self.content_size, tile_px) for use in self.networks)
+        windows = [cost.window_px(spec, self.content_size, tile_px) for spec in self.specs]
+        window = max(windows) if self.one_at_a_time else sum(windows)
         masks = 2 + len(self.config.masks)
         return WORKERS * (int(1.5 * window) * 3 + masks * 3 * tile_px**2) * self._itemsize
 
@@ -284,8 +340,8 @@ class _Work:
             tiles = self._tile_bytes(tile_px) + self._flight_bytes(tile_px)
         else:
             tiles = 4 * STAGING_THREADS * chunk_px**2 * 3 * self._itemsize
-        weights = sum(2 * use.header.size_bytes for use in self.networks)
-        idle = (base + sum(cost.parameters_bytes(use.header.spec) for use in self.networks)) * workers
+        weights = 2 * self.file_bytes
+        idle = (base + sum(cost.parameters_bytes(spec) for spec in self.specs)) * workers
         own = {
             "ingest": self._ingest_bytes(),
             "export": max(self._export_bytes(sheet.size, picture) for sheet in sheets),
@@ -301,6 +357,7 @@ class _Work:
         in_float = config.canvas_space != "srgb"
         images = [(self.images[config.content], width, self.content)]
         images += [(self.images[path], self.canvas[1], RGB8) for path in config.masks]
+        images += [(self.images[config.style], self.arrays[STYLE].shape[1], RGB8)] if config.style else []
         return max(ingest_bytes(image, side, config.store.chunk_px, kind, in_float) for image, side, kind in images)
 
     def _export_bytes(self, size: Size, picture: PixelKind) -> int:

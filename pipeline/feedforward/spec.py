@@ -7,9 +7,9 @@ for super-resolution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -63,7 +63,36 @@ class Residual:
         return self.convs[1].size(self.convs[0].size(before))
 
 
-Layer = Conv | Residual
+@dataclass(frozen=True)
+class Pool:
+    """The maximum of each 2×2 cell; at an odd border of what there is of it."""
+
+    def size(self, before: int) -> int:
+        """Cells along one axis."""
+        return (before + 1) // 2
+
+
+Layer = Conv | Residual | Pool
+
+
+class Layered(Protocol):
+    """What the geometry and the cost of a network follow from."""
+
+    @property
+    def layers(self) -> tuple[Layer, ...]: ...  # noqa: D102
+    @property
+    def factor(self) -> int: ...  # noqa: D102
+    @property
+    def start_padding_px(self) -> int: ...  # noqa: D102
+
+
+def convs_of(layers: Iterable[Layer]) -> Iterator[Conv]:
+    """The convolutions of layers, in order, with those of residual blocks."""
+    for layer in layers:
+        if isinstance(layer, Conv):
+            yield layer
+        elif isinstance(layer, Residual):
+            yield from layer.convs
 
 
 class TransformSpec(BaseModel):
@@ -96,10 +125,10 @@ class TransformSpec(BaseModel):
         return self
 
     @property
-    def layers(self) -> tuple[Layer, ...]:
+    def layers(self) -> tuple[Conv | Residual, ...]:
         """Its layers, in order."""
         first, *down = self._channels() if self.task == "style" else (self._wide(_SUPER_RESOLUTION_CHANNELS),)
-        layers: list[Layer] = [Conv("first", 3, first, kernel=9)]
+        layers: list[Conv | Residual] = [Conv("first", 3, first, kernel=9)]
         before = first
         for number, channels in enumerate(down, start=1):
             layers.append(Conv(f"down{number}", before, channels, stride=2))
@@ -113,8 +142,7 @@ class TransformSpec(BaseModel):
 
     def convs(self) -> Iterator[Conv]:
         """Its convolutions, in order, with those of the residual blocks."""
-        for layer in self.layers:
-            yield from (layer,) if isinstance(layer, Conv) else layer.convs
+        return convs_of(self.layers)
 
     def norms(self) -> list[Conv]:
         """The convolutions that a norm with parameters follows, in order."""

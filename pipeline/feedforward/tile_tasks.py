@@ -138,7 +138,7 @@ def output_task(spec: OutputSpec) -> ChunkSums:
             if shares is not None and None not in spec.masks:  # black in every mask: left as it is
                 out_1CHW.add_(shares[-1] * content_1CHW)
             if spec.keeps_color:
-                out_1CHW = content_1CHW + _luminance(out_1CHW - content_1CHW)
+                out_1CHW = keeping_color(out_1CHW, content_1CHW)
         out_1CHW.clamp_(0, 255)
     with profiler.span("write", tile=spec.tile.index, array=spec.target), device_memory(spec):
         return device_io.save(open_array(spec.stage_dir, spec.target), inner, out_1CHW[0])
@@ -155,6 +155,11 @@ def _shares(spec: OutputSpec) -> list[Tensor] | None:
     total = torch.stack([mask for mask in masks if mask is not None]).sum(0)
     rest = (1 - total).clamp(min=0)
     return [*(rest if mask is None else mask / total.clamp(min=1) for mask in masks), rest]
+
+
+def keeping_color(x_1CHW: Tensor, content_1CHW: Tensor) -> Tensor:
+    """The content with the luminance of x."""
+    return content_1CHW + _luminance(x_1CHW - content_1CHW)
 
 
 def _luminance(x_1CHW: Tensor) -> Tensor:

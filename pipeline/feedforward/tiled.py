@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.core.tiling import Rect, Size
 from pipeline.feedforward import geometry
-from pipeline.feedforward.geometry import Range, Source, Window
-from pipeline.feedforward.network import NORM_EPS, to_network, to_pixels, upsampled
+from pipeline.feedforward.geometry import Window
+from pipeline.feedforward.network import NORM_EPS, to_network, to_pixels
 from pipeline.feedforward.network_file import TransformFile
-from pipeline.feedforward.spec import Conv, Padding, Residual, TransformSpec
+from pipeline.feedforward.spec import Conv, TransformSpec
+from pipeline.feedforward.windows import run_window
 
 
 @dataclass(frozen=True)
@@ -75,44 +75,14 @@ class TiledNetwork:
         self, window: Window, pixels_1CHW: Tensor, statistics: Mapping[str, Statistics], raw: Conv | None
     ) -> Tensor:
         """The output of the window's last layer; of `raw` without norm and ReLU."""
-        x = to_network(pixels_1CHW.to(self._dtype), self.spec)
-        size = tuple(side - 2 * self.spec.start_padding_px for side in window.sizes[0])
-        offset = self.spec.start_padding_px
-        padded = Rect(*(edge - offset for edge in window.held[0]))
-        x = _taken(x, window.pixels, padded, (size[0], size[1]), "reflect")
-        for index, layer in enumerate(window.layers):
-            held, wanted, before = window.held[index], window.held[index + 1], window.sizes[index]
-            if isinstance(layer, Residual):
-                x = self._block(layer, x, held, wanted, before, statistics)
-            else:
-                x = self._conv(layer, x, held, wanted, before, None if layer == raw else statistics)
-        return x
+        # scaled before it is converted: pixels 0..255 do not fit into a bfloat16 mantissa
+        x = to_network(pixels_1CHW, self.spec).to(self._dtype)
 
-    def _block(
-        self, block: Residual, x: Tensor, held: Rect, wanted: Rect, size: Size, statistics: Mapping[str, Statistics]
-    ) -> Tensor:
-        first, second = block.convs
-        inner_size = first.size(size[0]), first.size(size[1])
-        inner = geometry.held_rect(second, wanted, inner_size)
-        source = geometry.held_rect(first, inner, size)
-        y = self._conv(first, _cut(x, held, source), source, inner, size, statistics)
-        y = self._conv(second, y, inner, wanted, inner_size, statistics)
-        margin = geometry.skip_margin(block)
-        kept = Rect(*(edge + margin for edge in wanted))
-        return y.add_(_cut(x, held, kept))
+        def parameters(conv: Conv) -> tuple[Tensor, Tensor, bool]:
+            weight, bias = self._parameters(conv, None if conv == raw else statistics)
+            return weight, bias, conv.has_relu and conv != raw
 
-    def _conv(
-        self, conv: Conv, x: Tensor, held: Rect, wanted: Rect, size: Size, statistics: Mapping[str, Statistics] | None
-    ) -> Tensor:
-        """`wanted` of a convolution's output from `held` of its input. Without statistics: before norm and ReLU."""
-        times = conv.enlargement
-        x = upsampled(x, conv.upsampling)
-        raw = Rect(*geometry.raw_of(conv, wanted[:2]), *geometry.raw_of(conv, wanted[2:]))
-        enlarged = Rect(*(edge * times for edge in held))
-        x = _taken(x, enlarged, raw, (size[0] * times, size[1] * times), conv.padding)
-        weight, bias = self._parameters(conv, statistics)
-        x = F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, conv.stride)
-        return F.relu_(x) if conv.has_relu and statistics is not None else x
+        return run_window(window, x, self.spec.start_padding_px, parameters)
 
     def _parameters(self, conv: Conv, statistics: Mapping[str, Statistics] | None) -> tuple[Tensor, Tensor]:
         """Weight and bias, with the norm in them; computed in float64."""
@@ -152,41 +122,6 @@ def norm_window(spec: TransformSpec, size: Size, inner: Rect, conv: Conv) -> Win
     canvas = size[0] * spec.factor, size[1] * spec.factor
     wanted = geometry.owned(inner, canvas, geometry.grid_size(spec, size, layers))
     return geometry.window(spec, size, layers, wanted) if wanted.area else None
-
-
-def _cut(x: Tensor, held: Rect, kept: Rect) -> Tensor:
-    rows, columns = kept.within(held)
-    return x[:, :, rows, columns]
-
-
-def _taken(x: Tensor, held: Rect, raw: Rect, size: Size, padding: Padding) -> Tensor:
-    """`raw` of a map of which `held` is there: cut, and padded where it reaches beyond the map of `size`."""
-    for axis, (lo, hi), wanted, side in (
-        (2, held[:2], raw[:2], size[0]),
-        (3, held[2:], raw[2:], size[1]),
-    ):
-        if wanted != (lo, hi):
-            x = _taken_axis(x, axis, lo, geometry.source(wanted, side), side, padding)
-    return x
-
-
-def _taken_axis(x: Tensor, axis: int, start: int, parts: Source, size: int, padding: Padding) -> Tensor:
-    def read(part: Range) -> Tensor:
-        return x.narrow(axis, part[0] - start, part[1] - part[0])
-
-    def beyond(part: Range) -> Tensor:
-        if padding == "reflect":
-            return read(geometry.mirrored(part, size)).flip(axis)
-        shape = list(x.shape)
-        shape[axis] = part[1] - part[0]
-        return x.new_zeros(shape)
-
-    pieces = [
-        beyond(part) if outside else read(part)
-        for part, outside in ((parts.before, True), (parts.inside, False), (parts.after, True))
-        if part[0] < part[1]
-    ]
-    return torch.cat(pieces, axis) if len(pieces) > 1 else pieces[0]
 
 
 def _moments(x_1CHW: Tensor) -> Moments:

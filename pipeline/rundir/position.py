@@ -167,7 +167,7 @@ class Position:
         return replace(
             self,
             iteration=record.iteration + 1,
-            slots={**self.slots, self.stage: 1},
+            slots={**self.slots, self.stage: int("canvas_1" in record.checksums)},
             checksums={**self.checksums, self.stage: {**self.checksums[self.stage], **record.checksums}},
         )
 

@@ -174,7 +174,7 @@ class Pass(Record):
     """A pass of `apply` over the whole picture is complete.
 
     `network`: its number in the config; `norm`: the norm whose statistics it has measured: mean and variance by
-    channel. None for the last pass, which has written the canvas; `checksums`: of what it wrote. `remaining_s`: as in
+    channel. None for a pass that has written a canvas; `checksums`: of what it wrote. `remaining_s`: as in
     Iteration.
     """
 

@@ -1,0 +1,103 @@
+"""Tiles against the whole image through the torch module: statistics of every norm, and pixels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.core.tiling import Rect
+from pipeline.feedforward import geometry, tiled
+from pipeline.feedforward.network import padded
+from pipeline.feedforward.network_file import TransformFile
+from pipeline.feedforward.tiled import Moments, Statistics, TiledNetwork
+from tests.support.networks import random_network
+
+FLOAT64 = {"dtype": torch.float64}
+KINDS = {
+    "instance": {},
+    "batch": {"norm": "batch"},
+    "none": {"norm": "none", "output": "linear"},
+    "bytes": {"pixels": "bytes", "output": "linear"},
+    "styles": {"styles": ("a", "b")},
+    "original": {"start_padding_px": 40, "block_padding": False, "upsampling": "fractional"},
+    "super-resolution": {"task": "super-resolution", "factor": 4},
+}
+
+
+def in_tiles(file: TransformFile, image: torch.Tensor, rects: list[Rect], style: list[float]) -> torch.Tensor:
+    """The output of a network, tile by tile."""
+    spec, size = file.spec, (image.shape[2], image.shape[3])
+    network = TiledNetwork(file, style, torch.float64, "cpu")
+    known: dict[str, Statistics] = {}
+
+    def pixels(window: geometry.Window) -> torch.Tensor:
+        return image[:, :, window.pixels.y0 : window.pixels.y1, window.pixels.x0 : window.pixels.x1]
+
+    for conv in tiled.norms_with_statistics(spec):
+        total: Moments | None = None
+        for rect in rects:
+            if (window := tiled.norm_window(spec, size, rect, conv)) is not None:
+                part = network.moments(window, pixels(window), known, conv)
+                total = part if total is None else total.plus(part)
+        assert total is not None
+        known[conv.name] = total.statistics()
+    out = torch.full((1, 3, size[0] * spec.factor, size[1] * spec.factor), torch.nan, **FLOAT64)
+    for rect in rects:
+        window = tiled.output_window(spec, size, rect)
+        out[:, :, rect.y0 : rect.y1, rect.x0 : rect.x1] = network.output(window, pixels(window), known)
+    return out
+
+
+def cut(height: int, width: int, tile_px: int) -> list[Rect]:
+    return [
+        Rect(y, min(y + tile_px, height), x, min(x + tile_px, width))
+        for y in range(0, height, tile_px)
+        for x in range(0, width, tile_px)
+    ]
+
+
+def check(kind: str, height: int, width: int, tiles_px: list[int], seed: int = 0) -> None:
+    network = random_network(seed, **KINDS[kind]).double()
+    file, factor = TransformFile(network.spec, network.state_dict()), network.spec.factor
+    image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed), **FLOAT64) * 255
+    style = [0.25, 0.75] if kind == "styles" else [1.0]
+    with torch.no_grad():
+        whole = network(image, torch.tensor([style], **FLOAT64))
+        assert whole.shape[2:] == (height * factor, width * factor)
+        assert whole.std() > 0.1  # a picture, not a constant
+        for tile_px in tiles_px:
+            parts = in_tiles(file, image, cut(height * factor, width * factor, tile_px), style)
+            assert (parts - whole).abs().max() < 1e-10, (kind, tile_px)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_give_the_whole_image(kind: str) -> None:
+    """One tile, four, six, and ragged ones, at odd sizes."""
+    height, width = (13, 18) if kind == "super-resolution" else (45, 67)
+    check(kind, height, width, [128, 34, 23])
+
+
+@given(
+    st.sampled_from(["instance", "batch", "original"]), st.integers(41, 56), st.integers(41, 56), st.integers(17, 60)
+)
+@settings(max_examples=5, deadline=None)
+def test_any_size_in_any_tiles(kind: str, height: int, width: int, tile_px: int) -> None:
+    check(kind, height, width, [tile_px], seed=height)
+
+
+def test_the_least_side_is_the_least_that_torch_can_pad() -> None:
+    for kind, keys in KINDS.items():
+        network = random_network(**keys)
+        least = network.spec.least_side_px()
+        network(torch.zeros(1, 3, least, least))
+        if kind != "none":
+            with pytest.raises(RuntimeError):
+                network(torch.zeros(1, 3, least - 1, least - 1))
+
+
+def test_padding_by_concatenation_is_torchs_reflection() -> None:
+    image = torch.rand(2, 3, 7, 9)
+    assert torch.equal(padded(image, 4, "reflect"), F.pad(image, (4, 4, 4, 4), mode="reflect"))
