@@ -5,7 +5,7 @@ Keys that `run` has too mean the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.config import Config, input_files, read_overridden, validated
 from pipeline.config.conflicts import picture_conflicts
-from pipeline.config.fields import File, Output, Share, SidePx, parse_px
+from pipeline.config.fields import File, NetworkFile, Output, Share, SidePx, parse_px
 from pipeline.config.messages import Conflict, ConflictsError, Expected
 from pipeline.config.overrides import override
 from pipeline.config.sections import (
@@ -34,20 +34,13 @@ from pipeline.core.image_formats import OUTPUT_SUFFIXES
 from pipeline.core.text import shown
 
 _MAX_NETWORKS = 16
-# Networks that come with the package, by name; docs/feedforward.md says how each was trained.
-PACKAGED_NETWORKS: Mapping[str, Path] = {"strokes": Path(__file__).parents[1] / "assets" / "strokes.safetensors"}
 Styles = dict[Annotated[str, Field(max_length=200)], Share]
-
-
-def _packaged(value: object) -> object:
-    """The file of a packaged network, if `value` is its name."""
-    return PACKAGED_NETWORKS.get(value, value) if isinstance(value, str) else value
 
 
 class ApplyNetwork(Section):
     """A network, the style that it applies, and where."""
 
-    file: Annotated[File, BeforeValidator(_packaged)] = Field(
+    file: NetworkFile = Field(
         description="network: .safetensors of `pipeline train`, .pth of pytorch/examples, or strokes, a packaged one",
         examples=["net.safetensors"],
         json_schema_extra=COMPARED_BY_CONTENT,
