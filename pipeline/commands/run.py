@@ -24,7 +24,7 @@ from pipeline.commands.start import (
     measured_iterations,
     with_finished_run,
 )
-from pipeline.config import Config, OptimizerConfig
+from pipeline.config import Config, InitNetwork, OptimizerConfig
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import DeviceMemoryError, storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, ignore
@@ -191,6 +191,7 @@ class _Rendering:
 
     def _render_in_tiles(self, stage_plan: StagePlan, tile_px: int) -> None:
         # these import torch, which other commands start without
+        from pipeline.feedforward.start import start_picture  # noqa: PLC0415
         from pipeline.render.iteration import Iterations  # noqa: PLC0415
         from pipeline.render.preparation import prepare  # noqa: PLC0415
 
@@ -205,7 +206,8 @@ class _Rendering:
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
             before = self._carried(stage_plan) if index else None
             self._since = time.monotonic()
-            started = prepare(stage, previous, moments=before.moments if before else ())
+            first = start_picture(stage) if not index and isinstance(self.config.init, InitNetwork) else None
+            started = prepare(stage, previous, moments=before.moments if before else (), first_canvas=first)
             record = prepared_record(index, stage.tile_px, started)
             start = {"alpha": before.alpha, "adam_steps": before.steps} if before else {}
             self.commit(record.model_copy(update={**start, "carries": stage_plan.carries}))

@@ -20,6 +20,7 @@ from pipeline.config.sections import (
     ComputeConfig,
     EdgeConfig,
     ExportConfig,
+    InitNetwork,
     LimitsConfig,
     OptimizerConfig,
     PrintSize,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config.messages import Conflict
 from pipeline.config.regions import regions_of
-from pipeline.config.sections import ExportConfig, PrintSize
+from pipeline.config.sections import ExportConfig, InitNetwork, PrintSize
 from pipeline.config.settings import Settings
 from pipeline.config.yaml_reader import Key, dotted
 from pipeline.core.files import real, same_file, would_replace
@@ -56,6 +56,8 @@ def _start(settings: Settings) -> Iterator[Conflict]:
             yield Conflict((size, content), "null uses the content's size, but there is no content; give a size")
         if settings.init == "content":
             yield Conflict((init, content), "there is no content to start from; choose noise, or an image file")
+        if isinstance(settings.init, InitNetwork):
+            yield Conflict((init, content), "there is no content to put through the network; choose noise")
         if settings.color != "style":
             text = f"{settings.color} uses the content's colours, but there is no content; choose style, or add one"
             yield Conflict((("color",), content), text)

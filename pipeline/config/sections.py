@@ -27,6 +27,7 @@ from pipeline.config.fields import (
     Int,
     Layers,
     Length,
+    NetworkFile,
     Pixels,
     Profile,
     Scheduler,
@@ -92,6 +93,19 @@ class StyleConfig(Section):
         description="mask for this style: same aspect ratio as the content; white = apply, black = leave",
         json_schema_extra=COMPARED_BY_CONTENT,
     )
+
+
+class InitNetwork(Section):
+    """A start picture: the content through an image transformation network. Written `apply:net.safetensors`."""
+
+    apply: NetworkFile = Field(description="network, as for `pipeline apply`", json_schema_extra=COMPARED_BY_CONTENT)
+
+
+def parse_init(value: object) -> object:
+    """`apply:net.safetensors` as the section that it stands for."""
+    if isinstance(value, str) and value.startswith("apply:"):
+        return {"apply": type(value)(value.removeprefix("apply:").strip())}
+    return value
 
 
 class NetworkConfig(Section):

@@ -21,7 +21,7 @@ from pipeline.config.fields import (
     Int,
     Output,
     SidePx,
-    Start,
+    StartName,
     parse_px,
 )
 from pipeline.config.messages import Expected
@@ -30,6 +30,7 @@ from pipeline.config.sections import (
     HARMLESS,
     ComputeConfig,
     ExportConfig,
+    InitNetwork,
     LimitsConfig,
     LossConfig,
     MemoryConfig,
@@ -41,11 +42,17 @@ from pipeline.config.sections import (
     StoreConfig,
     StyleConfig,
     new,
+    parse_init,
 )
 from pipeline.core.color_spaces import SpaceName, WorkingSpace
 from pipeline.core.image_formats import OUTPUT_SUFFIXES
 from pipeline.core.presets import PresetName
 
+Start = Annotated[
+    StartName | Annotated[InitNetwork, Expected("apply:net.safetensors")] | File,
+    Field(union_mode="left_to_right"),
+    BeforeValidator(parse_init),
+]
 OnPaper = Annotated[PrintSize, Expected("a length such as 60cm or {width: 60cm, dpi: 150}")]
 
 

@@ -75,7 +75,8 @@ class TiledNetwork:
         self, window: Window, pixels_1CHW: Tensor, statistics: Mapping[str, Statistics], raw: Conv | None
     ) -> Tensor:
         """The output of the window's last layer; of `raw` without norm and ReLU."""
-        x = to_network(pixels_1CHW.to(self._dtype), self.spec)
+        # scaled before it is converted: pixels 0..255 do not fit into a bfloat16 mantissa
+        x = to_network(pixels_1CHW, self.spec).to(self._dtype)
 
         def parameters(conv: Conv) -> tuple[Tensor, Tensor, bool]:
             weight, bias = self._parameters(conv, None if conv == raw else statistics)

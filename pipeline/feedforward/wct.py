@@ -82,7 +82,7 @@ class WctNetwork:
         return run_window(window, self._scaled(pixels_1CHW), 0, lambda conv: self._parameters(conv, step)) * 255
 
     def _scaled(self, pixels_1CHW: Tensor) -> Tensor:
-        return pixels_1CHW.to(self._dtype) / 255
+        return (pixels_1CHW / 255).to(self._dtype)
 
     def _parameters(self, conv: Conv, step: Transport | None) -> tuple[Tensor, Tensor, bool]:
         weight, bias = self._state[f"{conv.name}.weight"], self._state[f"{conv.name}.bias"]

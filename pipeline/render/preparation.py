@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import store
-from pipeline.config import regions_of
+from pipeline.config import InitNetwork, regions_of
 from pipeline.core.allocator import trim_heap
-from pipeline.core.errors import InputError, storage
+from pipeline.core.errors import ConfigError, InputError, storage
 from pipeline.core.text import stage_name
 from pipeline.losses import color as colors
 from pipeline.plan import arrays_of
@@ -34,6 +34,9 @@ from pipeline.store import (
     merged,
     metadata,
 )
+
+# Fills an array of a folder, given the checksums of its content; gives the array's own.
+FirstCanvas = Callable[[Path, str, Mapping[str, str]], str]
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,14 @@ def prepare(
     *,
     moments: Sequence[StageArray] = (),
     is_region: bool = False,
+    first_canvas: FirstCanvas | None = None,
 ) -> Prepared:
     """Create all arrays of the stage, and fill its inputs and slot 0. May be repeated from the start.
 
     `previous_canvas`: the result of the previous stage, None for the first. `content_colors`: statistics of the whole
     content, if the stage covers only a region of it. `moments`: m and v of the previous stage, if this one continues
-    them. `is_region`: the stage is a crop, in which a mask may be black.
+    them. `is_region`: the stage is a crop, in which a mask may be black. `first_canvas`: fills the first canvas of
+    `init: apply`.
 
     Raises StorageError, InputError for a broken image or a black mask, ConfigError for features that are not finite,
     ChunkError if the previous canvas is damaged.
@@ -70,7 +75,7 @@ def prepare(
         results = [*([] if previous_canvas is None else [previous_canvas]), *moments]
         if results:  # a damaged pixel would be enlarged into every later stage
             integrity.require_intact(results, stage.executor, stage.reporter("check"))
-        return _prepare(stage, previous_canvas, content_colors, moments, is_region)
+        return _prepare(stage, previous_canvas, content_colors, moments, is_region, first_canvas)
 
 
 def _prepare(
@@ -79,6 +84,7 @@ def _prepare(
     content_colors: colors.ColorStatistics | None,
     moments: Sequence[StageArray],
     is_region: bool,
+    first_canvas: FirstCanvas | None,
 ) -> Prepared:
     folder = stage.partial_dir
     store.create_stage(folder)
@@ -89,7 +95,7 @@ def _prepare(
     if not is_region:  # a mask may lie outside a crop
         _refuse_nowhere(stage, areas)
     sums |= store_style_targets(stage, folder, sums.get(CONTENT), content_colors)
-    sums["canvas_0"] = _start_canvas(stage, folder, previous_canvas, sums)
+    sums["canvas_0"] = _start_canvas(stage, folder, previous_canvas, sums, first_canvas)
     sums |= _start_moments(stage, folder, moments)
     if stage.config.optimizer.average:
         sums["average_0"] = _start_average(stage, folder, sums)
@@ -152,20 +158,29 @@ def _refuse_nowhere(stage: Stage, areas: Mapping[str, float]) -> None:
 
 
 def _start_canvas(
-    stage: Stage, folder: Path, previous_canvas: store.StageArray | None, checksums: Mapping[str, str]
+    stage: Stage,
+    folder: Path,
+    previous_canvas: store.StageArray | None,
+    checksums: Mapping[str, str],
+    first_canvas: FirstCanvas | None,
 ) -> str:
     """Fill the canvas of slot 0; gives its checksums."""
     if stage.config.color != "luminance":
-        return _fill_canvas(stage, folder, "canvas_0", previous_canvas, checksums)
+        return _fill_canvas(stage, folder, "canvas_0", previous_canvas, checksums, first_canvas)
     # through the other slot, which is still unused: a task that is repeated must not read its own result
-    started = _fill_canvas(stage, folder, "canvas_1", previous_canvas, checksums)
+    started = _fill_canvas(stage, folder, "canvas_1", previous_canvas, checksums, first_canvas)
     content = store.open_array(folder, CONTENT, checksums[CONTENT])
     source, target = store.open_array(folder, "canvas_1", started), store.open_array(folder, "canvas_0")
     return color_tasks.recolor(source, content, target, stage.executor)
 
 
 def _fill_canvas(
-    stage: Stage, folder: Path, name: str, previous_canvas: store.StageArray | None, checksums: Mapping[str, str]
+    stage: Stage,
+    folder: Path,
+    name: str,
+    previous_canvas: store.StageArray | None,
+    checksums: Mapping[str, str],
+    first_canvas: FirstCanvas | None,
 ) -> str:
     canvas, init = store.open_array(folder, name), stage.config.init
     if previous_canvas is not None:
@@ -176,6 +191,13 @@ def _fill_canvas(
             stage.reporter("canvas"),
             resample.Filling(smoothing=stage.config.stage_smoothing),
         )
+    if isinstance(init, InitNetwork):
+        if first_canvas is None:  # its statistics are of the whole picture
+            raise ConfigError(
+                "init: a start from a network is computed for whole pictures. Crop a later stage, or choose another "
+                "init."
+            )
+        return first_canvas(folder, name, checksums)
     if isinstance(init, Path):
         image = store.open_array(folder, STYLE, ingest_aside(stage, folder, init, stage.plan.size))
         sums = _start_from(stage, image, canvas)

@@ -200,3 +200,26 @@ def test_the_plan_counts_what_is_there(folder: Path) -> None:
     apply(config(folder, compute={"tile_px": 32}))
     kept = sum(file.stat().st_size for file in (folder / "out.run").glob("store.zarr/stage_0/canvas_1/c/*/*/*"))
     assert kept == planned.stage.kept_bytes
+
+
+@pytest.mark.parametrize("tile_px", [80, 32])
+def test_a_run_starts_from_the_networks_picture(folder: Path, tile_px: int) -> None:
+    values = {
+        "content": "content.png",
+        "styles": [{"image": "content.png"}],
+        "output": "out.png",
+        "init": "apply:net.safetensors",
+        "initial_size": WIDTH,
+        "network": {"name": "random"},
+        "optimizer": {"max_iterations": 1, "target_pixel_change": 1e-9},
+        "compute": {"device": "cpu", "dtype": "float64", "tile_px": tile_px},
+        "store": {"chunk_px": 16},
+    }
+    config = Config.model_validate(values, context={"base": folder})
+    run(config)
+    painted = store.open_array(folder / "out.run" / "store.zarr" / "stage_0", "canvas_1")
+    expected = whole(folder, pixels_of(folder / "content.png"))
+    assert np.abs(painted.read_window(painted.rect) - expected).max() < 1e-8
+    write_network(folder / "net.safetensors", seed=5)
+    with pytest.raises(ConfigError, match=r"init\.apply: the content of the file has changed"):
+        run(config.model_copy(update={"output": folder / "out.tif"}))
