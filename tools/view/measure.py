@@ -201,37 +201,41 @@ def _first_picture(run: Path) -> float:
 def slowdown(config: Path, pairs: int, each: int, tiles_per_s: float) -> None:
     """Seconds of the iterations of the last stage, in turn with and without a viewer in use."""
     loaded, stop = pipeline.load_config(config), threading.Event()
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+    turns: dict[int, list[float]] = {}
+    last, shares = len(pipeline.plan(loaded).stages) - 1, list[float]()
     stack, begun = contextlib.ExitStack(), [time.perf_counter()]
 
     def sink(event: Event) -> None:
-        if not isinstance(event, IterationDone) or event.stage < len(pipeline.plan(loaded).stages) - 1:
+        if not isinstance(event, IterationDone) or event.stage < last:
             return
         took = time.perf_counter() - begun[0]
         turn, step = divmod(event.iteration, each)
         if step > 0:  # the first of a turn has the start or the end of the viewer in it
-            seconds[turn % 2 == 1].append(took)
+            turns.setdefault(turn, []).append(took)
         if step == each - 1:
             stack.close()
             if turn % 2 == 0:
-                stack.enter_context(_in_use(loaded.work_dir, tiles_per_s))
+                stack.enter_context(_in_use(loaded.work_dir, tiles_per_s, shares))
         if turn >= 2 * pairs:
             stop.set()
         begun[0] = time.perf_counter()
 
     with contextlib.suppress(pipeline.errors.Stopped), stack:  # type: ignore[attr-defined]
         pipeline.run(loaded, sink=sink, stop=stop)
-    alone, watched = (statistics.median(seconds[way]) for way in (False, True))
-    spread = [statistics.quantiles(seconds[way], n=4) for way in (False, True)]
-    click.echo(f"alone   {alone:.3f} s, quartiles {spread[0][0]:.3f} to {spread[0][2]:.3f} ({len(seconds[False])})")
-    click.echo(f"watched {watched:.3f} s, quartiles {spread[1][0]:.3f} to {spread[1][2]:.3f} ({len(seconds[True])})")
-    click.echo(f"slower by {100 * (watched / alone - 1):+.2f} %")
+    medians = [statistics.median(turns[turn]) for turn in range(2 * pairs)]
+    ratios = [100 * (watched / alone - 1) for alone, watched in zip(medians[::2], medians[1::2], strict=True)]
+    click.echo(f"seconds of an iteration, alone and watched in turn: {', '.join(f'{one:.3f}' for one in medians)}")
+    spread = f"{min(ratios):+.1f} to {max(ratios):+.1f}"
+    click.echo(f"slower by {statistics.median(ratios):+.1f} % (median of {pairs} pairs; {spread})")
+    click.echo(f"the viewer took {100 * statistics.mean(shares):.1f} % of one core, load {os.getloadavg()[0]:.1f}")
 
 
 @contextlib.contextmanager
-def _in_use(run: Path, tiles_per_s: float) -> Iterator[None]:
-    """A viewer whose user walks around, for the duration of the block."""
+def _in_use(run: Path, tiles_per_s: float, shares: list[float]) -> Iterator[None]:
+    """A viewer whose user walks around, for the duration of the block. `shares` gets its share of one core."""
     viewer, done = Viewer(run), threading.Event()
+    process, begun = psutil.Process(viewer.process.pid), time.perf_counter()
+    started = sum(process.cpu_times()[:2])
 
     def walk() -> None:
         rng = random.Random(0)
@@ -249,6 +253,7 @@ def _in_use(run: Path, tiles_per_s: float) -> Iterator[None]:
     finally:
         done.set()
         walker.join()
+        shares.append((sum(process.cpu_times()[:2]) - started) / (time.perf_counter() - begun))
         viewer.close()
 
 
