@@ -185,8 +185,14 @@ def test_says_that_a_run_was_killed_or_damaged_and_recovers(page, nursery, tmp_p
         page.wait("pipelineView.page.state.stage === 1 && pipelineView.page.state.iteration > 1", 60)
         child.kill()
         page.wait(f"{phase} === 'stopped'")
-        for chunk in run.glob("store.zarr/stage_0/canvas_*/c/0/0/0"):  # which the page has not shown yet
+        # neither the viewer nor the browser keeps the tiles of the first stage, which is damaged now
+        server.end(signal.SIGKILL)
+        page.driver.execute_cdp_cmd("Network.clearBrowserCache", {})
+        for chunk in run.glob("store.zarr/stage_0/canvas_*/c/0/0/0"):
             chunk.write_bytes(chunk.read_bytes()[::-1])
+        page.wait(f"{phase} === 'lost'")
+        server.start()
+        page.wait(f"{phase} === 'stopped'")
         page.do("pipelineView.choose('a', 'stage_0')")
         page.wait("document.getElementById('notice').textContent.includes('verify')")
         report = pipeline.verify(run, repair=True)
