@@ -12,7 +12,6 @@ from types import ModuleType
 TYPE_CHECKING = False  # importing typing would be the slowest step before the signal handlers are installed
 if TYPE_CHECKING:
     from pipeline.commands.clean import clean
-    from pipeline.commands.cluster import serve_scheduler, serve_workers
     from pipeline.commands.export import export
     from pipeline.commands.gallery import gallery
     from pipeline.commands.measure import measured_time
@@ -50,8 +49,6 @@ __all__ = [
     "preview",
     "proof",
     "run",
-    "serve_scheduler",
-    "serve_workers",
     "set_up_process",
     "status",
     "train",
@@ -79,8 +76,6 @@ _HOMES = {
     "preview": "commands.preview.preview",
     "proof": "commands.preview.proof",
     "run": "commands.run",
-    "serve_scheduler": "commands.cluster",
-    "serve_workers": "commands.cluster",
     "set_up_process": "core.allocator",
     "status": "commands.status",
     "train": "commands.train",

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-import pipeline
 from pipeline.cli.working import EXIT_CODES, raise_if_stopped, working
 
 _DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")
@@ -26,14 +25,15 @@ def scheduler(folder: Path, host: str | None, port: int) -> None:
     connections are encrypted, and only processes with the key are served.
     """
     with working("plain") as (_sink, stop):
-        serve = pipeline.serve_scheduler
+        from pipeline.commands.cluster import serve_scheduler  # noqa: PLC0415 - slow
+
         raise_if_stopped(stop)
 
         def ready(address: str, file: Path) -> None:
             click.echo(f"{address}  {file}")
             sys.stdout.flush()
 
-        serve(folder.absolute(), host=host, port=port, on_ready=ready, stop=stop)
+        serve_scheduler(folder.absolute(), host=host, port=port, on_ready=ready, stop=stop)
 
 
 @click.command(epilog=EXIT_CODES)
@@ -52,6 +52,7 @@ def worker(scheduler: str, key: Path | None, devices: str | None, processes: int
         raise click.UsageError(f"--devices: {unknown[0]!r} is no device; expected a list such as cuda:0,cuda:1 or cpu")
     where = scheduler if re.match(r"[a-z]+://", scheduler) else Path(scheduler).absolute()
     with working("plain") as (sink, stop):
-        serve = pipeline.serve_workers
+        from pipeline.commands.cluster import serve_workers  # noqa: PLC0415 - slow
+
         raise_if_stopped(stop)
-        serve(where, key=key and key.absolute(), devices=names, processes=processes, sink=sink, stop=stop)
+        serve_workers(where, key=key and key.absolute(), devices=names, processes=processes, sink=sink, stop=stop)

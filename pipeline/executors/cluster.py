@@ -130,7 +130,7 @@ class _Workers:
             where.security,
             self._initialize,
             name=f"{socket.gethostname()}-{role.device or 'cpu'}",
-            host=None,
+            host=None if where.protocol == "tls" else "127.0.0.1",  # unencrypted: for this machine alone
         )
 
     def _find(self) -> ClusterAddress:

@@ -110,7 +110,8 @@ def _cluster_device(compute: ComputeConfig, cancel: CancelToken, note: Callable[
             f"compute.device: {compute.device} is requested, but no worker of {where.address} has a GPU. Start one on "
             "a machine that has, or use compute.device: auto."
         )
-    computing = found if compute.device == "cpu" or not gpus else gpus
+    on_gpu = bool(gpus) and compute.device != "cpu"
+    computing = gpus if on_gpu else [device for device in found if device.name == "cpu"] or found
     labels = Counter(device.label for device in computing)
     if len(labels) > 1:
         note(
@@ -119,7 +120,7 @@ def _cluster_device(compute: ComputeConfig, cancel: CancelToken, note: Callable[
         )
     label = ", ".join(f"{number} × {name}" for name, number in labels.items())
     smallest = min(computing, key=lambda device: device.memory_bytes)
-    name = "cpu" if computing is found else "cuda:0"
+    name = "cuda:0" if on_gpu else "cpu"
     return replace(smallest, name=name, label=label, cluster=where.address, cluster_workers=len(computing))
 
 
