@@ -28,6 +28,7 @@ from pipeline.core.text import (
     end_text,
     energy_text,
     printable,
+    seconds_text,
     size_text,
     stage_name,
     work_text,
@@ -86,6 +87,7 @@ def print_plan(config: AnyConfig, planned: Plan, expected: Forecast | None, run:
         *([f"cluster  {planned.cluster}; memory is that of the largest process"] if planned.cluster else []),
         f"memory   {size_text(planned.projected_mem_bytes)} of {limit} (memory.limit); {phases}",
         *([] if planned.device == "cpu" else [f"on {planned.device}  {size_text(planned.device_bytes)}"]),
+        f"commits  {_commits(config, planned)}",
         f"disk     {size_text(planned.disk_bytes)} in {config.work_dir}",
         f"output   up to {size_text(planned.output_bytes)} for {_named(planned.outputs)}, {planned.picture}{levels}",
         f"work     {work_text(planned.flop)} for {iterations} {steps}",
@@ -96,6 +98,20 @@ def print_plan(config: AnyConfig, planned: Plan, expected: Forecast | None, run:
     if expected is not None:
         _print_forecast(expected)
     _print_lines([f"run      {run}"])
+
+
+def _commits(config: Config, planned: Plan) -> str:
+    """Which stages stay in memory, and when they go to the disk."""
+    held = [stage for stage in planned.stages if stage.resident_bytes]
+    if not held:
+        return "after every iteration; no stage stays in memory"
+    where = "memory" if planned.device == "cpu" else f"the memory of {planned.device}"
+    largest = size_text(max(stage.resident_bytes for stage in held))
+    every = f"every {seconds_text(config.store.commit_interval)} (store.commit_interval)"
+    if len(held) == len(planned.stages):
+        return f"{every}; all stages stay in {where}, at most {largest}"
+    numbers = ", ".join(str(stage.index + 1) for stage in held)
+    return f"{every} of stages {numbers}, which stay in {where}, at most {largest}; of others after every iteration"
 
 
 def _named(outputs: Collection[str]) -> str:

@@ -161,3 +161,19 @@ def test_a_bit_that_flips_in_memory_is_not_committed(tmp_path, monkeypatch):
         pipeline.run(pipeline.load_config(config), sink=flip)
     assert batches(config) == [3]
     assert pipeline.verify(config.parent / "run").remaining == ()
+
+
+def test_memory_that_is_not_there_leaves_the_stage_on_the_disk(tmp_path, monkeypatch):
+    """Another program took it since the plan: smaller tiles would change the last bits, and an error end the run."""
+    expected, config = one_stage(tmp_path / "unbroken", **ON_DISK), one_stage(tmp_path / "short")
+    pipeline.run(pipeline.load_config(expected))
+
+    def refuse(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(HostMemory, "__init__", refuse)
+    notes: list[str] = []
+    pipeline.run(pipeline.load_config(config), sink=lambda event: notes.append(getattr(event, "text", "")))
+    assert sum("no longer stay" in note for note in notes) == 1
+    assert not any(record["type"] == "smaller_tile" for record in journal(config.parent / "run"))
+    assert (batches(config), ending(config)) == ([1] * 4, ending(expected))

@@ -449,6 +449,31 @@ def test_memory_does_not_grow_with_the_image():
     assert large.disk_bytes > 30 * small.disk_bytes
 
 
+def test_stages_that_fit_beside_their_tiles_stay_in_memory():
+    """A stage that does not fit would be killed; tiles that depend on it would change the last bits of the image."""
+    cpu = {"device": "cpu", "tile_px": 512}
+    on_disk, some = (
+        planned((6000, 6000), memory={"limit": "4GiB"}, compute=cpu, store={"commit_interval": interval})
+        for interval in (0, "30s")
+    )
+    held = [stage.resident_bytes for stage in some.stages]
+    assert [bool(size) for size in held] == sorted((bool(size) for size in held), reverse=True)  # small ones first
+    assert 0 < sum(map(bool, held)) < len(held) and not any(stage.resident_bytes for stage in on_disk.stages)
+    for stage, size in zip(some.stages, held, strict=True):
+        assert size == 0 or size > 84 * stage.pixels + 32 * stage.pixels
+    grown = {phase: some.host_bytes[phase] - size for phase, size in on_disk.host_bytes.items()}
+    assert {phase for phase, size in grown.items() if size} == {"Gram pass", "gradient pass", "update pass"}
+    assert set(grown.values()) == {0, max(held)}
+    assert some.projected_mem_bytes <= some.memory_limit_bytes
+
+    gpu = {"device": "cuda:0", "device_bytes": 80 * GIB, "memory": {"limit": "8GiB"}, "compute": {"tile_px": 4096}}
+    card = planned((12_000, 9000), **gpu)
+    assert max(stage.resident_bytes for stage in card.stages) == card.device_bytes - card.tile_device_bytes > 0
+    assert card.device_bytes <= 80 * GIB
+    for keys in ({"store": {"state_dtype": "compact"}}, {"compute": {"tile_px": 512, "workers": 2}}):
+        assert not any(stage.resident_bytes for stage in planned((4000, 3000), **{**gpu, **keys}).stages)
+
+
 def test_every_worker_process_is_counted():
     """Eight workers with a tile each take eight times the memory; the limit is for all of them together."""
     one, two, eight = (
