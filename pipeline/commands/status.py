@@ -30,6 +30,7 @@ from pipeline.rundir import (
     standing,
     state_bytes,
 )
+from pipeline.store import CONTENT, result_name
 
 
 def status(work_dir: Path) -> dict[str, Any]:
@@ -133,6 +134,8 @@ def choose_stage(work_dir: Path, position: Position, stage: int | None) -> int:
     if chosen not in position.slots:
         ready = ", ".join(str(index + 1) for index in sorted(position.slots)) or "none yet"
         raise ConfigError(f"{work_dir}: {stage_name(chosen)} has no canvas; stages with one: {ready}.")
+    if result_name(position.slots[chosen], position.checksums[chosen]) == CONTENT:
+        raise ConfigError(f"{work_dir}: the picture is written by the last pass, which is not done. Resume it first.")
     return chosen
 
 
