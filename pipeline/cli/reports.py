@@ -19,7 +19,7 @@ from rich.table import Table
 from pipeline.commands.preview.preview import Preview
 from pipeline.commands.queue import QueuedRun
 from pipeline.commands.verify.verify import Report
-from pipeline.config import AnyConfig, ApplyConfig
+from pipeline.config import AnyConfig, ApplyConfig, StoreConfig
 from pipeline.core.errors import PipelineError, Stopped
 from pipeline.core.lengths import cm_text, sharp_from_m
 from pipeline.core.text import (
@@ -87,7 +87,7 @@ def print_plan(config: AnyConfig, planned: Plan, expected: Forecast | None, run:
         *([f"cluster  {planned.cluster}; memory is that of the largest process"] if planned.cluster else []),
         f"memory   {size_text(planned.projected_mem_bytes)} of {limit} (memory.limit); {phases}",
         *([] if planned.device == "cpu" else [f"on {planned.device}  {size_text(planned.device_bytes)}"]),
-        f"commits  {_commits(config, planned)}",
+        *([] if is_apply else [f"commits  {_commits(config.store, planned)}"]),
         f"disk     {size_text(planned.disk_bytes)} in {config.work_dir}",
         f"output   up to {size_text(planned.output_bytes)} for {_named(planned.outputs)}, {planned.picture}{levels}",
         f"work     {work_text(planned.flop)} for {iterations} {steps}",
@@ -100,14 +100,14 @@ def print_plan(config: AnyConfig, planned: Plan, expected: Forecast | None, run:
     _print_lines([f"run      {run}"])
 
 
-def _commits(config: Config, planned: Plan) -> str:
+def _commits(store: StoreConfig, planned: Plan) -> str:
     """Which stages stay in memory, and when they go to the disk."""
     held = [stage for stage in planned.stages if stage.resident_bytes]
     if not held:
         return "after every iteration; no stage stays in memory"
     where = "memory" if planned.device == "cpu" else f"the memory of {planned.device}"
     largest = size_text(max(stage.resident_bytes for stage in held))
-    every = f"every {seconds_text(config.store.commit_interval)} (store.commit_interval)"
+    every = f"every {seconds_text(store.commit_interval)} (store.commit_interval)"
     if len(held) == len(planned.stages):
         return f"{every}; all stages stay in {where}, at most {largest}"
     numbers = ", ".join(str(stage.index + 1) for stage in held)

@@ -20,7 +20,6 @@ from pipeline.rundir import (
     StageDone,
     StagePrepared,
     as_json,
-    iterations_of,
     journal_path,
     manifest_path,
     max_iterations,
@@ -30,7 +29,9 @@ from pipeline.rundir import (
     stages_of,
     standing,
     state_bytes,
+    steps_of,
 )
+from pipeline.store import CONTENT, result_name
 
 
 def status(work_dir: Path) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def status(work_dir: Path) -> dict[str, Any]:
     manifest = manifest_of(work_dir)
     records, position = standing(Journal(journal_path(work_dir)))
     refuse_unknown_stage(work_dir, manifest, position)
-    iterations = _measured(records)
+    iterations = steps_of(records)
     owner, stages = running_owner(work_dir), stages_of(manifest, position)
     written = position.newest_export.values()
     finished = position.stage_done and position.stage == len(stages) - 1 and any(written) and all(written)
@@ -73,12 +74,6 @@ def status(work_dir: Path) -> dict[str, Any]:
         "output": manifest.config.output,
         "exported": sorted(position.exported),
     }
-
-
-def _measured(records: Sequence[Record], stage: int | None = None) -> list[Iteration | Pass]:
-    """The iterations of a run, or the passes of `apply`, of one stage or of all."""
-    passes = (record for record in records if isinstance(record, Pass) and stage in (None, record.stage))
-    return [*iterations_of(records, stage), *passes]
 
 
 def _left_s(iterations: Sequence[Iteration | Pass], is_running: bool) -> float | None:
@@ -115,7 +110,7 @@ def _seconds(iterations: Sequence[Iteration | Pass]) -> float:
 def _stage_state(stage: int, records: Sequence[Record]) -> dict[str, Any]:
     prepared = any(isinstance(record, StagePrepared) and record.stage == stage for record in records)
     done = next((record for record in records if isinstance(record, StageDone) and record.stage == stage), None)
-    iterations = _measured(records, stage)
+    iterations = steps_of(records, stage)
     return {
         "state": "done" if done else "prepared" if prepared else "waiting",
         "iterations": len(iterations),
@@ -140,6 +135,8 @@ def choose_stage(work_dir: Path, position: Position, stage: int | None) -> int:
     if chosen not in position.slots:
         ready = ", ".join(str(index + 1) for index in sorted(position.slots)) or "none yet"
         raise ConfigError(f"{work_dir}: {stage_name(chosen)} has no canvas; stages with one: {ready}.")
+    if result_name(position.slots[chosen], position.checksums[chosen]) == CONTENT:
+        raise ConfigError(f"{work_dir}: the picture is written by the last pass, which is not done. Resume it first.")
     return chosen
 
 

@@ -25,6 +25,7 @@ from pipeline.config.sections import (
     OptimizerConfig,
     PrintSize,
     StageConfig,
+    StoreConfig,
     StyleConfig,
 )
 from pipeline.config.training import TrainConfig, load_train_config

@@ -64,6 +64,7 @@ from pipeline.rundir.records import (
     StageSizes,
     as_json,
     iterations_of,
+    steps_of,
 )
 from pipeline.rundir.results import Pictures, is_as_written, is_one_of, refuse_foreign, written_picture
 from pipeline.rundir.run_folder import check_work_dir, locked_folder, refuse_misplaced

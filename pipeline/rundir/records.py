@@ -10,7 +10,7 @@ Files may come from a stranger, and a checksum is not a signature: values of the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -218,6 +218,12 @@ class Pass(Record):
     busy: _Numbers = {}
     checksums: _Sums = {}
     remaining_s: Annotated[float, Field(ge=0, le=1e18)] | None = None
+
+
+def steps_of(records: Sequence[Record], stage: int | None = None) -> list[Iteration | Pass]:
+    """The iterations of a run, or the passes of `apply`, of one stage or of all."""
+    passes = (record for record in records if isinstance(record, Pass) and stage in (None, record.stage))
+    return [*iterations_of(records, stage), *passes]
 
 
 class StageDone(Record):

@@ -31,12 +31,12 @@ from pipeline.rundir import (
     RolledBack,
     StagePrepared,
     begun_manifest,
-    iterations_of,
     journal_path,
     manifest_path,
     now,
     position_of,
     stage_path,
+    steps_of,
     store_path,
     write_manifest,
 )
@@ -181,7 +181,7 @@ def _slot_is_intact(work_dir: Path, position: Position, executor: Executor) -> b
 
 def _rollback_step(scan: ScanResult, first_record: int, first_stage: int) -> Step:
     position = position_of(scan.journal.records[:first_record])
-    lost = len(iterations_of(scan.journal.records[first_record:]))
+    lost = len(steps_of(scan.journal.records[first_record:]))
     stages = range(first_stage, scan.position.stage + 1)
     where = f"{stage_name(first_stage)} starts again"
     if not stages:

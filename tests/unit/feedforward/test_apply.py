@@ -13,6 +13,7 @@ import torch
 
 from pipeline import store
 from pipeline.commands.apply import apply, apply_plan
+from pipeline.commands.export import export
 from pipeline.commands.run import run
 from pipeline.commands.status import status
 from pipeline.commands.verify.verify import verify
@@ -20,6 +21,8 @@ from pipeline.config import ApplyConfig, Config
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.rundir import Journal, journal_path
 from pipeline.store import ChunkError
+from pipeline.viewer.snapshot import RunReader
+from pipeline.viewer.state import run_state
 from tests.support.inputs import write_image
 from tests.support.networks import write_network
 from tests.support.pictures import picture, write
@@ -159,6 +162,11 @@ def test_a_damaged_input_is_found_before_a_pass_reads_it(folder: Path, monkeypat
     with monkeypatch.context() as patch, pytest.raises(KilledError):
         patch.setattr(Journal, "append", killed)
         apply(config(folder))
+    with pytest.raises(ConfigError, match="written by the last pass, which is not done"):
+        export(folder / "out.run", folder / "early.png")
+    assert status(folder / "out.run")["iteration"] == 1
+    snapshot = RunReader(folder / "out.run").latest()
+    assert not snapshot.problem and run_state(snapshot)["stages"]
     chunk = folder / "out.run" / "store.zarr" / "stage_0" / "content" / "c" / "1" / "2" / "0"
     data = bytearray(chunk.read_bytes())
     data[5] ^= 1

@@ -34,6 +34,7 @@ from pipeline.rundir.records import (
     KeptConfig,
     Manifest,
     OtherVersionError,
+    Pass,
     Record,
     RolledBack,
     SmallerTile,
@@ -518,6 +519,10 @@ def test_the_names_on_disk_are_those_of_the_schema():
             f"{both} iteration {losses} mean_abs_u max_abs_u alpha seconds busy stepped checksums remaining_s before",
         ),
         (prepared(0), f"{both} tile_px content_energies areas checksums alpha adam_steps carries"),
+        (
+            Pass(stage=0, iteration=0, seconds={}),
+            f"{both} iteration network norm mean variance seconds busy checksums remaining_s",
+        ),
         (done(0), f"{both} iterations reason"),
         (Exported(output="x"), "type version time output options picture"),
         (StageAdded(iterations=1), "type version time iterations"),
@@ -752,7 +757,7 @@ def test_a_broken_owner_file_is_nobody(tmp_path, text):
 
 def test_a_manifest_with_parts_missing_is_damage(tmp_path):
     """A traceback does not say that a file of the run was emptied."""
-    for key in MANIFEST_JSON.keys() - {"format", "content", "version", "dpi"}:
+    for key in MANIFEST_JSON.keys() - {"format", "content", "version", "dpi", "command"}:
         text = _manifest_text({name: value for name, value in MANIFEST_JSON.items() if name != key})
         (tmp_path / "manifest.json").write_bytes(text)
         with pytest.raises(DamagedStateError, match=key):
