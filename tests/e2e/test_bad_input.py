@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 
 from tests.support.e2e import (
-    Nursery,
     Outcome,
     canvases,
     journal,
@@ -32,14 +31,6 @@ from tests.support.e2e import (
 )
 
 NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
-
-
-@pytest.fixture
-def nursery(tmp_path: Path) -> Iterator[Nursery]:
-    (tmp_path / "nursery").mkdir()
-    nursery = Nursery(tmp_path / "nursery")
-    yield nursery
-    nursery.close()
 
 
 def assert_one_sentence(outcome: Outcome, code: int, *words: object) -> None:
@@ -360,15 +351,22 @@ def test_disk_too_small_is_refused_before_the_start(tmp_path, call, small_disk):
     assert outcome.code == 0, outcome.err
 
 
+@pytest.fixture(scope="module")
+def unbroken(nursery, tmp_path_factory) -> dict[str, Path]:
+    """The folders of uninterrupted runs, by codec."""
+    configs = {codec: write_run(tmp_path_factory.mktemp(codec), store={"codec": codec}) for codec in ("none", "zstd")}
+    for config in configs.values():
+        assert nursery.run("run", "-c", config).wait() == 0
+    return {codec: config.parent for codec, config in configs.items()}
+
+
 @NEEDS_ROOT
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize("moment", ["start", "content", "first stage", "last stage"])
-def test_disk_that_fills_up_while_rendering(tmp_path, nursery, small_disk, codec, moment):
+def test_disk_that_fills_up_while_rendering(tmp_path, nursery, unbroken, small_disk, codec, moment):
     """A full disk ends the run without a traceback; once there is space, the run resumes."""
     keys = {"work_dir": "disk/run", "output": "disk/out.png", "store": {"codec": codec}}
-    expected = write_run(tmp_path / "expected", store={"codec": codec})
-    assert nursery.run("run", "-c", expected).wait() == 0
-    config = write_run(tmp_path, **keys)
+    config, expected = write_run(tmp_path, **keys), unbroken[codec]
 
     if moment == "start":
         filler = fill(small_disk)
@@ -393,9 +391,9 @@ def test_disk_that_fills_up_while_rendering(tmp_path, nursery, small_disk, codec
     filler.unlink()
     again = nursery.run("run", "-c", config)
     assert again.wait() == 0, again.err
-    assert results(small_disk / "run") == results(tmp_path / "expected" / "run")
-    assert canvases(small_disk / "run") == canvases(tmp_path / "expected" / "run")
-    assert (small_disk / "out.png").read_bytes() == (tmp_path / "expected" / "out.png").read_bytes()
+    assert results(small_disk / "run") == results(expected / "run")
+    assert canvases(small_disk / "run") == canvases(expected / "run")
+    assert (small_disk / "out.png").read_bytes() == (expected / "out.png").read_bytes()
 
 
 @NEEDS_ROOT

@@ -6,6 +6,7 @@ Every run is a process of its own. Its peak is the kernel's (VmHWM), which is re
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -308,20 +309,19 @@ def run_short_of_memory(config: Path, limit_mib: int) -> subprocess.CompletedPro
     )
 
 
-def refused_limit(config: Path) -> int:
-    """The smallest limit at which a run gets as far as its tiles, none of which fits: MiB."""
-    limit_mib = 80
-    while "has no memory for tile " not in (stopped := run_short_of_memory(config, limit_mib)).stderr:
-        assert stopped.returncode != 0, f"a run of {limit_mib} MiB was not short of memory:\n{stopped.stderr}"
-        shutil.rmtree(config.with_name("run"), ignore_errors=True)
-        limit_mib = limit_mib * 9 // 8
-    assert stopped.returncode == 3, stopped.stderr
-    assert "Traceback" not in stopped.stderr
-    in_preparation = "of stage_0.partial" in stopped.stderr
-    assert not (in_preparation and config.with_name("run").exists())  # an unfinished preparation is discarded
-    assert damage(config.with_name("run")) == []
+def search(low: int, high: int, judge: Callable[[int], int]) -> int:
+    """A limit in MiB for which `judge` gives 0; below 0 it is too small, above 0 too large."""
+    while True:
+        limit_mib = round(math.sqrt(low * high))
+        assert low < limit_mib < high, f"no limit near {limit_mib} MiB ends a run like that"
+        if (verdict := judge(limit_mib)) == 0:
+            return limit_mib
+        low, high = (limit_mib, high) if verdict < 0 else (low, limit_mib)
+
+
+def discard(config: Path) -> None:
     shutil.rmtree(config.with_name("run"), ignore_errors=True)
-    return limit_mib
+    config.with_name("out.png").unlink(missing_ok=True)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc and RLIMIT_DATA")
@@ -333,23 +333,30 @@ def test_memory_that_is_not_there_makes_tiles_smaller_or_stops_and_loses_nothing
     import pipeline
 
     config = write_run(tmp_path, (1024, 1024), (256, 200), optimizer={"max_iterations": 1}, **LARGE_TILE)
-    too_little = refused_limit(config)
     enough = 2 * pipeline.plan(pipeline.load_config(config)).projected_mem_bytes // MIB
-    while True:
-        limit_mib = (too_little + enough) // 2
-        assert too_little < limit_mib, f"no limit above {too_little} MiB makes tiles smaller"
-        smaller = run_short_of_memory(config, limit_mib)
-        notes = [line for line in smaller.stderr.splitlines() if " with tiles of " in line]
-        if smaller.returncode == 0 and notes:
-            break
-        if smaller.returncode == 0:
-            enough = limit_mib
-        else:
-            too_little = limit_mib
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        (tmp_path / "out.png").unlink(missing_ok=True)
+    ended: list[subprocess.CompletedProcess[str]] = []
+
+    def no_tile_fits(limit_mib: int) -> int:
+        discard(config)
+        ended.append(run_short_of_memory(config, limit_mib))
+        return 1 if ended[-1].returncode == 0 else -("has no memory for tile " not in ended[-1].stderr)
+
+    def smaller_tiles_fit(limit_mib: int) -> int:
+        discard(config)
+        ended.append(run_short_of_memory(config, limit_mib))
+        return (" with tiles of " not in ended[-1].stderr) if ended[-1].returncode == 0 else -1
+
+    too_little, stopped = search(80, enough, no_tile_fits), ended[-1]
+    assert stopped.returncode == 3, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    in_preparation = "of stage_0.partial" in stopped.stderr
+    assert not (in_preparation and config.with_name("run").exists())  # an unfinished preparation is discarded
+    assert damage(config.with_name("run")) == []
+
+    search(too_little, enough, smaller_tiles_fit)
+    notes = [line for line in ended[-1].stderr.splitlines() if " with tiles of " in line]
     records = [record for record in journal(tmp_path / "run") if record["type"] == "smaller_tile"]
-    assert len(records) == len(notes) == len(set(notes)), smaller.stderr  # once per size; a resume takes the same tiles
+    assert len(records) == len(notes) == len(set(notes)), ended[-1].stderr  # once per size; a resume takes the same
     assert pipeline.status(tmp_path / "run")["state"] == "done"
 
 

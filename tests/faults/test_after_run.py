@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,6 @@ pytestmark = pytest.mark.skipif(not supported(), reason="needs Linux on x86-64 w
 
 ONE_STAGE = {**SMALL_RUN, "initial_size": 64, "style_stages": False}
 MORE = ("--more-iterations", "2", "--log-format", "json")
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
 
 
 @pytest.fixture(scope="module")
