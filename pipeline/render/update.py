@@ -114,12 +114,16 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
             writers = [opened.enter_context(ChunkWriter(target, chunk)) for target in targets]
             random = RoundingBytes(*spec.rounding, chunk) if sources[0].encoding else None
             blocks = _blocks(sources, spec.block_values)
-            overview = CanvasOverview(targets, chunk)
-            update_block = overview.watching(partial(_update_block, spec.step, random))
+            update_block: Callable[[Sequence[Array]], Array] = partial(_update_block, spec.step, random)
+            # a stage in memory goes to the disk later, and a viewer reads its chunks there
+            overview = CanvasOverview(targets, chunk) if targets[0].memory is None else None
+            if overview is not None:
+                update_block = overview.watching(update_block)
             total, most = _update_chunk(readers, writers, blocks, sources[0].valid_part(*chunk), chunk, update_block)
         for target, writer in zip(targets, writers, strict=True):
             written[target.path.name][chunk] = writer.checksum
-        overview.write(written)
+        if overview is not None:
+            overview.write(written)
         sums.append(total)
         largest = max(largest, most)
     return UpdateResult(tuple(sums), largest, written)
