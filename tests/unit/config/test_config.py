@@ -605,7 +605,7 @@ HARMLESS = {
     "compute.tile_px",
     "memory.limit",
 }
-HARMLESS |= {"compute.workers", "compute.threads", "store.durability"}
+HARMLESS |= {"compute.workers", "compute.threads", "store.durability", "store.commit_interval"}
 HARMLESS |= {*(key for key in LEAVES if key.startswith(("export.", "limits.")))}
 
 
