@@ -604,8 +604,9 @@ HARMLESS = {
     "compute.device",
     "compute.tile_px",
     "memory.limit",
+    "store.commit_interval",
 }
-HARMLESS |= {"compute.workers", "compute.threads", "store.durability", "store.commit_interval"}
+HARMLESS |= {"compute.workers", "compute.threads", "store.durability"}
 HARMLESS |= {*(key for key in LEAVES if key.startswith(("export.", "limits.")))}
 
 
