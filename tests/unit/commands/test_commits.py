@@ -173,7 +173,7 @@ def test_memory_that_is_not_there_leaves_the_stage_on_the_disk(tmp_path, monkeyp
 
     monkeypatch.setattr(HostMemory, "__init__", refuse)
     notes: list[str] = []
-    pipeline.run(pipeline.load_config(config), sink=lambda event: notes.append(getattr(event, "text", "")))
+    pipeline.run(pipeline.load_config(config), sink=lambda event: notes.append(getattr(event, "message", "")))
     assert sum("no longer stay" in note for note in notes) == 1
     assert not any(record["type"] == "smaller_tile" for record in journal(config.parent / "run"))
     assert (batches(config), ending(config)) == ([1] * 4, ending(expected))

@@ -610,6 +610,7 @@ HARMLESS = {
     "compute.device",
     "compute.tile_px",
     "memory.limit",
+    "store.commit_interval",
 }
 HARMLESS |= {"compute.workers", "compute.threads", "store.durability"}
 HARMLESS |= {"compute.devices", "compute.scheduler", "compute.cluster_key"}
