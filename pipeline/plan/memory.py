@@ -5,13 +5,12 @@ The results are upper bounds: a test compares measured memory with them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pipeline.config import ComputeConfig, Config
+from pipeline.config import Config
 from pipeline.core.image_formats import RGB8, PixelKind, format_of, picture_kind
 from pipeline.core.tiling import Size, tile_step_px
 from pipeline.core.vgg_layers import LAYER_BY_NAME
@@ -20,11 +19,10 @@ from pipeline.plan.device import STAGING_THREADS, Device
 from pipeline.plan.image_memory import MIB, export_bytes, ingest_bytes, levels_on_disk_bytes
 from pipeline.plan.network_cost import LayerUse
 from pipeline.plan.print_sheets import has_edges, sheets_of
+from pipeline.plan.processes import WORKERS, most_ahead, update_processes, update_threads, update_values
 from pipeline.plan.sizes import output_dpi
 from pipeline.store import layer_of
 
-# Tasks in flight in a process: one reads the next tile, one computes, one writes the last.
-WORKERS = 3
 # Resident memory of a process without images: interpreter, torch, dask, zarr, libvips, and what the heap keeps between
 # passes. Measured in the second stage of 30,000 px: 440 MiB. On a GPU CUDA's libraries are in host memory too: whole
 # runs measured at most 1.62 GiB.
@@ -32,11 +30,6 @@ BASE_BYTES = {"cpu": 440 * MIB, "gpu": 1600 * MIB}
 # malloc_trim returns this much of it to the system before the phases of TRIMMED_PHASES (measured: 52 MiB and more).
 TRIMMED_BYTES = 50 * MIB
 TRIMMED_PHASES = ("ingest", "upsample", "export")
-# Threads of the update pass where a GPU leaves the cores to it; more do not make it faster (docs/benchmarks.md).
-MAX_UPDATE_THREADS = 8
-# Values of a chunk that an update thread works on at a time: 64 rows of 512 px, of which five arrays fit a core's cache
-# (measured per chunk: 4.2 ms, in whole chunks 4.5, in blocks of 16 rows 5.0).
-BLOCK_VALUES = 98_304
 # The passes over tiles, as phases of the plan: over the styles for their Grams, the Gram pass, and the gradient pass.
 TILE_PHASES = ("style statistics", "Gram pass", "gradient pass")
 # Those in which a stage's arrays may stay in memory (plan/residency.py).
@@ -48,33 +41,6 @@ ACTIVATION_OVERHEAD = 1.12
 # A GPU's kernels index 2^31 values in 32 bits; with more they take three times as long. 1 % less,
 # because the padding adds to a map.
 _MAX_GPU_VALUES = 0.99 * 2**31
-
-
-def update_values(device: str, chunk_px: int) -> int:
-    """Values of a chunk that a thread of the update pass works on at a time.
-
-    On a CPU a block fits a core's cache. Beside a GPU there are more threads, which would contend for the GIL between
-    small blocks (measured for 64 chunks: 0.29 s, in whole chunks 0.22 s).
-    """
-    chunk_values = chunk_px**2 * 3
-    return min(chunk_values, BLOCK_VALUES) if device == "cpu" else chunk_values
-
-
-def update_threads(device: str, processes: int = 1) -> int:
-    """Threads of the update pass in each process that updates. On a CPU the network needs the cores too."""
-    spare = 0 if device == "cpu" else len(os.sched_getaffinity(0)) - WORKERS
-    return max(WORKERS, min(spare, MAX_UPDATE_THREADS) // processes)
-
-
-def update_processes(compute: ComputeConfig, device: Device) -> int:
-    """Worker processes that only update: beside those of the listed devices, compute.workers or as many."""
-    return (compute.workers or len(device.processes)) if device.processes else 0
-
-
-def most_ahead(device: Device) -> int:
-    """Tiles that a cluster computes before the one that a sum waits for; one waits at every worker."""
-    # workers may join later, and the number is part of each graph
-    return (WORKERS + 1) * max(4, device.cluster_workers)
 
 
 @dataclass(frozen=True)

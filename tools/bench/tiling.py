@@ -33,8 +33,8 @@ from pipeline.executors.threads import ThreadExecutor
 from pipeline.losses import objective as losses
 from pipeline.network.cache import get_network
 from pipeline.network.weights import NetworkSpec, find_weights
-from pipeline.plan.memory import WORKERS
 from pipeline.plan.plan import computed_px
+from pipeline.plan.processes import WORKERS
 from pipeline.render import tile_specs, tile_tasks
 
 STYLE = tuple(NetworkConfig().style_layers)

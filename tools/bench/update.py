@@ -35,7 +35,7 @@ from pipeline import store
 from pipeline.core.allocator import set_up_process
 from pipeline.core.tiling import grid
 from pipeline.executors.threads import ThreadExecutor
-from pipeline.plan.memory import WORKERS
+from pipeline.plan.processes import WORKERS
 from pipeline.render import adam
 from pipeline.render.update import UpdateSpec, update_specs, update_task
 from pipeline.store.encodings import BFLOAT16, FIXED16, RoundingBytes

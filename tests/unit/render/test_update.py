@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import store
 from pipeline.core.tiling import Rect, grid
-from pipeline.plan.memory import BLOCK_VALUES
+from pipeline.plan.processes import BLOCK_VALUES
 from pipeline.render import adam
 from pipeline.render.update import UpdateSpec, update_specs, update_task
 from pipeline.store.layout import GRADIENT, slot_names
