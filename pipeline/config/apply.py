@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.config import Config, input_files, read_overridden, validated
 from pipeline.config.conflicts import picture_conflicts
-from pipeline.config.fields import File, Output, Share, SidePx, parse_px
+from pipeline.config.fields import File, NetworkFile, Output, Share, SidePx, parse_px
 from pipeline.config.messages import Conflict, ConflictsError, Expected
 from pipeline.config.overrides import override
 from pipeline.config.sections import (
@@ -40,8 +40,8 @@ Styles = dict[Annotated[str, Field(max_length=200)], Share]
 class ApplyNetwork(Section):
     """A network, the style that it applies, and where."""
 
-    file: File = Field(
-        description="network: .safetensors of `pipeline train`, or .pth of pytorch/examples",
+    file: NetworkFile = Field(
+        description="network: .safetensors of `pipeline train`, .pth of pytorch/examples, or strokes, a packaged one",
         examples=["net.safetensors"],
         json_schema_extra=COMPARED_BY_CONTENT,
     )

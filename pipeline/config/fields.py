@@ -7,6 +7,7 @@ that only the machine limits (memory, disk) are checked against the plan instead
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,6 +37,8 @@ MAX_ITERATIONS = 100_000
 # Far below where the square of a sum of float64 overflows.
 MAX_WEIGHT = 1e12
 MAX_BYTES = 2**60
+# Networks that come with the package, by name; docs/feedforward.md says how each was trained.
+PACKAGED_NETWORKS: Mapping[str, Path] = {"strokes": Path(__file__).parents[1] / "assets" / "strokes.safetensors"}
 # The limits of Linux and its file systems. Longer names that are derived from a path are checked before the run.
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 
@@ -57,6 +60,11 @@ def _absolute(value: object, info: ValidationInfo) -> object:
         return path.parent.resolve() / path.name if path.is_absolute() else path
     except RuntimeError as error:
         raise ValueError(f"the home folder of {shown(text)!r} cannot be determined; write the full path") from error
+
+
+def _packaged(value: object) -> object:
+    """The file of a packaged network, if `value` is its name."""
+    return PACKAGED_NETWORKS.get(value, value) if isinstance(value, str) else value
 
 
 def _known_layer(name: str) -> str:
@@ -111,6 +119,7 @@ Bool = Annotated[bool, Strict()]
 SidePx = Annotated[Int, Field(ge=ALIGN_PX, le=MAX_SIDE_PX)]
 Pixels = Annotated[Int, Field(ge=1, le=MAX_PIXELS)]
 File = Annotated[Path, BeforeValidator(_absolute), Expected("a path")]
+NetworkFile = Annotated[File, BeforeValidator(_packaged)]
 IccFile = Annotated[File, AfterValidator(_profile_suffix), Expected("a path to a profile (.icc)")]
 Output = Annotated[File, AfterValidator(_output_suffix)]
 Share = Annotated[Float, Field(ge=0, le=MAX_WEIGHT)]

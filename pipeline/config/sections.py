@@ -26,6 +26,7 @@ from pipeline.config.fields import (
     Int,
     Layers,
     Length,
+    NetworkFile,
     Pixels,
     Profile,
     Share,
@@ -94,7 +95,7 @@ class StyleConfig(Section):
 class InitNetwork(Section):
     """A start picture: the content through an image transformation network. Written `apply:net.safetensors`."""
 
-    apply: File = Field(description="network, as for `pipeline apply`", json_schema_extra=COMPARED_BY_CONTENT)
+    apply: NetworkFile = Field(description="network, as for `pipeline apply`", json_schema_extra=COMPARED_BY_CONTENT)
 
 
 def parse_init(value: object) -> object:
