@@ -56,7 +56,9 @@ def show(console: Console, done: list[tuple[str, Score]], unbroken: dict[str, Un
         table.add_row(phase, str(kills[phase]))
     console.print(table)
     per_kill = lost / max(1, kills.total())
-    console.print(f"{lost} gradient tiles were recomputed, {per_kill:.2f} per kill (at most 4 are allowed)")
+    console.print(
+        f"{lost} gradient tiles recomputed, {per_kill:.2f} per kill (at most 4 are allowed, 8 of a stage in memory)"
+    )
     console.print(f"{sum(not score.problems for _, score in done)} of {len(done)} runs ended with the expected bytes")
 
 
