@@ -100,7 +100,7 @@ def _percent(iterations: Sequence[Iteration | Pass], left_s: float | None) -> fl
 
 
 def _without_checksums(record: Record) -> dict[str, Any]:
-    return {key: value for key, value in as_json(record).items() if key != "checksums"}
+    return {key: value for key, value in as_json(record).items() if key not in ("checksums", "mean", "variance")}
 
 
 def _seconds(iterations: Sequence[Iteration | Pass]) -> float:

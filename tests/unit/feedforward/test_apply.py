@@ -17,7 +17,7 @@ from pipeline.commands.export import export
 from pipeline.commands.run import run
 from pipeline.commands.status import status
 from pipeline.commands.verify.verify import verify
-from pipeline.config import ApplyConfig, Config
+from pipeline.config import ApplyConfig, Config, load_config
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.rundir import Journal, journal_path
 from pipeline.store import ChunkError
@@ -197,6 +197,9 @@ def test_what_is_refused(folder: Path) -> None:
     write_network(folder / "net.safetensors", seed=5)
     with pytest.raises(ConfigError, match=r"networks\.0\.file: the content of the file has changed"):
         apply(config(folder, output="out.tif", work_dir="out.run"))
+    (folder / "apply.yaml").write_text("networks: net.safetensors\ncontent: content.png\noutput: out.png\n")
+    with pytest.raises(ConfigError, match="1:1: networks: a key of `pipeline apply`"):
+        load_config(folder / "apply.yaml")
     values = {"content": "content.png", "styles": [{"image": "content.png"}], "output": "out.png"}
     with pytest.raises(ConfigError, match="was begun by `pipeline apply`"):
         run(Config.model_validate({**values, "network": {"name": "random"}, "size": 64}, context={"base": folder}))
