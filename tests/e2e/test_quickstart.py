@@ -19,6 +19,7 @@ def journal(tmp_path_factory):
         "initial_size=256",
         "optimizer.max_iterations=20",
         "store.chunk_px=128",
+        "store.commit_interval=0",  # a record of each iteration
     ]
     config = pipeline.load_config(QUICKSTART, overrides)
     assert pipeline.run(config).is_file()

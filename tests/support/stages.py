@@ -37,7 +37,7 @@ from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
 from pipeline.rundir.preflight import plan
-from pipeline.rundir.records import as_json
+from pipeline.rundir.records import Iteration, as_json
 from pipeline.store.array import open_array
 from pipeline.store.layout import gram_name, layer_key
 from pipeline.store.metadata import read_gram
@@ -283,7 +283,7 @@ def assert_exact(case: Case) -> None:
 
 
 def final_canvas(folder: Path, weights: Path, tile_px: int, **values) -> tuple[np.ndarray, list[dict]]:
-    """Run two stages in float64 and give the last canvas and the journal."""
+    """Run two stages in float64 and give the last canvas and the journal, with a record of each iteration."""
     folder.mkdir()
     write_image(folder / "content.png", 83, 131, seed=1)
     write_image(folder / "style.png", 70, 50, seed=2)
@@ -302,7 +302,8 @@ def final_canvas(folder: Path, weights: Path, tile_px: int, **values) -> tuple[n
     records = Journal(config.work_dir / "journal.jsonl").read()
     canvas = newest_canvas(config.work_dir, position_of(records), 1)
     assert canvas.shape == (83, 131, 3)
-    return read_whole(canvas), [as_json(record) for record in records]
+    each = [one for record in records for one in (record.each if isinstance(record, Iteration) else [record])]
+    return read_whole(canvas), [as_json(record) for record in each]
 
 
 def literal_stage(

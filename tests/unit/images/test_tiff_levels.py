@@ -165,8 +165,8 @@ def test_levels_can_be_left_out(tmp_path: Path, call: Callable[..., Outcome]) ->
     config = write_run(tmp_path, (300, 300), **keys, export={"pyramid": False}, output="out.tif")
     assert call("run", "-c", config).code == 0
     with_levels, without = tmp_path / "with.tif", tmp_path / "without.tif"
-    assert call("export", "-c", config, "-o", with_levels).code == 0
-    assert call("export", "-c", config, "-o", without, "--no-pyramid").code == 0
+    assert call("export", "-c", config, "-o", with_levels, "--pyramid").code == 0
+    assert call("export", "-c", config, "-o", without).code == 0  # as the run, without the option
     pages = [
         pyvips.Image.new_from_file(str(path)).get_n_pages() for path in (tmp_path / "out.tif", without, with_levels)
     ]

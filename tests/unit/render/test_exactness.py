@@ -30,7 +30,7 @@ from pipeline.render.tile_specs import GradientSpec, GramSpec
 from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
-from pipeline.rundir.records import as_json
+from pipeline.rundir.records import as_json, iterations_of
 from tests.support import reference
 from tests.support.inputs import write_config, write_image
 from tests.support.stages import (
@@ -309,11 +309,10 @@ def test_a_run_of_two_stages_is_the_algorithm(tmp_path, narrow_weights, optimize
     pipeline.run(config)
     records = Journal(config.work_dir / "journal.jsonl").read()
     position = position_of(records)
-    records = [as_json(record) for record in records]
     first, second = (read_whole(newest_canvas(config.work_dir, position, stage)) for stage in (0, 1))
     problem = make_problem(config, content, [style], load_file(narrow_weights))
     wanted, measured = literal_stage(problem, first, config.optimizer)
-    made = [record for record in records if record["type"] == "iteration" and record["stage"] == 1]
+    made = [as_json(record) for record in iterations_of(records, stage=1)]
     assert len(made) == len(measured) == (iterations or len(measured))
     assert iterations or 1 < len(measured) < config.optimizer.max_iterations
     for found, expected in zip(made, measured, strict=True):
