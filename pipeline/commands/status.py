@@ -30,6 +30,7 @@ from pipeline.rundir import (
     standing,
     state_bytes,
 )
+from pipeline.store import CONTENT, result_name
 
 
 def status(work_dir: Path) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def _percent(iterations: Sequence[Iteration | Pass], left_s: float | None) -> fl
 
 
 def _without_checksums(record: Record) -> dict[str, Any]:
-    return {key: value for key, value in as_json(record).items() if key != "checksums"}
+    return {key: value for key, value in as_json(record).items() if key not in ("checksums", "mean", "variance")}
 
 
 def _seconds(iterations: Sequence[Iteration | Pass]) -> float:
@@ -133,6 +134,8 @@ def choose_stage(work_dir: Path, position: Position, stage: int | None) -> int:
     if chosen not in position.slots:
         ready = ", ".join(str(index + 1) for index in sorted(position.slots)) or "none yet"
         raise ConfigError(f"{work_dir}: {stage_name(chosen)} has no canvas; stages with one: {ready}.")
+    if result_name(position.slots[chosen], position.checksums[chosen]) == CONTENT:
+        raise ConfigError(f"{work_dir}: the picture is written by the last pass, which is not done. Resume it first.")
     return chosen
 
 

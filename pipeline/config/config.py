@@ -62,6 +62,10 @@ def read_overridden(file: Path, overrides: Sequence[str], varied: Sequence[str] 
 def config_of(document: Document, base: Path, check_inputs: bool = False) -> Config:
     """The config of a document whose relative paths start at `base`. Raises ConfigError with every problem."""
     if document.readable and isinstance(document.data, dict):
+        if "networks" in document.data and "styles" not in document.data:
+            place = document.place(("networks",), of_name=True)
+            text = "a key of `pipeline apply`; give this config to that command"
+            raise ConfigError(problem_lines([Problem(place, "networks", text)]))
         document.data = with_preset(document.data)
     return validated(Config, document, base, check_inputs)
 

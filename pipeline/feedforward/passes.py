@@ -15,7 +15,8 @@ from pipeline.core.events import Sink, WorkDone, in_order
 from pipeline.core.tiling import Tile, grid
 from pipeline.executors import Executor
 from pipeline.feedforward import tile_tasks
-from pipeline.feedforward.plan import CANVAS, ApplyPlan, arrays_of, mask_arrays
+from pipeline.feedforward.arrays import CANVAS, arrays_of, mask_arrays
+from pipeline.feedforward.plan import ApplyPlan
 from pipeline.feedforward.tile_tasks import NetworksSpec
 from pipeline.feedforward.tiled import Moments, Statistics
 from pipeline.render import ingest

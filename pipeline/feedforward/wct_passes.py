@@ -15,8 +15,9 @@ from pipeline import store
 from pipeline.core import profiler
 from pipeline.core.tiling import Rect, Tile, grid
 from pipeline.feedforward import geometry, wct
+from pipeline.feedforward.arrays import CANVAS, arrays_of
 from pipeline.feedforward.passes import Known, Passes, PassResult, not_finite
-from pipeline.feedforward.plan import CANVAS, WctUse, arrays_of
+from pipeline.feedforward.plan import WctUse
 from pipeline.feedforward.tile_tasks import keeping_color
 from pipeline.feedforward.wct import Transport, WctNetwork
 from pipeline.feedforward.wct_file import WctLevel

@@ -25,7 +25,7 @@ MAX_MANIFEST_BYTES = 2**20  # a hundred styles take 0.2 MB
 MAX_JOURNAL_BYTES = 2**30  # 100,000² px and 1,000 iterations take 0.6 GB, nearly all of it checksums
 MAX_OWNER_BYTES = 1000
 _MAX_STAGES = 64  # as in a config
-_MAX_CHANNELS = 100_000
+_MAX_STATISTICS = 2**20  # the covariance of 1,024 channels
 
 _Count = Annotated[int, Field(ge=0, le=MAX_ITERATIONS)]
 _Stage = Annotated[int, Field(ge=0, lt=_MAX_STAGES)]
@@ -173,9 +173,9 @@ class Iteration(Record):
 class Pass(Record):
     """A pass of `apply` over the whole picture is complete.
 
-    `network`: its number in the config; `norm`: the norm whose statistics it has measured: mean and variance by
-    channel. None for a pass that has written a canvas; `checksums`: of what it wrote. `remaining_s`: as in
-    Iteration.
+    `network`: its number in the config. `norm`: the norm whose statistics it has measured, mean and variance by
+    channel; or the sums of features and of their products. None for a pass that has written a canvas. `checksums`: of
+    what it wrote. `remaining_s`: as in Iteration.
     """
 
     version: Literal[4] = 4  # type: ignore[assignment]
@@ -184,8 +184,8 @@ class Pass(Record):
     iteration: _Count
     network: _Count = 0
     norm: _Line | None = None
-    mean: Annotated[list[float], Field(max_length=_MAX_CHANNELS)] = []
-    variance: Annotated[list[float], Field(max_length=_MAX_CHANNELS)] = []
+    mean: Annotated[list[float], Field(max_length=_MAX_STATISTICS)] = []
+    variance: Annotated[list[float], Field(max_length=_MAX_STATISTICS)] = []
     seconds: _Numbers
     busy: _Numbers = {}
     checksums: _Sums = {}

@@ -26,6 +26,7 @@ from pipeline.rundir import (
     CanvasLost,
     Iteration,
     Journal,
+    Pass,
     Position,
     Record,
     RolledBack,
@@ -180,7 +181,7 @@ def _slot_is_intact(work_dir: Path, position: Position, executor: Executor) -> b
 
 def _rollback_step(scan: ScanResult, first_record: int, first_stage: int) -> Step:
     position = position_of(scan.journal.records[:first_record])
-    lost = sum(isinstance(record, Iteration) for record in scan.journal.records[first_record:])
+    lost = sum(isinstance(record, Iteration | Pass) for record in scan.journal.records[first_record:])
     stages = range(first_stage, scan.position.stage + 1)
     where = f"{stage_name(first_stage)} starts again"
     if not stages:

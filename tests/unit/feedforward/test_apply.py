@@ -13,13 +13,16 @@ import torch
 
 from pipeline import store
 from pipeline.commands.apply import apply, apply_plan
+from pipeline.commands.export import export
 from pipeline.commands.run import run
 from pipeline.commands.status import status
 from pipeline.commands.verify.verify import verify
-from pipeline.config import ApplyConfig, Config
+from pipeline.config import ApplyConfig, Config, load_config
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.rundir import Journal, journal_path
 from pipeline.store import ChunkError
+from pipeline.viewer.snapshot import RunReader
+from pipeline.viewer.state import run_state
 from tests.support.inputs import write_image
 from tests.support.networks import write_network
 from tests.support.pictures import picture, write
@@ -159,6 +162,11 @@ def test_a_damaged_input_is_found_before_a_pass_reads_it(folder: Path, monkeypat
     with monkeypatch.context() as patch, pytest.raises(KilledError):
         patch.setattr(Journal, "append", killed)
         apply(config(folder))
+    with pytest.raises(ConfigError, match="written by the last pass, which is not done"):
+        export(folder / "out.run", folder / "early.png")
+    assert status(folder / "out.run")["iteration"] == 1
+    snapshot = RunReader(folder / "out.run").latest()
+    assert not snapshot.problem and run_state(snapshot)["stages"]
     chunk = folder / "out.run" / "store.zarr" / "stage_0" / "content" / "c" / "1" / "2" / "0"
     data = bytearray(chunk.read_bytes())
     data[5] ^= 1
@@ -189,6 +197,9 @@ def test_what_is_refused(folder: Path) -> None:
     write_network(folder / "net.safetensors", seed=5)
     with pytest.raises(ConfigError, match=r"networks\.0\.file: the content of the file has changed"):
         apply(config(folder, output="out.tif", work_dir="out.run"))
+    (folder / "apply.yaml").write_text("networks: net.safetensors\ncontent: content.png\noutput: out.png\n")
+    with pytest.raises(ConfigError, match="1:1: networks: a key of `pipeline apply`"):
+        load_config(folder / "apply.yaml")
     values = {"content": "content.png", "styles": [{"image": "content.png"}], "output": "out.png"}
     with pytest.raises(ConfigError, match="was begun by `pipeline apply`"):
         run(Config.model_validate({**values, "network": {"name": "random"}, "size": 64}, context={"base": folder}))

@@ -76,14 +76,14 @@ def check(kind: str, height: int, width: int, tiles_px: list[int], seed: int = 0
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_give_the_whole_image(kind: str) -> None:
     """One tile, four, six, and ragged ones, at odd sizes."""
-    height, width = (13, 18) if kind == "super-resolution" else (45, 67)
-    check(kind, height, width, [128, 34, 23])
+    height, width = {"super-resolution": (11, 15), "original": (43, 51)}.get(kind, (37, 51))
+    check(kind, height, width, [64, 26, 20])
 
 
 @given(
     st.sampled_from(["instance", "batch", "original"]), st.integers(41, 56), st.integers(41, 56), st.integers(17, 60)
 )
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_any_size_in_any_tiles(kind: str, height: int, width: int, tile_px: int) -> None:
     check(kind, height, width, [tile_px], seed=height)
 

@@ -34,6 +34,7 @@ from pipeline.rundir.records import (
     KeptConfig,
     Manifest,
     OtherVersionError,
+    Pass,
     Record,
     RolledBack,
     SmallerTile,
@@ -508,6 +509,10 @@ def test_the_names_on_disk_are_those_of_the_schema():
             f"{both} iteration {losses} mean_abs_u max_abs_u alpha seconds busy stepped checksums remaining_s",
         ),
         (prepared(0), f"{both} tile_px content_energies areas checksums alpha adam_steps carries"),
+        (
+            Pass(stage=0, iteration=0, seconds={}),
+            f"{both} iteration network norm mean variance seconds busy checksums remaining_s",
+        ),
         (done(0), f"{both} iterations reason"),
         (Exported(output="x"), "type version time output options picture"),
         (StageAdded(iterations=1), "type version time iterations"),
@@ -515,7 +520,7 @@ def test_the_names_on_disk_are_those_of_the_schema():
     )
     for record, fields in names:
         assert sorted(as_json(record)) == sorted(fields.split())
-    assert VERSION == 3  # adding or removing a field takes a new version
+    assert VERSION == 4  # adding or removing a field takes a new version
 
 
 def test_records_of_a_later_version_are_named_as_such(tmp_path):
@@ -742,7 +747,7 @@ def test_a_broken_owner_file_is_nobody(tmp_path, text):
 
 def test_a_manifest_with_parts_missing_is_damage(tmp_path):
     """A traceback does not say that a file of the run was emptied."""
-    for key in MANIFEST_JSON.keys() - {"format", "content", "version", "dpi"}:
+    for key in MANIFEST_JSON.keys() - {"format", "content", "version", "dpi", "command"}:
         text = _manifest_text({name: value for name, value in MANIFEST_JSON.items() if name != key})
         (tmp_path / "manifest.json").write_bytes(text)
         with pytest.raises(DamagedStateError, match=key):
