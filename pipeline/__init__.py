@@ -11,6 +11,7 @@ from types import ModuleType
 
 TYPE_CHECKING = False  # importing typing would be the slowest step before the signal handlers are installed
 if TYPE_CHECKING:
+    from pipeline.commands.apply import apply
     from pipeline.commands.clean import clean
     from pipeline.commands.export import export
     from pipeline.commands.gallery import gallery
@@ -25,22 +26,26 @@ if TYPE_CHECKING:
     from pipeline.commands.verify.store_check import SampleSpec
     from pipeline.commands.verify.verify import verify
     from pipeline.commands.view import view
+    from pipeline.config.apply import ApplyConfig, load_apply_config
     from pipeline.config.config import Config, load_config
     from pipeline.config.training import TrainConfig, load_train_config
     from pipeline.core.allocator import set_up_process
     from pipeline.rundir.preflight import plan
 
 __all__ = [
+    "ApplyConfig",
     "Config",
     "CropSpec",
     "GridSpec",
     "ProofSpec",
     "SampleSpec",
     "TrainConfig",
+    "apply",
     "clean",
     "crop",
     "export",
     "gallery",
+    "load_apply_config",
     "load_config",
     "load_train_config",
     "measured_time",
@@ -58,16 +63,19 @@ __all__ = [
 
 # The module of each name.
 _HOMES = {
+    "ApplyConfig": "config.apply",
     "Config": "config.config",
     "CropSpec": "commands.preview.crop",
     "GridSpec": "commands.preview.preview",
     "ProofSpec": "commands.preview.proof",
     "SampleSpec": "commands.verify.store_check",
     "TrainConfig": "config.training",
+    "apply": "commands.apply",
     "clean": "commands.clean",
     "crop": "commands.preview.crop",
     "export": "commands.export",
     "gallery": "commands.gallery",
+    "load_apply_config": "config.apply",
     "load_config": "config.config",
     "load_train_config": "config.training",
     "measured_time": "commands.measure",
