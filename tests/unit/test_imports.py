@@ -58,8 +58,8 @@ from pipeline import *
 import pipeline.commands.verify.verify, pipeline.commands.preview.preview
 names = (
     "ApplyConfig Config CropSpec GridSpec ProofSpec SampleSpec TrainConfig apply clean crop export gallery "
-    "load_apply_config load_config load_train_config measured_time outlook plan preview proof run set_up_process status "
-    "train verify view"
+    "load_apply_config load_config load_train_config measured_time outlook plan preview proof run set_up_process "
+    "status train verify view"
 )
 assert pipeline.__all__ == names.split()
 assert all(callable(getattr(pipeline, name)) for name in pipeline.__all__)
