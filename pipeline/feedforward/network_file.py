@@ -67,7 +67,7 @@ def read_network_header(path: Path, max_bytes: int = MAX_FILE_BYTES) -> NetworkH
 
 
 def save_network(path: Path, network: TransformNetwork, notes: Mapping[str, str]) -> None:
-    """Write a network's file, atomically. The same weights and notes give the same bytes. Raises StorageError."""
+    """Write a network's file, atomically; safetensors writes the notes in any order. Raises StorageError."""
     from safetensors.torch import save  # noqa: PLC0415 - loads torch
 
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}

@@ -33,7 +33,7 @@ def test_the_packaged_network_is_that_of_the_tool(file):
     assert PACKAGED_NETWORKS["strokes"].stat().st_size < 2_000_000
     digest = hashlib.sha256((SAMPLES / "strokes.jpg").read_bytes()).hexdigest()
     assert json.loads(file.notes["styles"]) == {"strokes": digest}
-    config, trained = load_train_config(CONFIG), json.loads(file.notes["config"])
+    config, trained = load_train_config(CONFIG, [f"photographs={SAMPLES}"]), json.loads(file.notes["config"])
     weights = weights_of(config)
     assert trained["network.width"] == config.network.width == file.spec.width
     assert trained["loss.kind"] == weights.kind
@@ -45,7 +45,7 @@ def test_the_packaged_network_paints(file):
     """On the sample: the strokes of the style, the content still there, no lattice, no border."""
     from pipeline import load_train_config
 
-    config = load_train_config(CONFIG)
+    config = load_train_config(CONFIG, [f"photographs={SAMPLES}"])
     content = read(SAMPLES / "landscape.jpg", 256)
     with torch.no_grad():
         picture = array(file.network()(tensor(content)))
