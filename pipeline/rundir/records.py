@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pipeline.config import MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
 from pipeline.core.color_spaces import WorkingSpace
@@ -102,6 +102,12 @@ class Manifest(_Strict):
     threads: Annotated[int, Field(ge=1, le=MAX_THREADS)]
     result_fields: dict[_Line, _Line | int | float | bool | None]
     inputs: dict[_Line, _Line]
+
+    @model_validator(mode="after")
+    def _has_what_its_command_needs(self) -> Self:
+        if self.command == "run" and self.config.optimizer is None:
+            raise ValueError("config.optimizer: missing")
+        return self
 
 
 class WrittenPicture(_Strict):

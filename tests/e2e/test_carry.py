@@ -17,9 +17,8 @@ from pipeline.core.tiling import Rect
 from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas, newest_moments
 from pipeline.rundir.position import position_of
-from pipeline.rundir.records import as_json
 from tests.support.inputs import write_config, write_image
-from tests.support.stages import literal_stage, make_problem, read_whole
+from tests.support.stages import each_record, literal_stage, make_problem, read_whole
 
 FLOAT64 = {"compute": {"dtype": "float64", "device": "cpu", "tile_px": 32}, "store": {"chunk_px": 32}}
 COMPACT = {"compute": {"device": "cpu", "tile_px": 32}, "store": {"chunk_px": 32, "state_dtype": "compact"}}
@@ -76,7 +75,7 @@ def test_the_next_stage_continues_where_the_optimizer_was(tmp_path, narrow_weigh
     window = images.source_window(whole, size, (61, 96))
     start, moment = (images.resize_window(values, window, size, (61, 96), whole) for values in (first, m))
 
-    records = [as_json(record) for record in Journal(config.work_dir / "journal.jsonl").read()]
+    records = each_record(Journal(config.work_dir / "journal.jsonl").read())
     prepared = [record for record in records if record["type"] == "stage_prepared"]
     alpha = next(record["alpha"] for record in records if record["type"] == "iteration")
     assert [(record["alpha"], record["adam_steps"], record["carries"]) for record in prepared] == [

@@ -181,7 +181,7 @@ def canvas_of(work_dir: Path, stage: int) -> np.ndarray:
     """The retained canvas of a stage, read with plain zarr."""
     import zarr
 
-    (path,) = (work_dir / "store.zarr" / f"stage_{stage}").glob("canvas_*")
+    (path,) = (work_dir / "store.zarr" / f"stage_{stage}").glob("canvas_?")
     return np.asarray(zarr.open_array(path, mode="r")[...])
 
 

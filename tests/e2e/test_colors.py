@@ -99,7 +99,7 @@ def test_a_wide_run_is_exported_as_srgb_and_previewed(tmp_path, call):
         "the output has the profile Adobe RGB (1998) compatible",
     ]
     assert call("run", "-c", config).code == 0
-    outcome = call("export", "-c", config, "-o", tmp_path / "b.png")
+    outcome = call("export", "-c", config, "-o", tmp_path / "b.png", "--profile", "srgb")
     assert outcome.code == 0, outcome.err
     outcome = call("preview", "-c", config, "--crop", "8,8,32,32", "-o", tmp_path / "crop.png")
     assert outcome.code == 0, outcome.err

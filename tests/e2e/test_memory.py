@@ -275,7 +275,7 @@ def test_the_heap_is_trimmed_before_every_stage_and_the_export(tmp_path, monkeyp
     config = write_run(tmp_path, (128, 96), (64, 64), optimizer={"max_iterations": 1}, initial_size=64)
     trims: list[str] = []
     monkeypatch.setattr(preparation, "trim_heap", lambda: trims.append("stage"))
-    monkeypatch.setattr(import_module("pipeline.commands.run"), "trim_heap", lambda: trims.append("export"))
+    monkeypatch.setattr(import_module("pipeline.commands.outputs"), "trim_heap", lambda: trims.append("export"))
     pipeline.run(pipeline.load_config(config))
     assert trims == ["stage", "stage", "export"]
 

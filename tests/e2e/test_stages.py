@@ -21,11 +21,10 @@ from pipeline.core.events import IterationDone
 from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
-from pipeline.rundir.records import as_json
 from tests.support.configs import problems
 from tests.support.inputs import write_config, write_image
 from tests.support.plans import headers, planned, sizes_of
-from tests.support.stages import literal_stage, make_problem, read_whole
+from tests.support.stages import each_record, literal_stage, make_problem, read_whole
 
 EXACT = {"compute": {"dtype": "float64", "device": "cpu", "tile_px": 32}, "store": {"chunk_px": 32}}
 
@@ -36,7 +35,7 @@ def run_to_end(config) -> tuple[list[np.ndarray], list[dict]]:
     records = Journal(config.work_dir / "journal.jsonl").read()
     position = position_of(records)
     canvases = [read_whole(newest_canvas(config.work_dir, position, stage)) for stage in sorted(position.slots)]
-    return canvases, [as_json(record) for record in records]
+    return canvases, each_record(records)
 
 
 def stop_after_an_iteration(config) -> None:

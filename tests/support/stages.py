@@ -10,7 +10,7 @@ import math
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +37,7 @@ from pipeline.rundir.journal import Journal
 from pipeline.rundir.open import newest_canvas
 from pipeline.rundir.position import position_of
 from pipeline.rundir.preflight import plan
-from pipeline.rundir.records import Iteration, as_json
+from pipeline.rundir.records import Iteration, Record, as_json
 from pipeline.store.array import open_array
 from pipeline.store.layout import gram_name, layer_key
 from pipeline.store.metadata import read_gram
@@ -282,6 +282,12 @@ def assert_exact(case: Case) -> None:
     assert relative(case.read("gradient"), problem.gradient(case.canvas)) < EXACT
 
 
+def each_record(records: Sequence[Record]) -> list[dict]:
+    """The records of a journal, with one of each iteration, whether it was committed alone or with others."""
+    each = (one for record in records for one in (record.each if isinstance(record, Iteration) else [record]))
+    return [as_json(record) for record in each]
+
+
 def final_canvas(folder: Path, weights: Path, tile_px: int, **values) -> tuple[np.ndarray, list[dict]]:
     """Run two stages in float64 and give the last canvas and the journal, with a record of each iteration."""
     folder.mkdir()
@@ -302,8 +308,7 @@ def final_canvas(folder: Path, weights: Path, tile_px: int, **values) -> tuple[n
     records = Journal(config.work_dir / "journal.jsonl").read()
     canvas = newest_canvas(config.work_dir, position_of(records), 1)
     assert canvas.shape == (83, 131, 3)
-    each = [one for record in records for one in (record.each if isinstance(record, Iteration) else [record])]
-    return read_whole(canvas), [as_json(record) for record in each]
+    return read_whole(canvas), each_record(records)
 
 
 def literal_stage(
