@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.executors.addresses import find_scheduler
+from pipeline.executors.cluster_pool import connected
 from tests.support.e2e import PIPELINE, TIMEOUT_S
 
 # One thread each, as the runs have it.
@@ -58,6 +60,11 @@ class Cluster:
             with suppress(psutil.Error):
                 found += psutil.Process(worker.pid).children()
         return found
+
+    def joined(self) -> int:
+        """How many processes the scheduler can give tasks to."""
+        with connected(find_scheduler(self.folder, None)) as client:
+            return len(client.scheduler_info(n_workers=-1)["workers"])
 
     def kill_process(self, number: int = 0) -> None:
         """Kill one that computes; its `pipeline worker` starts another."""

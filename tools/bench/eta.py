@@ -1,6 +1,8 @@
 """How well a run foretold its own end: what its journal said was left, beside what was.
 
 python -m tools.bench.eta poster.run
+
+Stages in memory have one estimate for each commit; with `store.commit_interval: 0` there is one for each iteration.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ def main(work_dir: Path) -> None:
             f"{one.share:6.1%}  stage {one.stage + 1}, iteration {one.iteration + 1}: said {one.said_s:.0f} s, was "
             f"{one.true_s:.0f} s, ratio {one.said_s / one.true_s if one.true_s else 0:.2f}"
         )
-    total_s = found[-1].true_s / (1 - found[-1].share)
+    total_s = found[0].true_s / (1 - found[0].share)
     late = [one for one in found if one.share >= 0.1]
     off = [one for one in late if abs(one.said_s - one.true_s) > max(0.25 * one.true_s, 0.02 * total_s)]
     print(f"after a tenth: {len(late)} estimates, {len(off)} off by more than 25 % of the rest and 2 % of the run")
