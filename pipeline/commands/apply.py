@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import store
+from pipeline.commands.commits import Commits
 from pipeline.commands.outputs import Outputs
 from pipeline.commands.start import check_stage_space, check_start
 from pipeline.config import ApplyConfig, dotted, input_files, result_fields
@@ -26,11 +27,9 @@ from pipeline.plan import Device, resolve_device
 from pipeline.render.context import executor_for, threads_of
 from pipeline.rundir import (
     Identity,
-    Journal,
     Position,
     check_work_dir,
     locked_folder,
-    now,
     open_run,
     records,
     refuse_links,
@@ -38,10 +37,9 @@ from pipeline.rundir import (
     resolved,
     stage_path,
     state_bytes,
-    store_path,
 )
 from pipeline.rundir.process_settings import process_settings
-from pipeline.store import kept_files, metadata
+from pipeline.store import kept_files
 
 if TYPE_CHECKING:
     from pipeline.feedforward.passes import Passes
@@ -79,8 +77,8 @@ def apply(
         executor = stack.enter_context(executor_for(config, device, (), lock.descriptor, sink, cancel))
         refuse_links(config.work_dir)
         open_run(config, planned.plan, identify, begin.state)
-        journal, position = begin.state.journal, begin.state.position
-        application = _Application(config, planned, device, executor, journal, position, identify(), sink)
+        commits = Commits(config, begin.state.journal, begin.state.position)
+        application = _Application(config, planned, device, executor, commits, identify(), sink)
         application.apply()
         Outputs(config, planned.plan, executor, sink, force, application.commit, lambda: application.position).write()
     outputs = list(planned.plan.outputs)
@@ -116,10 +114,14 @@ class _Application:
     planned: ApplyPlan
     device: Device
     executor: Executor
-    journal: Journal
-    position: Position
+    _commits: Commits
     identity: Identity
     sink: Sink
+
+    @property
+    def position(self) -> Position:
+        """What is done."""
+        return self._commits.position
 
     def apply(self) -> None:
         """Run every pass that is not done, in smaller tiles if those of the plan do not fit in the device's memory."""
@@ -200,9 +202,4 @@ class _Application:
 
     def commit(self, record: records.Record) -> None:
         """Append a record to the journal."""
-        has_pixels = isinstance(record, records.StagePrepared | records.Pass)
-        # the chunks must be on the disk before the record that commits them
-        if has_pixels and self.config.store.durability == "power":
-            metadata.sync(store_path(self.config.work_dir))
-        self.journal.append(record.model_copy(update={"time": now()}))
-        self.position = self.position.after(record)
+        self._commits.commit(record)

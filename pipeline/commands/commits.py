@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config, OptimizerConfig
+from pipeline.config import AnyConfig, OptimizerConfig
 from pipeline.core.errors import DamagedStateError, StorageError
 from pipeline.rundir import Journal, Position, now, records, store_path
 from pipeline.store import ResidentStage, is_averaged, metadata, slot_names
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Commits:
-    """The journal of a run, and its `position`: after all iterations, those included that are not committed yet."""
+    """The journal of a run or of `apply`, and its `position`: with the iterations that are not committed yet."""
 
-    config: Config
+    config: AnyConfig
     journal: Journal
     position: Position
     _stage: ResidentStage | None = None
@@ -102,7 +102,7 @@ class Commits:
         return self._stage.write(slot_names((record.iteration + 1) % 2, averaged=averaged), record.checksums)
 
     def _append(self, record: records.Record) -> None:
-        has_pixels = isinstance(record, records.StagePrepared | records.Iteration)
+        has_pixels = isinstance(record, records.StagePrepared | records.Iteration | records.Pass)
         # the chunks must be on the disk before the record that commits them
         if has_pixels and self.config.store.durability == "power":
             metadata.sync(store_path(self.config.work_dir))
