@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +12,7 @@ import pytest
 
 import pipeline
 from pipeline.core.events import IterationDone
-from tests.support.browser import Browser, browser
+from tests.support.browser import Browser, browser, hosted
 from tests.support.e2e import PIPELINE, read_picture, run_until, write_run
 
 TOKEN = "a-token-of-the-tests"
@@ -207,24 +203,6 @@ def test_says_that_a_run_was_killed_or_damaged_and_recovers(page, nursery, tmp_p
         child.kill()
         code, text = server.end()
     assert (code, "Traceback" in text) == (0, False)
-
-
-@contextmanager
-def hosted(folder: Path) -> Iterator[str]:
-    """The address of a folder on a web server that knows nothing of it."""
-
-    class Silent(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=folder)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def test_gallery_and_page_of_a_preview_work_on_any_host(page, finished, tmp_path) -> None:

@@ -8,15 +8,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import click
 import pyvips
 
 import pipeline
-from tests.support.browser import Browser, browser
+from tests.support.browser import Browser, browser, hosted
 
 # (name, width and height of the window, scheme of colours, mode, map) of the page of a run.
 SHOTS = (
@@ -87,19 +85,6 @@ def viewed(run: Path) -> Iterator[str]:
     finally:
         stop.set()
         thread.join()
-
-
-@contextmanager
-def hosted(folder: Path) -> Iterator[str]:
-    """The address of a folder on a web server."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @click.command()
