@@ -145,6 +145,11 @@ class LossConfig(Section):
     tv_weight: Share = Field(
         0.2, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=new(0.0)
     )
+    tv_kind: Literal["squared", "absolute"] = Field(
+        "absolute",
+        description="differences of total variation; absolute: flat areas and clear edges, squared: soft ones",
+        json_schema_extra=new("squared"),
+    )
     scales: Literal[1, 2, 3, 4] = Field(
         1,
         description="compare the canvas also at 1/2, 1/4, 1/8 of its size, down to initial_size; 3: longer strokes",
@@ -171,6 +176,13 @@ class OptimizerConfig(Section):
 
     schedule: Literal["cosine", "constant"] = Field("cosine", description="step size over the iterations of a stage")
     max_iterations: Int = Field(40, ge=1, le=MAX_ITERATIONS, description="iterations of each stage")
+    coarse_iterations: Float = Field(
+        5.0,
+        ge=1,
+        le=100,
+        description="times max_iterations, at most, in small stages before the last, where colours and forms arise",
+        json_schema_extra=new(1.0),
+    )
     target_pixel_change: Float = Field(
         8.0, gt=0, le=255, description="largest change in the first step, in levels of each coordinate"
     )

@@ -214,9 +214,10 @@ def _fill_canvas(
 
 def _start_from(stage: Stage, image: StageArray, canvas: StageArray) -> str:
     """Fill the first canvas with an image of its size; gives its checksums. 16 bits have fewer ties, but some too."""
-    seed = stage.config.seed if stage.config.dequantize else None
+    levels = stage.config.start_noise
+    filling = resample.Filling(noise_seed=stage.config.seed, noise_levels=levels) if levels else resample.Filling()
     source, target = resample.whole(image), resample.whole(canvas)
-    return resample.enlarge(source, target, stage.executor, stage.reporter("canvas"), resample.Filling(noise_seed=seed))
+    return resample.enlarge(source, target, stage.executor, stage.reporter("canvas"), filling)
 
 
 def _start_moments(stage: Stage, folder: Path, moments: Sequence[StageArray]) -> dict[str, str]:
