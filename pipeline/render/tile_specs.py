@@ -182,9 +182,9 @@ class SeedSpec(TileSpec):
     """A tile whose gradient is computed.
 
     `content_factors`: by layer key, the factor of φ(p) − φ(o) in dJ/dφ. `tv_weight`: w_tv; 0 leaves the term out.
-    `tv_kind`: loss.tv_kind. If `color` is set it is luminance: the gradient is dJ/dY, in all three channels, so that the
-    canvas moves along greys. `basis`: M of the optimiser's colour coordinates, in which the gradient is written; None
-    for RGB.
+    `tv_kind`: loss.tv_kind. If `color` is set it is luminance: the gradient is dJ/dY, in all three channels, so that
+    the canvas moves along greys. `basis`: M of the optimiser's colour coordinates, in which the gradient is written;
+    None for RGB.
     """
 
     content_factors: Mapping[str, float]

@@ -98,7 +98,7 @@ def test_without_ties_one_tile_and_many_give_the_same_picture(tmp_path, narrow_w
     [("content", 0, 0.5), ("content.png", 0, 0.5), ("content", 40, 40), ("content.png", 40, 0.5)],
 )
 def test_the_start_is_the_image_and_its_noise(make_config, init, init_noise, levels):
-    """The noise must not be missing where it is needed, nor leave 0..255; a start that somebody made keeps its forms."""
+    """The noise must not be missing where it is needed, nor leave 0..255, nor change a start of one's own."""
     config = make_config(
         init=init, init_noise=init_noise, dequantize=True, seed=3, initial_size=64, store={"chunk_px": 32}
     )
