@@ -159,16 +159,17 @@ def moments_task(spec: MomentsSpec) -> Measured:
     network, size, inner = spec.networks.load()[spec.network], spec.content_size, spec.tile.inner
     conv = next(conv for conv in network.spec.convs() if conv.name == spec.norm)
     step = activations.step_of(network.spec, spec.network, size, conv, spec.keeps)
-    wanted = activations.wanted(network.spec, size, step, spec.tile)
+    wanted, kept = activations.wanted(network.spec, size, step, spec.tile), activations.kept(step, spec.tile)
     window = activations.window(network.spec, size, step, wanted) if wanted.area else None
-    kept = activations.kept(step, spec.tile)
+    # blocks without padding shrink their map: of a last tile may be left what is kept alone, or nothing
     read = kept if window is None else window.pixels
-    x_1CHW = y_1CHW = moments = None
     maps = spec.at_origin(step, read) if read.area else []
+    x_1CHW = y_1CHW = moments = None
     with computing(spec):
         if maps:
             x_1CHW = spec.begun(spec.network, step, maps)
-        if x_1CHW is not None and window is not None:
+        if window is not None:
+            assert x_1CHW is not None
             y_1CHW = network.before_norm(window, x_1CHW, spec.statistics.get(spec.network, {}), conv)
             moments = tiled.moments_of(y_1CHW)
     sums = {}
