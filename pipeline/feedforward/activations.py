@@ -73,27 +73,29 @@ def step_of(spec: TransformSpec, number: int, size: Size, norm: Conv | None, kee
     if not keeps or not spec.measured_norms():
         return Step(spec.layers if norm is None else geometry.layers_until(spec, norm))
     before, blocks, after = _parts(spec)
-    entered = geometry.grid_size(spec, size, before)
     maps = [activations_name(number, slot) for slot in (0, 1)]
-
-    def end(block: int) -> Origin:
-        """What the first `block` blocks give."""
-        if block == 0:
-            return Origin(before[-1], entered, maps[0])
-        last = blocks[block - 1]
-        margin = geometry.skip_margin(last)
-        return Origin(last.convs[1], _shrunk(entered, block * margin), maps[0], skip_name(number, block % 2), margin)
-
     if norm in before:
         return Step(before[: before.index(norm) + 1], writes=maps[0] if norm == before[-1] else None)
     for index, block in enumerate(blocks):
         first, second = block.convs
+        origin = _behind(spec, number, size, index)
         if norm == first:
-            return Step((first,), end(index), keeps=skip_name(number, (index + 1) % 2), writes=maps[1])
+            return Step((first,), origin, keeps=skip_name(number, (index + 1) % 2), writes=maps[1])
         if norm == second:
-            inner = end(index).size
-            return Step((second,), Origin(first, (first.size(inner[0]), first.size(inner[1])), maps[1]), writes=maps[0])
-    return Step(after if norm is None else after[: after.index(norm) + 1], end(len(blocks)))
+            return Step((second,), Origin(first, geometry.size_after(origin.size, (first,)), maps[1]), writes=maps[0])
+    layers = after if norm is None else after[: after.index(norm) + 1]
+    return Step(layers, _behind(spec, number, size, len(blocks)))
+
+
+def _behind(spec: TransformSpec, number: int, size: Size, block: int) -> Origin:
+    """What the first `block` blocks give."""
+    before, blocks, _ = _parts(spec)
+    entered, array = geometry.grid_size(spec, size, before), activations_name(number, 0)
+    if block == 0:
+        return Origin(before[-1], entered, array)
+    last = blocks[block - 1]
+    left = geometry.size_after(entered, blocks[:block])
+    return Origin(last.convs[1], left, array, skip_name(number, block % 2), geometry.skip_margin(last))
 
 
 def steps_of(spec: TransformSpec, number: int, size: Size, keeps: bool) -> list[Step]:
@@ -181,7 +183,3 @@ def _parts(spec: TransformSpec) -> tuple[tuple[Conv, ...], tuple[Residual, ...],
     # without blocks too, the maps are smallest before they are enlarged
     before = 1 + max((index for index, conv in enumerate(convs) if conv.stride > 1), default=0)
     return tuple(convs[:before]), blocks, tuple(convs[before:])
-
-
-def _shrunk(size: Size, positions: int) -> Size:
-    return size[0] - 2 * positions, size[1] - 2 * positions
