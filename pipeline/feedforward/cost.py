@@ -30,10 +30,10 @@ def heaviest(steps: Iterable[Step]) -> list[Step]:
 
 def waiting_values(spec: Layered, size: Size, tile_px: int, step: Step) -> int:
     """The most values that a tile reads, and then writes to arrays of activations."""
-    windows = _some_windows(spec, size, step, tile_px)
-    if step.origin is None and step.writes is None:
-        return max(window.pixels.area for window in windows) * 3
-    return max(_read_values(step, window) + len(step.written) * _output_values(window) for window in windows)
+    return max(
+        _read_values(step, window) + len(step.written) * _output_values(window)
+        for window in _some_windows(spec, size, step, tile_px)
+    )
 
 
 def halo_overhead(spec: Layered, size: Size, tile_px: int, step: Step | None = None) -> float:

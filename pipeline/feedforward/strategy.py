@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import ApplyConfig
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, storage
 from pipeline.core.text import size_text
 from pipeline.core.tiling import Size
 from pipeline.feedforward import activations, cost
@@ -16,9 +16,9 @@ from pipeline.rundir import stage_path
 from pipeline.rundir.space import free_space
 from pipeline.store import BFLOAT16, ArraySpec, other_slot
 
-# Operations saved per byte of activations that is read or written, above which storing them is worth it: what a
-# processor computes (100 GFLOP/s; measured: 46 on one thread) while a disk moves a byte (400 MB/s), and what a GPU does
-# (30 TFLOP/s, 2 GB/s).
+# Operations saved per byte of activations that is read or written, above which storing them is worth it. Estimates of
+# what a processor computes while a disk moves a byte (100 GFLOP/s, 400 MB/s), and a GPU (30 TFLOP/s, 2 GB/s); measured
+# were 46 GFLOP/s on one thread (docs/feedforward.md).
 _LEAST_GAIN = {"cpu": 250, "gpu": 15_000}
 # Of the free disk space, which others need too.
 _LARGEST_SHARE = 0.5
@@ -54,9 +54,11 @@ def strategies(config: ApplyConfig, specs: Sequence[TransformSpec], size: Size, 
     if asked != "auto":
         about = ", approximate: their numbers have 8 bits" if asked == "bfloat16" else ""
         return [Strategy(arrays, (f"activations: stored between the passes, in {disk}{about}",))]
-    if (stage := stage_path(config.work_dir, 0)).is_dir():  # of a run that has begun: what it began with
-        kept = any(other_slot(path.name) for path in stage.iterdir())
-        return [Strategy(arrays, (f"activations: stored in {disk}, as this run began",)) if kept else RECOMPUTE]
+    stage = stage_path(config.work_dir, 0)
+    with storage(stage):
+        if stage.is_dir():  # of a run that has begun: what it began with
+            kept = any(other_slot(path.name) for path in stage.iterdir())
+            return [Strategy(arrays, (f"activations: stored in {disk}, as this run began",)) if kept else RECOMPUTE]
     gain, times = _gain(specs, size, arrays)
     least = _LEAST_GAIN["cpu" if device.name == "cpu" else "gpu"]
     if gain < least:
