@@ -26,6 +26,7 @@ from pipeline.config.sections import (
     PrintSize,
     Section,
     StoreConfig,
+    new,
 )
 from pipeline.config.settings import OnPaper, default_work_dir
 from pipeline.config.yaml_reader import CommandLineText, Document, Key, Place, plain_value, read
@@ -105,6 +106,12 @@ class ApplyConfig(Section):
     )
     working_space: WorkingSpace = Field(
         "auto", description="colours that the canvas can have; auto: sRGB, or more for a wider export.profile"
+    )
+    activations: Literal["auto", "recompute", "store", "bfloat16"] = Field(
+        "auto",
+        description="passes compute the layers before again, or store activations; auto: as the plan says; bfloat16: "
+        "stored in half the space, approximate",
+        json_schema_extra=new("auto"),
     )
     compute: ComputeConfig = Field(ComputeConfig(), description="device, precision and parallelism")
     memory: MemoryConfig = Field(MemoryConfig(), description="host memory", json_schema_extra=HARMLESS)
