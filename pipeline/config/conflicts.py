@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config.messages import Conflict
 from pipeline.config.regions import regions_of
-from pipeline.config.sections import ExportConfig, InitNetwork, PrintSize
+from pipeline.config.sections import ComputeConfig, ExportConfig, InitNetwork, PrintSize
 from pipeline.config.settings import Settings
 from pipeline.config.yaml_reader import Key, dotted
 from pipeline.core.files import real, same_file, would_replace
@@ -29,7 +29,7 @@ def all_conflicts(settings: Settings, inputs: Iterable[tuple[Key, Path]]) -> Ite
     yield from _start(settings)
     yield from _grid(settings)
     yield from _state(settings)
-    yield from _compute(settings)
+    yield from compute_conflicts(settings.compute)
     yield from picture_conflicts(settings.output, settings.work_dir, settings.export, inputs)
 
 
@@ -135,8 +135,9 @@ def _grid(settings: Settings) -> Iterator[Conflict]:
         yield Conflict((("compute", "tile_px"), ("store", "chunk_px")), text)
 
 
-def _compute(settings: Settings) -> Iterator[Conflict]:
-    compute, devices, scheduler = settings.compute, ("compute", "devices"), ("compute", "scheduler")
+def compute_conflicts(compute: ComputeConfig) -> Iterator[Conflict]:
+    """Every conflict between the keys that say what computes."""
+    devices, scheduler = ("compute", "devices"), ("compute", "scheduler")
     if compute.devices != "auto":
         kinds = {name.partition(":")[0] for name in compute.devices}
         if len(kinds) > 1:
