@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.config import Config, input_files, read_overridden, validated
 from pipeline.config.conflicts import compute_conflicts, picture_conflicts
-from pipeline.config.fields import File, NetworkFile, Output, Share, SidePx, parse_px
+from pipeline.config.fields import Bool, File, NetworkFile, Output, Share, SidePx, parse_px
 from pipeline.config.messages import Conflict, ConflictsError, Expected
 from pipeline.config.overrides import override
 from pipeline.config.sections import (
@@ -26,6 +26,7 @@ from pipeline.config.sections import (
     PrintSize,
     Section,
     StoreConfig,
+    new,
 )
 from pipeline.config.settings import OnPaper, default_work_dir
 from pipeline.config.yaml_reader import CommandLineText, Document, Key, Place, plain_value, read
@@ -102,6 +103,11 @@ class ApplyConfig(Section):
     )
     color: Literal["style", "luminance"] = Field(
         "style", description="where the colours come from; luminance keeps the content's colours"
+    )
+    match_histogram: Bool = Field(
+        False,
+        description="give each channel of an enlargement the histogram of the content's",
+        json_schema_extra=new(False),
     )
     working_space: WorkingSpace = Field(
         "auto", description="colours that the canvas can have; auto: sRGB, or more for a wider export.profile"

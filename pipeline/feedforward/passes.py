@@ -14,8 +14,8 @@ from pipeline.core.errors import InputError, storage
 from pipeline.core.events import Sink, WorkDone, in_order
 from pipeline.core.tiling import Tile, grid
 from pipeline.executors import Executor
-from pipeline.feedforward import tile_tasks
-from pipeline.feedforward.arrays import CANVAS, arrays_of, mask_arrays
+from pipeline.feedforward import histogram, tile_tasks
+from pipeline.feedforward.arrays import CANVAS, UNMATCHED, arrays_of, mask_arrays
 from pipeline.feedforward.plan import ApplyPlan
 from pipeline.feedforward.tile_tasks import NetworksSpec
 from pipeline.feedforward.tiled import Moments, Statistics
@@ -144,6 +144,8 @@ class NetworkPasses(Passes):
         measured, norms = statistics_by_network(known), self.plan.norms
         if number == len(norms):
             return self._output(number, measured, checksums)
+        if number > len(norms):
+            return self._matched(number, checksums)
         network, conv = norms[number]
         specs = [
             tile_tasks.MomentsSpec(self.stage_dir, tile, self._networks, checksums, measured, network, conv.name)
@@ -162,12 +164,21 @@ class NetworkPasses(Passes):
         self, number: int, measured: Mapping[int, Mapping[str, Statistics]], checksums: Mapping[str, str]
     ) -> PassResult:
         masks, keeps_color = mask_arrays(self.config), self.config.color == "luminance"
+        target = UNMATCHED if self.config.match_histogram else CANVAS
         specs = [
-            tile_tasks.OutputSpec(self.stage_dir, tile, self._networks, checksums, measured, CANVAS, masks, keeps_color)
+            tile_tasks.OutputSpec(self.stage_dir, tile, self._networks, checksums, measured, target, masks, keeps_color)
             for tile in self.tiles
         ]
         sums = self.executor.map(tile_tasks.output_task, specs, self._counter(number, len(specs)), tile=True)
-        packed = store.open_array(self.stage_dir, CANVAS).packed(merged(sums))
+        packed = store.open_array(self.stage_dir, target).packed(merged(sums))
+        return PassResult(checksums={target: packed})
+
+    def _matched(self, number: int, checksums: Mapping[str, str]) -> PassResult:
+        source, content = (store.open_array(self.stage_dir, name, checksums[name]) for name in (UNMATCHED, CONTENT))
+        target = store.open_array(self.stage_dir, CANVAS)
+        tiles = [grid(*array.shape[:2], self.tile_px) for array in (source, content, target)]
+        counter = self._counter(number, sum(map(len, tiles)))
+        packed = histogram.matched(source, content, target, self.executor, self.tile_px, counter)
         return PassResult(checksums={CANVAS: packed})
 
 

@@ -25,6 +25,11 @@ from pipeline.store import (
     ArraySpec,
 )
 
+_NO_MATCH = (
+    "match_histogram: is for networks of super-resolution; a style changes the colours on purpose. Use color: "
+    "luminance to keep those of the content."
+)
+
 
 @dataclass(frozen=True)
 class NetworkUse:
@@ -95,7 +100,7 @@ def plan_apply(config: ApplyConfig, device: Device) -> ApplyPlan:
         for layers in (*until, spec.layers)
     )
     file_bytes = sum(use.header.size_bytes for use in networks)
-    passes = 1 + sum(len(use.norms) for use in networks)
+    passes = 1 + sum(len(use.norms) for use in networks) + config.match_histogram
     arrays = arrays_of(config, content_size, canvas, content)
     work = ApplyWork(config, specs, content_size, canvas, content, images, device, arrays, passes, flop, file_bytes)
     return ApplyPlan(work.checked_plan(), networks, None, content_size, content)
@@ -106,6 +111,8 @@ def _plan_wct(config: ApplyConfig, device: Device, images: Mapping[Path, ImageHe
     header = read_wct_header(network.file, config.limits.max_weights_bytes)
     if len(config.networks) > 1 or network.mask is not None or network.styles is not None:
         raise ConfigError("networks: with a file of encoder-decoder pairs it is the only one, without mask and styles.")
+    if config.match_histogram:
+        raise ConfigError(_NO_MATCH)
     if config.style is None:
         raise ConfigError(f"style: missing; {network.file} applies the style of an image. Name one (--style).")
     there = {level.number: level for level in header.levels}
@@ -146,6 +153,8 @@ def _networks(config: ApplyConfig) -> tuple[NetworkUse, ...]:
             )
         if all(network.mask is not None for network in config.networks):
             raise ConfigError("networks: where the masks are black, nothing would be enlarged. Leave out one mask.")
+    elif config.match_histogram:
+        raise ConfigError(_NO_MATCH)
     return tuple(uses)
 
 
