@@ -15,7 +15,7 @@ from pipeline.core.errors import ConfigError, Stopped
 from pipeline.core.events import Event, Note, WorkDone
 from tests.e2e.test_memory import peaks_of
 from tests.e2e.test_workers import workers_of
-from tests.support.e2e import canvases, journal, write_picture
+from tests.support.e2e import canvases, journal, results, write_picture
 from tests.support.networks import write_network, write_wct
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -24,14 +24,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_apply(folder: Path, kind: str, **compute: Any) -> Path:
+def write_apply(folder: Path, kind: str, work_dir: str = "run", output: str = "out.tif", **compute: Any) -> Path:
     """The config of a picture of 6 tiles. One thread, because kernels round differently with more."""
     folder.mkdir(exist_ok=True)
     write_network(folder / "net.safetensors")
     write_wct(folder / "wct.safetensors")
     write_picture(folder / "content.png", 150, 90, seed=1)
     write_picture(folder / "style.png", 60, 50, seed=2)
-    keys = {"content": "content.png", "output": "out.tif", "work_dir": "run", "store": {"chunk_px": 32}, **KINDS[kind]}
+    keys = {"content": "content.png", "output": output, "work_dir": work_dir, "store": {"chunk_px": 32}, **KINDS[kind]}
     keys["compute"] = {"device": "cpu", "threads": 1, "tile_px": 64, **compute}
     path = folder / "apply.yaml"
     path.write_text(yaml.safe_dump(keys))
@@ -40,12 +40,6 @@ def write_apply(folder: Path, kind: str, **compute: Any) -> Path:
 
 def apply(path: Path, **keywords: Any) -> Path:
     return pipeline.apply(pipeline.load_apply_config(path), **keywords)
-
-
-def passes(work_dir: Path) -> list[dict[str, Any]]:
-    """The records of the passes, without the times."""
-    done = [record for record in journal(work_dir) if record["type"] == "pass"]
-    return [{key: value for key, value in record.items() if key not in ("time", "seconds", "busy")} for record in done]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +52,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same(folder: Path, alone: Path) -> None:
-    assert passes(folder / "run") == passes(alone / "run")
+    assert results(folder / "run") == results(alone / "run")
     assert (folder / "out.tif").read_bytes() == (alone / "out.tif").read_bytes()
     assert canvases(folder / "run") == canvases(alone / "run")
 
@@ -111,7 +105,7 @@ def test_another_number_of_processes_resumes(tmp_path: Path, alone: Path) -> Non
 
     with pytest.raises(Stopped):
         apply(write_apply(tmp_path, "network", workers=2), sink=sink, stop=stop)
-    assert 3 <= len(passes(tmp_path / "run")) < 8
+    assert 3 <= sum(record["type"] == "pass" for record in journal(tmp_path / "run")) < 8
     apply(write_apply(tmp_path, "network", devices=["cpu", "cpu", "cpu"]))
     assert_same(tmp_path, alone / "network")
 
