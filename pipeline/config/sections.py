@@ -101,10 +101,20 @@ class InitNetwork(Section):
     apply: NetworkFile = Field(description="network, as for `pipeline apply`", json_schema_extra=COMPARED_BY_CONTENT)
 
 
+class InitWct(Section):
+    """A start picture: the content with the features' moments of the styles. Written `wct:pairs.safetensors`."""
+
+    wct: File = Field(
+        description="encoder-decoder pairs, as for `pipeline apply --style`", json_schema_extra=COMPARED_BY_CONTENT
+    )
+
+
 def parse_init(value: object) -> object:
-    """`apply:net.safetensors` as the section that it stands for."""
-    if isinstance(value, str) and value.startswith("apply:"):
-        return {"apply": type(value)(value.removeprefix("apply:").strip())}
+    """`apply:net.safetensors` or `wct:pairs.safetensors` as the section that it stands for."""
+    if isinstance(value, str):
+        for key in ("apply", "wct"):
+            if value.startswith(f"{key}:"):
+                return {key: type(value)(value.removeprefix(f"{key}:").strip())}
     return value
 
 

@@ -31,6 +31,7 @@ from pipeline.config.sections import (
     ComputeConfig,
     ExportConfig,
     InitNetwork,
+    InitWct,
     LimitsConfig,
     LossConfig,
     MemoryConfig,
@@ -49,7 +50,10 @@ from pipeline.core.image_formats import OUTPUT_SUFFIXES
 from pipeline.core.presets import PresetName
 
 Start = Annotated[
-    StartName | Annotated[InitNetwork, Expected("apply:net.safetensors")] | File,
+    StartName
+    | Annotated[InitNetwork, Expected("apply:net.safetensors")]
+    | Annotated[InitWct, Expected("wct:pairs.safetensors")]
+    | File,
     Field(union_mode="left_to_right"),
     BeforeValidator(parse_init),
 ]

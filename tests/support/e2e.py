@@ -170,7 +170,8 @@ MEASURED = ("time", "seconds", "busy", "remaining_s")
 
 def results(work_dir: Path) -> list[dict[str, Any]]:
     """The journal's records of finished work, without the fields that differ between two runs, such as times."""
-    done = [record for record in journal(work_dir) if record["type"] in ("stage_prepared", "iteration", "stage_done")]
+    kinds = ("stage_prepared", "iteration", "pass", "stage_done")
+    done = [record for record in journal(work_dir) if record["type"] in kinds]
     return [{key: value for key, value in record.items() if key not in MEASURED} for record in done]
 
 
