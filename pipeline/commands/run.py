@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pipeline import store
 from pipeline.commands.commits import Commits, end_reason
 from pipeline.commands.measure import starting_speed
 from pipeline.commands.outputs import Outputs
+from pipeline.commands.smaller_tiles import TileWork
 from pipeline.commands.start import (
     check_stage_space,
     check_start,
@@ -26,7 +26,7 @@ from pipeline.commands.start import (
 )
 from pipeline.config import Config, InitNetwork, OptimizerConfig
 from pipeline.core.cancel import CancelToken
-from pipeline.core.errors import DeviceMemoryError, storage
+from pipeline.core.errors import storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, ignore
 from pipeline.core.text import count, duration, energy_text, stage_name
 from pipeline.core.vgg_layers import ceil_to
@@ -168,26 +168,17 @@ class _Rendering:
         """Render one stage, in smaller tiles if those of the plan do not fit in the device's memory."""
         step_px = self.plan.tile_step_px
         longest = ceil_to(max(*stage_plan.size, *chain.from_iterable(stage_plan.style_sizes)), step_px)
-        while True:
-            tile_px = min(self.position.tile_px or longest, self.plan.tile_px, longest)
-            try:
-                self._render_in_tiles(stage_plan, tile_px)
-                return
-            except DeviceMemoryError:
-                was_resident = self._is_resident(stage_plan) and self._is_prepared(stage_plan)
-                if tile_px == step_px and not was_resident:
-                    raise
-            gc.collect()  # the error's frames refer to each other, and to the tile's tensors
-            if was_resident:  # smaller tiles would change the last bits
-                self._may_be_resident = False
-                name = self.context.device.name
-                self.sink(Note(f"{name} is out of memory: stages no longer stay there, but are read from the disk"))
-                continue
-            smaller = max(step_px, tile_px // 2 // step_px * step_px)
-            # recorded: the bits depend on the tiles, and a resume must take the same
-            self.commit(records.SmallerTile(tile_px=smaller))
-            cause = f"{self.context.device.name} is out of memory for tiles of {tile_px} px"
-            self.sink(Note(f"{cause}: resuming with tiles of {smaller} px from the last iteration"))
+        tiles = TileWork(min(self.plan.tile_px, longest), step_px, self.context.device.name, "iteration")
+        tiles.do(partial(self._render_in_tiles, stage_plan), self._commits, self.sink, partial(self._leave, stage_plan))
+
+    def _leave(self, stage_plan: StagePlan) -> bool:
+        """Let stages no longer stay in the device's memory; False if this one is not there."""
+        if not (self._is_resident(stage_plan) and self._is_prepared(stage_plan)):
+            return False
+        self._may_be_resident = False
+        name = self.context.device.name
+        self.sink(Note(f"{name} is out of memory: stages no longer stay there, but are read from the disk"))
+        return True
 
     def _render_in_tiles(self, stage_plan: StagePlan, tile_px: int) -> None:
         # these import torch, which other commands start without
