@@ -15,7 +15,7 @@ from pipeline.core import profiler
 from pipeline.core.cancel import CancelToken
 from pipeline.executors.addresses import ClusterAddress
 from pipeline.executors.cluster_pool import ClusterPool
-from pipeline.executors.graph import Executor, Graph, Key, Node, dask_names, ignore
+from pipeline.executors.graph import Executor, Graph, Key, Node, OnDone, Proceed, dask_names
 from pipeline.executors.threads import ThreadExecutor
 from pipeline.executors.worker import CPU_TILE, GPU_TILE, OTHER, SUM, Role
 from pipeline.executors.worker_pool import WorkerPool
@@ -57,17 +57,8 @@ class PoolExecutor(Executor):
         """As in Executor."""
         return super().map(task, specs, on_done, tile) if tile else self._threads.map(task, specs, on_done)
 
-    def run(
-        self,
-        graph: Graph,
-        keys: Sequence[Key],
-        on_done: Callable[[Key], None] = ignore,
-        proceed: Callable[[Any], bool] | None = None,
-    ) -> list[Any]:
+    def _run(self, graph: Graph, keys: Sequence[Key], on_done: OnDone, proceed: Proceed | None) -> list[Any]:
         """As in Executor; `proceed` is called on this thread, `on_done` on one of distributed's."""
-        self.cancel.raise_if_set()
-        if not keys:
-            return []
         calls: list[Future[Any]] = []
         try:
             self._workers.start()
