@@ -116,9 +116,7 @@ class Canvas:
     def _full(self, rect: Rect) -> Pixels:
         out = np.empty((rect.height, rect.width, self._channels), np.uint8)
         for cy, cx, part in chunks_of(rect, self.array.chunk_px):
-            chunk_px = self.array.chunk_px
-            whole = Rect(cy * chunk_px, (cy + 1) * chunk_px, cx * chunk_px, (cx + 1) * chunk_px)
-            out[part.within(rect)] = self._block(cy, cx)[part.within(whole)]
+            out[part.within(rect)] = self._block(cy, cx)[part.within(self.array.chunk_rect(cy, cx))]
         return out
 
     def _coarse(self, rect: Rect) -> Pixels:
