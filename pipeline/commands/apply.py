@@ -80,7 +80,7 @@ def apply(
         commits = Commits(config, begin.state.journal, begin.state.position)
         application = _Application(config, planned, device, executor, commits, identify(), sink)
         application.apply()
-        Outputs(config, planned.plan, executor, sink, force, application.commit, lambda: application.position).write()
+        Outputs(config, planned.plan, executor, sink, force, commits).write()
     outputs = list(planned.plan.outputs)
     sink(RunDone(", ".join(outputs), time.monotonic() - started, str(config.work_dir), state_bytes(config.work_dir)))
     return Path(outputs[0])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pipeline.commands.status import choose_stage, manifest_of
 from pipeline.config import Config, ExportConfig, LimitsConfig, changed_export
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
-from pipeline.core.events import Note, Sink, WorkDone, ignore
+from pipeline.core.events import Note, Sink, ignore, reporter
 from pipeline.core.files import taken
 from pipeline.core.image_formats import PixelKind, is_too_deep, picture_kind, unsupported_options
 from pipeline.core.lengths import DEFAULT_DPI, sensible_dpi
@@ -105,10 +106,7 @@ def export(
         check_output(sheet.path, width, height, kind.bits, options.compression)
 
     cancel = _OvertakenToken(journal, read_bytes, position, chosen, stop)
-
-    def progress(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: sink(WorkDone(chosen, what, done, total))
-
+    progress = partial(reporter, sink, chosen)
     planes = [canvas] if alpha is None else [canvas, alpha]
     try:
         with ThreadExecutor(WORKERS, CancelToken(stop)) as executor:

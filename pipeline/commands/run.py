@@ -107,12 +107,12 @@ def run(
             speed.iterations.add(begin.planned.stages[number].flop_per_iteration, seconds, iteration == 0)
         open_run(config, planned, identify, begin.state)
         commits = Commits(config, begin.state.journal, begin.state.position)
-        rendering = _Rendering(config, begin.planned, context, commits, force, speed)
+        rendering = _Rendering(config, begin.planned, context, commits, speed)
         if begin.adds is not None:
-            rendering.commit(records.StageAdded(iterations=begin.adds, time=now()))
+            commits.commit(records.StageAdded(iterations=begin.adds, time=now()))
         del begin  # its records of a long run would take memory that the plan does not count
         rendering.render()
-        rendering.export()
+        Outputs(config, rendering.plan, executor, sink, force, commits).write()
     outputs = list(planned.outputs)
     seconds = time.monotonic() - started
     if watts is not None:
@@ -138,7 +138,6 @@ class _Rendering:
     plan: Plan
     context: RenderContext
     _commits: Commits
-    force: bool
     _speed: Speed
     _is_warm: bool = False
     _may_be_resident: bool = True
@@ -201,7 +200,7 @@ class _Rendering:
             started = prepare(stage, previous, moments=before.moments if before else (), first_canvas=first)
             record = prepared_record(index, stage.tile_px, started)
             start = {"alpha": before.alpha, "adam_steps": before.steps} if before else {}
-            self.commit(record.model_copy(update={**start, "carries": stage_plan.carries}))
+            self._commits.commit(record.model_copy(update={**start, "carries": stage_plan.carries}))
             if self._is_warm:
                 self._speed.preparations.add(stage_plan.prepare_flop, time.monotonic() - self._since)
         elif end_reason(self.position, settings) is None:
@@ -214,7 +213,7 @@ class _Rendering:
                 self.executor.cancel.raise_if_set()
                 commit = partial(self._commit_iteration, stage_plan, self.position.iteration)
                 iterations.iterate(self.position.iteration, self.position.alpha, self.position.checksums[index], commit)
-        self.commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
+        self._commits.commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
         self._free_arrays(index)
         self.sink(StageDone(index, self.position.iteration, reason))
 
@@ -263,16 +262,7 @@ class _Rendering:
     def _settings(self, stage_plan: StagePlan) -> OptimizerConfig:
         return settings_of(self.config, stage_plan).optimizer
 
-    def export(self) -> None:
-        """Write the last stage's canvas as the output images, except for those that are there already."""
-        commit, position = self.commit, lambda: self.position
-        Outputs(self.config, self.plan, self.executor, self.sink, self.force, commit, position).write()
-
     def _free_arrays(self, stage: int) -> None:
         at = self.position
         retained = set(kept_files(at.slots[stage], at.checksums[stage], moments=stage in at.carrying))
         store.delete_arrays(stage_path(self.config.work_dir, stage), retained)
-
-    def commit(self, record: records.Record) -> None:
-        """Append a record to the journal."""
-        self._commits.commit(record)

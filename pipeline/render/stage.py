@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline import store
 from pipeline.config import Config
-from pipeline.core.events import Sink, WorkDone, in_order
+from pipeline.core.events import Sink, in_order, reporter
 from pipeline.core.tiling import Tile, grid
 from pipeline.core.vgg_layers import LAYER_BY_NAME
 from pipeline.executors import Executor
@@ -136,7 +136,7 @@ class Stage:
 
     def reporter(self, what: str) -> Callable[[int, int], None]:
         """Reports (done, total) of `what` to the sink."""
-        return lambda done, total: self.sink(WorkDone(self.plan.index, what, done, total))
+        return reporter(self.sink, self.plan.index, what)
 
     def counter(self, what: str, total: int) -> Callable[[], None]:
         """Reports, at every call, that one more of `total` is done; to be called from any thread."""

@@ -36,7 +36,7 @@ from pipeline.commands.commits import end_reason
 from pipeline.commands.preview.cut import cut_file
 from pipeline.commands.preview.regions import aligned, regions, scaled
 from pipeline.config import Config
-from pipeline.core.events import Note, WorkDone
+from pipeline.core.events import Note, reporter
 from pipeline.core.image_formats import RGB8
 from pipeline.core.text import stage_name
 from pipeline.core.tiling import Rect, Size
@@ -222,4 +222,4 @@ class Crop:
         return store.open_array(content.path.parent, CONTENT, sums)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.context.sink(WorkDone(self.finished.stage, what, done, total))
+        return reporter(self.context.sink, self.finished.stage, what)
