@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import storage
-from pipeline.core.files import new_partial, remove
+from pipeline.core.files import partial_beside
 from pipeline.core.lengths import MM_PER_INCH
 from pipeline.core.papers import PAPERS_MM
 from pipeline.core.tiling import Rect, Size
@@ -170,11 +170,7 @@ def write_proof(
         spec = ImageSpec(path, width_px, height_px, pyramid=False, layout=TiffLayout(strips=True), dpi=proof.dpi)
         write_image(spec, lambda y0, y1: sheet[y0:y1], cancel=cancel, on_whole=on_whole)
         return
-    with storage(path):
-        partial = new_partial(path)
-        try:
-            write_pdf(sheet, partial, proof.dpi, PAPERS_MM[proof.paper], proof.title)
-            cancel.raise_if_set()
-            put_in_place(partial, path, on_whole)
-        finally:
-            remove(partial)
+    with storage(path), partial_beside(path) as partial:
+        write_pdf(sheet, partial, proof.dpi, PAPERS_MM[proof.paper], proof.title)
+        cancel.raise_if_set()
+        put_in_place(partial, path, on_whole)

@@ -1,6 +1,6 @@
 """The plan of a run: its work, memory and disk, computed before it starts."""
 
-from pipeline.plan.device import STAGING_THREADS, Device, default_threads, resolve_device, run_device
+from pipeline.plan.device import STAGING_THREADS, Device, resolve_device, run_device, tile_threads
 from pipeline.plan.duration import Speed, export_s, slowness
 from pipeline.plan.memory import BASE_BYTES, StageWork
 from pipeline.plan.network_cost import LayerUse, layers_in_use
