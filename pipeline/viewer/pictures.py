@@ -21,7 +21,7 @@ from pipeline.images.tile_codec import encode_tile
 from pipeline.render.export import without_white
 from pipeline.rundir import Position, canvas_space, content_alpha, newest_canvas
 from pipeline.store import ALPHA, ChunkError, StageArray, checksum, result_name
-from pipeline.viewer.canvas import TILE_PX, Canvas, Pixels, Recent, array_bytes, text_bytes
+from pipeline.viewer.canvas import TILE_PX, Canvas, Pixels, Recent
 from pipeline.viewer.inputs import Inputs
 from pipeline.viewer.snapshot import RunReader, Snapshot
 
@@ -59,10 +59,10 @@ class Pictures:
     def __init__(self, reader: RunReader, inputs: Inputs) -> None:
         self._reader, self._inputs = reader, inputs
         self.busy_s = 0.0  # processor time of all tiles so far, nearly: two threads may add at once
-        self._blocks: Recent[Pixels] = Recent(_BLOCK_BYTES, array_bytes)
+        self._blocks: Recent[Pixels] = Recent(_BLOCK_BYTES, lambda pixels: pixels.nbytes)
         self._canvases: Recent[Layers] = Recent(_OVERVIEW_BYTES, lambda layers: layers[0].overview_bytes + 2**16)
         self._alphas: Recent[Canvas] = Recent(_OVERVIEW_BYTES // 3, lambda canvas: canvas.overview_bytes + 2**16)
-        self._tiles: Recent[bytes] = Recent(_TILE_BYTES, text_bytes)
+        self._tiles: Recent[bytes] = Recent(_TILE_BYTES, len)
 
     def listing(self, snapshot: Snapshot) -> list[dict[str, Any]]:
         """Every picture as the page's state has it, stages first."""

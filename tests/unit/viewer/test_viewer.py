@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.tiling import Rect
 from pipeline.images.tile_codec import encode_tile
 from pipeline.store import ChunkError, create_array, create_stage, open_array
+from pipeline.store.overview import block_means
 from pipeline.viewer import ViewerOptions, access, assets
-from pipeline.viewer.canvas import Canvas, Recent, array_bytes, shrunk
+from pipeline.viewer.canvas import Canvas, Recent
 from pipeline.viewer.snapshot import RunReader
 from pipeline.viewer.state import remaining_s
 from tests.support.e2e import canvases, write_run
@@ -265,7 +267,10 @@ def test_levels_are_means_and_a_changed_chunk_is_refused(tmp_path) -> None:
     pixels = np.random.default_rng(0).uniform(-5, 260, (300, 500, 3)).astype(np.float32)
     sums = array.write_window(Rect(0, 300, 0, 500), pixels)
     array = open_array(tmp_path / "stage_0", "canvas_0", array.packed(sums))
-    canvas, shown = Canvas(array, Recent(2**20, array_bytes)), np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
+    canvas, shown = (
+        Canvas(array, Recent(2**20, attrgetter("nbytes"))),
+        np.rint(np.clip(pixels, 0, 255)).astype(np.uint8),
+    )
     assert canvas.max_level == 9
     assert np.array_equal(canvas.tile(9, 1, 0), shown[:256, 256:500])
     for level in range(9):
@@ -279,13 +284,13 @@ def test_levels_are_means_and_a_changed_chunk_is_refused(tmp_path) -> None:
         assert np.abs(part).max(initial=0) <= 1.01  # rounded twice
     changed = replace(array, checksums=array.checksums + np.uint32(1))
     with pytest.raises(ChunkError):
-        Canvas(changed, Recent(2**20, array_bytes)).tile(9, 0, 0)
-    assert shrunk(np.full((3, 5, 3), 7, np.uint8), 3).tolist() == [[[7, 7, 7]]]
+        Canvas(changed, Recent(2**20, attrgetter("nbytes"))).tile(9, 0, 0)
+    assert block_means(np.full((3, 5, 3), 7, np.uint8), 3).tolist() == [[[7, 7, 7]]]
 
 
 def test_recent_values_stay_within_their_bytes() -> None:
     """The viewer's memory is flat however long one walks around."""
-    kept: Recent[np.ndarray] = Recent(100, array_bytes)
+    kept: Recent[np.ndarray] = Recent(100, attrgetter("nbytes"))
     for key in range(50):
         kept.put(key, np.zeros(30, np.uint8))
     assert [key for key in range(50) if kept.get(key) is not None] == [47, 48, 49]
