@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import storage
 from pipeline.core.files import partial_beside
-from pipeline.core.lengths import MM_PER_INCH
-from pipeline.core.papers import PAPERS_MM
+from pipeline.core.lengths import MM_PER_INCH, PAPERS_MM
 from pipeline.core.tiling import Rect, Size
 from pipeline.images.pdf import write_pdf
 from pipeline.images.sheet import Label, shortened, text_image

@@ -8,5 +8,4 @@ from pipeline.plan.plan import Plan, StagePlan, arrays_of, make_plan, plan_stage
 from pipeline.plan.print_sheets import Sheet, has_edges, sheets_of, whole_of
 from pipeline.plan.processes import WORKERS, most_ahead, update_processes, update_threads, update_values
 from pipeline.plan.residency import CHUNKS_PER_KERNEL
-from pipeline.plan.scales import fitting_scales
-from pipeline.plan.sizes import fit, initial_px, long_sides, with_size_in_px
+from pipeline.plan.sizes import fit, fitting_scales, initial_px, long_sides, with_size_in_px

@@ -24,8 +24,7 @@ from pipeline.images import (
 )
 from pipeline.network import weights_bytes, widths_for_plan
 from pipeline.plan import Device, Plan, initial_px, make_plan, run_device, with_size_in_px
-from pipeline.rundir.color_notes import color_notes
-from pipeline.rundir.output_notes import export_notes
+from pipeline.rundir.notes import color_notes, export_notes
 from pipeline.rundir.paths import refuse_own_state
 from pipeline.rundir.process_settings import process_settings
 
