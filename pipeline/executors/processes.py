@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -101,8 +102,9 @@ class PoolExecutor(Executor):
             profiler.add(seconds)
 
     def _value(self, call: Future[Any]) -> Any:
-        """The value of a node, or what was raised."""
-        fetching = self._workers.fetch(call)
+        """The value of a node, or what was raised. One that is lost with its worker is computed again."""
+        client = self._workers.client
+        fetching = asyncio.run_coroutine_threadsafe(client.gather(call, asynchronous=True), client.loop.asyncio_loop)
         while not fetching.done():
             self.cancel.raise_if_set()
             self._workers.raise_if_broken()
