@@ -42,10 +42,7 @@ from pipeline.cli.working import (
     working,
 )
 from pipeline.core.errors import DamagedStateError, PipelineError, Stopped, StorageError, storage_error
-from pipeline.core.image_formats import (
-    MAX_SIDE_PX,
-    PREVIEW_PX,
-)
+from pipeline.core.image_formats import MAX_SIDE_PX, PREVIEW_PX
 from pipeline.core.lengths import PAPERS_MM
 
 if TYPE_CHECKING:

@@ -8,10 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import pipeline
-from pipeline.cli.arguments import (
-    with_config,
-    with_log_format,
-)
+from pipeline.cli.arguments import with_config, with_log_format
 from pipeline.cli.ending import OnFinish
 from pipeline.cli.inputs import inputs_of, with_images
 from pipeline.cli.working import EXIT_CODES, raise_if_stopped, working

@@ -17,13 +17,7 @@ from pipeline.commands.commits import Commits, end_reason
 from pipeline.commands.measure import starting_speed
 from pipeline.commands.outputs import Outputs
 from pipeline.commands.smaller_tiles import TileWork
-from pipeline.commands.start import (
-    check_stage_space,
-    check_start,
-    identifier,
-    measured_iterations,
-    with_finished_run,
-)
+from pipeline.commands.start import check_stage_space, check_start, identifier, measured_iterations, with_finished_run
 from pipeline.config import Config, InitNetwork, OptimizerConfig
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import storage

@@ -157,11 +157,7 @@ def _paste(sheet: NDArray[np.uint8], pixels: NDArray[np.uint8], y: int, x: int) 
 
 
 def write_proof(
-    sheet: NDArray[np.uint8],
-    path: Path,
-    proof: ProofSheet,
-    cancel: CancelToken,
-    on_whole: Callable[[Path], None],
+    sheet: NDArray[np.uint8], path: Path, proof: ProofSheet, cancel: CancelToken, on_whole: Callable[[Path], None]
 ) -> None:
     """Write a drawn sheet as PDF or TIFF, by the suffix of `path`. Raises StorageError, Stopped."""
     if path.suffix.lower() != ".pdf":

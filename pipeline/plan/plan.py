@@ -114,11 +114,7 @@ class Plan:
 
 
 def make_plan(
-    config: Config,
-    images: Mapping[Path, ImageHeader],
-    widths: Mapping[str, int],
-    weights_bytes: int,
-    device: Device,
+    config: Config, images: Mapping[Path, ImageHeader], widths: Mapping[str, int], weights_bytes: int, device: Device
 ) -> Plan:
     """Plan the run of `config`.
 

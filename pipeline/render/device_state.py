@@ -80,10 +80,7 @@ def on_device(memory: Memory | None) -> DeviceMemory | None:
 
 
 def update_chunks(
-    sources: Sequence[StageArray],
-    targets: Sequence[StageArray],
-    chunks: Sequence[tuple[int, int]],
-    step: adam.AdamStep,
+    sources: Sequence[StageArray], targets: Sequence[StageArray], chunks: Sequence[tuple[int, int]], step: adam.AdamStep
 ) -> tuple[list[float], float]:
     """Adam's step on chunks in device memory; gives Σ|u| of each chunk, and max|u| of all.
 

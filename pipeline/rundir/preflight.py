@@ -92,11 +92,7 @@ def with_checked_output(config: AnyConfig, planned: Plan, images: Mapping[Path, 
     check_colors(config.output, colors, config.export.compression)
     if config.proof is not None:
         proof_profile(config.proof)
-    notes = (
-        *planned.notes,
-        *color_notes(config, images, colors),
-        *export_notes(config.output, config.export, colors),
-    )
+    notes = (*planned.notes, *color_notes(config, images, colors), *export_notes(config.output, config.export, colors))
     if colors.profile.space == "CMYK":
         planned = _with_four_channels(planned)
     return replace(planned, picture=colors.picture_kind(planned.picture), notes=notes)

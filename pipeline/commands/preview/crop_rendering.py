@@ -43,18 +43,9 @@ from pipeline.core.tiling import Rect, Size
 from pipeline.core.vgg_layers import ALIGN_PX, ceil_to
 from pipeline.plan import Plan, StageWork, layers_in_use, plan_stage
 from pipeline.render import adam, ingest
-from pipeline.render.context import (
-    RenderContext,
-    iteration_record,
-    make_stage,
-    prepared_record,
-    settings_of,
-)
+from pipeline.render.context import RenderContext, iteration_record, make_stage, prepared_record, settings_of
 from pipeline.render.resample import Filling, Region, enlarge, whole
-from pipeline.rundir import (
-    Position,
-    newest_canvas,
-)
+from pipeline.rundir import Position, newest_canvas
 from pipeline.store import CONTENT, integrity
 
 if TYPE_CHECKING:
