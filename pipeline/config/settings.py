@@ -75,9 +75,7 @@ class Settings(Section):
     """The keys of a config file. All paths are absolute."""
 
     preset: PresetName | None = Field(
-        None,
-        description="values for the keys below that are not given; null: the defaults",
-        json_schema_extra=HARMLESS,
+        None, description="values for the keys below that are not given; null: the defaults", json_schema_extra=HARMLESS
     )
     content: File | None = Field(
         None,
@@ -99,8 +97,7 @@ class Settings(Section):
         json_schema_extra=HARMLESS,
     )
     size: Annotated[SidePx | tuple[SidePx, SidePx] | OnPaper | None, BeforeValidator(parse_px)] = Field(
-        None,
-        description="long side of the output, or [width, height] of a texture; null: as the content",
+        None, description="long side of the output, or [width, height] of a texture; null: as the content"
     )
     initial_size: SidePx | Literal["auto"] = Field(
         "auto", description="long side of the coarsest stage in px; auto: what the network sees at once"

@@ -1,4 +1,4 @@
-"""The sizes of canvas and styles in every stage (algorithm.md, "Stages"), and the size on paper."""
+"""The sizes of canvas and styles in every stage (algorithm.md, "Stages"), their scales, and the size on paper."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.core.lengths import DEFAULT_DPI, sensible_dpi
 from pipeline.core.tiling import Size
 from pipeline.core.vgg_layers import ALIGN_PX, ceil_to, min_side_px, receptive_field_px
 from pipeline.images import ImageHeader
-from pipeline.plan.network_cost import layer_names
+from pipeline.plan.network_cost import LayerUse, layer_names
 
 # A stage that is enlarged by less than this for the next would have its work done twice.
 _LEAST_STEP = 1.1
@@ -193,3 +193,24 @@ def _full_size_at_px(style: StyleConfig, images: Mapping[Path, ImageHeader]) -> 
     A scale below 1 adds no stages: they would all have the full size of the canvas.
     """
     return ceil(_largest_px(style, size_of(images[style.image])) / max(style.scale, 1.0))
+
+
+def scales_in_use(config: Config, layer_use: LayerUse, first_px: int, canvas: Size, styles: Sequence[Size]) -> int:
+    """The scales of `loss.scales` that a stage uses: none is smaller than the first stage, or lacks a layer.
+
+    `first_px`: the long side of the first stage.
+    """
+    padding, scales = config.network.padding, 1
+    while scales < config.loss.scales and max(canvas) >= first_px << scales:
+        scales += 1
+    scales = fitting_scales(scales, canvas, layer_use.names, padding)
+    for style in styles:
+        scales = fitting_scales(scales, style, layer_use.style_layers, padding)
+    return scales
+
+
+def fitting_scales(scales: int, size: Size, layers: Sequence[str], padding: str) -> int:
+    """The first of `scales` at which an image of this size has a position at every layer; at least one."""
+    while scales > 1 and layers and min(size) >> scales - 1 < min_side_px(layers, padding):
+        scales -= 1
+    return scales

@@ -18,7 +18,7 @@ from pipeline.core.errors import ConfigError, InputError, storage
 from pipeline.core.text import stage_name
 from pipeline.losses import color as colors
 from pipeline.plan import arrays_of
-from pipeline.render import color_tasks, ingest, mask_tasks, resample, tile_specs, tile_tasks
+from pipeline.render import color_tasks, ingest, resample, tile_specs, tile_tasks
 from pipeline.render.stage import Stage
 from pipeline.render.style_targets import check_finite, ingest_aside, store_style_targets
 from pipeline.store import (
@@ -91,7 +91,8 @@ def _prepare(
     _create_arrays(stage, folder)
     sums = {} if stage.config.content is None else _ingest_content(stage, folder)
     sums |= ingest_guides(stage, folder, stage.layer_use.guides.arrays)
-    areas = _areas(stage, folder, sums)
+    guides = stage.layer_use.guides
+    areas = stage.mask_areas(folder, stage.tiles, guides, sums) if guides.regions else {}
     if not is_region:  # a mask may lie outside a crop
         _refuse_nowhere(stage, areas)
     sums |= store_style_targets(stage, folder, sums.get(CONTENT), content_colors)
@@ -131,16 +132,6 @@ def ingest_guides(stage: Stage, folder: Path, names: Collection[str]) -> dict[st
         assert path is not None
         sums[name] = ingest.ingest(path, array, stage.executor, stage.reporter("mask"))
     return sums
-
-
-def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str, float]:
-    """The areas n_r,l of the mask regions, by style key; empty without masks."""
-    guides, layers, scales = stage.layer_use.guides, stage.layer_use.style_layers, stage.layer_use.scales
-    if not guides.regions:
-        return {}
-    specs = [mask_tasks.AreaSpec(folder, tile, guides, layers, checksums, scales) for tile in stage.tiles]
-    results = stage.executor.map(mask_tasks.area_task, specs)
-    return mask_tasks.total_areas(results, guides, stage.layer_use.style_layer_keys)
 
 
 def _refuse_nowhere(stage: Stage, areas: Mapping[str, float]) -> None:

@@ -57,7 +57,7 @@ class InOrder(Executor):
     def __exit__(self, *_: object) -> None:
         pass
 
-    def run(self, graph, keys, on_done=lambda _key: None, proceed=None):
+    def _run(self, graph, keys, on_done, proceed):
         values = {}
         for key, node in graph.items():
             values[key] = node.function(*(values[need] for need in node.needs))
