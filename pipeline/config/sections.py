@@ -143,7 +143,7 @@ class LossConfig(Section):
     content_weight: Share = Field(0.25, description="weight of the content loss")
     style_weight: Share = Field(1.0, description="weight of the style loss")
     tv_weight: Share = Field(
-        0.2, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=new(0.0)
+        0.1, description="total variation, against grain; 0.05 to 1, 0: off", json_schema_extra=new(0.0)
     )
     tv_kind: Literal["squared", "absolute"] = Field(
         "absolute",
