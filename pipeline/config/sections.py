@@ -115,7 +115,9 @@ class NetworkConfig(Section):
     weights: File | None = Field(
         None, description="weights file; null uses those of the network", json_schema_extra=COMPARED_BY_CONTENT
     )
-    padding: Literal["replicate", "zeros", "reflect"] = Field("replicate", description="padding at the image border")
+    padding: Literal["replicate", "zeros", "reflect"] = Field(
+        "reflect", description="padding at the image border; reflect: borders as calm as the inside"
+    )
     pooling: PoolingKind = Field(
         "average", description="pooling of the network; max has the most grain, tent the least"
     )
