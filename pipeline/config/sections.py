@@ -125,7 +125,9 @@ class NetworkConfig(Section):
     weights: File | None = Field(
         None, description="weights file; null uses those of the network", json_schema_extra=COMPARED_BY_CONTENT
     )
-    padding: Literal["replicate", "zeros", "reflect"] = Field("replicate", description="padding at the image border")
+    padding: Literal["replicate", "zeros", "reflect"] = Field(
+        "reflect", description="padding at the image border; reflect: borders as calm as the inside"
+    )
     pooling: PoolingKind = Field(
         "average", description="pooling of the network; max has the most grain, tent the least"
     )
@@ -153,7 +155,7 @@ class LossConfig(Section):
     content_weight: Share = Field(0.25, description="weight of the content loss")
     style_weight: Share = Field(1.0, description="weight of the style loss")
     tv_weight: Share = Field(
-        0.2, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=new(0.0)
+        0.1, description="total variation, against grain; 0.05 to 1, 0: off", json_schema_extra=new(0.0)
     )
     tv_kind: Literal["squared", "absolute"] = Field(
         "absolute",

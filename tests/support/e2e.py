@@ -71,7 +71,7 @@ SMALL: dict[str, Any] = {
     "style_stages": True,
     "dequantize": False,
     "init_noise": 0.0,
-    "network": {"name": "random"},
+    "network": {"name": "random", "padding": "replicate"},
     "loss": {"tv_weight": 0.0},
     "optimizer": {"max_iterations": 2, "coarse_iterations": 1.0},
     "compute": {"device": "cpu", "tile_px": 64},
