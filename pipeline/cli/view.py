@@ -9,19 +9,18 @@ import sys
 import tempfile
 import threading
 import webbrowser
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import click
 import psutil
 
 import pipeline
+from pipeline.cli.arguments import with_options
 from pipeline.core.events import Sink
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-_OPTIONS = (
+# The options of `view` beside those that select the run.
+with_view_options = with_options(
     click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Address to listen at; default 127.0.0.1."),
     click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="N", help="Port; default any free one."),
     click.option(
@@ -33,13 +32,6 @@ _OPTIONS = (
     click.option("--open", "open_browser", is_flag=True, help="Open the page in a browser."),
     click.option("--allow-crops", is_flag=True, help="The page may render crops (needs --config)."),
 )
-
-
-def with_view_options(command: F) -> F:
-    """The options of `view` beside those that select the run."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
 
 
 def serve(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from contextlib import ExitStack
@@ -14,17 +13,18 @@ from typing import TYPE_CHECKING
 from pipeline import store
 from pipeline.commands.commits import Commits
 from pipeline.commands.outputs import Outputs
+from pipeline.commands.smaller_tiles import TileWork
 from pipeline.commands.start import check_stage_space, check_start
 from pipeline.config import ApplyConfig, dotted, input_files, result_fields
 from pipeline.core.cancel import CancelToken
-from pipeline.core.errors import DeviceMemoryError, PipelineError, Stopped, storage
+from pipeline.core.errors import PipelineError, Stopped, storage
 from pipeline.core.events import Note, RunDone, Sink, StageDone, StageStarted, ignore
 from pipeline.core.text import count
 from pipeline.executors import Executor
 from pipeline.feedforward.plan import ApplyPlan, plan_apply
 from pipeline.network import sha256_of
-from pipeline.plan import Device, resolve_device
-from pipeline.render.context import executor_for, threads_of
+from pipeline.plan import Device, run_device
+from pipeline.render.context import executor_for, process_gpu_bytes, threads_of
 from pipeline.rundir import (
     Identity,
     Position,
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 @process_settings()
 def apply_plan(config: ApplyConfig) -> ApplyPlan:
-    """What `apply` will compute and need, from the headers of its files. Raises ConfigError, InputError."""
-    return plan_apply(resolved(config), resolve_device(config.compute.device))
+    """What `apply` will compute and need, from the headers of its files; raises the errors of errors.py."""
+    return plan_apply(resolved(config), run_device(config.compute))
 
 
 @process_settings()
@@ -65,7 +65,7 @@ def apply(
         exists = config.work_dir.exists()
         if exists:
             lock = stack.enter_context(locked_folder(config.work_dir))
-        device = resolve_device(config.compute.device)
+        device = run_device(config.compute, cancel, lambda message: sink(Note(message)))
         planned = plan_apply(config, device)
         for note in planned.plan.notes:
             sink(Note(note))
@@ -74,13 +74,15 @@ def apply(
         if not exists:  # after all refusals, so that a refused start creates nothing
             lock = stack.enter_context(locked_folder(config.work_dir))
             begin = check_start(config, planned.plan, identify, force=force, cancel=cancel)  # as in `run`
-        executor = stack.enter_context(executor_for(config, device, (), lock.descriptor, sink, cancel))
+        # inside the lock: its tasks have ended before another run can lock the directory
+        files = _network_files(config, identify())
+        executor = stack.enter_context(executor_for(config, device, files, lock.descriptor, sink, cancel))
         refuse_links(config.work_dir)
         open_run(config, planned.plan, identify, begin.state)
         commits = Commits(config, begin.state.journal, begin.state.position)
         application = _Application(config, planned, device, executor, commits, identify(), sink)
         application.apply()
-        Outputs(config, planned.plan, executor, sink, force, application.commit, lambda: application.position).write()
+        Outputs(config, planned.plan, executor, sink, force, commits).write()
     outputs = list(planned.plan.outputs)
     sink(RunDone(", ".join(outputs), time.monotonic() - started, str(config.work_dir), state_bytes(config.work_dir)))
     return Path(outputs[0])
@@ -106,6 +108,11 @@ def _identity(config: ApplyConfig, cancel: CancelToken) -> Identity:
     return Identity(result_fields(config), {dotted(key): sha256_of(path, cancel) for key, path in input_files(config)})
 
 
+def _network_files(config: ApplyConfig, identity: Identity) -> list[tuple[Path, str]]:
+    """(path, SHA-256) of each network's file."""
+    return [(use.file, identity.inputs[f"networks.{index}.file"]) for index, use in enumerate(config.networks)]
+
+
 @dataclass
 class _Application:
     """The state of a run of `apply` in this process."""
@@ -127,20 +134,9 @@ class _Application:
         """Run every pass that is not done, in smaller tiles if those of the plan do not fit in the device's memory."""
         if self.position.stage_done:
             return
-        step_px = self.planned.plan.tile_step_px
-        while True:
-            tile_px = min(self.position.tile_px or self.planned.plan.tile_px, self.planned.plan.tile_px)
-            try:
-                self._apply_in_tiles(tile_px)
-                return
-            except DeviceMemoryError:
-                if tile_px == step_px:
-                    raise
-            gc.collect()  # the error's frames refer to each other, and to the tile's tensors
-            smaller = max(step_px, tile_px // 2 // step_px * step_px)
-            self.commit(records.SmallerTile(tile_px=smaller))
-            cause = f"{self.device.name} is out of memory for tiles of {tile_px} px"
-            self.sink(Note(f"{cause}: resuming with tiles of {smaller} px from the last pass"))
+        plan = self.planned.plan
+        tiles = TileWork(plan.tile_px, plan.tile_step_px, self.device.name, "pass")
+        tiles.do(self._apply_in_tiles, self._commits, self.sink)
 
     def _apply_in_tiles(self, tile_px: int) -> None:
         passes, stage = self._passes(tile_px), self.planned.stage
@@ -185,15 +181,15 @@ class _Application:
         from pipeline.feedforward.passes import NetworkPasses  # noqa: PLC0415
         from pipeline.feedforward.wct_passes import WctPasses  # noqa: PLC0415
 
-        config, inputs = self.config, self.identity.inputs
+        config = self.config
         kind = NetworkPasses if self.planned.wct is None else WctPasses
         return kind(
             config,
             self.planned,
-            tuple(inputs[f"networks.{index}.file"] for index in range(len(config.networks))),
+            tuple(sha256 for _, sha256 in _network_files(config, self.identity)),
             self.device.name,
             threads_of(config),
-            self.planned.plan.device_bytes // max(1, config.compute.workers),
+            process_gpu_bytes(config, self.planned.plan, self.device),
             stage_path(config.work_dir, 0),
             self.executor,
             self.sink,

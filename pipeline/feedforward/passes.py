@@ -14,8 +14,8 @@ from pipeline.core.errors import InputError, storage
 from pipeline.core.events import Sink, WorkDone, in_order
 from pipeline.core.tiling import Tile, grid
 from pipeline.executors import Executor
-from pipeline.feedforward import activations, tile_tasks
-from pipeline.feedforward.arrays import CANVAS, mask_arrays
+from pipeline.feedforward import activations, histogram, tile_tasks
+from pipeline.feedforward.arrays import CANVAS, UNMATCHED, mask_arrays
 from pipeline.feedforward.plan import ApplyPlan
 from pipeline.feedforward.tile_tasks import Measured, NetworksSpec
 from pipeline.feedforward.tiled import Statistics
@@ -136,6 +136,8 @@ class NetworkPasses(Passes):
         measured, norms = statistics_by_network(known), self.plan.norms
         if number == len(norms):
             return self._output(number, measured, checksums)
+        if number > len(norms):
+            return self._matched(number, checksums)
         network, conv = norms[number]
         spec, size = self.plan.networks[network].header.spec, self.plan.content_size
         step = activations.step_of(spec, network, size, conv, self.plan.keeps)
@@ -167,6 +169,7 @@ class NetworkPasses(Passes):
         self, number: int, measured: Mapping[int, Mapping[str, Statistics]], checksums: Mapping[str, str]
     ) -> PassResult:
         masks, keeps_color = mask_arrays(self.config), self.config.color == "luminance"
+        target = UNMATCHED if self.config.match_histogram else CANVAS
         specs = [
             tile_tasks.OutputSpec(
                 self.stage_dir,
@@ -174,7 +177,7 @@ class NetworkPasses(Passes):
                 self._networks,
                 checksums,
                 measured,
-                CANVAS,
+                target,
                 masks,
                 keeps_color,
                 keeps=self.plan.keeps,
@@ -182,7 +185,15 @@ class NetworkPasses(Passes):
             for tile in self.tiles
         ]
         sums = self.executor.map(tile_tasks.output_task, specs, self._counter(number, len(specs)), tile=True)
-        packed = store.open_array(self.stage_dir, CANVAS).packed(merged(sums))
+        packed = store.open_array(self.stage_dir, target).packed(merged(sums))
+        return PassResult(checksums={target: packed})
+
+    def _matched(self, number: int, checksums: Mapping[str, str]) -> PassResult:
+        source, content = (store.open_array(self.stage_dir, name, checksums[name]) for name in (UNMATCHED, CONTENT))
+        target = store.open_array(self.stage_dir, CANVAS)
+        tiles = [grid(*array.shape[:2], self.tile_px) for array in (source, content, target)]
+        counter = self._counter(number, sum(map(len, tiles)))
+        packed = histogram.matched(source, content, target, self.executor, self.tile_px, counter)
         return PassResult(checksums={CANVAS: packed})
 
 

@@ -28,6 +28,11 @@ from pipeline.store import (
     ArraySpec,
 )
 
+_NO_MATCH = (
+    "match_histogram: is for networks of super-resolution; a style changes the colours on purpose. Use color: "
+    "luminance to keep those of the content."
+)
+
 
 @dataclass(frozen=True)
 class NetworkUse:
@@ -97,7 +102,8 @@ def plan_apply(config: ApplyConfig, device: Device) -> ApplyPlan:
     specs = tuple(use.header.spec for use in networks)
     arrays = arrays_of(config, content_size, canvas, content)
     *others, last = strategies(config, specs, content_size, device)
-    passes, file_bytes = 1 + sum(len(use.norms) for use in networks), sum(use.header.size_bytes for use in networks)
+    passes = 1 + sum(len(use.norms) for use in networks) + config.match_histogram
+    file_bytes = sum(use.header.size_bytes for use in networks)
     work = ApplyWork(
         config, specs, (), content_size, canvas, content, images, device, arrays, passes, file_bytes
     )  # fmt: skip
@@ -121,6 +127,8 @@ def _plan_wct(config: ApplyConfig, device: Device, images: Mapping[Path, ImageHe
     header = read_wct_header(network.file, config.limits.max_weights_bytes)
     if len(config.networks) > 1 or network.mask is not None or network.styles is not None:
         raise ConfigError("networks: with a file of encoder-decoder pairs it is the only one, without mask and styles.")
+    if config.match_histogram:
+        raise ConfigError(_NO_MATCH)
     if config.style is None:
         raise ConfigError(f"style: missing; {network.file} applies the style of an image. Name one (--style).")
     if config.activations not in ("auto", "recompute"):
@@ -163,6 +171,8 @@ def _networks(config: ApplyConfig) -> tuple[NetworkUse, ...]:
             )
         if all(network.mask is not None for network in config.networks):
             raise ConfigError("networks: where the masks are black, nothing would be enlarged. Leave out one mask.")
+    elif config.match_histogram:
+        raise ConfigError(_NO_MATCH)
     return tuple(uses)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline import store
 from pipeline.core import profiler
 from pipeline.core.tiling import Rect, Tile, grid
+from pipeline.executors import Executor
 from pipeline.feedforward import geometry, wct
 from pipeline.feedforward.passes import Known, Passes, PassResult, not_finite
 from pipeline.feedforward.plan import WctUse
@@ -118,6 +119,18 @@ def output_task(spec: WctOutput) -> ChunkSums:
         return device_io.save(open_array(spec.stage_dir, spec.target), inner, out_1CHW[0])
 
 
+def total_gram(
+    executor: Executor, specs: Sequence[WctTile], name: str, on_done: Callable[[], None] = lambda: None
+) -> Gram:
+    """The sum of φ̃φ̃ᵀ over an array, of which `specs` are the tiles. Raises InputError if it is not finite."""
+    initial: Gram | None = None
+    total = executor.fold(gram_task, specs, add_grams, initial, on_done)
+    assert total is not None  # every position belongs to a tile
+    if not np.isfinite(total).all():
+        raise not_finite(specs[0].network.path, name)
+    return total
+
+
 class WctPasses(Passes):
     """Three passes per level; the canvas of a level is in the slot that the level before has not written."""
 
@@ -156,11 +169,7 @@ class WctPasses(Passes):
         specs = [
             WctTile(self.stage_dir, array, tile, self._level(level), checksums) for tile in grid(*size, self.tile_px)
         ]
-        initial: Gram | None = None
-        total = self.executor.fold(gram_task, specs, add_grams, initial, self._counter(number, len(specs)))
-        assert total is not None  # every position belongs to a tile
-        if not np.isfinite(total).all():
-            raise not_finite(self._use.header.path, name)
+        total = total_gram(self.executor, specs, name, self._counter(number, len(specs)))
         return PassResult(0, name, tuple(total[-1].tolist()), tuple(total[:-1, :-1].ravel().tolist()))
 
     def _level(self, level: WctLevel) -> LevelSpec:

@@ -75,8 +75,8 @@ class ApplyWork:
             chunk_px=config.store.chunk_px,
             halo_px=max(_MIDDLE.y0 // spec.factor - window.pixels.y0, 0),
             device=self.device.name,
-            devices="",
-            cluster="",
+            devices=self.device.label if self.device.processes or self.device.cluster else "",
+            cluster=self.device.cluster,
             host_bytes=self._host_bytes(tile_px, sheets, picture),
             tile_device_bytes=self._device_bytes(tile_px),
             device_bytes=self._device_bytes(tile_px),
@@ -146,7 +146,7 @@ class ApplyWork:
         need, have = (host[phase], limit) if host[phase] > limit else (on_device, self.device.memory_bytes)
         raise ConfigError(
             f"compute.tile_px: {asked} needs {size_text(need)} of memory (phase: {phase}), but {size_text(have)} is "
-            "the limit. Raise memory.limit, or use a smaller store.chunk_px, fewer workers or a narrower network."
+            "the limit. Raise memory.limit, or use a smaller store.chunk_px, fewer processes or a narrower network."
         )
 
     def _tile_bytes(self, tile_px: int) -> int:
@@ -172,16 +172,18 @@ class ApplyWork:
         return WORKERS * (int(1.5 * largest) + masks * 3 * tile_px**2) * self._itemsize
 
     def _device_bytes(self, tile_px: int) -> int:
-        """Peak bytes on a GPU, over all processes; 0 on a CPU."""
+        """Peak bytes on a GPU: of its process, or of all worker processes, which share it; 0 on a CPU."""
         if self.device.name == "cpu":
             return 0
         process = self._tile_bytes(tile_px) + self._flight_bytes(tile_px)
+        if self.device.processes:  # each has a GPU, or its share of one
+            return process + CONTEXT_BYTES
         workers = self.config.compute.workers
         return workers * (process + CONTEXT_BYTES) if workers else process
 
     def _host_bytes(self, tile_px: int, sheets: Sequence[Sheet], picture: PixelKind) -> dict[str, int]:
-        """Resident bytes of every phase, over all processes."""
-        chunk_px, workers = self.config.store.chunk_px, self.config.compute.workers
+        """Resident bytes of every phase, over all processes; of a cluster, of the largest process on any machine."""
+        chunk_px, processes = self.config.store.chunk_px, self.config.compute.workers or len(self.device.processes)
         on_cpu = self.device.name == "cpu"
         base = BASE_BYTES["cpu" if on_cpu else "gpu"]
         if on_cpu:
@@ -190,15 +192,19 @@ class ApplyWork:
             chunk_bytes = max(array.stored_bytes // array.chunks for array in self.arrays.values())
             tiles = 4 * STAGING_THREADS * max(chunk_bytes, chunk_px**2 * 3 * self._itemsize)
         weights = 2 * self.file_bytes
-        idle = (base + sum(cost.parameters_bytes(spec) for spec in self.specs)) * workers
+        idle = base + sum(cost.parameters_bytes(spec) for spec in self.specs)
         own = {
             "ingest": self._ingest_bytes(),
             "export": max(self._export_bytes(sheet.size, picture) for sheet in sheets),
         }
         in_tasks = {"weights": weights, "passes": tiles}
+        if self.device.cluster:
+            own = {phase: BASE_BYTES["cpu"] + size for phase, size in own.items()}
+            return own | {phase: idle + size for phase, size in in_tasks.items()}
+        resting = base + processes * idle
         return {
-            **{phase: base + size + idle for phase, size in own.items()},
-            **{phase: base + max(1, workers) * size + idle for phase, size in in_tasks.items()},
+            **{phase: resting + size for phase, size in own.items()},
+            **{phase: resting + max(1, processes) * size for phase, size in in_tasks.items()},
         }
 
     def _ingest_bytes(self) -> int:

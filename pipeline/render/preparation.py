@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import store
-from pipeline.config import InitNetwork, regions_of
+from pipeline.config import InitNetwork, InitWct, regions_of
 from pipeline.core.allocator import trim_heap
 from pipeline.core.errors import ConfigError, InputError, storage
 from pipeline.core.text import stage_name
 from pipeline.losses import color as colors
 from pipeline.plan import arrays_of
-from pipeline.render import color_tasks, ingest, mask_tasks, resample, tile_specs, tile_tasks
+from pipeline.render import color_tasks, ingest, resample, tile_specs, tile_tasks
 from pipeline.render.stage import Stage
 from pipeline.render.style_targets import check_finite, ingest_aside, store_style_targets
 from pipeline.store import (
@@ -65,7 +65,7 @@ def prepare(
     `previous_canvas`: the result of the previous stage, None for the first. `content_colors`: statistics of the whole
     content, if the stage covers only a region of it. `moments`: m and v of the previous stage, if this one continues
     them. `is_region`: the stage is a crop, in which a mask may be black. `first_canvas`: fills the first canvas of
-    `init: apply`.
+    `init: apply` or `init: wct`.
 
     Raises StorageError, InputError for a broken image or a black mask, ConfigError for features that are not finite,
     ChunkError if the previous canvas is damaged.
@@ -91,7 +91,8 @@ def _prepare(
     _create_arrays(stage, folder)
     sums = {} if stage.config.content is None else _ingest_content(stage, folder)
     sums |= ingest_guides(stage, folder, stage.layer_use.guides.arrays)
-    areas = _areas(stage, folder, sums)
+    guides = stage.layer_use.guides
+    areas = stage.mask_areas(folder, stage.tiles, guides, sums) if guides.regions else {}
     if not is_region:  # a mask may lie outside a crop
         _refuse_nowhere(stage, areas)
     sums |= store_style_targets(stage, folder, sums.get(CONTENT), content_colors)
@@ -131,16 +132,6 @@ def ingest_guides(stage: Stage, folder: Path, names: Collection[str]) -> dict[st
         assert path is not None
         sums[name] = ingest.ingest(path, array, stage.executor, stage.reporter("mask"))
     return sums
-
-
-def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str, float]:
-    """The areas n_r,l of the mask regions, by style key; empty without masks."""
-    guides, layers, scales = stage.layer_use.guides, stage.layer_use.style_layers, stage.layer_use.scales
-    if not guides.regions:
-        return {}
-    specs = [mask_tasks.AreaSpec(folder, tile, guides, layers, checksums, scales) for tile in stage.tiles]
-    results = stage.executor.map(mask_tasks.area_task, specs)
-    return mask_tasks.total_areas(results, guides, stage.layer_use.style_layer_keys)
 
 
 def _refuse_nowhere(stage: Stage, areas: Mapping[str, float]) -> None:
@@ -191,7 +182,7 @@ def _fill_canvas(
             stage.reporter("canvas"),
             resample.Filling(smoothing=stage.config.stage_smoothing),
         )
-    if isinstance(init, InitNetwork):
+    if isinstance(init, InitNetwork | InitWct):
         if first_canvas is None:  # its statistics are of the whole picture
             raise ConfigError(
                 "init: a start from a network is computed for whole pictures. Crop a later stage, or choose another "
@@ -214,9 +205,10 @@ def _fill_canvas(
 
 def _start_from(stage: Stage, image: StageArray, canvas: StageArray) -> str:
     """Fill the first canvas with an image of its size; gives its checksums. 16 bits have fewer ties, but some too."""
-    seed = stage.config.seed if stage.config.dequantize else None
+    levels = stage.config.start_noise
+    filling = resample.Filling(noise_seed=stage.config.seed, noise_levels=levels) if levels else resample.Filling()
     source, target = resample.whole(image), resample.whole(canvas)
-    return resample.enlarge(source, target, stage.executor, stage.reporter("canvas"), resample.Filling(noise_seed=seed))
+    return resample.enlarge(source, target, stage.executor, stage.reporter("canvas"), filling)
 
 
 def _start_moments(stage: Stage, folder: Path, moments: Sequence[StageArray]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from pipeline.core.errors import ConfigError, DamagedStateError
 from pipeline.core.image_formats import RGB8
 from pipeline.core.text import shown, stage_name
 from pipeline.network import WeightsSource, sha256_of
-from pipeline.plan import Plan, default_threads
+from pipeline.plan import Plan, tile_threads
 from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.manifest import begun_manifest, read_manifest, stages_of, trusted_manifest, write_manifest
 from pipeline.rundir.paths import journal_path, manifest_path, store_path
@@ -120,7 +120,6 @@ def open_run(config: AnyConfig, planned: Plan, identify: Callable[[], Identity],
 
 
 def _new_manifest(config: AnyConfig, planned: Plan, identity_now: Identity) -> Manifest:
-    compute = config.compute
     return Manifest(
         format=FORMAT,
         command=command_of(config),
@@ -129,7 +128,7 @@ def _new_manifest(config: AnyConfig, planned: Plan, identity_now: Identity) -> M
         stages=_stage_sizes(planned),
         content=ContentKind(**asdict(planned.stages[-1].content or RGB8)),
         dpi=planned.dpi,
-        threads=default_threads(compute.tile_processes) if compute.threads == "auto" else compute.threads,
+        threads=tile_threads(config.compute),
         result_fields=identity_now.result_fields,
         inputs=identity_now.inputs,
     )

@@ -44,5 +44,5 @@ from pipeline.store.layout import (
 )
 from pipeline.store.memory import HostMemory, Memory
 from pipeline.store.metadata import check_metadata, group_metadata, make_room_again, read_gram, write_metadata
-from pipeline.store.overview import Overview, OverviewChunk, overview_path
+from pipeline.store.overview import Overview, OverviewChunk, block_means, overview_path
 from pipeline.store.resident import RESIDENT_THREADS, ResidentStage

@@ -63,7 +63,7 @@ class Viewer:
             )
         self.options, self.sink, self.config = options, sink, config
         self.listening = options.host
-        self.token = options.token or access.new_token()
+        self.token = options.token or secrets.token_urlsafe(18)
         self.pool: Executor
         self.reader = RunReader(work_dir)
         self.number, self.closing = 0, False
