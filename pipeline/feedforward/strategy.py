@@ -18,7 +18,7 @@ from pipeline.store import BFLOAT16, ArraySpec, other_slot
 
 # Operations saved per byte of activations that is read or written, above which storing them is worth it. Estimates of
 # what a processor computes while a disk moves a byte (100 GFLOP/s, 400 MB/s), and a GPU (30 TFLOP/s, 2 GB/s); measured
-# were 46 GFLOP/s on one thread (docs/feedforward.md).
+# were 52 GFLOP/s on one thread (docs/feedforward.md).
 _LEAST_GAIN = {"cpu": 250, "gpu": 15_000}
 # Of the free disk space, which others need too.
 _LARGEST_SHARE = 0.5
