@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from pipeline.commands.apply import apply
 from pipeline.commands.run import run
 from pipeline.config import Config
 from pipeline.core.errors import ConfigError, InputError
+from pipeline.executors import Executor
 from pipeline.feedforward.wct import transport
+from pipeline.plan import Device
+from pipeline.render.context import executor_for
 from pipeline.rundir import Journal, iterations_of, journal_path
 from tests.support.inputs import write_image
 from tests.support.networks import write_network, write_wct
@@ -152,6 +156,20 @@ def test_a_start_keeps_the_contents_colours_where_the_run_does(folder: Path) -> 
     inside = ((canvas(folder / "out.run") > 1) & (canvas(folder / "out.run") < 254)).all(-1)
     assert inside.any() and changed.std() > 1
     assert np.abs(changed - changed[..., :1])[inside].max() < 1e-6
+
+
+def test_a_cluster_is_asked_for_the_file_of_the_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker with another file under this name would start its tiles in another look."""
+    asked: list[tuple[Path, str]] = []
+
+    def recording(config: Config, device: Device, files: list[tuple[Path, str]], *rest: Any) -> Executor:
+        asked.extend(files)
+        return executor_for(config, device, files, *rest)
+
+    monkeypatch.setattr("pipeline.commands.run.executor_for", recording)
+    run(run_config(folder))
+    path = folder / "wct.safetensors"
+    assert asked == [(path, hashlib.sha256(path.read_bytes()).hexdigest())]
 
 
 def test_a_run_with_another_start_is_refused(folder: Path) -> None:
