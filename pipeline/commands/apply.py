@@ -23,8 +23,8 @@ from pipeline.core.text import count
 from pipeline.executors import Executor
 from pipeline.feedforward.plan import ApplyPlan, plan_apply
 from pipeline.network import sha256_of
-from pipeline.plan import Device, resolve_device
-from pipeline.render.context import executor_for, threads_of
+from pipeline.plan import Device, run_device
+from pipeline.render.context import executor_for, process_gpu_bytes, threads_of
 from pipeline.rundir import (
     Identity,
     Position,
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 @process_settings()
 def apply_plan(config: ApplyConfig) -> ApplyPlan:
-    """What `apply` will compute and need, from the headers of its files. Raises ConfigError, InputError."""
-    return plan_apply(resolved(config), resolve_device(config.compute.device))
+    """What `apply` will compute and need, from the headers of its files; raises the errors of errors.py."""
+    return plan_apply(resolved(config), run_device(config.compute))
 
 
 @process_settings()
@@ -65,7 +65,7 @@ def apply(
         exists = config.work_dir.exists()
         if exists:
             lock = stack.enter_context(locked_folder(config.work_dir))
-        device = resolve_device(config.compute.device)
+        device = run_device(config.compute, cancel, lambda message: sink(Note(message)))
         planned = plan_apply(config, device)
         for note in planned.plan.notes:
             sink(Note(note))
@@ -74,7 +74,9 @@ def apply(
         if not exists:  # after all refusals, so that a refused start creates nothing
             lock = stack.enter_context(locked_folder(config.work_dir))
             begin = check_start(config, planned.plan, identify, force=force, cancel=cancel)  # as in `run`
-        executor = stack.enter_context(executor_for(config, device, (), lock.descriptor, sink, cancel))
+        # inside the lock: its tasks have ended before another run can lock the directory
+        files = _network_files(config, identify())
+        executor = stack.enter_context(executor_for(config, device, files, lock.descriptor, sink, cancel))
         refuse_links(config.work_dir)
         open_run(config, planned.plan, identify, begin.state)
         commits = Commits(config, begin.state.journal, begin.state.position)
@@ -104,6 +106,11 @@ def apply_outlook(config: ApplyConfig, planned: ApplyPlan, *, stop: threading.Ev
 
 def _identity(config: ApplyConfig, cancel: CancelToken) -> Identity:
     return Identity(result_fields(config), {dotted(key): sha256_of(path, cancel) for key, path in input_files(config)})
+
+
+def _network_files(config: ApplyConfig, identity: Identity) -> list[tuple[Path, str]]:
+    """(path, SHA-256) of each network's file."""
+    return [(use.file, identity.inputs[f"networks.{index}.file"]) for index, use in enumerate(config.networks)]
 
 
 @dataclass
@@ -174,15 +181,15 @@ class _Application:
         from pipeline.feedforward.passes import NetworkPasses  # noqa: PLC0415
         from pipeline.feedforward.wct_passes import WctPasses  # noqa: PLC0415
 
-        config, inputs = self.config, self.identity.inputs
+        config = self.config
         kind = NetworkPasses if self.planned.wct is None else WctPasses
         return kind(
             config,
             self.planned,
-            tuple(inputs[f"networks.{index}.file"] for index in range(len(config.networks))),
+            tuple(sha256 for _, sha256 in _network_files(config, self.identity)),
             self.device.name,
             threads_of(config),
-            self.planned.plan.device_bytes // max(1, config.compute.workers),
+            process_gpu_bytes(config, self.planned.plan, self.device),
             stage_path(config.work_dir, 0),
             self.executor,
             self.sink,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from pipeline.commands.measure import starting_speed
 from pipeline.commands.outputs import Outputs
 from pipeline.commands.smaller_tiles import TileWork
 from pipeline.commands.start import check_stage_space, check_start, identifier, measured_iterations, with_finished_run
-from pipeline.config import Config, InitNetwork, OptimizerConfig
+from pipeline.config import Config, InitNetwork, InitWct, OptimizerConfig, dotted, input_files
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, ignore
@@ -36,6 +36,7 @@ from pipeline.render.context import (
     settings_of,
 )
 from pipeline.rundir import (
+    Identity,
     Position,
     locked_folder,
     newest_canvas,
@@ -93,7 +94,8 @@ def run(
             lock = stack.enter_context(locked_folder(config.work_dir))
             begin = check()  # until it was locked, another run may have begun there
         # inside the lock: its tasks have ended before another run can lock the directory
-        executor = stack.enter_context(executor_for(config, device, weights.files, lock.descriptor, sink, cancel))
+        files = [*weights.files, *_start_networks(config, identify)]
+        executor = stack.enter_context(executor_for(config, device, files, lock.descriptor, sink, cancel))
         refuse_links(config.work_dir)
         context = render_context(config, planned, device, weights, executor, sink)
         speed = starting_speed(config, begin.planned, context, watts, begins=not begin.state.position.is_fixed)
@@ -113,6 +115,13 @@ def run(
         sink(Note(f"this took {duration(seconds)} and {energy_text(seconds * watts)}, at {watts:g} W (as given)"))
     sink(RunDone(", ".join(outputs), seconds, str(config.work_dir), state_bytes(config.work_dir)))
     return Path(outputs[0])
+
+
+def _start_networks(config: Config, identify: Callable[[], Identity]) -> list[tuple[Path, str]]:
+    """(path, SHA-256) of the network of `init: apply` or `init: wct`."""
+    if not isinstance(config.init, InitNetwork | InitWct):
+        return []
+    return [(path, identify().inputs[dotted(key)]) for key, path in input_files(config) if key[0] == "init"]
 
 
 @dataclass(frozen=True)
@@ -190,7 +199,7 @@ class _Rendering:
             previous = newest_canvas(self.config.work_dir, self.position, index - 1) if index else None
             before = self._carried(stage_plan) if index else None
             self._since = time.monotonic()
-            first = start_picture(stage) if not index and isinstance(self.config.init, InitNetwork) else None
+            first = None if index else start_picture(stage)
             started = prepare(stage, previous, moments=before.moments if before else (), first_canvas=first)
             record = prepared_record(index, stage.tile_px, started)
             start = {"alpha": before.alpha, "adam_steps": before.steps} if before else {}

@@ -21,6 +21,7 @@ from pipeline.config.sections import (
     EdgeConfig,
     ExportConfig,
     InitNetwork,
+    InitWct,
     LimitsConfig,
     OptimizerConfig,
     PrintSize,

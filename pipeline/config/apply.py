@@ -12,8 +12,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.config import Config, input_files, read_overridden, validated
-from pipeline.config.conflicts import picture_conflicts
-from pipeline.config.fields import File, NetworkFile, Output, Share, SidePx, parse_px
+from pipeline.config.conflicts import compute_conflicts, picture_conflicts
+from pipeline.config.fields import Bool, File, NetworkFile, Output, Share, SidePx, parse_px
 from pipeline.config.messages import Conflict, ConflictsError, Expected
 from pipeline.config.overrides import override
 from pipeline.config.sections import (
@@ -26,6 +26,7 @@ from pipeline.config.sections import (
     PrintSize,
     Section,
     StoreConfig,
+    new,
 )
 from pipeline.config.settings import OnPaper, default_work_dir
 from pipeline.config.yaml_reader import CommandLineText, Document, Key, Place, plain_value, read
@@ -103,8 +104,19 @@ class ApplyConfig(Section):
     color: Literal["style", "luminance"] = Field(
         "style", description="where the colours come from; luminance keeps the content's colours"
     )
+    match_histogram: Bool = Field(
+        False,
+        description="give each channel of an enlargement the histogram of the content's",
+        json_schema_extra=new(False),
+    )
     working_space: WorkingSpace = Field(
         "auto", description="colours that the canvas can have; auto: sRGB, or more for a wider export.profile"
+    )
+    activations: Literal["auto", "recompute", "store", "bfloat16"] = Field(
+        "auto",
+        description="passes compute the layers before again, or store activations; auto: as the plan says; bfloat16: "
+        "stored in half the space, approximate",
+        json_schema_extra=new("auto"),
     )
     compute: ComputeConfig = Field(ComputeConfig(), description="device, precision and parallelism")
     memory: MemoryConfig = Field(MemoryConfig(), description="host memory", json_schema_extra=HARMLESS)
@@ -116,7 +128,8 @@ class ApplyConfig(Section):
     def _refuse_conflicts(self) -> Self:
         if conflicts := [
             *_networks(self),
-            *_one_machine(self.compute),
+            *compute_conflicts(self.compute),
+            *_processes(self.compute),
             *picture_conflicts(self.output, self.work_dir, self.export, input_files(self)),
         ]:
             raise ConflictsError(conflicts)
@@ -143,10 +156,10 @@ class ApplyConfig(Section):
         return tuple(network.mask for network in self.networks if network.mask is not None)
 
 
-def _one_machine(compute: ComputeConfig) -> Iterator[Conflict]:
-    for key, asked in (("scheduler", compute.scheduler != "none"), ("devices", compute.devices != "auto")):
-        if asked:
-            yield Conflict((("compute", key),), "is for runs; apply computes on one device: use compute.device")
+def _processes(compute: ComputeConfig) -> Iterator[Conflict]:
+    if compute.devices != "auto" and compute.workers:
+        text = "beside compute.devices it is the number of processes that update a canvas, and apply has none; leave it"
+        yield Conflict((("compute", "workers"), ("compute", "devices")), f"{text} out")
 
 
 def _networks(config: ApplyConfig) -> Iterator[Conflict]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config.messages import Conflict
 from pipeline.config.regions import regions_of
-from pipeline.config.sections import ExportConfig, InitNetwork, PrintSize
+from pipeline.config.sections import ComputeConfig, ExportConfig, InitNetwork, InitWct, PrintSize
 from pipeline.config.settings import Settings
 from pipeline.config.yaml_reader import Key, dotted
 from pipeline.core.files import real, same_file, would_replace
@@ -29,7 +29,7 @@ def all_conflicts(settings: Settings, inputs: Iterable[tuple[Key, Path]]) -> Ite
     yield from _start(settings)
     yield from _grid(settings)
     yield from _state(settings)
-    yield from _compute(settings)
+    yield from compute_conflicts(settings.compute)
     yield from picture_conflicts(settings.output, settings.work_dir, settings.export, inputs)
 
 
@@ -56,7 +56,7 @@ def _start(settings: Settings) -> Iterator[Conflict]:
             yield Conflict((size, content), "null uses the content's size, but there is no content; give a size")
         if settings.init == "content":
             yield Conflict((init, content), "there is no content to start from; choose noise, or an image file")
-        if isinstance(settings.init, InitNetwork):
+        if isinstance(settings.init, InitNetwork | InitWct):
             yield Conflict((init, content), "there is no content to put through the network; choose noise")
         if settings.color != "style":
             text = f"{settings.color} uses the content's colours, but there is no content; choose style, or add one"
@@ -65,6 +65,11 @@ def _start(settings: Settings) -> Iterator[Conflict]:
         text = "[width, height] is for textures, which have no content; give the long side only"
         yield Conflict((size, content), text)
     yield from _print_size(settings)
+    if isinstance(settings.init, InitWct):
+        styles = settings.for_first_stage.styles
+        if not styles or any(style.mask is not None for style in styles):
+            text = "gives the whole picture the look of all styles, and {}; choose content, or an image file"
+            yield Conflict((init, ("styles",)), text.format("they have masks" if styles else "there are none"))
     if settings.init == "gray" and not settings.for_first_stage.loss.content_weight:
         text = "without a content loss every pixel of a gray canvas has the same gradient, and it stays gray"
         yield Conflict((init, _CONTENT_WEIGHT), f"{text}; choose noise")
@@ -135,8 +140,9 @@ def _grid(settings: Settings) -> Iterator[Conflict]:
         yield Conflict((("compute", "tile_px"), ("store", "chunk_px")), text)
 
 
-def _compute(settings: Settings) -> Iterator[Conflict]:
-    compute, devices, scheduler = settings.compute, ("compute", "devices"), ("compute", "scheduler")
+def compute_conflicts(compute: ComputeConfig) -> Iterator[Conflict]:
+    """Every conflict between the keys that say what computes."""
+    devices, scheduler = ("compute", "devices"), ("compute", "scheduler")
     if compute.devices != "auto":
         kinds = {name.partition(":")[0] for name in compute.devices}
         if len(kinds) > 1:

@@ -101,10 +101,20 @@ class InitNetwork(Section):
     apply: NetworkFile = Field(description="network, as for `pipeline apply`", json_schema_extra=COMPARED_BY_CONTENT)
 
 
+class InitWct(Section):
+    """A start picture: the content with the features' moments of the styles. Written `wct:pairs.safetensors`."""
+
+    wct: File = Field(
+        description="encoder-decoder pairs, as for `pipeline apply --style`", json_schema_extra=COMPARED_BY_CONTENT
+    )
+
+
 def parse_init(value: object) -> object:
-    """`apply:net.safetensors` as the section that it stands for."""
-    if isinstance(value, str) and value.startswith("apply:"):
-        return {"apply": type(value)(value.removeprefix("apply:").strip())}
+    """`apply:net.safetensors` or `wct:pairs.safetensors` as the section that it stands for."""
+    if isinstance(value, str):
+        for key in ("apply", "wct"):
+            if value.startswith(f"{key}:"):
+                return {key: type(value)(value.removeprefix(f"{key}:").strip())}
     return value
 
 
@@ -145,6 +155,11 @@ class LossConfig(Section):
     tv_weight: Share = Field(
         0.2, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=new(0.0)
     )
+    tv_kind: Literal["squared", "absolute"] = Field(
+        "absolute",
+        description="differences of total variation; absolute: flat areas and clear edges, squared: soft ones",
+        json_schema_extra=new("squared"),
+    )
     scales: Literal[1, 2, 3, 4] = Field(
         1,
         description="compare the canvas also at 1/2, 1/4, 1/8 of its size, down to initial_size; 3: longer strokes",
@@ -171,6 +186,13 @@ class OptimizerConfig(Section):
 
     schedule: Literal["cosine", "constant"] = Field("cosine", description="step size over the iterations of a stage")
     max_iterations: Int = Field(40, ge=1, le=MAX_ITERATIONS, description="iterations of each stage")
+    coarse_iterations: Float = Field(
+        5.0,
+        ge=1,
+        le=100,
+        description="times max_iterations, at most, in small stages before the last, where colours and forms arise",
+        json_schema_extra=new(1.0),
+    )
     target_pixel_change: Float = Field(
         8.0, gt=0, le=255, description="largest change in the first step, in levels of each coordinate"
     )

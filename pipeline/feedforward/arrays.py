@@ -8,6 +8,7 @@ from pipeline.core.tiling import Size
 from pipeline.store import ALPHA, CONTENT, FIXED16, ArraySpec, guide_name
 
 CANVAS = "canvas_1"  # slot 0 is the content: see store.result_name
+UNMATCHED = "canvas_0"  # before its histogram is matched
 
 
 def arrays_of(config: ApplyConfig, content_size: Size, canvas: Size, content: PixelKind) -> dict[str, ArraySpec]:
@@ -20,6 +21,8 @@ def arrays_of(config: ApplyConfig, content_size: Size, canvas: Size, content: Pi
     arrays |= {guide_name(index): ArraySpec((*canvas, 1), chunk_px, "uint8") for index in range(len(config.masks))}
     form = FIXED16.name if config.store.state_dtype == "compact" else _float(config)
     arrays[CANVAS] = ArraySpec((*canvas, 3), chunk_px, form)
+    if config.match_histogram:
+        arrays[UNMATCHED] = arrays[CANVAS]
     return arrays
 
 

@@ -1,57 +1,71 @@
-"""The start picture of a run (`init: apply:net.safetensors`): the content of its first stage through a network."""
+"""The start picture of a run: the content of its first stage through a network (`init: apply:net.safetensors`), or with
+the moments of its styles' features (`init: wct:pairs.safetensors`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from pipeline.config import InitNetwork
+from pipeline.config import InitNetwork, InitWct
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.tiling import Size, grid
 from pipeline.core.vgg_layers import ceil_to
-from pipeline.feedforward import cost, tile_tasks
+from pipeline.feedforward import cost, tile_tasks, wct, wct_passes
 from pipeline.feedforward.network_file import read_network_header
 from pipeline.feedforward.passes import not_finite
-from pipeline.feedforward.spec import TransformSpec
-from pipeline.feedforward.tile_tasks import NetworksSpec
-from pipeline.feedforward.tiled import Moments, Statistics, norms_with_statistics
+from pipeline.feedforward.spec import Layered, TransformSpec
+from pipeline.feedforward.tile_tasks import Measured, NetworksSpec
+from pipeline.feedforward.tiled import Statistics
+from pipeline.feedforward.wct_file import WctLevel, is_wct_file, read_wct_header
+from pipeline.feedforward.wct_passes import LevelSpec, WctOutput, WctTile
+from pipeline.losses.objective import Gram, mean_gram
 from pipeline.network import sha256_of
 from pipeline.plan import BASE_BYTES
 from pipeline.plan.memory import ACTIVATION_OVERHEAD
 from pipeline.render.preparation import FirstCanvas
 from pipeline.render.stage import Stage
-from pipeline.store import merged, open_array
+from pipeline.render.style_targets import ingest_aside
+from pipeline.store import CONTENT, STYLE, delete_array, merged, open_array
+
+# How far a start goes from the content's moments to the style's; as of `pipeline apply --style`.
+_STRENGTH = 0.6
 
 
-def start_picture(stage: Stage) -> FirstCanvas:
-    """What fills the first canvas. Raises InputError, ConfigError for a network that cannot be used here."""
+def start_picture(stage: Stage) -> FirstCanvas | None:
+    """What fills the first canvas; None where no network does.
+
+    Raises InputError, ConfigError for a network that cannot be used here.
+    """
     init = stage.config.init
-    assert isinstance(init, InitNetwork)
-    header = read_network_header(init.apply, stage.config.limits.max_weights_bytes)
+    if isinstance(init, InitNetwork):
+        return _of_network(stage, init.apply)
+    return _of_wct(stage, init.wct) if isinstance(init, InitWct) else None
+
+
+def _of_network(stage: Stage, path: Path) -> FirstCanvas:
+    header = read_network_header(path, stage.config.limits.max_weights_bytes)
     if header.spec.factor != 1:
-        raise ConfigError(f"init: {init.apply} enlarges its input; name a network of a style.")
+        raise ConfigError(f"init: {path} enlarges its input; name a network of a style.")
     if min(stage.plan.size) < (least := header.spec.least_side_px()):
-        raise InputError(f"init: {init.apply} needs {least} px on each side. Choose a larger initial_size.")
+        raise InputError(f"init: {path} needs {least} px on each side. Choose a larger initial_size.")
     first = (1.0, *(0.0 for _ in header.spec.styles[1:]))
     own = stage.network
-    networks = NetworksSpec(
-        (init.apply,), (sha256_of(init.apply),), (first,), own.dtype, own.device, own.threads, own.gpu_bytes
-    )
+    networks = NetworksSpec((path,), (sha256_of(path),), (first,), own.dtype, own.device, own.threads, own.gpu_bytes)
     return partial(_fill, stage, header.spec, networks)
 
 
 def _fill(
     stage: Stage, spec: TransformSpec, networks: NetworksSpec, folder: Path, name: str, checksums: Mapping[str, str]
 ) -> str:
-    tiles = grid(*stage.plan.size, _tile_px(stage, spec))
+    tiles = grid(*stage.plan.size, _tile_px(stage, [spec]))
     known: dict[str, Statistics] = {}
-    for conv in norms_with_statistics(spec):
+    for conv in spec.measured_norms():
         specs = [
             tile_tasks.MomentsSpec(folder, tile, networks, checksums, {0: dict(known)}, 0, conv.name) for tile in tiles
         ]
-        initial: Moments | None = None
-        total = stage.executor.fold(tile_tasks.moments_task, specs, tile_tasks.add_moments, initial)
+        total = stage.executor.fold(tile_tasks.moments_task, specs, tile_tasks.add_moments, Measured()).moments
         assert total is not None
         if not total.is_finite:
             raise not_finite(networks.paths[0], conv.name)
@@ -64,13 +78,68 @@ def _fill(
     return open_array(folder, name).packed(merged(sums))
 
 
-def _tile_px(stage: Stage, spec: TransformSpec) -> int:
+def _of_wct(stage: Stage, path: Path) -> FirstCanvas:
+    if not is_wct_file(path):
+        raise InputError(
+            f"init: {path} has no encoder-decoder pairs. Name a file as for `pipeline apply --style`, or a "
+            "network as apply:FILE."
+        )
+    levels = read_wct_header(path, stage.config.limits.max_weights_bytes).levels
+    least = max(level.least_side_px for level in levels)
+    if min(min(size) for size in (stage.plan.size, *stage.plan.style_sizes)) < least:
+        raise InputError(
+            f"init: {path} needs {least} px on each side of content and styles. Choose a larger initial_size."
+        )
+    return partial(_fill_wct, stage, [_level_spec(stage, path, level) for level in levels])
+
+
+def _level_spec(stage: Stage, path: Path, level: WctLevel) -> LevelSpec:
+    own = stage.network
+    return LevelSpec(path, sha256_of(path), level, own.dtype, own.device, own.threads, own.gpu_bytes)
+
+
+def _fill_wct(stage: Stage, levels: Sequence[LevelSpec], folder: Path, name: str, checksums: Mapping[str, str]) -> str:
+    """Level by level, deepest first, from one slot of the canvas into the other; the last one writes `name`."""
+    tile_px = _tile_px(stage, [each.level for each in levels])
+    targets = _style_moments(stage, levels, folder, tile_px)
+    tiles = grid(*stage.plan.size, tile_px)
+    count = stage.counter("start picture", 2 * len(levels) * len(tiles))
+    other = "canvas_0" if name == "canvas_1" else "canvas_1"
+    source, known = CONTENT, dict(checksums)
+    for number, network in enumerate(levels):
+        specs = [WctTile(folder, source, tile, network, known) for tile in tiles]
+        content = wct_passes.total_gram(stage.executor, specs, f"level {network.level.number}", count)
+        step = wct.transport(content, targets[number], _STRENGTH)
+        target = (name, other)[(len(levels) - 1 - number) % 2]
+        keeps_color = stage.config.color == "content" and number == len(levels) - 1
+        outputs = [WctOutput(folder, source, tile, network, known, target, step, keeps_color) for tile in tiles]
+        sums = stage.executor.map(wct_passes.output_task, outputs, count, tile=True)
+        source, known = target, {**known, target: open_array(folder, target).packed(merged(sums))}
+    return known[name]
+
+
+def _style_moments(stage: Stage, levels: Sequence[LevelSpec], folder: Path, tile_px: int) -> list[Gram]:
+    """Of each level, the mean of φ̃φ̃ᵀ over the styles, by their weights: as the targets of the style loss are mixed."""
+    styles, by_style = stage.config.styles, []
+    for style, size in zip(styles, stage.plan.style_sizes, strict=True):
+        checksums = {STYLE: ingest_aside(stage, folder, style.image, size)}
+        totals = []
+        for network in levels:
+            specs = [WctTile(folder, STYLE, tile, network, checksums) for tile in grid(*size, tile_px)]
+            totals.append(wct_passes.total_gram(stage.executor, specs, f"level {network.level.number}"))
+        delete_array(folder, STYLE)
+        by_style.append([total / total[-1, -1] for total in totals])
+    weights = [style.weight for style in styles]
+    return [mean_gram([grams[number] for grams in by_style], weights) for number in range(len(levels))]
+
+
+def _tile_px(stage: Stage, specs: Sequence[Layered]) -> int:
     """The largest tile, of the run's at most, whose feature maps fit into memory.limit beside the program."""
     size: Size = stage.plan.size
     step, itemsize = stage.config.store.chunk_px, 8 if stage.config.compute.dtype == "float64" else 4
-    processes = max(1, stage.config.compute.workers)
-    room = stage.config.memory.limit_bytes // processes - BASE_BYTES["cpu"]
+    processes = max(1, stage.config.compute.tile_processes)
+    room = (stage.config.memory.limit_bytes // processes - BASE_BYTES["cpu"]) / ACTIVATION_OVERHEAD
     tile_px = min(stage.tile_px // step * step, ceil_to(max(size), step))
-    while tile_px > step and cost.tile_bytes(spec, size, tile_px, itemsize) * ACTIVATION_OVERHEAD > room:
+    while tile_px > step and max(cost.tile_bytes(spec, size, tile_px, itemsize) for spec in specs) > room:
         tile_px -= step
     return tile_px

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,8 @@ from torch import Tensor
 from pipeline import store
 from pipeline.core import profiler
 from pipeline.core.tiling import Rect, Tile, grid
+from pipeline.executors import Executor
 from pipeline.feedforward import geometry, wct
-from pipeline.feedforward.arrays import CANVAS, arrays_of
 from pipeline.feedforward.passes import Known, Passes, PassResult, not_finite
 from pipeline.feedforward.plan import WctUse
 from pipeline.feedforward.tile_tasks import keeping_color
@@ -26,7 +26,7 @@ from pipeline.network.cache import DTYPES, cached
 from pipeline.render import device_io
 from pipeline.render.tile_specs import device_memory
 from pipeline.render.tile_tasks import computing
-from pipeline.store import CONTENT, STYLE, ArraySpec, ChunkSums, StageArray, merged, open_array
+from pipeline.store import CONTENT, STYLE, ChunkSums, StageArray, merged, open_array
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,18 @@ def output_task(spec: WctOutput) -> ChunkSums:
         return device_io.save(open_array(spec.stage_dir, spec.target), inner, out_1CHW[0])
 
 
+def total_gram(
+    executor: Executor, specs: Sequence[WctTile], name: str, on_done: Callable[[], None] = lambda: None
+) -> Gram:
+    """The sum of φ̃φ̃ᵀ over an array, of which `specs` are the tiles. Raises InputError if it is not finite."""
+    initial: Gram | None = None
+    total = executor.fold(gram_task, specs, add_grams, initial, on_done)
+    assert total is not None  # every position belongs to a tile
+    if not np.isfinite(total).all():
+        raise not_finite(specs[0].network.path, name)
+    return total
+
+
 class WctPasses(Passes):
     """Three passes per level; the canvas of a level is in the slot that the level before has not written."""
 
@@ -126,13 +138,6 @@ class WctPasses(Passes):
     def _use(self) -> WctUse:
         assert self.plan.wct is not None
         return self.plan.wct
-
-    def arrays(self) -> dict[str, ArraySpec]:
-        """As in Passes."""
-        size, chunk_px = self.plan.stage.size, self.config.store.chunk_px
-        arrays = arrays_of(self.config, size, size, self.plan.content)
-        arrays[STYLE] = ArraySpec((*self._use.style_size, 3), chunk_px, "uint8")
-        return {**arrays, "canvas_0": arrays[CANVAS]} if len(self._use.levels) > 1 else arrays
 
     def _images(self) -> dict[str, Path]:
         assert self.config.style is not None
@@ -164,11 +169,7 @@ class WctPasses(Passes):
         specs = [
             WctTile(self.stage_dir, array, tile, self._level(level), checksums) for tile in grid(*size, self.tile_px)
         ]
-        initial: Gram | None = None
-        total = self.executor.fold(gram_task, specs, add_grams, initial, self._counter(number, len(specs)))
-        assert total is not None  # every position belongs to a tile
-        if not np.isfinite(total).all():
-            raise not_finite(self._use.header.path, name)
+        total = total_gram(self.executor, specs, name, self._counter(number, len(specs)))
         return PassResult(0, name, tuple(total[-1].tolist()), tuple(total[:-1, :-1].ravel().tolist()))
 
     def _level(self, level: WctLevel) -> LevelSpec:

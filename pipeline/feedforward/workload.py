@@ -13,6 +13,7 @@ from pipeline.core.text import size_text
 from pipeline.core.tiling import Rect, Size
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.feedforward import cost, geometry
+from pipeline.feedforward.activations import Step
 from pipeline.feedforward.arrays import CANVAS
 from pipeline.feedforward.spec import Layered
 from pipeline.images import ImageHeader
@@ -32,10 +33,11 @@ _MIDDLE = Rect(2**18, 2**18 + 512, 2**18, 2**18 + 512)
 
 @dataclass(frozen=True)
 class ApplyWork:
-    """Everything that the plan depends on."""
+    """Everything that the plan depends on. `steps`: the passes over each of `specs`."""
 
     config: ApplyConfig
     specs: tuple[Layered, ...]
+    steps: tuple[tuple[Step, ...], ...]
     content_size: Size
     canvas: Size
     content: PixelKind
@@ -43,9 +45,9 @@ class ApplyWork:
     device: Device
     arrays: Mapping[str, ArraySpec]
     passes: int
-    flop: int
     file_bytes: int
     one_at_a_time: bool = False
+    notes: tuple[str, ...] = ()
 
     def checked_plan(self) -> Plan:
         """The plan, once all that can be refused is refused."""
@@ -73,8 +75,8 @@ class ApplyWork:
             chunk_px=config.store.chunk_px,
             halo_px=max(_MIDDLE.y0 // spec.factor - window.pixels.y0, 0),
             device=self.device.name,
-            devices="",
-            cluster="",
+            devices=self.device.label if self.device.processes or self.device.cluster else "",
+            cluster=self.device.cluster,
             host_bytes=self._host_bytes(tile_px, sheets, picture),
             tile_device_bytes=self._device_bytes(tile_px),
             device_bytes=self._device_bytes(tile_px),
@@ -90,7 +92,7 @@ class ApplyWork:
         )
 
     def _notes(self) -> tuple[str, ...]:
-        notes = [f"{image.path}: {note}" for image in self.images.values() for note in image.notes]
+        notes = [*self.notes, *(f"{image.path}: {note}" for image in self.images.values() for note in image.notes)]
         if self.images[self.config.content].kind.alpha and not self.content.alpha:
             notes.append("the content's transparent parts are laid on white: super-resolution keeps no alpha")
         return tuple(notes)
@@ -99,6 +101,11 @@ class ApplyWork:
         arrays = self.arrays
         kept = [arrays[name] for name in (CANVAS, ALPHA) if name in arrays]
         overhead = max(cost.halo_overhead(spec, self.content_size, tile_px) for spec in self.specs)
+        flop = sum(
+            cost.flop(spec, self.content_size, step) * cost.halo_overhead(spec, self.content_size, tile_px, step)
+            for spec, steps in zip(self.specs, self.steps, strict=True)
+            for step in steps
+        )
         height, width = self.canvas
         return StagePlan(
             index=0,
@@ -117,7 +124,7 @@ class ApplyWork:
             resident_bytes=0,
             content=self.content,
             prepare_flop=0,
-            flop_per_iteration=int(self.flop * overhead) // self.passes,
+            flop_per_iteration=int(flop) // self.passes,
             max_iterations=self.passes,
             carries=False,
         )
@@ -139,49 +146,65 @@ class ApplyWork:
         need, have = (host[phase], limit) if host[phase] > limit else (on_device, self.device.memory_bytes)
         raise ConfigError(
             f"compute.tile_px: {asked} needs {size_text(need)} of memory (phase: {phase}), but {size_text(have)} is "
-            "the limit. Raise memory.limit, or use a smaller store.chunk_px, fewer workers or a narrower network."
+            "the limit. Raise memory.limit, or use a smaller store.chunk_px, fewer processes or a narrower network."
         )
 
     def _tile_bytes(self, tile_px: int) -> int:
         """Peak bytes of one tile that is computed: feature maps and weights."""
-        maps = max(cost.tile_bytes(spec, self.content_size, tile_px, self._itemsize) for spec in self.specs)
+        size = self.content_size
+        maps = max(
+            cost.tile_bytes(spec, size, tile_px, self._itemsize, steps)
+            for spec, steps in zip(self.specs, self.steps, strict=True)
+        )
         weights = sum(cost.parameters_bytes(spec) for spec in self.specs)
         return int(maps * ACTIVATION_OVERHEAD) + weights
 
     def _flight_bytes(self, tile_px: int) -> int:
         """Windows and results of the tiles in flight: as stored, as floats, and the output with its mask."""
-        windows = [cost.window_px(spec, self.content_size, tile_px) for spec in self.specs]
-        window = max(windows) if self.one_at_a_time else sum(windows)
+        values = [
+            [cost.waiting_values(spec, self.content_size, tile_px, step) for step in cost.heaviest(steps)]
+            for spec, steps in zip(self.specs, self.steps, strict=True)
+        ]
+        largest = max(map(max, values))
+        if not self.one_at_a_time:  # the last pass reads what it needs for all networks
+            largest = max(largest, sum(each[-1] for each in values))
         masks = 2 + len(self.config.masks)
-        return WORKERS * (int(1.5 * window) * 3 + masks * 3 * tile_px**2) * self._itemsize
+        return WORKERS * (int(1.5 * largest) + masks * 3 * tile_px**2) * self._itemsize
 
     def _device_bytes(self, tile_px: int) -> int:
-        """Peak bytes on a GPU, over all processes; 0 on a CPU."""
+        """Peak bytes on a GPU: of its process, or of all worker processes, which share it; 0 on a CPU."""
         if self.device.name == "cpu":
             return 0
         process = self._tile_bytes(tile_px) + self._flight_bytes(tile_px)
+        if self.device.processes:  # each has a GPU, or its share of one
+            return process + CONTEXT_BYTES
         workers = self.config.compute.workers
         return workers * (process + CONTEXT_BYTES) if workers else process
 
     def _host_bytes(self, tile_px: int, sheets: Sequence[Sheet], picture: PixelKind) -> dict[str, int]:
-        """Resident bytes of every phase, over all processes."""
-        chunk_px, workers = self.config.store.chunk_px, self.config.compute.workers
+        """Resident bytes of every phase, over all processes; of a cluster, of the largest process on any machine."""
+        chunk_px, processes = self.config.store.chunk_px, self.config.compute.workers or len(self.device.processes)
         on_cpu = self.device.name == "cpu"
         base = BASE_BYTES["cpu" if on_cpu else "gpu"]
         if on_cpu:
             tiles = self._tile_bytes(tile_px) + self._flight_bytes(tile_px)
         else:
-            tiles = 4 * STAGING_THREADS * chunk_px**2 * 3 * self._itemsize
+            chunk_bytes = max(array.stored_bytes // array.chunks for array in self.arrays.values())
+            tiles = 4 * STAGING_THREADS * max(chunk_bytes, chunk_px**2 * 3 * self._itemsize)
         weights = 2 * self.file_bytes
-        idle = (base + sum(cost.parameters_bytes(spec) for spec in self.specs)) * workers
+        idle = base + sum(cost.parameters_bytes(spec) for spec in self.specs)
         own = {
             "ingest": self._ingest_bytes(),
             "export": max(self._export_bytes(sheet.size, picture) for sheet in sheets),
         }
         in_tasks = {"weights": weights, "passes": tiles}
+        if self.device.cluster:
+            own = {phase: BASE_BYTES["cpu"] + size for phase, size in own.items()}
+            return own | {phase: idle + size for phase, size in in_tasks.items()}
+        resting = base + processes * idle
         return {
-            **{phase: base + size + idle for phase, size in own.items()},
-            **{phase: base + max(1, workers) * size + idle for phase, size in in_tasks.items()},
+            **{phase: resting + size for phase, size in own.items()},
+            **{phase: resting + max(1, processes) * size for phase, size in in_tasks.items()},
         }
 
     def _ingest_bytes(self) -> int:

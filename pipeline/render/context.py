@@ -45,9 +45,13 @@ class RenderContext:
 def render_context(
     config: Config, planned: Plan, device: Device, weights: WeightsSource, executor: Executor, sink: Sink
 ) -> RenderContext:
-    """The context of a run of `config`; the plan's device memory is shared by all its worker processes."""
-    sharing = 1 if device.processes else max(1, config.compute.workers)
-    return RenderContext(device, weights, executor, sink, planned.tile_device_bytes // sharing)
+    """The context of a run of `config`."""
+    return RenderContext(device, weights, executor, sink, process_gpu_bytes(config, planned, device))
+
+
+def process_gpu_bytes(config: AnyConfig, planned: Plan, device: Device) -> int:
+    """GPU memory of the tiles of one process: worker processes share what is planned, listed devices have it each."""
+    return planned.tile_device_bytes // (1 if device.processes else max(1, config.compute.workers))
 
 
 def executor_for(
@@ -86,9 +90,10 @@ def executor_for(
         )
     roles: int | list[Role] = config.compute.workers
     if device.processes:
-        updating = update_processes(config.compute, device)
-        updates = Role(0, update_threads(device.name, updating), "cpu")
-        roles = [*(Role(WORKERS, 0, name) for name in device.processes), *[updates] * updating]
+        roles = [Role(WORKERS, 0, name) for name in device.processes]
+        if isinstance(config, Config):  # `apply` has only passes over tiles
+            updating = update_processes(config.compute, device)
+            roles += [Role(0, update_threads(device.name, updating), "cpu")] * updating
     return ProcessExecutor(roles, WORKERS, cancel, lock, note, enter_process_settings)
 
 

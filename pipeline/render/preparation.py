@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import store
-from pipeline.config import InitNetwork, regions_of
+from pipeline.config import InitNetwork, InitWct, regions_of
 from pipeline.core.allocator import trim_heap
 from pipeline.core.errors import ConfigError, InputError, storage
 from pipeline.core.text import stage_name
@@ -65,7 +65,7 @@ def prepare(
     `previous_canvas`: the result of the previous stage, None for the first. `content_colors`: statistics of the whole
     content, if the stage covers only a region of it. `moments`: m and v of the previous stage, if this one continues
     them. `is_region`: the stage is a crop, in which a mask may be black. `first_canvas`: fills the first canvas of
-    `init: apply`.
+    `init: apply` or `init: wct`.
 
     Raises StorageError, InputError for a broken image or a black mask, ConfigError for features that are not finite,
     ChunkError if the previous canvas is damaged.
@@ -178,7 +178,7 @@ def _fill_canvas(
             stage.reporter("canvas"),
             resample.Filling(smoothing=stage.config.stage_smoothing),
         )
-    if isinstance(init, InitNetwork):
+    if isinstance(init, InitNetwork | InitWct):
         if first_canvas is None:  # its statistics are of the whole picture
             raise ConfigError(
                 "init: a start from a network is computed for whole pictures. Crop a later stage, or choose another "
@@ -201,9 +201,10 @@ def _fill_canvas(
 
 def _start_from(stage: Stage, image: StageArray, canvas: StageArray) -> str:
     """Fill the first canvas with an image of its size; gives its checksums. 16 bits have fewer ties, but some too."""
-    seed = stage.config.seed if stage.config.dequantize else None
+    levels = stage.config.start_noise
+    filling = resample.Filling(noise_seed=stage.config.seed, noise_levels=levels) if levels else resample.Filling()
     source, target = resample.whole(image), resample.whole(canvas)
-    return resample.enlarge(source, target, stage.executor, stage.reporter("canvas"), resample.Filling(noise_seed=seed))
+    return resample.enlarge(source, target, stage.executor, stage.reporter("canvas"), filling)
 
 
 def _start_moments(stage: Stage, folder: Path, moments: Sequence[StageArray]) -> dict[str, str]:

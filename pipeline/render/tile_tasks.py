@@ -174,7 +174,8 @@ def _gradient(
                 continue
             total_CHW = part_CHW
             if spec.tv_weight:
-                tv_sum, smoothing_CHW = variation(network_input_1CHW, window.outer.y0, window.outer.x0, spec.tile)
+                top, left = window.outer.y0, window.outer.x0
+                tv_sum, smoothing_CHW = variation(network_input_1CHW, top, left, spec.tile, spec.tv_kind)
                 total_CHW = total_CHW + spec.tv_weight * smoothing_CHW
         gradient_CHW = _in_coordinates(spec, total_CHW)
     squares = {key: float(value) for seeds in scales for key, value in seeds.squares.items()}

@@ -64,7 +64,7 @@ def resolved(config: C) -> C:
 
 
 def _headers(config: Config) -> dict[Path, ImageHeader]:
-    no_images = (("network", "weights"), ("proof",), ("init", "apply"))
+    no_images = (("network", "weights"), ("proof",), ("init", "apply"), ("init", "wct"))
     return {path: read_header(path, config.limits) for key, path in input_files(config) if key not in no_images}
 
 

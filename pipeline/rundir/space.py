@@ -63,8 +63,7 @@ def _missing(needs: Sequence[DiskSpace], used: DiskSpace) -> DiskSpace:
 
 def _require(folder: Path, need: DiskSpace, what: str) -> None:
     """Raise SpaceError if the disk of `folder` lacks the space that `what` needs."""
-    disk = os.statvfs(existing_parent(folder))
-    free_bytes = disk.f_bavail * disk.f_frsize
+    disk, free_bytes = os.statvfs(existing_parent(folder)), free_space(folder)
     remedy = (
         "and the run would stop half-way. Nothing that was committed is lost. Free disk space, or put work_dir or "
         "output on another disk, and run the same command again; or choose a smaller size."
@@ -78,6 +77,12 @@ def _require(folder: Path, need: DiskSpace, what: str) -> None:
             f"{folder}: {what} still needs {need.files:,} files and folders here, but the disk has only "
             f"{disk.f_favail:,} free (`df -i`), {remedy}"
         )
+
+
+def free_space(folder: Path) -> int:
+    """The bytes that are free on the disk of `folder`, which need not exist."""
+    disk = os.statvfs(existing_parent(folder))
+    return disk.f_bavail * disk.f_frsize
 
 
 def space_taken(folder: Path) -> DiskSpace:

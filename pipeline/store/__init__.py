@@ -23,6 +23,7 @@ from pipeline.store.layout import (
     TILE_LOSSES,
     ArraySpec,
     StageLayout,
+    activations_name,
     content_features_name,
     gram_key,
     gram_name,
@@ -33,10 +34,12 @@ from pipeline.store.layout import (
     kept_files,
     layer_key,
     layer_of,
+    other_slot,
     overviews_bytes,
     resident_names,
     result_name,
     scale_of,
+    skip_name,
     slot_names,
 )
 from pipeline.store.memory import HostMemory, Memory

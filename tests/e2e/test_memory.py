@@ -77,10 +77,28 @@ def sink(event):
     note(f"{event.stage} {event.what}" if hasattr(event, "what") else type(event).__name__)
 
 set_up_process()
-pipeline.run(pipeline.load_config(sys.argv[1]), sink=sink)
+if sys.argv[1] == "apply":
+    pipeline.apply(pipeline.load_apply_config(sys.argv[2]), sink=sink)
+else:
+    pipeline.run(pipeline.load_config(sys.argv[2]), sink=sink)
 note("end")
 print(json.dumps(peaks))
 """
+
+
+def peaks_of(command: str, config: Path) -> dict[str, int]:
+    """The peaks of resident bytes of `run` or `apply`, of all its processes together, by kind of work."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED_RUN, command, config],
+        capture_output=True,
+        text=True,
+        timeout=3 * TIMEOUT_S,
+        check=False,
+        env=user_environment(),  # threads take memory
+    )
+    assert done.returncode == 0, done.stderr
+    peaks: dict[str, int] = json.loads(done.stdout)
+    return peaks
 
 
 def one_tile(folder: Path) -> Path:
@@ -180,16 +198,7 @@ def test_measured_memory_is_what_was_planned(tmp_path, make):
 
     config = make(tmp_path)
     planned = pipeline.plan(pipeline.load_config(config))
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED_RUN, config],
-        capture_output=True,
-        text=True,
-        timeout=3 * TIMEOUT_S,
-        check=False,
-        env=user_environment(),  # threads take memory
-    )
-    assert done.returncode == 0, done.stderr
-    peaks = json.loads(done.stdout)
+    peaks = peaks_of("run", config)
     summary = report(peaks, planned)
     assert max(peaks.values()) <= planned.projected_mem_bytes, summary
     assert planned.projected_mem_bytes <= 3 * max(peaks.values()), summary

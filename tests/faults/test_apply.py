@@ -1,7 +1,8 @@
-"""`pipeline apply` killed for real, in worker processes, and resumed in none."""
+"""`pipeline apply` killed for real, in worker processes and in none, and on disks that fail or fill up."""
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import time
@@ -13,9 +14,13 @@ import pyvips
 
 from pipeline.rundir import Journal, journal_path
 from pipeline.rundir.records import Pass
-from tests.support.e2e import PIPELINE, TIMEOUT_S, run_pipeline
+from tests.e2e.test_apply_workers import write_apply
+from tests.support.disks import CannotMountError, Faulted, calls_of, failing_from, run_failing, small_disk
+from tests.support.e2e import PIPELINE, TIMEOUT_S, Nursery, run_pipeline
 from tests.support.inputs import write_image
 from tests.support.networks import write_network
+from tests.support.syscalls import supported
+from tests.support.torture import Ending, damage, start
 
 pytestmark = pytest.mark.fault
 
@@ -25,11 +30,13 @@ def passes(run_dir: Path) -> list[Pass]:
     return [record for record in journal.read() if isinstance(record, Pass)] if journal.path.exists() else []
 
 
-def test_a_kill_costs_the_pass_in_progress_and_workers_give_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("activations", ["recompute", "store"])
+def test_a_kill_costs_the_pass_in_progress_and_workers_give_the_same_bytes(tmp_path: Path, activations: str) -> None:
     net, content = tmp_path / "net.safetensors", tmp_path / "content.png"
     write_network(net, blocks=3)
     write_image(content, 210, 330)
-    line = ["apply", net, content, *(f"--set={one}" for one in ("store.chunk_px=32", "compute.tile_px=96"))]
+    settings = ("store.chunk_px=32", "compute.tile_px=96", f"activations={activations}")
+    line = ["apply", net, content, *(f"--set={one}" for one in settings)]
     out, once, killed_run = tmp_path / "out.png", tmp_path / "once.png", tmp_path / "out.run"
     with subprocess.Popen([PIPELINE, *map(str, line), "-o", out, "--set=compute.workers=1"]) as child:
         limit = time.monotonic() + TIMEOUT_S
@@ -49,3 +56,82 @@ def test_a_kill_costs_the_pass_in_progress_and_workers_give_the_same_bytes(tmp_p
     assert (refused.code, refused.out) == (3, "")
     assert "cannot be read as weights" in refused.err
     assert not (tmp_path / "no.run").exists()
+
+
+@pytest.fixture(scope="module")
+def expected(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Ending:
+    config = write_apply(tmp_path_factory.mktemp("expected"), "network")
+    assert start(nursery, config).wait() == 0
+    return Ending.of(config)
+
+
+def test_a_sweep_of_kills_on_processes_ends_with_the_same_bytes(
+    nursery: Nursery, expected: Ending, tmp_path: Path
+) -> None:
+    """A kill in a phase that no other test reaches would cost the passes before it, or change the picture."""
+    aims = ("content", "pass 2 of 8", "pass 6 of 8", "export")
+    for number, aim in enumerate(aims):
+        compute = ({"workers": 2}, {"devices": ["cpu", "cpu"]}, {"workers": 1})[number % 3]
+        child = start(nursery, write_apply(tmp_path, "network", **compute))
+        assert child.wait_until(lambda events, aim=aim: any(event.get("what") == aim for event in events)), child.err
+        before = passes(tmp_path / "run")
+        child.kill()
+        assert damage(tmp_path / "run") == []
+        assert passes(tmp_path / "run")[: len(before)] == before
+    assert start(nursery, write_apply(tmp_path, "network")).wait() == 0
+    assert expected.differences(Ending.of(tmp_path / "apply.yaml")) == []
+    assert len(passes(tmp_path / "run")) == 8  # none was committed twice
+
+
+@pytest.mark.skipif(not supported(), reason="needs Linux on x86-64 with seccomp's user notification")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_failing_disk_ends_apply_with_a_sentence(
+    nursery: Nursery, expected: Ending, tmp_path: Path, number: int
+) -> None:
+    """A full disk after hours of passes would end with a traceback, or with holes in the picture."""
+    calls = len(calls_of(nursery, write_apply(tmp_path / "calls", "network"), reads=False))
+    refused = 0
+    for share in (0.2, 0.6, 0.97):
+        first = 1 + int(share * calls)
+        config = write_apply(tmp_path / str(first), "network")
+        fault = f"{errno.errorcode[number]} from call {first}"
+        outcome = run_failing(nursery, config, expected, fault, failing_from(first, number))
+        assert outcome.problems == [], outcome
+        refused += outcome.codes[0] == 5
+    assert refused >= 2
+
+
+@pytest.mark.parametrize("aim", ["content", "pass 2 of 8", "pass 8 of 8"])
+def test_a_disk_that_fills_up_costs_the_pass_in_progress(
+    nursery: Nursery, expected: Ending, tmp_path: Path, aim: str
+) -> None:
+    """On a real full file system a write may succeed in part: the state must be what the journal says."""
+    try:
+        with small_disk(tmp_path / "disk", "size=2m,nr_inodes=600") as disk:
+            config = write_apply(tmp_path, "network", work_dir="disk/run", output="disk/out.tif")
+            child, outcome = start(nursery, config), Faulted(f"filled at {aim}")
+            assert child.wait_until(lambda events: any(event.get("what") == aim for event in events)), child.err
+            with child.paused():
+                disk.fill()
+            before = len(passes(disk.path / "run"))
+            outcome.check(config, child.wait(), child.err)
+            assert (outcome.codes, outcome.problems) == ([5], [])
+            assert before <= len(passes(disk.path / "run")) < 8
+            disk.free()
+            outcome.finish(nursery, config, expected)
+            assert outcome.problems == []
+    except CannotMountError as error:
+        pytest.skip(str(error))
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(nursery: Nursery, tmp_path: Path) -> None:
+    """A picture of 30,000 px would compute for hours before its canvas finds no room."""
+    try:
+        with small_disk(tmp_path / "disk", "size=128k,nr_inodes=600") as disk:
+            config = write_apply(tmp_path, "network", work_dir="disk/run", output="disk/out.tif")
+            child, outcome = start(nursery, config), Faulted("too small")
+            outcome.check(config, child.wait(), child.err)
+            assert (outcome.codes, outcome.problems) == ([5], [])
+            assert not passes(disk.path / "run") and not (disk.path / "run" / "store.zarr").exists()
+    except CannotMountError as error:
+        pytest.skip(str(error))

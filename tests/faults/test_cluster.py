@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 import pipeline
+from tests.e2e.test_apply_workers import assert_same, write_apply
 from tests.support.cluster import Cluster, wait_for
 from tests.support.e2e import Child, Nursery, canvases, journal, results, write_run
+from tests.support.networks import write_network
 
 KEYS: dict[str, Any] = {"initial_size": 55, "output": "out.tif"}
 
@@ -29,8 +31,8 @@ def cluster(tmp_path) -> Iterator[Cluster]:
     cluster.close()
 
 
-def start(nursery: Nursery, config: Path) -> Child:
-    return nursery.start("run", "-c", config, "--log-format", "json")
+def start(nursery: Nursery, config: Path, command: str = "run") -> Child:
+    return nursery.start(command, "-c", config, "--log-format", "json")
 
 
 def until(child: Child, what: str, done: int, iteration: int) -> None:
@@ -109,3 +111,68 @@ def test_a_worker_that_sees_another_folder_is_refused(tmp_path, nursery, cluster
     cluster.kill_worker(1)
     assert start(nursery, config).wait() == 0
     assert journal(tmp_path / "run" / "run")[-1]["type"] == "exported"
+
+
+def until_pass(child: Child, number: int) -> None:
+    """Wait for `apply` to begin a pass."""
+    what = f"pass {number} of 8"
+    assert child.wait_until(lambda events: any(event.get("what") == what for event in events)), child.err
+
+
+def test_apply_ends_with_the_same_bytes_whatever_dies(tmp_path, nursery, cluster):
+    """A picture of 30,000 px would begin again whenever a spot machine is taken away, or have other bytes."""
+    pipeline.apply(pipeline.load_apply_config(write_apply(tmp_path / "alone", "network", tile_px=32)))
+    config = write_apply(tmp_path / "out", "network", tile_px=32, scheduler=str(cluster.folder))
+    cluster.start_scheduler()
+    cluster.start_worker()
+    cluster.start_worker()
+    planned = nursery.run("plan", "-c", config)
+    assert "cluster  tls://" in planned.err
+
+    child = start(nursery, config, "apply")
+    until_pass(child, 1)
+    cluster.kill_process()  # replaced
+    until_pass(child, 3)
+    cluster.kill_worker()
+    cluster.start_worker()
+    until_pass(child, 4)
+    child.kill()  # its tasks may still run
+
+    child = start(nursery, config, "apply")
+    until_pass(child, 5)
+    cluster.kill_scheduler()
+    assert child.wait() == 75, child.err
+    assert "was lost" in child.err and "Traceback" not in child.err
+    cluster.start_scheduler()
+
+    child = start(nursery, config, "apply")
+    until_pass(child, 8)
+    child.kill()
+    cluster.close()
+    cluster.start_scheduler()
+    cluster.start_worker()
+    assert start(nursery, config, "apply").wait() == 0
+    assert_same(tmp_path / "out", tmp_path / "alone")
+
+
+def test_apply_refuses_a_worker_with_another_network_or_folder(tmp_path, nursery, cluster):
+    """A machine with another file under the network's name would paint its tiles in another style."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs a mount namespace: run as root")
+    config = write_apply(tmp_path / "out", "network", scheduler=str(cluster.folder))
+    write_network(tmp_path / "other.safetensors", seed=1)
+    cluster.start_scheduler()
+    for mounted, over, sentence in (
+        (tmp_path / "other.safetensors", tmp_path / "out" / "net.safetensors", "has another file"),
+        (tmp_path / "other", tmp_path / "out", "work_dir"),
+    ):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        mount = f'mount --bind {mounted} {over} && exec "$0" "$@"'
+        cluster.start_worker("unshare", "-m", "sh", "-c", mount)
+        child = start(nursery, config, "apply")
+        assert child.wait() == 3, child.err
+        assert sentence in child.err and "Traceback" not in child.err
+        cluster.kill_worker()
+        wait_for(lambda: cluster.joined() == 0)
+    cluster.start_worker()
+    assert start(nursery, config, "apply").wait() == 0

@@ -70,9 +70,10 @@ SMALL: dict[str, Any] = {
     "stage_ratio": 2.0,
     "style_stages": True,
     "dequantize": False,
+    "init_noise": 0.0,
     "network": {"name": "random"},
     "loss": {"tv_weight": 0.0},
-    "optimizer": {"max_iterations": 2},
+    "optimizer": {"max_iterations": 2, "coarse_iterations": 1.0},
     "compute": {"device": "cpu", "tile_px": 64},
     # a kill costs one iteration; stages in memory have tests of their own
     "store": {"chunk_px": 32, "commit_interval": 0},
@@ -169,7 +170,8 @@ MEASURED = ("time", "seconds", "busy", "remaining_s")
 
 def results(work_dir: Path) -> list[dict[str, Any]]:
     """The journal's records of finished work, without the fields that differ between two runs, such as times."""
-    done = [record for record in journal(work_dir) if record["type"] in ("stage_prepared", "iteration", "stage_done")]
+    kinds = ("stage_prepared", "iteration", "pass", "stage_done")
+    done = [record for record in journal(work_dir) if record["type"] in kinds]
     return [{key: value for key, value in record.items() if key not in MEASURED} for record in done]
 
 

@@ -138,8 +138,9 @@ def damage(work_dir: Path) -> list[str]:
 
 
 def start(nursery: Nursery, config: Path, **options: Any) -> Child:
-    """Start `pipeline run` with events on its output."""
-    return nursery.start("run", "-c", config, "--log-format", "json", **options)
+    """Start `pipeline run`, or `apply` if it is a config of that, with events on its output."""
+    command = "apply" if "networks" in yaml.safe_load(config.read_text()) else "run"
+    return nursery.start(command, "-c", config, "--log-format", "json", **options)
 
 
 @dataclass(frozen=True)

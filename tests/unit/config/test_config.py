@@ -153,6 +153,7 @@ def test_the_paper_to_the_letter():
     assert (adam.schedule, adam.max_iterations, adam.stop_condition) == ("constant", 100, 0.1)
     assert (adam.target_pixel_change, adam.beta1, adam.beta2, adam.epsilon) == (12.8, 0.9, 0.99, 1e-6)
     assert not adam.clip
+    assert (adam.coarse_iterations, config.init_noise, config.loss.tv_weight) == (1, 0, 0)
     assert set(config.network.content_layers) == {"conv4_2"}
     assert set(config.network.style_layers) == {f"conv{block}_1" for block in range(1, 6)}
 
@@ -507,6 +508,8 @@ def _leaves(model: type[BaseModel], start: str = "") -> Iterator[tuple[str, Any]
             yield "size", int | None  # with a content
         elif name == "stage_ratio":
             yield "stage_ratio", Literal[2, 3]  # limits that other numbers do not have
+        elif name == "coarse_iterations":
+            yield start + name, Literal[1, 2.5]
         elif name == "dpi":
             yield start + name, Literal[72, 299.5]
         elif name in ("stages", "devices"):
