@@ -187,7 +187,8 @@ class ClusterPool:
         if new and not is_first:
             self._note(f"{_named('worker', new)} joined the cluster")
         able = [about for about in info.values() if {self.tile_resource, worker.OTHER} & set(about["resources"])]
-        lacking = [name for name in (self.tile_resource, worker.OTHER) if not _has(able, name)]
+        there = {name for about in able for name in about["resources"]}
+        lacking = [name for name in (self.tile_resource, worker.OTHER) if name not in there]
         if lacking and not self._is_waiting:
             self._note(f"waiting for a worker with {' and '.join(lacking)}: start one with `pipeline worker`")
         self._is_waiting = bool(lacking)
@@ -203,7 +204,7 @@ class ClusterPool:
                 said = self._ask(question, asked)
             for address, what in said.items():
                 name, answer = asked[address]
-                is_seen = bool(what) or fence.answer_of(self._folder, name) == answer
+                is_seen = bool(what) or fence.read_small(self._folder / name) == answer
                 if fault := what if is_seen else "does not write there so that other machines see it":
                     raise ConfigError(
                         f"work_dir {self._folder}: worker {self._workers[address]} {fault}. All machines of the "
@@ -315,10 +316,6 @@ def lost(where: ClusterAddress) -> ClusterError:
         f"the scheduler at {where.address} was lost. Nothing that was committed is lost: start it again "
         "(`pipeline scheduler`; its workers return by themselves), and run the same command again."
     )
-
-
-def _has(workers: Sequence[Mapping[str, Any]], resource: str) -> bool:
-    return any(resource in about["resources"] for about in workers)
 
 
 def _named(what: str, names: Sequence[str]) -> str:

@@ -88,7 +88,8 @@ def _prepare(
 ) -> Prepared:
     folder = stage.partial_dir
     store.create_stage(folder)
-    _create_arrays(stage, folder)
+    for name, array in arrays_of(stage.config, stage.plan.size, stage.layer_use, stage.plan.content).items():
+        store.create_array(folder, name, array.shape, array.chunk_px, array.form, stage.config.store.codec)
     sums = {} if stage.config.content is None else _ingest_content(stage, folder)
     sums |= ingest_guides(stage, folder, stage.layer_use.guides.arrays)
     guides = stage.layer_use.guides
@@ -105,11 +106,6 @@ def _prepare(
     # renamed when complete: after a crash the folder has its name with everything in it, or does not exist
     store.commit_stage(folder, stage.stage_dir)
     return Prepared(energies, sums, areas)
-
-
-def _create_arrays(stage: Stage, folder: Path) -> None:
-    for name, array in arrays_of(stage.config, stage.plan.size, stage.layer_use, stage.plan.content).items():
-        store.create_array(folder, name, array.shape, array.chunk_px, array.form, stage.config.store.codec)
 
 
 def _ingest_content(stage: Stage, folder: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,10 @@ class Stage:
         """The areas n_r,l of masks in `folder`, by style key. `checksums`: of the arrays of the masks."""
         use = self.layer_use
         specs = [mask_tasks.AreaSpec(folder, tile, guides, use.style_layers, checksums, use.scales) for tile in tiles]
-        return mask_tasks.total_areas(self.executor.map(mask_tasks.area_task, specs), guides, use.style_layer_keys)
+        parts = self.executor.map(mask_tasks.area_task, specs)
+        # fsum rounds once, so that the areas do not depend on the tiles
+        keys = [key for layer in use.style_layer_keys for key in guides.keys(layer)]
+        return {key: math.fsum(part.get(key, 0.0) for part in parts) for key in keys}
 
     def reporter(self, what: str) -> Callable[[int, int], None]:
         """Reports (done, total) of `what` to the sink."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.config import AnyConfig
 from pipeline.core.errors import SpaceError
 from pipeline.core.text import size_text, stage_name
-from pipeline.plan import Plan, StagePlan
+from pipeline.plan import Plan
 from pipeline.rundir.paths import store_path
 
 _BLOCK_BYTES = 4096  # of nearly every file system
@@ -38,7 +38,8 @@ def check_space(config: AnyConfig, planned: Plan, stage: int) -> None:
     peak = after = DiskSpace(0, 0)
     if later:
         after = _missing(results, used)
-        peaks = [_missing([*results[: plan.index], _stage_space(plan)], used) for plan in later]
+        stages = [_array_space(plan.store_bytes + plan.overviews_bytes, plan.store_chunks) for plan in later]
+        peaks = [_missing([*results[: plan.index], space], used) for plan, space in zip(later, stages, strict=True)]
         peak = DiskSpace(max(need.bytes for need in peaks), max(need.files for need in peaks))
     what = f"rendering from {stage_name(stage)} on" if later else "the output image"
     image_bytes = planned.output_bytes + planned.levels_bytes
@@ -52,10 +53,6 @@ def check_space(config: AnyConfig, planned: Plan, stage: int) -> None:
 def _array_space(array_bytes: int, chunks: int) -> DiskSpace:
     """The space of arrays of this size. Every chunk is a file in a folder of its own, which takes a block."""
     return DiskSpace(array_bytes + (chunks + _METADATA_FILES) * _BLOCK_BYTES, 3 * chunks + _METADATA_FILES)
-
-
-def _stage_space(plan: StagePlan) -> DiskSpace:
-    return _array_space(plan.store_bytes + plan.overviews_bytes, plan.store_chunks)
 
 
 def _missing(needs: Sequence[DiskSpace], used: DiskSpace) -> DiskSpace:

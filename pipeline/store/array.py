@@ -27,7 +27,7 @@ from pipeline.config import MAX_CHUNK_PX
 from pipeline.core.errors import storage
 from pipeline.core.text import shown
 from pipeline.core.tiling import Rect, chunks_of
-from pipeline.store.checksums import ChunkSums, checksum, grid_of, packed
+from pipeline.store.checksums import ChunkSums, checksum, packed, unpacked
 from pipeline.store.chunk_file import (
     ChunkError,
     codec_of,
@@ -286,7 +286,8 @@ def open_array(stage_dir: Path, name: str, checksums: str | None = None) -> Stag
                 array = replace(array, memory=memory)
             if checksums is None:
                 return array
-            return replace(array, checksums=grid_of(checksums, [-(-n // array.chunk_px) for n in array.shape[:2]]))
+            grid = [-(-side // array.chunk_px) for side in array.shape[:2]]
+            return replace(array, checksums=unpacked(checksums).reshape(grid))
         except FileNotFoundError as error:
             raise ChunkError(path / METADATA, "missing", "is missing") from error
         except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:

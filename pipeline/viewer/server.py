@@ -181,12 +181,10 @@ class Viewer:
         """The state as JSON in one line; all pages share it."""
         number = self.number
         if self._text[0] != number:
-            text = await asyncio.get_running_loop().run_in_executor(self._watcher, self._state_text)
+            loop = asyncio.get_running_loop()
+            text = await loop.run_in_executor(self._watcher, lambda: json.dumps(self.state(), allow_nan=False))
             self._text = number, text
         return self._text[1]
-
-    def _state_text(self) -> str:
-        return json.dumps(self.state(), allow_nan=False)
 
     def state(self) -> dict[str, Any]:
         """Everything that the page shows."""

@@ -84,7 +84,7 @@ def test_a_worker_with_another_view_of_the_folder_is_found(tmp_path):
     fence.write_in_place(tmp_path / fence.PROBE_NAME, "now")
     with fence.all_locked(tmp_path):
         assert probe(tmp_path, "now", "answer", "yes") == ""
-        assert fence.answer_of(tmp_path, "answer") == "yes"
+        assert fence.read_small(tmp_path / "answer") == "yes"
         assert "old state" in probe(tmp_path, "later", "answer", "")
         assert "does not see" in probe(tmp_path / "elsewhere", "now", "answer", "")
     assert "ignores file locks" in probe(tmp_path, "now", "answer", "")  # here: nobody holds one
