@@ -115,7 +115,7 @@ def _plan_apply(config_path: Path, overrides: tuple[str, ...], as_json: bool) ->
     from pipeline.commands.apply import apply_outlook, apply_plan
     from pipeline.config import load_apply_config
 
-    config = load_apply_config(config_path, overrides)
+    config = load_apply_config(config_path, overrides, check_inputs=True)
     planned = apply_plan(config)
     what = apply_outlook(config, planned)
     if as_json:

@@ -9,7 +9,7 @@ import click
 
 import pipeline
 from pipeline.cli.arguments import parse_compression, parse_profile, with_run, with_stage
-from pipeline.cli.working import check_run_options, config_of_run, raise_if_stopped, working
+from pipeline.cli.working import any_config, check_run_options, raise_if_stopped, working
 from pipeline.core.image_formats import INTENTS, LEVELS, METADATA_KEPT, PURPOSES, TIFF_COMPRESSIONS
 from pipeline.core.lengths import MAX_DPI, MIN_DPI
 
@@ -79,7 +79,7 @@ def export(
         from pipeline.plan import whole_of
         from pipeline.rundir import named_inputs, refuse_inputs
 
-        config = config_of_run(config_path, others) if config_path is not None else None
+        config = any_config(config_path, others) if config_path is not None else None
         work_dir, write = config.work_dir if config is not None else cast(Path, run_dir), pipeline.export
         image = Path(output)
         common: dict[str, Any] = {"stage": stage, "sink": sink, "stop": stop}

@@ -17,6 +17,7 @@ import psutil
 
 import pipeline
 from pipeline.cli.arguments import with_options
+from pipeline.cli.working import any_config
 from pipeline.core.events import Sink
 
 # The options of `view` beside those that select the run.
@@ -49,8 +50,10 @@ def serve(
 
     if options["allow_crops"] and config_path is None:
         raise click.UsageError("--allow-crops needs --config")
-    config = pipeline.load_config(config_path, overrides) if config_path is not None else None
-    given = [] if config_path is None else ["-c", str(config_path.absolute())]
+    config = any_config(config_path, overrides) if config_path is not None else None
+    if options["allow_crops"] and not isinstance(config, pipeline.Config):
+        raise click.UsageError("--allow-crops is for runs: `pipeline preview --crop` renders no part of this picture")
+    given = ["-c", str(config_path.absolute())] if config_path and isinstance(config, pipeline.Config) else []
     given += [part for setting in overrides for part in ("--set", setting)]
     work_dir = config.work_dir if config is not None else cast(Path, run_dir).absolute()
     _be_quiet()

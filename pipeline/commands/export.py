@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.commands.status import choose_stage, manifest_of
-from pipeline.config import Config, ExportConfig, LimitsConfig, changed_export
+from pipeline.config import AnyConfig, ExportConfig, LimitsConfig, changed_export
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink, ignore, reporter
@@ -124,7 +124,10 @@ def export(
 
 
 def own_options(
-    work_dir: Path, config: Config | None = None, settings: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+    work_dir: Path,
+    config: AnyConfig | None = None,
+    settings: Sequence[str] = (),
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[ExportConfig, frozenset[str]]:
     """(how a run writes its image, with changes for another image; the names of the options that are changed).
 

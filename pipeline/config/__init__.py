@@ -30,4 +30,4 @@ from pipeline.config.sections import (
     StyleConfig,
 )
 from pipeline.config.training import TrainConfig, load_train_config
-from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, dotted, problem_lines, undotted
+from pipeline.config.yaml_reader import MAX_PROBLEMS, Key, Place, Problem, dotted, problem_lines, undotted

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.config.config import Config, input_files, read_overridden, validated
+from pipeline.config.config import Config, input_files, read_overridden, refuse_other_command, validated
 from pipeline.config.conflicts import compute_conflicts, picture_conflicts
 from pipeline.config.fields import Bool, File, NetworkFile, Output, Share, SidePx, parse_px
 from pipeline.config.messages import Conflict, ConflictsError, Expected
@@ -172,10 +172,12 @@ def _networks(config: ApplyConfig) -> Iterator[Conflict]:
             yield Conflict((("networks", index, "styles"),), "the weights sum to 0, so they cannot be normalised")
 
 
-def load_apply_config(path: str | Path, overrides: Sequence[str] = ()) -> ApplyConfig:
-    """The config of `pipeline apply` in the YAML file `path`; otherwise as load_config, with inputs checked."""
+def load_apply_config(path: str | Path, overrides: Sequence[str] = (), *, check_inputs: bool = False) -> ApplyConfig:
+    """The config of `pipeline apply` in the YAML file `path`; otherwise as load_config."""
     file = Path(path)
-    return validated(ApplyConfig, read_overridden(file, overrides), Path.cwd() / file.parent, check_inputs=True)
+    document = read_overridden(file, overrides)
+    refuse_other_command(document, "apply")
+    return validated(ApplyConfig, document, Path.cwd() / file.parent, check_inputs)
 
 
 def is_apply_file(path: str | Path) -> bool:

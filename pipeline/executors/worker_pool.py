@@ -146,7 +146,7 @@ class WorkerPool:
                 host="127.0.0.1",
                 protocol="tls",
                 security=self._security,
-                dashboard_address="127.0.0.1:0",
+                dashboard_address=worker.NO_PAGES,
                 scheduler_kwargs={"dashboard": False},
                 silence_logs=logging.CRITICAL,
             )

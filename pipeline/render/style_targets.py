@@ -20,6 +20,7 @@ from pipeline.losses import color as colors
 from pipeline.losses import objective
 from pipeline.losses.color import ColorMap, ColorStatistics
 from pipeline.losses.objective import Gram
+from pipeline.network.cache import wider
 from pipeline.render import color_tasks, ingest
 from pipeline.render.stage import Stage, positions
 from pipeline.store import CONTENT, STYLE, UNGUIDED, Guides, gram_name, guide_name, metadata
@@ -54,8 +55,8 @@ def check_finite(stage: Stage, total: float, which: str, layer: str) -> None:
     """Raise ConfigError if a sum over an image's features is not finite."""
     if not math.isfinite(total):
         raise ConfigError(
-            f"the {which} image's features at {layer} are not finite: the network's weights are not, or "
-            f"compute.dtype {stage.network.dtype} overflows with them. Use other weights, or float32."
+            f"the {which} image's features at {layer} are not finite: compute.dtype {stage.network.dtype} overflows "
+            f"with the network's weights. Use {wider(stage.network.dtype)}other weights."
         )
 
 

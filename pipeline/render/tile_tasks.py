@@ -26,7 +26,7 @@ from pipeline.losses.color_space import Basis
 from pipeline.losses.masks import GuideMaps
 from pipeline.losses.objective import Gram
 from pipeline.losses.total_variation import variation
-from pipeline.network.cache import get_network
+from pipeline.network.cache import get_network, wider
 from pipeline.network.vgg import FeatureMap, Step
 from pipeline.render import device_io
 from pipeline.render.seeds import Seeds
@@ -229,7 +229,8 @@ def _written(spec: TileSpec, gradient_CHW: Tensor, squares: dict[str, float], tv
         # refused before the update: one NaN would spread over the whole canvas within a few iterations
         raise ConfigError(
             f"the gradient of tile {spec.tile.index} of {spec.stage_dir.name} is not finite: compute.dtype "
-            f"{spec.network.dtype} overflows with these weights and losses. Use float32 or smaller weights."
+            f"{spec.network.dtype} overflows with these weights and losses. Use {wider(spec.network.dtype)}smaller "
+            "weights."
         )
     with profiler.span("write", tile=spec.tile.index, array="gradient"), device_memory(spec):
         sums = device_io.save(gradient, spec.tile.inner, gradient_CHW)

@@ -16,7 +16,7 @@ from typing import Any
 
 from tornado import httpserver, netutil, web
 
-from pipeline.config import Config, LimitsConfig
+from pipeline.config import AnyConfig, LimitsConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink
 from pipeline.viewer import access, assets
@@ -53,7 +53,7 @@ class ViewerOptions:
 class Viewer:
     """Serves the page of one run until it is stopped. `config`: of the run, if it was given."""
 
-    def __init__(self, work_dir: Path, config: Config | None, options: ViewerOptions, sink: Sink) -> None:
+    def __init__(self, work_dir: Path, config: AnyConfig | None, options: ViewerOptions, sink: Sink) -> None:
         if options.token is not None:
             access.check_token(options.token)
         elif not access.is_loopback(options.host):

@@ -3,7 +3,7 @@
 import re
 import types
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -13,10 +13,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config.apply import load_apply_config
 from pipeline.config.config import Config, load_config, result_fields
 from pipeline.config.fields import OUTPUT_SUFFIXES
 from pipeline.config.messages import expected, fields_of
 from pipeline.config.template import template
+from pipeline.config.training import load_train_config
 from pipeline.core.errors import ConfigError
 from pipeline.core.lengths import Length
 from tests.support.configs import LINE, problems
@@ -372,6 +374,23 @@ def test_files_that_are_no_config(write, text, place, message):
     line = only(path)
     assert line.startswith(f"{path}:{place}"), line
     assert message in line
+
+
+_OF_COMMANDS = {
+    "run": "content: a.jpg\nstyles: [{image: b.jpg}]\noutput: c.png\n",
+    "apply": "content: a.jpg\nnetworks: n.safetensors\noutput: c.png\n",
+    "train": "photographs: photos\nstyles: [{image: b.jpg}]\noutput: n.safetensors\n",
+}
+
+
+@pytest.mark.parametrize(("of", "to"), list(permutations(_OF_COMMANDS, 2)))
+def test_a_config_of_another_command_is_one_problem(tmp_path, of, to):
+    """A list of all its keys, each of them unknown, does not say that only the command is wrong."""
+    path = tmp_path / "config.yaml"
+    path.write_text(_OF_COMMANDS[of])
+    load = {"run": load_config, "apply": load_apply_config, "train": load_train_config}[to]
+    with pytest.raises(ConfigError, match=rf"^[^\n]*: a key of `pipeline {of}`; give this config to that command$"):
+        load(path)
 
 
 def test_files_that_cannot_be_opened(tmp_path):
