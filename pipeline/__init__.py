@@ -11,55 +11,32 @@ from types import ModuleType
 
 TYPE_CHECKING = False  # importing typing would be the slowest step before the signal handlers are installed
 if TYPE_CHECKING:
-    from pipeline.commands.apply import apply
-    from pipeline.commands.clean import clean
-    from pipeline.commands.export import export
-    from pipeline.commands.gallery import gallery
-    from pipeline.commands.measure import measured_time
-    from pipeline.commands.preview.crop import CropSpec, crop
-    from pipeline.commands.preview.preview import GridSpec, preview
-    from pipeline.commands.preview.proof import ProofSpec, proof
-    from pipeline.commands.run import run
-    from pipeline.commands.start import outlook
-    from pipeline.commands.status import status
-    from pipeline.commands.train import train
-    from pipeline.commands.verify.store_check import SampleSpec
-    from pipeline.commands.verify.verify import verify
-    from pipeline.commands.view import view
-    from pipeline.config.apply import ApplyConfig, load_apply_config
-    from pipeline.config.config import Config, load_config
-    from pipeline.config.training import TrainConfig, load_train_config
-    from pipeline.core.allocator import set_up_process
-    from pipeline.rundir.preflight import plan
-
-__all__ = [
-    "ApplyConfig",
-    "Config",
-    "CropSpec",
-    "GridSpec",
-    "ProofSpec",
-    "SampleSpec",
-    "TrainConfig",
-    "apply",
-    "clean",
-    "crop",
-    "export",
-    "gallery",
-    "load_apply_config",
-    "load_config",
-    "load_train_config",
-    "measured_time",
-    "outlook",
-    "plan",
-    "preview",
-    "proof",
-    "run",
-    "set_up_process",
-    "status",
-    "train",
-    "verify",
-    "view",
-]
+    from pipeline.commands.apply import apply as apply
+    from pipeline.commands.clean import clean as clean
+    from pipeline.commands.export import export as export
+    from pipeline.commands.gallery import gallery as gallery
+    from pipeline.commands.measure import measured_time as measured_time
+    from pipeline.commands.preview.crop import CropSpec as CropSpec
+    from pipeline.commands.preview.crop import crop as crop
+    from pipeline.commands.preview.preview import GridSpec as GridSpec
+    from pipeline.commands.preview.preview import preview as preview
+    from pipeline.commands.preview.proof import ProofSpec as ProofSpec
+    from pipeline.commands.preview.proof import proof as proof
+    from pipeline.commands.run import run as run
+    from pipeline.commands.start import outlook as outlook
+    from pipeline.commands.status import status as status
+    from pipeline.commands.train import train as train
+    from pipeline.commands.verify.store_check import SampleSpec as SampleSpec
+    from pipeline.commands.verify.verify import verify as verify
+    from pipeline.commands.view import view as view
+    from pipeline.config.apply import ApplyConfig as ApplyConfig
+    from pipeline.config.apply import load_apply_config as load_apply_config
+    from pipeline.config.config import Config as Config
+    from pipeline.config.config import load_config as load_config
+    from pipeline.config.training import TrainConfig as TrainConfig
+    from pipeline.config.training import load_train_config as load_train_config
+    from pipeline.core.allocator import set_up_process as set_up_process
+    from pipeline.rundir.preflight import plan as plan
 
 # The module of each name.
 _HOMES = {
@@ -90,6 +67,7 @@ _HOMES = {
     "verify": "commands.verify.verify",
     "view": "commands.view",
 }
+__all__ = list(_HOMES)
 
 
 class _Package(ModuleType):

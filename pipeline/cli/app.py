@@ -24,10 +24,9 @@ from pipeline.cli.arguments import (
     with_stage,
 )
 from pipeline.cli.cluster import scheduler, worker
+from pipeline.cli.ending import OnFinish, report_bug, report_error
 from pipeline.cli.export import export
-from pipeline.cli.failures import report_bug, report_error
 from pipeline.cli.init import init
-from pipeline.cli.on_finish import OnFinish
 from pipeline.cli.run import run
 from pipeline.cli.signals import discard_unwritable_stdout, tolerant_stderr
 from pipeline.cli.train import train
@@ -43,11 +42,8 @@ from pipeline.cli.working import (
     working,
 )
 from pipeline.core.errors import DamagedStateError, PipelineError, Stopped, StorageError, storage_error
-from pipeline.core.image_formats import (
-    MAX_SIDE_PX,
-    PREVIEW_PX,
-)
-from pipeline.core.papers import PAPERS_MM
+from pipeline.core.image_formats import MAX_SIDE_PX, PREVIEW_PX
+from pipeline.core.lengths import PAPERS_MM
 
 if TYPE_CHECKING:
     from pipeline.core.tiling import Rect
@@ -119,7 +115,7 @@ def _plan_apply(config_path: Path, overrides: tuple[str, ...], as_json: bool) ->
     from pipeline.commands.apply import apply_outlook, apply_plan
     from pipeline.config import load_apply_config
 
-    config = load_apply_config(config_path, overrides)
+    config = load_apply_config(config_path, overrides, check_inputs=True)
     planned = apply_plan(config)
     what = apply_outlook(config, planned)
     if as_json:

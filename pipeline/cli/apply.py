@@ -51,11 +51,14 @@ def _config(
     files: tuple[str, ...], config_path: Path | None, options: dict[str, str | None], overrides: tuple[str, ...]
 ) -> ApplyConfig:
     from pipeline.config import apply_config_of_line, load_apply_config
+    from pipeline.rundir import refuse_missing_folder
 
     if config_path is not None:
         if files or any(options.values()):
             raise click.UsageError("give either --config, or files with -o, --size and --style")
-        return load_apply_config(config_path, overrides)
+        return load_apply_config(config_path, overrides, check_inputs=True)
     if len(files) != 2 or (output := options["output"]) is None:
         raise click.UsageError("give a network and an image, and the image to write with -o; or --config")
-    return apply_config_of_line(files[0], files[1], output, options["size"], overrides, options["style"])
+    config = apply_config_of_line(files[0], files[1], output, options["size"], overrides, options["style"])
+    refuse_missing_folder(config.output)  # as `run` does with a line: a typing error would make a folder
+    return config

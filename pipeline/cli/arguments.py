@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,11 @@ with_log_format = click.option(
     default="auto",
     help="Progress output on stderr: live, plain, json, or auto (default), which is live on a terminal, else plain.",
 )
+
+
+def with_options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """These options, in this order."""
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
 def with_config(required: bool) -> Callable[[F], F]:

@@ -8,20 +8,9 @@ from typing import Any, cast
 import click
 
 import pipeline
-from pipeline.cli.arguments import (
-    parse_compression,
-    parse_profile,
-    with_run,
-    with_stage,
-)
-from pipeline.cli.working import check_run_options, config_of_run, raise_if_stopped, working
-from pipeline.core.image_formats import (
-    INTENTS,
-    LEVELS,
-    METADATA_KEPT,
-    PURPOSES,
-    TIFF_COMPRESSIONS,
-)
+from pipeline.cli.arguments import parse_compression, parse_profile, with_run, with_stage
+from pipeline.cli.working import any_config, check_run_options, raise_if_stopped, working
+from pipeline.core.image_formats import INTENTS, LEVELS, METADATA_KEPT, PURPOSES, TIFF_COMPRESSIONS
 from pipeline.core.lengths import MAX_DPI, MIN_DPI
 
 
@@ -51,9 +40,7 @@ from pipeline.core.lengths import MAX_DPI, MIN_DPI
 )
 @click.option("--pyramid/--no-pyramid", default=None, help="Smaller levels in a TIFF, for viewers.")
 @click.option(
-    "--for",
-    type=click.Choice(PURPOSES),
-    help="Reader of a TIFF; print: strips without levels, for layout programs.",
+    "--for", type=click.Choice(PURPOSES), help="Reader of a TIFF; print: strips without levels, for layout programs."
 )
 @click.option(
     "--levels", type=click.Choice(LEVELS), help="Place of a TIFF's levels; subifds: for Bio-Formats (QuPath)."
@@ -92,7 +79,7 @@ def export(
         from pipeline.plan import whole_of
         from pipeline.rundir import named_inputs, refuse_inputs
 
-        config = config_of_run(config_path, others) if config_path is not None else None
+        config = any_config(config_path, others) if config_path is not None else None
         work_dir, write = config.work_dir if config is not None else cast(Path, run_dir), pipeline.export
         image = Path(output)
         common: dict[str, Any] = {"stage": stage, "sink": sink, "stop": stop}

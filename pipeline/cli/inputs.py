@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from pipeline.cli.arguments import with_options
 from pipeline.core.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -28,17 +29,13 @@ class Inputs:
     line: OneLine | None = None
 
 
-def with_images(command: Any) -> Any:
-    """The options of a command line with images."""
-    options = (
-        click.option("-o", "--output", metavar="FILE", help="With images: the image to write."),
-        click.option("--size", metavar="SIZE", help="With images: long side, such as 4096 or 60cm."),
-        click.option("--dpi", metavar="N", help="With images: dots per inch, such as 150."),
-        click.option("--preset", type=click.Choice(PRESETS), help="Settings for a kind of picture."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+# The options of a command line with images.
+with_images = with_options(
+    click.option("-o", "--output", metavar="FILE", help="With images: the image to write."),
+    click.option("--size", metavar="SIZE", help="With images: long side, such as 4096 or 60cm."),
+    click.option("--dpi", metavar="N", help="With images: dots per inch, such as 150."),
+    click.option("--preset", type=click.Choice(PRESETS), help="Settings for a kind of picture."),
+)
 
 
 def inputs_of(

@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import pipeline
-from pipeline.cli.arguments import (
-    with_config,
-    with_log_format,
-)
+from pipeline.cli.arguments import with_config, with_log_format
+from pipeline.cli.ending import OnFinish
 from pipeline.cli.inputs import inputs_of, with_images
-from pipeline.cli.on_finish import OnFinish
 from pipeline.cli.working import EXIT_CODES, raise_if_stopped, working
 from pipeline.core import profiler
 

@@ -9,19 +9,19 @@ import sys
 import tempfile
 import threading
 import webbrowser
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import click
 import psutil
 
 import pipeline
+from pipeline.cli.arguments import with_options
+from pipeline.cli.working import any_config
 from pipeline.core.events import Sink
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-_OPTIONS = (
+# The options of `view` beside those that select the run.
+with_view_options = with_options(
     click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Address to listen at; default 127.0.0.1."),
     click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="N", help="Port; default any free one."),
     click.option(
@@ -33,13 +33,6 @@ _OPTIONS = (
     click.option("--open", "open_browser", is_flag=True, help="Open the page in a browser."),
     click.option("--allow-crops", is_flag=True, help="The page may render crops (needs --config)."),
 )
-
-
-def with_view_options(command: F) -> F:
-    """The options of `view` beside those that select the run."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
 
 
 def serve(
@@ -57,8 +50,10 @@ def serve(
 
     if options["allow_crops"] and config_path is None:
         raise click.UsageError("--allow-crops needs --config")
-    config = pipeline.load_config(config_path, overrides) if config_path is not None else None
-    given = [] if config_path is None else ["-c", str(config_path.absolute())]
+    config = any_config(config_path, overrides) if config_path is not None else None
+    if options["allow_crops"] and not isinstance(config, pipeline.Config):
+        raise click.UsageError("--allow-crops is for runs: `pipeline preview --crop` renders no part of this picture")
+    given = ["-c", str(config_path.absolute())] if config_path and isinstance(config, pipeline.Config) else []
     given += [part for setting in overrides for part in ("--set", setting)]
     work_dir = config.work_dir if config is not None else cast(Path, run_dir).absolute()
     _be_quiet()

@@ -70,9 +70,11 @@ def chosen_run(config_path: Path | None, overrides: tuple[str, ...], run_dir: Pa
 
 def any_config(path: Path, overrides: tuple[str, ...]) -> AnyConfig:
     """A config of `run` or of `apply`; otherwise as config_of_run."""
-    from pipeline.config import is_apply_file, load_apply_config
+    from pipeline.commands.start import with_own_run
+    from pipeline.config import is_apply_file
 
-    return load_apply_config(path, overrides) if is_apply_file(path) else config_of_run(path, overrides)
+    load = pipeline.load_apply_config if is_apply_file(path) else pipeline.load_config
+    return with_own_run(load(path, overrides))
 
 
 def config_of_run(config_path: Path, overrides: tuple[str, ...]) -> Config:

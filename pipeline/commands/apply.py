@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from contextlib import ExitStack
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING
 from pipeline import store
 from pipeline.commands.commits import Commits
 from pipeline.commands.outputs import Outputs
+from pipeline.commands.smaller_tiles import TileWork
 from pipeline.commands.start import check_stage_space, check_start
 from pipeline.config import ApplyConfig, dotted, input_files, result_fields
 from pipeline.core.cancel import CancelToken
-from pipeline.core.errors import DeviceMemoryError, PipelineError, Stopped, storage
+from pipeline.core.errors import PipelineError, Stopped, storage
 from pipeline.core.events import Note, RunDone, Sink, StageDone, StageStarted, ignore
 from pipeline.core.text import count
 from pipeline.executors import Executor
@@ -82,7 +82,7 @@ def apply(
         commits = Commits(config, begin.state.journal, begin.state.position)
         application = _Application(config, planned, device, executor, commits, identify(), sink)
         application.apply()
-        Outputs(config, planned.plan, executor, sink, force, application.commit, lambda: application.position).write()
+        Outputs(config, planned.plan, executor, sink, force, commits).write()
     outputs = list(planned.plan.outputs)
     sink(RunDone(", ".join(outputs), time.monotonic() - started, str(config.work_dir), state_bytes(config.work_dir)))
     return Path(outputs[0])
@@ -134,20 +134,9 @@ class _Application:
         """Run every pass that is not done, in smaller tiles if those of the plan do not fit in the device's memory."""
         if self.position.stage_done:
             return
-        step_px = self.planned.plan.tile_step_px
-        while True:
-            tile_px = min(self.position.tile_px or self.planned.plan.tile_px, self.planned.plan.tile_px)
-            try:
-                self._apply_in_tiles(tile_px)
-                return
-            except DeviceMemoryError:
-                if tile_px == step_px:
-                    raise
-            gc.collect()  # the error's frames refer to each other, and to the tile's tensors
-            smaller = max(step_px, tile_px // 2 // step_px * step_px)
-            self.commit(records.SmallerTile(tile_px=smaller))
-            cause = f"{self.device.name} is out of memory for tiles of {tile_px} px"
-            self.sink(Note(f"{cause}: resuming with tiles of {smaller} px from the last pass"))
+        plan = self.planned.plan
+        tiles = TileWork(plan.tile_px, plan.tile_step_px, self.device.name, "pass")
+        tiles.do(self._apply_in_tiles, self._commits, self.sink)
 
     def _apply_in_tiles(self, tile_px: int) -> None:
         passes, stage = self._passes(tile_px), self.planned.stage

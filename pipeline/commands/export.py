@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.commands.status import choose_stage, manifest_of
-from pipeline.config import MAX_CHUNK_PX, Config, ExportConfig, LimitsConfig, changed_export
+from pipeline.config import AnyConfig, ExportConfig, LimitsConfig, changed_export
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
-from pipeline.core.events import Note, Sink, WorkDone, ignore
+from pipeline.core.events import Note, Sink, ignore, reporter
 from pipeline.core.files import taken
 from pipeline.core.image_formats import PixelKind, is_too_deep, picture_kind, unsupported_options
 from pipeline.core.lengths import DEFAULT_DPI, sensible_dpi
@@ -44,7 +45,7 @@ from pipeline.rundir import (
     standing,
 )
 from pipeline.rundir.process_settings import process_settings
-from pipeline.store import METADATA, ChunkError, StageArray, integrity
+from pipeline.store import ChunkError, integrity
 
 
 @process_settings()
@@ -89,7 +90,9 @@ def export(
         sink(Note(note))
     canvas = newest_canvas(work_dir, position, chosen)
     alpha = content_alpha(work_dir, position, chosen) if kind.alpha else None
-    _check_arrays(canvas, alpha, manifest)
+    canvas.refuse_other_size([(*stage_sizes.size, 3) for stage_sizes in manifest.stages], "no stage has")
+    if alpha is not None:
+        alpha.refuse_other_size([(*canvas.shape[:2], 1)], "no stage has")
     scaled = _dpi_of(manifest, canvas.shape[:2], options.dpi)
     dpi = options.dpi if options.dpi is not None and "dpi" in given else scaled
     options = options.model_copy(update={"bits": kind.bits, "dpi": dpi})
@@ -103,10 +106,7 @@ def export(
         check_output(sheet.path, width, height, kind.bits, options.compression)
 
     cancel = _OvertakenToken(journal, read_bytes, position, chosen, stop)
-
-    def progress(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: sink(WorkDone(chosen, what, done, total))
-
+    progress = partial(reporter, sink, chosen)
     planes = [canvas] if alpha is None else [canvas, alpha]
     try:
         with ThreadExecutor(WORKERS, CancelToken(stop)) as executor:
@@ -124,7 +124,10 @@ def export(
 
 
 def own_options(
-    work_dir: Path, config: Config | None = None, settings: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+    work_dir: Path,
+    config: AnyConfig | None = None,
+    settings: Sequence[str] = (),
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[ExportConfig, frozenset[str]]:
     """(how a run writes its image, with changes for another image; the names of the options that are changed).
 
@@ -199,17 +202,6 @@ class _OvertakenToken(CancelToken):
         if not finished_stage(self._position, self._stage) and self._read_bytes != self._journal.size_bytes():
             self._read_bytes = self._journal.size_bytes()
             _refuse_overtaken(self._journal.path.parent, self._position, position_of(self._journal.read()))
-
-
-def _check_arrays(canvas: StageArray, alpha: StageArray | None, manifest: Manifest) -> None:
-    """Raise ChunkError for a size that no stage has: a stranger's metadata could make a read take all memory."""
-    sizes = [(*stage.size, 3) for stage in manifest.stages]
-    for array, shapes in ((canvas, sizes), (alpha, [(*canvas.shape[:2], 1)])):
-        if array is None:
-            continue
-        if array.shape not in shapes or array.chunk_px > MAX_CHUNK_PX or array.dtype.kind not in "fu":
-            what = f"describes {array.shape} {array.dtype}, which no stage has"
-            raise ChunkError(array.path / METADATA, "changed", what)
 
 
 def finished_stage(position: Position, stage: int) -> bool:

@@ -9,7 +9,7 @@ from pipeline.commands.status import choose_stage, manifest_of
 from pipeline.config import LimitsConfig
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
-from pipeline.core.events import Note, Sink, WorkDone, ignore
+from pipeline.core.events import Note, Sink, ignore, reporter
 from pipeline.core.text import stage_name
 from pipeline.rundir import (
     Journal,
@@ -70,12 +70,10 @@ def gallery(
             pictures.append(GalleryPicture("content", "before", content.pixels, content.alpha))
         elif content is not None:
             sink(Note(f"the gallery has no picture of the content: {content.problem}"))
-
-        def progress(done: int, total: int) -> None:
-            sink(WorkDone(chosen, "gallery", done, total))
-
         dpi = print_dpi(manifest) if chosen == len(manifest.stages) - 1 else None
-        write_gallery(output, Work(title or name, credit, pictures, dpi), cancel, progress, add=add)
+        write_gallery(
+            output, Work(title or name, credit, pictures, dpi), cancel, reporter(sink, chosen, "gallery"), add=add
+        )
     finally:
         inputs.close()
     return output

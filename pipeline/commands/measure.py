@@ -31,12 +31,12 @@ from pipeline.plan import (
     Speed,
     StagePlan,
     StageWork,
-    default_threads,
     export_s,
     layers_in_use,
     plan_stage,
     run_device,
     slowness,
+    tile_threads,
 )
 from pipeline.plan.power import Power, PowerMeter
 from pipeline.render.context import RenderContext, executor_for, make_stage, render_context, settings_of
@@ -208,9 +208,6 @@ def _stage(
     noise = np.random.default_rng(0).integers(0, 256, (side_px, side_px, 3), np.uint8)
     write_rows(iter([noise]), image, size, context.executor.cancel)
     own = settings_of(config, stage_plan)
-    threads = (
-        default_threads(config.compute.tile_processes) if config.compute.threads == "auto" else config.compute.threads
-    )
     own = own.model_copy(
         update={
             "content": None if config.content is None else image,
@@ -219,7 +216,7 @@ def _stage(
             "stages": (),
             "work_dir": folder,
             "loss": own.loss.model_copy(update={"content_mask": None}),
-            "compute": own.compute.model_copy(update={"threads": threads}),
+            "compute": own.compute.model_copy(update={"threads": tile_threads(config.compute)}),
             "color": "style",
         }
     )

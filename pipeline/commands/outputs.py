@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from pipeline.commands.commits import Commits
 from pipeline.commands.start import export_options, missing_sheets, refuse_foreign_outputs
 from pipeline.config import AnyConfig
 from pipeline.core.allocator import trim_heap
-from pipeline.core.events import Note, Sink, WorkDone
+from pipeline.core.events import Note, Sink, reporter
 from pipeline.executors import Executor
 from pipeline.plan import Plan
 from pipeline.render import export
 from pipeline.rundir import (
-    Position,
     check_space,
     content_alpha,
     manifest_path,
@@ -32,60 +31,49 @@ from pipeline.store import integrity
 
 @dataclass(frozen=True)
 class Outputs:
-    """The output images of a run. `commit`: appends a record to its journal; `position`: after the newest record."""
+    """The output images of a run."""
 
     config: AnyConfig
     plan: Plan
     executor: Executor
     sink: Sink
     force: bool
-    commit: Callable[[records.Record], None]
-    position: Callable[[], Position]
+    commits: Commits
 
     def write(self) -> None:
         """Write the last stage's canvas as the output images, except for those that are there already."""
-        options = export_options(self.config, self.plan)
-        settings = self.config.export.model_copy(update={"bits": self.plan.picture.bits})
-        with_dpi = settings.model_copy(update={"dpi": self.plan.dpi})
-        sheets = missing_sheets(self.config, self.plan, self.position(), self.executor.cancel)
-        for note in sheet_notes(self.config.output, [Path(name) for name in self.plan.outputs]):
+        config, plan, cancel, at = self.config, self.plan, self.executor.cancel, self.commits.position
+        options, sheets = export_options(config, plan), missing_sheets(config, plan, at, cancel)
+        for note in sheet_notes(config.output, [Path(name) for name in plan.outputs]):
             self.sink(Note(note))
         missing = {str(sheet.path) for sheet in sheets}
-        for name in self.plan.outputs:
+        for name in plan.outputs:
             if name not in missing:
                 self.sink(Note(f"{name} is already there"))
         if not sheets:
             return
-        check_space(self.config, self.plan, len(self.plan.stages))
+        check_space(config, plan, len(plan.stages))
         trim_heap()
-        last = self.plan.stages[-1].index
-        canvas = newest_canvas(self.config.work_dir, self.position(), last)
-        alpha = content_alpha(self.config.work_dir, self.position(), last) if self.plan.picture.alpha else None
+        last = plan.stages[-1].index
+        canvas = newest_canvas(config.work_dir, at, last)
+        alpha = content_alpha(config.work_dir, at, last) if plan.picture.alpha else None
         planes = [canvas] if alpha is None else [canvas, alpha]
-        integrity.require_intact(
-            planes, self.executor, lambda done, total: self.sink(WorkDone(last, "check", done, total))
-        )
-        colors = output_colors(settings, self.config.canvas_space, self.config.content)
-        manifest = read_manifest(manifest_path(self.config.work_dir))
-        cancel = self.executor.cancel
-        metadata = output_metadata(manifest, self.config.content, settings.metadata, cancel, self.sink)
+        integrity.require_intact(planes, self.executor, reporter(self.sink, last, "check"))
+        settings = config.export.model_copy(update={"bits": plan.picture.bits, "dpi": plan.dpi})
+        colors = output_colors(settings, config.canvas_space, config.content)
+        manifest = read_manifest(manifest_path(config.work_dir))
+        metadata = output_metadata(manifest, config.content, settings.metadata, cancel, self.sink)
+        progress = reporter(self.sink, last, "export")
         for sheet in sheets:
-            export.export_canvas(
-                planes,
-                sheet,
-                with_dpi,
-                colors,
-                self.executor.cancel,
-                lambda done, total: self.sink(WorkDone(last, "export", done, total)),
-                partial(self._record_picture, str(sheet.path)),
-                metadata,
-            )
-            written = self.position().pictures[str(sheet.path)][-1]
-            self.commit(records.Exported(output=str(sheet.path), options=options, picture=written))
+            name = str(sheet.path)
+            record = partial(self._record_picture, name)
+            export.export_canvas(planes, sheet, settings, colors, cancel, progress, record, metadata)
+            written = self.commits.position.pictures[name][-1]
+            self.commits.commit(records.Exported(output=name, options=options, picture=written))
 
     def _record_picture(self, output: str, whole: Path) -> None:
         """Record the image before it is renamed: after a crash between the two, the run would not recognise it."""
         written = written_picture(whole, self.executor.cancel)
         if not self.force:  # again, because a run may take days
-            refuse_foreign_outputs(self.plan, self.position().pictures, self.executor.cancel)
-        self.commit(records.Exporting(output=output, picture=written))
+            refuse_foreign_outputs(self.plan, self.commits.position.pictures, self.executor.cancel)
+        self.commits.commit(records.Exporting(output=output, picture=written))

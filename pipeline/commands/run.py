@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,16 +16,11 @@ from pipeline import store
 from pipeline.commands.commits import Commits, end_reason
 from pipeline.commands.measure import starting_speed
 from pipeline.commands.outputs import Outputs
-from pipeline.commands.start import (
-    check_stage_space,
-    check_start,
-    identifier,
-    measured_iterations,
-    with_finished_run,
-)
+from pipeline.commands.smaller_tiles import TileWork
+from pipeline.commands.start import check_stage_space, check_start, identifier, measured_iterations, with_finished_run
 from pipeline.config import Config, InitNetwork, InitWct, OptimizerConfig, dotted, input_files
 from pipeline.core.cancel import CancelToken
-from pipeline.core.errors import DeviceMemoryError, storage
+from pipeline.core.errors import storage
 from pipeline.core.events import IterationDone, Note, RunDone, Sink, StageDone, StageStarted, ignore
 from pipeline.core.text import count, duration, energy_text, stage_name
 from pipeline.core.vgg_layers import ceil_to
@@ -109,12 +103,12 @@ def run(
             speed.iterations.add(begin.planned.stages[number].flop_per_iteration, seconds, iteration == 0)
         open_run(config, planned, identify, begin.state)
         commits = Commits(config, begin.state.journal, begin.state.position)
-        rendering = _Rendering(config, begin.planned, context, commits, force, speed)
+        rendering = _Rendering(config, begin.planned, context, commits, speed)
         if begin.adds is not None:
-            rendering.commit(records.StageAdded(iterations=begin.adds, time=now()))
+            commits.commit(records.StageAdded(iterations=begin.adds, time=now()))
         del begin  # its records of a long run would take memory that the plan does not count
         rendering.render()
-        rendering.export()
+        Outputs(config, rendering.plan, executor, sink, force, commits).write()
     outputs = list(planned.outputs)
     seconds = time.monotonic() - started
     if watts is not None:
@@ -147,7 +141,6 @@ class _Rendering:
     plan: Plan
     context: RenderContext
     _commits: Commits
-    force: bool
     _speed: Speed
     _is_warm: bool = False
     _may_be_resident: bool = True
@@ -177,26 +170,17 @@ class _Rendering:
         """Render one stage, in smaller tiles if those of the plan do not fit in the device's memory."""
         step_px = self.plan.tile_step_px
         longest = ceil_to(max(*stage_plan.size, *chain.from_iterable(stage_plan.style_sizes)), step_px)
-        while True:
-            tile_px = min(self.position.tile_px or longest, self.plan.tile_px, longest)
-            try:
-                self._render_in_tiles(stage_plan, tile_px)
-                return
-            except DeviceMemoryError:
-                was_resident = self._is_resident(stage_plan) and self._is_prepared(stage_plan)
-                if tile_px == step_px and not was_resident:
-                    raise
-            gc.collect()  # the error's frames refer to each other, and to the tile's tensors
-            if was_resident:  # smaller tiles would change the last bits
-                self._may_be_resident = False
-                name = self.context.device.name
-                self.sink(Note(f"{name} is out of memory: stages no longer stay there, but are read from the disk"))
-                continue
-            smaller = max(step_px, tile_px // 2 // step_px * step_px)
-            # recorded: the bits depend on the tiles, and a resume must take the same
-            self.commit(records.SmallerTile(tile_px=smaller))
-            cause = f"{self.context.device.name} is out of memory for tiles of {tile_px} px"
-            self.sink(Note(f"{cause}: resuming with tiles of {smaller} px from the last iteration"))
+        tiles = TileWork(min(self.plan.tile_px, longest), step_px, self.context.device.name, "iteration")
+        tiles.do(partial(self._render_in_tiles, stage_plan), self._commits, self.sink, partial(self._leave, stage_plan))
+
+    def _leave(self, stage_plan: StagePlan) -> bool:
+        """Let stages no longer stay in the device's memory; False if this one is not there."""
+        if not (self._is_resident(stage_plan) and self._is_prepared(stage_plan)):
+            return False
+        self._may_be_resident = False
+        name = self.context.device.name
+        self.sink(Note(f"{name} is out of memory: stages no longer stay there, but are read from the disk"))
+        return True
 
     def _render_in_tiles(self, stage_plan: StagePlan, tile_px: int) -> None:
         # these import torch, which other commands start without
@@ -219,7 +203,7 @@ class _Rendering:
             started = prepare(stage, previous, moments=before.moments if before else (), first_canvas=first)
             record = prepared_record(index, stage.tile_px, started)
             start = {"alpha": before.alpha, "adam_steps": before.steps} if before else {}
-            self.commit(record.model_copy(update={**start, "carries": stage_plan.carries}))
+            self._commits.commit(record.model_copy(update={**start, "carries": stage_plan.carries}))
             if self._is_warm:
                 self._speed.preparations.add(stage_plan.prepare_flop, time.monotonic() - self._since)
         elif end_reason(self.position, settings) is None:
@@ -232,7 +216,7 @@ class _Rendering:
                 self.executor.cancel.raise_if_set()
                 commit = partial(self._commit_iteration, stage_plan, self.position.iteration)
                 iterations.iterate(self.position.iteration, self.position.alpha, self.position.checksums[index], commit)
-        self.commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
+        self._commits.commit(records.StageDone(stage=index, iterations=self.position.iteration, reason=reason))
         self._free_arrays(index)
         self.sink(StageDone(index, self.position.iteration, reason))
 
@@ -281,16 +265,7 @@ class _Rendering:
     def _settings(self, stage_plan: StagePlan) -> OptimizerConfig:
         return settings_of(self.config, stage_plan).optimizer
 
-    def export(self) -> None:
-        """Write the last stage's canvas as the output images, except for those that are there already."""
-        commit, position = self.commit, lambda: self.position
-        Outputs(self.config, self.plan, self.executor, self.sink, self.force, commit, position).write()
-
     def _free_arrays(self, stage: int) -> None:
         at = self.position
         retained = set(kept_files(at.slots[stage], at.checksums[stage], moments=stage in at.carrying))
         store.delete_arrays(stage_path(self.config.work_dir, stage), retained)
-
-    def commit(self, record: records.Record) -> None:
-        """Append a record to the journal."""
-        self._commits.commit(record)

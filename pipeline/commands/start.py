@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.commands.status import refuse_cleaned
 from pipeline.config import MAX_ITERATIONS, AnyConfig, ApplyConfig, Config, ExportConfig, is_default, result_fields
@@ -50,6 +51,9 @@ from pipeline.rundir.process_settings import process_settings
 _FOREIGN = "this run did not make it"
 _MAX_STAGES = 64  # as in the journal
 _PROFILE_DIGEST = "profile_sha256"  # beside the export options of a record
+
+
+C = TypeVar("C", Config, AnyConfig)
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,7 @@ def has_written(position: Position, output: Path) -> bool:
     return any(output in (Path(name), whole_of(Path(name))[0]) for name in position.pictures)
 
 
-def with_own_run(config: Config) -> Config:
+def with_own_run(config: C) -> C:
     """The config in the run directory of the run that wrote its output, which may have begun under another name."""
     if not is_default(config, ("work_dir",)) or has_begun(config.work_dir):
         return config

@@ -25,13 +25,14 @@ from pipeline.core.errors import ConfigError, InputError, Stopped, storage
 from pipeline.core.events import Note, Sink, TrainingDone, TrainingStep, ignore
 from pipeline.core.files import taken
 from pipeline.core.text import count, shown
+from pipeline.core.vgg_layers import min_side_px
 from pipeline.feedforward.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.feedforward.network_file import load_network, save_network
 from pipeline.feedforward.photographs import Crops, Photograph, find_photographs
 from pipeline.feedforward.samples import fitted, preview_text, read_tensor, sample_pictures, sample_sheet
 from pipeline.feedforward.train_folder import TrainFolder, locked_train_folder
 from pipeline.feedforward.training import Trainer
-from pipeline.images import read_header
+from pipeline.images import ImageHeader, read_header
 from pipeline.network import NetworkSpec, WeightsSource, find_weights, sha256_of
 from pipeline.network.cache import get_network
 from pipeline.plan import resolve_device
@@ -59,6 +60,7 @@ def train(
     network = config.loss_network
     weights = find_weights(network.name, network.weights, config.seed, sink, cancel)
     _check_layers(config, weights)
+    _check_styles(config, styles)
     identity = _identity(config, device, weights, photographs, [style.path for style in styles], cancel)
     _refuse_foreign_output(config.output, identity, force)
     sink(Note(f"{count(len(photographs), 'photograph')}, {device.label}"))
@@ -78,6 +80,19 @@ def _check_layers(config: TrainConfig, weights: WeightsSource) -> None:
         raise ConfigError(
             f"loss_network: {weights.path} ends before {min(missing)}. Use other layers, or a network that has it."
         )
+
+
+def _check_styles(config: TrainConfig, headers: Sequence[ImageHeader]) -> None:
+    """Raise ConfigError for a style that is too narrow for the layers of the losses at the size it is compared at."""
+    least_px = min_side_px(config.loss_network.style_layers, config.loss_network.padding)
+    for index, (style, header) in enumerate(zip(config.styles, headers, strict=True)):
+        picture = fitted(Photograph(style.image, header.width_px, header.height_px, 0), style.size)
+        if min(picture.width_px, picture.height_px) < least_px:
+            raise ConfigError(
+                f"styles.{index}: {style.image.name} has {picture.width_px}×{picture.height_px} px at size "
+                f"{style.size}, but the layers of the losses need {least_px} px on each side. Use a larger size, or a "
+                "part of the image."
+            )
 
 
 def _identity(

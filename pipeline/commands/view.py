@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config import AnyConfig
 from pipeline.core.events import Sink, ignore
 from pipeline.rundir.process_settings import process_settings
 from pipeline.viewer import Viewer, ViewerOptions
@@ -16,7 +16,7 @@ from pipeline.viewer import Viewer, ViewerOptions
 def view(
     work_dir: Path,
     *,
-    config: Config | None = None,
+    config: AnyConfig | None = None,
     options: ViewerOptions | None = None,
     on_ready: Callable[[str], None] = lambda address: None,
     sink: Sink = ignore,

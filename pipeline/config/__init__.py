@@ -12,7 +12,7 @@ from pipeline.config.config import Config, differing_keys, input_files, is_defau
 from pipeline.config.export_section import changed_export
 from pipeline.config.fields import MAX_BYTES, MAX_CHUNK_PX, MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
 from pipeline.config.messages import faults_in, field_at
-from pipeline.config.one_line import OneLine, config_and_text
+from pipeline.config.one_line import OneLine, config_and_text, variation_text
 from pipeline.config.overrides import listed
 from pipeline.config.regions import regions_of
 from pipeline.config.sections import (
@@ -30,5 +30,4 @@ from pipeline.config.sections import (
     StyleConfig,
 )
 from pipeline.config.training import TrainConfig, load_train_config
-from pipeline.config.variation import variation_text
-from pipeline.config.yaml_reader import MAX_PROBLEMS, Place, Problem, dotted, problem_lines, undotted
+from pipeline.config.yaml_reader import MAX_PROBLEMS, Key, Place, Problem, dotted, problem_lines, undotted

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.config.config import Config, input_files, read_overridden, validated
+from pipeline.config.config import Config, input_files, read_overridden, refuse_other_command, validated
 from pipeline.config.conflicts import compute_conflicts, picture_conflicts
 from pipeline.config.fields import Bool, File, NetworkFile, Output, Share, SidePx, parse_px
 from pipeline.config.messages import Conflict, ConflictsError, Expected
@@ -112,6 +112,12 @@ class ApplyConfig(Section):
     working_space: WorkingSpace = Field(
         "auto", description="colours that the canvas can have; auto: sRGB, or more for a wider export.profile"
     )
+    activations: Literal["auto", "recompute", "store", "bfloat16"] = Field(
+        "auto",
+        description="passes compute the layers before again, or store activations; auto: as the plan says; bfloat16: "
+        "stored in half the space, approximate",
+        json_schema_extra=new("auto"),
+    )
     compute: ComputeConfig = Field(ComputeConfig(), description="device, precision and parallelism")
     memory: MemoryConfig = Field(MemoryConfig(), description="host memory", json_schema_extra=HARMLESS)
     store: StoreConfig = Field(StoreConfig(), description="state on disk")
@@ -166,10 +172,12 @@ def _networks(config: ApplyConfig) -> Iterator[Conflict]:
             yield Conflict((("networks", index, "styles"),), "the weights sum to 0, so they cannot be normalised")
 
 
-def load_apply_config(path: str | Path, overrides: Sequence[str] = ()) -> ApplyConfig:
-    """The config of `pipeline apply` in the YAML file `path`; otherwise as load_config, with inputs checked."""
+def load_apply_config(path: str | Path, overrides: Sequence[str] = (), *, check_inputs: bool = False) -> ApplyConfig:
+    """The config of `pipeline apply` in the YAML file `path`; otherwise as load_config."""
     file = Path(path)
-    return validated(ApplyConfig, read_overridden(file, overrides), Path.cwd() / file.parent, check_inputs=True)
+    document = read_overridden(file, overrides)
+    refuse_other_command(document, "apply")
+    return validated(ApplyConfig, document, Path.cwd() / file.parent, check_inputs)
 
 
 def is_apply_file(path: str | Path) -> bool:

@@ -65,12 +65,23 @@ def read_overridden(file: Path, overrides: Sequence[str], varied: Sequence[str] 
 def config_of(document: Document, base: Path, check_inputs: bool = False) -> Config:
     """The config of a document whose relative paths start at `base`. Raises ConfigError with every problem."""
     if document.readable and isinstance(document.data, dict):
-        if "networks" in document.data and "styles" not in document.data:
-            place = document.place(("networks",), of_name=True)
-            text = "a key of `pipeline apply`; give this config to that command"
-            raise ConfigError(problem_lines([Problem(place, "networks", text)]))
+        refuse_other_command(document, "run")
         document.data = with_preset(document.data)
     return validated(Config, document, base, check_inputs)
+
+
+# Keys that only the config of this command has, the clearest first.
+_COMMANDS = (("train", {"photographs"}), ("apply", {"networks"}), ("run", {"styles", "content"}))
+
+
+def refuse_other_command(document: Document, command: str) -> None:
+    """Raise ConfigError for the config of another command, in place of a list of all its keys."""
+    data = document.data if isinstance(document.data, dict) else {}
+    other, keys = next(((name, keys) for name, keys in _COMMANDS if keys <= data.keys()), (command, set()))
+    if other != command:
+        key = max(keys)
+        text = f"a key of `pipeline {other}`; give this config to that command"
+        raise ConfigError(problem_lines([Problem(document.place((key,), of_name=True), key, text)]))
 
 
 def validated(model: type[S], document: Document, base: Path, check_inputs: bool) -> S:

@@ -148,10 +148,7 @@ Seconds = Annotated[
     Expected(f"a time such as 30s, 5min or 1h, up to {seconds_text(MAX_SECONDS)}"),
 ]
 Length = Annotated[
-    InstanceOf[lengths.Length],
-    BeforeValidator(_parse_length),
-    PlainSerializer(str),
-    Expected(lengths.EXPECTED),
+    InstanceOf[lengths.Length], BeforeValidator(_parse_length), PlainSerializer(str), Expected(lengths.EXPECTED)
 ]
 Dpi = Annotated[Float, Field(ge=lengths.MIN_DPI, le=lengths.MAX_DPI)]
 _KnownProfile = Annotated[File, AfterValidator(_known_profile), Expected("a path to a profile (.icc)")]

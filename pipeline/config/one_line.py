@@ -1,19 +1,24 @@
-"""The config of a command line with images: `pipeline run content.jpg style.jpg other.jpg:0.5 -o out.png`."""
+"""Texts of configs: of a command line, `pipeline run content.jpg style.jpg other.jpg:0.5 -o out.png`, and of a preview.
+
+Paths in them are relative to their folder, so that a project can be moved as a whole.
+"""
 
 from __future__ import annotations
 
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipeline.config.config import Config, config_of, paths_of
 from pipeline.config.overrides import override
 from pipeline.config.template import template
-from pipeline.config.yaml_reader import CommandLineText, Document, Key, Place, plain_value
+from pipeline.config.yaml_reader import CommandLineText, Document, Key, Place, plain_value, read
 from pipeline.core.text import shown
 
 _WEIGHTED = re.compile(r"(.+):([-+]?[0-9.,][0-9.,eE+-]*)")
@@ -45,8 +50,8 @@ def config_and_text(line: OneLine, *, folder: Path | None = None, full: bool = F
     config = config_of(document, Path.cwd(), check_inputs=True)
     assert isinstance(given, dict)  # else the config would have been refused
     for key, path in paths_of(config):
-        replace_at(given, key, beside(path, folder or config.output.parent))
-    return config, template(given=plain_data(given), full=full)
+        _replace_at(given, key, _beside(path, folder or config.output.parent))
+    return config, template(given=_plain_data(given), full=full)
 
 
 def document_of(line: OneLine) -> Document:
@@ -87,7 +92,7 @@ def _style(text: str) -> dict[str, object]:
     return {"image": CommandLineText(match[1]), "weight": _value(match[2])}
 
 
-def replace_at(data: Any, key: Key, text: str) -> None:
+def _replace_at(data: Any, key: Key, text: str) -> None:
     """Set the value at `key` if it was given."""
     for part in key[:-1]:
         inside = isinstance(data, Mapping) or (isinstance(data, list) and part in range(len(data)))
@@ -96,16 +101,30 @@ def replace_at(data: Any, key: Key, text: str) -> None:
         data[key[-1]] = text
 
 
-def beside(path: Path, folder: Path) -> str:
-    """`path` as it is written in a config in `folder`, so that a project can be moved as a whole."""
+def _beside(path: Path, folder: Path) -> str:
+    """`path` as it is written in a config in `folder`."""
     relative = os.path.relpath(path, folder)
     return str(path) if relative.split("/")[: _MAX_UP + 1] == [".."] * (_MAX_UP + 1) else relative
 
 
-def plain_data(data: Any) -> Any:
+def _plain_data(data: Any) -> Any:
     """The data with plain text in place of text that is marked as from the command line."""
     if isinstance(data, dict):
-        return {name: plain_data(value) for name, value in data.items()}
+        return {name: _plain_data(value) for name, value in data.items()}
     if isinstance(data, list):
-        return [plain_data(value) for value in data]
+        return [_plain_data(value) for value in data]
     return str(data) if isinstance(data, str) else data
+
+
+def variation_text(path: Path, settings: Sequence[str]) -> str:
+    """The YAML of the config at `path` with these `key=value`, with relative paths that start at its folder.
+
+    Raises ConfigError like load_config.
+    """
+    document = read(path)
+    for number, setting in enumerate(settings):
+        override(document, number, setting)
+    given, folder = copy.deepcopy(document.data), Path.cwd() / path.parent
+    for key, file in paths_of(config_of(document, folder)):
+        _replace_at(given, key, _beside(file, folder))
+    return yaml.safe_dump(_plain_data(given), sort_keys=False, allow_unicode=True)

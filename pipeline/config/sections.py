@@ -125,7 +125,9 @@ class NetworkConfig(Section):
     weights: File | None = Field(
         None, description="weights file; null uses those of the network", json_schema_extra=COMPARED_BY_CONTENT
     )
-    padding: Literal["replicate", "zeros", "reflect"] = Field("replicate", description="padding at the image border")
+    padding: Literal["replicate", "zeros", "reflect"] = Field(
+        "reflect", description="padding at the image border; reflect: borders as calm as the inside"
+    )
     pooling: PoolingKind = Field(
         "average", description="pooling of the network; max has the most grain, tent the least"
     )
@@ -153,7 +155,12 @@ class LossConfig(Section):
     content_weight: Share = Field(0.25, description="weight of the content loss")
     style_weight: Share = Field(1.0, description="weight of the style loss")
     tv_weight: Share = Field(
-        0.2, description="total variation, against grain; 0.1 to 3, 0: off", json_schema_extra=new(0.0)
+        0.1, description="total variation, against grain; 0.05 to 1, 0: off", json_schema_extra=new(0.0)
+    )
+    tv_kind: Literal["squared", "absolute"] = Field(
+        "absolute",
+        description="differences of total variation; absolute: flat areas and clear edges, squared: soft ones",
+        json_schema_extra=new("squared"),
     )
     scales: Literal[1, 2, 3, 4] = Field(
         1,
@@ -181,6 +188,13 @@ class OptimizerConfig(Section):
 
     schedule: Literal["cosine", "constant"] = Field("cosine", description="step size over the iterations of a stage")
     max_iterations: Int = Field(40, ge=1, le=MAX_ITERATIONS, description="iterations of each stage")
+    coarse_iterations: Float = Field(
+        5.0,
+        ge=1,
+        le=100,
+        description="times max_iterations, at most, in small stages before the last, where colours and forms arise",
+        json_schema_extra=new(1.0),
+    )
     target_pixel_change: Float = Field(
         8.0, gt=0, le=255, description="largest change in the first step, in levels of each coordinate"
     )

@@ -75,9 +75,7 @@ class Settings(Section):
     """The keys of a config file. All paths are absolute."""
 
     preset: PresetName | None = Field(
-        None,
-        description="values for the keys below that are not given; null: the defaults",
-        json_schema_extra=HARMLESS,
+        None, description="values for the keys below that are not given; null: the defaults", json_schema_extra=HARMLESS
     )
     content: File | None = Field(
         None,
@@ -99,8 +97,7 @@ class Settings(Section):
         json_schema_extra=HARMLESS,
     )
     size: Annotated[SidePx | tuple[SidePx, SidePx] | OnPaper | None, BeforeValidator(parse_px)] = Field(
-        None,
-        description="long side of the output, or [width, height] of a texture; null: as the content",
+        None, description="long side of the output, or [width, height] of a texture; null: as the content"
     )
     initial_size: SidePx | Literal["auto"] = Field(
         "auto", description="long side of the coarsest stage in px; auto: what the network sees at once"
@@ -147,12 +144,25 @@ class Settings(Section):
         description="add noise of half a level to an initial canvas that is an image, so that no pixels are equal",
         json_schema_extra=new(False),
     )
+    init_noise: Float = Field(
+        32.0,
+        ge=0,
+        le=255,
+        description="noise of up to so many levels in init: content, so that flat areas too get the style's forms",
+        json_schema_extra=new(0.0),
+    )
     compute: ComputeConfig = Field(ComputeConfig(), description="device, precision and parallelism")
     memory: MemoryConfig = Field(MemoryConfig(), description="host memory", json_schema_extra=HARMLESS)
     store: StoreConfig = Field(StoreConfig(), description="state on disk")
     limits: LimitsConfig = Field(LimitsConfig(), description="limits checked at the start", json_schema_extra=HARMLESS)
     export: ExportConfig = Field(ExportConfig(), description="file format of the output", json_schema_extra=HARMLESS)
     seed: Int = Field(0, ge=0, lt=2**63, description="seed of the noise and of the random network")
+
+    @property
+    def start_noise(self) -> float:
+        """Half the width of the noise that is added to a start from an image, in levels."""
+        least = 0.5 if self.dequantize else 0.0
+        return max(least, self.init_noise) if self.init == "content" else least
 
     @property
     def canvas_space(self) -> SpaceName:
@@ -191,8 +201,12 @@ class Settings(Section):
 
     def for_stage(self, long_px: int) -> Self:
         """The config of a stage whose canvas has this long side: this one with the overrides of `stages`."""
-        stage = next((stage for stage in self.stages if long_px <= stage.up_to), None)
+        stage = self.override_at(long_px)
         return self if stage is None else self.overridden_by(stage)
+
+    def override_at(self, long_px: int) -> StageConfig | None:
+        """The entry of `stages` that applies to a canvas with this long side."""
+        return next((stage for stage in self.stages if long_px <= stage.up_to), None)
 
     def overridden_by(self, stage: StageConfig) -> Self:
         """This config with the overrides of one entry of `stages`."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.config.config import read_overridden, validated
+from pipeline.config.config import read_overridden, refuse_other_command, validated
 from pipeline.config.fields import MAX_THREADS, Device, File, Float, Int, Layers, Share
 from pipeline.config.messages import Conflict, ConflictsError, allowed
 from pipeline.config.sections import COMPARED_BY_CONTENT, HARMLESS, LimitsConfig, NetworkConfig, Section
@@ -179,7 +179,9 @@ class TrainConfig(Section):
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The config of a training in the YAML file `path`; otherwise as load_config, with inputs checked."""
     file = Path(path)
-    return validated(TrainConfig, read_overridden(file, overrides), Path.cwd() / file.parent, check_inputs=True)
+    document = read_overridden(file, overrides)
+    refuse_other_command(document, "train")
+    return validated(TrainConfig, document, Path.cwd() / file.parent, check_inputs=True)
 
 
 def _conflicts(config: TrainConfig) -> Iterator[Conflict]:

@@ -151,6 +151,11 @@ def ignore(_event: Event) -> None:
     """A sink that discards events."""
 
 
+def reporter(sink: Sink, stage: int, what: str) -> Callable[[int, int], None]:
+    """Reports (done, total) of `what` to the sink."""
+    return lambda done, total: sink(WorkDone(stage, what, done, total))
+
+
 def in_order(report: Callable[[int, int], None], total: int) -> Callable[[], None]:
     """A callback for finished tasks, on any thread: calls report(1, total), report(2, total), …
 

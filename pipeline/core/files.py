@@ -6,6 +6,7 @@ that a killed process leaves behind is removed by the next process that writes t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -14,6 +15,7 @@ import secrets
 import shutil
 import stat
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,6 +56,17 @@ def new_partial(path: Path) -> Path:
         if same_kind and pid.isdigit() and not _is_alive(int(pid), entry):
             remove(entry)
     return path.with_name(partial_name(path))
+
+
+@contextlib.contextmanager
+def partial_beside(path: Path) -> Iterator[Path]:
+    """`new_partial`, whose file or folder is removed at the end, unless it was renamed."""
+    partial = new_partial(path)
+    try:
+        yield partial
+    finally:
+        with contextlib.suppress(OSError):  # a failed disk fails here too; the first error says more
+            remove(partial)
 
 
 def partial_name(path: Path) -> str:

@@ -16,6 +16,13 @@ MAX_MM = 1e6
 MIN_DPI, MAX_DPI = 1.0, 100_000.0
 # The resolution of a picture about which nothing is known: what print shops ask for.
 DEFAULT_DPI = 300.0
+# Sizes of paper for proof sheets, (width, height) in mm
+PAPERS_MM = {"a4": (210.0, 297.0), "a3": (297.0, 420.0), "letter": (215.9, 279.4)}
+# Below, letters of 2.4 mm are illegible; above, a sheet of A3 takes more than 0.3 GB.
+MIN_PROOF_DPI, MAX_PROOF_DPI = 72.0, 720.0
+# More parts of an image would be smaller than 9 cm on A4.
+MAX_PARTS = 6
+PROOF_SUFFIXES = (".pdf", ".tif", ".tiff")
 EXPECTED = "a length such as 6mm, 20 cm, 1.5m or 10in"
 
 _OTHER_NAMES = {"inch": "in", "inches": "in", '"': "in", "″": "in", "meter": "m", "metre": "m"}

@@ -2,5 +2,5 @@
 
 from typing import Literal, get_args
 
-PresetName = Literal["painterly", "faithful", "texture", "portrait", "paper"]
+PresetName = Literal["painterly", "faithful", "texture", "portrait", "flat", "paper"]
 PRESETS: tuple[str, ...] = get_args(PresetName)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import socket
@@ -14,9 +15,9 @@ from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 import dask.config
-from distributed import Scheduler
+from distributed import Scheduler, Security
 
-from pipeline.core.errors import ConfigError, Stopped
+from pipeline.core.errors import ConfigError, LockedError, Stopped, storage
 from pipeline.core.text import shown
 from pipeline.executors.addresses import (
     KEY_FILE,
@@ -27,7 +28,7 @@ from pipeline.executors.addresses import (
     write_scheduler_file,
 )
 from pipeline.executors.keepers import Keepers, ending, environment
-from pipeline.executors.worker import NO_SCHEDULER, SETTINGS, Role, WorkerSpec
+from pipeline.executors.worker import NO_PAGES, NO_SCHEDULER, SETTINGS, Role, WorkerSpec
 
 # Of a cluster whose machines come and go, a task may lose more workers than on one machine.
 _ALLOWED_DEATHS = 10
@@ -45,12 +46,34 @@ def serve_scheduler(
 ) -> None:
     """Serve a cluster until `stop` is set. Writes its key, unless there is one, and its scheduler file to `folder`.
 
-    `host`: address to serve, None: all of this machine. Raises ConfigError if it cannot be served, StorageError.
+    `host`: address to serve, None: all of this machine. Raises ConfigError if it cannot be served, LockedError if
+    another scheduler serves the folder, StorageError.
     """
     key = folder / KEY_FILE
     if not key.exists():
         make_key(key)
     security = read_key(key)
+    with storage(key):
+        file = key.open("r+b")
+    with file as locked:  # the system releases the lock however this process ends
+        try:
+            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LockedError(
+                f"{folder}: another scheduler serves this folder. A second one would take its workers from running "
+                "work: use that one, stop it first, or choose another folder."
+            ) from error
+        _serve(folder, host, port, security, stop, ready)
+
+
+def _serve(
+    folder: Path,
+    host: str | None,
+    port: int,
+    security: Security,
+    stop: threading.Event,
+    ready: Callable[[str, Path], None],
+) -> None:
     settings = {
         **SETTINGS,
         "distributed.scheduler.allowed-failures": _ALLOWED_DEATHS,
@@ -60,7 +83,9 @@ def serve_scheduler(
 
     async def serve() -> None:
         try:
-            scheduler = await Scheduler(host=host, port=port, protocol="tls", security=security, dashboard=False)
+            scheduler = await Scheduler(
+                host=host, port=port, protocol="tls", security=security, dashboard=False, dashboard_address=NO_PAGES
+            )
         except (OSError, ValueError) as error:
             raise ConfigError(f"a scheduler cannot listen at port {port} ({shown(str(error), 200)}).") from error
         async with scheduler:

@@ -9,16 +9,15 @@ from the folder (fence.py), and checks that workers which have joined see the fo
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import dask.config
 from distributed import Client, Future
@@ -69,8 +68,7 @@ class ClusterPool:
         """
         if self._opened is None:
             with ExitStack() as opened:
-                self._client: Any = opened.enter_context(connected(self._where))
-                self._loop: asyncio.AbstractEventLoop = cast(Any, self._client.loop).asyncio_loop
+                self.client: Any = opened.enter_context(connected(self._where))
                 self._opened = opened.pop_all()
         self._bar()
         with _reported(self._where):
@@ -91,7 +89,7 @@ class ClusterPool:
     ) -> list[Future[Any]]:
         """As in WorkerPool. A future of every node says when it is done, and is released then."""
         with _reported(self._where):
-            every: list[Future[Any]] = self._client.get(graph, list(graph), sync=False, resources=resources)
+            every: list[Future[Any]] = self.client.get(graph, list(graph), sync=False, resources=resources)
         by_name: dict[str, Any] = dict(zip(graph, every, strict=True))
         with self._state:
             self._pending = dict(by_name)
@@ -124,17 +122,12 @@ class ClusterPool:
             with self._state:
                 self._on_done = None
 
-    def fetch(self, call: Future[Any]) -> futures.Future[Any]:
-        """As in WorkerPool."""
-        gathering: Coroutine[Any, Any, Any] = self._client.gather(call, asynchronous=True)
-        return asyncio.run_coroutine_threadsafe(gathering, self._loop)
-
     def call_everywhere(self, function: Callable[[], Any]) -> list[Any]:
         """As in WorkerPool."""
         if self._opened is None:
             return []
         with _reported(self._where):
-            answers: dict[str, Any] = self._client.run(function, on_error="ignore")
+            answers: dict[str, Any] = self.client.run(function, on_error="ignore")
         return list(answers.values())
 
     def drop(self, calls: Sequence[Future[Any]]) -> None:
@@ -144,14 +137,14 @@ class ClusterPool:
             self._pending = {}
         if self._opened is None:
             return
-        if self._client.status == "running":
+        if self.client.status == "running":
             with suppress(Exception):  # the connection may end at any moment; the fence holds without it
-                self._client.cancel([*calls, *pending], force=True)
+                self.client.cancel([*calls, *pending], force=True)
         self._bar(CancelToken())  # after Ctrl-C too: what was begun may write until it ends
 
     def raise_if_broken(self) -> None:
         """Raise ClusterError when the scheduler is lost. Reports workers that have come or gone."""
-        if self._client.status != "running":
+        if self.client.status != "running":
             raise lost(self._where)
         if time.monotonic() - self._counted_at > _COUNT_S:
             with _reported(self._where):
@@ -182,7 +175,7 @@ class ClusterPool:
 
     def _count_workers(self) -> None:
         """Note the workers that have come or gone."""
-        info = self._client.scheduler_info(n_workers=-1)["workers"]
+        info = self.client.scheduler_info(n_workers=-1)["workers"]
         self._counted_at = time.monotonic()
         now = {address: str(about["name"]) for address, about in info.items()}
         is_first = not self._checked and not self._workers
@@ -194,7 +187,8 @@ class ClusterPool:
         if new and not is_first:
             self._note(f"{_named('worker', new)} joined the cluster")
         able = [about for about in info.values() if {self.tile_resource, worker.OTHER} & set(about["resources"])]
-        lacking = [name for name in (self.tile_resource, worker.OTHER) if not _has(able, name)]
+        there = {name for about in able for name in about["resources"]}
+        lacking = [name for name in (self.tile_resource, worker.OTHER) if name not in there]
         if lacking and not self._is_waiting:
             self._note(f"waiting for a worker with {' and '.join(lacking)}: start one with `pipeline worker`")
         self._is_waiting = bool(lacking)
@@ -210,7 +204,7 @@ class ClusterPool:
                 said = self._ask(question, asked)
             for address, what in said.items():
                 name, answer = asked[address]
-                is_seen = bool(what) or fence.answer_of(self._folder, name) == answer
+                is_seen = bool(what) or fence.read_small(self._folder / name) == answer
                 if fault := what if is_seen else "does not write there so that other machines see it":
                     raise ConfigError(
                         f"work_dir {self._folder}: worker {self._workers[address]} {fault}. All machines of the "
@@ -225,7 +219,7 @@ class ClusterPool:
         """What each worker says of the folder; of one that left meanwhile, nothing."""
         said = {}
         for address, (name, answer) in asked.items():
-            result = self._client.run(
+            result = self.client.run(
                 fence.probe, self._folder, question, name, answer, workers=[address], on_error="return"
             ).get(address)
             if isinstance(result, str):
@@ -322,10 +316,6 @@ def lost(where: ClusterAddress) -> ClusterError:
         f"the scheduler at {where.address} was lost. Nothing that was committed is lost: start it again "
         "(`pipeline scheduler`; its workers return by themselves), and run the same command again."
     )
-
-
-def _has(workers: Sequence[Mapping[str, Any]], resource: str) -> bool:
-    return any(resource in about["resources"] for about in workers)
 
 
 def _named(what: str, names: Sequence[str]) -> str:

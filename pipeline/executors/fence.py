@@ -96,7 +96,7 @@ def run_fenced(fence: Fence, function: Callable[..., R], *values: Any) -> R:
     with _opened_lock(fence.folder) as descriptor:
         with storage(fence.folder / LOCK_NAME):
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if (found := _read(fence.folder / TOKEN_NAME)) != fence.token:
+        if (found := read_small(fence.folder / TOKEN_NAME)) != fence.token:
             seen = "does not see" if not found else "sees another state of"
             raise ConfigError(
                 f"{_this_worker()} {seen} {fence.folder} than this run does, so its work would be lost or wrong. "
@@ -141,7 +141,7 @@ def _sha256(path: Path) -> str | None:
         return None
 
 
-def _read(path: Path) -> str:
+def read_small(path: Path) -> str:
     """The content of a small file, opened anew; empty if it is not there."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -192,7 +192,7 @@ def probe(folder: Path, question: str, answer_name: str, answer: str) -> str:
 
     The run holds the exclusive lock.
     """
-    if (found := _read(folder / PROBE_NAME)) != question:
+    if (found := read_small(folder / PROBE_NAME)) != question:
         return "does not see it" if not found else "sees an old state of it"
     with _opened_lock(folder) as descriptor:
         if _granted(descriptor, fcntl.LOCK_SH):
@@ -202,8 +202,3 @@ def probe(folder: Path, question: str, answer_name: str, answer: str) -> str:
     except OSError as error:
         return f"cannot write there ({error.strerror})"
     return ""
-
-
-def answer_of(folder: Path, name: str) -> str:
-    """What a worker has left."""
-    return _read(folder / name)

@@ -39,6 +39,8 @@ class Node:
 
 
 Graph = Mapping[Key, Node]
+OnDone = Callable[[Key], None]
+Proceed = Callable[[Any], bool]
 
 
 def dask_names(graph: Graph, prefix: str = "") -> dict[Key, str]:
@@ -68,13 +70,8 @@ class Executor(ABC):
     @abstractmethod
     def __exit__(self, *_: object) -> None: ...
 
-    @abstractmethod
     def run(
-        self,
-        graph: Graph,
-        keys: Sequence[Key],
-        on_done: Callable[[Key], None] = ignore,
-        proceed: Callable[[Any], bool] | None = None,
+        self, graph: Graph, keys: Sequence[Key], on_done: OnDone = ignore, proceed: Proceed | None = None
     ) -> list[Any]:
         """The values of `keys`. Nodes of equal standing begin in the order of the graph.
 
@@ -85,6 +82,11 @@ class Executor(ABC):
         Raises Stopped where `cancel` is set, else the first error that a node raised, as it was raised; in both cases
         no node runs any more.
         """
+        self.cancel.raise_if_set()
+        return self._run(graph, keys, on_done, proceed) if keys else []
+
+    @abstractmethod
+    def _run(self, graph: Graph, keys: Sequence[Key], on_done: OnDone, proceed: Proceed | None) -> list[Any]: ...
 
     @abstractmethod
     def collect_profile(self) -> None:

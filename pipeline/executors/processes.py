@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -15,7 +16,7 @@ from pipeline.core import profiler
 from pipeline.core.cancel import CancelToken
 from pipeline.executors.addresses import ClusterAddress
 from pipeline.executors.cluster_pool import ClusterPool
-from pipeline.executors.graph import Executor, Graph, Key, Node, dask_names, ignore
+from pipeline.executors.graph import Executor, Graph, Key, Node, OnDone, Proceed, dask_names
 from pipeline.executors.threads import ThreadExecutor
 from pipeline.executors.worker import CPU_TILE, GPU_TILE, OTHER, SUM, Role
 from pipeline.executors.worker_pool import WorkerPool
@@ -57,17 +58,8 @@ class PoolExecutor(Executor):
         """As in Executor."""
         return super().map(task, specs, on_done, tile) if tile else self._threads.map(task, specs, on_done)
 
-    def run(
-        self,
-        graph: Graph,
-        keys: Sequence[Key],
-        on_done: Callable[[Key], None] = ignore,
-        proceed: Callable[[Any], bool] | None = None,
-    ) -> list[Any]:
+    def _run(self, graph: Graph, keys: Sequence[Key], on_done: OnDone, proceed: Proceed | None) -> list[Any]:
         """As in Executor; `proceed` is called on this thread, `on_done` on one of distributed's."""
-        self.cancel.raise_if_set()
-        if not keys:
-            return []
         calls: list[Future[Any]] = []
         try:
             self._workers.start()
@@ -110,8 +102,9 @@ class PoolExecutor(Executor):
             profiler.add(seconds)
 
     def _value(self, call: Future[Any]) -> Any:
-        """The value of a node, or what was raised."""
-        fetching = self._workers.fetch(call)
+        """The value of a node, or what was raised. One that is lost with its worker is computed again."""
+        client = self._workers.client
+        fetching = asyncio.run_coroutine_threadsafe(client.gather(call, asynchronous=True), client.loop.asyncio_loop)
         while not fetching.done():
             self.cancel.raise_if_set()
             self._workers.raise_if_broken()

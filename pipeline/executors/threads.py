@@ -14,7 +14,7 @@ from typing import Any
 from dask import threaded  # the module: its own name `get` would make dask import distributed, and that torch
 
 from pipeline.core.cancel import CancelToken
-from pipeline.executors.graph import Executor, Graph, Key, dask_names, ignore
+from pipeline.executors.graph import Executor, Graph, Key, OnDone, Proceed, dask_names
 
 _PROCEED = "proceed"
 
@@ -36,17 +36,8 @@ class ThreadExecutor(Executor):
         self._tiles.shutdown()
         self._others.shutdown()
 
-    def run(
-        self,
-        graph: Graph,
-        keys: Sequence[Key],
-        on_done: Callable[[Key], None] = ignore,
-        proceed: Callable[[Any], bool] | None = None,
-    ) -> list[Any]:
+    def _run(self, graph: Graph, keys: Sequence[Key], on_done: OnDone, proceed: Proceed | None) -> list[Any]:
         """As in Executor; `proceed` is called on a thread of the pool."""
-        self.cancel.raise_if_set()
-        if not keys:
-            return []
         run = _Run(self.cancel, on_done)
         # Dask takes a plain graph of tuples; through `delayed` and `compute` the same graph takes ten times as long
         names = dask_names(graph)
@@ -78,7 +69,7 @@ class ThreadExecutor(Executor):
 class _Run:
     """The nodes of one run. `over`: nodes that have not begun are left out. `error`: the first that was raised."""
 
-    def __init__(self, cancel: CancelToken, on_done: Callable[[Key], None]):
+    def __init__(self, cancel: CancelToken, on_done: OnDone):
         self._cancel, self._on_done = cancel, on_done
         self._lock = threading.Lock()
         self.over = False
@@ -88,7 +79,7 @@ class _Run:
         """Run one node, and report it."""
         return self._guarded(lambda: self._run_node(key, function, values))
 
-    def proceed(self, proceed: Callable[[Any], bool], value: object) -> None:
+    def proceed(self, proceed: Proceed, value: object) -> None:
         """Ask whether the rest is wanted."""
         if not self.over and not self._guarded(lambda: proceed(value)):
             self.over = True

@@ -36,6 +36,8 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.large-graph-warning-threshold": "1 GiB",
 }
+# Where distributed's HTTP server listens, which has no pages here: not at port 8787 of an address that others reach.
+NO_PAGES = "127.0.0.1:0"
 # How long a worker tries to reach its scheduler, and the code with which it ends then.
 REACH_S, NO_SCHEDULER = 60, 69
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
@@ -116,7 +118,7 @@ async def _serve(spec: WorkerSpec) -> int:
         host=spec.host,
         protocol=spec.scheduler.partition("://")[0],
         security=spec.security,
-        dashboard_address="127.0.0.1:0",
+        dashboard_address=NO_PAGES,
         memory_limit=0,
         local_directory=spec.folder,
         death_timeout=REACH_S,

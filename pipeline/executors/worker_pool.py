@@ -11,12 +11,10 @@ wanted are ended with their processes: nothing of an old pass may be written dur
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent import futures
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,7 +67,7 @@ class WorkerPool:
         self, graph: Mapping[str, Any], keys: Sequence[str], resources: Callable[[str], Mapping[str, int]]
     ) -> list[Future[Any]]:
         """Hand the graph to the scheduler; gives the futures of `keys`. `resources`: of each key, to be pickled."""
-        calls: list[Future[Any]] = self._client.get(graph, list(keys), sync=False, resources=resources)
+        calls: list[Future[Any]] = self.client.get(graph, list(keys), sync=False, resources=resources)
         return calls
 
     @contextmanager
@@ -81,23 +79,18 @@ class WorkerPool:
         finally:
             self._register.count(None)
 
-    def fetch(self, call: Future[Any]) -> futures.Future[Any]:
-        """Begin to fetch a value. One that is lost with its worker is computed again."""
-        gathering: Coroutine[Any, Any, Any] = self._client.gather(call, asynchronous=True)
-        return asyncio.run_coroutine_threadsafe(gathering, self._loop)
-
     def call_everywhere(self, function: Callable[[], Any]) -> list[Any]:
         """What `function` gives in every worker process that answers."""
         if self._opened is None:
             return []
-        answers: dict[str, Any] = self._client.run(function, on_error="ignore")
+        answers: dict[str, Any] = self.client.run(function, on_error="ignore")
         return list(answers.values())
 
     def drop(self, calls: Sequence[Future[Any]]) -> None:
         """Kill all workers, with what they run; new ones are started at once. `calls` are not computed again."""
         if self._opened is None or self._keepers is None:
             return
-        self._client.cancel(list(calls), force=True)
+        self.client.cancel(list(calls), force=True)
         self._keepers.drop()
 
     def raise_if_broken(self) -> None:
@@ -153,14 +146,13 @@ class WorkerPool:
                 host="127.0.0.1",
                 protocol="tls",
                 security=self._security,
-                dashboard_address="127.0.0.1:0",
+                dashboard_address=worker.NO_PAGES,
                 scheduler_kwargs={"dashboard": False},
                 silence_logs=logging.CRITICAL,
             )
             opened.enter_context(cluster)
             client = Client(cluster, security=self._security, set_as_default=False)  # type: ignore[no-untyped-call]
-            self._client = opened.enter_context(client)
-            self._loop: asyncio.AbstractEventLoop = cast(Any, client.loop).asyncio_loop
+            self.client: Any = opened.enter_context(client)
             self._address = cluster.scheduler_address
             self._register = _Register(self._kill)
             cast(Scheduler, cluster.scheduler).add_plugin(self._register)

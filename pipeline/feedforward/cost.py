@@ -2,48 +2,66 @@
 
 from __future__ import annotations
 
-from pipeline.core.tiling import Rect, Size, grid
-from pipeline.feedforward import geometry
+from collections.abc import Iterable, Sequence
+
+from pipeline.core.tiling import Rect, Size, Tile, grid
+from pipeline.feedforward import activations, geometry
+from pipeline.feedforward.activations import Step
 from pipeline.feedforward.geometry import Window
-from pipeline.feedforward.spec import Conv, Layer, Layered, Pool, convs_of
+from pipeline.feedforward.spec import Conv, Layered, Pool, convs_of
 
 
-def tile_bytes(spec: Layered, size: Size, tile_px: int, itemsize: int) -> int:
-    """Peak bytes of the feature maps of one tile of any pass. `size`: (height, width) of the input."""
+def tile_bytes(spec: Layered, size: Size, tile_px: int, itemsize: int, steps: Sequence[Step] = ()) -> int:
+    """Peak bytes of the feature maps of one tile of any pass. `size`: (height, width) of the input.
+
+    `steps`: the passes; by default all layers from the content.
+    """
     return max(
-        _window_bytes(spec, geometry.window(spec, size, spec.layers, rect), itemsize)
-        for rect in _tiles(spec, size, tile_px)
+        _window_bytes(spec, window, itemsize) + _skip_values(step, window) * itemsize
+        for step in heaviest(steps or [Step(spec.layers)])
+        for window in _some_windows(spec, size, step, tile_px)
     )
 
 
-def window_px(spec: Layered, size: Size, tile_px: int) -> int:
-    """The most input pixels that a tile reads."""
-    return max(geometry.window(spec, size, spec.layers, rect).pixels.area for rect in _tiles(spec, size, tile_px))
+def heaviest(steps: Iterable[Step]) -> list[Step]:
+    """Of steps that begin and end at the same kind of map the last one, which has the most layers."""
+    return list({(step.origin is None, step.keeps is None, step.writes is None): step for step in steps}.values())
 
 
-def halo_overhead(spec: Layered, size: Size, tile_px: int) -> float:
-    """Input pixels that the last pass reads, over all pixels of the input: what tiles cost."""
-    canvas = [side * spec.factor for side in size]
-    sums = []
-    for axis, side in enumerate(canvas):
-        starts = range(0, side, tile_px)
-        rects = [Rect(start, min(start + tile_px, side), 0, 1) for start in starts]
-        # both axes have the same layers, so that one function of rows serves both
-        square = (size[axis], size[axis])
-        sums.append(sum(geometry.window(spec, square, spec.layers, rect).pixels.height for rect in rects))
-    return sums[0] * sums[1] / (size[0] * size[1])
+def waiting_values(spec: Layered, size: Size, tile_px: int, step: Step) -> int:
+    """The most values that a tile reads, and then writes to arrays of activations."""
+    return max(
+        _read_values(step, window) + len(step.written) * _output_values(window)
+        for window in _some_windows(spec, size, step, tile_px)
+    )
 
 
-def flop(spec: Layered, size: Size, layers: tuple[Layer, ...]) -> int:
-    """Floating-point operations of these layers over a whole image."""
-    height, width = (side + 2 * spec.start_padding_px for side in size)
+def halo_overhead(spec: Layered, size: Size, tile_px: int, step: Step | None = None) -> float:
+    """Positions that a pass reads over all of its tiles, per position that is there: what tiles cost.
+
+    `step`: by default all layers from the content.
+    """
+    step = step or Step(spec.layers)
+    (height, width), _ = activations.divided(spec, size, step)
+    rows, columns = _parts(height, tile_px), _parts(width, tile_px)
+    # the rows that a tile reads do not depend on its columns
+    read_rows = sum(one.pixels.height for one in _windows(spec, size, step, [Rect(*part, 0, width) for part in rows]))
+    across = [Rect(0, height, *part) for part in columns]
+    read_columns = sum(one.pixels.width for one in _windows(spec, size, step, across))
+    whole = size if step.origin is None else step.origin.size
+    return read_rows * read_columns / (whole[0] * whole[1])
+
+
+def flop(spec: Layered, size: Size, step: Step) -> int:
+    """Floating-point operations of a pass over a whole image."""
+    before = geometry.grid_size(spec, size, ()) if step.origin is None else step.origin.size
     total = 0
-    for layer in layers:
+    for layer in step.layers:
+        height, width = before
         for conv in convs_of([layer]):
             height, width = conv.size(height), conv.size(width)
             total += 2 * conv.kernel**2 * conv.channels_in * conv.channels_out * height * width
-        if isinstance(layer, Pool):
-            height, width = layer.size(height), layer.size(width)
+        before = geometry.size_after(before, (layer,))
     return total
 
 
@@ -52,12 +70,41 @@ def parameters_bytes(spec: Layered) -> int:
     return 2 * 8 * sum(conv.kernel**2 * conv.channels_in * conv.channels_out for conv in convs_of(spec.layers))
 
 
-def _tiles(spec: Layered, size: Size, tile_px: int) -> list[Rect]:
+def _parts(side_px: int, tile_px: int) -> list[tuple[int, int]]:
+    return [(tile.inner.y0, tile.inner.y1) for tile in grid(side_px, 1, tile_px)]
+
+
+def _some_windows(spec: Layered, size: Size, step: Step, tile_px: int) -> list[Window]:
     """Of each axis the first tile, the second (which has a halo on both sides, if any has) and the last."""
-    height, width = (side * spec.factor for side in size)
-    rows, columns = ([tile.inner[:2] for tile in grid(side, 1, tile_px)] for side in (height, width))
+    rows, columns = (_parts(side, tile_px) for side in activations.divided(spec, size, step)[0])
     chosen = [sorted({*parts[:2], parts[-1]}) for parts in (rows, columns)]
-    return [Rect(*row, *column) for row in chosen[0] for column in chosen[1]]
+    return _windows(spec, size, step, [Rect(*row, *column) for row in chosen[0] for column in chosen[1]])
+
+
+def _windows(spec: Layered, size: Size, step: Step, rects: Iterable[Rect]) -> list[Window]:
+    """The windows of the tiles at `rects` of the canvas."""
+    (height, width), scale = activations.divided(spec, size, step)
+    tiles = [Tile(0, rect, height, width).shrunk(scale) for rect in rects]
+    wanted = [activations.wanted(spec, size, step, tile) for tile in tiles]
+    return [activations.window(spec, size, step, rect) for rect in wanted if rect.area]
+
+
+def _read_values(step: Step, window: Window) -> int:
+    """Values of the content, or of the activations and what is added to them."""
+    if step.origin is None:
+        return window.pixels.area * 3
+    return window.pixels.area * step.origin.conv.channels_out * step.origin.maps
+
+
+def _skip_values(step: Step, window: Window) -> int:
+    """Values of what is added to the activations that a pass begins at."""
+    return 0 if step.origin is None else _read_values(step, window) * (step.origin.maps - 1) // step.origin.maps
+
+
+def _output_values(window: Window) -> int:
+    last = window.layers[-1]
+    assert isinstance(last, Conv)
+    return window.held[-1].area * last.channels_out
 
 
 def _window_bytes(spec: Layered, window: Window, itemsize: int) -> int:

@@ -12,7 +12,7 @@ So a tile at the border of the image is padded as the whole image is, and one in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.core.tiling import Rect, Size
 from pipeline.feedforward.spec import Conv, Layer, Layered, Padding, Pool, Residual
@@ -90,33 +90,43 @@ class Window:
     """A window through the network: the rectangle of each layer's output, and of the pixels that are read.
 
     `sizes`: (height, width) of the input of each layer, and of the last output. `layers`: those that are run.
+    `start_padding_px`: of the image before the first of them.
     """
 
     layers: tuple[Layer, ...]
     pixels: Rect
     held: tuple[Rect, ...]
     sizes: tuple[Size, ...]
+    start_padding_px: int = 0
 
 
 def window(spec: Layered, size: Size, layers: Sequence[Layer], wanted: Rect) -> Window:
     """The window that gives `wanted` of the output of the last of `layers`. `size`: (height, width) of the image."""
-    axes = [_axis(spec, side, layers, part) for side, part in zip(size, (wanted[:2], wanted[2:]), strict=True)]
+    padding = spec.start_padding_px
+    inner = inner_window(_padded(spec, size), layers, wanted)
+    raw = Rect(*(edge - padding for edge in inner.pixels))
+    rows, columns = (
+        source(part, side).held(side, "reflect") for part, side in zip((raw[:2], raw[2:]), size, strict=True)
+    )
+    return replace(inner, pixels=Rect(*rows, *columns), start_padding_px=padding)
+
+
+def inner_window(size: Size, layers: Sequence[Layer], wanted: Rect) -> Window:
+    """The window of layers in the middle of a network; its `pixels` are positions of their input, which has `size`."""
+    axes = [_axis(side, layers, part) for side, part in zip(size, (wanted[:2], wanted[2:]), strict=True)]
     (rows, heights), (columns, widths) = axes
-    rects = [Rect(*row, *column) for row, column in zip(rows, columns, strict=True)]
-    return Window(tuple(layers), rects[0], tuple(rects[1:]), tuple(zip(heights, widths, strict=True)))
+    rects = tuple(Rect(*row, *column) for row, column in zip(rows, columns, strict=True))
+    return Window(tuple(layers), rects[0], rects, tuple(zip(heights, widths, strict=True)))
 
 
-def _axis(spec: Layered, side: int, layers: Sequence[Layer], wanted: Range) -> tuple[list[Range], list[int]]:
-    """The range of pixels, then of the input of each layer and of the last output; and the size of these grids."""
-    sizes = [side + 2 * spec.start_padding_px]
+def _axis(side: int, layers: Sequence[Layer], wanted: Range) -> tuple[list[Range], list[int]]:
+    """The range of the input of each layer and of the last output; and the size of these grids."""
+    sizes = [side]
     for layer in layers:
         sizes.append(layer.size(sizes[-1]))
     held = [wanted]
     for layer, before in zip(reversed(layers), reversed(sizes[:-1]), strict=True):
         held.append(held_of_layer(layer, held[-1], before))
-    lo, hi = held[-1]
-    raw = lo - spec.start_padding_px, hi - spec.start_padding_px
-    held.append(source(raw, side).held(side, "reflect"))
     return held[::-1], sizes
 
 
@@ -133,11 +143,20 @@ def layers_until(spec: Layered, conv: Conv) -> tuple[Layer, ...]:
 
 
 def grid_size(spec: Layered, size: Size, layers: Sequence[Layer]) -> Size:
-    """(height, width) of the output of the last of `layers`."""
-    height, width = (side + 2 * spec.start_padding_px for side in size)
+    """(height, width) of the output of the last of `layers`. `size`: of the image."""
+    return size_after(_padded(spec, size), layers)
+
+
+def size_after(size: Size, layers: Sequence[Layer]) -> Size:
+    """(height, width) of the output of the last of `layers`, whose input has `size`."""
+    height, width = size
     for layer in layers:
         height, width = layer.size(height), layer.size(width)
     return height, width
+
+
+def _padded(spec: Layered, size: Size) -> Size:
+    return size[0] + 2 * spec.start_padding_px, size[1] + 2 * spec.start_padding_px
 
 
 def owned(inner: Rect, canvas: Size, grid: Size) -> Rect:

@@ -14,13 +14,13 @@ from pipeline.core.errors import InputError, storage
 from pipeline.core.events import Sink, WorkDone, in_order
 from pipeline.core.tiling import Tile, grid
 from pipeline.executors import Executor
-from pipeline.feedforward import histogram, tile_tasks
-from pipeline.feedforward.arrays import CANVAS, UNMATCHED, arrays_of, mask_arrays
+from pipeline.feedforward import activations, histogram, tile_tasks
+from pipeline.feedforward.arrays import CANVAS, UNMATCHED, mask_arrays
 from pipeline.feedforward.plan import ApplyPlan
-from pipeline.feedforward.tile_tasks import NetworksSpec
-from pipeline.feedforward.tiled import Moments, Statistics
+from pipeline.feedforward.tile_tasks import Measured, NetworksSpec
+from pipeline.feedforward.tiled import Statistics
 from pipeline.render import ingest
-from pipeline.store import ALPHA, CONTENT, METADATA, STYLE, ArraySpec, guide_name, integrity, merged, metadata
+from pipeline.store import ALPHA, CONTENT, METADATA, STYLE, guide_name, integrity, merged, metadata
 
 # By number of a network and name of a norm, mean and variance by channel; as in the position of a run.
 Known = Mapping[tuple[int, str], tuple[tuple[float, ...], tuple[float, ...]]]
@@ -57,10 +57,6 @@ class Passes(ABC):
         """Run one pass, given what those before it have measured and written."""
 
     @abstractmethod
-    def arrays(self) -> dict[str, ArraySpec]:
-        """All arrays of the stage."""
-
-    @abstractmethod
     def _images(self) -> dict[str, Path]:
         """The images beside the content, by the array that they are read into."""
 
@@ -78,7 +74,7 @@ class Passes(ABC):
         folder = self.stage_dir.with_name(self.stage_dir.name + ".partial")
         with storage(folder):
             store.create_stage(folder)
-            for name, array in self.arrays().items():
+            for name, array in self.plan.arrays.items():
                 store.create_array(folder, name, array.shape, array.chunk_px, array.form, self.config.store.codec)
             sums = self._ingest(folder)
             sums |= metadata.metadata_checksums(folder)
@@ -106,7 +102,7 @@ class Passes(ABC):
         names = [name for name in checksums if not name.endswith(METADATA)]
         arrays = [store.open_array(self.stage_dir, name, checksums[name]) for name in names]
         # without checksums: their content is unused, but their chunks must exist to be overwritten in place
-        arrays += [store.open_array(self.stage_dir, name) for name in self.arrays() if name not in names]
+        arrays += [store.open_array(self.stage_dir, name) for name in self.plan.arrays if name not in names]
         integrity.require_intact(arrays, self.executor, self._reporter("check"))
 
     def _reporter(self, what: str) -> Callable[[int, int], None]:
@@ -118,10 +114,6 @@ class Passes(ABC):
 
 class NetworkPasses(Passes):
     """Statistics of each norm of each network, and the canvas."""
-
-    def arrays(self) -> dict[str, ArraySpec]:
-        """As in Passes."""
-        return arrays_of(self.config, self.plan.content_size, self.plan.stage.size, self.plan.content)
 
     def _images(self) -> dict[str, Path]:
         return {guide_name(index): path for index, path in enumerate(self.config.masks)}
@@ -147,18 +139,31 @@ class NetworkPasses(Passes):
         if number > len(norms):
             return self._matched(number, checksums)
         network, conv = norms[number]
+        spec, size = self.plan.networks[network].header.spec, self.plan.content_size
+        step = activations.step_of(spec, network, size, conv, self.plan.keeps)
+        tiles = activations.tiles(spec, size, step, self.tile_px)
         specs = [
-            tile_tasks.MomentsSpec(self.stage_dir, tile, self._networks, checksums, measured, network, conv.name)
-            for tile in self.tiles
+            tile_tasks.MomentsSpec(
+                self.stage_dir,
+                tile,
+                self._networks,
+                checksums,
+                measured,
+                network,
+                conv.name,
+                keeps=self.plan.keeps,
+            )
+            for tile in tiles
         ]
-        initial: Moments | None = None
         counter = self._counter(number, len(specs))
-        total = self.executor.fold(tile_tasks.moments_task, specs, tile_tasks.add_moments, initial, counter)
-        assert total is not None  # every position belongs to a tile
-        if not total.is_finite:
+        total = self.executor.fold(tile_tasks.moments_task, specs, tile_tasks.add_moments, Measured(), counter)
+        moments = total.moments
+        assert moments is not None  # every position belongs to a tile
+        if not moments.is_finite:
             raise not_finite(self.plan.networks[network].header.path, conv.name)
-        own = total.statistics()
-        return PassResult(network, conv.name, tuple(own.mean_C), tuple(own.variance_C))
+        own = moments.statistics()
+        packed = {name: store.open_array(self.stage_dir, name).packed(sums) for name, sums in total.sums.items()}
+        return PassResult(network, conv.name, tuple(own.mean_C), tuple(own.variance_C), packed)
 
     def _output(
         self, number: int, measured: Mapping[int, Mapping[str, Statistics]], checksums: Mapping[str, str]
@@ -166,7 +171,17 @@ class NetworkPasses(Passes):
         masks, keeps_color = mask_arrays(self.config), self.config.color == "luminance"
         target = UNMATCHED if self.config.match_histogram else CANVAS
         specs = [
-            tile_tasks.OutputSpec(self.stage_dir, tile, self._networks, checksums, measured, target, masks, keeps_color)
+            tile_tasks.OutputSpec(
+                self.stage_dir,
+                tile,
+                self._networks,
+                checksums,
+                measured,
+                target,
+                masks,
+                keeps_color,
+                keeps=self.plan.keeps,
+            )
             for tile in self.tiles
         ]
         sums = self.executor.map(tile_tasks.output_task, specs, self._counter(number, len(specs)), tile=True)

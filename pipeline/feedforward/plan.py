@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config import ApplyConfig, input_files
@@ -11,10 +12,12 @@ from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.text import shown
 from pipeline.core.tiling import Size
-from pipeline.feedforward import cost, geometry
+from pipeline.feedforward import activations
+from pipeline.feedforward.activations import Step
 from pipeline.feedforward.arrays import CANVAS, arrays_of
 from pipeline.feedforward.network_file import NetworkHeader, read_network_header
 from pipeline.feedforward.spec import Conv
+from pipeline.feedforward.strategy import Strategy, nothing_kept, strategies
 from pipeline.feedforward.wct_file import WctHeader, WctLevel, is_wct_file, read_wct_header
 from pipeline.feedforward.workload import ApplyWork
 from pipeline.images import ImageHeader, read_header
@@ -41,8 +44,7 @@ class NetworkUse:
     @property
     def norms(self) -> list[Conv]:
         """The convolutions whose norms need a pass of their own."""
-        spec = self.header.spec
-        return spec.norms() if spec.norm == "instance" else []
+        return self.header.spec.measured_norms()
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,18 @@ class WctUse:
 
 @dataclass(frozen=True)
 class ApplyPlan:
-    """The plan as all commands show it, and what the passes need. `content_size`: as the networks see it."""
+    """The plan as all commands show it, and what the passes need. `content_size`: as the networks see it.
+
+    `arrays`: of the stage. `keeps`: whether the passes keep activations among them.
+    """
 
     plan: Plan
     networks: tuple[NetworkUse, ...]
     wct: WctUse | None
     content_size: Size
     content: PixelKind
+    arrays: Mapping[str, ArraySpec]
+    keeps: bool = False
 
     @property
     def stage(self) -> StagePlan:
@@ -93,17 +100,26 @@ def plan_apply(config: ApplyConfig, device: Device) -> ApplyPlan:
     source = images[config.content].kind
     content = PixelKind(source.bits, source.alpha and factor == 1)
     specs = tuple(use.header.spec for use in networks)
-    parts = [[geometry.layers_until(use.header.spec, conv) for conv in use.norms] for use in networks]
-    flop = sum(
-        cost.flop(spec, content_size, layers)
-        for spec, until in zip(specs, parts, strict=True)
-        for layers in (*until, spec.layers)
-    )
-    file_bytes = sum(use.header.size_bytes for use in networks)
-    passes = 1 + sum(len(use.norms) for use in networks) + config.match_histogram
     arrays = arrays_of(config, content_size, canvas, content)
-    work = ApplyWork(config, specs, content_size, canvas, content, images, device, arrays, passes, flop, file_bytes)
-    return ApplyPlan(work.checked_plan(), networks, None, content_size, content)
+    *others, last = strategies(config, specs, content_size, device)
+    passes = 1 + sum(len(use.norms) for use in networks) + config.match_histogram
+    file_bytes = sum(use.header.size_bytes for use in networks)
+    work = ApplyWork(
+        config, specs, (), content_size, canvas, content, images, device, arrays, passes, file_bytes
+    )  # fmt: skip
+    for strategy in others:
+        with suppress(ConfigError):  # it does not fit into memory
+            return _planned(work, networks, strategy)
+    return _planned(work, networks, last)
+
+
+def _planned(work: ApplyWork, networks: tuple[NetworkUse, ...], strategy: Strategy) -> ApplyPlan:
+    size, specs = work.content_size, [use.header.spec for use in networks]
+    steps = [activations.steps_of(spec, index, size, strategy.keeps) for index, spec in enumerate(specs)]
+    work = replace(
+        work, steps=tuple(map(tuple, steps)), arrays={**work.arrays, **strategy.arrays}, notes=strategy.notes
+    )
+    return ApplyPlan(work.checked_plan(), networks, None, size, work.content, work.arrays, strategy.keeps)
 
 
 def _plan_wct(config: ApplyConfig, device: Device, images: Mapping[Path, ImageHeader]) -> ApplyPlan:
@@ -115,6 +131,8 @@ def _plan_wct(config: ApplyConfig, device: Device, images: Mapping[Path, ImageHe
         raise ConfigError(_NO_MATCH)
     if config.style is None:
         raise ConfigError(f"style: missing; {network.file} applies the style of an image. Name one (--style).")
+    if config.activations not in ("auto", "recompute"):
+        raise nothing_kept(config)
     there = {level.number: level for level in header.levels}
     if missing := [level for level in config.wct.levels if level not in there]:
         raise ConfigError(f"wct.levels: {network.file} has no level {missing[0]}, but {', '.join(map(str, there))}.")
@@ -127,15 +145,15 @@ def _plan_wct(config: ApplyConfig, device: Device, images: Mapping[Path, ImageHe
         if min(size) < least:
             raise InputError(f"{role} {path}: at {size[1]}×{size[0]} px it is too small; {least} px are needed.")
     content = images[config.content].kind
-    flop = sum(cost.flop(level, content_size, layers) for level in levels for layers in (level.encoder, level.layers))
+    steps = tuple((Step(level.encoder), Step(level.layers)) for level in levels)
     arrays = arrays_of(config, content_size, content_size, content)
     arrays |= {STYLE: ArraySpec((*style_size, 3), config.store.chunk_px, "uint8")}
     arrays |= {"canvas_0": arrays[CANVAS]} if len(levels) > 1 else {}
     work = ApplyWork(
-        config, levels, content_size, content_size, content, images, device, arrays, 3 * len(levels), flop,
+        config, levels, steps, content_size, content_size, content, images, device, arrays, 3 * len(levels),
         header.size_bytes, one_at_a_time=True,
     )  # fmt: skip
-    return ApplyPlan(work.checked_plan(), (), WctUse(header, levels, style_size), content_size, content)
+    return ApplyPlan(work.checked_plan(), (), WctUse(header, levels, style_size), content_size, content, arrays)
 
 
 def _networks(config: ApplyConfig) -> tuple[NetworkUse, ...]:

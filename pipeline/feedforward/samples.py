@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.config import TrainConfig
 from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.feedforward.photographs import Photograph, lowered, read_picture
-from pipeline.feedforward.training import Trainer
+from pipeline.feedforward.training import Trainer, spec_of
 from pipeline.images import read_header
 from pipeline.images.tile_codec import encode_tile
 
@@ -34,9 +34,12 @@ def read_tensor(image: Photograph, cancel: CancelToken = NEVER) -> Tensor:
     return torch.from_numpy(picture).permute(2, 0, 1)[None].float()
 
 
-def fitted(image: Photograph, long_px: int, multiple: int = 1) -> Photograph:
-    """The same file at a long side of `long_px`, both sides multiples of `multiple`."""
-    ratio = long_px / max(image.width_px, image.height_px)
+def fitted(image: Photograph, long_px: int, multiple: int = 1, least_px: int = 0) -> Photograph:
+    """The same file at a long side of `long_px`, more if its short side needs it for `least_px`.
+
+    Both sides are multiples of `multiple`, as `least_px` is.
+    """
+    ratio = max(long_px / max(image.width_px, image.height_px), least_px / min(image.width_px, image.height_px))
     width, height = (
         max(multiple, round(px * ratio) // multiple * multiple) for px in (image.width_px, image.height_px)
     )
@@ -52,8 +55,9 @@ def sample_pictures(
         header = read_header(path, config.limits)
         found.append(Photograph(path, header.width_px, header.height_px, 0))
     multiple = config.factor if config.task == "super-resolution" else 1
+    least_px = spec_of(config).least_side_px() * multiple
     chosen = found or list(photographs[:_DEFAULT_NUMBER])
-    return [read_tensor(fitted(image, _LONG_PX, multiple), cancel) for image in chosen]
+    return [read_tensor(fitted(image, _LONG_PX, multiple, least_px), cancel) for image in chosen]
 
 
 def sample_sheet(trainer: Trainer, config: TrainConfig, pictures: Sequence[Tensor]) -> bytes:

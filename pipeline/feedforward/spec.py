@@ -148,6 +148,10 @@ class TransformSpec(BaseModel):
         """The convolutions that a norm with parameters follows, in order."""
         return [conv for conv in self.convs() if conv.has_norm and self.norm != "none"]
 
+    def measured_norms(self) -> list[Conv]:
+        """Those whose mean and variance are the image's, so that each needs a pass over it; none with batch norm."""
+        return self.norms() if self.norm == "instance" else []
+
     def least_side_px(self) -> int:
         """The least side of a picture, for which every padding finds the positions that it reflects."""
         side = self.start_padding_px + 1

@@ -16,8 +16,8 @@ from pipeline.feedforward import cost, tile_tasks, wct, wct_passes
 from pipeline.feedforward.network_file import read_network_header
 from pipeline.feedforward.passes import not_finite
 from pipeline.feedforward.spec import Layered, TransformSpec
-from pipeline.feedforward.tile_tasks import NetworksSpec
-from pipeline.feedforward.tiled import Moments, Statistics, norms_with_statistics
+from pipeline.feedforward.tile_tasks import Measured, NetworksSpec
+from pipeline.feedforward.tiled import Statistics
 from pipeline.feedforward.wct_file import is_wct_file, read_wct_header
 from pipeline.feedforward.wct_passes import LevelSpec, WctOutput, WctTile
 from pipeline.losses.objective import Gram, mean_gram
@@ -61,12 +61,11 @@ def _fill(
 ) -> str:
     tiles = grid(*stage.plan.size, _tile_px(stage, [spec]))
     known: dict[str, Statistics] = {}
-    for conv in norms_with_statistics(spec):
+    for conv in spec.measured_norms():
         specs = [
             tile_tasks.MomentsSpec(folder, tile, networks, checksums, {0: dict(known)}, 0, conv.name) for tile in tiles
         ]
-        initial: Moments | None = None
-        total = stage.executor.fold(tile_tasks.moments_task, specs, tile_tasks.add_moments, initial)
+        total = stage.executor.fold(tile_tasks.moments_task, specs, tile_tasks.add_moments, Measured()).moments
         assert total is not None
         if not total.is_finite:
             raise not_finite(networks.paths[0], conv.name)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pipeline.core import profiler
-from pipeline.core.tiling import Rect, Tile
-from pipeline.feedforward import tiled
+from pipeline.core.tiling import Rect, Size, Tile
+from pipeline.feedforward import activations, tiled
+from pipeline.feedforward.activations import Step
 from pipeline.feedforward.network_file import load_network
 from pipeline.feedforward.tiled import Moments, Statistics, TiledNetwork
 from pipeline.losses.color import LUMINANCE_WEIGHTS
@@ -53,7 +54,10 @@ class NetworksSpec:
 
 @dataclass(frozen=True)
 class TileSpec:
-    """A tile of the canvas. `statistics`: by number of a network, those that are known. `checksums`: of the arrays."""
+    """A tile of the canvas. `statistics`: by number of a network, those that are known. `checksums`: of the arrays.
+
+    `keeps`: whether the passes keep activations on the disk.
+    """
 
     stage_dir: Path
     tile: Tile
@@ -61,6 +65,7 @@ class TileSpec:
     checksums: Mapping[str, str]
     statistics: Mapping[int, Mapping[str, Statistics]]
     array: str = field(default=CONTENT, kw_only=True)
+    keeps: bool = field(default=False, kw_only=True)
 
     @property
     def device(self) -> str:
@@ -77,13 +82,63 @@ class TileSpec:
         """Open an array for reading; its chunks are checked."""
         return open_array(self.stage_dir, name, self.checksums.get(name))
 
+    def save(self, name: str, rect: Rect, x_1CHW: Tensor | None) -> ChunkSums:
+        """Write a rectangle of whole chunks to an array; gives their checksums.
+
+        Positions beyond `x_1CHW`, a map that is smaller than the array, become 0.
+        """
+        array = open_array(self.stage_dir, name)
+        with profiler.span("write", tile=self.tile.index, array=name), device_memory(self):
+            if x_1CHW is None or x_1CHW.shape[2:] != (rect.height, rect.width):
+                whole_1CHW = torch.zeros((1, array.shape[2], rect.height, rect.width), device=self.device)
+                if x_1CHW is not None:
+                    whole_1CHW = whole_1CHW.to(x_1CHW.dtype)
+                    whole_1CHW[:, :, : x_1CHW.shape[2], : x_1CHW.shape[3]] = x_1CHW
+                x_1CHW = whole_1CHW
+            return device_io.save(array, rect, x_1CHW[0])
+
+    @property
+    def content_size(self) -> Size:
+        """(height, width) of the content."""
+        height, width, _ = self.open(CONTENT).shape
+        return height, width
+
+    def at_origin(self, step: Step, rect: Rect) -> list[Tensor]:
+        """A rectangle of what a step begins at: of the content, or of activations and of what is added to them."""
+        if (origin := step.origin) is None:
+            return [self.load(CONTENT, rect)]
+        maps = [self.load(origin.array, rect)]
+        if origin.skip is not None:
+            maps.append(self.load(origin.skip, Rect(*(edge + origin.margin for edge in rect))))
+        return maps
+
+    def begun(self, number: int, step: Step, maps: list[Tensor]) -> Tensor:
+        """What the layers of a step of network `number` take, from `at_origin`, which is used up."""
+        network = self.networks.load()[number]
+        raw_1CHW, *skip_1CHW = maps
+        maps.clear()
+        if step.origin is None:
+            return network.input(raw_1CHW)
+        return network.normed(step.origin.conv, raw_1CHW, next(iter(skip_1CHW), None), self.statistics[number])
+
 
 @dataclass(frozen=True)
 class MomentsSpec(TileSpec):
-    """Sum x and x² before the norm `norm` of network `network` over the tile's own positions."""
+    """Sum x and x² before the norm `norm` of network `network` over the tile's own positions.
+
+    Where the pass writes activations, the tile is one of activations.tiles.
+    """
 
     network: int
     norm: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pass has measured and written so far: None of no positions. `sums`: by array, of the chunks written."""
+
+    moments: Moments | None = None
+    sums: Mapping[str, ChunkSums] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,49 +154,79 @@ class OutputSpec(TileSpec):
     keeps_color: bool
 
 
-def moments_task(spec: MomentsSpec) -> Moments | None:
-    """None where no position belongs to the tile."""
-    network = spec.networks.load()[spec.network]
+def moments_task(spec: MomentsSpec) -> Measured:
+    """The sums over the tile's positions, and the checksums of the activations that it has written."""
+    network, size, inner = spec.networks.load()[spec.network], spec.content_size, spec.tile.inner
     conv = next(conv for conv in network.spec.convs() if conv.name == spec.norm)
-    window = tiled.norm_window(network.spec, spec.open(CONTENT).shape[:2], spec.tile.inner, conv)
-    if window is None:
-        return None
-    pixels_1CHW = spec.load(CONTENT, window.pixels)
+    step = activations.step_of(network.spec, spec.network, size, conv, spec.keeps)
+    wanted, kept = activations.wanted(network.spec, size, step, spec.tile), activations.kept(step, spec.tile)
+    window = activations.window(network.spec, size, step, wanted) if wanted.area else None
+    # blocks without padding shrink their map: of a last tile may be left what is kept alone, or nothing
+    read = kept if window is None else window.pixels
+    maps = spec.at_origin(step, read) if read.area else []
+    x_1CHW = y_1CHW = moments = None
     with computing(spec):
-        return network.moments(window, pixels_1CHW, spec.statistics.get(spec.network, {}), conv)
+        if maps:
+            x_1CHW = spec.begun(spec.network, step, maps)
+        if window is not None:
+            assert x_1CHW is not None
+            y_1CHW = network.before_norm(window, x_1CHW, spec.statistics.get(spec.network, {}), conv)
+            moments = tiled.moments_of(y_1CHW)
+    sums = {}
+    if step.keeps is not None:
+        rows, columns = kept.within(read)
+        sums[step.keeps] = spec.save(step.keeps, inner, None if x_1CHW is None else x_1CHW[:, :, rows, columns])
+    if step.writes is not None:
+        sums[step.writes] = spec.save(step.writes, inner, y_1CHW)
+    return Measured(moments, sums)
 
 
-def add_moments(total: Moments | None, tile: Moments | None) -> Moments | None:
-    """The sums over one more tile; called in tile order, so that they have the same bits on every run."""
-    if total is None or tile is None:
-        return total or tile
-    return total.plus(tile)
+def add_moments(total: Measured, tile: Measured) -> Measured:
+    """What was measured with one more tile; called in tile order, so that sums have the same bits on every run."""
+    moments = total.moments or tile.moments
+    if total.moments is not None and tile.moments is not None:
+        moments = total.moments.plus(tile.moments)
+    # a new dict: the executor may call this twice with the same total
+    return Measured(moments, {name: {**total.sums.get(name, {}), **sums} for name, sums in tile.sums.items()})
 
 
 def output_task(spec: OutputSpec) -> ChunkSums:
     """Write the tile's pixels, clipped to 0..255; gives the checksums of its chunks."""
-    networks, size, inner = spec.networks.load(), spec.open(CONTENT).shape[:2], spec.tile.inner
-    windows = [tiled.output_window(network.spec, size, inner) for network in networks]
-    pixels = [spec.load(CONTENT, window.pixels) for window in windows]
+    networks, size, inner = spec.networks.load(), spec.content_size, spec.tile.inner
+    steps = [activations.step_of(network.spec, index, size, None, spec.keeps) for index, network in enumerate(networks)]
+    windows = [
+        activations.window(network.spec, size, step, inner) for network, step in zip(networks, steps, strict=True)
+    ]
+    maps = [spec.at_origin(step, window.pixels) for step, window in zip(steps, windows, strict=True)]
     shares = _shares(spec)
+    content_1CHW = _content(spec, shares, maps[0][0] if steps[0].origin is None else None, windows[0].pixels)
     with computing(spec):
         out_1CHW: Tensor | None = None
         for index, network in enumerate(networks):
-            y = network.output(windows[index], pixels[index], spec.statistics.get(index, {})).to(pixels[index].dtype)
+            dtype = maps[index][0].dtype
+            x_1CHW = spec.begun(index, steps[index], maps[index])
+            y = network.output(windows[index], x_1CHW, spec.statistics.get(index, {})).to(dtype)
             if shares is not None:
                 y.mul_(shares[index])
             out_1CHW = y if out_1CHW is None else out_1CHW.add_(y)
         assert out_1CHW is not None
-        if networks[0].spec.factor == 1:
-            rows, columns = inner.within(windows[0].pixels)
-            content_1CHW = pixels[0][:, :, rows, columns]
+        if content_1CHW is not None:
             if shares is not None and None not in spec.masks:  # black in every mask: left as it is
                 out_1CHW.add_(shares[-1] * content_1CHW)
             if spec.keeps_color:
                 out_1CHW = keeping_color(out_1CHW, content_1CHW)
         out_1CHW.clamp_(0, 255)
-    with profiler.span("write", tile=spec.tile.index, array=spec.target), device_memory(spec):
-        return device_io.save(open_array(spec.stage_dir, spec.target), inner, out_1CHW[0])
+    return spec.save(spec.target, inner, out_1CHW)
+
+
+def _content(spec: OutputSpec, shares: list[Tensor] | None, pixels_1CHW: Tensor | None, read: Rect) -> Tensor | None:
+    """The content of the tile, where the output needs it; from `pixels_1CHW`, which are at `read`, if given."""
+    if not (spec.keeps_color or (shares is not None and None not in spec.masks)):
+        return None
+    if pixels_1CHW is None:
+        return spec.load(CONTENT, spec.tile.inner)
+    rows, columns = spec.tile.inner.within(read)
+    return pixels_1CHW[:, :, rows, columns]
 
 
 def _shares(spec: OutputSpec) -> list[Tensor] | None:

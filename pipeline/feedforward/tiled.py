@@ -11,15 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.core.tiling import Rect, Size
-from pipeline.feedforward import geometry
 from pipeline.feedforward.geometry import Window
 from pipeline.feedforward.network import NORM_EPS, to_network, to_pixels
 from pipeline.feedforward.network_file import TransformFile
-from pipeline.feedforward.spec import Conv, TransformSpec
+from pipeline.feedforward.spec import Conv
 from pipeline.feedforward.windows import run_window
 
 
@@ -63,26 +62,39 @@ class TiledNetwork:
         self._style_S = torch.tensor(style_S, dtype=torch.float64)
         self._dtype, self._device = dtype, device
 
-    def output(self, window: Window, pixels_1CHW: Tensor, statistics: Mapping[str, Statistics]) -> Tensor:
-        """RGB 0..255 of the window, not clamped, (1, 3, H, W). `pixels_1CHW`: those of `window.pixels`."""
-        return to_pixels(self._run(window, pixels_1CHW, statistics, None), self.spec)
-
-    def moments(self, window: Window, pixels_1CHW: Tensor, statistics: Mapping[str, Statistics], conv: Conv) -> Moments:
-        """The sums before the norm of `conv` over the window, which ends there. `statistics`: of the norms before."""
-        return _moments(self._run(window, pixels_1CHW, statistics, conv))
-
-    def _run(
-        self, window: Window, pixels_1CHW: Tensor, statistics: Mapping[str, Statistics], raw: Conv | None
-    ) -> Tensor:
-        """The output of the window's last layer; of `raw` without norm and ReLU."""
+    def input(self, pixels_1CHW: Tensor) -> Tensor:
+        """Pixels 0..255 as the first layer takes them."""
         # scaled before it is converted: pixels 0..255 do not fit into a bfloat16 mantissa
-        x = to_network(pixels_1CHW, self.spec).to(self._dtype)
+        return to_network(pixels_1CHW, self.spec).to(self._dtype)
+
+    def normed(
+        self, conv: Conv, raw_1CHW: Tensor, skip_1CHW: Tensor | None, statistics: Mapping[str, Statistics]
+    ) -> Tensor:
+        """The map whose values before the norm of `conv` are `raw_1CHW`, which is overwritten, plus the skip."""
+        gamma, beta, mean, variance = self._norm(conv, statistics)
+        factor = gamma / torch.sqrt(variance + NORM_EPS)
+        scale, shift = (values.to(raw_1CHW)[:, None, None] for values in (factor, beta - mean * factor))
+        x = raw_1CHW.mul_(scale).add_(shift)
+        if conv.has_relu:
+            x = F.relu_(x)
+        return (x if skip_1CHW is None else x.add_(skip_1CHW)).to(self._dtype)
+
+    def output(self, window: Window, x_1CHW: Tensor, statistics: Mapping[str, Statistics]) -> Tensor:
+        """RGB 0..255 of the window, not clamped, (1, 3, H, W). `x_1CHW`: `window.pixels` of `input`, or of `normed`."""
+        return to_pixels(self._run(window, x_1CHW, statistics, None), self.spec)
+
+    def before_norm(self, window: Window, x_1CHW: Tensor, statistics: Mapping[str, Statistics], conv: Conv) -> Tensor:
+        """The map before the norm of `conv`, with which the window ends. `statistics`: of the norms before."""
+        return self._run(window, x_1CHW, statistics, conv)
+
+    def _run(self, window: Window, x_1CHW: Tensor, statistics: Mapping[str, Statistics], raw: Conv | None) -> Tensor:
+        """The output of the window's last layer; of `raw` without norm and ReLU."""
 
         def parameters(conv: Conv) -> tuple[Tensor, Tensor, bool]:
             weight, bias = self._parameters(conv, None if conv == raw else statistics)
             return weight, bias, conv.has_relu and conv != raw
 
-        return run_window(window, x, self.spec.start_padding_px, parameters)
+        return run_window(window, x_1CHW, parameters)
 
     def _parameters(self, conv: Conv, statistics: Mapping[str, Statistics] | None) -> tuple[Tensor, Tensor]:
         """Weight and bias, with the norm in them; computed in float64."""
@@ -106,26 +118,8 @@ class TiledNetwork:
         return self._style_S @ weight, self._style_S @ bias, mean, variance
 
 
-def norms_with_statistics(spec: TransformSpec) -> list[Conv]:
-    """The convolutions whose norms need a pass over the image, in order; none with batch norm."""
-    return spec.norms() if spec.norm == "instance" else []
-
-
-def output_window(spec: TransformSpec, size: Size, inner: Rect) -> Window:
-    """The window of the output pixels `inner`. `size`: (height, width) of the input."""
-    return geometry.window(spec, size, spec.layers, inner)
-
-
-def norm_window(spec: TransformSpec, size: Size, inner: Rect, conv: Conv) -> Window | None:
-    """The window of a tile's own positions before the norm of `conv`; None where it has none."""
-    layers = geometry.layers_until(spec, conv)
-    canvas = size[0] * spec.factor, size[1] * spec.factor
-    wanted = geometry.owned(inner, canvas, geometry.grid_size(spec, size, layers))
-    return geometry.window(spec, size, layers, wanted) if wanted.area else None
-
-
-def _moments(x_1CHW: Tensor) -> Moments:
-    """Channel by channel: a float64 copy of all channels would be larger than the map."""
+def moments_of(x_1CHW: Tensor) -> Moments:
+    """The sums of a map. Channel by channel: a float64 copy of all channels would be larger than the map."""
     sums, squares = [], []
     for x_HW in x_1CHW[0]:
         x = x_HW.to(torch.float64)

@@ -74,12 +74,12 @@ class WctNetwork:
 
     def gram(self, window: geometry.Window, pixels_1CHW: Tensor) -> Gram:
         """The sum of φ̃φ̃ᵀ over the window, which ends with the encoder."""
-        features = run_window(window, self._scaled(pixels_1CHW), 0, lambda conv: self._parameters(conv, None))
+        features = run_window(window, self._scaled(pixels_1CHW), lambda conv: self._parameters(conv, None))
         return gram_sum(features[0], with_mean=True)
 
     def output(self, window: geometry.Window, pixels_1CHW: Tensor, step: Transport) -> Tensor:
         """RGB 0..255 of the window, not clamped, (1, 3, H, W)."""
-        return run_window(window, self._scaled(pixels_1CHW), 0, lambda conv: self._parameters(conv, step)) * 255
+        return run_window(window, self._scaled(pixels_1CHW), lambda conv: self._parameters(conv, step)) * 255
 
     def _scaled(self, pixels_1CHW: Tensor) -> Tensor:
         return (pixels_1CHW / 255).to(self._dtype)

@@ -16,7 +16,6 @@ from pipeline.core import profiler
 from pipeline.core.tiling import Rect, Tile, grid
 from pipeline.executors import Executor
 from pipeline.feedforward import geometry, wct
-from pipeline.feedforward.arrays import CANVAS, arrays_of
 from pipeline.feedforward.passes import Known, Passes, PassResult, not_finite
 from pipeline.feedforward.plan import WctUse
 from pipeline.feedforward.tile_tasks import keeping_color
@@ -27,7 +26,7 @@ from pipeline.network.cache import DTYPES, cached
 from pipeline.render import device_io
 from pipeline.render.tile_specs import device_memory
 from pipeline.render.tile_tasks import computing
-from pipeline.store import CONTENT, STYLE, ArraySpec, ChunkSums, StageArray, merged, open_array
+from pipeline.store import CONTENT, STYLE, ChunkSums, StageArray, merged, open_array
 
 
 @dataclass(frozen=True)
@@ -139,13 +138,6 @@ class WctPasses(Passes):
     def _use(self) -> WctUse:
         assert self.plan.wct is not None
         return self.plan.wct
-
-    def arrays(self) -> dict[str, ArraySpec]:
-        """As in Passes."""
-        size, chunk_px = self.plan.stage.size, self.config.store.chunk_px
-        arrays = arrays_of(self.config, size, size, self.plan.content)
-        arrays[STYLE] = ArraySpec((*self._use.style_size, 3), chunk_px, "uint8")
-        return {**arrays, "canvas_0": arrays[CANVAS]} if len(self._use.levels) > 1 else arrays
 
     def _images(self) -> dict[str, Path]:
         assert self.config.style is not None

@@ -21,10 +21,11 @@ from pipeline.feedforward.spec import Conv, Padding, Pool, Residual
 Parameters = Callable[[Conv], tuple[Tensor, Tensor, bool]]
 
 
-def run_window(window: Window, x_1CHW: Tensor, start_padding_px: int, parameters: Parameters) -> Tensor:
-    """The output of the window's last layer. `x_1CHW`: `window.pixels` of the image."""
-    size = window.sizes[0][0] - 2 * start_padding_px, window.sizes[0][1] - 2 * start_padding_px
-    raw = Rect(*(edge - start_padding_px for edge in window.held[0]))
+def run_window(window: Window, x_1CHW: Tensor, parameters: Parameters) -> Tensor:
+    """The output of the window's last layer. `x_1CHW`: `window.pixels` of the image, or of an inner map."""
+    padding = window.start_padding_px
+    size = window.sizes[0][0] - 2 * padding, window.sizes[0][1] - 2 * padding
+    raw = Rect(*(edge - padding for edge in window.held[0]))
     x = _taken(x_1CHW, window.pixels, raw, size, "reflect")
     for index, layer in enumerate(window.layers):
         held, wanted, before = window.held[index], window.held[index + 1], window.sizes[index]

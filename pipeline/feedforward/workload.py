@@ -13,6 +13,7 @@ from pipeline.core.text import size_text
 from pipeline.core.tiling import Rect, Size
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.feedforward import cost, geometry
+from pipeline.feedforward.activations import Step
 from pipeline.feedforward.arrays import CANVAS
 from pipeline.feedforward.spec import Layered
 from pipeline.images import ImageHeader
@@ -32,10 +33,11 @@ _MIDDLE = Rect(2**18, 2**18 + 512, 2**18, 2**18 + 512)
 
 @dataclass(frozen=True)
 class ApplyWork:
-    """Everything that the plan depends on."""
+    """Everything that the plan depends on. `steps`: the passes over each of `specs`."""
 
     config: ApplyConfig
     specs: tuple[Layered, ...]
+    steps: tuple[tuple[Step, ...], ...]
     content_size: Size
     canvas: Size
     content: PixelKind
@@ -43,9 +45,9 @@ class ApplyWork:
     device: Device
     arrays: Mapping[str, ArraySpec]
     passes: int
-    flop: int
     file_bytes: int
     one_at_a_time: bool = False
+    notes: tuple[str, ...] = ()
 
     def checked_plan(self) -> Plan:
         """The plan, once all that can be refused is refused."""
@@ -90,7 +92,7 @@ class ApplyWork:
         )
 
     def _notes(self) -> tuple[str, ...]:
-        notes = [f"{image.path}: {note}" for image in self.images.values() for note in image.notes]
+        notes = [*self.notes, *(f"{image.path}: {note}" for image in self.images.values() for note in image.notes)]
         if self.images[self.config.content].kind.alpha and not self.content.alpha:
             notes.append("the content's transparent parts are laid on white: super-resolution keeps no alpha")
         return tuple(notes)
@@ -99,6 +101,11 @@ class ApplyWork:
         arrays = self.arrays
         kept = [arrays[name] for name in (CANVAS, ALPHA) if name in arrays]
         overhead = max(cost.halo_overhead(spec, self.content_size, tile_px) for spec in self.specs)
+        flop = sum(
+            cost.flop(spec, self.content_size, step) * cost.halo_overhead(spec, self.content_size, tile_px, step)
+            for spec, steps in zip(self.specs, self.steps, strict=True)
+            for step in steps
+        )
         height, width = self.canvas
         return StagePlan(
             index=0,
@@ -117,7 +124,7 @@ class ApplyWork:
             resident_bytes=0,
             content=self.content,
             prepare_flop=0,
-            flop_per_iteration=int(self.flop * overhead) // self.passes,
+            flop_per_iteration=int(flop) // self.passes,
             max_iterations=self.passes,
             carries=False,
         )
@@ -144,16 +151,25 @@ class ApplyWork:
 
     def _tile_bytes(self, tile_px: int) -> int:
         """Peak bytes of one tile that is computed: feature maps and weights."""
-        maps = max(cost.tile_bytes(spec, self.content_size, tile_px, self._itemsize) for spec in self.specs)
+        size = self.content_size
+        maps = max(
+            cost.tile_bytes(spec, size, tile_px, self._itemsize, steps)
+            for spec, steps in zip(self.specs, self.steps, strict=True)
+        )
         weights = sum(cost.parameters_bytes(spec) for spec in self.specs)
         return int(maps * ACTIVATION_OVERHEAD) + weights
 
     def _flight_bytes(self, tile_px: int) -> int:
         """Windows and results of the tiles in flight: as stored, as floats, and the output with its mask."""
-        windows = [cost.window_px(spec, self.content_size, tile_px) for spec in self.specs]
-        window = max(windows) if self.one_at_a_time else sum(windows)
+        values = [
+            [cost.waiting_values(spec, self.content_size, tile_px, step) for step in cost.heaviest(steps)]
+            for spec, steps in zip(self.specs, self.steps, strict=True)
+        ]
+        largest = max(map(max, values))
+        if not self.one_at_a_time:  # the last pass reads what it needs for all networks
+            largest = max(largest, sum(each[-1] for each in values))
         masks = 2 + len(self.config.masks)
-        return WORKERS * (int(1.5 * window) * 3 + masks * 3 * tile_px**2) * self._itemsize
+        return WORKERS * (int(1.5 * largest) + masks * 3 * tile_px**2) * self._itemsize
 
     def _device_bytes(self, tile_px: int) -> int:
         """Peak bytes on a GPU: of its process, or of all worker processes, which share it; 0 on a CPU."""
@@ -173,7 +189,8 @@ class ApplyWork:
         if on_cpu:
             tiles = self._tile_bytes(tile_px) + self._flight_bytes(tile_px)
         else:
-            tiles = 4 * STAGING_THREADS * chunk_px**2 * 3 * self._itemsize
+            chunk_bytes = max(array.stored_bytes // array.chunks for array in self.arrays.values())
+            tiles = 4 * STAGING_THREADS * max(chunk_bytes, chunk_px**2 * 3 * self._itemsize)
         weights = 2 * self.file_bytes
         idle = base + sum(cost.parameters_bytes(spec) for spec in self.specs)
         own = {

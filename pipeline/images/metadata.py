@@ -17,15 +17,7 @@ import pyvips
 
 from pipeline.images.header import open_file, open_image
 from pipeline.images.iptc import decoded, iptc_records, photoshop_block, read_iptc
-from pipeline.images.tiff_tags import (
-    ASCII,
-    UNDEFINED,
-    Tag,
-    exif_block,
-    read_first_directory,
-    read_gps,
-    text_tag,
-)
+from pipeline.images.tiff_tags import ASCII, UNDEFINED, Tag, exif_block, read_first_directory, read_gps, text_tag
 from pipeline.images.xmp import Property, new_property, read_xmp, texts_of, xmp_packet
 
 # The tags of text, in a TIFF and in EXIF, by XMP property; those from 0x9C9B on are of Windows, in UTF-16.

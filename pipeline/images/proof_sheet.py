@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import storage
-from pipeline.core.files import new_partial, remove
-from pipeline.core.lengths import MM_PER_INCH
-from pipeline.core.papers import PAPERS_MM
+from pipeline.core.files import partial_beside
+from pipeline.core.lengths import MM_PER_INCH, PAPERS_MM
 from pipeline.core.tiling import Rect, Size
 from pipeline.images.pdf import write_pdf
 from pipeline.images.sheet import Label, shortened, text_image
@@ -158,11 +157,7 @@ def _paste(sheet: NDArray[np.uint8], pixels: NDArray[np.uint8], y: int, x: int) 
 
 
 def write_proof(
-    sheet: NDArray[np.uint8],
-    path: Path,
-    proof: ProofSheet,
-    cancel: CancelToken,
-    on_whole: Callable[[Path], None],
+    sheet: NDArray[np.uint8], path: Path, proof: ProofSheet, cancel: CancelToken, on_whole: Callable[[Path], None]
 ) -> None:
     """Write a drawn sheet as PDF or TIFF, by the suffix of `path`. Raises StorageError, Stopped."""
     if path.suffix.lower() != ".pdf":
@@ -170,11 +165,7 @@ def write_proof(
         spec = ImageSpec(path, width_px, height_px, pyramid=False, layout=TiffLayout(strips=True), dpi=proof.dpi)
         write_image(spec, lambda y0, y1: sheet[y0:y1], cancel=cancel, on_whole=on_whole)
         return
-    with storage(path):
-        partial = new_partial(path)
-        try:
-            write_pdf(sheet, partial, proof.dpi, PAPERS_MM[proof.paper], proof.title)
-            cancel.raise_if_set()
-            put_in_place(partial, path, on_whole)
-        finally:
-            remove(partial)
+    with storage(path), partial_beside(path) as partial:
+        write_pdf(sheet, partial, proof.dpi, PAPERS_MM[proof.paper], proof.title)
+        cancel.raise_if_set()
+        put_in_place(partial, path, on_whole)

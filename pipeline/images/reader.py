@@ -77,12 +77,7 @@ def stream_rgb(
 
 
 def _turned_bands(
-    file: FileSource,
-    image: Any,
-    convert: Callable[[Any], Any],
-    band_px: int,
-    scratch: Path | None,
-    cancel: CancelToken,
+    file: FileSource, image: Any, convert: Callable[[Any], Any], band_px: int, scratch: Path | None, cancel: CancelToken
 ) -> Generator[tuple[int, Rows]]:
     """The bands of an image whose upright rows are not in the order of the file."""
     with upright(file, image, orientation(image), scratch, cancel) as turned:

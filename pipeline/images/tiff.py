@@ -5,21 +5,16 @@ Both are in the file's first directory. A TIFF consists of tiles or strips of an
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
-from typing import Any
 
-from pipeline.images.tiff_tags import ReadAt, first_entries
+from pipeline.images.tiff_tags import ReadAt, read_first_directory
 
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLES, _STRIP_ROWS, _PLANAR = 256, 257, 258, 262, 277, 278, 284
 _TILE_WIDTH, _TILE_HEIGHT, _EXTRA_SAMPLES = 322, 323, 338
 _DEFAULTS = {_BITS: 1, _PHOTOMETRIC: 2, _SAMPLES: 1, _STRIP_ROWS: 2**32 - 1, _PLANAR: 1}
-_INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # field type to struct's letter
 _SEPARATE = 2
 _YCBCR = 6
 _ASSOCIATED, _UNASSOCIATED = 1, 2
-# More values of a tag are not read: no image of more channels is used.
-_MAX_VALUES = 16
 # libvips reads taller strips line by line, except for separate planes and YCbCr
 _TALL_STRIP_ROWS = 128
 
@@ -29,7 +24,7 @@ def decode_bytes(read_at: ReadAt) -> int:
 
     Measured: 2.3 strips, or 3 rows of tiles (docs/log.md).
     """
-    tags = {tag: values[0] for tag, values in _first_directory(read_at).items()}
+    tags = {tag: values[0] for tag, values in _integers(read_at).items()}
     try:
         width, height = tags[_WIDTH], tags[_HEIGHT]
     except KeyError as error:
@@ -60,29 +55,13 @@ class Channels:
 
 def channels(read_at: ReadAt) -> Channels:
     """The channels of the first page. Raises ValueError for a damaged directory."""
-    tags = _first_directory(read_at)
+    tags = _integers(read_at)
     extra = tags.get(_EXTRA_SAMPLES)
     alpha = next((index for index, kind in enumerate(extra or ()) if kind in (_ASSOCIATED, _UNASSOCIATED)), None)
     return Channels(tags[_PHOTOMETRIC][0], tags[_BITS][0], extra is not None, alpha)
 
 
-def _first_directory(read_at: ReadAt) -> dict[int, tuple[int, ...]]:
-    """The first values of every integer tag, with defaults for some that are missing."""
-    form, entries = first_entries(read_at)
-    tags: dict[int, tuple[int, ...]] = {tag: (value,) for tag, value in _DEFAULTS.items()}
-    for entry in entries:
-        tag, kind, count = struct.unpack(form.head, entry[: -form.value_bytes])
-        value = entry[-form.value_bytes :]
-        if kind in _INTEGERS and count:
-            letters = f"{form.order}{min(count, _MAX_VALUES)}{_INTEGERS[kind]}"
-            fits = count * struct.calcsize(form.order + _INTEGERS[kind]) <= form.value_bytes
-            place = 0 if fits else _unpack(form.offset, value)[0]
-            tags[tag] = _unpack(letters, value if fits else read_at(place, struct.calcsize(letters)))
-    return tags
-
-
-def _unpack(form: str, data: bytes) -> tuple[Any, ...]:
-    try:
-        return struct.unpack_from(form, data)
-    except struct.error as error:
-        raise ValueError("the directory is truncated") from error
+def _integers(read_at: ReadAt) -> dict[int, tuple[int, ...]]:
+    """The values of every integer tag of the first directory, with defaults for some that are missing."""
+    tags = {number: (value,) for number, value in _DEFAULTS.items()}
+    return tags | {number: tag.integers for number, tag in read_first_directory(read_at).items() if tag.integers}

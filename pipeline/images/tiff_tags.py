@@ -18,6 +18,7 @@ _LONG, _LONG8 = 4, 16
 # Field type to struct's letters of one value.
 _TYPES = {1: "B", ASCII: "B", 3: "H", _LONG: "I", 5: "II", 6: "b", UNDEFINED: "B", 8: "h", 9: "i", 10: "ii"}
 _TYPES |= {11: "f", 12: "d", 13: "I", 16: "Q", 17: "q", 18: "Q"}
+_INTEGERS = (1, 3, _LONG, _LONG8)
 _MAX_ENTRIES = 4096
 # Longer values are pixels' offsets or thumbnails, which nothing here reads.
 _MAX_VALUE_BYTES = 2**20
@@ -37,6 +38,11 @@ class Tag:
     def count(self) -> int:
         """The number of values."""
         return len(self.data) // struct.calcsize("<" + _TYPES[self.kind])
+
+    @property
+    def integers(self) -> tuple[int, ...]:
+        """The values; none of a tag of another kind."""
+        return struct.unpack(f"<{self.count}{_TYPES[self.kind]}", self.data) if self.kind in _INTEGERS else ()
 
     def packed(self, order: str) -> bytes:
         """The values in a byte order, "<" or ">"."""
@@ -90,12 +96,6 @@ def _form_of(read_at: ReadAt) -> Form:
     if order is None or len(head) < 4:
         raise ValueError("no TIFF header")
     return Form(order, struct.unpack(order + "H", head[2:])[0] == 43)
-
-
-def first_entries(read_at: ReadAt) -> tuple[Form, list[bytes]]:
-    """The form of a file, and the raw entries of its first directory. Raises ValueError for a damaged one."""
-    form = _form_of(read_at)
-    return form, _entries(read_at, form, _first_offset(read_at, form))[0]
 
 
 def _first_offset(read_at: ReadAt, form: Form) -> int:

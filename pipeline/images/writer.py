@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import StorageError, storage, storage_error
-from pipeline.core.files import new_partial, partial_name, remove, sync_file_system, sync_folder, taken
+from pipeline.core.files import partial_beside, partial_name, remove, sync_file_system, sync_folder, taken
 from pipeline.core.image_formats import RGB8, PixelKind
 from pipeline.core.lengths import DEFAULT_DPI, MM_PER_INCH
 from pipeline.core.tiling import Size
@@ -98,17 +98,13 @@ def write_image(
     check_output(path, spec.width_px, spec.height_px, spec.kind.bits, spec.compression)
     with storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = new_partial(path)
         levels: contextlib.AbstractContextManager[Callable[[], None]] = contextlib.nullcontext(lambda: None)
         if spec.pyramid and output_format(path).name == "TIFF":
             levels = _libvips_files_in(path.with_name(partial_name(path)).absolute())
-        try:
+        with partial_beside(path) as partial:
             with levels as restore_environment:
                 _Export(spec, partial, restore_environment).run(read_rows, on_progress, cancel)
             put_in_place(partial, path, on_whole)
-        finally:
-            with contextlib.suppress(OSError):  # a failed disk fails here too; the first error says more
-                remove(partial)
     on_progress(1.0)
 
 

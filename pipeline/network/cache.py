@@ -24,6 +24,11 @@ DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.floa
 N = TypeVar("N")
 
 
+def wider(dtype: str) -> str:
+    """The words that recommend the next number format, which overflows later, if there is one."""
+    return {"float64": "", "float32": "float64, or "}.get(dtype, "float32, or ")
+
+
 class ComputeSpec(Protocol):
     """What identifies a network in memory, and how it computes; see NetworkSpec."""
 

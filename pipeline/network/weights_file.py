@@ -36,7 +36,7 @@ _OLD_FORMAT_PICKLES = 5
 def check_file(path: Path, max_bytes: int) -> None:
     """Raise InputError if a weights file is missing, is no regular file, or is larger than `max_bytes`."""
     if not path.is_file():
-        raise InputError(f"weights file {path}: not found, or not a file. Correct network.weights.")
+        raise InputError(f"weights file {path}: not found, or not a file. Correct its path.")
     if (size := path.stat().st_size) > max_bytes:
         raise InputError(
             f"weights file {path}: has {size:,} bytes, more than limits.max_weights_bytes ({bytes_text(max_bytes)}). "
@@ -141,10 +141,15 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str,
 def load_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pth file, by name.
 
-    Raises InputError if the file cannot be read, holds anything but tensors, or is not of a VGG-19-shaped network.
+    Raises InputError if the file cannot be read, holds anything but tensors, is not of a VGG-19-shaped network, or has
+    weights that are not finite.
     """
     state = load_tensors(path)
-    check_shapes({key: tuple(value.shape) for key, value in state.items()}, path)
+    for name in check_shapes({key: tuple(value.shape) for key, value in state.items()}, path):
+        key = conv_key(name, set(state))
+        for part in ("weight", "bias"):
+            if not state[f"{key}.{part}"].isfinite().all():
+                raise InputError(f"weights file {path}: {key}.{part} is not finite: it is damaged. Use an intact copy.")
     return state
 
 

@@ -157,6 +157,11 @@ def default_threads(workers: int) -> int:
     return min(max(1, cores // max(1, workers)), MAX_THREADS)
 
 
+def tile_threads(compute: ComputeConfig) -> int:
+    """CPU threads for one tile of a new run: those of the config, or the default."""
+    return default_threads(compute.tile_processes) if compute.threads == "auto" else compute.threads
+
+
 def _cpu() -> Device:
     return Device("cpu", f"CPU, {os.cpu_count()} cores", psutil.virtual_memory().total)
 

@@ -227,10 +227,7 @@ class Workload:
         workers = self.config.compute.workers
         # a worker that also computes tiles has threads for both, and buffers in each
         update = self.update_bytes() * (2 if (workers and not self.device.processes) or self.device.cluster else 1)
-        own = {
-            "ingest": self._ingest_bytes(),
-            "export": self._export_bytes(),
-        }
+        own = {"ingest": self._ingest_bytes(), "export": self._export_bytes()}
         tiles = {"weights": self.weights_bytes, **self._tiles_bytes(tile_px)}
         if self.device.processes or self.device.cluster:
             own["upsample"] = WORKERS * 6 * chunk

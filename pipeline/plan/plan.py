@@ -22,8 +22,7 @@ from pipeline.plan.device import Device
 from pipeline.plan.memory import StageWork, Workload
 from pipeline.plan.network_cost import LayerUse, layers_in_use
 from pipeline.plan.residency import buffer_bytes, resident_bytes, room_bytes, with_resident
-from pipeline.plan.scales import scales_in_use
-from pipeline.plan.sizes import stage_sizes
+from pipeline.plan.sizes import scales_in_use, stage_configs, stage_sizes
 from pipeline.store import ArraySpec, StageLayout, kept_files, overviews_bytes
 
 # With 160 px of halo on each side a larger tile would save less than 4 % of the work.
@@ -115,11 +114,7 @@ class Plan:
 
 
 def make_plan(
-    config: Config,
-    images: Mapping[Path, ImageHeader],
-    widths: Mapping[str, int],
-    weights_bytes: int,
-    device: Device,
+    config: Config, images: Mapping[Path, ImageHeader], widths: Mapping[str, int], weights_bytes: int, device: Device
 ) -> Plan:
     """Plan the run of `config`.
 
@@ -197,7 +192,7 @@ def _stage_works(
     checks.check_counts(config, sizes)
     checks.check_overrides(config, [max(canvas) for canvas, _ in sizes])
     content = images[config.content].kind if config.content is not None else None
-    configs = [config.for_stage(max(canvas)) for canvas, _ in sizes]
+    configs = stage_configs(config, [max(canvas) for canvas, _ in sizes])
     works = tuple(
         StageWork(
             stage_config,

@@ -1,4 +1,4 @@
-"""The sizes of canvas and styles in every stage (algorithm.md, "Stages"), and the size on paper."""
+"""The sizes of canvas and styles in every stage (algorithm.md, "Stages"), their scales, and the size on paper."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from math import ceil
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.config import MAX_SIDE_PX, AnyConfig, ApplyConfig, Config, PrintSize, StyleConfig
+from pipeline.config import MAX_ITERATIONS, MAX_SIDE_PX, AnyConfig, ApplyConfig, Config, PrintSize, StyleConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.lengths import DEFAULT_DPI, sensible_dpi
 from pipeline.core.tiling import Size
 from pipeline.core.vgg_layers import ALIGN_PX, ceil_to, min_side_px, receptive_field_px
 from pipeline.images import ImageHeader
-from pipeline.plan.network_cost import layer_names
+from pipeline.plan.network_cost import LayerUse, layer_names
 
 # A stage that is enlarged by less than this for the next would have its work done twice.
 _LEAST_STEP = 1.1
 # The least short side of an automatic first stage: a panorama has a composition there too.
 _LEAST_SHORT_PX = 64
+# Stages of at least this long side have max_iterations: about twice the field that the network sees at once.
+_COARSE_PX = 320
 
 C = TypeVar("C", Config, ApplyConfig, AnyConfig)
 
@@ -48,6 +50,28 @@ def stage_sizes(config: Config, images: Mapping[Path, ImageHeader]) -> Sequence[
         styles = config.for_stage(max(canvas)).styles
         stages.append((canvas, tuple(_style_size(style, images, long_px) for style in styles)))
     return stages
+
+
+def stage_configs(config: Config, long_sides_px: Sequence[int]) -> list[Config]:
+    """The config of every stage, with its own number of iterations.
+
+    Colours and large forms arise in the small stages, where an iteration costs little: those before the last get
+    `coarse_iterations` times as many, but no more than make them as expensive as a stage of `_COARSE_PX`. A number that
+    `stages` gives to a size is what it says.
+    """
+    configs = []
+    for index, long_px in enumerate(long_sides_px, start=1):
+        own, entry = config.for_stage(long_px), config.override_at(long_px)
+        given = (
+            entry is not None and entry.optimizer is not None and "max_iterations" in entry.optimizer.model_fields_set
+        )
+        if not given and index < len(long_sides_px):
+            factor = max(1.0, min(own.optimizer.coarse_iterations, (_COARSE_PX / long_px) ** 2))
+            number = min(round(factor * own.optimizer.max_iterations), MAX_ITERATIONS)
+            optimizer = own.optimizer.model_copy(update={"max_iterations": number})
+            own = own.model_copy(update={"optimizer": optimizer})
+        configs.append(own)
+    return configs
 
 
 def with_size_in_px(config: C, content: Size | None) -> C:
@@ -169,3 +193,24 @@ def _full_size_at_px(style: StyleConfig, images: Mapping[Path, ImageHeader]) -> 
     A scale below 1 adds no stages: they would all have the full size of the canvas.
     """
     return ceil(_largest_px(style, size_of(images[style.image])) / max(style.scale, 1.0))
+
+
+def scales_in_use(config: Config, layer_use: LayerUse, first_px: int, canvas: Size, styles: Sequence[Size]) -> int:
+    """The scales of `loss.scales` that a stage uses: none is smaller than the first stage, or lacks a layer.
+
+    `first_px`: the long side of the first stage.
+    """
+    padding, scales = config.network.padding, 1
+    while scales < config.loss.scales and max(canvas) >= first_px << scales:
+        scales += 1
+    scales = fitting_scales(scales, canvas, layer_use.names, padding)
+    for style in styles:
+        scales = fitting_scales(scales, style, layer_use.style_layers, padding)
+    return scales
+
+
+def fitting_scales(scales: int, size: Size, layers: Sequence[str], padding: str) -> int:
+    """The first of `scales` at which an image of this size has a position at every layer; at least one."""
+    while scales > 1 and layers and min(size) >> scales - 1 < min_side_px(layers, padding):
+        scales -= 1
+    return scales

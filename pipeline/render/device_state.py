@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ class DeviceMemory:
         """A rectangle of the array, (H, W, C), on the calling thread's stream."""
         out_HWC = torch.empty((rect.height, rect.width, array.shape[2]), dtype=dtype, device=self.device)
         for cy, cx, part in chunks_of(rect, array.chunk_px):
-            out_HWC[part.within(rect)].copy_(self.chunks[cy, cx][part.within(_chunk_rect(array, cy, cx))])
+            out_HWC[part.within(rect)].copy_(self.chunks[cy, cx][part.within(array.chunk_rect(cy, cx))])
         return out_HWC
 
     def write(self, array: StageArray, rect: Rect, values_HWC: Tensor) -> None:
@@ -74,21 +74,13 @@ class DeviceMemory:
                 chunk[: part.height, : part.width].copy_(values_HWC[part.within(rect)])
 
 
-def _chunk_rect(array: StageArray, cy: int, cx: int) -> Rect:
-    y0, x0 = cy * array.chunk_px, cx * array.chunk_px
-    return Rect(y0, y0 + array.chunk_px, x0, x0 + array.chunk_px)
-
-
 def on_device(memory: Memory | None) -> DeviceMemory | None:
     """The memory if it is a device's, else None."""
     return memory if isinstance(memory, DeviceMemory) else None
 
 
 def update_chunks(
-    sources: Sequence[StageArray],
-    targets: Sequence[StageArray],
-    chunks: Sequence[tuple[int, int]],
-    step: adam.AdamStep,
+    sources: Sequence[StageArray], targets: Sequence[StageArray], chunks: Sequence[tuple[int, int]], step: adam.AdamStep
 ) -> tuple[list[float], float]:
     """Adam's step on chunks in device memory; gives Σ|u| of each chunk, and max|u| of all.
 
@@ -194,11 +186,3 @@ def has_same_bits() -> bool:
     expected = np.empty_like(theta)
     to_pixels(theta, DECORRELATED, 0.37, expected)
     return bool(np.array_equal(expected, pixels_of(torch.from_numpy(theta), DECORRELATED, 0.37).numpy()))
-
-
-Allocate = Callable[[tuple[int, int], tuple[int, int, int], np.dtype[Any]], Memory]
-
-
-def allocate_on(device: str) -> Allocate:
-    """What makes the memory of an array on torch's `device`."""
-    return partial(DeviceMemory, device)

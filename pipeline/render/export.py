@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.config import ExportConfig
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import storage
-from pipeline.core.files import new_partial
+from pipeline.core.files import partial_beside
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.tiling import Rect
 from pipeline.images import ImageMetadata, OutputColors, TiffLayout, writer
@@ -120,13 +119,12 @@ def _export_ome_zarr(
 ) -> None:
     output = image.path
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = new_partial(output)
 
     def counted_rows(y0: int, y1: int) -> NDArray[Any]:
         on_progress(y1, image.height_px)
         return read_rows(y0, y1)
 
-    try:
+    with partial_beside(output) as temporary:
         temporary.mkdir()
         group = temporary / output.name
         size = (image.height_px, image.width_px)
@@ -134,5 +132,3 @@ def _export_ome_zarr(
         if image.metadata is not None:
             ome_zarr.add_attributes(group, image.metadata.as_attributes())
         writer.put_in_place(group, output, on_whole)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -209,6 +209,7 @@ class _IterationGraph:
             factors,
             style,
             tv_weight=stage.config.loss.tv_weight,
+            tv_kind=stage.config.loss.tv_kind,
             color=stage.color,
             guides=stage.layer_use.guides,
             basis=stage.basis,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +41,6 @@ class AreaSpec:
     layers: tuple[str, ...]
     checksums: Mapping[str, str]
     scales: int = 1
-
-
-def total_areas(parts: Sequence[Mapping[str, float]], guides: Guides, layers: Sequence[str]) -> dict[str, float]:
-    """n_r,l by style key, from those of all tiles."""
-    # fsum rounds once, so that the areas do not depend on the tiles
-    keys = [key for layer in layers for key in guides.keys(layer)]
-    return {key: math.fsum(part.get(key, 0.0) for part in parts) for key in keys}
 
 
 def area_task(spec: AreaSpec) -> dict[str, float]:

@@ -1,7 +1,9 @@
-"""Noise that takes the ties out of a picture of whole levels (algorithm.md, "A start without ties").
+"""Noise for a start from an image.
 
-In a flat area the maximum of a pooling window is taken by several equal values, and rounding decides which of them gets
-the gradient: one tile and many would part ways in the first iteration.
+Half a level takes the ties out of a picture of whole levels (algorithm.md, "A start without ties"): in a flat area the
+maximum of a pooling window is taken by several equal values, and rounding decides which of them gets the gradient, so
+one tile and many would part ways in the first iteration. Stronger noise gives every place of a flat area a form to
+begin with: without it, only the image's border differs from the rest, and the style's forms gather there.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FACTORS = (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB))
 
 
-def dequantization(seed: int, rect: Rect) -> NDArray[np.float32]:
-    """Noise (H, W, 3), uniform from −½ to ½ level, for the pixels of `rect`: a function of (seed, y, x) alone."""
+def uniform_noise(seed: int, rect: Rect) -> NDArray[np.float32]:
+    """Noise (H, W, 3), uniform from −½ to ½, for the pixels of `rect`: a function of (seed, y, x) alone."""
     y = np.arange(rect.y0, rect.y1, dtype=np.uint64)[:, None, None]
     x = np.arange(rect.x0, rect.x1, dtype=np.uint64)[None, :, None]
     channel = np.arange(3, dtype=np.uint64)

@@ -18,7 +18,7 @@ from pipeline.core.errors import ConfigError, InputError, storage
 from pipeline.core.text import stage_name
 from pipeline.losses import color as colors
 from pipeline.plan import arrays_of
-from pipeline.render import color_tasks, ingest, mask_tasks, resample, tile_specs, tile_tasks
+from pipeline.render import color_tasks, ingest, resample, tile_specs, tile_tasks
 from pipeline.render.stage import Stage
 from pipeline.render.style_targets import check_finite, ingest_aside, store_style_targets
 from pipeline.store import (
@@ -88,10 +88,12 @@ def _prepare(
 ) -> Prepared:
     folder = stage.partial_dir
     store.create_stage(folder)
-    _create_arrays(stage, folder)
+    for name, array in arrays_of(stage.config, stage.plan.size, stage.layer_use, stage.plan.content).items():
+        store.create_array(folder, name, array.shape, array.chunk_px, array.form, stage.config.store.codec)
     sums = {} if stage.config.content is None else _ingest_content(stage, folder)
     sums |= ingest_guides(stage, folder, stage.layer_use.guides.arrays)
-    areas = _areas(stage, folder, sums)
+    guides = stage.layer_use.guides
+    areas = stage.mask_areas(folder, stage.tiles, guides, sums) if guides.regions else {}
     if not is_region:  # a mask may lie outside a crop
         _refuse_nowhere(stage, areas)
     sums |= store_style_targets(stage, folder, sums.get(CONTENT), content_colors)
@@ -104,11 +106,6 @@ def _prepare(
     # renamed when complete: after a crash the folder has its name with everything in it, or does not exist
     store.commit_stage(folder, stage.stage_dir)
     return Prepared(energies, sums, areas)
-
-
-def _create_arrays(stage: Stage, folder: Path) -> None:
-    for name, array in arrays_of(stage.config, stage.plan.size, stage.layer_use, stage.plan.content).items():
-        store.create_array(folder, name, array.shape, array.chunk_px, array.form, stage.config.store.codec)
 
 
 def _ingest_content(stage: Stage, folder: Path) -> dict[str, str]:
@@ -131,16 +128,6 @@ def ingest_guides(stage: Stage, folder: Path, names: Collection[str]) -> dict[st
         assert path is not None
         sums[name] = ingest.ingest(path, array, stage.executor, stage.reporter("mask"))
     return sums
-
-
-def _areas(stage: Stage, folder: Path, checksums: Mapping[str, str]) -> dict[str, float]:
-    """The areas n_r,l of the mask regions, by style key; empty without masks."""
-    guides, layers, scales = stage.layer_use.guides, stage.layer_use.style_layers, stage.layer_use.scales
-    if not guides.regions:
-        return {}
-    specs = [mask_tasks.AreaSpec(folder, tile, guides, layers, checksums, scales) for tile in stage.tiles]
-    results = stage.executor.map(mask_tasks.area_task, specs)
-    return mask_tasks.total_areas(results, guides, stage.layer_use.style_layer_keys)
 
 
 def _refuse_nowhere(stage: Stage, areas: Mapping[str, float]) -> None:
@@ -214,9 +201,10 @@ def _fill_canvas(
 
 def _start_from(stage: Stage, image: StageArray, canvas: StageArray) -> str:
     """Fill the first canvas with an image of its size; gives its checksums. 16 bits have fewer ties, but some too."""
-    seed = stage.config.seed if stage.config.dequantize else None
+    levels = stage.config.start_noise
+    filling = resample.Filling(noise_seed=stage.config.seed, noise_levels=levels) if levels else resample.Filling()
     source, target = resample.whole(image), resample.whole(canvas)
-    return resample.enlarge(source, target, stage.executor, stage.reporter("canvas"), resample.Filling(noise_seed=seed))
+    return resample.enlarge(source, target, stage.executor, stage.reporter("canvas"), filling)
 
 
 def _start_moments(stage: Stage, folder: Path, moments: Sequence[StageArray]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from pipeline import images
 from pipeline.core.events import in_order
 from pipeline.core.tiling import Rect, Size, bands, chunks_of
 from pipeline.executors import Executor
-from pipeline.render.noise import dequantization
+from pipeline.render.noise import uniform_noise
 from pipeline.store import ChunkSums, StageArray, merged
 
 OnProgress = Callable[[int, int], None]
@@ -50,12 +50,13 @@ def needed(rect: Rect, size: Size, source_size: Size) -> Rect:
 class Filling:
     """What is done to the values, beside enlarging them.
 
-    `noise_seed`: of the noise that is added (render/noise.py); None: no noise. `smoothing`: before it is enlarged, the
-    source is smoothed, so that its pixel grid leaves no lattice; never at the same size. `moment`: the values are
-    Adam's m, which is signed, or v, which is never below 0; None: pixels, clipped to 0..255.
+    `noise_seed`: of the noise of ±`noise_levels` that is added (render/noise.py); None: none. `smoothing`: before it is
+    enlarged, the source is smoothed, so that its pixel grid leaves no lattice; never at the same size. `moment`: the
+    values are Adam's m, which is signed, or v, which is never below 0; None: pixels, clipped to 0..255.
     """
 
     noise_seed: int | None = None
+    noise_levels: float = 0.5
     smoothing: bool = False
     moment: Literal["m", "v"] | None = None
 
@@ -87,7 +88,8 @@ def enlarge_task(spec: EnlargeSpec) -> ChunkSums:
             if filling.moment is None:
                 values = np.clip(values, 0, 255)
         if filling.noise_seed is not None:
-            values = np.clip(values + dequantization(filling.noise_seed, rect), 0, 255)
+            noise = uniform_noise(filling.noise_seed, rect) * np.float32(2 * filling.noise_levels)
+            values = np.clip(values + noise, 0, 255)
         sums |= target.array.write_window(own, values.astype(target.array.value_dtype))
     return sums
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -11,7 +12,7 @@ from pipeline.core.allocator import trim_heap
 from pipeline.core.errors import DeviceMemoryError
 from pipeline.core.events import Note
 from pipeline.network import cache
-from pipeline.render.device_state import allocate_on, has_same_bits
+from pipeline.render.device_state import DeviceMemory, has_same_bits
 from pipeline.render.stage import Stage
 from pipeline.store import GRADIENT, HostMemory, ResidentStage, content_features_name, is_averaged, slot_names
 
@@ -30,7 +31,7 @@ def resident(stage: Stage, slot: int, checksums: Mapping[str, str]) -> Iterator[
     averaged = is_averaged(checksums)
     read = [*slot_names(slot, averaged=averaged), *map(content_features_name, stage.layer_use.content_widths)]
     names = [*read, *slot_names(1 - slot, averaged=averaged), GRADIENT]
-    held = ResidentStage(stage.stage_dir, allocate_on(stage.network.device) if on_gpu else HostMemory)
+    held = ResidentStage(stage.stage_dir, partial(DeviceMemory, stage.network.device) if on_gpu else HostMemory)
     cache.hold(stage.network, stage.plan.resident_bytes)
     try:
         _load(held, names, {name: checksums[name] for name in read})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import store
 from pipeline.config import Config
-from pipeline.core.events import Sink, WorkDone, in_order
+from pipeline.core.events import Sink, in_order, reporter
 from pipeline.core.tiling import Tile, grid
 from pipeline.core.vgg_layers import LAYER_BY_NAME
 from pipeline.executors import Executor
@@ -18,7 +19,7 @@ from pipeline.losses.color_space import DECORRELATED, Basis
 from pipeline.losses.objective import Gram
 from pipeline.network import NetworkSpec
 from pipeline.plan import LayerUse, StagePlan
-from pipeline.render import tile_specs, tile_tasks
+from pipeline.render import mask_tasks, tile_specs, tile_tasks
 from pipeline.store import (
     ALPHA,
     GRADIENT,
@@ -126,9 +127,20 @@ class Stage:
         counter = self.counter(what, len(specs))
         return self.executor.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, initial, counter)
 
+    def mask_areas(
+        self, folder: Path, tiles: Sequence[Tile], guides: Guides, checksums: Mapping[str, str]
+    ) -> dict[str, float]:
+        """The areas n_r,l of masks in `folder`, by style key. `checksums`: of the arrays of the masks."""
+        use = self.layer_use
+        specs = [mask_tasks.AreaSpec(folder, tile, guides, use.style_layers, checksums, use.scales) for tile in tiles]
+        parts = self.executor.map(mask_tasks.area_task, specs)
+        # fsum rounds once, so that the areas do not depend on the tiles
+        keys = [key for layer in use.style_layer_keys for key in guides.keys(layer)]
+        return {key: math.fsum(part.get(key, 0.0) for part in parts) for key in keys}
+
     def reporter(self, what: str) -> Callable[[int, int], None]:
         """Reports (done, total) of `what` to the sink."""
-        return lambda done, total: self.sink(WorkDone(self.plan.index, what, done, total))
+        return reporter(self.sink, self.plan.index, what)
 
     def counter(self, what: str, total: int) -> Callable[[], None]:
         """Reports, at every call, that one more of `total` is done; to be called from any thread."""

@@ -20,7 +20,8 @@ from pipeline.losses import color as colors
 from pipeline.losses import objective
 from pipeline.losses.color import ColorMap, ColorStatistics
 from pipeline.losses.objective import Gram
-from pipeline.render import color_tasks, ingest, mask_tasks
+from pipeline.network.cache import wider
+from pipeline.render import color_tasks, ingest
 from pipeline.render.stage import Stage, positions
 from pipeline.store import CONTENT, STYLE, UNGUIDED, Guides, gram_name, guide_name, metadata
 
@@ -54,8 +55,8 @@ def check_finite(stage: Stage, total: float, which: str, layer: str) -> None:
     """Raise ConfigError if a sum over an image's features is not finite."""
     if not math.isfinite(total):
         raise ConfigError(
-            f"the {which} image's features at {layer} are not finite: the network's weights are not, or "
-            f"compute.dtype {stage.network.dtype} overflows with them. Use other weights, or float32."
+            f"the {which} image's features at {layer} are not finite: compute.dtype {stage.network.dtype} overflows "
+            f"with the network's weights. Use {wider(stage.network.dtype)}other weights."
         )
 
 
@@ -128,11 +129,9 @@ def _mean_grams(
 
 def _areas(stage: Stage, folder: Path, style: _StyleImage, tiles: tuple[Tile, ...]) -> dict[str, float]:
     """The positions of each layer, by style key; with alpha the sums of their weights."""
-    keys, layers, scales = stage.layer_use.style_layer_keys, stage.layer_use.style_layers, stage.layer_use.scales
-    if not style.guides.arrays:
-        return {key: positions(style.size, key) for key in keys}
-    specs = [mask_tasks.AreaSpec(folder, tile, style.guides, layers, style.checksums, scales) for tile in tiles]
-    return mask_tasks.total_areas(stage.executor.map(mask_tasks.area_task, specs), style.guides, keys)
+    if style.guides.arrays:
+        return stage.mask_areas(folder, tiles, style.guides, style.checksums)
+    return {key: positions(style.size, key) for key in stage.layer_use.style_layer_keys}
 
 
 def _color_map(stage: Stage, folder: Path, style: _StyleImage, content: ColorStatistics | None) -> ColorMap | None:

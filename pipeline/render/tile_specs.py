@@ -25,6 +25,7 @@ from pipeline.losses.color import ColorMap
 from pipeline.losses.color_space import Basis
 from pipeline.losses.masks import GuideMaps
 from pipeline.losses.objective import Gram
+from pipeline.losses.total_variation import TvKind
 from pipeline.network import NetworkSpec
 from pipeline.render import device_io
 from pipeline.render.mask_tasks import read_guides
@@ -180,13 +181,15 @@ class ContentSpec(TileSpec):
 class SeedSpec(TileSpec):
     """A tile whose gradient is computed.
 
-    `content_factors`: by layer key, the factor of φ(p) − φ(o) in dJ/dφ. `tv_weight`: w_tv; 0 leaves the term out. If
-    `color` is set it is luminance: the gradient is dJ/dY, in all three channels, so that the canvas moves along greys.
-    `basis`: M of the optimiser's colour coordinates, in which the gradient is written; None for RGB.
+    `content_factors`: by layer key, the factor of φ(p) − φ(o) in dJ/dφ. `tv_weight`: w_tv; 0 leaves the term out.
+    `tv_kind`: loss.tv_kind. If `color` is set it is luminance: the gradient is dJ/dY, in all three channels, so that
+    the canvas moves along greys. `basis`: M of the optimiser's colour coordinates, in which the gradient is written;
+    None for RGB.
     """
 
     content_factors: Mapping[str, float]
     tv_weight: float = field(default=0.0, kw_only=True)
+    tv_kind: TvKind = field(default="squared", kw_only=True)
     basis: Basis | None = field(default=None, kw_only=True)
 
     def read_content(self, window: Window) -> dict[str, tuple[Tensor, Rect]]:

@@ -26,7 +26,7 @@ from pipeline.losses.color_space import Basis
 from pipeline.losses.masks import GuideMaps
 from pipeline.losses.objective import Gram
 from pipeline.losses.total_variation import variation
-from pipeline.network.cache import get_network
+from pipeline.network.cache import get_network, wider
 from pipeline.network.vgg import FeatureMap, Step
 from pipeline.render import device_io
 from pipeline.render.seeds import Seeds
@@ -174,7 +174,8 @@ def _gradient(
                 continue
             total_CHW = part_CHW
             if spec.tv_weight:
-                tv_sum, smoothing_CHW = variation(network_input_1CHW, window.outer.y0, window.outer.x0, spec.tile)
+                top, left = window.outer.y0, window.outer.x0
+                tv_sum, smoothing_CHW = variation(network_input_1CHW, top, left, spec.tile, spec.tv_kind)
                 total_CHW = total_CHW + spec.tv_weight * smoothing_CHW
         gradient_CHW = _in_coordinates(spec, total_CHW)
     squares = {key: float(value) for seeds in scales for key, value in seeds.squares.items()}
@@ -228,7 +229,8 @@ def _written(spec: TileSpec, gradient_CHW: Tensor, squares: dict[str, float], tv
         # refused before the update: one NaN would spread over the whole canvas within a few iterations
         raise ConfigError(
             f"the gradient of tile {spec.tile.index} of {spec.stage_dir.name} is not finite: compute.dtype "
-            f"{spec.network.dtype} overflows with these weights and losses. Use float32 or smaller weights."
+            f"{spec.network.dtype} overflows with these weights and losses. Use {wider(spec.network.dtype)}smaller "
+            "weights."
         )
     with profiler.span("write", tile=spec.tile.index, array="gradient"), device_memory(spec):
         sums = device_io.save(gradient, spec.tile.inner, gradient_CHW)

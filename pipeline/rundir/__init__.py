@@ -14,6 +14,7 @@ from pipeline.rundir.manifest import (
     trusted_manifest,
     write_manifest,
 )
+from pipeline.rundir.notes import export_notes, sheet_notes
 from pipeline.rundir.open import (
     Identity,
     RunState,
@@ -30,7 +31,6 @@ from pipeline.rundir.open import (
     refuse_unknown_stage,
     stage_path,
 )
-from pipeline.rundir.output_notes import export_notes, sheet_notes
 from pipeline.rundir.paths import (
     SECOND_NAME,
     journal_path,

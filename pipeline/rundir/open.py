@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from pipeline import store
 from pipeline.config import (
@@ -16,6 +19,7 @@ from pipeline.config import (
     AnyConfig,
     ApplyConfig,
     Config,
+    Key,
     dotted,
     field_at,
     input_files,
@@ -28,7 +32,7 @@ from pipeline.core.errors import ConfigError, DamagedStateError
 from pipeline.core.image_formats import RGB8
 from pipeline.core.text import shown, stage_name
 from pipeline.network import WeightsSource, sha256_of
-from pipeline.plan import Plan, default_threads
+from pipeline.plan import Plan, tile_threads
 from pipeline.rundir.journal import Journal, standing
 from pipeline.rundir.manifest import begun_manifest, read_manifest, stages_of, trusted_manifest, write_manifest
 from pipeline.rundir.paths import journal_path, manifest_path, store_path
@@ -120,7 +124,6 @@ def open_run(config: AnyConfig, planned: Plan, identify: Callable[[], Identity],
 
 
 def _new_manifest(config: AnyConfig, planned: Plan, identity_now: Identity) -> Manifest:
-    compute = config.compute
     return Manifest(
         format=FORMAT,
         command=command_of(config),
@@ -129,7 +132,7 @@ def _new_manifest(config: AnyConfig, planned: Plan, identity_now: Identity) -> M
         stages=_stage_sizes(planned),
         content=ContentKind(**asdict(planned.stages[-1].content or RGB8)),
         dpi=planned.dpi,
-        threads=default_threads(compute.tile_processes) if compute.threads == "auto" else compute.threads,
+        threads=tile_threads(config.compute),
         result_fields=identity_now.result_fields,
         inputs=identity_now.inputs,
     )
@@ -198,7 +201,9 @@ def refuse_changes(config: AnyConfig, manifest: Manifest, identity_now: Identity
             _value(key, fields, values, type(config)) for fields, values in ((old, old_config), (new, new_config))
         )
         if old_value != new_value:
-            changes.append(f"  {key}: was {old_value}, is {new_value}{_remedy(config, key, old_value)}")
+            remedy = _remedy(config, undotted(key), old_value, old_config)
+            is_new = not any(line.endswith(remedy) for line in changes)
+            changes.append(f"  {key}: was {_in_yaml(old_value)}, is {_in_yaml(new_value)}" + remedy * is_new)
     files, files_now = manifest.inputs, identity_now.inputs
     changed = [key for key in sorted(files.keys() | files_now.keys()) if files.get(key) != files_now.get(key)]
     changes += [f"  {key}: {_what_changed(key, config)}" for key in changed]
@@ -222,13 +227,30 @@ def _what_changed(key: str, config: AnyConfig) -> str:
 _NOT_GIVEN = "not given"
 
 
-def _remedy(config: AnyConfig, key: str, old_value: object) -> str:
+def _remedy(config: AnyConfig, key: Key, old_value: object, old_config: object) -> str:
     """What to add to a config that does not have the key, whose default has changed since the run began."""
-    if old_value == _NOT_GIVEN or not is_default(config, undotted(key)):
+    if (
+        key and get_origin(field_at(type(config), key[:-1]).annotation) is dict
+    ):  # a config gives all its entries or none
+        key, old_value = key[:-1], _at(old_config, key[:-1])
+    if old_value == _NOT_GIVEN or not is_default(config, key):
         return ""
-    *sections, name = key.split(".")
-    value = old_value if isinstance(old_value, str) else json.dumps(old_value)
-    return f"; to resume, add `{name}: {value}`" + (f" under `{'.'.join(sections)}`" if sections else " to the config")
+    text = f"; to resume, add `{key[-1]}: {_in_yaml(old_value)}`"
+    return text + (f" under `{dotted(key[:-1])}`" if len(key) > 1 else " to the config")
+
+
+def _at(config: object, key: Key) -> object:
+    """The value of a key in a config as manifests have it."""
+    for part in key:
+        if not (isinstance(config, Mapping) and part in config):
+            return _NOT_GIVEN
+        config = config[part]
+    return config
+
+
+def _in_yaml(value: object) -> str:
+    """A value as a config has it, so that it can be restored."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _value(key: str, fields: Mapping[str, Any], config: object, model: type[AnyConfig]) -> object:
@@ -250,13 +272,21 @@ def _value(key: str, fields: Mapping[str, Any], config: object, model: type[AnyC
             inner = inner[int(part)]
         elif parts[0] == "stages" and depth in (2, 3) and parts[2] != "styles":
             return _value(dotted(parts[2:]), fields, config, model)
-        elif isinstance(inner, Mapping) and depth == len(parts) - 1:
-            field = field_at(model, parts)
-            marks = field.json_schema_extra
-            return marks["before"] if isinstance(marks, dict) and marks.get("resume") == ADDED_LATER else _NOT_GIVEN
+        elif isinstance(inner, Mapping):
+            inner = _before(field_at(model, parts[: depth + 1]))
         else:
             return _NOT_GIVEN
     return inner if inner is None or isinstance(inner, int | float) else shown(str(inner), 200)
+
+
+def _before(field: FieldInfo) -> object:
+    """What runs from before a key, or a section, was added do: its default means as before."""
+    marks = field.json_schema_extra
+    if isinstance(marks, dict) and marks.get("resume") == ADDED_LATER:
+        return marks["before"]
+    if field.is_required() or field.default_factory is not None:
+        return _NOT_GIVEN
+    return to_jsonable_python(field.default, by_alias=True)
 
 
 def refuse_other_stages(config: AnyConfig, manifest: Manifest, planned: Plan) -> None:

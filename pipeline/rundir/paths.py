@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pipeline.config import Config, dotted, input_files
+from pipeline.config import AnyConfig, dotted, input_files
 from pipeline.core.errors import ConfigError, DamagedStateError
 from pipeline.core.files import real, would_replace
 
@@ -98,7 +98,7 @@ def refuse_own_state(output: Path, work_dir: Path) -> None:
         )
 
 
-def named_inputs(config: Config) -> Iterator[tuple[str, Path]]:
+def named_inputs(config: AnyConfig) -> Iterator[tuple[str, Path]]:
     """(dotted key, path) of every file that a config reads."""
     return ((dotted(key), path) for key, path in input_files(config))
 

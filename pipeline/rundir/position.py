@@ -26,7 +26,7 @@ from pipeline.rundir.records import (
     StagePrepared,
     WrittenPicture,
 )
-from pipeline.store import kept_files, unpacked
+from pipeline.store import kept_files, other_slot, unpacked
 
 K = TypeVar("K")
 
@@ -165,15 +165,18 @@ class Position:
         )
 
     def _after_pass(self, record: Pass) -> Position:
-        if record.norm is not None:
-            measured = {(record.network, record.norm): (tuple(record.mean), tuple(record.variance))}
-            return replace(self, iteration=record.iteration + 1, statistics={**self.statistics, **measured})
-        return replace(
+        # the next pass overwrites the slots that this one has made superfluous
+        freed = {other_slot(name) for name in record.checksums}
+        sums = {name: value for name, value in self.checksums[self.stage].items() if name not in freed}
+        position = replace(
             self,
             iteration=record.iteration + 1,
-            slots={**self.slots, self.stage: int("canvas_1" in record.checksums)},
-            checksums={**self.checksums, self.stage: {**self.checksums[self.stage], **record.checksums}},
+            checksums={**self.checksums, self.stage: {**sums, **record.checksums}},
         )
+        if record.norm is not None:
+            measured = {(record.network, record.norm): (tuple(record.mean), tuple(record.variance))}
+            return replace(position, statistics={**self.statistics, **measured})
+        return replace(position, slots={**self.slots, self.stage: int("canvas_1" in record.checksums)})
 
 
 def _without(mapping: Mapping[K, Any], key: K) -> dict[K, Any]:

@@ -24,8 +24,7 @@ from pipeline.images import (
 )
 from pipeline.network import weights_bytes, widths_for_plan
 from pipeline.plan import Device, Plan, initial_px, make_plan, run_device, with_size_in_px
-from pipeline.rundir.color_notes import color_notes
-from pipeline.rundir.output_notes import export_notes
+from pipeline.rundir.notes import color_notes, export_notes
 from pipeline.rundir.paths import refuse_own_state
 from pipeline.rundir.process_settings import process_settings
 
@@ -93,11 +92,7 @@ def with_checked_output(config: AnyConfig, planned: Plan, images: Mapping[Path, 
     check_colors(config.output, colors, config.export.compression)
     if config.proof is not None:
         proof_profile(config.proof)
-    notes = (
-        *planned.notes,
-        *color_notes(config, images, colors),
-        *export_notes(config.output, config.export, colors),
-    )
+    notes = (*planned.notes, *color_notes(config, images, colors), *export_notes(config.output, config.export, colors))
     if colors.profile.space == "CMYK":
         planned = _with_four_channels(planned)
     return replace(planned, picture=colors.picture_kind(planned.picture), notes=notes)

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.config import AnyConfig
 from pipeline.core.errors import SpaceError
 from pipeline.core.text import size_text, stage_name
-from pipeline.plan import Plan, StagePlan
+from pipeline.plan import Plan
 from pipeline.rundir.paths import store_path
 
 _BLOCK_BYTES = 4096  # of nearly every file system
@@ -38,7 +38,8 @@ def check_space(config: AnyConfig, planned: Plan, stage: int) -> None:
     peak = after = DiskSpace(0, 0)
     if later:
         after = _missing(results, used)
-        peaks = [_missing([*results[: plan.index], _stage_space(plan)], used) for plan in later]
+        stages = [_array_space(plan.store_bytes + plan.overviews_bytes, plan.store_chunks) for plan in later]
+        peaks = [_missing([*results[: plan.index], space], used) for plan, space in zip(later, stages, strict=True)]
         peak = DiskSpace(max(need.bytes for need in peaks), max(need.files for need in peaks))
     what = f"rendering from {stage_name(stage)} on" if later else "the output image"
     image_bytes = planned.output_bytes + planned.levels_bytes
@@ -54,10 +55,6 @@ def _array_space(array_bytes: int, chunks: int) -> DiskSpace:
     return DiskSpace(array_bytes + (chunks + _METADATA_FILES) * _BLOCK_BYTES, 3 * chunks + _METADATA_FILES)
 
 
-def _stage_space(plan: StagePlan) -> DiskSpace:
-    return _array_space(plan.store_bytes + plan.overviews_bytes, plan.store_chunks)
-
-
 def _missing(needs: Sequence[DiskSpace], used: DiskSpace) -> DiskSpace:
     """The sum of `needs` less the space that is already `used` for them."""
     need_bytes, need_files = sum(need.bytes for need in needs), sum(need.files for need in needs)
@@ -66,8 +63,7 @@ def _missing(needs: Sequence[DiskSpace], used: DiskSpace) -> DiskSpace:
 
 def _require(folder: Path, need: DiskSpace, what: str) -> None:
     """Raise SpaceError if the disk of `folder` lacks the space that `what` needs."""
-    disk = os.statvfs(existing_parent(folder))
-    free_bytes = disk.f_bavail * disk.f_frsize
+    disk, free_bytes = os.statvfs(existing_parent(folder)), free_space(folder)
     remedy = (
         "and the run would stop half-way. Nothing that was committed is lost. Free disk space, or put work_dir or "
         "output on another disk, and run the same command again; or choose a smaller size."
@@ -81,6 +77,12 @@ def _require(folder: Path, need: DiskSpace, what: str) -> None:
             f"{folder}: {what} still needs {need.files:,} files and folders here, but the disk has only "
             f"{disk.f_favail:,} free (`df -i`), {remedy}"
         )
+
+
+def free_space(folder: Path) -> int:
+    """The bytes that are free on the disk of `folder`, which need not exist."""
+    disk = os.statvfs(existing_parent(folder))
+    return disk.f_bavail * disk.f_frsize
 
 
 def space_taken(folder: Path) -> DiskSpace:

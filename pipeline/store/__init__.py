@@ -23,6 +23,7 @@ from pipeline.store.layout import (
     TILE_LOSSES,
     ArraySpec,
     StageLayout,
+    activations_name,
     content_features_name,
     gram_key,
     gram_name,
@@ -33,13 +34,15 @@ from pipeline.store.layout import (
     kept_files,
     layer_key,
     layer_of,
+    other_slot,
     overviews_bytes,
     resident_names,
     result_name,
     scale_of,
+    skip_name,
     slot_names,
 )
 from pipeline.store.memory import HostMemory, Memory
 from pipeline.store.metadata import check_metadata, group_metadata, make_room_again, read_gram, write_metadata
-from pipeline.store.overview import Overview, OverviewChunk, overview_path
+from pipeline.store.overview import Overview, OverviewChunk, block_means, overview_path
 from pipeline.store.resident import RESIDENT_THREADS, ResidentStage

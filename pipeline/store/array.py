@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -23,10 +23,11 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from pipeline.config import MAX_CHUNK_PX
 from pipeline.core.errors import storage
 from pipeline.core.text import shown
 from pipeline.core.tiling import Rect, chunks_of
-from pipeline.store.checksums import ChunkSums, checksum, grid_of, packed
+from pipeline.store.checksums import ChunkSums, checksum, packed, unpacked
 from pipeline.store.chunk_file import (
     ChunkError,
     codec_of,
@@ -106,6 +107,10 @@ class StageArray:
         """(row, column) of every chunk, row by row."""
         return [(cy, cx) for cy, cx, _ in chunks_of(self.rect, self.chunk_px)]
 
+    def chunk_rect(self, cy: int, cx: int) -> Rect:
+        """The pixels of a whole chunk; at the far border it reaches beyond the array."""
+        return Rect(cy * self.chunk_px, (cy + 1) * self.chunk_px, cx * self.chunk_px, (cx + 1) * self.chunk_px)
+
     def chunk_path(self, cy: int, cx: int) -> Path:
         """The file of one chunk."""
         return self.path / self.chunk_keys.format(cy=cy, cx=cx)
@@ -137,8 +142,7 @@ class StageArray:
         """
         self._check_inside(rect)
         for cy, cx, part in chunks_of(rect, self.chunk_px):
-            chunk = Rect(cy * self.chunk_px, (cy + 1) * self.chunk_px, cx * self.chunk_px, (cx + 1) * self.chunk_px)
-            rows, columns = part.within(chunk)
+            rows, columns = part.within(self.chunk_rect(cy, cx))
             if self.memory is not None:  # in place, and not verified: the update verifies what is written
                 yield part, self.memory.get(cy, cx)[rows], columns
             elif strips and self.raw and 2 * part.width <= self.chunk_px and columns != self.valid_part(cy, cx)[1]:
@@ -241,6 +245,15 @@ class StageArray:
         elif not path.is_file():
             raise ChunkError(path, "missing", "is missing")
 
+    def refuse_other_size(self, shapes: Sequence[tuple[int, int, int]], words: str) -> None:
+        """Raise ChunkError for a size that is none of these: a stranger's metadata could make a read take all memory.
+
+        `words`: of those that are meant, behind "which".
+        """
+        if self.shape not in shapes or self.chunk_px > MAX_CHUNK_PX or self.dtype.kind not in "fu":
+            what = f"describes {self.shape} {self.dtype}, which {words}"
+            raise ChunkError(self.path / METADATA, "changed", what)
+
     def _check_inside(self, rect: Rect) -> None:
         # Reading further would return a border chunk's padding as pixels.
         if not (0 <= rect.y0 <= rect.y1 <= self.shape[0] and 0 <= rect.x0 <= rect.x1 <= self.shape[1]):
@@ -273,7 +286,8 @@ def open_array(stage_dir: Path, name: str, checksums: str | None = None) -> Stag
                 array = replace(array, memory=memory)
             if checksums is None:
                 return array
-            return replace(array, checksums=grid_of(checksums, [-(-n // array.chunk_px) for n in array.shape[:2]]))
+            grid = [-(-side // array.chunk_px) for side in array.shape[:2]]
+            return replace(array, checksums=unpacked(checksums).reshape(grid))
         except FileNotFoundError as error:
             raise ChunkError(path / METADATA, "missing", "is missing") from error
         except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:

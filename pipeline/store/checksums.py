@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -34,8 +34,3 @@ def unpacked(text: str) -> NDArray[np.uint32]:
 def merged(parts: Iterable[ChunkSums]) -> ChunkSums:
     """The checksums of all chunks of an array, from those of its parts."""
     return {index: value for part in parts for index, value in part.items()}
-
-
-def grid_of(text: str, shape: Sequence[int]) -> NDArray[np.uint32]:
-    """The checksums of `packed` by (chunk row, chunk column)."""
-    return unpacked(text).reshape(shape)

@@ -29,6 +29,7 @@ _LAYER = r"(conv[1-5]_[1-9])(_s[1-9])?"  # a layer key
 _GRAM = re.compile(rf"gram_({_LAYER}(_r[0-9]+)?)")
 _FEATURES = re.compile(rf"features_{_LAYER}")
 _GUIDE = re.compile(rf"guide_[0-9]+|{CONTENT_GUIDE}")
+_ACTIVATIONS = re.compile(r"((?:activations|skip)_[0-9]+_)([01])")
 
 
 @dataclass(frozen=True)
@@ -148,11 +149,27 @@ def guide_name(mask: int) -> str:
     return f"guide_{mask}"
 
 
+def activations_name(network: int, slot: int) -> str:
+    """The array of a feature map of a network of `apply`, before its norm."""
+    return f"activations_{network}_{slot}"
+
+
+def skip_name(network: int, slot: int) -> str:
+    """The array of the input of a residual block of a network of `apply`."""
+    return f"skip_{network}_{slot}"
+
+
+def other_slot(name: str) -> str | None:
+    """The other slot of an array of activations, whose content is not used once this one is written; else None."""
+    match = _ACTIVATIONS.fullmatch(name)
+    return f"{match[1]}{1 - int(match[2])}" if match else None
+
+
 def is_stage_array(name: str) -> bool:
     """Whether a stage can have an array of this name."""
     features = _FEATURES.fullmatch(name)
     state = (*slot_names(0, averaged=True), *slot_names(1, averaged=True), CONTENT, ALPHA, STYLE, GRADIENT)
-    if name in state or gram_key(name) is not None or _GUIDE.fullmatch(name):
+    if name in state or gram_key(name) is not None or _GUIDE.fullmatch(name) or _ACTIVATIONS.fullmatch(name):
         return True
     return features is not None and features[1] in LAYER_BY_NAME
 

@@ -14,6 +14,7 @@ from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.image_formats import PixelKind
 from pipeline.core.lengths import MM_PER_INCH
 from pipeline.core.tiling import Rect, chunks_of
+from pipeline.store.overview import block_means, block_sums
 
 
 def write_ome_zarr(
@@ -67,22 +68,20 @@ def _halve(fine: Any, coarse: Any, cancel: CancelToken) -> Any:
     _, height, width = coarse.shape
     for cy, cx, part in chunks_of(Rect(0, height, 0, width), coarse.chunks[1]):
         cancel.raise_if_set()
-        block = np.asarray(fine[:, 2 * part.y0 : 2 * part.y1, 2 * part.x0 : 2 * part.x1], np.uint32)
-        missing = (2 * part.height - block.shape[1], 2 * part.width - block.shape[2])  # if a side is 1 px
-        block = np.pad(block, ((0, 0), (0, missing[0]), (0, missing[1])), mode="edge")
-        coarse.set_block_selection((0, cy, cx), _halved(block).astype(coarse.dtype))
+        block_HWC = np.moveaxis(fine[:, 2 * part.y0 : 2 * part.y1, 2 * part.x0 : 2 * part.x1], 0, 2)
+        coarse.set_block_selection((0, cy, cx), np.moveaxis(_halved(block_HWC), 2, 0))
     return coarse
 
 
-def _halved(block_CHW: NDArray[np.uint32]) -> NDArray[np.uint64]:
+def _halved(block_HWC: NDArray[Any]) -> NDArray[Any]:
     """The means of 2×2 squares. Colours count by their alpha: those of transparent pixels are not seen."""
-    corners = np.stack([block_CHW[:, y::2, x::2] for y in (0, 1) for x in (0, 1)]).astype(np.uint64)
-    means = (corners.sum(0) + 2) // 4
-    if len(block_CHW) == 4:
-        alpha = corners[:, 3:].sum(0)
-        weighted = (corners[:, :3] * corners[:, 3:]).sum(0)
-        means[:3] = np.where(alpha > 0, (weighted + alpha // 2) // np.maximum(alpha, 1), means[:3])
-    return np.asarray(means)
+    means = block_means(block_HWC, 1)
+    if block_HWC.shape[2] == 4:
+        colors, alpha = block_HWC[..., :3].astype(np.uint64), block_HWC[..., 3:]
+        weights, weighted = block_sums(alpha, 1, np.uint64), block_sums(colors * alpha, 1, np.uint64)
+        seen = (weighted + weights // 2) // np.maximum(weights, 1)
+        means[..., :3] = np.where(weights > 0, seen, means[..., :3])
+    return means
 
 
 def _grids(size: tuple[int, int], levels: int) -> list[tuple[list[float], list[float]]]:

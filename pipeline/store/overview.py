@@ -34,6 +34,27 @@ def overview_path(array: StageArray) -> Path:
     return array.path.with_name(array.path.name + OVERVIEW)
 
 
+def block_sums(values_HWC: NDArray[Any], halvings: int, dtype: Any = np.uint32) -> NDArray[Any]:
+    """Sums over blocks of 2^halvings px on each side; at the far edges the last row and column count again."""
+    side, (height, width, channels) = 1 << halvings, values_HWC.shape
+    pad = -height % side, -width % side
+    if any(pad):  # which weighs the edge a little more than the mean of what the picture has of a block would
+        values_HWC = np.pad(values_HWC, ((0, pad[0]), (0, pad[1]), (0, 0)), mode="edge")
+    rows, columns = values_HWC.shape[0] // side, values_HWC.shape[1] // side
+    # the rows first: long contiguous sums, and little is left for the second step
+    sums = values_HWC.reshape(rows, side, -1).sum(axis=1, dtype=dtype)
+    return np.asarray(sums.reshape(rows, columns, side, channels).sum(axis=2, dtype=dtype))
+
+
+def block_means(pixels_HWC: NDArray[Any], halvings: int) -> NDArray[Any]:
+    """Means over the blocks of block_sums, rounded, of uint8 or uint16."""
+    if halvings == 0:
+        return pixels_HWC
+    count = 4**halvings
+    means: NDArray[Any] = (block_sums(pixels_HWC, halvings) + count // 2) // count
+    return means.astype(pixels_HWC.dtype)
+
+
 class OverviewChunk:
     """The overview of one chunk, from its rows as they are stored, which `add` takes from the first to the last."""
 

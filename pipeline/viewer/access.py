@@ -7,9 +7,7 @@ its requests carry that name.
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
-import secrets
 import socket
 from urllib.parse import urlsplit
 
@@ -17,11 +15,6 @@ from pipeline.core.errors import ConfigError
 
 MIN_TOKEN = 16
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
-def new_token() -> str:
-    """A token that cannot be guessed, of characters that an address may have."""
-    return secrets.token_urlsafe(18)
 
 
 def check_token(token: str) -> None:
@@ -38,11 +31,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def right_token(token: str, given: str) -> bool:
-    """Whether the tokens are equal, compared in constant time."""
-    return hmac.compare_digest(token.encode(), given.encode())
 
 
 def allowed_host(header: str | None, listening: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import PurePath
@@ -11,28 +10,7 @@ from pathlib import PurePath
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 
-@dataclass(frozen=True)
-class Vendored:
-    """A file of another project: where it comes from, and its SHA-256."""
-
-    file: str
-    package: str
-    license: str
-    sha256: str
-
-
-VENDORED = (
-    Vendored(
-        "openseadragon.min.js",
-        "openseadragon@6.1.1",
-        "BSD-3-Clause",
-        "14d587cd3ee7c4861f1a41077ce642029364a21029956ba635bd8fb1202cf9ad",
-    ),
-    Vendored("uplot.min.js", "uplot@1.6.32", "MIT", "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"),
-    Vendored(
-        "uplot.min.css", "uplot@1.6.32", "MIT", "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04"
-    ),
-)
+# Of other projects; tests/unit/viewer/test_viewer.py has their versions and hashes.
 LICENSES = ("openseadragon.LICENSE.txt", "uplot.LICENSE.txt")
 
 

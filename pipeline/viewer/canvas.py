@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sized
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.tiling import Rect, chunks_of
 from pipeline.images import OutputColors
-from pipeline.store import OVERVIEW_PX, Overview, StageArray
+from pipeline.store import OVERVIEW_PX, Overview, StageArray, block_means
 
 TILE_PX = 256
 OVERVIEW = OVERVIEW_PX.bit_length() - 1  # halvings of the overview
@@ -56,16 +56,6 @@ class Recent(Generic[V]):
             while self._bytes > self._max_bytes and len(self._values) > 1:
                 self._bytes -= self._size(self._values.popitem(last=False)[1])
         return value
-
-
-def array_bytes(array: Pixels) -> int:
-    """The size of an array, for Recent."""
-    return array.nbytes
-
-
-def text_bytes(data: Sized) -> int:
-    """The size of a file in memory, for Recent."""
-    return len(data)
 
 
 class Canvas:
@@ -111,14 +101,12 @@ class Canvas:
     def _shrunk(self, rect: Rect, halvings: int, height: int, width: int, read: Callable[[Rect], Pixels]) -> Pixels:
         """A rectangle of a level, as means of what `read` gives from the (height, width) px that it is made of."""
         y0, y1, x0, x1 = (edge << halvings for edge in rect)
-        return shrunk(read(Rect(y0, min(y1, height), x0, min(x1, width))), halvings)
+        return block_means(read(Rect(y0, min(y1, height), x0, min(x1, width))), halvings)
 
     def _full(self, rect: Rect) -> Pixels:
         out = np.empty((rect.height, rect.width, self._channels), np.uint8)
         for cy, cx, part in chunks_of(rect, self.array.chunk_px):
-            chunk_px = self.array.chunk_px
-            whole = Rect(cy * chunk_px, (cy + 1) * chunk_px, cx * chunk_px, (cx + 1) * chunk_px)
-            out[part.within(rect)] = self._block(cy, cx)[part.within(whole)]
+            out[part.within(rect)] = self._block(cy, cx)[part.within(self.array.chunk_rect(cy, cx))]
         return out
 
     def _coarse(self, rect: Rect) -> Pixels:
@@ -132,9 +120,9 @@ class Canvas:
         missing = [(cy, cx) for cy, cx, _ in chunks_of(rect, step) if (cy, cx) not in self._filled]
         for (cy, cx), written in Overview(self.array).chunks(missing):
             if written is None:
-                small = shrunk(self._read(cy, cx), self._halvings)
+                small = block_means(self._read(cy, cx), self._halvings)
             else:
-                small = shrunk(self._shown(written), self._halvings - OVERVIEW)
+                small = block_means(self._shown(written), self._halvings - OVERVIEW)
             overview[cy * step : cy * step + len(small), cx * step : cx * step + small.shape[1]] = small
             self._filled.add((cy, cx))
         return overview[rect.y0 : rect.y1, rect.x0 : rect.x1]
@@ -170,19 +158,3 @@ class Canvas:
 def max_level(height: int, width: int) -> int:
     """The DeepZoom level of the picture itself."""
     return (max(height, width) - 1).bit_length()
-
-
-def shrunk(pixels_HWC: Pixels, halvings: int) -> Pixels:
-    """Means of blocks of 2^halvings px on each side; at the far edges, of what the picture has of a block."""
-    if halvings == 0:
-        return pixels_HWC
-    side, (height, width, channels) = 1 << halvings, pixels_HWC.shape
-    pad = -height % side, -width % side
-    if any(pad):  # the last row and column again, which weighs the edge a little more than the mean would
-        pixels_HWC = np.pad(pixels_HWC, ((0, pad[0]), (0, pad[1]), (0, 0)), mode="edge")
-    rows, columns = pixels_HWC.shape[0] // side, pixels_HWC.shape[1] // side
-    # the rows first: long contiguous sums, and little is left for the second step
-    sums = pixels_HWC.reshape(rows, side, -1).sum(axis=1, dtype=np.uint32)
-    sums = sums.reshape(rows, columns, side, channels).sum(axis=2, dtype=np.uint32)
-    means: Pixels = ((sums + side * side // 2) // (side * side)).astype(np.uint8)
-    return means

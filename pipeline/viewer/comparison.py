@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.errors import ConfigError, storage
-from pipeline.core.files import new_partial, sync_file_system, sync_folder, taken
+from pipeline.core.files import partial_beside, rename_synced, sync_file_system, taken
 from pipeline.core.tiling import Size
 from pipeline.viewer.gallery import write_static_page
 
@@ -40,29 +40,17 @@ def refuse_taken(output: Path) -> None:
 def write_comparison(output: Path, title: str, pictures: Sequence[ComparedPicture], across: int) -> None:
     """Write the folder `output`, which gets its name when it is complete. Raises ConfigError if that is taken."""
     refuse_taken(output)
-    with storage(output):
-        partial = new_partial(output)
-        try:
-            (partial / "pictures").mkdir(parents=True)
-            entries = []
-            for number, one in enumerate(pictures, start=1):
-                name = f"pictures/{number}{one.picture.suffix}"
-                shutil.copyfile(one.picture, partial / name)
-                entries.append(
-                    {
-                        "picture": name,
-                        "height": one.size[0],
-                        "width": one.size[1],
-                        "settings": one.settings,
-                        "command": one.command,
-                        "config": one.config_text,
-                    }
-                )
-            text = json.dumps({"title": title, "across": across, "pictures": entries}, indent=1)
-            (partial / "grid.json").write_text(text, encoding="utf-8")
-            write_static_page(partial, "grid.html")
-            sync_file_system(partial)
-            partial.replace(output)
-            sync_folder(output.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with storage(output), partial_beside(output) as partial:
+        (partial / "pictures").mkdir(parents=True)
+        entries = []
+        for number, one in enumerate(pictures, start=1):
+            name = f"pictures/{number}{one.picture.suffix}"
+            shutil.copyfile(one.picture, partial / name)
+            size = {"height": one.size[0], "width": one.size[1]}
+            choice = {"settings": one.settings, "command": one.command, "config": one.config_text}
+            entries.append({"picture": name, **size, **choice})
+        text = json.dumps({"title": title, "across": across, "pictures": entries}, indent=1)
+        (partial / "grid.json").write_text(text, encoding="utf-8")
+        write_static_page(partial, "grid.html")
+        sync_file_system(partial)
+        rename_synced(partial, output)

@@ -20,7 +20,7 @@ from pipeline.config import ExportConfig
 from pipeline.core.cancel import CancelToken
 from pipeline.core.color_spaces import SpaceName
 from pipeline.core.errors import ConfigError, storage
-from pipeline.core.files import new_partial, read_regular, sync_file_system, sync_folder, taken, write_whole
+from pipeline.core.files import partial_beside, read_regular, rename_synced, sync_file_system, taken, write_whole
 from pipeline.core.lengths import DEFAULT_DPI
 from pipeline.core.text import shown
 from pipeline.images import srgb_output
@@ -71,23 +71,18 @@ def write_gallery(
         )
     # a crash may have left tiles that the list does not name
     names = {path.stem for path in (output / "tiles").glob("*.dz")} if add else set()
-    with storage(output):
-        partial = new_partial(output)
-        try:
-            (partial / "tiles").mkdir(parents=True)
-            entry = _write_work(partial / "tiles", work, names, cancel, on_progress)
-            if add:
-                for folder in (partial / "tiles").iterdir():
-                    folder.rename(output / "tiles" / folder.name)
-                sync_file_system(output)
-                _write_page(output, [*works, entry])  # the list last: until then the page does not know the tiles
-            else:
-                _write_page(partial, [entry])
-                sync_file_system(partial)
-                partial.replace(output)
-                sync_folder(output.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with storage(output), partial_beside(output) as partial:
+        (partial / "tiles").mkdir(parents=True)
+        entry = _write_work(partial / "tiles", work, names, cancel, on_progress)
+        if add:
+            for folder in (partial / "tiles").iterdir():
+                folder.rename(output / "tiles" / folder.name)
+            sync_file_system(output)
+            _write_page(output, [*works, entry])  # the list last: until then the page does not know the tiles
+        else:
+            _write_page(partial, [entry])
+            sync_file_system(partial)
+            rename_synced(partial, output)
 
 
 def read_works(output: Path) -> list[dict[str, Any]]:

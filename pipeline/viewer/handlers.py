@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import re
 from collections.abc import Callable
@@ -97,7 +98,8 @@ class Handler(web.RequestHandler):
     def prepare(self) -> None:
         if not access.allowed_host(self.request.headers.get("Host"), self.viewer.listening):
             raise RefusalError(403, "This name is not the viewer's. Open the address that `pipeline view` printed.")
-        if not access.right_token(self.viewer.token, self.path_kwargs.pop("token", "")):
+        given = self.path_kwargs.pop("token", "")
+        if not hmac.compare_digest(self.viewer.token.encode(), given.encode()):  # in constant time
             raise RefusalError(403, "The token in the address is missing or wrong. Open what `pipeline view` printed.")
 
     def compute_etag(self) -> None:

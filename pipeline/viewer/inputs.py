@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Config, LimitsConfig, dotted, input_files
+from pipeline.config import AnyConfig, LimitsConfig, dotted, input_files
 from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import PipelineError, Stopped
 from pipeline.core.image_formats import PixelKind
@@ -57,7 +57,7 @@ class PreparedInput:
     problem: str = ""
 
 
-def inputs_of_config(config: Config) -> list[InputFile]:
+def inputs_of_config(config: AnyConfig) -> list[InputFile]:
     """The pictures that a config names, before the run has begun."""
     return _named({dotted(key): path for key, path in input_files(config)}, {})
 

@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import MAX_CHUNK_PX
 from pipeline.core.errors import PipelineError
 from pipeline.core.text import shown, stage_name
 from pipeline.images import srgb_output
 from pipeline.images.tile_codec import encode_tile
 from pipeline.render.export import without_white
 from pipeline.rundir import Position, canvas_space, content_alpha, newest_canvas
-from pipeline.store import ALPHA, METADATA, ChunkError, StageArray, checksum, result_name
-from pipeline.viewer.canvas import TILE_PX, Canvas, Pixels, Recent, array_bytes, text_bytes
+from pipeline.store import ALPHA, ChunkError, StageArray, checksum, result_name
+from pipeline.viewer.canvas import TILE_PX, Canvas, Pixels, Recent
 from pipeline.viewer.inputs import Inputs
 from pipeline.viewer.snapshot import RunReader, Snapshot
 
@@ -30,6 +29,7 @@ _BLOCK_BYTES = 64 * 2**20  # recently read chunks: those under one screen at 100
 _OVERVIEW_BYTES = 64 * 2**20
 _TILE_BYTES = 32 * 2**20
 _WITH_ALPHA = ("webp",)
+_WORDS = "this stage does not have"
 Layers = tuple[Canvas, Canvas | None]  # the colours and the alpha of a picture
 
 
@@ -59,10 +59,10 @@ class Pictures:
     def __init__(self, reader: RunReader, inputs: Inputs) -> None:
         self._reader, self._inputs = reader, inputs
         self.busy_s = 0.0  # processor time of all tiles so far, nearly: two threads may add at once
-        self._blocks: Recent[Pixels] = Recent(_BLOCK_BYTES, array_bytes)
+        self._blocks: Recent[Pixels] = Recent(_BLOCK_BYTES, lambda pixels: pixels.nbytes)
         self._canvases: Recent[Layers] = Recent(_OVERVIEW_BYTES, lambda layers: layers[0].overview_bytes + 2**16)
         self._alphas: Recent[Canvas] = Recent(_OVERVIEW_BYTES // 3, lambda canvas: canvas.overview_bytes + 2**16)
-        self._tiles: Recent[bytes] = Recent(_TILE_BYTES, text_bytes)
+        self._tiles: Recent[bytes] = Recent(_TILE_BYTES, len)
 
     def listing(self, snapshot: Snapshot) -> list[dict[str, Any]]:
         """Every picture as the page's state has it, stages first."""
@@ -129,7 +129,7 @@ class Pictures:
         assert snapshot.manifest is not None
         alpha = content_alpha(self._reader.work_dir, snapshot.position, stage)
         if alpha is not None:
-            refuse_other_size(alpha, (*array.shape[:2], 1))
+            alpha.refuse_other_size([(*array.shape[:2], 1)], _WORDS)
         colors = srgb_output(canvas_space(snapshot.manifest))
         return Canvas(array, self._blocks, colors), self._alpha(alpha)
 
@@ -152,15 +152,8 @@ def canvas_of(reader: RunReader, snapshot: Snapshot, stage: int) -> StageArray:
     """The committed canvas of a stage. Raises ChunkError, also for a size that the manifest does not have."""
     assert snapshot.manifest is not None
     array = newest_canvas(reader.work_dir, snapshot.position, stage)
-    refuse_other_size(array, (*snapshot.manifest.stages[stage].size, 3))
+    array.refuse_other_size([(*snapshot.manifest.stages[stage].size, 3)], _WORDS)
     return array
-
-
-def refuse_other_size(array: StageArray, shape: tuple[int, int, int]) -> None:
-    """Raise ChunkError for another size: a stranger's metadata could make a read take all memory."""
-    if array.shape != shape or array.chunk_px > MAX_CHUNK_PX or array.dtype.kind not in "fu":
-        what = f"describes {array.shape} {array.dtype}, which this stage does not have"
-        raise ChunkError(array.path / METADATA, "changed", what)
 
 
 def _transparent(pixels_HW3: Pixels, alpha_HW1: Pixels) -> Pixels:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tornado import httpserver, netutil, web
 
-from pipeline.config import Config, LimitsConfig
+from pipeline.config import AnyConfig, LimitsConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink
 from pipeline.viewer import access, assets
@@ -53,7 +53,7 @@ class ViewerOptions:
 class Viewer:
     """Serves the page of one run until it is stopped. `config`: of the run, if it was given."""
 
-    def __init__(self, work_dir: Path, config: Config | None, options: ViewerOptions, sink: Sink) -> None:
+    def __init__(self, work_dir: Path, config: AnyConfig | None, options: ViewerOptions, sink: Sink) -> None:
         if options.token is not None:
             access.check_token(options.token)
         elif not access.is_loopback(options.host):
@@ -63,7 +63,7 @@ class Viewer:
             )
         self.options, self.sink, self.config = options, sink, config
         self.listening = options.host
-        self.token = options.token or access.new_token()
+        self.token = options.token or secrets.token_urlsafe(18)
         self.pool: Executor
         self.reader = RunReader(work_dir)
         self.number, self.closing = 0, False
@@ -181,12 +181,10 @@ class Viewer:
         """The state as JSON in one line; all pages share it."""
         number = self.number
         if self._text[0] != number:
-            text = await asyncio.get_running_loop().run_in_executor(self._watcher, self._state_text)
+            loop = asyncio.get_running_loop()
+            text = await loop.run_in_executor(self._watcher, lambda: json.dumps(self.state(), allow_nan=False))
             self._text = number, text
         return self._text[1]
-
-    def _state_text(self) -> str:
-        return json.dumps(self.state(), allow_nan=False)
 
     def state(self) -> dict[str, Any]:
         """Everything that the page shows."""

@@ -14,12 +14,10 @@ from pathlib import Path
 from pipeline.core.errors import PipelineError
 from pipeline.core.text import shown
 from pipeline.rundir import (
-    Iteration,
     Journal,
     Manifest,
     Position,
     Record,
-    iterations_of,
     journal_path,
     manifest_path,
     read_manifest,
@@ -44,10 +42,6 @@ class Snapshot:
     position: Position = field(default_factory=Position)
     owner: int | None = None
     problem: str = ""
-
-    def iterations(self, stage: int) -> list[Iteration]:
-        """A record of each of the stage's iterations."""
-        return iterations_of(self.records, stage)
 
 
 class RunReader:

@@ -104,7 +104,7 @@ def _finished(manifest: Manifest, position: Position) -> bool:
 
 def _stage(snapshot: Snapshot, stage: int) -> dict[str, Any]:
     assert snapshot.manifest is not None
-    records = snapshot.iterations(stage)
+    records = iterations_of(snapshot.records, stage)
     height, width = snapshot.manifest.stages[stage].size
     done = next((one for one in snapshot.records if isinstance(one, StageDone) and one.stage == stage), None)
     prepared = any(isinstance(one, StagePrepared) and one.stage == stage for one in snapshot.records)

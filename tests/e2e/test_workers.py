@@ -370,7 +370,7 @@ def test_without_a_loopback_device_the_run_says_so():
 
 def ports_of(executor: ProcessExecutor) -> list[int]:
     """The ports on which the scheduler and the workers take tasks."""
-    info = executor._workers._client.scheduler_info(n_workers=-1)
+    info = executor._workers.client.scheduler_info(n_workers=-1)
     addresses = [info["address"], *info["workers"]]
     assert all(address.startswith("tls://127.0.0.1:") for address in addresses)
     return [int(address.rpartition(":")[2]) for address in addresses]

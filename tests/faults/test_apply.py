@@ -30,11 +30,13 @@ def passes(run_dir: Path) -> list[Pass]:
     return [record for record in journal.read() if isinstance(record, Pass)] if journal.path.exists() else []
 
 
-def test_a_kill_costs_the_pass_in_progress_and_workers_give_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("activations", ["recompute", "store"])
+def test_a_kill_costs_the_pass_in_progress_and_workers_give_the_same_bytes(tmp_path: Path, activations: str) -> None:
     net, content = tmp_path / "net.safetensors", tmp_path / "content.png"
     write_network(net, blocks=3)
     write_image(content, 210, 330)
-    line = ["apply", net, content, *(f"--set={one}" for one in ("store.chunk_px=32", "compute.tile_px=96"))]
+    settings = ("store.chunk_px=32", "compute.tile_px=96", f"activations={activations}")
+    line = ["apply", net, content, *(f"--set={one}" for one in settings)]
     out, once, killed_run = tmp_path / "out.png", tmp_path / "once.png", tmp_path / "out.run"
     with subprocess.Popen([PIPELINE, *map(str, line), "-o", out, "--set=compute.workers=1"]) as child:
         limit = time.monotonic() + TIMEOUT_S

@@ -70,9 +70,10 @@ SMALL: dict[str, Any] = {
     "stage_ratio": 2.0,
     "style_stages": True,
     "dequantize": False,
-    "network": {"name": "random"},
+    "init_noise": 0.0,
+    "network": {"name": "random", "padding": "replicate"},
     "loss": {"tv_weight": 0.0},
-    "optimizer": {"max_iterations": 2},
+    "optimizer": {"max_iterations": 2, "coarse_iterations": 1.0},
     "compute": {"device": "cpu", "tile_px": 64},
     # a kill costs one iteration; stages in memory have tests of their own
     "store": {"chunk_px": 32, "commit_interval": 0},

@@ -28,9 +28,14 @@ PLAIN: dict[str, Any] = {
     "stage_ratio": 2.0,
     "style_stages": True,
     "dequantize": False,
-    "network": {"pooling": "max", "style_layers": {f"conv{block}_1": 0.2 for block in range(1, 6)}},
-    "loss": {"kind": "normalized", "content_weight": 0.05, "tv_weight": 0.0},
-    "optimizer": {"max_iterations": 60, "target_pixel_change": 12.8, "color_space": "rgb"},
+    "init_noise": 0.0,
+    "network": {
+        "padding": "replicate",
+        "pooling": "max",
+        "style_layers": {f"conv{block}_1": 0.2 for block in range(1, 6)},
+    },
+    "loss": {"kind": "normalized", "content_weight": 0.05, "tv_weight": 0.0, "tv_kind": "squared"},
+    "optimizer": {"max_iterations": 60, "coarse_iterations": 1.0, "target_pixel_change": 12.8, "color_space": "rgb"},
 }
 
 

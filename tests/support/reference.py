@@ -176,6 +176,7 @@ class Problem:
     content_weight: float = 0.05
     style_weight: float = 1.0
     tv_weight: float = 0.0
+    tv_kind: str = "squared"
     color: str = "style"
     color_space: str = "rgb"
     masks: Sequence[np.ndarray | None] = ()
@@ -295,6 +296,12 @@ class Problem:
         """Ltv."""
         x_HWC = self.network_input(canvas) / 255
         down, right = x_HWC[1:] - x_HWC[:-1], x_HWC[:, 1:] - x_HWC[:, :-1]
+        if self.tv_kind == "absolute":
+            per_pixel = torch.zeros(x_HWC.shape[:2], dtype=x_HWC.dtype)
+            per_pixel[:-1] += down.square().sum(2)
+            per_pixel[:, :-1] += right.square().sum(2)
+            small = 2 / 255
+            return ((per_pixel + small**2).sqrt() - small).mean()
         return (down.square().sum() + right.square().sum()) / x_HWC.numel()
 
     def objective(self, canvas: Tensor) -> Tensor:

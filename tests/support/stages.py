@@ -57,7 +57,7 @@ class InOrder(Executor):
     def __exit__(self, *_: object) -> None:
         pass
 
-    def run(self, graph, keys, on_done=lambda _key: None, proceed=None):
+    def _run(self, graph, keys, on_done, proceed):
         values = {}
         for key, node in graph.items():
             values[key] = node.function(*(values[need] for need in node.needs))
@@ -240,6 +240,7 @@ def make_problem(config: Config, content: np.ndarray, styles: list[np.ndarray], 
         content_weight=config.loss.content_weight,
         style_weight=config.loss.style_weight,
         tv_weight=config.loss.tv_weight,
+        tv_kind=config.loss.tv_kind,
         color=config.color,
         color_space=config.optimizer.color_space,
         scales=config.loss.scales,

@@ -200,7 +200,12 @@ CONTROLS |= {
         crop=(180, 100, 100, 100),
     ),
     "tv": Control(
-        [(f"tv_weight: {weight:g}", merged(GRAINY, {"loss": {"tv_weight": weight}})) for weight in (0.0, 0.3, 2.0)],
+        [
+            ("tv_weight: 0", {"loss": {"tv_weight": 0.0}}),
+            ("2, squared", {"loss": {"tv_weight": 2.0, "tv_kind": "squared"}}),
+            ("0.1, absolute", {}),
+            ("0.5, absolute", {"loss": {"tv_weight": 0.5}}),
+        ],
         crop=(160, 80, 160, 160),
     ),
     "color": Control(

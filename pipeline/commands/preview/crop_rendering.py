@@ -36,25 +36,16 @@ from pipeline.commands.commits import end_reason
 from pipeline.commands.preview.cut import cut_file
 from pipeline.commands.preview.regions import aligned, regions, scaled
 from pipeline.config import Config
-from pipeline.core.events import Note, WorkDone
+from pipeline.core.events import Note, reporter
 from pipeline.core.image_formats import RGB8
 from pipeline.core.text import stage_name
 from pipeline.core.tiling import Rect, Size
 from pipeline.core.vgg_layers import ALIGN_PX, ceil_to
 from pipeline.plan import Plan, StageWork, layers_in_use, plan_stage
 from pipeline.render import adam, ingest
-from pipeline.render.context import (
-    RenderContext,
-    iteration_record,
-    make_stage,
-    prepared_record,
-    settings_of,
-)
+from pipeline.render.context import RenderContext, iteration_record, make_stage, prepared_record, settings_of
 from pipeline.render.resample import Filling, Region, enlarge, whole
-from pipeline.rundir import (
-    Position,
-    newest_canvas,
-)
+from pipeline.rundir import Position, newest_canvas
 from pipeline.store import CONTENT, integrity
 
 if TYPE_CHECKING:
@@ -222,4 +213,4 @@ class Crop:
         return store.open_array(content.path.parent, CONTENT, sums)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.context.sink(WorkDone(self.finished.stage, what, done, total))
+        return reporter(self.context.sink, self.finished.stage, what)

@@ -182,7 +182,7 @@ def _name(config: Config, hashes: Mapping[Path, str]) -> str:
 def _without_unused_seed(config: Config) -> Config:
     """The config with the default seed if nothing is random: no noise, random weights or stochastic rounding."""
     random_weights = config.network.name == "random" and config.network.weights is None
-    noise = config.init == "noise" or (config.dequantize and config.init != "gray")
+    noise = config.init == "noise" or (config.start_noise > 0 and config.init != "gray")
     if noise or random_weights or config.state == "compact":
         return config
     return config.model_copy(update={"seed": Config.model_fields["seed"].default})

@@ -25,8 +25,7 @@ from pipeline.core.cancel import CancelToken
 from pipeline.core.errors import ConfigError
 from pipeline.core.events import Note, Sink, ignore
 from pipeline.core.image_formats import format_of
-from pipeline.core.lengths import cm_text
-from pipeline.core.papers import MAX_PARTS, MAX_PROOF_DPI, MIN_PROOF_DPI, PROOF_SUFFIXES
+from pipeline.core.lengths import MAX_PARTS, MAX_PROOF_DPI, MIN_PROOF_DPI, PROOF_SUFFIXES, cm_text
 from pipeline.core.tiling import Rect, Size
 from pipeline.images import ProofSheet, read_header, stream_rgb, write_proof
 from pipeline.plan import BASE_BYTES

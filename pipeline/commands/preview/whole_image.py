@@ -17,11 +17,10 @@ from pipeline.core.tiling import Rect, Size, Tile
 from pipeline.core.vgg_layers import LAYER_BY_NAME
 from pipeline.losses.objective import Gram
 from pipeline.plan import fitting_scales
-from pipeline.render import mask_tasks, tile_specs, tile_tasks
 from pipeline.render.preparation import ingest_guides
 from pipeline.render.resample import tiles_of
 from pipeline.render.stage import Stage
-from pipeline.store import UNGUIDED, Guides, layer_key
+from pipeline.store import UNGUIDED, Guides, layer_of, scale_of
 
 
 @dataclass(frozen=True)
@@ -70,18 +69,17 @@ class WholeImage:
         scales, padding = stage.layer_use.scales, stage.config.network.padding
         scales = fitting_scales(scales, self.size, stage.layer_use.names, padding)
         stage = replace(stage, layer_use=replace(stage.layer_use, scales=scales))
-        canvas, layers, guided = self.canvas, stage.layer_use.style_layers, self._guided(stage)
-        of_whole, of_region = (
-            self._mean_grams(stage, canvas, layers, rect, guided, stage.layer_use.with_mean) for rect in (whole, region)
-        )
+        guided = self._guided(stage)
+        of_whole, of_region = (self._mean_grams(stage, self.canvas, rect, guided) for rect in (whole, region))
         # a region that is the whole needs no estimate, and has none of its rounding
         keys = of_region.keys() & of_whole.keys() if region != whole else ()
         grams = {key: (of_whole[key], of_region[key]) for key in keys}
         if self.content is None:
             return WholeImageEstimate(grams, {})
         # The energy per position is the trace of the mean Gram. The content's weight map is not part of it.
-        content, layers, guided = self.content, stage.layer_use.content_layers, _Guided(self.folder)
-        of_whole, of_region = (self._mean_grams(stage, content, layers, rect, guided) for rect in (whole, region))
+        layers, guided = stage.layer_use.content_layers, _Guided(self.folder)
+        stage = replace(stage, layer_use=replace(stage.layer_use, style_layers=layers, with_mean=False))
+        of_whole, of_region = (self._mean_grams(stage, self.content, rect, guided) for rect in (whole, region))
         return WholeImageEstimate(
             grams, {key: _ratio(of_whole[key].trace(), of_region[key].trace()) for key in of_region}
         )
@@ -94,56 +92,27 @@ class WholeImage:
             store.create_array(self.folder, name, (*self.size, 1), stage.config.store.chunk_px, "uint8", "none")
         return _Guided(self.folder, guides, ingest_guides(stage, self.folder, guides.arrays))
 
-    def _mean_grams(
-        self,
-        stage: Stage,
-        array: store.StageArray,
-        layers: tuple[str, ...],
-        rect: Rect,
-        guided: _Guided,
-        with_mean: bool = False,
-    ) -> dict[str, Gram]:
+    def _mean_grams(self, stage: Stage, array: store.StageArray, rect: Rect, guided: _Guided) -> dict[str, Gram]:
         """Mean Grams over a rectangle, read with its halo, by style key; masks without area are left out."""
-        if not layers:
+        if not stage.layer_use.style_layers:
             return {}
         tiles = [Tile(index, inner, *self.size) for index, inner in enumerate(tiles_of(rect, self.tile_px))]
-        specs = [
-            tile_specs.GramSpec(
-                array.path.parent,
-                array.path.name,
-                tile,
-                stage.network,
-                guided.checksums,
-                layers,
-                color=stage.color,
-                guides=guided.guides,
-                guides_dir=guided.folder,
-                with_mean=with_mean,
-                scales=stage.layer_use.scales,
-            )
-            for tile in tiles
-        ]
-        on_progress = stage.counter(f"Gram pass of {stage_name(self.index)}", len(specs))
-        sums = stage.executor.fold(tile_tasks.gram_task, specs, tile_tasks.add_grams, dict[str, Gram](), on_progress)
-        areas = _areas(stage, tiles, layers, guided)
+        folder, name = array.path.parent, array.path.name
+        specs = stage.gram_specs(folder, name, tiles, guided.checksums, stage.color, guided.guides)
+        specs = [replace(spec, guides_dir=guided.folder) for spec in specs]
+        sums = stage.gram_sums(specs, f"Gram pass of {stage_name(self.index)}")
+        areas = _areas(stage, tiles, guided)
         return {key: total / areas[key] for key, total in sums.items() if areas[key] > 0}
 
 
-def _areas(stage: Stage, tiles: list[Tile], layers: tuple[str, ...], guided: _Guided) -> dict[str, float]:
+def _areas(stage: Stage, tiles: list[Tile], guided: _Guided) -> dict[str, float]:
     """Number of positions by style key; with masks, the sums of their weights."""
-    scales = stage.layer_use.scales
-    places = [(name, scale) for scale in range(scales) for name in layers]
-    if not guided.guides.regions:
-        return {layer_key(name, scale): _positions(tiles, name, scale) for name, scale in places}
-    specs = [
-        mask_tasks.AreaSpec(guided.folder, tile, guided.guides, layers, guided.checksums, scales) for tile in tiles
-    ]
-    keys = [layer_key(name, scale) for name, scale in places]
-    return mask_tasks.total_areas(stage.executor.map(mask_tasks.area_task, specs), guided.guides, keys)
-
-
-def _positions(tiles: list[Tile], layer: str, scale: int) -> float:
-    return float(sum(tile.inner.shrunk(scale).positions(LAYER_BY_NAME[layer]).area for tile in tiles))
+    if guided.guides.regions:
+        return stage.mask_areas(guided.folder, tiles, guided.guides, guided.checksums)
+    return {
+        key: float(sum(tile.inner.shrunk(scale_of(key)).positions(LAYER_BY_NAME[layer_of(key)]).area for tile in tiles))
+        for key in stage.layer_use.style_layer_keys
+    }
 
 
 def _ratio(whole_energy: float, part_energy: float) -> float:

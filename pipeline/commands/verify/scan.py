@@ -19,7 +19,7 @@ from pipeline.commands.verify.store_check import (
 )
 from pipeline.config import AnyConfig, ApplyConfig, Config, dotted, faults_in, input_files, result_fields
 from pipeline.core.errors import DamagedStateError
-from pipeline.core.events import Sink, WorkDone
+from pipeline.core.events import Sink, reporter
 from pipeline.executors import Executor
 from pipeline.network import sha256_of, weights_path
 from pipeline.rundir import (
@@ -112,9 +112,8 @@ def scan(
     elif position.cleaned:  # a killed `clean` leaves some of it, which nothing reads
         in_store = StoreDamage(leftovers=[store_path(work_dir)] if store_path(work_dir).exists() else [])
     else:
-        in_store = store_damage(
-            work_dir, expected, sample, executor, lambda *counts: sink(WorkDone(position.stage, "verify", *counts))
-        )
+        progress = reporter(sink, position.stage, "verify")
+        in_store = store_damage(work_dir, expected, sample, executor, progress)
     foreign, leftovers = foreign_at_the_top(work_dir, lambda path: _is_own(path, config, position))
     return ScanResult(
         work_dir=work_dir,

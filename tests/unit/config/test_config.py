@@ -3,7 +3,7 @@
 import re
 import types
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -13,10 +13,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config.apply import load_apply_config
 from pipeline.config.config import Config, load_config, result_fields
 from pipeline.config.fields import OUTPUT_SUFFIXES
 from pipeline.config.messages import expected, fields_of
 from pipeline.config.template import template
+from pipeline.config.training import load_train_config
 from pipeline.core.errors import ConfigError
 from pipeline.core.lengths import Length
 from tests.support.configs import LINE, problems
@@ -153,6 +155,7 @@ def test_the_paper_to_the_letter():
     assert (adam.schedule, adam.max_iterations, adam.stop_condition) == ("constant", 100, 0.1)
     assert (adam.target_pixel_change, adam.beta1, adam.beta2, adam.epsilon) == (12.8, 0.9, 0.99, 1e-6)
     assert not adam.clip
+    assert (adam.coarse_iterations, config.init_noise, config.loss.tv_weight) == (1, 0, 0)
     assert set(config.network.content_layers) == {"conv4_2"}
     assert set(config.network.style_layers) == {f"conv{block}_1" for block in range(1, 6)}
 
@@ -373,6 +376,23 @@ def test_files_that_are_no_config(write, text, place, message):
     assert message in line
 
 
+_OF_COMMANDS = {
+    "run": "content: a.jpg\nstyles: [{image: b.jpg}]\noutput: c.png\n",
+    "apply": "content: a.jpg\nnetworks: n.safetensors\noutput: c.png\n",
+    "train": "photographs: photos\nstyles: [{image: b.jpg}]\noutput: n.safetensors\n",
+}
+
+
+@pytest.mark.parametrize(("of", "to"), list(permutations(_OF_COMMANDS, 2)))
+def test_a_config_of_another_command_is_one_problem(tmp_path, of, to):
+    """A list of all its keys, each of them unknown, does not say that only the command is wrong."""
+    path = tmp_path / "config.yaml"
+    path.write_text(_OF_COMMANDS[of])
+    load = {"run": load_config, "apply": load_apply_config, "train": load_train_config}[to]
+    with pytest.raises(ConfigError, match=rf"^[^\n]*: a key of `pipeline {of}`; give this config to that command$"):
+        load(path)
+
+
 def test_files_that_cannot_be_opened(tmp_path):
     """A mistyped file name gives a clear message."""
     assert "no such file" in only(tmp_path / "absent.yaml")
@@ -507,6 +527,8 @@ def _leaves(model: type[BaseModel], start: str = "") -> Iterator[tuple[str, Any]
             yield "size", int | None  # with a content
         elif name == "stage_ratio":
             yield "stage_ratio", Literal[2, 3]  # limits that other numbers do not have
+        elif name == "coarse_iterations":
+            yield start + name, Literal[1, 2.5]
         elif name == "dpi":
             yield start + name, Literal[72, 299.5]
         elif name in ("stages", "devices"):

@@ -9,11 +9,13 @@ import threading
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.core.cancel import CancelToken
-from pipeline.core.errors import ConfigError, Stopped
+from pipeline.core.errors import ConfigError, LockedError, Stopped
 from pipeline.executors import addresses, fence
+from pipeline.executors.cluster import serve_scheduler
 from pipeline.executors.fence import Fence, bar_earlier_tasks, probe, run_fenced, versions
 
 
@@ -84,7 +86,7 @@ def test_a_worker_with_another_view_of_the_folder_is_found(tmp_path):
     fence.write_in_place(tmp_path / fence.PROBE_NAME, "now")
     with fence.all_locked(tmp_path):
         assert probe(tmp_path, "now", "answer", "yes") == ""
-        assert fence.answer_of(tmp_path, "answer") == "yes"
+        assert fence.read_small(tmp_path / "answer") == "yes"
         assert "old state" in probe(tmp_path, "later", "answer", "")
         assert "does not see" in probe(tmp_path / "elsewhere", "now", "answer", "")
     assert "ignores file locks" in probe(tmp_path, "now", "answer", "")  # here: nobody holds one
@@ -140,3 +142,32 @@ def test_a_file_that_is_no_schedulers_is_refused(tmp_path, text):
         addresses.find_scheduler(file, None)
     with pytest.raises(ConfigError, match=r"no scheduler file.*pipeline scheduler"):
         addresses.find_scheduler(tmp_path / "none.json", None)
+
+
+def test_a_folder_has_one_scheduler(tmp_path):
+    """A second one would replace its address: workers and runs that come later would compute apart from the others."""
+    ended = threading.Event()
+
+    def serve_again(address: str, file: Path) -> None:
+        with pytest.raises(LockedError, match="another scheduler serves this folder"):
+            serve_scheduler(tmp_path, "127.0.0.1", 0, ended, ignore)
+        assert json.loads(file.read_text())["address"] == address
+        ended.set()
+
+    serve_scheduler(tmp_path, "127.0.0.1", 0, ended, serve_again)
+    assert ended.is_set()
+
+
+def test_beside_the_encrypted_port_a_scheduler_opens_none_to_others(tmp_path, recwarn):
+    """distributed's own HTTP server is not encrypted, and warned of its port where another program had it."""
+    ended, found = threading.Event(), []
+
+    def look(address: str, _file: Path) -> None:
+        listening = [one for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+        port = int(address.rpartition(":")[2])
+        found.extend(one.laddr for one in listening if one.laddr.port != port and one.laddr.ip != "127.0.0.1")
+        ended.set()
+
+    serve_scheduler(tmp_path, None, 0, ended, look)
+    assert ended.is_set() and not found
+    assert not [one for one in recwarn if "in use" in str(one.message)]

@@ -207,6 +207,20 @@ def test_what_is_refused(folder: Path) -> None:
         run(Config.model_validate({**values, "network": {"name": "random"}, "size": 64}, context={"base": folder}))
 
 
+def test_commands_take_the_config_of_apply_and_a_run_whose_content_is_gone(folder: Path, call: Any) -> None:
+    """A user who keeps the config and not the photo could not export again, nor look at the picture."""
+    text = "networks: net.safetensors\ncontent: content.png\noutput: out.png\nstore: {chunk_px: 16}\n"
+    (folder / "apply.yaml").write_text(text + "compute: {device: cpu, threads: 1}\n")
+    assert call("apply", "-c", folder / "apply.yaml").code == 0
+    (folder / "content.png").unlink()
+    for command in (["status"], ["clean", "--dry-run"], ["export", "-o", folder / "copy.png"]):
+        outcome = call(*command, "-c", folder / "apply.yaml")
+        assert outcome.code == 0, outcome
+    assert (folder / "copy.png").exists()
+    outcome = call("view", "--allow-crops", "-c", folder / "apply.yaml")
+    assert (outcome.code, "--allow-crops is for runs" in outcome.err) == (2, True), outcome
+
+
 def test_the_plan_counts_what_is_there(folder: Path) -> None:
     planned = apply_plan(config(folder, compute={"tile_px": 32}))
     assert planned.stage.max_iterations == len(planned.norms) + 1 == 8

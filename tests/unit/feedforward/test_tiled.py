@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.core.tiling import Rect
-from pipeline.feedforward import geometry, tiled
+from pipeline.core.tiling import Rect, Tile
+from pipeline.feedforward import activations, geometry, tiled
 from pipeline.feedforward.network import padded
 from pipeline.feedforward.network_file import TransformFile
 from pipeline.feedforward.tiled import Moments, Statistics, TiledNetwork
@@ -31,23 +31,28 @@ def in_tiles(file: TransformFile, image: torch.Tensor, rects: list[Rect], style:
     """The output of a network, tile by tile."""
     spec, size = file.spec, (image.shape[2], image.shape[3])
     network = TiledNetwork(file, style, torch.float64, "cpu")
+    tiles = [Tile(0, rect, size[0] * spec.factor, size[1] * spec.factor) for rect in rects]
     known: dict[str, Statistics] = {}
 
     def pixels(window: geometry.Window) -> torch.Tensor:
         return image[:, :, window.pixels.y0 : window.pixels.y1, window.pixels.x0 : window.pixels.x1]
 
-    for conv in tiled.norms_with_statistics(spec):
+    for conv in spec.measured_norms():
+        step = activations.step_of(spec, 0, size, conv, keeps=False)
         total: Moments | None = None
-        for rect in rects:
-            if (window := tiled.norm_window(spec, size, rect, conv)) is not None:
-                part = network.moments(window, pixels(window), known, conv)
+        for tile in tiles:
+            wanted = activations.wanted(spec, size, step, tile)
+            if wanted.area:
+                window = activations.window(spec, size, step, wanted)
+                part = tiled.moments_of(network.before_norm(window, network.input(pixels(window)), known, conv))
                 total = part if total is None else total.plus(part)
         assert total is not None
         known[conv.name] = total.statistics()
     out = torch.full((1, 3, size[0] * spec.factor, size[1] * spec.factor), torch.nan, **FLOAT64)
     for rect in rects:
-        window = tiled.output_window(spec, size, rect)
-        out[:, :, rect.y0 : rect.y1, rect.x0 : rect.x1] = network.output(window, pixels(window), known)
+        window = geometry.window(spec, size, spec.layers, rect)
+        y = network.output(window, network.input(pixels(window)), known)
+        out[:, :, rect.y0 : rect.y1, rect.x0 : rect.x1] = y
     return out
 
 

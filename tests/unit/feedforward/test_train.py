@@ -209,6 +209,20 @@ def test_what_is_refused(make, tmp_path):
         trained(path, f"output={tmp_path / 'taken.safetensors'}")
 
 
+def test_a_panorama_as_a_sample_and_a_style_that_is_a_line(make, tmp_path):
+    """A sample that the network cannot take would end a training of hours in a traceback."""
+    write_image(tmp_path / "wide.png", 2, 700)
+    path = make(samples=["wide.png"], training={**TINY["training"], "steps": 1})
+    assert trained(path).exists()
+    super_resolution = {"task": "super-resolution", "styles": None, "loss": {"content": "pixels"}}
+    path = make(samples=["wide.png"], training={**TINY["training"], "steps": 1}, **super_resolution)
+    assert trained(path, f"output={tmp_path / 'sr.safetensors'}", f"work_dir={tmp_path / 'sr'}").exists()
+    path = make(styles=[{"image": "style.png", "size": 80}, {"image": "wide.png", "size": 80, "name": "line"}])
+    with pytest.raises(ConfigError, match=r"styles.1: wide.png has 80×1 px at size 80, but the layers .* need 4 px"):
+        trained(path, f"work_dir={tmp_path / 'other'}", f"output={tmp_path / 'other.safetensors'}")
+    assert not (tmp_path / "other").exists()
+
+
 def test_another_config_another_run_and_damage_are_found(make, tmp_path):
     """A resume needs the same config and inputs, an unlocked folder, and an intact checkpoint."""
     path, work_dir = make(training={**TINY["training"], "steps": 2}), tmp_path / "out" / "net.train"

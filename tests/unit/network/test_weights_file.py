@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.core.errors import InputError
 from pipeline.network.weights import find_weights, widths_for_plan
@@ -115,6 +115,16 @@ def refused(path: Path, *words: str) -> None:
     assert str(path) in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, narrow_weights, value):
+    """The style image would be blamed, or the learning rate of a training."""
+    state = load_file(narrow_weights)
+    state["conv2_1.bias"][3] = value
+    for name in ("w.safetensors", "w.pth"):
+        (save_file if name.endswith("s") else torch.save)(state, tmp_path / name)
+        refused(tmp_path / name, "conv2_1.bias is not finite")
 
 
 def test_large_files_are_refused_by_their_size(tmp_path, narrow_weights, call):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import pyvips
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,12 +27,39 @@ from pipeline.plan.sizes import fit
 from pipeline.render.preparation import prepare
 from pipeline.render.stage import Stage
 from pipeline.store.layout import content_features_name
+from tests.support.inputs import write_image
 from tests.support.plans import planned, sizes_of
 
 MIB, GIB = 2**20, 2**30
 
 
 # --- stages ---
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, {144: 198, 245: 68, 416: 40, 707: 40, 1024: 40}),
+        ({"optimizer": {"max_iterations": 10}}, {144: 49, 245: 17, 416: 10, 707: 10, 1024: 10}),
+        ({"optimizer": {"coarse_iterations": 1}}, {144: 40, 245: 40, 416: 40, 707: 40, 1024: 40}),
+        ({"optimizer": {"coarse_iterations": 2}}, {144: 80, 245: 68, 416: 40, 707: 40, 1024: 40}),
+        (
+            {"stages": [{"up_to": 200, "optimizer": {"max_iterations": 7}}]},
+            {144: 7, 245: 68, 416: 40, 707: 40, 1024: 40},
+        ),
+        ({"size": 144}, {144: 40}),
+    ],
+)
+def test_small_stages_have_more_iterations(tmp_path, values, expected):
+    """In as many as the others, a flat content gets neither the style's colours nor its forms; a number that somebody
+    gives to a stage, and that of the last, is what it says."""
+    write_image(tmp_path / "content.png", 60, 90)
+    write_image(tmp_path / "style.png", 64, 64)
+    base = {"content": "content.png", "styles": [{"image": "style.png"}], "output": "o.png", "size": 1024}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**base, "network": {"name": "vgg19-lite"}, **values}))
+    stages = pipeline.plan(pipeline.load_config(path)).stages
+    assert {max(stage.size): stage.max_iterations for stage in stages} == expected
 
 
 def test_stages_are_those_of_the_algorithm():

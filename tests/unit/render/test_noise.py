@@ -1,4 +1,4 @@
-"""The noise of `dequantize`: half a level, without a trace of chunks, and what it is for."""
+"""The noise of a start from an image: without a trace of chunks, and what it is for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pipeline
 from pipeline.config.config import load_config
 from pipeline.core.tiling import Rect
 from pipeline.executors.threads import ThreadExecutor
-from pipeline.render.noise import dequantization
+from pipeline.render.noise import uniform_noise
 from pipeline.render.preparation import prepare
 from pipeline.render.resample import tiles_of
 from pipeline.rundir.journal import Journal
@@ -28,20 +28,20 @@ from tests.support.stages import make_stage, read_whole
 def test_noise_depends_on_the_place_alone():
     """A canvas would start otherwise in other chunks, and a resume or a preview would have another picture."""
     whole = Rect(70_000, 70_100, 3, 203)
-    noise = dequantization(7, whole)
+    noise = uniform_noise(7, whole)
     for part in tiles_of(whole, 37):
-        assert np.array_equal(noise[part.within(whole)], dequantization(7, part))
+        assert np.array_equal(noise[part.within(whole)], uniform_noise(7, part))
 
 
 def test_noise_is_uniform_and_no_pattern():
     """A pattern would be optimised into the picture; more than half a level would change its colours."""
-    noise = dequantization(0, Rect(0, 512, 0, 512)).astype(float)
+    noise = uniform_noise(0, Rect(0, 512, 0, 512)).astype(float)
     assert noise.shape == (512, 512, 3) and noise.min() >= -0.5 and noise.max() < 0.5
     counts, _ = np.histogram(noise, 64, (-0.5, 0.5))
     assert ((counts - noise.size / 64) ** 2 / (noise.size / 64)).sum() < 120  # χ² with 63 degrees: 1 in 100,000
     others = [
-        noise[1:, :][:, :512], noise[:, 1:], noise[:, :, [1, 2, 0]], dequantization(1, Rect(0, 512, 0, 512)),
-        dequantization(0, Rect(512, 1024, 0, 512)),
+        noise[1:, :][:, :512], noise[:, 1:], noise[:, :, [1, 2, 0]], uniform_noise(1, Rect(0, 512, 0, 512)),
+        uniform_noise(0, Rect(512, 1024, 0, 512)),
     ]  # fmt: skip
     for other in others:
         same = noise[: other.shape[0], : other.shape[1]]
@@ -88,17 +88,22 @@ def test_without_ties_one_tile_and_many_give_the_same_picture(tmp_path, narrow_w
     many, one = (flat_run(tmp_path / f"{px}", narrow_weights, px) for px in (96, 240))
     assert np.abs(many - one).max() < 1e-6
     flat = flat_picture().astype(np.float64)
-    noisy = np.clip(flat + dequantization(0, Rect(0, 211, 0, 155)), 0, 255)
+    noisy = np.clip(flat + uniform_noise(0, Rect(0, 211, 0, 155)), 0, 255)
     # what the noise is for; which value of a tie the tiles take depends on the processor's kernels
     assert tied(noisy) == 0 and tied(flat) > 0.5
 
 
-@pytest.mark.parametrize("init", ["content", "content.png"])
-def test_the_start_is_the_image_within_half_a_level(make_config, init):
-    """The noise must be neither visible nor missing where it is needed, nor leave 0..255."""
-    config = make_config(init=init, dequantize=True, seed=3, initial_size=64, store={"chunk_px": 32})
+@pytest.mark.parametrize(
+    ("init", "init_noise", "levels"),
+    [("content", 0, 0.5), ("content.png", 0, 0.5), ("content", 40, 40), ("content.png", 40, 0.5)],
+)
+def test_the_start_is_the_image_and_its_noise(make_config, init, init_noise, levels):
+    """The noise must not be missing where it is needed, nor leave 0..255, nor change a start of one's own."""
+    config = make_config(
+        init=init, init_noise=init_noise, dequantize=True, seed=3, initial_size=64, store={"chunk_px": 32}
+    )
     with ThreadExecutor(2) as executor:
         stage = make_stage(config, pipeline.plan(config), executor)
         prepare(stage, None)
     start, content = (read_whole(open_array(stage.stage_dir, name)) for name in ("canvas_0", "content"))
-    assert np.array_equal(start, np.clip(content + dequantization(3, Rect(0, 48, 0, 64)), 0, 255))
+    assert np.array_equal(start, np.clip(content + 2 * levels * uniform_noise(3, Rect(0, 48, 0, 64)), 0, 255))

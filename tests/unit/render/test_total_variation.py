@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pipeline.core.tiling import grid
 from pipeline.losses.total_variation import variation
@@ -12,27 +13,34 @@ from tests.support.inputs import write_image
 from tests.support.stages import EXACT, assert_exact, final_canvas, prepared, relative
 
 
+@pytest.mark.parametrize("kind", ["squared", "absolute"])
 @pytest.mark.parametrize(("size", "tile_px"), [((64, 96), 96), ((65, 113), 48), ((33, 300), 96)])
-def test_total_variation_is_exact_for_any_partition(tmp_path, narrow_weights, size, tile_px):
+def test_total_variation_is_exact_for_any_partition(tmp_path, narrow_weights, size, tile_px, kind):
     """A pair of pixels that no tile counts, or two do, draws the tiles' borders into the picture."""
-    with prepared(tmp_path, narrow_weights, size, tile_px, loss={"tv_weight": 0.7}) as case:
+    with prepared(tmp_path, narrow_weights, size, tile_px, loss={"tv_weight": 0.7, "tv_kind": kind}) as case:
         assert_exact(case)
         result = case.iterate()
         wanted = float(case.problem.variation(torch.from_numpy(case.canvas)))
         assert result.layer_losses["variation"] == pytest.approx(wanted, rel=EXACT)
 
 
-def test_total_variation_alone_is_its_derivative_at_every_pixel():
+@pytest.mark.parametrize("kind", ["squared", "absolute"])
+def test_total_variation_alone_is_its_derivative_at_every_pixel(kind):
     """Beside the other losses, a wrong factor could hide in the rounding."""
     pixels = torch.rand(1, 3, 37, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 255
     leaf = pixels.clone().requires_grad_()
     down, right = leaf.diff(dim=2) / 255, leaf.diff(dim=3) / 255
     total = down.square().sum() + right.square().sum()
+    if kind == "absolute":
+        squares = F.pad(down, (0, 0, 0, 1)).square().sum(1) + F.pad(right, (0, 1)).square().sum(1)
+        total = 3 * ((squares + (2 / 255) ** 2).sqrt() - 2 / 255).sum()
     (wanted,) = torch.autograd.grad(total / 3, leaf)
     found, sums = torch.zeros_like(pixels[0]), 0.0
     for tile in grid(37, 50, 16):
         outer = tile.outer(5)
-        part, gradient_CHW = variation(pixels[:, :, outer.y0 : outer.y1, outer.x0 : outer.x1], outer.y0, outer.x0, tile)
+        part, gradient_CHW = variation(
+            pixels[:, :, outer.y0 : outer.y1, outer.x0 : outer.x1], outer.y0, outer.x0, tile, kind
+        )
         rows, columns = tile.inner.within(tile.outer(0)._replace(y0=0, x0=0))
         found[:, rows, columns] = gradient_CHW
         sums += part

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from pipeline.config.apply import ApplyConfig, load_apply_config
 from pipeline.config.config import Config, load_config, result_fields
 from pipeline.config.messages import fields_of
 from pipeline.core.errors import ConfigError
@@ -27,14 +28,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def manifest_of(config: Config) -> Json:
+def manifest_of(config: Config | ApplyConfig) -> Json:
     """The manifest of a run of this config, as read from the disk, without hashes of inputs."""
     manifest = {"result_fields": result_fields(config), "inputs": {}, "config": config.model_dump(mode="json")}
     rest = {"format": FORMAT, "created": "now", "threads": 1, "stages": [{"size": [4, 4], "style_sizes": []}]}
     return dict(json.loads(json.dumps(manifest | rest)))
 
 
-def changes(manifest: Json, config: Config) -> list[str]:
+def changes(manifest: Json, config: Config | ApplyConfig) -> list[str]:
     try:
         refuse_changes(config, parse_manifest(manifest), Identity(result_fields(config), {}))
     except ConfigError as error:
@@ -55,7 +56,7 @@ CHANGES: list[tuple[Json, Json, str, str, str]] = [
     ({}, {"network": {"pooling_scale": 2}}, "network.pooling_scale", "1.0", "2.0"),
     ({}, {"optimizer": {"average": 0.9}}, "optimizer.average", "0.0", "0.9"),
     ({"styles": STYLES}, {"styles": [STYLES[0], {**STYLES[1], "scale": 0.5}]}, "styles.1.scale", "1.0", "0.5"),
-    ({}, {"styles": [{"image": "style.png", "max_size": 64}]}, "styles.0.max_size", "None", "64"),
+    ({}, {"styles": [{"image": "style.png", "max_size": 64}]}, "styles.0.max_size", "null", "64"),
     (
         {"stages": [{"up_to": 512, "styles": STYLES}]},
         {"stages": [{"up_to": 512, "styles": [STYLES[0], {**STYLES[1], "scale": 2}]}]},
@@ -137,7 +138,7 @@ def test_a_run_from_before_a_key_had_its_default(folder):
         ({"color": "content"}, "color: was content, is style; to resume, add `color: content` to the config"),
         (
             {"optimizer": {"clip": False}},
-            "optimizer.clip: was False, is True; to resume, add `clip: false` under `optimizer`",
+            "optimizer.clip: was false, is true; to resume, add `clip: false` under `optimizer`",
         ),
     ],
 )
@@ -175,6 +176,55 @@ def test_a_run_from_before_all_new_keys_resumes_with_the_lines_it_is_told(folder
     assert {line.split(":")[0]: "; to resume, add `" in line for line in lines} == dict.fromkeys(differing, True)
     overrides = [f"{key}={json.dumps(before)}" for key, before in differing.items()]
     assert changes(manifest, load_config(path, overrides)) == []
+
+
+def optional(model: type[BaseModel], key: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key and section of the config that may be left out."""
+    for name, field in fields_of(model).items():
+        if not field.is_required():
+            yield (*key, name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from optional(field.annotation, (*key, name))
+
+
+@pytest.mark.parametrize("key", list(optional(ApplyConfig)), ids=".".join)
+def test_a_picture_from_before_a_key_of_apply_resumes(folder, key):
+    """A new section of keys would make every unfinished picture start again, with no value that restores it."""
+    for name in ("net.safetensors", "photo.png"):
+        (folder / name).touch()
+    path = folder / "apply.yaml"
+    path.write_text("{networks: net.safetensors, content: photo.png, output: out.png, working_space: srgb}")
+    config = load_apply_config(path)
+    manifest = manifest_of(config) | {"command": "apply"}
+    fields = {
+        name: value
+        for name, value in manifest["result_fields"].items()
+        if not f"{name}.".startswith(".".join(key) + ".")
+    }
+    section = manifest["config"]
+    for part in key[:-1]:
+        section = section[part]
+    section.pop(key[-1])
+    assert changes(manifest | {"result_fields": fields}, config) == []
+
+
+def test_all_entries_of_a_changed_default_are_named_together(folder):
+    """A config that gives one layer has no other: a line for one layer alone would be refused again."""
+    path = folder / "defaults.yaml"
+    path.write_text("{content: content.png, styles: [{image: style.png}], output: out.png, work_dir: run}")
+    config = load_config(path)
+    manifest = manifest_of(config)
+    layers = {"conv1_1": 0.2, "conv2_1": 0.3}
+    manifest["config"]["network"]["style_layers"] = layers
+    kept = {
+        key: value for key, value in manifest["result_fields"].items() if not key.startswith("network.style_layers.")
+    }
+    manifest["result_fields"] = kept | {f"network.style_layers.{name}": weight for name, weight in layers.items()}
+    lines = changes(manifest, config)
+    assert len(lines) > 1
+    assert [line.partition("; to resume, add ")[2] for line in lines if "to resume" in line] == [
+        f"`style_layers: {json.dumps(layers)}` under `network`"
+    ]
 
 
 def test_what_a_stage_repeats_is_no_change(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from pipeline.core.image_formats import PixelKind
 from pipeline.images.tile_codec import encode_tile
 from pipeline.rundir import stage_path
 from pipeline.store import TILE_LOSSES, overview_path
-from pipeline.viewer.canvas import Canvas, Recent, array_bytes
+from pipeline.viewer.canvas import Canvas, Recent
 from pipeline.viewer.inputs import Inputs, inputs_of_run
 from pipeline.viewer.maps import chunk_map
 from pipeline.viewer.pictures import NoPictureError, Pictures, TileAddress, canvas_of
@@ -78,12 +79,12 @@ def test_coarse_levels_come_from_the_overview(half_like_the_style, tmp_path) -> 
     run = shutil.copytree(half_like_the_style.parent / "run", tmp_path / "run")
     reader = RunReader(run)
     array = canvas_of(reader, reader.latest(), 0)
-    whole = Canvas(array, Recent(2**20, array_bytes))
+    whole = Canvas(array, Recent(2**20, attrgetter("nbytes")))
     overview_path(array).rename(tmp_path / "aside")
     read = [whole.tile(level, 0, 0) for level in range(6)]
     (tmp_path / "aside").rename(overview_path(array))
     shutil.rmtree(array.path / "c")
-    written = Canvas(array, Recent(2**20, array_bytes))
+    written = Canvas(array, Recent(2**20, attrgetter("nbytes")))
     for level, pixels in enumerate(read):
         assert np.abs(written.tile(level, 0, 0).astype(int) - pixels).max() <= 1  # one is rounded twice
 

@@ -1,16 +1,35 @@
-"""Messages of commands that fail, on stderr."""
+"""How a command ends: messages of failures, on stderr, and the command of `--on-finish`."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 import textwrap
 import traceback
+from dataclasses import dataclass
 
 import click
 
 from pipeline.core.errors import PipelineError, Stopped
 from pipeline.core.text import printable
+
+
+@dataclass
+class OnFinish:
+    """The command for the shell at the end of a run or a queue, if one was given."""
+
+    command: str | None = None
+
+    def __call__(self, code: int) -> None:
+        """Run the command with the exit code in PIPELINE_EXIT_CODE, unless the run was stopped: it is not finished."""
+        if self.command is None or code == Stopped.exit_code:
+            return
+        environment = {**os.environ, "PIPELINE_EXIT_CODE": str(code)}
+        ended = subprocess.run(self.command, shell=True, check=False, env=environment)
+        if ended.returncode:
+            click.echo(f"pipeline: the command of --on-finish ended with {ended.returncode}", err=True)
 
 
 def report_error(error: PipelineError) -> int:
