@@ -18,7 +18,7 @@ from pipeline.feedforward.passes import not_finite
 from pipeline.feedforward.spec import Layered, TransformSpec
 from pipeline.feedforward.tile_tasks import Measured, NetworksSpec
 from pipeline.feedforward.tiled import Statistics
-from pipeline.feedforward.wct_file import WctLevel, is_wct_file, read_wct_header
+from pipeline.feedforward.wct_file import is_wct_file, read_wct_header
 from pipeline.feedforward.wct_passes import LevelSpec, WctOutput, WctTile
 from pipeline.losses.objective import Gram, mean_gram
 from pipeline.network import sha256_of
@@ -90,12 +90,9 @@ def _of_wct(stage: Stage, path: Path) -> FirstCanvas:
         raise InputError(
             f"init: {path} needs {least} px on each side of content and styles. Choose a larger initial_size."
         )
-    return partial(_fill_wct, stage, [_level_spec(stage, path, level) for level in levels])
-
-
-def _level_spec(stage: Stage, path: Path, level: WctLevel) -> LevelSpec:
-    own = stage.network
-    return LevelSpec(path, sha256_of(path), level, own.dtype, own.device, own.threads, own.gpu_bytes)
+    own, sha256 = stage.network, sha256_of(path)
+    networks = [LevelSpec(path, sha256, level, own.dtype, own.device, own.threads, own.gpu_bytes) for level in levels]
+    return partial(_fill_wct, stage, networks)
 
 
 def _fill_wct(stage: Stage, levels: Sequence[LevelSpec], folder: Path, name: str, checksums: Mapping[str, str]) -> str:

@@ -52,6 +52,7 @@ def test_from_init_to_picture(tmp_path, call):
         "initial_size": 50,
         "  name": "random",
         "  max_iterations": 2,
+        "  coarse_iterations": 1.0,
         "  chunk_px": 32,
         "  tile_px": 64,
         "output": "result.tif",

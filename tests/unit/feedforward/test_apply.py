@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +115,9 @@ class KilledError(BaseException):
     """In place of a kill: nothing handles it."""
 
 
-def test_a_crash_before_or_after_any_commit_resumes_to_the_same_bytes(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    apply(config(folder, output="once.png", compute={"tile_px": 32}))
-    append, crashed = Journal.append, set()
+def crashed_at_every_commit(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> set[tuple[str, int, str]]:
+    """Repeat `call` until it ends, with a crash before and after every commit; gives (record, iteration, when)."""
+    append, crashed = Journal.append, set[tuple[str, int, str]]()
 
     def killed(journal: Journal, record: Any) -> None:
         for moment in ("before", "after"):
@@ -131,24 +129,28 @@ def test_a_crash_before_or_after_any_commit_resumes_to_the_same_bytes(
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", killed)
-        starts = sum(1 for _ in _until_it_ends(folder))
+        for _ in range(100):
+            try:
+                call()
+                return crashed
+            except KilledError:
+                continue
+    raise AssertionError("it does not end")
+
+
+def test_a_crash_before_or_after_any_commit_resumes_to_the_same_bytes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply(config(folder, output="once.png", compute={"tile_px": 32}))
+    crashed = crashed_at_every_commit(monkeypatch, lambda: apply(config(folder, compute={"tile_px": 32})))
     # begun, prepared, 7 norms, the canvas, done, exporting, exported: before and after each
-    assert starts == len(crashed) == 2 * 13
+    assert len(crashed) == 2 * 13
     assert np.array_equal(canvas(folder / "out.run"), canvas(folder / "once.run"))
     assert (folder / "out.png").read_bytes() == (folder / "once.png").read_bytes()
     kinds = [record.type for record in Journal(journal_path(folder / "out.run")).read()]  # type: ignore[attr-defined]
     assert kinds.count("pass") == 8  # no pass was repeated after its commit
     assert verify(folder / "out.run").clean
     assert status(folder / "out.run")["state"] == "done"
-
-
-def _until_it_ends(folder: Path) -> Iterator[int]:
-    for number in range(100):
-        try:
-            apply(config(folder, compute={"tile_px": 32}))
-            return
-        except KilledError:
-            yield number + 1
 
 
 def test_a_damaged_input_is_found_before_a_pass_reads_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

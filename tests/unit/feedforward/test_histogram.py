@@ -11,10 +11,9 @@ import pytest
 from pipeline.commands.apply import apply, apply_plan
 from pipeline.core.errors import ConfigError
 from pipeline.feedforward.histogram import _BINS, _curve
-from pipeline.rundir import Journal
 from tests.support.networks import write_network, write_wct
 from tests.support.pictures import picture, write
-from tests.unit.feedforward.test_apply import KilledError, canvas, config, pixels_of, whole
+from tests.unit.feedforward.test_apply import canvas, config, crashed_at_every_commit, pixels_of, whole
 
 HEIGHT, WIDTH = 45, 67
 SPEC: dict[str, Any] = {"task": "super-resolution", "factor": 4, "norm": "batch"}
@@ -88,26 +87,9 @@ def test_a_picture_in_the_contents_histogram_stays_as_it_is() -> None:
 def test_a_crash_at_any_commit_resumes_to_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matched twice, a picture would have another histogram."""
     once = enlarge(folder, "once.tif")
-    append, crashed = Journal.append, set()
-
-    def killed(journal: Journal, record: Any) -> None:
-        for moment in ("before", "after"):
-            if (key := (record.type, getattr(record, "iteration", 0), moment)) not in crashed:
-                crashed.add(key)
-                raise KilledError
-            if moment == "before":
-                append(journal, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", killed)
-        for _ in range(100):
-            try:
-                result = enlarge(folder, "out.tif")
-                break
-            except KilledError:
-                continue
+    crashed = crashed_at_every_commit(monkeypatch, lambda: enlarge(folder, "out.tif"))
     assert sum(kind == "pass" for kind, *_ in crashed) == 4  # the network's picture, and the match
-    assert np.array_equal(result, once)
+    assert np.array_equal(canvas(folder / "out.run"), once)
     assert np.array_equal(pixels_of(folder / "out.tif"), pixels_of(folder / "once.tif"))
 
 

@@ -218,9 +218,8 @@ def test_a_panorama_as_a_sample_and_a_style_that_is_a_line(make, tmp_path):
     path = make(samples=["wide.png"], training={**TINY["training"], "steps": 1}, **super_resolution)
     assert trained(path, f"output={tmp_path / 'sr.safetensors'}", f"work_dir={tmp_path / 'sr'}").exists()
     path = make(styles=[{"image": "style.png", "size": 80}, {"image": "wide.png", "size": 80, "name": "line"}])
-    with pytest.raises(ConfigError, match=r"styles.1: wide.png has 80×1 px at size 80, but the layers .* need 4 px"):
-        apart = f"work_dir={tmp_path / 'other'}", f"output={tmp_path / 'other.safetensors'}"
-        trained(path, "loss_network.padding=replicate", *apart)
+    with pytest.raises(ConfigError, match=r"styles.1: wide.png has 80×1 px at size 80, but the layers .* need 8 px"):
+        trained(path, f"work_dir={tmp_path / 'other'}", f"output={tmp_path / 'other.safetensors'}")
     assert not (tmp_path / "other").exists()
 
 

@@ -317,7 +317,7 @@ def test_a_missing_file_is_refused(tmp_path):
     """A wrong path is the most common mistake."""
     assert "not found" in refused(tmp_path / "none.safetensors")
     assert "not found" in refused(tmp_path / "none.pth")
-    with pytest.raises(InputError, match=r"none\.pth: not found.*network\.weights"):
+    with pytest.raises(InputError, match=r"none\.pth: not found.*Correct its path"):
         find_weights("vgg19", tmp_path / "none.pth", 0)
 
 
