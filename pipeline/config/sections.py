@@ -152,7 +152,7 @@ class LossConfig(Section):
         "wasserstein",
         description="style loss; wasserstein compares mean and covariance; gatys, normalized: Gram matrices",
     )
-    content_weight: Share = Field(0.25, description="weight of the content loss")
+    content_weight: Share = Field(0.35, description="weight of the content loss")
     style_weight: Share = Field(1.0, description="weight of the style loss")
     tv_weight: Share = Field(
         0.1, description="total variation, against grain; 0.05 to 1, 0: off", json_schema_extra=new(0.0)
