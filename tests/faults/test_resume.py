@@ -380,7 +380,7 @@ def test_changed_result_fields_are_refused_with_a_list(killed, call):
         "optimizer.beta1": ("0.9", "0.8"),
         "optimizer.max_iterations": ("3", "9"),
         "loss.kind": ("wasserstein", "gatys"),
-        "loss.content_weight": ("0.25", "0.1"),
+        "loss.content_weight": ("0.35", "0.1"),
         "network.padding": ("replicate", "zeros"),
         "network.pooling": ("average", "tent"),
         "network.pooling_scale": ("1.0", "1.5"),
