@@ -389,7 +389,7 @@ def test_changed_result_fields_are_refused_with_a_list(killed, call):
         "compute.dtype": ("float32", "float64"),
         "init": ("content", "noise"),
         "seed": ("0", "7"),
-        "size": ("None", "300"),
+        "size": ("null", "300"),
         "initial_size": ("40", "64"),
     }
     before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}

@@ -39,9 +39,14 @@ BASE: dict[str, Any] = {
     "stage_ratio": 2,
     "style_stages": True,
     "dequantize": False,
-    "network": {"pooling": "max", "style_layers": {f"conv{block}_1": 0.2 for block in range(1, 6)}},
+    "init_noise": 0,
+    "network": {
+        "padding": "replicate",
+        "pooling": "max",
+        "style_layers": {f"conv{block}_1": 0.2 for block in range(1, 6)},
+    },
     "loss": {"kind": "normalized", "tv_weight": 0},
-    "optimizer": {"color_space": "rgb"},
+    "optimizer": {"color_space": "rgb", "coarse_iterations": 1},
 }
 
 
