@@ -13,13 +13,12 @@ from pipeline.config.export_section import changed_export
 from pipeline.config.fields import MAX_BYTES, MAX_CHUNK_PX, MAX_ITERATIONS, MAX_SIDE_PX, MAX_STYLES, MAX_THREADS
 from pipeline.config.messages import faults_in, field_at
 from pipeline.config.one_line import OneLine, config_and_text, variation_text
+from pipeline.config.output_sections import EdgeConfig, ExportConfig
 from pipeline.config.overrides import listed
 from pipeline.config.regions import regions_of
 from pipeline.config.sections import (
     ADDED_LATER,
     ComputeConfig,
-    EdgeConfig,
-    ExportConfig,
     InitNetwork,
     InitWct,
     LimitsConfig,

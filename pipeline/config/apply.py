@@ -15,12 +15,12 @@ from pipeline.config.config import Config, input_files, read_overridden, refuse_
 from pipeline.config.conflicts import compute_conflicts, picture_conflicts
 from pipeline.config.fields import Bool, File, NetworkFile, Output, Share, SidePx, parse_px
 from pipeline.config.messages import Conflict, ConflictsError, Expected
+from pipeline.config.output_sections import ExportConfig
 from pipeline.config.overrides import override
 from pipeline.config.sections import (
     COMPARED_BY_CONTENT,
     HARMLESS,
     ComputeConfig,
-    ExportConfig,
     LimitsConfig,
     MemoryConfig,
     PrintSize,

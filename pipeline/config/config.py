@@ -11,10 +11,11 @@ from pydantic import BaseModel, model_validator
 
 from pipeline.config.conflicts import all_conflicts
 from pipeline.config.messages import ConflictsError, fields_of, validate
+from pipeline.config.output_sections import ExportConfig
 from pipeline.config.overrides import override
 from pipeline.config.presets import with_preset
 from pipeline.config.regions import shared_masks
-from pipeline.config.sections import ADDED_LATER, COMPARED_BY_CONTENT, HARMLESS, ExportConfig, Section, StageConfig
+from pipeline.config.sections import ADDED_LATER, COMPARED_BY_CONTENT, HARMLESS, Section, StageConfig
 from pipeline.config.settings import Settings
 from pipeline.config.yaml_reader import Document, Key, Problem, dotted, problem_lines, read
 from pipeline.core.errors import ConfigError

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipeline.config.messages import Conflict
+from pipeline.config.output_sections import ExportConfig
 from pipeline.config.regions import regions_of
-from pipeline.config.sections import ComputeConfig, ExportConfig, InitNetwork, InitWct, PrintSize
+from pipeline.config.sections import ComputeConfig, InitNetwork, InitWct, PrintSize
 from pipeline.config.settings import Settings
 from pipeline.config.yaml_reader import Key, dotted
 from pipeline.core.files import real, same_file, would_replace

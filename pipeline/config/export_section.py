@@ -10,8 +10,9 @@ from pydantic import model_validator
 
 from pipeline.config.conflicts import panel_conflicts
 from pipeline.config.messages import ConflictsError, validate
+from pipeline.config.output_sections import ExportConfig
 from pipeline.config.overrides import override
-from pipeline.config.sections import ExportConfig, Section
+from pipeline.config.sections import Section
 from pipeline.config.yaml_reader import CommandLineText, Document, Place, problem_lines
 from pipeline.core.errors import ConfigError
 

@@ -25,11 +25,11 @@ from pipeline.config.fields import (
     parse_px,
 )
 from pipeline.config.messages import Expected
+from pipeline.config.output_sections import ExportConfig
 from pipeline.config.sections import (
     COMPARED_BY_CONTENT,
     HARMLESS,
     ComputeConfig,
-    ExportConfig,
     InitNetwork,
     InitWct,
     LimitsConfig,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import pipeline
 from pipeline import store
-from pipeline.config.sections import ExportConfig
+from pipeline.config.output_sections import ExportConfig
 from pipeline.core.tiling import Rect, grid
 from pipeline.render import adam
 from pipeline.render.update import UpdateResult, UpdateSpec, update_specs, update_task
