@@ -184,8 +184,11 @@ def taken(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def read_regular(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file. Raises OSError; ValueError if it is a link, not a file, or above `max_bytes`."""
+def read_regular(path: Path, max_bytes: int, start: int = 0) -> bytes:
+    """The content of a regular file from byte `start` on.
+
+    Raises OSError; ValueError if it is a link, not a file, or above `max_bytes`.
+    """
     if stat.S_ISLNK(path.lstat().st_mode):
         raise ValueError("it is a link")
     # O_NONBLOCK: opening a pipe would wait for a writer. O_NOFOLLOW: the file may have become a link since the check.
@@ -196,6 +199,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
             raise ValueError("it is not a regular file")
         if status.st_size > max_bytes:
             raise ValueError(f"it has {status.st_size:,} bytes, more than any run writes")
+        file.seek(start)
         return file.read()
 
 

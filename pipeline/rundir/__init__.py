@@ -1,6 +1,6 @@
 """The run directory: paths, lock, journal, manifest, resume position."""
 
-from pipeline.rundir.journal import Journal, JournalState, standing
+from pipeline.rundir.journal import FollowedJournal, Journal, JournalState, standing
 from pipeline.rundir.lock import RunLock, refuse_locked, running_owner
 from pipeline.rundir.manifest import (
     OtherFormatError,

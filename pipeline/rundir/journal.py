@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,10 @@ class Journal:
         torn = lines.damaged_line is None and self.size_bytes() > lines.good_bytes
         return JournalState(self._typed(lines), lines.good_bytes, lines.damaged_line, torn)
 
-    def _typed(self, lines: _Lines) -> list[Record]:
+    def _typed(self, lines: _Lines, before: Sequence[Record] = ()) -> list[Record]:
+        """The records of these lines after those `before`, without what a repair rolled back."""
         try:
-            return effective(map(parse_record, lines.records))
+            return effective(map(parse_record, lines.records), before)
         except OtherVersionError as error:
             raise DamagedStateError(
                 f"{self.path}: holds records of {error}, which a later version of pipeline has written. Nothing is "
@@ -128,19 +129,19 @@ class Journal:
                 sync_folder(self.path.parent)
         self._crc = _crc_of(data)
 
-    def _bytes(self) -> bytes:
+    def _bytes(self, start: int = 0) -> bytes:
         with storage(self.path):
             try:
-                return read_regular(self.path, MAX_JOURNAL_BYTES)
+                return read_regular(self.path, MAX_JOURNAL_BYTES, start)
             except FileNotFoundError:
                 return b""
             except ValueError as error:
                 message = f"{self.path}: {error}, so it is not a journal. Restore it from a copy."
                 raise DamagedStateError(message) from error
 
-    def _intact_lines(self) -> _Lines:
-        """All lines except an incomplete last one. Raises DamagedStateError if one is damaged."""
-        lines = self._parse()
+    def _intact_lines(self, known: _Lines | None = None) -> _Lines:
+        """All lines after those `known`, except an incomplete last one. Raises DamagedStateError if one is damaged."""
+        lines = self._parse(known)
         if lines.damaged_line is not None:
             raise DamagedStateError(
                 f"{self.path}:{lines.damaged_line}: this line or the one before it was changed after it was written, "
@@ -148,22 +149,79 @@ class Journal:
             )
         return lines
 
-    def _parse(self) -> _Lines:
-        """The lines before the first that is damaged or incomplete."""
+    def _parse(self, known: _Lines | None = None) -> _Lines:
+        """The lines after those `known`, before the first that is damaged or incomplete."""
+        known = known or _NO_LINES
         records: list[Mapping[str, Any]] = []
-        good_bytes = crc = 0
+        good_bytes, crc, last = known.good_bytes, known.crc, known.last
         damaged_line = None
-        data = self._bytes()
+        data = self._bytes(good_bytes)
         lines = data.splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             record = _record_of(line, crc)
             if record is None:
                 is_torn = number == len(lines) and _is_torn(line, good_bytes, crc)
-                damaged_line = None if is_torn else number
+                damaged_line = None if is_torn else known.number + number
                 break
             records.append(record)
-            good_bytes, crc = good_bytes + len(line), _crc_of(line)
-        return _Lines(records, good_bytes, len(data), crc, damaged_line)
+            good_bytes, crc, last = good_bytes + len(line), _crc_of(line), line
+        number, file_bytes = known.number + len(records), known.good_bytes + len(data)
+        return _Lines(records, number, good_bytes, file_bytes, crc, last, damaged_line)
+
+    def _begins_with(self, known: _Lines) -> bool:
+        """Whether the file still begins with these lines: the CRC of the last one is that of all before it too."""
+        return self._bytes(known.good_bytes - len(known.last)).startswith(known.last)
+
+
+class FollowedJournal:
+    """A journal that another process appends to. Each call of `standing` parses what was added since the last one."""
+
+    def __init__(self, path: Path):
+        self._journal = Journal(path)
+        self._known, self._records, self._position = _NO_LINES, list[Record](), Position()
+        self._seen = (0, 0, 0)
+
+    def standing(self) -> tuple[list[Record], Position]:
+        """What the function `standing` returns, and raises."""
+        seen = self._times()  # before reading: a record that follows is then read the next time
+        if seen == self._seen:
+            return self._records, self._position
+        grown = seen[0] > self._seen[0] and self._journal._begins_with(self._known)
+        if not grown:  # damaged, repaired, or another run's
+            self._known, self._records, self._position = _NO_LINES, [], Position()
+        lines = self._journal._intact_lines(self._known)
+        records = self._journal._typed(lines, self._records)
+        if records[: len(self._records)] == self._records:
+            added = records[len(self._records) :]
+            position = checked_position(added, self._journal.path, self._position)
+        else:  # a repair has rolled some back
+            position = checked_position(records, self._journal.path)
+        self._known, self._records, self._position = replace(lines, records=[]), records, position
+        self._seen = seen
+        return records, position
+
+    def _times(self) -> tuple[int, int, int]:
+        with storage(self._journal.path):
+            try:
+                status = self._journal.path.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                return 0, 0, 0
+        return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def standing(self) -> tuple[list[Record], Position]:
+    """What `standing` returns, and raises."""
+    if not self._journal._begins_with(self._known):  # repaired, or another run's
+        self._known, self._records, self._position = _NO_LINES, [], Position()
+    lines = self._journal._intact_lines(self._known)
+    records = self._journal._typed(lines, self._records)
+    added = records[len(self._records) :]
+    if records[: len(self._records)] == self._records:
+        position = checked_position(added, self._journal.path, self._position)
+    else:  # a repair rolled some back
+        position = checked_position(records, self._journal.path)
+    self._known, self._records, self._position = replace(lines, records=[]), records, position
+    return records, position
 
 
 def standing(journal: Journal) -> tuple[list[Record], Position]:
@@ -177,16 +235,21 @@ def standing(journal: Journal) -> tuple[list[Record], Position]:
 
 @dataclass(frozen=True)
 class _Lines:
-    """The intact lines at the start of a journal: their records and size, and the CRC that the next line continues.
+    """Intact lines of a journal, from its start or after others, and the CRC that the next line continues.
 
-    `file_bytes`: the size of the file.
+    `number`, `good_bytes`: the lines up to here, and their size. `file_bytes`: the size of the file. `last`: the last.
     """
 
     records: list[Mapping[str, Any]]
+    number: int
     good_bytes: int
     file_bytes: int
     crc: int
+    last: bytes
     damaged_line: int | None
+
+
+_NO_LINES = _Lines([], 0, 0, 0, 0, b"", None)
 
 
 _SECTOR_BYTES = 512  # a disk writes whole sectors of at least this size

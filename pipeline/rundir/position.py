@@ -188,9 +188,9 @@ def _without(mapping: Mapping[K, Any], key: K) -> dict[K, Any]:
 _NEVER_ROLLED_BACK = (Exporting, Exported, CanvasLost, SmallerTile, StageAdded)
 
 
-def effective(records: Iterable[Record]) -> list[Record]:
-    """The records without those that a repair rolled back."""
-    retained: list[Record] = []
+def effective(records: Iterable[Record], before: Iterable[Record] = ()) -> list[Record]:
+    """The records after those `before`, without those that a repair rolled back."""
+    retained = list(before)
     for record in records:
         if isinstance(record, RolledBack):
             discarded = retained[record.records :]
@@ -201,18 +201,18 @@ def effective(records: Iterable[Record]) -> list[Record]:
     return retained
 
 
-def position_of(records: Iterable[Record]) -> Position:
-    """The position after these records."""
-    return reduce(Position.after, records, Position())
+def position_of(records: Iterable[Record], start: Position | None = None) -> Position:
+    """The position after these records, which follow `start`."""
+    return reduce(Position.after, records, start or Position())
 
 
-def checked_position(records: Iterable[Record], path: Path) -> Position:
-    """The position after the records of the journal `path`.
+def checked_position(records: Iterable[Record], path: Path, start: Position | None = None) -> Position:
+    """The position after the records of the journal `path` that follow `start`.
 
     Raises DamagedStateError for records in an order that no run writes, or with invalid checksums.
     """
     try:
-        position = position_of(records)
+        position = position_of(records, start)
         for stage, slot in position.slots.items():
             for name in kept_files(slot, position.checksums[stage], moments=stage in position.carrying):
                 position.checksums[stage][name]  # raises LookupError if it is missing

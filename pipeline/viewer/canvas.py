@@ -146,11 +146,11 @@ class Canvas:
         return self._shown(values)
 
     def _shown(self, values: NDArray[Any]) -> Pixels:
-        """Values of the array in sRGB, rounded."""
+        """Values of the array in sRGB, rounded; `values` may be overwritten."""
         if self._colors is not None:
             values = self._colors.convert(values)
         if values.dtype != np.uint8:
-            values = np.rint(values)
+            values = np.rint(values, out=values)  # a new array would cost more than the rounding: its pages are new
         pixels: Pixels = values.astype(np.uint8, copy=False)
         return pixels
 

@@ -1,6 +1,6 @@
 """Reads a run directory that another process may be writing: what is committed now, without a lock.
 
-The journal is the only source. It is read again when the file has changed. A run directory that is missing, damaged or
+The journal is the only source. When the file has changed, what was added is read. A run directory that is missing, damaged or
 being repaired is a state that the page shows, not an error: the next read may find it well.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.core.errors import PipelineError
 from pipeline.core.text import shown
 from pipeline.rundir import (
-    Journal,
+    FollowedJournal,
     Manifest,
     Position,
     Record,
@@ -25,7 +25,6 @@ from pipeline.rundir import (
     refuse_unknown_stage,
     running_owner,
     stages_of,
-    standing,
 )
 
 
@@ -50,6 +49,7 @@ class RunReader:
     def __init__(self, work_dir: Path) -> None:
         self.work_dir = work_dir
         self._lock = threading.Lock()
+        self._journal = FollowedJournal(journal_path(work_dir))
         self._seen: object = None
         self._links_checked: object = None
         self._latest = Snapshot()
@@ -88,7 +88,7 @@ class RunReader:
             if not manifest_path(self.work_dir).exists():
                 return Snapshot()
             manifest = read_manifest(manifest_path(self.work_dir))
-            records, position = standing(Journal(journal_path(self.work_dir)))
+            records, position = self._journal.standing()
             refuse_unknown_stage(self.work_dir, manifest, position)
             if (stages := (position.stage, position.prepared)) != self._links_checked:
                 refuse_links(self.work_dir)  # of a stranger's run: a link could lead to files outside
