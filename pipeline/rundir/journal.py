@@ -209,21 +209,6 @@ class FollowedJournal:
         return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def standing(self) -> tuple[list[Record], Position]:
-    """What `standing` returns, and raises."""
-    if not self._journal._begins_with(self._known):  # repaired, or another run's
-        self._known, self._records, self._position = _NO_LINES, [], Position()
-    lines = self._journal._intact_lines(self._known)
-    records = self._journal._typed(lines, self._records)
-    added = records[len(self._records) :]
-    if records[: len(self._records)] == self._records:
-        position = checked_position(added, self._journal.path, self._position)
-    else:  # a repair rolled some back
-        position = checked_position(records, self._journal.path)
-    self._known, self._records, self._position = replace(lines, records=[]), records, position
-    return records, position
-
-
 def standing(journal: Journal) -> tuple[list[Record], Position]:
     """The records of a run, and the position at which it resumes.
 

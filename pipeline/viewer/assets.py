@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import html
+import json
 from functools import cache
 from importlib import resources
 from pathlib import PurePath
@@ -33,3 +35,20 @@ def page_version() -> str:
     for name, data in sorted(page_files().items()):
         digest.update(name.encode() + b"\0" + data)
     return digest.hexdigest()[:12]
+
+
+def page_with(state_text: str) -> bytes:
+    """The page with a state in it, and with the newest stage as one tile, which the browser shows before any script."""
+    stages = [one for one in json.loads(state_text)["pictures"] if one["kind"] == "stage"]
+    first = ""
+    if stages:
+        newest = stages[-1]
+        level = min((max(newest["height"], newest["width"]) - 1).bit_length(), newest["tile_px"].bit_length() - 1)
+        address = html.escape(f"{newest['tiles']}{level}/0_0.{newest['format']}", quote=True)
+        first = f'<img id="first" src="{address}" alt="" elementtiming="first">'
+    # as JSON may: no text of a run ends the element
+    data = f'<script type="application/json" id="state">{state_text.replace("<", chr(92) + "u003c")}</script>'
+    page = page_files()["index.html"].decode()
+    if first:  # so that the picture stays where it is when the script fills in the stages
+        page = page.replace('<footer id="stages" hidden>', '<footer id="stages">', 1)
+    return page.replace("<!-- first -->", first, 1).replace("<!-- state -->", data, 1).encode()

@@ -1,6 +1,6 @@
 """Tiles of one array of pixels at every level of a pyramid, without a pyramid on the disk.
 
-    level = max_level       tiles of 256 px of the array itself
+    level = max_level       tiles of 512 px of the array itself
     one or two below        the mean of 2×2 or 4×4 px, from the chunks under the tile
     three or more below     from an overview at 1/8 in memory: the one that the update pass has written beside the
                             canvas, and where that has no good record of a chunk, the chunk itself
@@ -23,7 +23,7 @@ from pipeline.core.tiling import Rect, chunks_of
 from pipeline.images import OutputColors
 from pipeline.store import OVERVIEW_PX, Overview, StageArray, block_means
 
-TILE_PX = 256
+TILE_PX = 512  # as most chunks; smaller ones would cost more processor time per pixel
 OVERVIEW = OVERVIEW_PX.bit_length() - 1  # halvings of the overview
 _MAX_OVERVIEW_BYTES = 48 * 2**20
 Pixels = NDArray[np.uint8]

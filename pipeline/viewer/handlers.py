@@ -140,14 +140,22 @@ class Unknown(Handler):
         raise RefusalError(404, "There is nothing at this address.")
 
 
-class Asset(Handler):
-    """The page and its files."""
+class Page(Handler):
+    """The page, with the state and the address of a coarse picture in it, so that it waits for neither."""
 
-    def get(self, name: str = "index.html") -> None:
-        data = assets.page_files().get(name or "index.html")
+    async def get(self) -> None:
+        self.set_header("Content-Type", assets.content_type("index.html"))
+        self.write(assets.page_with(await self.viewer.state_text()))
+
+
+class Asset(Handler):
+    """A file of the page."""
+
+    def get(self, name: str) -> None:
+        data = assets.page_files().get(name)
         if data is None:
             raise RefusalError(404, "The page has no such file.")
-        self.set_header("Content-Type", assets.content_type(name or "index.html"))
+        self.set_header("Content-Type", assets.content_type(name))
         self.write(data)
 
 
@@ -252,7 +260,7 @@ def routes(viewer: Site) -> list[Any]:
     """The handlers by address."""
     token = r"/(?P<token>[A-Za-z0-9_-]+)/"
     patterns: list[tuple[str, type[Handler]]] = [
-        ("", Asset),
+        ("", Page),
         (r"assets/(?P<name>[A-Za-z0-9.-]+)", Asset),
         ("state", State),
         ("events", Events),

@@ -72,6 +72,7 @@ class Viewer:
         self._snapshot = Snapshot()
         self._damage: list[str] = []
         self._usage = Usage(work_dir)
+        self._looked_at = False
         self._text: tuple[int, str] = (-1, "")
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -110,10 +111,12 @@ class Viewer:
         server.add_sockets(sockets)
         name = f"[{host}]" if ":" in host else host
         await self._look()
+        await self.state_text()  # the first page has it at once
         on_ready(f"http://{name}:{sockets[0].getsockname()[1]}/{self.token}/")
         while not stop.is_set():
             await asyncio.sleep(_WATCH_S)
             await self._look()
+            await self._count()
         self.closing = True
         server.stop()
         await self._notify()
@@ -138,6 +141,14 @@ class Viewer:
         elif self.config is not None:
             self.inputs.want(inputs_of_config(self.config))
         await self._notify()
+
+    async def _count(self) -> None:
+        """Count the disk space again if it is time, and somebody has looked since."""
+        if not self._looked_at or not self._usage.is_due():
+            return
+        self._looked_at = False
+        if await asyncio.get_running_loop().run_in_executor(self._watcher, self._usage.count):
+            await self._notify()
 
     def _is_next_iteration(self, snapshot: Snapshot) -> bool:
         """Whether only another iteration of the same stage is new: the pages can wait for it."""
@@ -179,7 +190,7 @@ class Viewer:
 
     async def state_text(self) -> str:
         """The state as JSON in one line; all pages share it."""
-        number = self.number
+        number, self._looked_at = self.number, True
         if self._text[0] != number:
             loop = asyncio.get_running_loop()
             text = await loop.run_in_executor(self._watcher, lambda: json.dumps(self.state(), allow_nan=False))

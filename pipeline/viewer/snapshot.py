@@ -1,7 +1,7 @@
 """Reads a run directory that another process may be writing: what is committed now, without a lock.
 
-The journal is the only source. When the file has changed, what was added is read. A run directory that is missing, damaged or
-being repaired is a state that the page shows, not an error: the next read may find it well.
+The journal is the only source. When the file has changed, what was added is read. A run directory that is missing,
+damaged or being repaired is a state that the page shows, not an error: the next read may find it well.
 """
 
 from __future__ import annotations

@@ -31,25 +31,34 @@ from pipeline.viewer.snapshot import Snapshot
 
 _POINTS = 300  # of a curve: more than a screen shows
 _LOG_LINES = 60
-_DISK_EVERY_S = 60.0  # counting the files of a large store takes a while
+_DISK_EVERY_S, _DISK_REST = 60.0, 1000.0  # counting takes at most a thousandth of the time
 
 
 class Usage:
-    """Disk space and memory of a run; the disk space is counted once a minute."""
+    """Disk space and memory of a run; the disk space is counted now and then, since a large store has many files."""
 
     def __init__(self, work_dir: Path) -> None:
         self._work_dir = work_dir
         self._used_bytes: int | None = None
-        self._counted_at = -_DISK_EVERY_S
+        self._due_s = 0.0
+
+    def is_due(self) -> bool:
+        """Whether it is time to count again."""
+        return time.monotonic() >= self._due_s
+
+    def count(self) -> bool:
+        """Count the disk space of the run directory. Returns whether it has changed."""
+        before, began = self._used_bytes, time.monotonic()
+        with contextlib.suppress(OSError):  # a run deletes files meanwhile
+            self._used_bytes = space_taken(self._work_dir).bytes if self._work_dir.is_dir() else None
+        ended = time.monotonic()
+        self._due_s = ended + max(_DISK_EVERY_S, _DISK_REST * (ended - began))
+        return self._used_bytes != before
 
     def measured(self, owner: int | None) -> dict[str, int | None]:
         """Bytes: `disk_used`, `disk_free`, and `memory` of the run's processes; None where there is none."""
         if not self._work_dir.is_dir():
             return {"disk_used": None, "disk_free": None, "memory": None}
-        if time.monotonic() - self._counted_at > _DISK_EVERY_S:
-            with contextlib.suppress(OSError):  # a run deletes files meanwhile
-                self._used_bytes = space_taken(self._work_dir).bytes
-            self._counted_at = time.monotonic()
         free_bytes = None
         with contextlib.suppress(OSError):
             free_bytes = shutil.disk_usage(self._work_dir).free

@@ -288,11 +288,16 @@ document.addEventListener("keydown", (event) => {
 // The keys are the page's, wherever the focus is.
 for (const view of [viewA, viewB]) view.viewer.addHandler("canvas-key", (event) => { event.preventDefaultAction = true; });
 viewA.viewer.addHandler("update-viewport", writeScale);
+viewA.viewer.addOnceHandler("tile-drawn", () => $("first")?.remove()); // the first tile is the whole picture, as it is
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => setTheme(event.matches ? "dark" : "light"));
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 writePanelButton();
 const works = new Works((state) => { page.a = page.b = null; receive(state); }, () => viewA.home());
 if (gallery) works.open();
-else follow(receive, lost);
+else {
+  const given = $("state").textContent;
+  receive(JSON.parse(given));
+  follow(given, receive, lost);
+}
 window.pipelineView = { page, works, map, viewA, viewB, setMode, setSwipe, choose }; // for tests, and for the curious

@@ -8,7 +8,7 @@ export function sourceOf(picture) {
     height: picture.height,
     tileSize: picture.tile_px,
     tileOverlap: picture.overlap,
-    minLevel: 0,
+    minLevel: Math.floor(Math.log2(picture.tile_px)), // smaller ones than one tile are not needed
     // The version is in the address: the same address never means another picture, so that browsers may keep tiles.
     getTileUrl: (level, column, row) => `${picture.tiles}${level}/${column}_${row}.${picture.format}`,
   };
@@ -31,7 +31,8 @@ export class View {
       animationTime: matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : 0.7,
       gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: true },
       gestureSettingsTouch: { clickToZoom: false, dblClickToZoom: true },
-      imageLoaderLimit: 4,
+      imageLoaderLimit: 6,
+      maxTilesPerFrame: 6, // of which only one would be asked for in each frame
       maxImageCacheCount: 400,
       timeout: 120000,
     });

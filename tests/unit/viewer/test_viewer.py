@@ -24,7 +24,7 @@ from pipeline.images.tile_codec import encode_tile
 from pipeline.store import ChunkError, create_array, create_stage, open_array
 from pipeline.store.overview import block_means
 from pipeline.viewer import ViewerOptions, access, assets
-from pipeline.viewer.canvas import Canvas, Recent
+from pipeline.viewer.canvas import TILE_PX, Canvas, Recent
 from pipeline.viewer.snapshot import RunReader
 from pipeline.viewer.state import remaining_s
 from tests.support.e2e import canvases, write_run
@@ -77,6 +77,18 @@ def get(address: str, **headers: str) -> tuple[int, bytes]:
 
 def state_of(address: str) -> dict:
     return json.loads(get(address + "state")[1])
+
+
+def test_page_has_the_picture_before_any_script(served) -> None:
+    """The first thing that one sees is the picture, and no name in a run can end the element with the state."""
+    page = get(served[0])[1].decode()
+    address = re.search(r'<img id="first" src="([^"]+)"', page)[1]
+    code, data = get(served[0] + address)
+    assert (code, pyvips.Image.new_from_buffer(data, "").width) == (200, 70)
+    text = re.search(r'<script type="application/json" id="state">(.*)</script>', page)[1]
+    assert all(json.loads(text)[key] == state_of(served[0])[key] for key in ("session", "phase", "stages", "log"))
+    wicked = json.dumps({"pictures": [], "name": "</script><b>"})
+    assert "<b>" not in assets.page_with(wicked).decode()
 
 
 def newest_tile(address: str, level: int | None = None) -> str:
@@ -262,29 +274,29 @@ def test_input_that_is_not_the_runs_is_not_shown(tmp_path, finished) -> None:
 def test_levels_are_means_and_a_changed_chunk_is_refused(tmp_path) -> None:
     """Zoomed out, the picture has its mean colours; a chunk that a run overwrites is never shown half old, half new."""
     create_stage(tmp_path / "stage_0")
-    create_array(tmp_path / "stage_0", "canvas_0", (300, 500, 3), 64, "float32", "none")
+    create_array(tmp_path / "stage_0", "canvas_0", (600, 1000, 3), 64, "float32", "none")
     array = open_array(tmp_path / "stage_0", "canvas_0")
-    pixels = np.random.default_rng(0).uniform(-5, 260, (300, 500, 3)).astype(np.float32)
-    sums = array.write_window(Rect(0, 300, 0, 500), pixels)
+    pixels = np.random.default_rng(0).uniform(-5, 260, (600, 1000, 3)).astype(np.float32)
+    sums = array.write_window(Rect(0, 600, 0, 1000), pixels)
     array = open_array(tmp_path / "stage_0", "canvas_0", array.packed(sums))
     canvas, shown = (
         Canvas(array, Recent(2**20, attrgetter("nbytes"))),
         np.rint(np.clip(pixels, 0, 255)).astype(np.uint8),
     )
-    assert canvas.max_level == 9
-    assert np.array_equal(canvas.tile(9, 1, 0), shown[:256, 256:500])
-    for level in range(9):
-        step = 2 ** (9 - level)
+    assert canvas.max_level == 10
+    assert np.array_equal(canvas.tile(10, 1, 0), shown[:TILE_PX, TILE_PX:])
+    for level in range(10):
+        step = 2 ** (10 - level)
         tile = canvas.tile(level, 0, 0)
-        assert tile.shape[:2] == (min(256, -(-300 // step)), min(256, -(-500 // step)))
-        inner = shown[: 300 // step * step, : 500 // step * step]
+        assert tile.shape[:2] == (min(TILE_PX, -(-600 // step)), min(TILE_PX, -(-1000 // step)))
+        inner = shown[: 600 // step * step, : 1000 // step * step]
         rows, columns = inner.shape[0] // step, inner.shape[1] // step
         means = inner.reshape(rows, step, columns, step, 3).mean(axis=(1, 3))
-        part = tile[:rows, :columns].astype(float) - means[:256, :256]
+        part = tile[:rows, :columns].astype(float) - means[:TILE_PX, :TILE_PX]
         assert np.abs(part).max(initial=0) <= 1.01  # rounded twice
     changed = replace(array, checksums=array.checksums + np.uint32(1))
     with pytest.raises(ChunkError):
-        Canvas(changed, Recent(2**20, attrgetter("nbytes"))).tile(9, 0, 0)
+        Canvas(changed, Recent(2**20, attrgetter("nbytes"))).tile(10, 0, 0)
     assert block_means(np.full((3, 5, 3), 7, np.uint8), 3).tolist() == [[[7, 7, 7]]]
 
 
