@@ -30,7 +30,7 @@ from pipeline.cli.init import init
 from pipeline.cli.run import run
 from pipeline.cli.signals import discard_unwritable_stdout, tolerant_stderr
 from pipeline.cli.train import train
-from pipeline.cli.view import serve, with_view_options
+from pipeline.cli.view import checked_config, in_own_session, serve, with_view_options
 from pipeline.cli.working import (
     EXIT_CODES,
     any_config,
@@ -258,8 +258,10 @@ def view(config_path: Path | None, overrides: tuple[str, ...], run_dir: Path | N
     machine, use `ssh -L`. With --host beyond this machine, the page is sent unencrypted to everybody with the token.
     """
     check_run_options(config_path, run_dir, overrides)
+    config = checked_config(config_path, overrides, allow_crops=options["allow_crops"])
+    in_own_session()
     with working("plain") as (sink, stop):
-        serve(config_path, overrides, run_dir, sink, stop, **options)
+        serve(config, config_path, overrides, run_dir, sink, stop, **options)
 
 
 @cli.command(epilog=EXIT_CODES)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import pipeline
@@ -39,6 +41,10 @@ class Server:
         self.address = self._process.stdout.readline().strip()
         assert self.address, self._process.stderr.read()
         self._port = int(self.address.split(":")[2].split("/")[0])
+
+    @property
+    def process(self) -> psutil.Process:
+        return psutil.Process(self._process.pid)
 
     def end(self, number: int = signal.SIGINT) -> tuple[int, str]:
         self._process.send_signal(number)
@@ -203,6 +209,19 @@ def test_says_that_a_run_was_killed_or_damaged_and_recovers(page, nursery, tmp_p
         child.kill()
         code, text = server.end()
     assert (code, "Traceback" in text) == (0, False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="Linux with CONFIG_SCHED_AUTOGROUP")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_has_a_session_of_its_own_with_the_lowest_priority_and_ends_with_its_parent(finished, number) -> None:
+    """In the terminal's session, its priority would not count against a run in another terminal."""
+    server = Server(finished / "run")
+    (child,) = server.process.children()
+    assert os.getsid(child.pid) == child.pid
+    assert child.nice() == 19
+    assert Path(f"/proc/{child.pid}/autogroup").read_text(encoding="ascii").endswith("nice 19\n")
+    assert server.end(number)[0] == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    child.wait(30)
 
 
 def test_gallery_and_page_of_a_preview_work_on_any_host(page, finished, tmp_path) -> None:

@@ -89,8 +89,8 @@ class Browser:
 
 
 @contextmanager
-def browser() -> Iterator[Browser]:
-    """A browser, or a visible skip of the test."""
+def browser(logged: bool = True) -> Iterator[Browser]:
+    """A browser, or a visible skip of the test. `logged`: for `errors` and `hosts`, which take time."""
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
     webdriver = pytest.importorskip("selenium.webdriver")
@@ -101,7 +101,8 @@ def browser() -> Iterator[Browser]:
     options.binary_location = CHROMIUM
     for flag in _FLAGS:
         options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    if logged:
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     try:
         yield Browser(driver)

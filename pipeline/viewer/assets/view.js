@@ -8,7 +8,8 @@ export function sourceOf(picture) {
     height: picture.height,
     tileSize: picture.tile_px,
     tileOverlap: picture.overlap,
-    minLevel: Math.floor(Math.log2(picture.tile_px)), // smaller ones than one tile are not needed
+    // the largest level of one tile: smaller ones are not needed
+    minLevel: Math.min(Math.floor(Math.log2(picture.tile_px)), Math.ceil(Math.log2(Math.max(picture.width, picture.height)))),
     // The version is in the address: the same address never means another picture, so that browsers may keep tiles.
     getTileUrl: (level, column, row) => `${picture.tiles}${level}/${column}_${row}.${picture.format}`,
   };
