@@ -115,7 +115,7 @@ def update_task(spec: UpdateSpec) -> UpdateResult:
             random = RoundingBytes(*spec.rounding, chunk) if sources[0].encoding else None
             blocks = _blocks(sources, spec.block_values)
             update_block: Callable[[Sequence[Array]], Array] = partial(_update_block, spec.step, random)
-            # a stage in memory goes to the disk later, and a viewer reads its chunks there
+            # that of a stage in memory is made when it goes to the disk
             overview = CanvasOverview(targets, chunk) if targets[0].memory is None else None
             if overview is not None:
                 update_block = overview.watching(update_block)

@@ -20,7 +20,9 @@ from pipeline.core.errors import DamagedStateError
 from pipeline.store import memory
 from pipeline.store.array import StageArray, open_array
 from pipeline.store.checksums import unpacked
+from pipeline.store.layout import result_name
 from pipeline.store.memory import HostMemory, Memory
+from pipeline.store.overview import OverviewChunk
 
 Allocate = Callable[[tuple[int, int], tuple[int, int, int], np.dtype[Any]], Memory]
 # Threads that read and write chunks; more do not make a disk faster.
@@ -53,13 +55,14 @@ class ResidentStage:
 
         `checksums`: those that are known already. Raises DamagedStateError if a chunk has changed in memory since.
         """
-        written = {}
+        written, names = {}, list(names)
         with profiler.span("commit"):
             for name in names:
                 array = self._on_disk(name, None)
                 held = memory.memory_of(array.path)
                 assert held is not None, name
-                sums = self._of_every_chunk(array, partial(_write, array, held))
+                write = _write_with_overview if name == result_name(int(name[-1]), names) else _write
+                sums = self._of_every_chunk(array, partial(write, array, held))
                 written[name] = array.packed(dict(zip(array.chunk_indices(), sums, strict=True)))
                 if written[name] != checksums.get(name, written[name]):
                     raise self._changed(array, sums, checksums[name])
@@ -96,3 +99,10 @@ def _load(array: StageArray, held: Memory, chunk: tuple[int, int]) -> int:
 
 def _write(array: StageArray, held: Memory, chunk: tuple[int, int]) -> int:
     return array.write_chunk(*chunk, held.get(*chunk))
+
+
+def _write_with_overview(array: StageArray, held: Memory, chunk: tuple[int, int]) -> int:
+    overview, data = OverviewChunk(array, chunk), held.get(*chunk)
+    overview.add(data)
+    overview.write(written := array.write_chunk(*chunk, data))
+    return written

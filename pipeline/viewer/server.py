@@ -32,7 +32,7 @@ _TILE_THREADS = 2
 # A new iteration is announced when the tiles of the one before have taken at most a hundredth of the machine since, but
 # within a minute: iterations of a canvas so large that its tiles take longer are far apart.
 _REST = 100
-_MIN_PAUSE_S, _MAX_PAUSE_S = 1.0, 60.0
+_MIN_PAUSE_S, _MAX_PAUSE_S = 2.0, 60.0
 _MAX_REQUEST_BYTES = 10_000
 
 

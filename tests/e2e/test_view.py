@@ -213,13 +213,13 @@ def test_says_that_a_run_was_killed_or_damaged_and_recovers(page, nursery, tmp_p
 
 @pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="Linux with CONFIG_SCHED_AUTOGROUP")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_has_a_session_of_its_own_with_the_lowest_priority_and_ends_with_its_parent(finished, number) -> None:
+def test_has_a_session_of_its_own_with_a_low_priority_and_ends_with_its_parent(finished, number) -> None:
     """In the terminal's session, its priority would not count against a run in another terminal."""
     server = Server(finished / "run")
     (child,) = server.process.children()
     assert os.getsid(child.pid) == child.pid
-    assert child.nice() == 19
-    assert Path(f"/proc/{child.pid}/autogroup").read_text(encoding="ascii").endswith("nice 19\n")
+    assert child.nice() == min(os.nice(0) + 10, 19)
+    assert Path(f"/proc/{child.pid}/autogroup").read_text(encoding="ascii").endswith("nice 10\n")
     assert server.end(number)[0] == (0 if number == signal.SIGTERM else -signal.SIGKILL)
     child.wait(30)
 

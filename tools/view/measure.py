@@ -100,7 +100,8 @@ class Viewer:
 
     def __init__(self, run: Path) -> None:
         command = [sys.executable, "-m", "pipeline", "view", "--run", str(run)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        # a session of its own, as in another terminal: Linux may divide the processor among sessions
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
         _, _, host, token, _ = self.address.split("/")
