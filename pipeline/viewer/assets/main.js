@@ -175,7 +175,7 @@ function writeFacts() {
   const facts = gallery ? [["picture", px(state.width, state.height)], ...(state.credit ? [["credit", state.credit]] : [])] : [
     ["picture", state.width ? px(state.width, state.height) : "not planned yet"],
     ...(state.dpi && state.width ? [["print", `${((state.width / state.dpi) * 2.54).toFixed(1)} × ${((state.height / state.dpi) * 2.54).toFixed(1)} cm at ${state.dpi} dpi`]] : []),
-    ["time left", state.phase === "running" ? duration(state.eta_s) : "–"],
+    ...(state.phase === "running" ? [["time left", duration(state.eta_s)]] : []),
     ["time so far", duration(state.stages.reduce((sum, stage) => sum + stage.seconds, 0))],
     ["disk", `${bytes(state.disk_used)} used, ${bytes(state.disk_free)} free`],
     ...(state.memory ? [["memory", bytes(state.memory)]] : []),
@@ -208,7 +208,7 @@ function writeStages() {
   const picture = all[Math.max(index, 0)];
   if (!picture) return;
   const stage = page.state.stages[Number(picture.id.slice("stage_".length))];
-  $("stage-text").textContent = `${index < 0 ? "–" : index + 1} · ${px(picture.width, picture.height)} · ${stage.iterations} of ${stage.max_iterations} iterations`;
+  $("stage-text").textContent = `${index < 0 ? "–" : index + 1} · ${stage.iterations} of ${stage.max_iterations} iterations`;
 }
 
 function writeScale() {

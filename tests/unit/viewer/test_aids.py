@@ -17,7 +17,7 @@ from pipeline.core.events import IterationDone
 from pipeline.core.image_formats import PixelKind
 from pipeline.images.tile_codec import encode_tile
 from pipeline.rundir import stage_path
-from pipeline.store import TILE_LOSSES, overview_path
+from pipeline.store import TILE_LOSSES, Overview, OverviewChunk, overview_path
 from pipeline.viewer.canvas import Canvas, Recent
 from pipeline.viewer.inputs import Inputs, inputs_of_run
 from pipeline.viewer.maps import chunk_map
@@ -158,3 +158,15 @@ def test_page_of_a_preview_has_every_image_and_its_config(tmp_path) -> None:
         assert pipeline.load_config(chosen) == expected
     with pytest.raises(ConfigError, match="exists"):
         pipeline.preview(config, pipeline.GridSpec(vary, overrides, 48, page=tmp_path / "grid"))
+
+
+def test_a_stage_in_memory_leaves_its_overview_too(tmp_path) -> None:
+    """Otherwise the first look at a large canvas reads all of it."""
+    config = write_run(tmp_path, (150, 100), store={"commit_interval": 30.0})
+    pipeline.run(pipeline.load_config(config))
+    reader = RunReader(tmp_path / "run")
+    array = canvas_of(reader, reader.latest(), reader.latest().position.stage)
+    for chunk, seen in Overview(array).chunks(array.chunk_indices()):
+        made = OverviewChunk(array, chunk)
+        made.add(array.read_window(array.rect.intersection(array.chunk_rect(*chunk))))
+        assert np.array_equal(seen, made.pixels())
