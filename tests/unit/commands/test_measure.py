@@ -65,7 +65,7 @@ def test_every_kind_of_run_can_be_measured(tmp_path, keys):
 
 @pytest.mark.parametrize(("interval", "in_memory"), [("30s", True), (0, False)])
 def test_a_run_in_memory_is_measured_in_memory(tmp_path, monkeypatch, interval, in_memory):
-    """What a stage takes that is read from the disk is no measure of one in memory, and larger ones are judged by it."""
+    """What iterations from the disk take is no measure of those in memory, and larger stages are judged by it."""
     keys = {**TWO_STAGES, "store": {"commit_interval": interval}}
     config = pipeline.load_config(write_run(tmp_path, (96, 64), (40, 40), **keys))
     entered, real = [], residency.resident
