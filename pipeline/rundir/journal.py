@@ -22,7 +22,15 @@ from typing import Any
 from pipeline.core.errors import DamagedStateError, storage
 from pipeline.core.files import read_regular, sync_folder, write_whole
 from pipeline.rundir.position import Position, checked_position, effective, no_runs_records
-from pipeline.rundir.records import MAX_JOURNAL_BYTES, OtherVersionError, Record, as_json, parse_json, parse_record
+from pipeline.rundir.records import (
+    MAX_JOURNAL_BYTES,
+    OtherVersionError,
+    Record,
+    RolledBack,
+    as_json,
+    parse_json,
+    parse_record,
+)
 from pipeline.store import checksum
 
 
@@ -174,11 +182,15 @@ class Journal:
 
 
 class FollowedJournal:
-    """A journal that another process appends to. Each call of `standing` parses what was added since the last one."""
+    """A journal that another process appends to. Each call of `standing` parses what was added since the last one.
+
+    `repairs`: the records of repairs that rolled others back.
+    """
 
     def __init__(self, path: Path):
         self._journal = Journal(path)
         self._known, self._records, self._position = _NO_LINES, list[Record](), Position()
+        self.repairs: list[Record] = []
         self._seen = (0, 0, 0)
 
     def standing(self) -> tuple[list[Record], Position]:
@@ -188,7 +200,7 @@ class FollowedJournal:
             return self._records, self._position
         grown = seen[0] > self._seen[0] and self._journal._begins_with(self._known)
         if not grown:  # damaged, repaired, or another run's
-            self._known, self._records, self._position = _NO_LINES, [], Position()
+            self._known, self._records, self._position, self.repairs = _NO_LINES, [], Position(), []
         lines = self._journal._intact_lines(self._known)
         records = self._journal._typed(lines, self._records)
         if records[: len(self._records)] == self._records:
@@ -197,6 +209,8 @@ class FollowedJournal:
         else:  # a repair has rolled some back
             position = checked_position(records, self._journal.path)
         self._known, self._records, self._position = replace(lines, records=[]), records, position
+        rolled_back = [record for record in lines.records if record["type"] == RolledBack.model_fields["type"].default]
+        self.repairs = [*self.repairs, *map(parse_record, rolled_back)]
         self._seen = seen
         return records, position
 

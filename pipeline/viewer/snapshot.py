@@ -32,12 +32,14 @@ from pipeline.rundir import (
 class Snapshot:
     """What the run directory holds. `problem`: why it cannot be read; the other fields are then the last ones read.
 
-    `number` grows with every change. `manifest` is None before the run begins. `owner`: the process id of the run.
+    `number` grows with every change. `manifest` is None before the run begins. `repairs`: the records of repairs that
+    rolled others back. `owner`: the process id of the run.
     """
 
     number: int = 0
     manifest: Manifest | None = None
     records: Sequence[Record] = ()
+    repairs: Sequence[Record] = ()
     position: Position = field(default_factory=Position)
     owner: int | None = None
     problem: str = ""
@@ -95,6 +97,6 @@ class RunReader:
                 self._links_checked = stages
             # with the stages that were added since the run began
             manifest = manifest.model_copy(update={"stages": tuple(stages_of(manifest, position))})
-            return Snapshot(manifest=manifest, records=records, position=position)
+            return Snapshot(manifest=manifest, records=records, repairs=self._journal.repairs, position=position)
         except (PipelineError, OSError) as error:
             return replace(self._latest, problem=shown(str(error), 500))

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pipeline.rundir import (
     iterations_of,
     max_iterations,
 )
-from pipeline.rundir.records import Cleaned, SmallerTile, StageAdded
+from pipeline.rundir.records import Cleaned, RolledBack, SmallerTile, StageAdded
 from pipeline.rundir.space import space_taken
 from pipeline.viewer.snapshot import Snapshot
 
@@ -91,7 +92,7 @@ def run_state(snapshot: Snapshot) -> dict[str, Any]:
         "iteration": position.iteration,
         "eta_s": remaining_s(snapshot),
         "stages": [_stage(snapshot, index) for index in range(len(manifest.stages))],
-        "log": _log(snapshot.records),
+        "log": _log([*snapshot.records, *snapshot.repairs]),
     }
 
 
@@ -159,10 +160,11 @@ def remaining_s(snapshot: Snapshot) -> float | None:
 
 def _log(records: Sequence[Record]) -> list[dict[str, str]]:
     lines = [{"time": record.time, "text": text} for record in records if (text := _line(record))]
+    lines.sort(key=itemgetter("time"))  # stable: records of one second stay in their order
     return lines[-_LOG_LINES:]
 
 
-def _line(record: Record) -> str:  # noqa: PLR0911 - one for each kind
+def _line(record: Record) -> str:  # noqa: C901, PLR0911 - one for each kind
     match record:
         case Begun():
             return "the run began"
@@ -181,6 +183,8 @@ def _line(record: Record) -> str:  # noqa: PLR0911 - one for each kind
             return f"tiles of {record.tile_px} px from here on: larger ones did not fit in memory"
         case Exported():
             return f"image written: {record.output}"
+        case RolledBack():
+            return "a repair rolled the run back"
         case CanvasLost():
             return f"the canvas of {stage_name(record.stage)} was given up by a repair"
     return ""

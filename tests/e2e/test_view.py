@@ -199,6 +199,7 @@ def test_says_that_a_run_was_killed_or_damaged_and_recovers(page, nursery, tmp_p
         page.wait("document.getElementById('notice').textContent.includes('verify')")
         report = pipeline.verify(run, repair=True)
         assert (report.repaired, report.remaining) == (True, ())
+        page.wait("/given up by a repair|rolled the run back/.test(document.getElementById('log').textContent)")
         page.wait("document.getElementById('notice').hidden")
         child = nursery.start("run", "-c", config)
         page.wait(f"{phase} === 'running'")
