@@ -201,6 +201,7 @@ class FollowedJournal:
         grown = seen[0] > self._seen[0] and self._journal._begins_with(self._known)
         if not grown:  # damaged, repaired, or another run's
             self._known, self._records, self._position, self.repairs = _NO_LINES, [], Position(), []
+            self._seen = (0, 0, 0)
         lines = self._journal._intact_lines(self._known)
         records = self._journal._typed(lines, self._records)
         if records[: len(self._records)] == self._records:
