@@ -18,6 +18,7 @@ from pipeline.core.cancel import NEVER, CancelToken
 from pipeline.core.errors import ConfigError, PipelineError, Stopped
 from pipeline.core.events import Note, Sink, ignore
 from pipeline.core.files import taken
+from pipeline.feedforward.start_file import check_start_file
 from pipeline.network import find_weights, sha256_of, weights_path
 from pipeline.plan import Plan, Sheet, sheets_of, whole_of, with_added_stages
 from pipeline.rundir import (
@@ -116,6 +117,8 @@ def check_start(
         refuse_foreign_outputs(planned, {})
     state = check_run(config, planned, identify)
     position = state.position
+    if isinstance(config, Config) and not position.is_fixed:
+        check_start_file(config, planned.stages[0])
     adds = _added(config, planned, position, more_iterations)
     extended = with_added_stages(planned, position.added if adds is None else (*position.added, adds))
     missing = missing_sheets(config, extended, position, cancel)

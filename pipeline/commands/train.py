@@ -62,7 +62,7 @@ def train(
     _check_layers(config, weights)
     _check_styles(config, styles)
     identity = _identity(config, device, weights, photographs, [style.path for style in styles], cancel)
-    _refuse_foreign_output(config.output, identity, force)
+    _refuse_foreign_output(config, identity, force)
     sink(Note(f"{count(len(photographs), 'photograph')}, {device.label}"))
     with storage(config.work_dir), locked_train_folder(config.work_dir) as folder:
         training = _Training(config, device, weights, photographs, identity, folder, sink, cancel)
@@ -123,8 +123,29 @@ def _digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _refuse_foreign_output(output: Path, identity: Mapping[str, Any], force: bool) -> None:
+def _earlier(config: TrainConfig, folder: TrainFolder, identity: Mapping[str, Any]) -> Checkpoint | None:
+    """The checkpoint of an earlier call. Raises ConfigError if it is of another training."""
+    if not taken(folder.checkpoint):
+        return None
+    checkpoint = load_checkpoint(folder.checkpoint)
+    now = json.loads(json.dumps(identity))
+    changed = [key for key in {**checkpoint.identity, **now} if checkpoint.identity.get(key) != now.get(key)]
+    if changed:
+        raise ConfigError(
+            f"{folder.path}: holds a training that differs in {', '.join(map(shown, changed))}, so it cannot "
+            "be resumed with this config. Restore them, or choose another work_dir."
+        )
+    if checkpoint.step > config.training.steps:
+        raise ConfigError(
+            f"training.steps: {config.training.steps:,}, but {folder.path} has {checkpoint.step:,} steps "
+            "already. Use as many, or choose another work_dir."
+        )
+    return checkpoint
+
+
+def _refuse_foreign_output(config: TrainConfig, identity: Mapping[str, Any], force: bool) -> None:
     """Raise ConfigError if the output is a file that this training did not write."""
+    output = config.output
     if force or not taken(output):
         return
     try:
@@ -132,6 +153,7 @@ def _refuse_foreign_output(output: Path, identity: Mapping[str, Any], force: boo
     except InputError:
         ours = False
     if not ours:
+        _earlier(config, TrainFolder(config.work_dir), identity)  # where keys differ, --force is no remedy
         raise ConfigError(
             f"output {output}: exists, and was not written by this training. Choose another output, or use --force to "
             "overwrite it."
@@ -153,7 +175,7 @@ class _Training:
     _saved_step: int = 0
 
     def __post_init__(self) -> None:
-        checkpoint, threads = self._earlier(), self.config.compute.threads
+        checkpoint, threads = _earlier(self.config, self.folder, self.identity), self.config.compute.threads
         self.threads = default_threads(0) if threads == "auto" else threads
         if checkpoint is not None:
             self.threads = checkpoint.threads  # on which the last bits depend
@@ -163,25 +185,6 @@ class _Training:
             self._saved_step = checkpoint.step
             self.sink(Note(f"resuming after step {checkpoint.step:,}"))
         self._samples: list[Tensor] = sample_pictures(self.config, self.photographs, self.cancel)
-
-    def _earlier(self) -> Checkpoint | None:
-        """The checkpoint of an earlier call. Raises ConfigError if it is of another training."""
-        if not taken(self.folder.checkpoint):
-            return None
-        checkpoint = load_checkpoint(self.folder.checkpoint)
-        now = json.loads(json.dumps(self.identity))
-        changed = [key for key in {**checkpoint.identity, **now} if checkpoint.identity.get(key) != now.get(key)]
-        if changed:
-            raise ConfigError(
-                f"{self.folder.path}: holds a training that differs in {', '.join(map(shown, changed))}, so it cannot "
-                "be resumed with this config. Restore them, or choose another work_dir."
-            )
-        if checkpoint.step > self.config.training.steps:
-            raise ConfigError(
-                f"training.steps: {self.config.training.steps:,}, but {self.folder.path} has {checkpoint.step:,} steps "
-                "already. Use as many, or choose another work_dir."
-            )
-        return checkpoint
 
     def _trainer(self) -> Trainer:
         network, dtype = self.config.loss_network, _dtype(self.config, self.device)

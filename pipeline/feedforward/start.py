@@ -9,16 +9,14 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config import InitNetwork, InitWct
-from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.tiling import Size, grid
 from pipeline.core.vgg_layers import ceil_to
 from pipeline.feedforward import cost, tile_tasks, wct, wct_passes
-from pipeline.feedforward.network_file import read_network_header
 from pipeline.feedforward.passes import not_finite
 from pipeline.feedforward.spec import Layered, TransformSpec
+from pipeline.feedforward.start_file import start_network, start_pairs
 from pipeline.feedforward.tile_tasks import Measured, NetworksSpec
 from pipeline.feedforward.tiled import Statistics
-from pipeline.feedforward.wct_file import is_wct_file, read_wct_header
 from pipeline.feedforward.wct_passes import LevelSpec, WctOutput, WctTile
 from pipeline.losses.objective import Gram, mean_gram
 from pipeline.network import sha256_of
@@ -45,11 +43,7 @@ def start_picture(stage: Stage) -> FirstCanvas | None:
 
 
 def _of_network(stage: Stage, path: Path) -> FirstCanvas:
-    header = read_network_header(path, stage.config.limits.max_weights_bytes)
-    if header.spec.factor != 1:
-        raise ConfigError(f"init: {path} enlarges its input; name a network of a style.")
-    if min(stage.plan.size) < (least := header.spec.least_side_px()):
-        raise InputError(f"init: {path} needs {least} px on each side. Choose a larger initial_size.")
+    header = start_network(stage.config, path, stage.plan)
     first = (1.0, *(0.0 for _ in header.spec.styles[1:]))
     own = stage.network
     networks = NetworksSpec((path,), (sha256_of(path),), (first,), own.dtype, own.device, own.threads, own.gpu_bytes)
@@ -79,17 +73,7 @@ def _fill(
 
 
 def _of_wct(stage: Stage, path: Path) -> FirstCanvas:
-    if not is_wct_file(path):
-        raise InputError(
-            f"init: {path} has no encoder-decoder pairs. Name a file as for `pipeline apply --style`, or a "
-            "network as apply:FILE."
-        )
-    levels = read_wct_header(path, stage.config.limits.max_weights_bytes).levels
-    least = max(level.least_side_px for level in levels)
-    if min(min(size) for size in (stage.plan.size, *stage.plan.style_sizes)) < least:
-        raise InputError(
-            f"init: {path} needs {least} px on each side of content and styles. Choose a larger initial_size."
-        )
+    levels = start_pairs(stage.config, path, stage.plan).levels
     own, sha256 = stage.network, sha256_of(path)
     networks = [LevelSpec(path, sha256, level, own.dtype, own.device, own.threads, own.gpu_bytes) for level in levels]
     return partial(_fill_wct, stage, networks)

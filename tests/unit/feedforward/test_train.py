@@ -228,7 +228,7 @@ def test_another_config_another_run_and_damage_are_found(make, tmp_path):
     path, work_dir = make(training={**TINY["training"], "steps": 2}), tmp_path / "out" / "net.train"
     output = trained(path)
     with pytest.raises(ConfigError, match=r"differs in training\.learning_rate"):
-        trained(path, "training.learning_rate=0.01", "training.steps=3", force=True)
+        trained(path, "training.learning_rate=0.01", "training.steps=3")  # --force, which is no remedy, is not named
     with pytest.raises(ConfigError, match="has 2 steps already"):
         trained(path, "training.steps=1")
     with RunLock(work_dir), pytest.raises(LockedError):

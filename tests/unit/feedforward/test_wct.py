@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from pipeline.commands.apply import apply
 from pipeline.commands.run import run
+from pipeline.commands.start import outlook
 from pipeline.config import Config
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.executors import Executor
 from pipeline.feedforward.wct import transport
 from pipeline.plan import Device
 from pipeline.render.context import executor_for
-from pipeline.rundir import Journal, iterations_of, journal_path
+from pipeline.rundir import Journal, iterations_of, journal_path, plan_on
 from tests.support.inputs import write_image
 from tests.support.networks import write_network, write_wct
 from tests.unit.feedforward.test_apply import canvas, config, pixels_of
@@ -188,13 +190,32 @@ def test_a_start_that_cannot_be_made_is_refused(folder: Path) -> None:
     write_network(folder / "net.safetensors")
     masked = [{"image": "style.png", "mask": "content.png"}]
     for keys, sentence in [
-        ({"init": "wct:net.safetensors"}, "has no encoder-decoder pairs"),
         ({"styles": masked}, "init: gives the whole picture the look of all styles, and they have masks"),
         ({"styles": [], "loss": {"style_weight": 0.0}}, "and there are none"),
         ({"content": None, "size": 64, "loss": {"content_weight": 0.0}}, "init: there is no content"),
     ]:
         with pytest.raises((ConfigError, InputError, ValueError), match=sentence):
             run(run_config(folder, **keys))
+
+
+@pytest.mark.parametrize(
+    ("init", "sentence"),
+    [
+        ("wct:net.safetensors", r"init\.wct: .*net\.safetensors has no encoder-decoder pairs"),
+        ("apply:wct.safetensors", r"init\.apply: .*wct\.safetensors"),
+        ("apply:content.png", r"init\.apply: .*content\.png"),
+        ("apply:enlarging.safetensors", r"init\.apply: .*enlarging\.safetensors enlarges its input"),
+    ],
+)
+def test_a_start_with_a_file_of_another_kind_is_refused_before_the_run(folder: Path, init: str, sentence: str) -> None:
+    """Accepted by `plan`, a run in the evening would end in its first stage, and leave a folder behind."""
+    write_network(folder / "net.safetensors")
+    write_network(folder / "enlarging.safetensors", task="super-resolution", factor=4)
+    config = run_config(folder, init=init)
+    with pytest.raises((ConfigError, InputError), match=sentence):
+        run(config)
+    assert not config.work_dir.exists()
+    assert re.search(f"is refused: {sentence}", outlook(config, plan_on(config, Device("cpu", "CPU", 0))))
 
 
 SHARED = Path(__file__).parents[4] / "shared" / "weights" / "wct-16x.safetensors"
