@@ -112,8 +112,8 @@ def in_own_session() -> None:
 def _be_quiet() -> None:
     """Give way to the run: a low priority for the processor, the lowest for the disk, where the system has one.
 
-    Beside a run that leaves no processor idle, nice 10 has a tenth of one. Nice 19 has a seventieth: on a loaded
-    machine the start alone took more than two minutes.
+    Beside a run that leaves no processor idle, nice 10 has a tenth of one. Nice 19 has a seventieth, with
+    which a viewer on a loaded machine did not begin to serve within two minutes.
     """
     with contextlib.suppress(OSError):
         os.nice(_NICE)
