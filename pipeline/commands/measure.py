@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from pipeline.core.events import Note, Sink, ignore
 from pipeline.core.files import new_partial, remove
 from pipeline.core.image_formats import RGB8
 from pipeline.core.text import duration, energy_text
+from pipeline.core.tiling import Size
 from pipeline.core.vgg_layers import ALIGN_PX, ceil_to, min_side_px
 from pipeline.images import write_rows
 from pipeline.network import find_weights
@@ -177,8 +178,8 @@ def _remove_empty(folder: Path) -> None:
 def _measure(config: Config, planned: Plan, context: RenderContext, folder: Path, speed: Speed) -> None:
     """Render noise at growing sizes for as long as the next size fits the budget."""
     end = time.monotonic() + BUDGET_S
-    for number, (stage_plan, side_px) in enumerate(_sizes(config, planned, context)):
-        stage = _stage(config, planned, stage_plan, side_px, context, folder / str(number))
+    for number, (stage_plan, size) in enumerate(_sizes(config, planned, context)):
+        stage = _stage(config, planned, stage_plan, size, context, folder / str(number))
         # preparing costs about as much as an iteration
         expected_s = speed.iterations.seconds_for(stage.plan.flop_per_iteration)
         if expected_s is not None and time.monotonic() + (_ITERATIONS + 1) * expected_s > end:
@@ -186,26 +187,26 @@ def _measure(config: Config, planned: Plan, context: RenderContext, folder: Path
         _iterate(stage, speed, end, is_warm=number > 0)
 
 
-def _sizes(config: Config, planned: Plan, context: RenderContext) -> Iterator[tuple[StagePlan, int]]:
-    """(stage, side in px) of each canvas: half the first stage's, which tells what every iteration costs, then all."""
+def _sizes(config: Config, planned: Plan, context: RenderContext) -> Iterator[tuple[StagePlan, Size]]:
+    """(stage, size) of each canvas: half the first stage's, which tells what every iteration costs, then all."""
     first = planned.stages[0]
     layers = layers_in_use(settings_of(config, first), context.weights.widths, 1).names
-    half = ceil_to(max(first.size) // 2, ALIGN_PX)
-    if half >= min_side_px(layers, config.network.padding):
+    half = (ceil_to(first.size[0] // 2, ALIGN_PX), ceil_to(first.size[1] // 2, ALIGN_PX))
+    if min(half) >= min_side_px(layers, config.network.padding):
         yield first, half
     for stage in planned.stages:
         if max(stage.size) > min(planned.tile_px, _LARGEST_PX):
             return
-        yield stage, max(stage.size)
+        yield stage, stage.size
 
 
 def _stage(
-    config: Config, planned: Plan, stage_plan: StagePlan, side_px: int, context: RenderContext, folder: Path
+    config: Config, planned: Plan, stage_plan: StagePlan, size: Size, context: RenderContext, folder: Path
 ) -> Stage:
-    """A stage of the run with a square canvas and a style of noise, in a run directory of its own."""
+    """A stage of the run with a canvas of this (height, width) and a style of noise, in a run directory of its own."""
     folder.mkdir()
-    image, size = folder / "noise.png", (side_px, side_px)
-    noise = np.random.default_rng(0).integers(0, 256, (side_px, side_px, 3), np.uint8)
+    image = folder / "noise.png"
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     write_rows(iter([noise]), image, size, context.executor.cancel)
     own = settings_of(config, stage_plan)
     own = own.model_copy(
@@ -221,19 +222,21 @@ def _stage(
         }
     )
     content = None if config.content is None else RGB8
-    tile_px = ceil_to(side_px, planned.tile_step_px)
+    tile_px = ceil_to(max(size), planned.tile_step_px)
     layer_use = layers_in_use(own, context.weights.widths)
-    plan = plan_stage(StageWork(own, layer_use, size, (size,), content, (False,)), stage_plan.index, tile_px)
+    work = StageWork(own, layer_use, size, (size,), content, (False,))
+    plan = plan_stage(work, stage_plan.index, tile_px, resident=stage_plan.resident_bytes)
     return make_stage(own, plan, context, tile_px)
 
 
 def _iterate(stage: Stage, speed: Speed, end: float, is_warm: bool) -> None:
-    """Iterate a few times, and count all iterations.
+    """Iterate a few times, and count all iterations but the first.
 
-    `is_warm`: the weights are loaded, and kernels compiled, so that the preparation and the first iteration count too.
+    The stage is in memory if the run's is. `is_warm`: the weights are loaded, so that the preparation counts.
     """
     from pipeline.render.iteration import Iterations  # noqa: PLC0415 - brings torch
     from pipeline.render.preparation import prepare  # noqa: PLC0415 - likewise
+    from pipeline.render.residency import resident  # noqa: PLC0415 - likewise
 
     begun = time.monotonic()
     prepared = prepare(stage, None)
@@ -248,10 +251,10 @@ def _iterate(stage: Stage, speed: Speed, end: float, is_warm: bool) -> None:
         return True
 
     most = min(4 * _ITERATIONS, stage.plan.max_iterations)
-    while len(results) < most and (len(results) < _ITERATIONS or time.monotonic() < end):
-        stage.executor.cancel.raise_if_set()
-        iterations.iterate(len(results), alpha, checksums, commit)
-        alpha, checksums = results[-1].alpha, {**checksums, **results[-1].checksums}
-        is_first = len(results) == 1
-        if is_warm or not is_first or most == 1:
-            speed.iterations.add(stage.plan.flop_per_iteration, results[-1].busy["wall"], is_first and most > 1)
+    with resident(stage, 0, checksums) if stage.plan.resident_bytes else nullcontext():
+        while len(results) < most and (len(results) < _ITERATIONS or time.monotonic() < end):
+            stage.executor.cancel.raise_if_set()
+            iterations.iterate(len(results), alpha, checksums, commit)
+            alpha, checksums = results[-1].alpha, {**checksums, **results[-1].checksums}
+            if len(results) > 1 or most == 1:
+                speed.iterations.add(stage.plan.flop_per_iteration, results[-1].busy["wall"])

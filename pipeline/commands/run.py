@@ -100,7 +100,8 @@ def run(
         context = render_context(config, planned, device, weights, executor, sink)
         speed = starting_speed(config, begin.planned, context, watts, begins=not begin.state.position.is_fixed)
         for number, iteration, seconds in measured_iterations(begin.state.records):
-            speed.iterations.add(begin.planned.stages[number].flop_per_iteration, seconds, iteration == 0)
+            if iteration:
+                speed.iterations.add(begin.planned.stages[number].flop_per_iteration, seconds)
         open_run(config, planned, identify, begin.state)
         commits = Commits(config, begin.state.journal, begin.state.position)
         rendering = _Rendering(config, begin.planned, context, commits, speed)
@@ -238,8 +239,8 @@ class _Rendering:
     def _commit_iteration(self, stage_plan: StagePlan, iteration: int, result: IterationResult) -> bool:
         """Commit the iteration, and return whether another one follows."""
         now_s = time.monotonic()
-        if self._is_warm:  # the first iteration also loads weights and compiles kernels
-            self._speed.iterations.add(stage_plan.flop_per_iteration, now_s - self._since, iteration == 0)
+        if self._is_warm and iteration:  # the first iteration also loads weights and compiles kernels
+            self._speed.iterations.add(stage_plan.flop_per_iteration, now_s - self._since)
         self._is_warm, self._since = True, now_s
         left = self._speed.remaining_s(self.plan.stages[stage_plan.index :], iteration + 1)
         record = iteration_record(stage_plan.index, iteration, result)

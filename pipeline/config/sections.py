@@ -125,7 +125,7 @@ class NetworkConfig(Section):
         "reflect", description="padding at the image border; reflect: borders as calm as the inside"
     )
     pooling: PoolingKind = Field(
-        "average", description="pooling of the network; max has the most grain, tent the least"
+        "max", description="pooling of the network; max: flowing strokes; the others: less grain, more relief"
     )
     pooling_scale: Float = Field(
         1.0,
@@ -148,10 +148,10 @@ class LossConfig(Section):
         "wasserstein",
         description="style loss; wasserstein compares mean and covariance; gatys, normalized: Gram matrices",
     )
-    content_weight: Share = Field(0.35, description="weight of the content loss")
+    content_weight: Share = Field(0.3, description="weight of the content loss")
     style_weight: Share = Field(1.0, description="weight of the style loss")
     tv_weight: Share = Field(
-        0.1, description="total variation, against grain; 0.05 to 1, 0: off", json_schema_extra=new(0.0)
+        0.2, description="total variation, against grain; 0.05 to 1, 0: off", json_schema_extra=new(0.0)
     )
     tv_kind: Literal["squared", "absolute"] = Field(
         "absolute",

@@ -3,13 +3,12 @@
 The time of an iteration is a + b·FLOP: `a` is what every iteration costs (the roots of the loss, starting tasks, the
 journal), `b` is the speed of the device. All sizes that were measured give the curve, the largest ones most, because
 small feature maps stay in a cache; the newest measurements give its height, because other programs come and go on the
-machine. The first iteration of a stage takes longer (its update is not concurrent) and counts by itself. The time of a
+machine. The first iteration of a stage takes longer (its update is not concurrent) and is not counted. The time of a
 stage's preparation is extrapolated in the same way, by the FLOP of its passes over style and content.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -20,16 +19,17 @@ from statistics import fmean, median
 from pipeline.core.image_formats import format_of, is_jpeg_inside
 from pipeline.plan.plan import Plan, StagePlan
 
-# Times of a size that count: the newest.
-_NEWEST = 9
+# Times of a size that count: the newest. Nine of a small stage are 0.4 s, which a moment of other work doubles.
+_NEWEST = 30
 # A time beyond this multiple of the median is of a machine that was asleep.
 _OUTLIER = 3.0
 # Smaller sizes beside the largest that count for the curve, and how fast their weight falls with their FLOP.
 _SIZES, _FALL = 4, 0.5
-_FIRST_RATIOS = (0.5, 5.0)
-# a / b where it is not known: what an iteration of a small picture costs (vgg19-lite, 144 to 560 px, 2 cores). On a GPU
-# it is more. It counts as one measurement of this weight.
-_OVERHEAD_FLOP, _DOUBT = 4e9, 0.1
+# The first iteration of a stage takes so many times as long as the others (1.1 to 2.3, vgg19-lite, 2 cores under load).
+_FIRST_RATIO = 1.5
+# a / b where it is not known: what an iteration of a small picture costs (vgg19-lite, 144 to 640 px in memory, one
+# thread: 0.5e9). On a GPU it is more. It counts as one measurement of this weight.
+_OVERHEAD_FLOP, _DOUBT = 1e9, 0.1
 # So many measurements of a size need no extrapolation from others.
 _ENOUGH = 4
 # Writing the image, seconds of a core per pixel (2 cores, 2026-11-30): a deflated TIFF with pyramid 1.3e-7, PNG 1.0e-7,
@@ -45,45 +45,25 @@ class Costs:
 
     def __init__(self) -> None:
         self._seconds: dict[int, deque[float]] = {}  # the size that was measured last is the last
-        self._first: dict[int, float] = {}
 
-    def add(self, flop: int, seconds: float, is_first: bool = False) -> None:
-        """Count a measurement. `is_first`: of the first iteration of a stage."""
+    def add(self, flop: int, seconds: float) -> None:
+        """Count a measurement."""
         if flop <= 0 or seconds <= 0:
-            return
-        if is_first:
-            self._first[flop] = seconds
             return
         times = self._seconds.pop(flop, deque(maxlen=_NEWEST))
         self._seconds[flop] = times
         times.append(seconds)
-
-    @property
-    def first_ratio(self) -> float:
-        """How many times as long as the others the first iteration of a stage takes."""
-        known = self._first.keys() & self._seconds.keys()
-        ratios = [self._first[flop] / _level(self._seconds[flop]) for flop in known]
-        return min(max(median(ratios), _FIRST_RATIOS[0]), _FIRST_RATIOS[1]) if ratios else 1.0
 
     def seconds_for(self, flop: int) -> float | None:
         """Seconds of this work; None before the first measurement."""
         levels = {size: _level(times) for size, times in self._seconds.items()}
         for size, times in self._seconds.items():
             others = {other: seconds for other, seconds in levels.items() if other != size}
-            if len(times) < _ENOUGH and others:  # one measurement may be of a busy moment
-                levels[size] = _blended(levels[size], len(times), _extrapolated(size, others))
+            if (number := len(times)) < _ENOUGH and others:  # one measurement may be of a busy moment
+                levels[size] = (levels[size] ** number * _extrapolated(size, others)) ** (1 / (number + 1))
         if flop in levels:
             return levels[flop]
-        first = self._first[flop] / self.first_ratio if flop in self._first else None
-        if not levels:
-            return first
-        seconds = _extrapolated(flop, levels)
-        return seconds if first is None else _blended(first, 1, seconds)
-
-
-def _blended(measured: float, number: int, extrapolated: float) -> float:
-    """The geometric mean of so many measurements and an extrapolation."""
-    return math.exp((number * math.log(measured) + math.log(extrapolated)) / (number + 1))
+        return _extrapolated(flop, levels) if levels else None
 
 
 def _extrapolated(flop: int, levels: dict[int, float]) -> float:
@@ -135,7 +115,7 @@ class Speed:
         prepared = self.preparations.seconds_for(stage.prepare_flop)
         if prepared is None:
             prepared = self.iterations.seconds_for(stage.prepare_flop) or 0.0
-        return prepared + iteration * (stage.max_iterations - 1 + self.iterations.first_ratio)
+        return prepared + iteration * (stage.max_iterations - 1 + _FIRST_RATIO)
 
     def remaining_s(self, stages: Sequence[StagePlan], iteration: int) -> float | None:
         """Seconds to the end of a run that has `stages` left, of whose first this many iterations are done.

@@ -1,8 +1,6 @@
 """How well a run foretold its own end: what its journal said was left, beside what was.
 
 python -m tools.bench.eta poster.run
-
-Stages in memory have one estimate for each commit; with `store.commit_interval: 0` there is one for each iteration.
 """
 
 from __future__ import annotations
@@ -34,28 +32,34 @@ def estimates(records: Sequence[Record], stages: Sequence[StagePlan] = (), expor
 
     With `stages`, what today's program would have said instead of what the journal has.
     """
-    start_s, end_s = (
-        _time(next(one for one in way if isinstance(one, Begun | Exported))) for way in (records, records[::-1])
-    )
+    start_s = _time(next(one for one in records if isinstance(one, Begun)))
+    end_s = _time(next(one for one in reversed(records) if isinstance(one, Exported)))
     speed, before_s, is_warm = Speed(export_s=export_s), start_s, False
     found = []
     for record in records:
         now_s = _time(record)
         if isinstance(record, StagePrepared) and stages and is_warm:
             speed.preparations.add(stages[record.stage].prepare_flop, now_s - before_s)
-        if isinstance(record, Iteration):
-            said_s = record.remaining_s
+        for one, seconds, after_s in _timed(record) if isinstance(record, Iteration) else ():
+            said_s = one.remaining_s
             if stages:
-                if is_warm:
-                    flop = stages[record.stage].flop_per_iteration
-                    speed.iterations.add(flop, now_s - before_s, record.iteration == 0)
-                said_s = speed.remaining_s(stages[record.stage :], record.iteration + 1)
+                if is_warm and one.iteration:
+                    speed.iterations.add(stages[one.stage].flop_per_iteration, seconds)
+                said_s = speed.remaining_s(stages[one.stage :], one.iteration + 1)
             is_warm = True
             if said_s is not None:
-                share = (now_s - start_s) / (end_s - start_s)
-                found.append(Estimate(record.stage, record.iteration, share, said_s, end_s - now_s))
+                share, true_s = (now_s - after_s - start_s) / (end_s - start_s), end_s - now_s + after_s
+                found.append(Estimate(one.stage, one.iteration, share, said_s, true_s))
         before_s = now_s
     return found
+
+
+def _timed(record: Iteration) -> list[tuple[Iteration, float, float]]:
+    """(iteration, its seconds, seconds from its end to the commit) of each iteration that the record commits."""
+    each = [(one, one.busy.get("wall", sum(one.seconds.values()))) for one in record.each]
+    return [
+        (one, seconds, sum(later for _, later in each[number:])) for number, (one, seconds) in enumerate(each, start=1)
+    ]
 
 
 def _time(record: Record) -> float:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,9 @@ from pipeline.commands import measure
 from pipeline.core.events import Event, IterationDone, Note
 from pipeline.plan import power
 from pipeline.plan.power import PowerMeter
+from pipeline.render import residency
+from pipeline.render.stage import Stage
+from pipeline.store import ResidentStage
 from tests.support.e2e import write_run
 
 TWO_STAGES = {"initial_size": 48, "style_stages": False, "optimizer": {"max_iterations": 3}}
@@ -56,6 +61,22 @@ def test_every_kind_of_run_can_be_measured(tmp_path, keys):
     config = pipeline.load_config(write_run(tmp_path, (96, 64), (40, 40), **{**TWO_STAGES, **keys}))
     found = pipeline.measured_time(config, pipeline.plan(config))
     assert found is not None and found.seconds > 0
+
+
+@pytest.mark.parametrize(("interval", "in_memory"), [("30s", True), (0, False)])
+def test_a_run_in_memory_is_measured_in_memory(tmp_path, monkeypatch, interval, in_memory):
+    """What iterations from the disk take is no measure of those in memory, and larger stages are judged by it."""
+    keys = {**TWO_STAGES, "store": {"commit_interval": interval}}
+    config = pipeline.load_config(write_run(tmp_path, (96, 64), (40, 40), **keys))
+    entered, real = [], residency.resident
+
+    def resident(stage: Stage, *state: Any) -> AbstractContextManager[ResidentStage | None]:
+        entered.append(stage.plan.size)
+        return real(stage, *state)
+
+    monkeypatch.setattr(residency, "resident", resident)
+    assert pipeline.measured_time(config, pipeline.plan(config)) is not None
+    assert bool(entered) == in_memory
 
 
 def test_a_long_run_says_its_time_at_its_start(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from pipeline.plan import duration
 from pipeline.plan.duration import Costs, Speed
 from pipeline.rundir import Begun, Exported, Iteration, Manifest, Record, StagePrepared
+from pipeline.rundir.records import measured_alone
 from tests.support.plans import planned
 from tools.bench.eta import estimates
 
@@ -56,8 +57,10 @@ def made_journal(rate: float, overhead_s: float, load: float, drift: float) -> l
         times += [(iteration_record(stage.index, number), each_s) for number, each_s in enumerate(seconds[1:])]
     records: list[Record] = [Begun(manifest=MANIFEST, time=text(now_s))]
     for record, seconds_s in [*times, (Exported(output="o.tif"), 1.3 * EXPORT_S)]:
-        now_s += seconds_s * rng.uniform(1, 1 + load)
-        records.append(record.model_copy(update={"time": text(now_s)}))
+        took_s = seconds_s * rng.uniform(1, 1 + load)
+        now_s += took_s
+        wall = {"busy": {"wall": took_s}} if isinstance(record, Iteration) else {}
+        records.append(record.model_copy(update={"time": text(now_s), **wall}))
     return records
 
 
@@ -87,10 +90,43 @@ def test_after_a_tenth_of_the_run_the_rest_is_known_within_a_quarter(monkeypatch
         assert one.said_s == pytest.approx(one.true_s, rel=0.25, abs=0.02 * total_s), one
 
 
+def test_stages_in_memory_are_judged_by_each_of_their_iterations(monkeypatch):
+    """A commit every 30 s holds hundreds of them: by its own time alone, a run of a minute has three estimates."""
+    monkeypatch.setattr(duration, "slowness", lambda: 1.0)
+    records = made_journal(1e-12, 0.3, load=0.4, drift=0.0)
+    together: list[Record] = []
+    waiting: list[Iteration] = []
+    for one in records:
+        if isinstance(one, Iteration):
+            waiting.append(one)
+            if one.iteration % 7 and one.iteration + 1 < PLAN.stages[one.stage].max_iterations:
+                continue
+            together.append(one.model_copy(update={"before": tuple(map(measured_alone, waiting[:-1]))}))
+            waiting = []
+        else:
+            together.append(one)
+    expected, found = (estimates(way, PLAN.stages, EXPORT_S) for way in (records, together))
+    assert len(found) == len(expected) > 200
+    for one, other in zip(found, expected, strict=True):
+        assert (one.stage, one.iteration) == (other.stage, other.iteration)
+        assert (one.share, one.said_s, one.true_s) == pytest.approx((other.share, other.said_s, other.true_s), rel=1e-3)
+
+
+def test_other_work_for_a_moment_does_not_change_what_is_said_of_hours():
+    """The iterations of a small stage take hundredths of a second: nine of them are over before a web page is open."""
+    speed, first = Speed(), PLAN.stages[0]
+    for _ in range(30):
+        speed.iterations.add(first.flop_per_iteration, 0.04)
+    quiet = speed.remaining_s(PLAN.stages, 30)
+    for _ in range(9):
+        speed.iterations.add(first.flop_per_iteration, 0.08)
+    assert speed.remaining_s(PLAN.stages, 39) < 1.35 * quiet
+
+
 def test_the_time_of_a_size_is_that_of_its_newest_measurements():
     """Another program that ran for an hour would be part of every later estimate."""
     costs = Costs()
-    for seconds in [50.0] * 20 + [10.0] * 9:
+    for seconds in [50.0] * 40 + [10.0] * 30:
         costs.add(10**12, seconds)
     assert costs.seconds_for(10**12) == 10
     assert costs.seconds_for(2 * 10**12) == pytest.approx(20, rel=0.01)
