@@ -31,7 +31,7 @@ from pipeline.feedforward.network_file import load_network, save_network
 from pipeline.feedforward.photographs import Crops, Photograph, find_photographs
 from pipeline.feedforward.samples import fitted, preview_text, read_tensor, sample_pictures, sample_sheet
 from pipeline.feedforward.train_folder import TrainFolder, locked_train_folder
-from pipeline.feedforward.training import Trainer
+from pipeline.feedforward.training import Trainer, spec_of
 from pipeline.images import ImageHeader, read_header
 from pipeline.network import NetworkSpec, WeightsSource, find_weights, sha256_of
 from pipeline.network.cache import get_network
@@ -109,6 +109,7 @@ def _identity(
         **result_fields(config),
         "compute.device": device.name,
         "compute.dtype": _dtype(config, device),
+        **({} if (skip := spec_of(config).skip) == "none" else {"network.skip": skip}),  # trainings before it had none
         "the photographs": f"{len(names)}, {hashlib.sha256(chr(10).join(names).encode()).hexdigest()[:16]}",
         "the style images": [sha256_of(path, cancel) for path in styles],
         "the weights of the loss network": weights.sha256,

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pipeline.config.config import read_overridden, refuse_other_command, validated
 from pipeline.config.fields import MAX_THREADS, Device, File, Float, Int, Layers, Share
 from pipeline.config.messages import Conflict, ConflictsError, allowed
-from pipeline.config.sections import COMPARED_BY_CONTENT, HARMLESS, LimitsConfig, NetworkConfig, Section
+from pipeline.config.sections import COMPARED_BY_CONTENT, HARMLESS, LimitsConfig, NetworkConfig, Section, new
 from pipeline.core.files import real, same_file
 from pipeline.core.text import shown
 from pipeline.core.vgg_layers import ALIGN_PX, min_side_px
@@ -60,6 +60,11 @@ class TransformConfig(Section):
     upsampling: Literal["nearest", "fractional"] = Field(
         "nearest", description="nearest: no checkerboard; fractional: as in the paper"
     )
+    skip: Literal["bicubic", "none"] | None = Field(
+        None,
+        description="what the output is added to: bicubic enlargement; null: bicubic for super-resolution",
+        json_schema_extra=HARMLESS,  # what it stands for is compared
+    )
 
 
 class LossNetworkConfig(NetworkConfig):
@@ -84,6 +89,11 @@ class TrainingLossConfig(Section):
     content_weight: Share = Field(0.3, description="weight of the content loss")
     style_weight: Share = Field(1.0, description="weight of the style loss")
     tv_weight: Share = Field(0.2, description="total variation, against grain; 0: off")
+    pixel_weight: Share = Field(
+        0.0,
+        description="weight of the pixels' mean square beside the features, for super-resolution: keeps colours",
+        json_schema_extra=new(0.0),
+    )
 
 
 class ScheduleConfig(Section):
@@ -97,6 +107,13 @@ class ScheduleConfig(Section):
         None, description="side of a crop in px; null: 256 for a style, 288 for super-resolution"
     )
     learning_rate: Float = Field(1e-3, gt=0, le=1, description="learning rate of Adam")
+    halve_every: Int = Field(
+        0,
+        ge=0,
+        le=10_000_000,
+        description="steps after which the learning rate is halved, each time anew; 0: never",
+        json_schema_extra=new(0),
+    )
     checkpoint_every: Int = Field(
         250, ge=1, le=1_000_000, description="steps between two checkpoints", json_schema_extra=HARMLESS
     )
@@ -199,7 +216,7 @@ def _conflicts(config: TrainConfig) -> Iterator[Conflict]:
     if config.crop_px < least:
         text = f"{config.crop_px} px is too small for the layers of the losses, which need {least} px"
         yield Conflict((("training", "crop_px"), ("loss_network",)), text)
-    weights = (loss.content_weight, loss.style_weight if config.task == "style" else 0.0)
+    weights = (loss.content_weight, loss.style_weight if config.task == "style" else 0.0, loss.pixel_weight)
     if not any(weights):
         yield Conflict((("loss",),), "content and style have no weight, so there is nothing to learn")
 
@@ -220,6 +237,12 @@ def _style_conflicts(config: TrainConfig) -> Iterator[Conflict]:
     if config.loss.content == "pixels":
         text = "the pixels of a stylised picture are not those of the photograph; use features"
         yield Conflict((("loss", "content"), ("task",)), text)
+    if config.network.skip == "bicubic":
+        text = "a style paints anew what super-resolution adds to; remove skip"
+        yield Conflict((("network", "skip"), ("task",)), text)
+    if config.loss.pixel_weight:
+        text = "the pixels of a stylised picture are not those of the photograph; remove pixel_weight"
+        yield Conflict((("loss", "pixel_weight"), ("task",)), text)
     if len(config.styles) > 1 and config.network.norm not in (None, "instance"):
         text = "several styles need norm: instance, whose scale and shift are each style's own"
         yield Conflict((("network", "norm"), ("styles",)), text)

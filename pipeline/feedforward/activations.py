@@ -51,13 +51,14 @@ class Step:
     """One pass over a network: `layers`, from `origin`; None: from the content.
 
     `keeps`: the array that the map at the origin is written to, where it is the input of a block. `writes`: that of the
-    last layer's output, before its norm.
+    last layer's output, before its norm. `adds_content`: whether the output is added to the content, enlarged.
     """
 
     layers: tuple[Layer, ...]
     origin: Origin | None = None
     keeps: str | None = None
     writes: str | None = None
+    adds_content: bool = False
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -70,8 +71,10 @@ def step_of(spec: TransformSpec, number: int, size: Size, norm: Conv | None, kee
 
     `number`: of the network. `size`: (height, width) of the content. `keeps`: whether activations are on the disk.
     """
+    adds_content = norm is None and spec.skip == "bicubic"
     if not keeps or not spec.measured_norms():
-        return Step(spec.layers if norm is None else geometry.layers_until(spec, norm))
+        layers = spec.layers if norm is None else geometry.layers_until(spec, norm)
+        return Step(layers, adds_content=adds_content)
     before, blocks, after = _parts(spec)
     maps = [activations_name(number, slot) for slot in (0, 1)]
     if norm in before:
@@ -84,7 +87,7 @@ def step_of(spec: TransformSpec, number: int, size: Size, norm: Conv | None, kee
         if norm == second:
             return Step((second,), Origin(first, geometry.size_after(origin.size, (first,)), maps[1]), writes=maps[0])
     layers = after if norm is None else after[: after.index(norm) + 1]
-    return Step(layers, _behind(spec, number, size, len(blocks)))
+    return Step(layers, _behind(spec, number, size, len(blocks)), adds_content=adds_content)
 
 
 def _behind(spec: TransformSpec, number: int, size: Size, block: int) -> Origin:

@@ -17,7 +17,8 @@ def tile_bytes(spec: Layered, size: Size, tile_px: int, itemsize: int, steps: Se
     `steps`: the passes; by default all layers from the content.
     """
     return max(
-        _window_bytes(spec, window, itemsize) + _skip_values(step, window) * itemsize
+        _window_bytes(spec, window, itemsize)
+        + (_skip_values(step, window) + _content_values(spec, size, step, window) * (1 + spec.factor**2)) * itemsize
         for step in heaviest(steps or [Step(spec.layers)])
         for window in _some_windows(spec, size, step, tile_px)
     )
@@ -31,7 +32,9 @@ def heaviest(steps: Iterable[Step]) -> list[Step]:
 def waiting_values(spec: Layered, size: Size, tile_px: int, step: Step) -> int:
     """The most values that a tile reads, and then writes to arrays of activations."""
     return max(
-        _read_values(step, window) + len(step.written) * _output_values(window)
+        _read_values(step, window)
+        + len(step.written) * _output_values(window)
+        + _content_values(spec, size, step, window)
         for window in _some_windows(spec, size, step, tile_px)
     )
 
@@ -99,6 +102,11 @@ def _read_values(step: Step, window: Window) -> int:
 def _skip_values(step: Step, window: Window) -> int:
     """Values of what is added to the activations that a pass begins at."""
     return 0 if step.origin is None else _read_values(step, window) * (step.origin.maps - 1) // step.origin.maps
+
+
+def _content_values(spec: Layered, size: Size, step: Step, window: Window) -> int:
+    """Values of the content that is enlarged and added to the output."""
+    return 3 * geometry.enlarged_from(window.held[-1], size, spec.factor).area if step.adds_content else 0
 
 
 def _output_values(window: Window) -> int:

@@ -155,6 +155,12 @@ def size_after(size: Size, layers: Sequence[Layer]) -> Size:
     return height, width
 
 
+def enlarged_from(wanted: Rect, size: Size, factor: int) -> Rect:
+    """The pixels of an image of `size` that `wanted` of its bicubic enlargement needs: two to each side."""
+    rows, columns = ((lo // factor, -(-hi // factor)) for lo, hi in (wanted[:2], wanted[2:]))
+    return Rect(*rows, *columns).grown(2, *size)
+
+
 def _padded(spec: Layered, size: Size) -> Size:
     return size[0] + 2 * spec.start_padding_px, size[1] + 2 * spec.start_padding_px
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from pipeline.feedforward.spec import Conv, Padding, Residual, TransformSpec, Upsampling
 
 NORM_EPS = 1e-5  # of torch's norms, and of pytorch/examples
+# What 1 in the output of a network with a skip is worth: in levels of 127.5 Adam's first steps would be far too long.
+SKIP_LEVELS = 16.0
 
 
 class TransformNetwork(nn.Module):
@@ -35,6 +37,7 @@ class TransformNetwork(nn.Module):
         `style_BS`: the share of each style, for each image or (1, S) for all; None: the first style.
         """
         height, width = (side * self.spec.factor for side in image_BCHW.shape[2:])
+        skip_BCHW = enlarged(image_BCHW, self.spec.factor) if self.spec.skip == "bicubic" else None
         x = padded(to_network(image_BCHW, self.spec), self.spec.start_padding_px, "reflect")
         if style_BS is None:
             style_BS = F.one_hot(torch.zeros(1, dtype=torch.int64), len(self.spec.styles)).to(x)
@@ -42,7 +45,7 @@ class TransformNetwork(nn.Module):
             x = layer(x, style_BS)
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16, of autocast, has no levels above 128
         # strides of 2 round sizes up: the map may be larger than the image
-        return to_pixels(x, self.spec)[:, :, :height, :width]
+        return to_pixels(x[:, :, :height, :width], self.spec, skip_BCHW)
 
 
 def to_network(image_BCHW: Tensor, spec: TransformSpec) -> Tensor:
@@ -50,8 +53,15 @@ def to_network(image_BCHW: Tensor, spec: TransformSpec) -> Tensor:
     return image_BCHW / 127.5 - 1 if spec.pixels == "unit" else image_BCHW
 
 
-def to_pixels(x_BCHW: Tensor, spec: TransformSpec) -> Tensor:
-    """The network's output as RGB 0..255, not clamped."""
+def enlarged(image_BCHW: Tensor, factor: int) -> Tensor:
+    """The bicubic enlargement of an image; beyond its border are the pixels at the border."""
+    return F.interpolate(image_BCHW, scale_factor=factor, mode="bicubic", align_corners=False)
+
+
+def to_pixels(x_BCHW: Tensor, spec: TransformSpec, skip_BCHW: Tensor | None = None) -> Tensor:
+    """The network's output as RGB 0..255, not clamped. `skip_BCHW`: what it is added to, of a spec with a skip."""
+    if skip_BCHW is not None:
+        return skip_BCHW + SKIP_LEVELS * x_BCHW
     if spec.output == "tanh":
         return 127.5 + 127.5 * torch.tanh(x_BCHW)
     return 127.5 + 127.5 * x_BCHW if spec.pixels == "unit" else x_BCHW

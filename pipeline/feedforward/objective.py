@@ -1,10 +1,11 @@
 """The losses of a training step and their gradient at the network's output, by the code of the optimiser's run.
 
-    J = mean over the batch of  w_c·Lc + w_s·Ls + w_tv·Ltv
+    J = mean over the batch of  w_c·Lc + w_s·Ls + w_tv·Ltv + w_p·Lp
 
-Lc, Ls and Ltv are those of pipeline/losses, of each picture by itself. The gradient passes through the loss network on
-its tape, as in a run, so no second implementation of the losses has to agree with the first, and autograd only records
-the network that is trained. Axes in names: B batch, C channels, H rows, W columns, M see losses/objective.py.
+Lc, Ls and Ltv are those of pipeline/losses, of each picture by itself; Lp is the mean square of the pixels. The
+gradient passes through the loss network on its tape, as in a run, so no second implementation of the losses has to
+agree with the first, and autograd only records the network that is trained. Axes in names: B batch, C channels, H
+rows, W columns, M see losses/objective.py.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What is compared. `content_layers` may be empty: then pixels are compared. `kind`: loss.kind."""
+    """What is compared. `content_layers` may be empty: then Lc is Lp. `kind`: loss.kind."""
 
     kind: str
     content: float
@@ -46,6 +47,7 @@ class LossWeights:
     variation: float
     content_layers: Mapping[str, float]
     style_layers: Mapping[str, float]
+    pixels: float = 0.0
 
 
 class TrainingObjective:
@@ -91,12 +93,17 @@ class TrainingObjective:
             for feature_map in self._features(output_BCHW, names, tape):
                 del feature_map  # the tape has it
             gradient += self._network.gradient(tape, lambda layer: self._seed(layer, contents, styles, sums))
-        if self._weights.content > 0 and not self._content_layers:
-            gradient += self._pixels(output_BCHW, target_BCHW, sums)
-        if self._weights.variation > 0:
-            gradient += self._variation(output_BCHW, sums)
         weights = self._weights
+        if weights.content > 0 and not self._content_layers:
+            sums.content, by_pixels_BCHW = _pixels(output_BCHW, target_BCHW)
+            gradient += weights.content * by_pixels_BCHW
+        if weights.variation > 0:
+            gradient += self._variation(output_BCHW, sums)
         objective = weights.content * sums.content + weights.style * sums.style + weights.variation * sums.variation
+        if weights.pixels > 0:
+            found, by_pixels_BCHW = _pixels(output_BCHW, target_BCHW)
+            objective += weights.pixels * found
+            gradient += weights.pixels * by_pixels_BCHW
         return Losses(objective, sums.content, sums.style, sums.variation), gradient
 
     def _features(self, pixels_BCHW: Tensor, names: set[str], tape: list[Step] | None = None) -> list[FeatureMap]:
@@ -151,13 +158,6 @@ class TrainingObjective:
         sums.style += term.loss / sums.batch
         return style_seed(features_1CHW, term.seed_CM)
 
-    def _pixels(self, output_BCHW: Tensor, target_BCHW: Tensor, sums: _Sums) -> Tensor:
-        """The mean squared difference of pixels, in units of the whole range."""
-        difference = output_BCHW - target_BCHW
-        number = difference.numel() * _PIXEL_ENERGY
-        sums.content += float(squares(difference)) / number
-        return self._weights.content * 2 / number * difference
-
     def _variation(self, output_BCHW: Tensor, sums: _Sums) -> Tensor:
         height, width = output_BCHW.shape[2:]
         tile, pixels, gradients = Tile(0, Rect(0, height, 0, width), height, width), height * width, []
@@ -166,6 +166,13 @@ class TrainingObjective:
             sums.variation += found / (CHANNELS * pixels) / sums.batch
             gradients.append(gradient_CHW * (self._weights.variation / (pixels * sums.batch)))
         return torch.stack(gradients)
+
+
+def _pixels(output_BCHW: Tensor, target_BCHW: Tensor) -> tuple[float, Tensor]:
+    """The mean squared difference of pixels, in units of the whole range, and its gradient."""
+    difference = output_BCHW - target_BCHW
+    number = difference.numel() * _PIXEL_ENERGY
+    return float(squares(difference)) / number, 2 / number * difference
 
 
 @dataclass

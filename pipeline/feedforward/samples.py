@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.config import TrainConfig
 from pipeline.core.cancel import NEVER, CancelToken
+from pipeline.feedforward.network import enlarged
 from pipeline.feedforward.photographs import Photograph, lowered, read_picture
 from pipeline.feedforward.training import Trainer, spec_of
 from pipeline.images import read_header
@@ -77,8 +78,7 @@ def sample_sheet(trainer: Trainer, config: TrainConfig, pictures: Sequence[Tenso
 def _sample_row(trainer: Trainer, config: TrainConfig, picture_1CHW: Tensor) -> list[Picture]:
     if config.task == "super-resolution":
         small = lowered(picture_1CHW, config.factor)
-        enlarged = F.interpolate(small, picture_1CHW.shape[2:], mode="bicubic", align_corners=False)
-        return [_pixels(enlarged), _pixels(trainer.result(small, 0)), _pixels(picture_1CHW)]
+        return [_pixels(enlarged(small, config.factor)), _pixels(trainer.result(small, 0)), _pixels(picture_1CHW)]
     return [_pixels(picture_1CHW), *(_pixels(trainer.result(picture_1CHW, i)) for i in range(len(config.styles)))]
 
 

@@ -109,6 +109,9 @@ class TransformSpec(BaseModel):
         "nearest", description="nearest: enlarged, then convolved (no checkerboard); fractional: strided by 1/2"
     )
     output: Literal["tanh", "linear"] = Field("tanh", description="tanh: scaled to 0..255")
+    skip: Literal["none", "bicubic"] = Field(
+        "none", description="bicubic: the output is added to the bicubic enlargement of the input"
+    )
     pixels: Literal["unit", "bytes"] = Field("unit", description="the network's numbers: -1..1, or 0..255")
     styles: tuple[str, ...] = Field(("style",), min_length=1, max_length=1000)
     start_padding_px: int = Field(0, ge=0, le=1000, description="reflection before the first layer; the paper: 40")
@@ -118,6 +121,10 @@ class TransformSpec(BaseModel):
     def _consistent(self) -> TransformSpec:
         if (self.factor == 1) != (self.task == "style"):
             raise ValueError("factor is 1 for a style, and 4 or 8 for super-resolution")
+        if self.skip != "none" and (self.factor == 1 or self.start_padding_px or not self.block_padding):
+            raise ValueError("skip is for super-resolution with padded blocks, whose output lies over its input")
+        if self.skip != "none" and self.output != "linear":
+            raise ValueError("skip needs output: linear, in levels that are added")
         if len(self.styles) > 1 and self.norm != "instance":
             raise ValueError("several styles need norm: instance, whose scale and shift are each style's own")
         if len(set(self.styles)) < len(self.styles):

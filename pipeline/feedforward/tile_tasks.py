@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.core import profiler
 from pipeline.core.tiling import Rect, Size, Tile
-from pipeline.feedforward import activations, tiled
+from pipeline.feedforward import activations, geometry, tiled
 from pipeline.feedforward.activations import Step
 from pipeline.feedforward.network_file import load_network
 from pipeline.feedforward.tiled import Moments, Statistics, TiledNetwork
@@ -198,14 +198,18 @@ def output_task(spec: OutputSpec) -> ChunkSums:
         activations.window(network.spec, size, step, inner) for network, step in zip(networks, steps, strict=True)
     ]
     maps = [spec.at_origin(step, window.pixels) for step, window in zip(steps, windows, strict=True)]
+    factor = networks[0].spec.factor  # of all
+    enlarged_from = geometry.enlarged_from(inner, size, factor)
+    small_1CHW = spec.load(CONTENT, enlarged_from) if any(step.adds_content for step in steps) else None
     shares = _shares(spec)
     content_1CHW = _content(spec, shares, maps[0][0] if steps[0].origin is None else None, windows[0].pixels)
     with computing(spec):
+        skip_1CHW = None if small_1CHW is None else tiled.enlarged_part(small_1CHW, enlarged_from, inner, factor)
         out_1CHW: Tensor | None = None
         for index, network in enumerate(networks):
             dtype = maps[index][0].dtype
             x_1CHW = spec.begun(index, steps[index], maps[index])
-            y = network.output(windows[index], x_1CHW, spec.statistics.get(index, {})).to(dtype)
+            y = network.output(windows[index], x_1CHW, spec.statistics.get(index, {}), skip_1CHW).to(dtype)
             if shares is not None:
                 y.mul_(shares[index])
             out_1CHW = y if out_1CHW is None else out_1CHW.add_(y)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.core.tiling import Rect
 from pipeline.feedforward.geometry import Window
-from pipeline.feedforward.network import NORM_EPS, to_network, to_pixels
+from pipeline.feedforward.network import NORM_EPS, enlarged, to_network, to_pixels
 from pipeline.feedforward.network_file import TransformFile
 from pipeline.feedforward.spec import Conv
 from pipeline.feedforward.windows import run_window
@@ -79,9 +80,15 @@ class TiledNetwork:
             x = F.relu_(x)
         return (x if skip_1CHW is None else x.add_(skip_1CHW)).to(self._dtype)
 
-    def output(self, window: Window, x_1CHW: Tensor, statistics: Mapping[str, Statistics]) -> Tensor:
-        """RGB 0..255 of the window, not clamped, (1, 3, H, W). `x_1CHW`: `window.pixels` of `input`, or of `normed`."""
-        return to_pixels(self._run(window, x_1CHW, statistics, None), self.spec)
+    def output(
+        self, window: Window, x_1CHW: Tensor, statistics: Mapping[str, Statistics], skip_1CHW: Tensor | None = None
+    ) -> Tensor:
+        """RGB 0..255 of the window, not clamped, (1, 3, H, W). `x_1CHW`: `window.pixels` of `input`, or of `normed`.
+
+        `skip_1CHW`: see `enlarged_part`; used by a network with a skip alone.
+        """
+        y_1CHW = self._run(window, x_1CHW, statistics, None)
+        return to_pixels(y_1CHW, self.spec, None if self.spec.skip == "none" else skip_1CHW)
 
     def before_norm(self, window: Window, x_1CHW: Tensor, statistics: Mapping[str, Statistics], conv: Conv) -> Tensor:
         """The map before the norm of `conv`, with which the window ends. `statistics`: of the norms before."""
@@ -116,6 +123,12 @@ class TiledNetwork:
         own = statistics[conv.name]
         mean, variance = (torch.tensor(values, dtype=torch.float64) for values in (own.mean_C, own.variance_C))
         return self._style_S @ weight, self._style_S @ bias, mean, variance
+
+
+def enlarged_part(pixels_1CHW: Tensor, read: Rect, wanted: Rect, factor: int) -> Tensor:
+    """`wanted` of an image's bicubic enlargement, of which `pixels_1CHW` are `read`: see geometry.enlarged_from."""
+    rows, columns = wanted.within(Rect(*(edge * factor for edge in read)))
+    return enlarged(pixels_1CHW, factor)[:, :, rows, columns]
 
 
 def moments_of(x_1CHW: Tensor) -> Moments:

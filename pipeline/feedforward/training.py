@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
 from pipeline.core.errors import ConfigError, DamagedStateError, DeviceMemoryError
@@ -31,6 +31,7 @@ _NORM = {"style": "instance", "super-resolution": "batch"}
 def spec_of(config: TrainConfig) -> TransformSpec:
     """The network that a config trains."""
     network, is_style = config.network, config.task == "style"
+    skip = network.skip or ("none" if is_style else "bicubic")
     return TransformSpec.model_validate(
         {
             "task": config.task,
@@ -39,6 +40,8 @@ def spec_of(config: TrainConfig) -> TransformSpec:
             "blocks": _BLOCKS[config.task] if network.blocks is None else network.blocks,
             "norm": network.norm or _NORM[config.task],
             "upsampling": network.upsampling,
+            "skip": skip,
+            "output": "tanh" if skip == "none" else "linear",
             **({"styles": config.style_names} if is_style else {}),
         }
     )
@@ -54,6 +57,7 @@ def weights_of(config: TrainConfig) -> LossWeights:
         loss.tv_weight,
         network.content_layers if loss.content == "features" else {},
         network.style_layers if is_style else {},
+        loss.pixel_weight,
     )
 
 
@@ -84,6 +88,9 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.network = TransformNetwork(spec_of(config))
+        if self.network.spec.skip != "none":
+            for parameter in self.network.layers["last"].parameters():
+                nn.init.zeros_(parameter)  # it begins as the enlargement that it adds to
         self.network.to(self._device).train()
         # not fused, not foreach: each parameter by itself, so that the order of the sums is fixed
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.training.learning_rate, foreach=False)
@@ -110,6 +117,9 @@ class Trainer:
                 f"the losses are not finite at step {self.step + 1:,}: the training diverged. Use a smaller "
                 "training.learning_rate, in another work_dir."
             )
+        schedule = self._config.training
+        for group in self.optimizer.param_groups:  # by the step alone: a resume continues with the same rate
+            group["lr"] = schedule.learning_rate * 0.5 ** (self.step // (schedule.halve_every or self.step + 1))
         self.optimizer.step()
         self.step += 1
         return losses

@@ -4,12 +4,13 @@
 
 The input is made of each picture as in training: blurred (σ 1 px) and reduced, bicubic. PSNR and SSIM are of the
 luminance without a margin of the factor, as the paper measures them; the feature loss is ‖φ(x) − φ(y)‖²/‖φ(y)‖² at
-conv2_2 of `--loss-network`. Axes in names: 1 batch, C channels, H rows, W columns.
+conv2_2 of each `--loss-network`: name one too that the network was not trained with. The lattice is that of
+tools/picture, of the factor's px. Axes in names: 1 batch, C channels, H rows, W columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -23,12 +24,13 @@ from rich.table import Table
 from torch import Tensor
 
 from pipeline.core.tiling import Rect
+from pipeline.feedforward.network import enlarged
 from pipeline.feedforward.network_file import load_network
 from pipeline.feedforward.photographs import SUFFIXES, lowered
 from pipeline.network import find_weights
 from pipeline.network.vgg import Network
 from pipeline.network.weights_file import load_state
-from tools.picture.measures import luminance, psnr, read
+from tools.picture.measures import lattice, luminance, psnr, read
 
 LAYER = "conv2_2"
 
@@ -75,10 +77,13 @@ def enlargements(path: Path, network: torch.nn.Module, factor: int) -> tuple[nda
     height, width = (side // factor * factor for side in picture.shape[:2])
     picture = np.asarray(picture[:height, :width], np.float64)
     small_1CHW = lowered(tensor(picture), factor)
-    bicubic = F.interpolate(small_1CHW, (height, width), mode="bicubic", align_corners=False)
     with torch.no_grad():
         ours = network(small_1CHW)
-    methods = {"bicubic": array(bicubic), "Lanczos": lanczos(array(small_1CHW), factor), "network": array(ours)}
+    methods = {
+        "bicubic": array(enlarged(small_1CHW, factor)),
+        "Lanczos": lanczos(array(small_1CHW), factor),
+        "network": array(ours),
+    }
     return picture, methods
 
 
@@ -87,41 +92,53 @@ def pictures_in(paths: tuple[Path, ...]) -> Iterator[Path]:
         yield from sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
 
 
-def measured(picture: ndarray, image: ndarray, loss_network: Network, margin: int) -> tuple[float, float, float]:
-    """(PSNR, SSIM, feature loss)."""
+def loss_network_of(name: str) -> Network:
+    """A network by its name in `network.name`, or by its file."""
+    path = Path(name) if Path(name).suffix else None
+    source = find_weights(name, path, 0)
+    assert source.path is not None, "a network with weights"
+    state = load_state(source.path)
+    return Network(state, padding="replicate", pooling="average", dtype=torch.float32, device="cpu")
+
+
+def measured(picture: ndarray, image: ndarray, loss_networks: Iterable[Network], margin: int) -> list[float]:
+    """PSNR, SSIM, the lattice of the input's pixels, and the feature loss of each network."""
     inner = slice(margin, -margin)
     ours, theirs = (luminance(x.astype(np.float64))[inner, inner] for x in (image, picture))
-    target = features(loss_network, tensor(picture))
-    loss = (features(loss_network, tensor(image)) - target).square().sum() / target.square().sum()
-    return psnr(ours, theirs), ssim(ours, theirs), float(loss)
+    losses = []
+    for network in loss_networks:
+        target = features(network, tensor(picture))
+        losses.append(float((features(network, tensor(image)) - target).square().sum() / target.square().sum()))
+    return [psnr(ours, theirs), ssim(ours, theirs), lattice(image, margin), *losses]
 
 
 @click.command(help=(__doc__ or "").split("\n\n", maxsplit=1)[0])
 @click.argument("network_path", metavar="NETWORK", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("paths", metavar="PICTURE…", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--loss-network", default="vgg19-lite", show_default=True)
+@click.option(
+    "--loss-network", "names", multiple=True, default=["vgg19-lite"], show_default=True, help="Name or weights file."
+)
 @click.option("--sheet", type=click.Path(path_type=Path), help="PNG of the first pictures: by method, original last.")
-def main(network_path: Path, paths: tuple[Path, ...], loss_network: str, sheet: Path | None) -> None:
+def main(network_path: Path, paths: tuple[Path, ...], names: tuple[str, ...], sheet: Path | None) -> None:
     file = load_network(network_path)
     if file.spec.task != "super-resolution":
         raise click.UsageError(f"{network_path} is a network of task {file.spec.task}, not super-resolution.")
     network, factor = file.network(), file.spec.factor
-    source = find_weights(loss_network, None, 0)
-    assert source.path is not None, "a network with weights"
-    vgg = Network(load_state(source.path), padding="replicate", pooling="average", dtype=torch.float32, device="cpu")
-    rows: dict[str, list[tuple[float, float, float]]] = {}
+    loss_networks = [loss_network_of(name) for name in names]
+    rows: dict[str, list[list[float]]] = {}
     strips: list[ndarray] = []
     for path in pictures_in(paths):
         picture, methods = enlargements(path, network, factor)
         for name, image in methods.items():
-            rows.setdefault(name, []).append(measured(picture, image, vgg, factor))
+            rows.setdefault(name, []).append(measured(picture, image, loss_networks, factor))
         if len(strips) < 4:
             part = slice(0, 240), slice(0, 240)
             strips.append(np.concatenate([image[part] for image in (*methods.values(), picture)], 1))
-    table = Table(f"×{factor}, {len(next(iter(rows.values())))} pictures", "PSNR", "SSIM", f"feature loss ({LAYER})")
+    columns = [f"{LAYER} of {Path(name).stem}" for name in names]
+    table = Table(f"×{factor}, {len(next(iter(rows.values())))} pictures", "PSNR", "SSIM", "lattice", *columns)
     for name, values in rows.items():
-        decibel, similarity, loss = np.mean(values, 0)
-        table.add_row(name, f"{decibel:.2f}", f"{similarity:.4f}", f"{loss:.4f}")
+        decibel, *others = np.mean(values, 0)
+        table.add_row(name, f"{decibel:.2f}", *(f"{value:.4f}" for value in others))
     Console().print(table)
     if sheet:
         width = min(strip.shape[1] for strip in strips)

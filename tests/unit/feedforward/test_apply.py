@@ -68,8 +68,9 @@ def test_the_canvas_is_the_modules_output_whatever_the_tiles(folder: Path, tile_
     assert np.array_equal(pixels_of(folder / "out.png"), np.rint(expected))
 
 
-def test_super_resolution_enlarges(folder: Path) -> None:
-    spec = {"task": "super-resolution", "factor": 4}
+@pytest.mark.parametrize("skip", [{}, {"skip": "bicubic", "output": "linear", "norm": "batch"}])
+def test_super_resolution_enlarges(folder: Path, skip: dict[str, Any]) -> None:
+    spec = {"task": "super-resolution", "factor": 4, **skip}
     write_network(folder / "net.safetensors", **spec)
     apply(config(folder, size=4 * WIDTH, compute={"tile_px": 112}))
     expected = whole(folder, pixels_of(folder / "content.png"), **spec)

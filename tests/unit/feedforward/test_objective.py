@@ -61,7 +61,7 @@ def expected(network, kind, output, target, styles, weights, pictures):
         x = output[index] / 255
         variation = x.diff(dim=1).square().sum() + x.diff(dim=2).square().sum()
         total = total + weights.variation * variation / x.numel()
-    return total / len(output)
+    return total / len(output) + weights.pixels * ((output - target) / 255).square().mean()
 
 
 @pytest.mark.parametrize("kind", ["wasserstein", "normalized", "gatys"])
@@ -70,7 +70,7 @@ def test_losses_and_gradient_are_those_of_the_formulas(network, kind):
     generator = torch.Generator().manual_seed(3)
     output, target = (torch.rand(3, 3, 32, 48, generator=generator, dtype=torch.float64) * 255 for _ in range(2))
     pictures = [torch.rand(1, 3, 40, 36, generator=generator, dtype=torch.float64) * 255 for _ in range(2)]
-    weights, styles = LossWeights(kind, 0.7, 1.3, 0.4, CONTENT, STYLE), [0, 1, 1]
+    weights, styles = LossWeights(kind, 0.7, 1.3, 0.4, CONTENT, STYLE, 3.0), [0, 1, 1]
     losses, gradient = TrainingObjective(network, weights, [[picture] for picture in pictures]).evaluate(
         output, target, styles
     )

@@ -14,14 +14,19 @@ from contextlib import suppress
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 
 import pipeline
 from pipeline.core.errors import ConfigError, DamagedStateError, LockedError, SpaceError, Stopped
 from pipeline.core.events import Note, TrainingStep
+from pipeline.feedforward.checkpoint import load_checkpoint
 from pipeline.feedforward.network_file import load_network
+from pipeline.feedforward.training import Trainer
+from pipeline.network.vgg import Network
 from pipeline.rundir.lock import RunLock
 from tests.support.inputs import write_image
+from tests.support.reference import narrow_state
 
 TINY = {
     "photographs": "photographs",
@@ -67,7 +72,7 @@ def steps_of(folder):
 @pytest.mark.fault
 def test_a_stopped_and_a_killed_training_end_with_the_weights_of_one_that_was_not(make, tmp_path):
     """Stopped after 3 steps; then killed after the checkpoint of a later one, in a process of its own."""
-    path = make()
+    path = make(training={**TINY["training"], "halve_every": 2})
     apart = f"work_dir={tmp_path / 'whole'}", f"output={tmp_path / 'whole.safetensors'}"
     trained(path, *apart)
     stop = threading.Event()
@@ -123,8 +128,6 @@ def test_a_full_disk_costs_no_more_than_the_steps_since_the_checkpoint(make, sma
 
 
 def load_step(folder):
-    from pipeline.feedforward.checkpoint import load_checkpoint
-
     return load_checkpoint(folder / "checkpoint.safetensors").step
 
 
@@ -173,8 +176,44 @@ def test_super_resolution(make, factor, content, dtype):
     file = load_network(trained(path))
     assert {value.dtype for value in file.state.values()} == {torch.float32, torch.int64}
     assert (file.spec.task, file.spec.factor, file.spec.norm) == ("super-resolution", factor, "batch")
+    assert file.spec.skip == "bicubic"
     with torch.no_grad():
         assert file.network()(torch.rand(1, 3, 12, 16) * 255).shape == (1, 3, 12 * factor, 16 * factor)
+
+
+def test_the_first_picture_is_the_bicubic_enlargement(make):
+    """Otherwise a short training would end below it, in colours that drift."""
+    config = pipeline.load_train_config(make(styles=None, task="super-resolution"))
+    picture = torch.rand(1, 3, 20, 24) * 255
+    trainer = Trainer(config, None, [])
+    expected = F.interpolate(picture, (80, 96), mode="bicubic", align_corners=False).clamp(0, 255)
+    torch.testing.assert_close(trainer.result(picture, 0), expected)
+
+
+def test_the_learning_rate_is_halved(make):
+    """Otherwise the last steps would be as long as the first, and leave their noise in the picture, as a grid."""
+    path = make(styles=None, task="super-resolution", training={**TINY["training"], "halve_every": 2})
+    config = pipeline.load_train_config(path)
+    loss_network = Network(narrow_state(), padding="reflect", pooling="average", dtype=torch.float32, device="cpu")
+    trainer, rates = Trainer(config, loss_network, []), []
+    for _ in range(5):
+        trainer.train_step(trainer.batch_of(torch.rand(2, 3, 64, 64) * 255))
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == [0.001, 0.001, 0.0005, 0.0005, 0.00025]
+
+
+def test_a_training_from_before_the_skip(make, tmp_path):
+    """It resumes as it began once its config says so; otherwise it is refused, not continued as another network."""
+    plain = {"training": {**TINY["training"], "steps": 2}, "network": {**TINY["network"], "skip": "none"}}
+    path = make(styles=None, task="super-resolution", loss={"tv_weight": 0.0}, **plain)
+    first = load_network(trained(path))
+    identity = load_checkpoint(tmp_path / "out" / "net.train" / "checkpoint.safetensors").identity
+    added = {"network.skip", "loss.pixel_weight", "training.halve_every"}
+    assert not added & identity.keys()  # it is that of a training from before these keys
+    with pytest.raises(ConfigError, match=r"differs in network\.skip"):
+        trained(path, "network.skip=bicubic", "training.steps=3", force=True)
+    assert (first.spec.skip, first.spec.output) == ("none", "tanh")
+    assert load_network(trained(path, "training.steps=3")).notes["steps"] == "3"
 
 
 def test_what_is_refused(make, tmp_path):
@@ -192,6 +231,8 @@ def test_what_is_refused(make, tmp_path):
         ("training.crop_px=70",): "multiple of 16",
         ("task=super-resolution",): "has no styles",
         ("loss.content=pixels",): "use features",
+        ("loss.pixel_weight=1",): "remove pixel_weight",
+        ("network.skip=bicubic",): "remove skip",
         (f"work_dir={tmp_path / 'photographs' / 'state'}",): "inside the folder of the photographs",
         ("network.norm=batch", "styles=[{image: style.png}, {image: style.png}]"): "need norm: instance",
         ("styles=[{image: style.png}, {image: style.png}]",): "two styles have the name 'style'",
