@@ -125,7 +125,7 @@ class NetworkConfig(Section):
         "reflect", description="padding at the image border; reflect: borders as calm as the inside"
     )
     pooling: PoolingKind = Field(
-        "max", description="pooling of the network; max: flowing strokes; the others: less grain, more relief"
+        "mixed", description="pooling of the network; mixed: average in the first, against grain, max in the others"
     )
     pooling_scale: Float = Field(
         1.0,

@@ -51,9 +51,9 @@ LAYER_BY_NAME = {layer.name: layer for layer in LAYERS}
 AFTER_POOLING = tuple(name for name in CONV_NAMES if name.endswith("_1") and name != "conv1_1")
 # Channel widths of the original VGG-19: block X has 64·2^(X−1), at most 512.
 VGG19_WIDTHS: Mapping[str, int] = {name: min(64 * LAYER_BY_NAME[name].stride, 512) for name in CONV_NAMES}
-PoolingKind = Literal["max", "average", "tent", "l2"]
+PoolingKind = Literal["mixed", "max", "average", "tent", "l2"]
 # How far the window of a pooling reaches beyond its 2×2 cell, in positions of its input.
-POOLING_REACH: Mapping[str, int] = {"max": 0, "average": 0, "tent": 1, "l2": 0}
+POOLING_REACH: Mapping[str, int] = {"mixed": 0, "max": 0, "average": 0, "tent": 1, "l2": 0}
 # Every tile and chunk edge is a multiple of this, so that no pooling cell crosses an edge (eq. 11).
 ALIGN_PX = max(layer.stride for layer in LAYERS)
 
@@ -67,6 +67,13 @@ def needed_layers(names: Iterable[str]) -> tuple[Layer, ...]:
     """The rows of the table from the input to the deepest of `names`."""
     rows = (LAYERS.index(LAYER_BY_NAME[name]) for name in names)
     return LAYERS[: max(rows, default=-1) + 1]
+
+
+def pooling_at(pooling: str, layer: str) -> str:
+    """The kind of pooling of one layer: `mixed` takes the average in the first pooling, the maximum in the others."""
+    if pooling != "mixed":
+        return pooling
+    return "average" if layer == "pool1" else "max"
 
 
 def halo_px(names: Iterable[str], pooling: str) -> int:

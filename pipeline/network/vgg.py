@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.core.tiling import Rect
-from pipeline.core.vgg_layers import AFTER_POOLING, CONV_NAMES, Layer, needed_layers
+from pipeline.core.vgg_layers import AFTER_POOLING, CONV_NAMES, LAYERS, Layer, needed_layers, pooling_at
 from pipeline.network.padding import PADDINGS, Cut, padded, unpadded
 from pipeline.network.pooling import Pooled, Pooling
 from pipeline.network.weights import WeightsSource
@@ -66,7 +66,9 @@ class Network:
         """
         self._dtype = dtype
         self._device = torch.device(device)
-        self._padding, self._pooling = padding, Pooling(pooling, padding)
+        self._padding = padding
+        pools = (layer.name for layer in LAYERS if layer.kind == "pool")
+        self._poolings = {name: Pooling(pooling_at(pooling, name), padding) for name in pools}
         # cuDNN convolves, adds the bias and applies ReLU in one kernel: separately the bias alone costs 40 % of a
         # convolution. AMD's library has no such kernel, and neither has one for float64.
         self._fused = self._device.type == "cuda" and torch.version.hip is None and dtype != torch.float64
@@ -137,9 +139,10 @@ class Network:
         return Step(FeatureMap(layer, x, region), cut, shape)
 
     def _pooled(self, layer: Layer, x: Tensor, region: Rect, cut: Cut, with_tape: bool) -> Step:
-        positions = self._pooling.positions(region, cut)
+        pooling = self._poolings[layer.name]
+        positions = pooling.positions(region, cut)
         cells = Rect(*(2 * edge for edge in positions)).within(region)
-        pooled = self._pooling.forward(x, cells, with_tape)
+        pooled = pooling.forward(x, cells, with_tape)
         return Step(FeatureMap(layer, pooled.features_1CHW, positions), cut, x.shape, pooled)
 
     def gradient(self, tape: list[Step], seed: Callable[[FeatureMap], Tensor | None]) -> Tensor:
@@ -171,7 +174,7 @@ class Network:
     def _backward(self, step: Step, gradient: Tensor) -> Tensor:
         """The gradient of a layer's input, after padding, from that of its output."""
         if step.pooled is not None:
-            return self._pooling.backward(step.pooled, gradient)
+            return self._poolings[step.output.layer.name].backward(step.pooled, gradient)
         name, features = step.output.layer.name, step.output.features_1CHW
         if gradient.is_contiguous(memory_format=torch.channels_last):
             torch.ops.aten.threshold_backward.grad_input(gradient, features, 0, grad_input=gradient)

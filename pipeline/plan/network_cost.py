@@ -13,7 +13,7 @@ from pipeline.store import UNGUIDED, Guides, layer_key
 
 # Bytes of the position of a maximum. Average pooling keeps none, but is planned like max: so runs on disk keep their
 # tiles.
-_INDEX_BYTES = {"max": 8, "average": 8}
+_INDEX_BYTES = {"mixed": 8, "max": 8, "average": 8}
 
 
 @dataclass(frozen=True)

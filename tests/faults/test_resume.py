@@ -382,7 +382,7 @@ def test_changed_result_fields_are_refused_with_a_list(killed, call):
         "loss.kind": ("wasserstein", "gatys"),
         "loss.content_weight": ("0.3", "0.1"),
         "network.padding": ("replicate", "zeros"),
-        "network.pooling": ("max", "tent"),
+        "network.pooling": ("mixed", "tent"),
         "network.pooling_scale": ("1.0", "1.5"),
         "styles.1.weight": ("1.0", "3.0"),
         "store.chunk_px": ("32", "16"),

@@ -76,7 +76,8 @@ def features(
         if name == "pool":
             if min(x.shape[2:]) < 2:
                 break
-            x = pooling_scale * pooled(x, padding, pooling)
+            kind = ("max" if "conv2_1" in features_CHW else "average") if pooling == "mixed" else pooling
+            x = pooling_scale * pooled(x, padding, kind)
             continue
         if f"{name}.weight" not in state or (padding == "reflect" and min(x.shape[2:]) < 2):
             break

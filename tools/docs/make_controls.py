@@ -189,7 +189,7 @@ CONTROLS |= {
         crop=(160, 80, 160, 160),
     ),
     "pooling": Control(
-        [(pooling, {"network": {"pooling": pooling}}) for pooling in ("max", "average", "tent", "l2")],
+        [(pooling, {"network": {"pooling": pooling}}) for pooling in ("mixed", "max", "average", "tent", "l2")],
         crop=(160, 80, 160, 160),
     ),
     "average": Control(

@@ -26,7 +26,7 @@ from pipeline.network.weights_file import check_shapes, load_state
 from tests.support import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-POOLINGS = ["max", "average", "tent", "l2"]
+POOLINGS = ["mixed", "max", "average", "tent", "l2"]
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -190,7 +190,7 @@ def gradients(
 
 
 @pytest.mark.parametrize("padding", ["replicate", "zeros", "reflect"])
-@pytest.mark.parametrize("pooling", ["max", "average"])
+@pytest.mark.parametrize("pooling", ["mixed", "max", "average"])
 @pytest.mark.parametrize(("outer", "size"), OUTERS)
 def test_the_written_backward_pass_gives_the_bits_of_autograd(padding, pooling, outer, size):
     """Runs that began when autograd computed gradients resume, and end with the same bytes."""

@@ -96,7 +96,7 @@ def test_a_tile_with_cuts_on_all_sides_is_exact(tmp_path, narrow_weights, size, 
 # --- every setting of the objective ---
 
 KINDS = ["normalized", "gatys", "wasserstein"]
-PADDINGS, POOLINGS = ["replicate", "zeros", "reflect"], ["max", "average", "tent", "l2"]
+PADDINGS, POOLINGS = ["replicate", "zeros", "reflect"], ["mixed", "max", "average", "tent", "l2"]
 COMBINATIONS = [
     *itertools.product(PADDINGS, POOLINGS, ["wasserstein"]),
     *itertools.product(PADDINGS, POOLINGS[:2], ["normalized", "gatys"]),
