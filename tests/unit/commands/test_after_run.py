@@ -52,7 +52,7 @@ def outlook(call: Callable[..., Outcome], config: Path) -> str:
 def test_a_start_reads_the_journal_once(finished, call, monkeypatch, command):
     """It holds the checksums of all chunks for every iteration: the start of a long run would take minutes."""
     read, parse = list[Path](), Journal._parse
-    monkeypatch.setattr(Journal, "_parse", lambda journal: read.append(journal.path) or parse(journal))
+    monkeypatch.setattr(Journal, "_parse", lambda journal, *known: read.append(journal.path) or parse(journal, *known))
     assert call(*command, "-c", finished).code == 0
     assert read.count(finished.parent / "out.run" / "journal.jsonl") == 1
 
