@@ -256,7 +256,10 @@ def test_tiles_do_not_change_a_compact_run(tmp_path):
     """Tile sizes may differ after a resume on another machine, so the rounding depends on chunks only."""
     runs = []
     for tile_px in (32, 64):
-        config = write_run(tmp_path / str(tile_px), store=COMPACT, compute={"tile_px": tile_px, "dtype": "float32"})
+        # without maxima: rounding decides between equal ones
+        keys = {"network": {"name": "random", "padding": "replicate", "pooling": "average"}}
+        compute = {"tile_px": tile_px, "dtype": "float32"}
+        config = write_run(tmp_path / str(tile_px), store=COMPACT, compute=compute, **keys)
         pipeline.run(pipeline.load_config(config))
         runs.append(read_canvas(config.with_name("run"), 0))
     assert np.abs(runs[0] - runs[1]).mean() < 0.02  # only the float32 sums of other tiles differ
