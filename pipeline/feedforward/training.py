@@ -118,8 +118,9 @@ class Trainer:
                 "training.learning_rate, in another work_dir."
             )
         schedule = self._config.training
+        halvings = self.step // schedule.halve_every if schedule.halve_every else 0
         for group in self.optimizer.param_groups:  # by the step alone: a resume continues with the same rate
-            group["lr"] = schedule.learning_rate * 0.5 ** (self.step // (schedule.halve_every or self.step + 1))
+            group["lr"] = schedule.learning_rate * 0.5**halvings
         self.optimizer.step()
         self.step += 1
         return losses
